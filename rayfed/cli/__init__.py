@@ -1,0 +1,80 @@
+"""The command line. Commands import what they need when they run, so that `--help` is instant.
+
+Exit codes: 0 done, 2 bad usage or settings, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rayfed import __version__
+from rayfed.errors import RunError, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command == "run" and all("=" in word and not word.startswith("-") for word in rest):
+        options.overrides += rest  # overrides may also stand behind the flags
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        options.action(options)
+    except UserError as error:
+        print(f"rayfed: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"rayfed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("rayfed: interrupted; `--resume` with the same --out continues", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rayfed", description="Federated LoRA fine-tuning, simulated on Ray.")
+    parser.add_argument("--version", action="version", version=f"rayfed {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run one experiment", description="Run the experiment in CONFIG.")
+    run.add_argument("config", metavar="CONFIG", help="YAML file; see configs/")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as server.rounds=20")
+    run.add_argument("--out", metavar="DIR", help="run directory (default runs/NAME-TIME)")
+    run.add_argument("--resume", action="store_true", help="continue DIR from its last checkpoint")
+    run.set_defaults(action=_run)
+
+    methods = commands.add_parser("methods", help="list the methods, their papers and traffic")
+    methods.set_defaults(action=_methods)
+
+    settings = commands.add_parser("settings", help="list every setting with its default and meaning")
+    settings.add_argument("section", nargs="?", help="only this section, such as client")
+    settings.set_defaults(action=_settings)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    import rayfed
+
+    if options.resume and not options.out:
+        raise UserError("--resume: needs --out, the directory of the run to continue")
+    experiment = rayfed.load_config(options.config, options.overrides)
+    print(f"settings {experiment.digest()}", flush=True)
+    result = rayfed.run(experiment, out=options.out, resume=options.resume)
+    print(f"run directory {result.out}")
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from rayfed.methods import METHODS
+
+    for name, card in sorted(METHODS.items()):
+        print(f"{name:<10} {card.paper:<18} {card.says}\n{'':<10} down {card.down}, up {card.up}, per layer and round")
+
+
+def _settings(options: argparse.Namespace) -> None:
+    from rayfed.cli.settings import describe
+
+    print(describe(options.section))

@@ -1,0 +1,159 @@
+"""A learner: one process's copy of the frozen base, its stack, and the data; it does whatever job it is handed.
+
+A learner keeps nothing between jobs: the result of a job is a function of the job, its payloads and the settings. So
+any learner may do any job, and a job that is done twice gives the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rayfed import wire
+from rayfed.clients.jobs import (
+    DescribeJob,
+    Description,
+    EvalJob,
+    EvalResult,
+    FeatureJob,
+    FeatureResult,
+    Job,
+    Result,
+    SplitName,
+    TrainJob,
+    TrainResult,
+)
+from rayfed.clients.train import Member, Trained, train_pack
+from rayfed.config import Experiment
+from rayfed.errors import RunError
+from rayfed.lora.inject import Stack, head_layers, head_values, match, peft_config
+from rayfed.lora.stacked import Segment, is_conv1d
+from rayfed.methods.base import received
+from rayfed.tasks.federation import Federation
+from rayfed.tasks.models import load_base, model_path
+
+
+class Learner:
+    """Loads the base model of ``experiment`` once, then `execute`s jobs on it."""
+
+    def __init__(self, experiment: Experiment, federation: Federation) -> None:
+        self.experiment, self.federation = experiment, federation
+        self.device = torch.device(experiment.engine.device)
+        base = load_base(experiment.model, len(federation.classes), experiment.seed)
+        self.model = base.model.to(self.device)
+        shapes = match(self.model, peft_config(experiment, base.head), base.head)
+        self.description = Description(
+            shapes,
+            head_values(self.model, base.head),
+            base.head,
+            any(is_conv1d(self.model.get_submodule(name)) for name in shapes),
+            model_path(experiment.model),
+            sum(p.numel() for p in self.model.parameters()),
+        )
+        self.head = next(iter(head_layers(self.model, base.head)))
+        lora = experiment.lora
+        adapted = {} if lora.train == "head" else shapes
+        self.stack = Stack(self.model, adapted, base.head, experiment.engine.pack, lora.rank, lora.dropout)
+        self.by_length = {
+            name: np.argsort(getattr(federation, name).lengths, kind="stable")
+            for name in ("train", "validation", "test")
+        }
+
+    def execute(self, job: Job, payloads: Sequence[bytes]) -> Result:
+        """Does one job. Its type decides the result's: train, evaluate, features, describe."""
+        if isinstance(job, TrainJob):
+            return self._train(job, payloads)
+        if isinstance(job, EvalJob):
+            return self._evaluate(job, payloads[0])
+        if isinstance(job, FeatureJob):
+            return self._features(job)
+        if isinstance(job, DescribeJob):
+            return self.description
+        raise TypeError(f"no such job: {type(job).__name__}")
+
+    def _train(self, job: TrainJob, payloads: Sequence[bytes]) -> TrainResult:
+        begun = time.perf_counter()
+        decoded = [wire.decode(payload) for payload in payloads]
+        members = []
+        for order in job.orders:
+            payload = decoded[order.payload]
+            layout = job.layouts[order.payload]
+            support = order.trainable.support(layout, received(payload))
+            rows = self.federation.rows_of(order.client)
+            members.append(Member(order.client, layout, payload.dense(), support, rows))
+        results = train_pack(
+            self.stack, self._forward, self.federation.train, self.federation.pad_id, members,
+            self.experiment.client, lr=job.lr, t=job.t, seed=self.experiment.seed, device=self.device,
+        )  # fmt: skip
+        uploads = [
+            _upload(result, member, order.density_up, order.values)
+            for result, member, order in zip(results, members, job.orders, strict=True)
+        ]
+        return TrainResult(
+            tuple(uploads),
+            tuple(r.loss for r in results),
+            tuple(r.examples for r in results),
+            tuple(r.steps for r in results),
+            time.perf_counter() - begun,
+        )
+
+    @torch.no_grad()
+    def _evaluate(self, job: EvalJob, payload: bytes) -> EvalResult:
+        self.stack.load(0, job.layout.unflatten(wire.decode(payload).dense()))
+        loss, correct, count = 0.0, 0, 0
+        for inputs, labels in self._batches(job.split, job.start, job.stop):
+            with self.stack.batch.of([Segment(0, len(labels))]):
+                logits = self._forward(inputs).float()
+            loss += float(nn.functional.cross_entropy(logits, labels, reduction="none").double().sum())
+            correct += int((logits.argmax(-1) == labels).sum())
+            count += len(labels)
+        return EvalResult(loss, correct, count)
+
+    @torch.no_grad()
+    def _features(self, job: FeatureJob) -> FeatureResult:
+        seen: list[Tensor] = []
+        hook = self.model.get_submodule(self.head).register_forward_pre_hook(
+            lambda _module, args: seen.append(args[0].float().cpu())
+        )
+        labels = []
+        for lora in self.stack.lora.values():  # the base alone: no adapter
+            lora.B_KOR.zero_()
+        try:
+            for inputs, batch_labels in self._batches(job.split, job.start, job.stop):
+                with self.stack.batch.of([Segment(0, len(batch_labels))]):
+                    self._forward(inputs)
+                labels.append(batch_labels.cpu())
+        finally:
+            hook.remove()
+        return FeatureResult(torch.cat(seen), torch.cat(labels))
+
+    def _batches(self, split: SplitName, start: int, stop: int):  # type: ignore[no-untyped-def]
+        tokens, size = getattr(self.federation, split), self.experiment.eval.batch_size
+        rows = self.by_length[split][start:stop]
+        for i in range(0, len(rows), size):
+            batch = tokens.batch(rows[i : i + size], self.federation.pad_id)
+            inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            yield inputs, inputs.pop("labels")
+
+    def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.model(**inputs).logits  # type: ignore[no-any-return]
+
+
+def _upload(result: Trained, member: Member, density: float, values: str) -> bytes:
+    """What the client sends: the largest of its changes, among the entries that trained.
+
+    The budget is a share of the whole adapter. Entries outside the support are known to both sides not to have
+    changed: they take no index bits.
+    """
+    change = (result.vector - member.start)[member.support]
+    if not bool(torch.isfinite(change).all()):
+        raise RunError(
+            f"client {member.client}: training gave values that are not finite; lower client.lr or set client.clip_norm"
+        )
+    budget = wire.keep_count(len(member.support), density)
+    indices = None if budget >= len(change) else wire.top_k(change, budget)
+    return wire.encode(change, indices=indices, values=values)

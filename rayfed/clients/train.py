@@ -1,0 +1,163 @@
+"""Local training of a pack: K clients, each from its own start, on its own data, in shared forward and backward passes.
+
+What holds for every client, whoever shares its pack: its batches are its own in its own order; its loss is the mean
+over its own rows (losses are summed over clients, so no gradient is rescaled); its gradient is clipped by its own norm;
+its dropout has its own generator; and after its last step it is out of the batch and its result is taken at once, so
+moments and weight decay cannot move it any more. Entries that do not train keep the bits they were decoded to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rayfed import keys
+from rayfed.config.schema import Client
+from rayfed.lora.adapter import Layout
+from rayfed.lora.inject import Stack
+from rayfed.lora.stacked import Segment
+
+if TYPE_CHECKING:
+    from rayfed.tasks.tokens import Tokens
+
+
+class Forward(Protocol):
+    def __call__(self, inputs: dict[str, Tensor]) -> Tensor: ...  # logits (rows, classes)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One client of a pack: ``start`` (n,) as decoded, ``support`` (n,) which entries train, its training rows."""
+
+    client: int
+    layout: Layout
+    start: Tensor
+    support: Tensor
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One client's result: its entries (n,) after training, mean loss over steps, examples seen, steps done."""
+
+    vector: Tensor
+    loss: float
+    examples: int
+    steps: int
+
+
+def train_pack(
+    stack: Stack, forward: Forward, data: Tokens, pad_id: int, members: Sequence[Member], settings: Client, *, lr: float,
+    t: int, seed: int, device: torch.device,
+) -> list[Trained]:  # fmt: skip
+    """Trains the members for one round ``t`` and returns their results in the order given.
+
+    ``stack`` must have at least as many slots as there are members. The result is a function of the arguments alone.
+    """
+    plans = [batches(m.rows, settings, seed, t, m.client) for m in members]
+    for slot, member in enumerate(members):
+        stack.load(slot, member.layout.unflatten(member.start))
+    parameters = _Parameters(stack, members)
+    optimizer = _optimizer(parameters.trained, settings, lr)
+    losses = [torch.zeros((), dtype=torch.float64, device=device) for _ in members]
+    results: dict[int, Trained] = {}
+    for step in range(max(len(plan) for plan in plans)):
+        active = [slot for slot, plan in enumerate(plans) if step < len(plan)]
+        segments = [
+            Segment(s, len(plans[s][step]), keys.torch_rng(seed, "dropout", t, members[s].client, step))
+            for s in active
+        ]
+        batch = data.batch(np.concatenate([plans[s][step] for s in active]), pad_id)
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels = inputs.pop("labels")
+        with stack.batch.of(segments):
+            each = nn.functional.cross_entropy(forward(inputs).float(), labels, reduction="none")
+            means = [rows.mean() for rows in each.split([s.rows for s in segments])]
+            optimizer.zero_grad(set_to_none=True)
+            torch.stack(means).sum().backward()
+        parameters.mask_gradients()
+        if settings.clip_norm is not None:
+            parameters.clip(settings.clip_norm)
+        optimizer.step()
+        parameters.restore()
+        for slot, mean in zip(active, means, strict=True):
+            losses[slot] += mean.detach().double()
+            if step + 1 == len(plans[slot]):
+                results[slot] = Trained(
+                    stack.read(slot, members[slot].layout),
+                    float(losses[slot]) / len(plans[slot]),
+                    sum(map(len, plans[slot])),
+                    len(plans[slot]),
+                )
+    return [results[slot] for slot in range(len(members))]
+
+
+def batches(rows: np.ndarray, settings: Client, seed: int, t: int, client: int) -> list[np.ndarray]:
+    """A client's batches for round t: each epoch a fresh keyed order, the last batch of an epoch as small as it is."""
+    plan: list[np.ndarray] = []
+    wanted = settings.steps if settings.steps is not None else -(-len(rows) // settings.batch_size) * settings.epochs
+    epoch = 0
+    while len(plan) < wanted:
+        order = rows[keys.numpy_rng(seed, "batches", t, client, epoch).permutation(len(rows))]
+        plan += [order[i : i + settings.batch_size] for i in range(0, len(order), settings.batch_size)]
+        epoch += 1
+    return plan[:wanted]
+
+
+def _optimizer(parameters: list[nn.Parameter], settings: Client, lr: float) -> torch.optim.Optimizer:
+    """Element-wise optimizers, so that one over the stack is one per client."""
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(
+        parameters, lr=lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
+
+
+class _Parameters:
+    """The stack's parameters during one round: which entries train, and per-client views of their gradients."""
+
+    def __init__(self, stack: Stack, members: Sequence[Member]) -> None:
+        places = [{(e.name, e.part): e for e in member.layout.entries} for member in members]
+        self.trained: list[nn.Parameter] = []
+        self.partial: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # parameter, mask, start: entries to hold still
+        self.slots = len(members)
+        for name, part, parameter in stack.tensors():
+            mask = torch.ones_like(parameter, dtype=torch.bool)
+            for slot, member in enumerate(members):
+                entry = places[slot][name, part]
+                support = member.support[entry.start : entry.start + entry.numel].view(entry.shape)
+                stack.crop(mask[slot], part, entry.shape).copy_(support)
+            used = mask[: self.slots]
+            # Without this, a head-only client would still pay for the way back through the whole model.
+            parameter.requires_grad_(bool(used.any()))
+            if parameter.requires_grad:
+                self.trained.append(parameter)
+                if not bool(used.all()):
+                    self.partial.append((parameter, mask, parameter.detach().clone()))
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        for parameter, mask, _ in self.partial:
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, mask, start in self.partial:  # weight decay moves entries without gradient
+            parameter.copy_(torch.where(mask, parameter, start))
+
+    @torch.no_grad()
+    def clip(self, norm: float) -> None:
+        """Scales each slot's gradient to at most the L2 norm, as torch's clip_grad_norm_ does for one model."""
+        squares = sum(p.grad.flatten(1).square().sum(1) for p in self._with_grad())
+        factors = (norm / (torch.sqrt(squares) + 1e-6)).clamp(max=1.0)  # type: ignore[arg-type]
+        for p in self._with_grad():
+            p.grad.mul_(factors.view(-1, *[1] * (p.ndim - 1)))  # type: ignore[union-attr]
+
+    def _with_grad(self) -> Iterator[nn.Parameter]:
+        return (p for p in self.trained if p.grad is not None)

@@ -1,0 +1,295 @@
+"""The settings of one run: a single validated schema. Every field says its unit, range and default.
+
+A setting belongs here only if a user may want to change it. The classes are frozen: a run cannot change its own
+settings half-way. ``Experiment.digest()`` names the settings that decide the result; where a run executes and how it
+is watched (`engine.kind`, `engine.workers`, `tracking`, `checkpoint`, ...) cannot change the result and is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+Density = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+ValueFormat = Literal["fp32", "bf16", "fp16", "int8"]
+WHERE_AND_HOW = {  # settings that decide where a run executes and who watches it, never what comes out
+    "name": None,
+    "engine": ("kind", "workers", "cpus_per_worker", "gpus_per_worker", "address", "retries"),
+    "tracking": None,
+    "checkpoint": None,
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """Where the labelled texts come from."""
+
+    source: Literal["stdlib", "files", "hub"] = Field(
+        "stdlib",
+        description="`stdlib`: functions of Python's own standard library, label = module (needs no download); "
+        "`files`: local JSONL, CSV or Parquet; `hub`: a Hugging Face data set by name.",
+    )
+    path: str | None = Field(
+        None, description="For `files`: a folder with train.*, test.* and optionally validation.*, or one file."
+    )
+    name: str | None = Field(None, description="For `hub`: the data set's name, such as `PolyAI/banking77`.")
+    subset: str | None = Field(None, description="For `hub`: the data set's configuration, if it has several.")
+    text: str = Field("text", description="The column that holds the text.")
+    label: str = Field("label", description="The column that holds the label: an integer or a string.")
+    client: str | None = Field(None, description="The column that names the owner of a row (`natural` partition).")
+    validation: Share = Field(
+        0.1, description="Share of the training rows set aside for validation where the source has no such split."
+    )
+    test: Share = Field(0.2, description="Share of all rows set aside for the test where the source has no such split.")
+    examples: PositiveInt | None = Field(None, description="Use only so many rows of the source; null: all.")
+    max_tokens: PositiveInt = Field(
+        128, description="Longer texts are cut to so many tokens. Shorter ones cost only what they are."
+    )
+
+    @model_validator(mode="after")
+    def _source_is_named(self) -> Data:
+        if self.source == "files" and not self.path:
+            raise ValueError("data.path: got null, but data.source=files needs a folder or a file")
+        if self.source == "hub" and not self.name:
+            raise ValueError("data.name: got null, but data.source=hub needs the name of a data set")
+        return self
+
+
+class Partition(Section):
+    """Who holds which training rows."""
+
+    kind: Literal["iid", "dirichlet", "flasc", "pathological", "natural"] = Field(
+        "dirichlet",
+        description="`iid`; `dirichlet`: label shares per client drawn from Dirichlet(alpha); `flasc`: the recipe of "
+        "FLASC's code; `pathological`: few classes per client; `natural`: the column `data.client`.",
+    )
+    clients: PositiveInt = Field(100, description="Clients in the population. Ignored by `natural`.")
+    alpha: PositiveFloat = Field(0.1, description="Dirichlet concentration; small means unlike clients.")
+    classes: PositiveInt = Field(2, description="Classes per client for `pathological`.")
+
+
+class Model(Section):
+    """The frozen base model."""
+
+    name: str = Field(
+        "minilm",
+        description="`minilm`: the packaged all-MiniLM-L6-v2 (extra `minilm`); else a local folder or a hub name that "
+        "AutoModelForSequenceClassification can load.",
+    )
+    pooling: Literal["stock", "mean"] = Field(
+        "stock",
+        description="`stock`: the model's own classification head; `mean`: mean over the real tokens, L2-normalised "
+        "where `normalize`, then one linear layer.",
+    )
+    normalize: bool = Field(True, description="Scale mean-pooled features to unit length times sqrt(width).")
+    trust_remote_code: bool = Field(False, description="Run code that comes with a hub model. Off unless you trust it.")
+
+
+class Lora(Section):
+    """The adapters, in PEFT's words."""
+
+    rank: PositiveInt = Field(16, description="Rank r of every adapter.")
+    alpha: PositiveFloat = Field(16.0, description="A layer's change is alpha / r * B A (alpha / sqrt(r) with rslora).")
+    rslora: bool = Field(False, description="Rank-stabilised scale alpha / sqrt(r).")
+    dropout: Share = Field(0.0, description="Dropout on the adapter's input while training, keyed per client.")
+    target_modules: str | Names | None = Field(
+        None, description="PEFT's target_modules: names, a regular expression or `all-linear`; null: PEFT's choice."
+    )
+    layers_to_transform: Annotated[tuple[int, ...], Field(strict=False)] | None = Field(
+        None, description="Only these layer indices get adapters; null: all."
+    )
+    train: Literal["all", "head"] = Field(
+        "all", description="`all`: adapters and head train; `head`: only the head does (the frozen-base baseline)."
+    )
+
+
+class Method(Section):
+    """What is sent to clients, what trains, and how uploads become the next global state."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+    name: str = Field("flasc", description="One of `rayfed methods`. Further keys are the method's own options.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Direction(Section):
+    """How much travels in one direction, and how its values are written."""
+
+    density: Density = Field(1.0, description="Share of the entries that travel, in (0, 1].")
+    decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Density of round t is density * decay^(t // every), t from 0."
+    )
+    every: PositiveInt = Field(1, description="Rounds between two steps of the decay.")
+    values: ValueFormat = Field("fp32", description="How values are written: fp32 (lossless), bf16, fp16 or int8.")
+
+    def density_at(self, t: int) -> float:
+        """The density of round ``t`` (0 is the first), in (0, 1]."""
+        return self.density * self.decay ** (t // self.every)
+
+
+class Wire(Section):
+    """Sparsity and number format, per direction."""
+
+    down: Direction = Field(default_factory=Direction, description="Server to client.")
+    up: Direction = Field(default_factory=Direction, description="Client to server.")
+
+
+class Schedule(Section):
+    """A learning rate over the rounds, as a factor of `lr`."""
+
+    kind: Literal["constant", "linear", "cosine", "exponential"] = Field(
+        "constant", description="Shape after the warm-up: constant, or falling to `final` by the last round."
+    )
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="Rounds of linear warm-up from lr / warmup to lr.")
+    final: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="Factor reached in the last round.")
+
+
+class Client(Section):
+    """Local training."""
+
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="Fresh in every round.")
+    lr: PositiveFloat = Field(1e-3, description="Learning rate.")
+    schedule: Schedule = Field(default_factory=Schedule, description="How lr changes over the rounds.")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="SGD momentum.")
+    betas: Annotated[tuple[float, float], Field(strict=False)] = Field((0.9, 0.999), description="AdamW betas.")
+    eps: PositiveFloat = Field(1e-8, description="AdamW epsilon.")
+    weight_decay: NonNegative = Field(0.0, description="Weight decay (L2 for SGD, decoupled for AdamW).")
+    clip_norm: PositiveFloat | None = Field(None, description="Clip each client's gradient to this L2 norm; null: off.")
+    batch_size: PositiveInt = Field(16, description="Examples per step.")
+    epochs: PositiveInt = Field(1, description="Passes over the client's data a round; ignored when steps is given.")
+    steps: PositiveInt | None = Field(None, description="Optimizer steps a round, epochs repeating as needed.")
+
+
+class Server(Section):
+    """The rounds."""
+
+    rounds: PositiveInt = Field(100, description="Communication rounds.")
+    cohort: PositiveInt = Field(10, description="Clients per round, drawn without replacement.")
+    weights: Literal["auto", "uniform", "examples"] = Field(
+        "auto", description="Aggregation weights; auto: what the method's paper uses."
+    )
+    optimizer: Literal["auto", "fedavg", "sgd", "fedavgm", "fedadam", "adamw"] = Field(
+        "auto",
+        description="fedavg: add the mean update; sgd: lr times it; fedavgm: with momentum; fedadam: Reddi et al. 2021; "
+        "adamw: torch AdamW with its defaults, as FLASC's code; auto: adamw for flasc, else fedavg.",
+    )
+    lr: PositiveFloat | None = Field(
+        None, description="Server learning rate; null: 1 for sgd and fedavgm, 1e-3 for fedadam and adamw."
+    )
+    schedule: Schedule = Field(default_factory=Schedule, description="How lr changes over the rounds.")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="fedavgm momentum.")
+    betas: Annotated[tuple[float, float], Field(strict=False)] | None = Field(
+        None, description="Moment decays; null: (0.9, 0.999) for adamw, (0.9, 0.99) for fedadam."
+    )
+    eps: PositiveFloat | None = Field(
+        None, description="null: 1e-8 for adamw; 1e-3 for fedadam (its tau, the degree of adaptivity)."
+    )
+    weight_decay: NonNegative | None = Field(None, description="adamw only; null: 0.01, torch's default.")
+
+
+class EarlyStop(Section):
+    """Stop when the validation metric stops improving."""
+
+    patience: PositiveInt = Field(..., description="Evaluations without improvement before the run stops.")
+    min_delta: NonNegative = Field(0.0, description="Improvement in accuracy (0 to 1) that counts.")
+
+
+class Eval(Section):
+    """Evaluation of the global model."""
+
+    every: PositiveInt = Field(1, description="Rounds between evaluations; the last round is always evaluated.")
+    batch_size: PositiveInt = Field(64, description="Examples per forward pass.")
+    masked: bool = Field(
+        True, description="Also evaluate the sparse model that clients download, where down.density is below 1."
+    )
+    probe: bool = Field(
+        False, description="Also train a linear head on the frozen base's features, centrally, for comparison."
+    )
+    early_stop: EarlyStop | None = Field(None, description="null: run all rounds.")
+
+
+class Engine(Section):
+    """Where clients train. `pack` and `threads` decide bits (summation order); the rest does not."""
+
+    kind: Literal["ray", "local"] = Field("ray", description="`ray`: actors; `local`: in this process, same bits.")
+    workers: PositiveInt = Field(2, description="Worker actors.")
+    cpus_per_worker: NonNegative = Field(1.0, description="Ray CPUs a worker holds; may be a fraction.")
+    gpus_per_worker: NonNegative = Field(0.0, description="Ray GPUs a worker holds; may be a fraction of one.")
+    threads: PositiveInt = Field(1, description="Torch threads per worker; CPU kernels sum in an order that follows it.")
+    pack: PositiveInt = Field(1, description="Clients trained together in one batch.")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where clients train; `cuda` needs gpus_per_worker > 0.")
+    address: str | None = Field(None, description="Ray cluster to join; null: RAY_ADDRESS or a cluster of its own.")
+    retries: Annotated[int, Field(ge=0)] = Field(3, description="How often one pack may be re-run when workers die.")
+
+
+class Tracking(Section):
+    """Who watches. `metrics.jsonl` is always written."""
+
+    console: Literal["auto", "rich", "plain", "off"] = Field("auto", description="auto: rich on a terminal, else plain.")
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        "auto", description="auto: online when logged in, else offline."
+    )
+    project: str = Field("rayfed", description="W&B project.")
+    entity: str | None = Field(None, description="W&B entity; null: your default.")
+    group: str | None = Field(None, description="W&B group.")
+    tags: Names = Field((), description="W&B tags.")
+
+
+class Checkpoint(Section):
+    """What `--resume` continues from."""
+
+    every: PositiveInt = Field(1, description="Rounds between checkpoints; the last round always has one.")
+    keep: PositiveInt = Field(2, description="Newest checkpoints kept.")
+
+
+class Experiment(Section):
+    """One run, completely described."""
+
+    name: str = Field("run", description="Shown in the console, W&B and reports.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Every random draw of the run is keyed by it.")
+    data: Data = Field(default_factory=Data, description="Labelled texts.")
+    partition: Partition = Field(default_factory=Partition, description="Who holds which rows.")
+    model: Model = Field(default_factory=Model, description="The frozen base.")
+    lora: Lora = Field(default_factory=Lora, description="The adapters.")
+    method: Method = Field(default_factory=Method, description="The federated method.")
+    wire: Wire = Field(default_factory=Wire, description="Sparsity and number formats.")
+    client: Client = Field(default_factory=Client, description="Local training.")
+    server: Server = Field(default_factory=Server, description="The rounds.")
+    eval: Eval = Field(default_factory=Eval, description="Evaluation.")
+    engine: Engine = Field(default_factory=Engine, description="Where clients train.")
+    tracking: Tracking = Field(default_factory=Tracking, description="Who watches.")
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="What `--resume` needs.")
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Experiment:
+        if self.partition.kind != "natural" and self.server.cohort > self.partition.clients:
+            raise ValueError(
+                f"server.cohort: got {self.server.cohort}, but the population has only "
+                f"{self.partition.clients} clients (partition.clients)"
+            )
+        if self.partition.kind == "natural" and self.data.client is None:
+            raise ValueError("data.client: got null, but partition.kind=natural needs the column that names the client")
+        if self.engine.kind == "ray" and self.engine.device == "cuda" and self.engine.gpus_per_worker == 0:
+            raise ValueError("engine.gpus_per_worker: got 0, but engine.device=cuda needs more than 0")
+        if self.eval.early_stop and self.data.source == "stdlib" and self.data.validation == 0:
+            raise ValueError("data.validation: got 0, but eval.early_stop needs a validation split")
+        return self
+
+    def digest(self) -> str:
+        """SHA-256 (first 16 hex digits) of the settings that decide the result; see the module docstring."""
+        settings = self.model_dump(mode="json")
+        for section, fields in WHERE_AND_HOW.items():
+            for field in fields or (None,):
+                settings[section].pop(field) if field else settings.pop(section)
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

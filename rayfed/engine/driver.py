@@ -1,0 +1,130 @@
+"""The driver actor: runs the rounds next to its workers and streams what happens to whoever started the run.
+
+The driver writes the run directory; the starting process only watches. So a run goes on at the speed of the cluster,
+and the terminal can be as slow as it likes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from rayfed.config import Experiment
+from rayfed.engine.workers import RayCrew
+from rayfed.errors import RunError, UserError
+from rayfed.server.loop import Server
+from rayfed.tasks.federation import Federation
+from rayfed.tracking import Fan, Record, RunInfo, Sink, Table, open_sinks
+
+Message = tuple[str, tuple[Any, ...]]
+
+
+class Outbox:
+    """A sink that keeps calls until they are sent on: each a method's name and its arguments."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+
+    def start(self, info: RunInfo) -> None:
+        self.messages.append(("start", (info,)))
+
+    def round(self, record: Record) -> None:
+        self.messages.append(("round", (record,)))
+
+    def event(self, text: str) -> None:
+        self.messages.append(("event", (text,)))
+
+    def finish(self, summary: Mapping[str, Any], table: Table | None) -> None:
+        self.messages.append(("finish", (summary, table)))
+
+    def close(self) -> None:
+        pass
+
+    def drain(self) -> list[Message]:
+        messages, self.messages = self.messages, []
+        return messages
+
+
+class Driver:
+    """The actor. `run` yields the calls that a sink in the starting process should get."""
+
+    def run(self, experiment: Experiment, federation: list[ray.ObjectRef], out: Path, resume: bool) -> Iterator[Message]:
+        import torch
+
+        torch.set_num_threads(1)  # the driver's own sums are element-wise; its cores belong to the workers
+        outbox = Outbox()
+        sinks = Fan(open_sinks(experiment.tracking, out), outbox)
+        crew = RayCrew(experiment, federation[0])
+        try:
+            server = Server(experiment, ray.get(federation[0]), crew, out, sinks, resume)
+            for _ in server.rounds():
+                yield from outbox.drain()
+            server.finish()
+            yield from outbox.drain()
+        finally:
+            sinks.close()
+            crew.close()
+
+
+def run_on_ray(experiment: Experiment, federation: Federation, out: Path, resume: bool, console: Sink) -> None:
+    """Starts (or joins) Ray, runs the experiment on it, and shows ``console`` what happens.
+
+    UserError where the cluster can never hold the workers; RunError where the run cannot go on. Ray is shut down
+    again where it was started here.
+    """
+    ours = not ray.is_initialized()
+    if ours:
+        _start(experiment)
+    try:
+        _check_resources(experiment)
+        # Beside the starting process, because the run directory is there.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(num_cpus=0)(Driver)
+        driver = actor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        try:
+            # In a list, Ray passes the reference on instead of the data.
+            data = [ray.put(federation)]
+            stream = driver.run.options(num_returns="streaming").remote(experiment, data, out.resolve(), resume)
+            for message in stream:
+                name, arguments = ray.get(message)
+                getattr(console, name)(*arguments)
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, UserError | RunError) else error) from None
+        except RayActorError as error:
+            raise RunError(f"the driver died ({error}); --resume continues from the last checkpoint") from None
+        finally:
+            ray.kill(driver)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _start(experiment: Experiment) -> None:
+    engine = experiment.engine
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    address = engine.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, **quiet)
+        return
+    # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
+    cpus = max(os.cpu_count() or 1, int(-(-engine.workers * engine.cpus_per_worker // 1)))
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+
+
+def _check_resources(experiment: Experiment) -> None:
+    engine, total = experiment.engine, ray.cluster_resources()
+    for field, name, each in (
+        ("engine.cpus_per_worker", "CPU", engine.cpus_per_worker),
+        ("engine.gpus_per_worker", "GPU", engine.gpus_per_worker),
+    ):
+        have = total.get(name, 0)
+        if each * engine.workers > have + 1e-9:
+            raise UserError(f"{field}: got {each:g} for each of {engine.workers} workers, but Ray has {have:g} {name}s")

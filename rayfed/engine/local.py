@@ -1,0 +1,35 @@
+"""The in-process crew: one learner, jobs in order, no Ray. The same bits as any number of Ray workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from rayfed.clients.learner import Learner
+from rayfed.config import Experiment
+from rayfed.engine.setup import prepare_process
+from rayfed.server.crew import Done, Task
+from rayfed.tasks.federation import Federation
+
+
+class LocalCrew:
+    """Does every job in this process, one after the other."""
+
+    def __init__(self, experiment: Experiment, federation: Federation) -> None:
+        self.threads = torch.get_num_threads()
+        prepare_process(experiment)
+        self.learner = Learner(experiment, federation)
+
+    def put(self, payload: bytes) -> bytes:
+        return payload
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[Done]:
+        for index, task in enumerate(tasks):
+            yield Done(index, self.learner.execute(task.job, task.payloads))
+
+    def drain_events(self) -> list[str]:
+        return []
+
+    def close(self) -> None:
+        torch.set_num_threads(self.threads)  # the caller's process goes on with its own setting

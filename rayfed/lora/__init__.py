@@ -1,0 +1,1 @@
+"""The adapter, its exact algebra, stacked layers that train many adapters at once, and PEFT in and out."""

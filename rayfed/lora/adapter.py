@@ -1,0 +1,158 @@
+"""The adapter: what federated LoRA trains, sends and averages.
+
+An adapted layer has a low-rank pair (B, A) and an explicit scale; the layer's change is ``scale * B @ A``. Beside the
+pairs an adapter carries the task head, trained in full. As one flat vector the entries stand in a fixed order (layers
+by name, A before B, then the head by name), whatever order the mappings were made in: masks, payloads and server
+optimizers of any two processes agree on what entry i is.
+
+Shapes: B (out, r), A (r, in); out and in are the layer's, also for Conv1D, which stores its weight transposed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayfed.keys import torch_rng
+
+PARTS = ("A", "B", "head")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One layer's change, ``scale * B @ A``: B (out, r), A (r, in)."""
+
+    B: Tensor
+    A: Tensor
+    scale: float
+
+    def __post_init__(self) -> None:
+        if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
+            raise ValueError(f"B is (out, r) and A is (r, in), got {tuple(self.B.shape)} and {tuple(self.A.shape)}")
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def dense(self) -> Tensor:
+        """The change as a matrix (out, in)."""
+        return self.scale * (self.B @ self.A)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Low-rank pairs by layer name and head tensors by parameter name."""
+
+    layers: Mapping[str, LowRank]
+    head: Mapping[str, Tensor]
+
+    @cached_property
+    def layout(self) -> Layout:
+        entries: list[Entry] = []
+        start = 0
+
+        def place(name: str, part: str, tensor: Tensor) -> None:
+            nonlocal start
+            entries.append(Entry(name, part, tuple(tensor.shape), start))
+            start += tensor.numel()
+
+        for name in sorted(self.layers):
+            place(name, "A", self.layers[name].A)
+            place(name, "B", self.layers[name].B)
+        for name in sorted(self.head):
+            place(name, "head", self.head[name])
+        return Layout(tuple(entries), {name: self.layers[name].scale for name in sorted(self.layers)})
+
+    def flatten(self) -> Tensor:
+        """All entries as one float32 vector (n,), a copy, in the layout's order."""
+        parts = [self._tensor(entry).reshape(-1).to(torch.float32) for entry in self.layout.entries]
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def _tensor(self, entry: Entry) -> Tensor:
+        if entry.part == "head":
+            return self.head[entry.name]
+        pair = self.layers[entry.name]
+        return pair.A if entry.part == "A" else pair.B
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor stands in the flat vector: entries start to start + numel, row-major."""
+
+    name: str
+    part: str  # one of PARTS
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The order and shapes of an adapter's entries: the key to its flat vector."""
+
+    entries: tuple[Entry, ...]
+    scales: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Entries in the flat vector: n."""
+        return self.entries[-1].start + self.entries[-1].numel if self.entries else 0
+
+    def unflatten(self, vector: Tensor) -> Adapter:
+        """The adapter whose tensors are views into ``vector`` (n,). ValueError for any other length."""
+        if vector.shape != (self.size,):
+            raise ValueError(f"expected a vector of {self.size} entries, got shape {tuple(vector.shape)}")
+        tensors = {(e.name, e.part): vector[e.start : e.start + e.numel].view(e.shape) for e in self.entries}
+        return Adapter(
+            {name: LowRank(tensors[name, "B"], tensors[name, "A"], scale) for name, scale in self.scales.items()},
+            {name: tensor for (name, part), tensor in tensors.items() if part == "head"},
+        )
+
+    def mask(self, *parts: str) -> Tensor:
+        """A boolean vector (n,): which entries belong to the given parts (of "A", "B", "head")."""
+        mask = torch.zeros(self.size, dtype=torch.bool)
+        for entry in self.entries:
+            if entry.part in parts:
+                mask[entry.start : entry.start + entry.numel] = True
+        return mask
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that JSON can store; `from_json` gives the same layout back."""
+        return {"entries": [[e.name, e.part, list(e.shape)] for e in self.entries], "scales": dict(self.scales)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Layout:
+        entries, start = [], 0
+        for name, part, shape in value["entries"]:
+            entries.append(Entry(name, part, tuple(shape), start))
+            start += entries[-1].numel
+        return cls(tuple(entries), dict(value["scales"]))
+
+
+def scale_of(rank: int, alpha: float, rslora: bool = False) -> float:
+    """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023), as PEFT defines them."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def fresh_adapter(
+    shapes: Mapping[str, tuple[int, int]], head: Mapping[str, Tensor], rank: int, scale: float, seed: int
+) -> Adapter:
+    """An adapter that changes nothing yet: B = 0, A uniform in +-1/sqrt(in) as PEFT draws it, keyed by layer name.
+
+    ``shapes`` gives (out, in) per layer; ``head`` the head's start values, copied.
+    """
+    layers = {}
+    for name, (out, inner) in shapes.items():
+        bound = 1 / math.sqrt(inner)
+        A = torch.empty(rank, inner).uniform_(-bound, bound, generator=torch_rng(seed, "lora.A", name))
+        layers[name] = LowRank(torch.zeros(out, rank), A, scale)
+    return Adapter(layers, {name: tensor.detach().clone() for name, tensor in head.items()})

@@ -1,0 +1,122 @@
+"""Stacked layers: the adapters and heads of K clients over one frozen model, in one forward pass.
+
+The rows of a batch (its first dimension) belong to clients in consecutive segments, and each segment passes through
+its own client's factors. K = 1 is a pack of one: there is no second path. Ranks may differ; shorter pairs are padded
+with zeros on both sides, where gradients are zero, so the padding stays zero.
+
+Shape suffixes: K slots of the pack, R largest rank, I layer input, O layer output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rayfed.lora.adapter import LowRank
+
+
+@dataclass
+class Segment:
+    """Consecutive rows of the batch that belong to one slot; `rng` draws its dropout (None: no dropout)."""
+
+    slot: int
+    rows: int
+    rng: torch.Generator | None = None
+
+
+@dataclass
+class Batch:
+    """Who owns the rows of the batch now passing through the model; shared by all stacked layers of a model."""
+
+    segments: Sequence[Segment] = field(default_factory=list)
+
+    @contextmanager
+    def of(self, segments: Sequence[Segment]) -> Iterator[None]:
+        self.segments = segments
+        try:
+            yield
+        finally:
+            self.segments = []
+
+    def split(self, x: Tensor) -> Iterator[tuple[Segment, Tensor]]:
+        """The segments with their rows of x. Fails where rows are not what the segments announced."""
+        total = sum(s.rows for s in self.segments)
+        if x.shape[0] != total:
+            raise ValueError(f"the batch has {x.shape[0]} rows, its segments {total}: rows must stay whole and in order")
+        return zip(self.segments, x.split([s.rows for s in self.segments]), strict=True)
+
+
+class StackedLora(nn.Module):
+    """A frozen linear layer plus, for each slot, ``scale * B A`` of its input."""
+
+    def __init__(self, base: nn.Module, batch: Batch, slots: int, rank: int, dropout: float) -> None:
+        super().__init__()
+        outer, inner = layer_shape(base)
+        device = next(base.parameters()).device
+        self.base, self.batch, self.dropout = base, batch, dropout
+        self.A_KRI = nn.Parameter(torch.zeros(slots, rank, inner, device=device))
+        self.B_KOR = nn.Parameter(torch.zeros(slots, outer, rank, device=device))
+        self.scales = [0.0] * slots
+
+    def forward(self, x: Tensor) -> Tensor:
+        changes = []
+        for segment, rows in self.batch.split(x):
+            k = segment.slot
+            rows = _dropped(rows.to(self.A_KRI.dtype), self.dropout, segment.rng)
+            changes.append(self.scales[k] * ((rows @ self.A_KRI[k].T) @ self.B_KOR[k].T))
+        y: Tensor = self.base(x)
+        return y + (changes[0] if len(changes) == 1 else torch.cat(changes)).to(y.dtype)
+
+    @torch.no_grad()
+    def load(self, slot: int, pair: LowRank) -> None:
+        if pair.rank > self.A_KRI.shape[1]:
+            raise ValueError(f"rank {pair.rank} does not fit a stack of rank {self.A_KRI.shape[1]}")
+        self.A_KRI[slot].zero_()[: pair.rank] = pair.A
+        self.B_KOR[slot].zero_()[:, : pair.rank] = pair.B
+        self.scales[slot] = pair.scale
+
+
+class StackedLinear(nn.Module):
+    """A linear layer of the head that every slot trains in full."""
+
+    def __init__(self, layer: nn.Linear, batch: Batch, slots: int) -> None:
+        super().__init__()
+        self.batch = batch
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight_KOI = nn.Parameter(layer.weight.detach().float().repeat(slots, 1, 1))
+        bias = layer.bias
+        self.bias_KO = nn.Parameter(bias.detach().float().repeat(slots, 1)) if bias is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for segment, rows in self.batch.split(x):
+            bias = self.bias_KO[segment.slot] if self.bias_KO is not None else None
+            outputs.append(nn.functional.linear(rows.to(self.weight_KOI.dtype), self.weight_KOI[segment.slot], bias))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def layer_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of an nn.Linear or a transformers Conv1D; TypeError for anything else."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    if is_conv1d(layer):
+        inner, outer = layer.weight.shape  # type: ignore[misc]
+        return outer, inner
+    raise TypeError(f"{type(layer).__name__} is neither nn.Linear nor Conv1D")
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """GPT-2's Conv1D: a linear layer whose weight is stored (in, out). Told by name to keep transformers out of here."""
+    return type(layer).__name__ == "Conv1D" and getattr(layer, "weight", torch.empty(0)).ndim == 2
+
+
+def _dropped(rows: Tensor, rate: float, rng: torch.Generator | None) -> Tensor:
+    """Inverted dropout with the segment's own generator, so that neighbours in the pack change nothing."""
+    if rng is None or rate == 0:
+        return rows
+    keep = torch.rand(rows.shape, generator=rng) >= rate
+    return rows * keep.to(rows.device) / (1 - rate)

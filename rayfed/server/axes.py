@@ -1,0 +1,53 @@
+"""The axes of a run, resolved: method, aggregation weights, server optimizer, schedules. Wrong combinations are refused.
+
+Every `auto` in the settings becomes what the method's paper uses, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rayfed.config import Experiment
+from rayfed.config.schema import Schedule
+from rayfed.errors import UserError
+from rayfed.methods import Method, build
+from rayfed.server.optimizers import ServerOptimizer
+
+
+@dataclass(frozen=True)
+class Axes:
+    method: Method
+    weights: str  # "uniform" or "examples"
+    optimizer: ServerOptimizer
+
+
+def resolve(experiment: Experiment) -> Axes:
+    """Builds the method and what goes with it; UserError where they do not go together."""
+    method = build(experiment.method.name, **experiment.method.options)
+    server = experiment.server
+    kind = method.optimizer if server.optimizer == "auto" else server.optimizer
+    if kind not in method.optimizers:
+        raise UserError(
+            f"server.optimizer: got {kind!r}, but {experiment.method.name} allows {', '.join(method.optimizers)}"
+        )
+    weights = method.weights if server.weights == "auto" else server.weights
+    if experiment.lora.train == "head" and getattr(method, "train", "all") == "masked":
+        raise UserError("method.train: got 'masked', but lora.train=head already says what trains")
+    return Axes(method, weights, ServerOptimizer(kind, server))
+
+
+def rate(lr: float, schedule: Schedule, t: int, rounds: int) -> float:
+    """The learning rate of round ``t`` (from 0) of ``rounds``: linear warm-up, then the schedule's shape."""
+    if t < schedule.warmup:
+        return lr * (t + 1) / schedule.warmup
+    span = max(rounds - 1 - schedule.warmup, 1)
+    progress = min((t - schedule.warmup) / span, 1.0)
+    final = schedule.final
+    factor = {
+        "constant": 1.0,
+        "linear": 1 - (1 - final) * progress,
+        "cosine": final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2,
+        "exponential": final**progress,
+    }[schedule.kind]
+    return lr * factor

@@ -1,0 +1,187 @@
+"""The rounds of a run, from the first cohort to the exported adapter, one record a round.
+
+The server owns the global state; it asks a `Crew` to train and evaluate and never looks at who did it. What a run
+leaves in its directory is written here or by the sinks it is given, always in this order: the round's metrics, the
+ledger, then the checkpoint that vouches for both. So a checkpoint never promises what is not on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from rayfed import wire
+from rayfed.clients.jobs import DescribeJob, Description
+from rayfed.config import Experiment
+from rayfed.lora.inject import peft_config, start_adapter
+from rayfed.lora.peft_io import save_peft
+from rayfed.server import checkpoint as checkpoints
+from rayfed.server.axes import rate, resolve
+from rayfed.server.crew import Crew, Task
+from rayfed.server.evaluate import evaluate, features
+from rayfed.server.round import Download, Tally, updates
+from rayfed.server.sampling import cohort, profile
+from rayfed.server.stopping import Progress
+from rayfed.server.summary import closing_table, summarize
+from rayfed.tasks.federation import Federation
+from rayfed.tasks.probe import fit_probe
+from rayfed.tracking import RunInfo, Sink
+
+Record = dict[str, Any]
+
+
+class Server:
+    """Runs one experiment. Iterate `rounds()` to the end, then call `finish()`."""
+
+    def __init__(
+        self, experiment: Experiment, federation: Federation, crew: Crew, out: Path, sinks: Sink, resume: bool
+    ) -> None:
+        self.experiment, self.federation, self.crew, self.out, self.sinks = experiment, federation, crew, out, sinks
+        self.axes = resolve(experiment)
+        self.settings_digest = experiment.digest()
+        self.folder = out / "checkpoints"
+        (done,) = crew.run([Task(DescribeJob())])
+        self.description = cast(Description, done.result)
+        shapes = {} if experiment.lora.train == "head" else self.description.shapes
+        start = start_adapter(shapes, self.description.head, experiment)
+        self.layout = start.layout
+        self.progress = Progress()
+        self.ledger = wire.Ledger()
+        found = checkpoints.latest(self.folder, self.settings_digest) if resume else None
+        if found is None:
+            self.state = self.axes.method.init(start, experiment.seed)
+            self.done = 0
+        else:
+            method, optimizer = checkpoints.load_tensors(self.folder, found)
+            self.state = self.axes.method.restore(method, found.facts)
+            self.axes.optimizer.load(optimizer)
+            self.progress = Progress(**found.progress)
+            self.done = found.round
+            self.ledger = wire.Ledger.read(out / "ledger.parquet", up_to_round=self.done)
+
+    def info(self) -> RunInfo:
+        """What the sinks are told at the start."""
+        sizes = self.federation.sizes
+        facts = {
+            "clients": self.federation.clients,
+            "clients without data": int((sizes == 0).sum()),
+            "training rows": int(sizes.sum()),
+            "trainable parameters": self.layout.size,
+            "frozen parameters": self.description.parameters,
+        }
+        return RunInfo(
+            name=self.experiment.name,
+            out=self.out,
+            digest=self.settings_digest,
+            config=self.experiment.model_dump(mode="json"),
+            rounds=self.experiment.server.rounds,
+            start=self.done,
+            facts=facts,
+        )
+
+    def rounds(self) -> Iterator[Record]:
+        """Runs the rounds that are left and yields each one's record (the keys of metrics.jsonl)."""
+        self.sinks.start(self.info())
+        while self.done < self.experiment.server.rounds and not self.progress.stopped:
+            record = self._round(self.done)
+            self.done += 1
+            self.sinks.round(record)
+            for text in self.crew.drain_events():
+                self.sinks.event(text)
+            last = self.done == self.experiment.server.rounds or self.progress.stopped
+            if last or self.done % self.experiment.checkpoint.every == 0:
+                self._checkpoint(record["state/digest"])
+            yield record
+
+    def finish(self) -> Record:
+        """Exports the adapter, closes the books, tells the sinks; returns the summary."""
+        self._export()
+        probe = self._probe() if self.experiment.eval.probe else None
+        summary = summarize(self.experiment, self.progress, self.ledger, self.layout, self.done, probe)
+        self.sinks.finish(summary, closing_table(self.experiment, summary))
+        return summary
+
+    def _round(self, t: int) -> Record:
+        begun = time.perf_counter()
+        experiment, axes = self.experiment, self.axes
+        total = experiment.server.rounds
+        axes.optimizer.lr = rate(axes.optimizer.base_lr, experiment.server.schedule, t, total)
+        lr = rate(experiment.client.lr, experiment.client.schedule, t, total)
+        sizes = self.federation.sizes
+        drawn = cohort(sizes, experiment.server.cohort, experiment.seed, t)
+        clients = [profile(c, int(sizes[c]), experiment, t) for c in drawn]
+        tally, downloads = Tally(), dict[tuple[int, float], Download]()
+        stream = updates(
+            axes.method, self.state, t, lr, clients, axes.weights, experiment, self.crew, self.ledger, downloads, tally
+        )
+        self.state = axes.method.aggregate(self.state, stream, axes.optimizer.advance)
+        trained = time.perf_counter()
+        metrics = self._evaluate(t, downloads)
+        self.progress.see(t + 1, metrics, experiment.eval.early_stop)
+        return {
+            "round": t + 1,
+            "train/loss": tally.loss / tally.examples,
+            **metrics,
+            **self.ledger.totals(t + 1),
+            "bytes/total": self.ledger.total_bytes,
+            "time/round_s": time.perf_counter() - begun,
+            "time/train_s": trained - begun,
+            "clients/ok": tally.ok,
+            "clients/retried": tally.retried,
+            "state/digest": checkpoints.state_digest(t + 1, self.state.tensors(), axes.optimizer.state),
+        }
+
+    def _evaluate(self, t: int, downloads: dict[tuple[int, float], Download]) -> dict[str, float | None]:
+        """The dense global model, and the sparse one under the mask its clients were sent at the round's start."""
+        settings = self.experiment.eval
+        names = [f"{s}/{m}{x}" for s in ("eval", "test") for m in ("loss", "accuracy") for x in ("", "_masked")]
+        metrics: dict[str, float | None] = dict.fromkeys(names)
+        if (t + 1) % settings.every and t + 1 < self.experiment.server.rounds:
+            return metrics
+        models = {"": self._vector()}
+        mask = next(iter(downloads.values())).mask
+        if settings.masked and mask is not None:
+            models["_masked"] = models[""] * mask
+        measured = evaluate(
+            self.crew, self.federation, self.layout, models, ("validation", "test"), settings.batch_size
+        )
+        return metrics | measured
+
+    def _vector(self) -> Tensor:
+        return self.axes.method.adapter(self.state).flatten()
+
+    def _checkpoint(self, digest: str) -> None:
+        self.ledger.write(self.out / "ledger.parquet")
+        record = checkpoints.Checkpoint(
+            self.done, self.settings_digest, digest, self.state.facts(), self.progress.to_json()
+        )
+        keep = self.experiment.checkpoint.keep
+        checkpoints.save(self.folder, record, self.state.tensors(), self.axes.optimizer.state, keep)
+
+    def _export(self) -> None:
+        adapter = self.axes.method.adapter(self.state)
+        if self.experiment.lora.train == "head":  # PEFT wants pairs: fresh ones change nothing
+            adapter = start_adapter(self.description.shapes, dict(adapter.head), self.experiment)
+        save_peft(
+            self.out / "adapter",
+            adapter,
+            peft_config(self.experiment, self.description.head_modules),
+            base=self.description.base,
+            conv1d=self.description.conv1d,
+            files={"classes.json": json.dumps(list(self.federation.classes), indent=2) + "\n"},
+        )
+
+    def _probe(self) -> float:
+        size = self.experiment.eval.batch_size
+        has_validation = len(self.federation.validation) > 0
+        return fit_probe(
+            features(self.crew, self.federation, "train", size),
+            features(self.crew, self.federation, "validation", size) if has_validation else None,
+            features(self.crew, self.federation, "test", size),
+            len(self.federation.classes),
+        )

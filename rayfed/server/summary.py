@@ -1,0 +1,66 @@
+"""The end of a run in figures: accuracy reached, bytes sent, and what the alternatives would have cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rayfed import wire
+from rayfed.config import Experiment
+from rayfed.lora.adapter import Layout
+from rayfed.server.stopping import Progress
+from rayfed.tracking import Table
+
+
+def summarize(
+    experiment: Experiment, progress: Progress, ledger: wire.Ledger, layout: Layout, rounds: int, probe: float | None
+) -> dict[str, Any]:
+    """Flat figures: accuracies (0 to 1), bytes both ways, the bytes of the same run sent dense in fp32."""
+    totals = ledger.totals()
+    transfers = 2 * rounds * experiment.server.cohort
+    return {
+        "rounds": rounds,
+        "best/round": progress.best_round,
+        "best/eval_accuracy": progress.best_accuracy,
+        "best/test_accuracy": progress.best_test_accuracy,
+        "final/eval_accuracy": progress.last_accuracy,
+        "final/test_accuracy": progress.last_test_accuracy,
+        "final/test_accuracy_masked": progress.last_test_accuracy_masked,
+        **totals,
+        "bytes/total": ledger.total_bytes,
+        "bytes/dense": transfers * len(wire.encode(torch.zeros(layout.size))),
+        "probe/test_accuracy": probe,
+    }
+
+
+def closing_table(experiment: Experiment, summary: dict[str, Any]) -> Table:
+    """What a reader should see last: this run, the same run sent dense, the frozen base."""
+    down, up = experiment.wire.down, experiment.wire.up
+    rows = [
+        (
+            f"{experiment.method.name}, density {_density(down.density)} down, {_density(up.density)} up",
+            _percent(summary["final/test_accuracy"]),
+            _megabytes(summary["bytes/total"]),
+        )
+    ]
+    if summary["final/test_accuracy_masked"] is not None:
+        rows.append(("  its sparse model, as clients receive it", _percent(summary["final/test_accuracy_masked"]), ""))
+    if summary["bytes/total"] != summary["bytes/dense"]:
+        times = summary["bytes/dense"] / summary["bytes/total"]
+        rows.append((f"  the same messages sent dense: {times:.1f}x", "", _megabytes(summary["bytes/dense"])))
+    if summary["probe/test_accuracy"] is not None:
+        rows.append(("frozen base, only a head trained (centrally)", _percent(summary["probe/test_accuracy"]), ""))
+    return Table(f"After {summary['rounds']} rounds", ("", "test accuracy", "MB both ways"), tuple(rows))
+
+
+def _density(value: float) -> str:
+    return f"1/{1 / value:g}" if value < 1 and (1 / value).is_integer() else f"{value:g}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _megabytes(value: int) -> str:
+    return f"{value / 1e6:.2f}"

