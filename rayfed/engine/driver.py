@@ -64,9 +64,11 @@ class Driver:
         try:
             server = Server(experiment, ray.get(federation[0]), crew, out, sinks, resume)
             for _ in server.rounds():
-                yield from outbox.drain()
+                for message in outbox.drain():  # Ray resumes generators by send(), which `yield from` a list has not
+                    yield message
             server.finish()
-            yield from outbox.drain()
+            for message in outbox.drain():
+                yield message
         finally:
             sinks.close()
             crew.close()

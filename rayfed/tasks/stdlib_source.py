@@ -38,7 +38,6 @@ SKIPPED = (
 )
 
 
-
 class Row(NamedTuple):
     """A function's body, the top-level module or package it is in, and its file relative to the library."""
 

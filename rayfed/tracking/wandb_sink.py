@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rayfed.files import write_json
+from rayfed.tracking.login import logged_in, wandb_mode
 from rayfed.tracking.sinks import Record, RunInfo, Scalar, Table
-from rayfed.tracking.wandb_mode import logged_in, wandb_mode
 
 if TYPE_CHECKING:
     from rayfed.config.schema import Tracking
@@ -89,12 +89,12 @@ class WandbSink:
             self._say("wandb: not logged in (`wandb login`), so this run is tracked offline")
             mode = "offline"
         try:
-            self._run = self._init(info, mode)
+            self._run = self._init(info, mode, _run_id(info))
         except (Exception, SystemExit) as error:
             self._say(f"wandb: {mode} start failed, trying offline ({_first_line(error)})")
-            _release(1)  # the helper process still holds the failed run's id
-            os.environ.pop(SERVICE, None)  # if it was inherited, its owner may be gone
-            self._run = self._init(info, mode := "offline")
+            _release(1)
+            # Where others still need the helper process, it goes on and keeps the failed run's id to itself.
+            self._run = self._init(info, mode := "offline", _run_id(info, fresh=SERVICE in os.environ))
         self._run.define_metric("round")
         self._run.define_metric("bytes/total", step_metric="round")  # named by itself, it is offered as an x-axis too
         self._run.define_metric("*", step_metric="round")
@@ -102,32 +102,25 @@ class WandbSink:
         where = self._run.url if mode == "online" else f"offline in {folder}; upload it with `wandb sync {folder}`"
         self._say(f"wandb: {where}")
 
-    def _init(self, info: RunInfo, mode: str) -> Any:
+    def _init(self, info: RunInfo, mode: str, run_id: str) -> Any:
         import wandb
 
+        _connect()
         known: dict[str, Any] = {name: value for name, value in QUIET.items() if name in wandb.Settings.model_fields}
-        before = os.environ.get(SERVICE)
         info.out.mkdir(parents=True, exist_ok=True)
-        try:
-            if before is None:
-                wandb.setup(wandb.Settings(silent=True))  # or it says on stderr where it found the key
-            return wandb.init(
-                project=self._settings.project,
-                entity=self._settings.entity,
-                group=self._settings.group,
-                tags=list(self._settings.tags) or None,
-                name=info.name,
-                config={**info.config, "digest": info.digest, "facts": dict(info.facts)},
-                dir=info.out,
-                id=_run_id(info),
-                resume="allow",
-                mode=mode,  # type: ignore[arg-type]
-                settings=wandb.Settings(**known),
-            )
-        finally:
-            after = os.environ.get(SERVICE)
-            if after is not None and after != before:
-                _started.add(after)
+        return wandb.init(
+            project=self._settings.project,
+            entity=self._settings.entity,
+            group=self._settings.group,
+            tags=list(self._settings.tags) or None,
+            name=info.name,
+            config={**info.config, "digest": info.digest, "facts": dict(info.facts)},
+            dir=info.out,
+            id=run_id,
+            resume="allow",
+            mode=mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(**known),
+        )
 
     def _summarise(self, summary: dict[str, Any], table: Table | None) -> None:
         if table is not None:
@@ -137,18 +130,32 @@ class WandbSink:
         self._run.summary.update(summary)
 
 
-def _run_id(info: RunInfo) -> str:
+def _run_id(info: RunInfo, fresh: bool = False) -> str:
     """The id stored in the run directory if it is for the same settings, so for the same numbers; else a new one."""
     path = info.out / "wandb-run.json"
     try:
         stored = json.loads(path.read_text())
-        if stored["digest"] == info.digest:
+        if stored["digest"] == info.digest and not fresh:
             return str(stored["id"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no file, or none of ours
     made = secrets.token_hex(6)
     write_json(path, {"id": made, "digest": info.digest})
     return made
+
+
+def _connect() -> None:
+    """Makes sure that wandb's helper process answers: the one named in the environment, or a new one of our own."""
+    import wandb
+
+    if SERVICE in os.environ:
+        try:
+            wandb.setup()
+            return
+        except Exception:  # inherited from a process that is gone
+            del os.environ[SERVICE]
+    wandb.setup(wandb.Settings(silent=True))  # else it says on stderr where it found the key
+    _started.add(os.environ[SERVICE])
 
 
 def _release(exit_code: int) -> None:

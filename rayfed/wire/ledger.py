@@ -1,8 +1,8 @@
 """The ledger: what travelled between server and clients, one row per payload.
 
-Promises: ``bytes`` is ``len()`` of the payloads, header, indices and values together; ``values`` is the number of entries
-that travelled, the figure papers quote as parameters sent. A row takes some 60 bytes of memory, totals are kept as rows
-come, and the table is ordered by round, client and direction: the file is the same whatever the order of arrival.
+Promises: ``bytes`` is ``len()`` of the payload, header, indices and values together; ``values`` is the number of
+entries that travelled, the figure papers quote as parameters sent. A row takes some 60 bytes of memory, totals are kept
+as rows come, and the table is ordered by round, client and direction: one file, whatever the order of arrival.
 """
 
 from __future__ import annotations

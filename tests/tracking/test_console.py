@@ -1,4 +1,4 @@
-"""What the user sees: plain lines with a fixed shape, a bar on a terminal, and nothing that breaks on missing values."""
+"""What the user sees: plain lines of a fixed shape, a bar on a terminal, and nothing that breaks on missing values."""
 
 from __future__ import annotations
 
@@ -179,7 +179,8 @@ def test_rich_stays_inside_the_terminal_and_cuts_no_cell(monkeypatch: pytest.Mon
     assert "[bold]1[/bold]" in table  # a cell is text, not markup
 
 
-def test_rich_gives_stdout_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end", ["close", "finish"])
+def test_rich_gives_stdout_back(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stdout", stream)
     before = sys.stdout, sys.stderr
@@ -187,12 +188,17 @@ def test_rich_gives_stdout_back(monkeypatch: pytest.MonkeyPatch) -> None:
     sink.start(info())
     print("a worker's own words")
     assert sys.stdout is not before[0]
-    sink.close()
+    if end == "close":
+        sink.close()
+    else:
+        sink.finish({}, RESULTS)
     assert (sys.stdout, sys.stderr) == before
     assert "a worker's own words" in stream.getvalue()
 
 
-@pytest.mark.parametrize(("terminal", "term", "bar"), [(True, "xterm", True), (True, "dumb", False), (False, "xterm", False)])
+@pytest.mark.parametrize(
+    ("terminal", "term", "bar"), [(True, "xterm", True), (True, "dumb", False), (False, "xterm", False)]
+)
 def test_auto_is_rich_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, terminal: bool, term: str, bar: bool) -> None:
     monkeypatch.setenv("TERM", term)
     stream = io.StringIO()

@@ -17,7 +17,7 @@ import pytest
 
 from rayfed.config.schema import Tracking
 from rayfed.errors import UserError
-from rayfed.tracking import Record, RunInfo, Table, WandbSink, open_sinks, wandb_mode, wandb_sink
+from rayfed.tracking import Record, RunInfo, Table, WandbSink, login, open_sinks, wandb_mode, wandb_sink
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 
@@ -112,8 +112,7 @@ def test_a_login_elsewhere_is_no_login_here(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_without_the_package_auto_is_off_and_a_wish_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(sys.modules["rayfed.tracking.wandb_mode"], "find_spec", lambda name: None)
+    monkeypatch.setattr(login, "find_spec", lambda name: None)
     assert wandb_mode(Tracking()) == "off"
     with pytest.raises(UserError, match=r"tracking\.wandb: got 'offline'"):
         wandb_mode(Tracking(wandb="offline"))
@@ -152,7 +151,9 @@ def read_run(folder: Path) -> dict[str, Any]:
             row = {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in message.history.item}
             run["history"].append({key: value for key, value in row.items() if key not in ("_runtime", "_timestamp")})
         elif kind == "summary":
-            run["summary"] |= {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in message.summary.update}
+            run["summary"] |= {
+                i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in message.summary.update
+            }
         elif kind == "run":
             run["id"], run["name"], run["group"] = message.run.run_id, message.run.display_name, message.run.run_group
             run["project"], run["tags"] = message.run.project, list(message.run.tags)
@@ -201,9 +202,7 @@ def play(out: Path, first: int, last: int, done: bool = True) -> list[str]:
     return said
 
 
-def test_offline_run_holds_everything_and_leaves_no_process(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_offline_run_holds_everything_and_leaves_no_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     said = play(out, 1, 5)
     assert helpers() == []
@@ -256,7 +255,7 @@ def test_other_runs_of_this_process_stay_alive(tmp_path: Path) -> None:
     second.start(info(tmp_path / "2"))
     first.round(record(1))
     first.close()
-    assert len(helpers()) == 1
+    assert helpers()
     second.round(record(1))
     second.finish({}, None)
     second.close()
@@ -286,6 +285,23 @@ def test_online_without_network_goes_on_offline(
     assert "wandb: offline in" in log
     seen = [log, *capfd.readouterr(), *(p.read_text(errors="replace") for p in out.rglob("*") if p.is_file())]
     assert not any(KEY in text for text in seen)
+
+
+def test_online_beside_a_living_run_goes_on_offline_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    living = WandbSink(Tracking(wandb="offline"), "offline", say=said.append)
+    living.start(info(tmp_path / "living"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setitem(wandb_sink.QUIET, "init_timeout", 2.0)
+    other = WandbSink(Tracking(), "online", say=said.append)
+    other.start(info(tmp_path / "other"))
+    for sink in (other, living):
+        sink.round(record(1))
+        sink.finish({}, None)
+        sink.close()
+    assert helpers() == []
+    assert [runs(tmp_path / name)[0]["history"] for name in ("other", "living")] == [rows(1, 1), rows(1, 1)]
 
 
 def test_online_asked_for_but_not_logged_in_asks_nobody(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rayfed.wire import keep_count, top_k, top_mask
+
+
+def brute_force(x: torch.Tensor, k: int) -> list[int]:
+    """The definition, by a full sort: larger magnitude first, then lower index."""
+    magnitudes = [abs(v) for v in x.tolist()]
+    ranked = sorted(range(len(magnitudes)), key=lambda i: (-magnitudes[i], i))
+    return sorted(ranked[:k])
+
+
+# Few distinct magnitudes, so that ties, zeros of both signs and subnormals are the rule and not the exception.
+TIED = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -3.5, 1e-45, -1e-45, 3.4e38])
+
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(TIED, st.floats(width=32, allow_nan=False, allow_infinity=False)), max_size=60), st.data())
+def test_top_k_is_the_definition(values, data):
+    x = torch.tensor(values, dtype=torch.float32)
+    k = data.draw(st.integers(0, len(values) + 2))
+    kept = top_k(x, k)
+    assert kept.dtype == torch.int64
+    assert kept.tolist() == brute_force(x, k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
+def test_top_k_on_long_vectors_with_zeros(dtype, share):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(3000, generator=g).to(dtype)
+    x[torch.rand(3000, generator=g) < share] = 0
+    before = x.clone()
+    for k in (0, 1, 150, 1499, 2999, 3000, 4000):
+        assert top_k(x, k).tolist() == brute_force(x, k)
+    assert torch.equal(x, before)
+
+
+def test_top_k_takes_views_and_leaves():
+    x = torch.arange(20.0, requires_grad=True)
+    assert top_k(x[::2], 3).tolist() == [7, 8, 9]
+    assert top_k(torch.zeros(5), 2).tolist() == [0, 1]
+    assert top_k(torch.empty(0), 0).tolist() == top_k(torch.empty(0), 3).tolist() == []
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("k", [0, 2, 100])
+def test_top_k_refuses_what_has_no_order(bad, k):
+    x = torch.ones(100)
+    x[57] = bad
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        top_k(x, k)
+
+
+def test_top_k_refuses_wrong_arguments():
+    with pytest.raises(ValueError, match="flat"):
+        top_k(torch.ones(2, 2), 1)
+    with pytest.raises(ValueError, match="floating"):
+        top_k(torch.ones(2, dtype=torch.int64), 1)
+    with pytest.raises(ValueError, match="k: got -1"):
+        top_k(torch.ones(2), -1)
+
+
+def test_keep_count_is_the_float_product_of_the_paper():
+    assert keep_count(100, 0.29) == 28  # 0.29 * 100 is 28.999999999999996
+    assert keep_count(600_000, 1 / 64) == 9375
+    assert keep_count(3, 0.25) == 0
+    assert keep_count(0, 0.5) == 0
+    assert keep_count(7, 1) == 7
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**9), st.floats(0, 1, exclude_min=True))
+def test_keep_count_stays_in_range(n, density):
+    assert 0 <= keep_count(n, density) <= n
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.0001, float("nan"), float("inf")])
+def test_keep_count_refuses(density):
+    with pytest.raises(ValueError, match="density"):
+        keep_count(10, density)
+    with pytest.raises(ValueError, match="n: got -1"):
+        keep_count(-1, 0.5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 300), st.floats(0.01, 1), st.integers(0, 1000))
+def test_top_mask_agrees_with_top_k(n, density, seed):
+    x = torch.from_numpy(np.random.default_rng(seed).integers(-4, 5, n).astype(np.float32))
+    mask = top_mask(x, density)
+    assert mask.dtype == torch.bool
+    assert mask.shape == x.shape
+    assert mask.nonzero().flatten().tolist() == top_k(x, keep_count(n, density)).tolist()
