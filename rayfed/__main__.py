@@ -1,3 +1,5 @@
+"""`python -m rayfed` is `rayfed`."""
+
 import sys
 
 from rayfed.cli import main

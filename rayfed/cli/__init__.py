@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad usage or settings, 1 anything else.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,11 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         options.action(options)
-    except UserError as error:
-        print(f"rayfed: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"rayfed: {error}", file=sys.stderr)
+        sys.stdout.flush()
+    except (UserError, RunError) as error:
+        for line in str(error).splitlines():
+            print(f"rayfed: {line}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except BrokenPipeError:  # `rayfed settings | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("rayfed: interrupted; `--resume` with the same --out continues", file=sys.stderr)
@@ -51,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     methods.set_defaults(action=_methods)
 
     settings = commands.add_parser("settings", help="list every setting with its default and meaning")
-    settings.add_argument("section", nargs="?", help="only this section, such as client")
+    settings.add_argument("section", nargs="?", help="only this section or setting, such as client or wire.up.density")
     settings.set_defaults(action=_settings)
     return parser
 

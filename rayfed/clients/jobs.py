@@ -78,6 +78,8 @@ class FeatureJob:
 
 @dataclass(frozen=True)
 class FeatureResult:
+    """What a head sees of each row, and the row's class."""
+
     features: Tensor  # (rows, width) float32
     labels: Tensor  # (rows,) int64
 

@@ -116,20 +116,24 @@ class Learner:
     @torch.no_grad()
     def _features(self, job: FeatureJob) -> FeatureResult:
         seen: list[Tensor] = []
+        features, labels = [], []
         hook = self.model.get_submodule(self.head).register_forward_pre_hook(
             lambda _module, args: seen.append(args[0].float().cpu())
         )
-        labels = []
         for lora in self.stack.lora.values():  # the base alone: no adapter
             lora.B_KOR.zero_()
         try:
             for inputs, batch_labels in self._batches(job.split, job.start, job.stop):
                 with self.stack.batch.of([Segment(0, len(batch_labels))]):
                     self._forward(inputs)
+                states = seen.pop()
+                if states.ndim == 3:  # GPT-2's head sees every token, and the last real one decides
+                    states = states[torch.arange(len(states)), inputs["attention_mask"].sum(1).cpu() - 1]
+                features.append(states)
                 labels.append(batch_labels.cpu())
         finally:
             hook.remove()
-        return FeatureResult(torch.cat(seen), torch.cat(labels))
+        return FeatureResult(torch.cat(features), torch.cat(labels))
 
     def _batches(self, split: SplitName, start: int, stop: int):  # type: ignore[no-untyped-def]
         tokens, size = getattr(self.federation, split), self.experiment.eval.batch_size
@@ -140,7 +144,7 @@ class Learner:
             yield inputs, inputs.pop("labels")
 
     def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        return self.model(**inputs).logits  # type: ignore[no-any-return]
+        return self.model(**inputs).logits
 
 
 def _upload(result: Trained, member: Member, density: float, values: str) -> bytes:

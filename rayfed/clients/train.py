@@ -2,13 +2,14 @@
 
 What holds for every client, whoever shares its pack: its batches are its own in its own order; its loss is the mean
 over its own rows (losses are summed over clients, so no gradient is rescaled); its gradient is clipped by its own norm;
-its dropout has its own generator; and after its last step it is out of the batch and its result is taken at once, so
-moments and weight decay cannot move it any more. Entries that do not train keep the bits they were decoded to.
+its dropout has its own generator and covers its own tokens; and after its last step it is out of the batch and its
+result is taken at once, so moments and weight decay cannot move it any more. Entries that do not train keep the bits
+they were decoded to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 
 class Forward(Protocol):
+    """The model: inputs of a batch in, logits out."""
+
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor: ...  # logits (rows, classes)
 
 
@@ -52,8 +55,8 @@ class Trained:
 
 
 def train_pack(
-    stack: Stack, forward: Forward, data: Tokens, pad_id: int, members: Sequence[Member], settings: Client, *, lr: float,
-    t: int, seed: int, device: torch.device,
+    stack: Stack, forward: Forward, data: Tokens, pad_id: int, members: Sequence[Member], settings: Client, *,
+    lr: float, t: int, seed: int, device: torch.device,
 ) -> list[Trained]:  # fmt: skip
     """Trains the members for one round ``t`` and returns their results in the order given.
 
@@ -63,13 +66,20 @@ def train_pack(
     for slot, member in enumerate(members):
         stack.load(slot, member.layout.unflatten(member.start))
     parameters = _Parameters(stack, members)
-    optimizer = _optimizer(parameters.trained, settings, lr)
+    # A payload so sparse that nothing arrived can leave nothing to train: the clients then measure their loss only.
+    optimizer = _optimizer(parameters.trained, settings, lr) if parameters.trained else None
     losses = [torch.zeros((), dtype=torch.float64, device=device) for _ in members]
     results: dict[int, Trained] = {}
+    lengths = data.lengths
     for step in range(max(len(plan) for plan in plans)):
         active = [slot for slot, plan in enumerate(plans) if step < len(plan)]
         segments = [
-            Segment(s, len(plans[s][step]), keys.torch_rng(seed, "dropout", t, members[s].client, step))
+            Segment(
+                s,
+                len(plans[s][step]),
+                keys.torch_rng(seed, "dropout", t, members[s].client, step),
+                int(lengths[plans[s][step]].max()),
+            )
             for s in active
         ]
         batch = data.batch(np.concatenate([plans[s][step] for s in active]), pad_id)
@@ -78,13 +88,15 @@ def train_pack(
         with stack.batch.of(segments):
             each = nn.functional.cross_entropy(forward(inputs).float(), labels, reduction="none")
             means = [rows.mean() for rows in each.split([s.rows for s in segments])]
-            optimizer.zero_grad(set_to_none=True)
-            torch.stack(means).sum().backward()
-        parameters.mask_gradients()
-        if settings.clip_norm is not None:
-            parameters.clip(settings.clip_norm)
-        optimizer.step()
-        parameters.restore()
+            if optimizer is not None:
+                optimizer.zero_grad(set_to_none=True)
+                torch.stack(means).sum().backward()
+        if optimizer is not None:
+            parameters.mask_gradients()
+            if settings.clip_norm is not None:
+                parameters.clip(settings.clip_norm)
+            optimizer.step()
+            parameters.restore()
         for slot, mean in zip(active, means, strict=True):
             losses[slot] += mean.detach().double()
             if step + 1 == len(plans[slot]):
@@ -125,19 +137,18 @@ class _Parameters:
         places = [{(e.name, e.part): e for e in member.layout.entries} for member in members]
         self.trained: list[nn.Parameter] = []
         self.partial: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # parameter, mask, start: entries to hold still
-        self.slots = len(members)
         for name, part, parameter in stack.tensors():
-            mask = torch.ones_like(parameter, dtype=torch.bool)
+            mask = torch.ones_like(parameter, dtype=torch.bool)  # padding and empty slots have no gradient anyway
+            supports = []
             for slot, member in enumerate(members):
                 entry = places[slot][name, part]
-                support = member.support[entry.start : entry.start + entry.numel].view(entry.shape)
-                stack.crop(mask[slot], part, entry.shape).copy_(support)
-            used = mask[: self.slots]
+                supports.append(member.support[entry.start : entry.start + entry.numel])
+                stack.crop(mask[slot], part, entry.shape).copy_(supports[-1].view(entry.shape))
             # Without this, a head-only client would still pay for the way back through the whole model.
-            parameter.requires_grad_(bool(used.any()))
+            parameter.requires_grad_(any(bool(support.any()) for support in supports))
             if parameter.requires_grad:
                 self.trained.append(parameter)
-                if not bool(used.all()):
+                if not all(bool(support.all()) for support in supports):
                     self.partial.append((parameter, mask, parameter.detach().clone()))
 
     @torch.no_grad()
@@ -154,10 +165,8 @@ class _Parameters:
     @torch.no_grad()
     def clip(self, norm: float) -> None:
         """Scales each slot's gradient to at most the L2 norm, as torch's clip_grad_norm_ does for one model."""
-        squares = sum(p.grad.flatten(1).square().sum(1) for p in self._with_grad())
-        factors = (norm / (torch.sqrt(squares) + 1e-6)).clamp(max=1.0)  # type: ignore[arg-type]
-        for p in self._with_grad():
-            p.grad.mul_(factors.view(-1, *[1] * (p.ndim - 1)))  # type: ignore[union-attr]
-
-    def _with_grad(self) -> Iterator[nn.Parameter]:
-        return (p for p in self.trained if p.grad is not None)
+        gradients = [p.grad for p in self.trained if p.grad is not None]
+        squares = sum((g.flatten(1).square().sum(1) for g in gradients), torch.zeros(()))
+        factors = (norm / (torch.sqrt(squares) + 1e-6)).clamp(max=1.0)
+        for g in gradients:
+            g.mul_(factors.view(-1, *[1] * (g.ndim - 1)))

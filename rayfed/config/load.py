@@ -4,40 +4,60 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+import reprlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
+from rayfed.config.fields import allowed, section_of, walk
 from rayfed.config.schema import Experiment
 from rayfed.errors import UserError
 
+_TAG = "tag:yaml.org,2002:"
+_WORDS = [  # what a word without quotes may be besides a string; the first that fits counts
+    (_TAG + "null", re.compile(r"(~|null|Null|NULL|)\Z")),
+    (_TAG + "bool", re.compile(r"(true|True|TRUE|false|False|FALSE)\Z")),
+    (_TAG + "int", re.compile(r"[-+]?(0|[1-9][0-9_]*)\Z")),
+    (_TAG + "float", re.compile(r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?\Z")),
+    (_TAG + "float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+\Z")),
+    (_TAG + "float", re.compile(r"[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z")),
+    (_TAG + "merge", re.compile(r"<<\Z")),
+]
+_KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring = 2, 12, 4, 120
+
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML as people write it: 1e-3 is a number, `off` is a word, and a key given twice is refused.
+    """YAML as people write it: 1e-3 is a number; off, 010, 12:30 and dates are words; a key given twice is refused.
 
-    (YAML 1.1 wants 1.0e-3 and reads on, off, yes and no as booleans.)
+    (YAML 1.1 reads them as a word, a boolean, an octal number, a number to base 60 and dates.) There are no kinds of
+    values but those that settings have: `!!python/object`, `!!set` and the like are refused.
     """
 
+    yaml_implicit_resolvers = {None: _WORDS}  # noqa: RUF012 - declared so by PyYAML
+    yaml_constructors = {  # noqa: RUF012
+        tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (None, *(_TAG + kind for kind in _KINDS))
+    }
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        seen: list[Any] = []
+        for key_node, _ in node.value:
+            key = key_node.value if key_node.tag == _TAG + "merge" else self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 
-_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    _FLOAT, re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that is something else without quotes, to this loader or to one of YAML 1.1."""
+
+    yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, None: _WORDS}  # noqa: RUF012
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -50,13 +70,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"config: got {str(path)!r}, but there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a folder, no permission; not UTF-8
         raise UserError(f"config: got {str(path)!r}, but it cannot be read as text ({error})") from None
     settings = _parse(text, str(path))
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
-        raise UserError(f"{path}: got {type(settings).__name__}, but a config is a mapping of sections")
+        raise UserError(f"config: got {str(path)!r}, but a config is a mapping of sections, not {_shown(settings)}")
     for override in overrides:
         _apply(settings, override)
     return validate(settings)
@@ -67,72 +87,109 @@ def validate(settings: dict[str, Any]) -> Experiment:
     try:
         return Experiment.model_validate(settings)
     except ValidationError as error:
-        raise UserError("\n".join(_lines(error))) from None
+        raise UserError("\n".join(_lines(error, settings))) from None
 
 
 def dump_config(experiment: Experiment) -> str:
     """The resolved settings as YAML that `load_config` reads back to the same Experiment."""
-    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(experiment.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        reason = str(error)
+    except (ValueError, LookupError):  # `!!int one`, `!!bool maybe`, an integer of thousands of digits
+        reason = "a value is not what its tag or its form says"
+    except RecursionError:
+        reason = "it is nested too deeply"
+    raise UserError(f"{where}: not valid YAML: {' '.join(reason.split())}")
 
 
 def _apply(settings: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise UserError(f"override: got {override!r}, but an override is written key=value, such as server.rounds=20")
     *sections, last = key.split(".")
+    value = _parse(text, f"override {_dotted((key,))}")
     target = settings
-    for section in sections:
+    for depth, section in enumerate(sections, 1):
         child = target.setdefault(section, {})
         if child is None:  # `client:` with nothing under it
             child = target[section] = {}
         if not isinstance(child, dict):
-            raise UserError(f"{key}: got {override!r}, but {section} is a single value")
+            above = _dotted(sections[:depth])
+            raise UserError(f"{_dotted((key,))}: got {override!r}, but {above} is the value {_shown(child)}")
         target = child
-    target[last] = _parse(text, f"override {key}")
+    target[last] = value
 
 
-def _lines(error: ValidationError) -> Iterable[str]:
-    seen = set()
+def _lines(error: ValidationError, settings: dict[str, Any]) -> Iterator[str]:
+    told = set()
     for mistake in error.errors(include_url=False):
-        # Unions put the tried type into the location; a user knows only the field.
-        location = ".".join(str(p) for p in mistake["loc"] if not _is_type_tag(p))
-        line = _line(location, mistake)
-        if (location, mistake["type"]) not in seen and line not in seen:
-            seen |= {(location, mistake["type"]), line}
-            yield line
+        # What follows the field's own name is an item of a list or, in a union, the type that was tried.
+        field, path = _field(mistake["loc"])
+        if (path, field is None) not in told:
+            told.add((path, field is None))
+            yield _line(path, field, mistake, settings)
 
 
-def _is_type_tag(part: int | str) -> bool:
-    return isinstance(part, str) and (part in {"str", "int", "float", "bool"} or "[" in part)
+def _line(path: Sequence[int | str], field: FieldInfo | None, mistake: Any, settings: Any) -> str:
+    if mistake["type"] == "value_error":  # written by the schema itself, already whole
+        return str(mistake["ctx"]["error"])
+    if field is None:
+        hint = "keys are words" if mistake["type"] == "invalid_key" else _suggest(path)
+        return f"{_dotted(path)}: unknown key; {hint}"
+    value = settings
+    for part in path:
+        if part not in value:
+            return f"{_dotted(path)}: missing, and there is no default; it should be {allowed(field)}"
+        value = value[part]
+    return f"{_dotted(path)}: got {_shown(value)}, but it should be {allowed(field)}"
 
 
-def _line(location: str, mistake: Any) -> str:
-    kind, value, message = mistake["type"], mistake["input"], mistake["msg"]
-    if kind == "value_error":  # written by the schema itself, already whole
-        return message.removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        return f"{location}: unknown key{_suggest(location)}"
-    if kind == "missing":
-        return f"{location}: missing, but this setting has no default"
-    message = message[0].lower() + message[1:]
-    return f"{location or 'config'}: got {value!r}, but {message.replace('input should', 'it should')}"
+def _field(location: Sequence[int | str]) -> tuple[FieldInfo | None, tuple[int | str, ...]]:
+    """The field at or around pydantic's location of a mistake, and its path; None and the location if there is none."""
+    model: type[BaseModel] | None = Experiment
+    field = None
+    for depth, part in enumerate(location):
+        if model is None:
+            return field, tuple(location[:depth])
+        field = model.model_fields.get(str(part))
+        if field is None:
+            break
+        model = section_of(field)
+    return field, tuple(location)
 
 
-def _suggest(location: str) -> str:
-    *sections, last = location.split(".")
+def _suggest(path: Sequence[int | str]) -> str:
+    """What the unknown key may have meant: a key beside it that reads alike, or the same name in another section."""
+    *sections, last = map(str, path)
     model: type[BaseModel] = Experiment
     for section in sections:
-        annotation = model.model_fields[section].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        model = section_of(model.model_fields[section]) or model
     near = difflib.get_close_matches(last, model.model_fields, n=1)
-    known = ", ".join(model.model_fields)
-    return f"; did you mean {near[0]}? ({known})" if near else f"; allowed are {known}"
+    names = [name for name, _ in walk(Experiment)]
+    far = [name for name in names if name.endswith("." + last)]
+    if last in names:
+        return f"in YAML every name has a level of its own: {last.replace('.', ': {')}: ...{'}' * last.count('.')}"
+    if near:
+        return f"did you mean {'.'.join([*sections, near[0]])}? (allowed are {', '.join(model.model_fields)})"
+    if far:
+        return f"did you mean {' or '.join(far)}?"
+    return f"allowed are {', '.join(model.model_fields)}"
+
+
+def _dotted(path: Sequence[int | str]) -> str:
+    """The path as the user wrote it, fit for one line."""
+    text = ".".join(map(str, path))
+    return text if text.isprintable() else repr(text)
+
+
+def _shown(value: Any) -> str:
+    """The value as YAML spells it, on one line and not too long."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return _SHORT.repr(value)

@@ -16,7 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 Density = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+Betas = Annotated[tuple[Share, Share], Field(strict=False)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
+Indices = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
 ValueFormat = Literal["fp32", "bf16", "fp16", "int8"]
 WHERE_AND_HOW = {  # settings that decide where a run executes and who watches it, never what comes out
     "name": None,
@@ -27,7 +29,23 @@ WHERE_AND_HOW = {  # settings that decide where a run executes and who watches i
 
 
 class Section(BaseModel):
+    """What all sections share: unknown keys are refused, and nothing is converted: "3" is no number, 1 no `true`."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, settings: Any) -> Any:
+        """A section with nothing under its name is null in YAML and means its defaults."""
+        if not isinstance(settings, dict):
+            return settings
+        sections = {name for name, field in cls.model_fields.items() if field.default_factory is not None}
+        return {name: value for name, value in settings.items() if value is not None or name not in sections}
+
+
+def _section(kind: type[Section], description: str) -> Any:
+    """A field that holds a section, with its defaults unless settings are given."""
+    return Field(default_factory=kind, description=description)
 
 
 class Data(Section):
@@ -61,6 +79,12 @@ class Data(Section):
             raise ValueError("data.path: got null, but data.source=files needs a folder or a file")
         if self.source == "hub" and not self.name:
             raise ValueError("data.name: got null, but data.source=hub needs the name of a data set")
+        for field, source in (("path", "files"), ("name", "hub"), ("subset", "hub")):
+            if getattr(self, field) is not None and self.source != source:
+                raise ValueError(
+                    f"data.{field}: got {getattr(self, field)!r}, but that belongs to data.source={source}, "
+                    f"and the source is {self.source}"
+                )
         return self
 
 
@@ -104,12 +128,21 @@ class Lora(Section):
     target_modules: str | Names | None = Field(
         None, description="PEFT's target_modules: names, a regular expression or `all-linear`; null: PEFT's choice."
     )
-    layers_to_transform: Annotated[tuple[int, ...], Field(strict=False)] | None = Field(
-        None, description="Only these layer indices get adapters; null: all."
+    layers_to_transform: Indices | None = Field(
+        None, description="Only these layer indices, from 0, get adapters; null: all. Needs target_modules as a list."
     )
     train: Literal["all", "head"] = Field(
         "all", description="`all`: adapters and head train; `head`: only the head does (the frozen-base baseline)."
     )
+
+    @model_validator(mode="after")
+    def _layers_of_named_modules(self) -> Lora:
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                f"lora.layers_to_transform: got {list(self.layers_to_transform)}, but PEFT takes it only with "
+                f"target_modules as a list of names, not the string {self.target_modules!r}"
+            )
+        return self
 
 
 class Method(Section):
@@ -141,8 +174,8 @@ class Direction(Section):
 class Wire(Section):
     """Sparsity and number format, per direction."""
 
-    down: Direction = Field(default_factory=Direction, description="Server to client.")
-    up: Direction = Field(default_factory=Direction, description="Client to server.")
+    down: Direction = _section(Direction, "Server to client.")
+    up: Direction = _section(Direction, "Client to server.")
 
 
 class Schedule(Section):
@@ -160,9 +193,9 @@ class Client(Section):
 
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="Fresh in every round.")
     lr: PositiveFloat = Field(1e-3, description="Learning rate.")
-    schedule: Schedule = Field(default_factory=Schedule, description="How lr changes over the rounds.")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="SGD momentum.")
-    betas: Annotated[tuple[float, float], Field(strict=False)] = Field((0.9, 0.999), description="AdamW betas.")
+    schedule: Schedule = _section(Schedule, "How lr changes over the rounds.")
+    momentum: Share = Field(0.9, description="SGD momentum.")
+    betas: Betas = Field((0.9, 0.999), description="AdamW betas.")
     eps: PositiveFloat = Field(1e-8, description="AdamW epsilon.")
     weight_decay: NonNegative = Field(0.0, description="Weight decay (L2 for SGD, decoupled for AdamW).")
     clip_norm: PositiveFloat | None = Field(None, description="Clip each client's gradient to this L2 norm; null: off.")
@@ -181,15 +214,15 @@ class Server(Section):
     )
     optimizer: Literal["auto", "fedavg", "sgd", "fedavgm", "fedadam", "adamw"] = Field(
         "auto",
-        description="fedavg: add the mean update; sgd: lr times it; fedavgm: with momentum; fedadam: Reddi et al. 2021; "
-        "adamw: torch AdamW with its defaults, as FLASC's code; auto: adamw for flasc, else fedavg.",
+        description="fedavg: add the mean update; sgd: lr times it; fedavgm: with momentum; fedadam: Reddi et al. "
+        "2021; adamw: torch AdamW with its defaults, as FLASC's code; auto: adamw for flasc, else fedavg.",
     )
     lr: PositiveFloat | None = Field(
         None, description="Server learning rate; null: 1 for sgd and fedavgm, 1e-3 for fedadam and adamw."
     )
-    schedule: Schedule = Field(default_factory=Schedule, description="How lr changes over the rounds.")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="fedavgm momentum.")
-    betas: Annotated[tuple[float, float], Field(strict=False)] | None = Field(
+    schedule: Schedule = _section(Schedule, "How lr changes over the rounds.")
+    momentum: Share = Field(0.9, description="fedavgm momentum.")
+    betas: Betas | None = Field(
         None, description="Moment decays; null: (0.9, 0.999) for adamw, (0.9, 0.99) for fedadam."
     )
     eps: PositiveFloat | None = Field(
@@ -225,18 +258,33 @@ class Engine(Section):
     kind: Literal["ray", "local"] = Field("ray", description="`ray`: actors; `local`: in this process, same bits.")
     workers: PositiveInt = Field(2, description="Worker actors.")
     cpus_per_worker: NonNegative = Field(1.0, description="Ray CPUs a worker holds; may be a fraction.")
-    gpus_per_worker: NonNegative = Field(0.0, description="Ray GPUs a worker holds; may be a fraction of one.")
-    threads: PositiveInt = Field(1, description="Torch threads per worker; CPU kernels sum in an order that follows it.")
+    gpus_per_worker: NonNegative = Field(0.0, description="Ray GPUs a worker holds: a fraction of one, or whole ones.")
+    threads: PositiveInt = Field(
+        1, description="Torch threads per worker; CPU kernels sum in an order that follows it."
+    )
     pack: PositiveInt = Field(1, description="Clients trained together in one batch.")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where clients train; `cuda` needs gpus_per_worker > 0.")
     address: str | None = Field(None, description="Ray cluster to join; null: RAY_ADDRESS or a cluster of its own.")
     retries: Annotated[int, Field(ge=0)] = Field(3, description="How often one pack may be re-run when workers die.")
 
+    @model_validator(mode="after")
+    def _amounts_that_ray_takes(self) -> Engine:
+        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
+            raise ValueError(
+                f"engine.gpus_per_worker: got {self.gpus_per_worker}, but above 1 Ray takes whole GPUs only"
+            )
+        for field in ("cpus_per_worker", "gpus_per_worker"):
+            if 0 < getattr(self, field) < 1e-4:
+                raise ValueError(f"engine.{field}: got {getattr(self, field)}, but Ray takes 0 or at least 0.0001")
+        return self
+
 
 class Tracking(Section):
     """Who watches. `metrics.jsonl` is always written."""
 
-    console: Literal["auto", "rich", "plain", "off"] = Field("auto", description="auto: rich on a terminal, else plain.")
+    console: Literal["auto", "rich", "plain", "off"] = Field(
+        "auto", description="auto: rich on a terminal, else plain."
+    )
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         "auto", description="auto: online when logged in, else offline."
     )
@@ -258,18 +306,18 @@ class Experiment(Section):
 
     name: str = Field("run", description="Shown in the console, W&B and reports.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Every random draw of the run is keyed by it.")
-    data: Data = Field(default_factory=Data, description="Labelled texts.")
-    partition: Partition = Field(default_factory=Partition, description="Who holds which rows.")
-    model: Model = Field(default_factory=Model, description="The frozen base.")
-    lora: Lora = Field(default_factory=Lora, description="The adapters.")
-    method: Method = Field(default_factory=Method, description="The federated method.")
-    wire: Wire = Field(default_factory=Wire, description="Sparsity and number formats.")
-    client: Client = Field(default_factory=Client, description="Local training.")
-    server: Server = Field(default_factory=Server, description="The rounds.")
-    eval: Eval = Field(default_factory=Eval, description="Evaluation.")
-    engine: Engine = Field(default_factory=Engine, description="Where clients train.")
-    tracking: Tracking = Field(default_factory=Tracking, description="Who watches.")
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="What `--resume` needs.")
+    data: Data = _section(Data, "Labelled texts.")
+    partition: Partition = _section(Partition, "Who holds which rows.")
+    model: Model = _section(Model, "The frozen base.")
+    lora: Lora = _section(Lora, "The adapters.")
+    method: Method = _section(Method, "The federated method.")
+    wire: Wire = _section(Wire, "Sparsity and number formats.")
+    client: Client = _section(Client, "Local training.")
+    server: Server = _section(Server, "The rounds.")
+    eval: Eval = _section(Eval, "Evaluation.")
+    engine: Engine = _section(Engine, "Where clients train.")
+    tracking: Tracking = _section(Tracking, "Who watches.")
+    checkpoint: Checkpoint = _section(Checkpoint, "What `--resume` needs.")
 
     @model_validator(mode="after")
     def _combinations(self) -> Experiment:

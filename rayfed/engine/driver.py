@@ -6,6 +6,7 @@ and the terminal can be as slow as it likes.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -64,7 +65,7 @@ class Driver:
         try:
             server = Server(experiment, ray.get(federation[0]), crew, out, sinks, resume)
             for _ in server.rounds():
-                for message in outbox.drain():  # Ray resumes generators by send(), which `yield from` a list has not
+                for message in outbox.drain():  # not `yield from`: Ray resumes with send()
                     yield message
             server.finish()
             for message in outbox.drain():
@@ -87,8 +88,8 @@ def run_on_ray(experiment: Experiment, federation: Federation, out: Path, resume
         _check_resources(experiment)
         # Beside the starting process, because the run directory is there.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(num_cpus=0)(Driver)
-        driver = actor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        actor: Any = ray.remote(num_cpus=0)(Driver)
+        driver = actor.options(scheduling_strategy=here).remote()
         try:
             # In a list, Ray passes the reference on instead of the data.
             data = [ray.put(federation)]
@@ -111,14 +112,12 @@ def _start(experiment: Experiment) -> None:
     engine = experiment.engine
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     address = engine.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address=address, **quiet)
-        return
-    # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
-    cpus = max(os.cpu_count() or 1, int(-(-engine.workers * engine.cpus_per_worker // 1)))
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    cpus = None
+    if not address:
+        # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
+        address, cpus = "local", max(os.cpu_count() or 1, math.ceil(engine.workers * engine.cpus_per_worker))
+    ray.init(address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 
 
 def _check_resources(experiment: Experiment) -> None:

@@ -6,6 +6,7 @@ or PEFT's default for the architecture). `Stack` swaps them for stacked layers a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rayfed.errors import UserError
-from rayfed.lora.adapter import Adapter, Layout, LowRank
+from rayfed.lora.adapter import Adapter, Layout
 from rayfed.lora.stacked import Batch, StackedLinear, StackedLora, layer_shape
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def peft_config(experiment: Experiment, head: Sequence[str] = ()) -> LoraConfig:
 def match(model: nn.Module, config: LoraConfig, head: Sequence[str]) -> dict[str, tuple[int, int]]:
     """(out, in) of every layer that gets an adapter, by module name, in model order.
 
-    Raises UserError where nothing matches, a matched module is no linear layer, or the rank exceeds a layer's size.
+    Raises UserError where an expression is not one, nothing matches, a matched module is no linear layer, or the rank
+    exceeds a layer's size.
     """
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
@@ -52,8 +54,16 @@ def match(model: nn.Module, config: LoraConfig, head: Sequence[str]) -> dict[str
         kind = getattr(getattr(model, "config", None), "model_type", "custom")
         if kind not in DEFAULTS:
             raise UserError(f"lora.target_modules: got null, but PEFT has no default for {kind!r}; name the modules")
-        config.target_modules = set(DEFAULTS[kind])
+        config.target_modules = list(DEFAULTS[kind])
     everything = config.target_modules == "all-linear"
+    if isinstance(config.target_modules, str):
+        try:
+            re.compile(config.target_modules)
+        except re.error as error:
+            raise UserError(
+                f"lora.target_modules: got {_shown(config)}, but it is no regular expression ({error}); "
+                "a list of names is allowed, too"
+            ) from None
     shapes: dict[str, tuple[int, int]] = {}
     linear: set[str] = set()
     for name, module in model.named_modules():
@@ -193,6 +203,3 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def _shown(config: LoraConfig) -> str:
     target = config.target_modules
     return repr(sorted(target)) if isinstance(target, set | list) else repr(target)
-
-
-

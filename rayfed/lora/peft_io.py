@@ -6,6 +6,8 @@ Written from the tensors alone, without the base model. Values are stored as the
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file, save_file
 
 from rayfed.files import atomic_path
-from rayfed.lora.adapter import Adapter, LowRank
+from rayfed.lora.adapter import Adapter, LowRank, scale_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -27,13 +29,20 @@ def save_peft(
     """Writes `adapter_config.json` and `adapter_model.safetensors` (and further small text ``files``) to ``path``.
 
     ``config`` is the run's `peft_config`; ``base`` the base model's name or folder; ``conv1d`` whether the adapted
-    layers store their weights transposed (GPT-2). All pairs must have one rank and scale: else ValueError.
+    layers store their weights transposed (GPT-2). All pairs must have its rank and scale: else ValueError.
     """
     ranks = {pair.rank for pair in adapter.layers.values()}
     if ranks and ranks != {config.r}:
         raise ValueError(f"PEFT's r is {config.r}, the adapter's ranks are {sorted(ranks)}")
-    if config.target_modules in (None, "all-linear"):  # resolved once, so that a reader needs no PEFT to know them
-        config.target_modules = set(adapter.layers)
+    scales = {pair.scale for pair in adapter.layers.values()}
+    scale = scale_of(config.r, config.lora_alpha, config.use_rslora)
+    if any(not math.isclose(s, scale) for s in scales):
+        raise ValueError(f"PEFT's scale is {scale}, the adapter's scales are {sorted(scales)}")
+    config = copy.copy(config)
+    if config.target_modules is None or config.target_modules == "all-linear":
+        config.target_modules = sorted(adapter.layers)  # resolved once, so that a reader needs no PEFT to know them
+    elif not isinstance(config.target_modules, str):  # PEFT keeps a set, whose order differs from process to process
+        config.target_modules = sorted(config.target_modules)
     config.base_model_name_or_path = base
     config.fan_in_fan_out = conv1d
     config.inference_mode = True

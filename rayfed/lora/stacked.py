@@ -21,11 +21,16 @@ from rayfed.lora.adapter import LowRank
 
 @dataclass
 class Segment:
-    """Consecutive rows of the batch that belong to one slot; `rng` draws its dropout (None: no dropout)."""
+    """Consecutive rows of the batch that belong to one slot.
+
+    `rng` draws its dropout (None: no dropout). `tokens` is the length of its longest row; where a neighbour is longer,
+    the positions after them are padding, for which nothing is drawn (None: no position is padding).
+    """
 
     slot: int
     rows: int
     rng: torch.Generator | None = None
+    tokens: int | None = None
 
 
 @dataclass
@@ -46,7 +51,7 @@ class Batch:
         """The segments with their rows of x. Fails where rows are not what the segments announced."""
         total = sum(s.rows for s in self.segments)
         if x.shape[0] != total:
-            raise ValueError(f"the batch has {x.shape[0]} rows, its segments {total}: rows must stay whole and in order")
+            raise ValueError(f"the batch has {x.shape[0]} rows, its segments {total}: rows stay whole and in order")
         return zip(self.segments, x.split([s.rows for s in self.segments]), strict=True)
 
 
@@ -66,7 +71,7 @@ class StackedLora(nn.Module):
         changes = []
         for segment, rows in self.batch.split(x):
             k = segment.slot
-            rows = _dropped(rows.to(self.A_KRI.dtype), self.dropout, segment.rng)
+            rows = _dropped(rows.to(self.A_KRI.dtype), self.dropout, segment)
             changes.append(self.scales[k] * ((rows @ self.A_KRI[k].T) @ self.B_KOR[k].T))
         y: Tensor = self.base(x)
         return y + (changes[0] if len(changes) == 1 else torch.cat(changes)).to(y.dtype)
@@ -110,13 +115,15 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def is_conv1d(layer: nn.Module) -> bool:
-    """GPT-2's Conv1D: a linear layer whose weight is stored (in, out). Told by name to keep transformers out of here."""
+    """GPT-2's Conv1D: a linear layer whose weight is stored (in, out). Told by name: no transformers here."""
     return type(layer).__name__ == "Conv1D" and getattr(layer, "weight", torch.empty(0)).ndim == 2
 
 
-def _dropped(rows: Tensor, rate: float, rng: torch.Generator | None) -> Tensor:
-    """Inverted dropout with the segment's own generator, so that neighbours in the pack change nothing."""
-    if rng is None or rate == 0:
+def _dropped(rows: Tensor, rate: float, segment: Segment) -> Tensor:
+    """Inverted dropout with the segment's own generator and shape, so that neighbours in the pack change nothing."""
+    if segment.rng is None or rate == 0:
         return rows
-    keep = torch.rand(rows.shape, generator=rng) >= rate
+    keep = torch.ones(rows.shape, dtype=torch.bool)
+    own = keep[:, : segment.tokens] if rows.ndim > 2 else keep  # (rows, tokens, I), or (rows, I) after pooling
+    own.copy_(torch.rand(own.shape, generator=segment.rng) >= rate)
     return rows * keep.to(rows.device) / (1 - rate)

@@ -48,7 +48,7 @@ def build(name: str, **options: Any) -> Method:
         if option not in known:
             raise UserError(f"method.{option}: {name} has no such option; allowed are {', '.join(known) or 'none'}")
         _check(f"method.{option}", value, known[option])
-    return cls(**options)  # type: ignore[no-any-return]
+    return cls(**options)
 
 
 def _check(field: str, value: Any, hint: Any) -> None:

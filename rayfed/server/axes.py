@@ -1,6 +1,6 @@
-"""The axes of a run, resolved: method, aggregation weights, server optimizer, schedules. Wrong combinations are refused.
+"""The axes of a run, resolved: method, aggregation weights, server optimizer, schedules.
 
-Every `auto` in the settings becomes what the method's paper uses, here and nowhere else.
+Combinations that make no sense are refused. Every `auto` in the settings becomes what the method's paper uses, here and nowhere else.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from rayfed.server.optimizers import ServerOptimizer
 
 @dataclass(frozen=True)
 class Axes:
+    """What the settings come to."""
+
     method: Method
     weights: str  # "uniform" or "examples"
     optimizer: ServerOptimizer

@@ -18,6 +18,7 @@ BATCHES_PER_JOB = 4  # small enough to share a split among workers, large enough
 
 
 def spans(rows: int, batch_size: int) -> list[tuple[int, int]]:
+    """(start, stop) of each job's rows, counted in order of length; a function of the data and the batch size."""
     step = BATCHES_PER_JOB * batch_size
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 

@@ -18,7 +18,7 @@ from rayfed.server.crew import Crew, Handle, Task, in_order
 
 @dataclass(frozen=True)
 class Download:
-    """What one tier receives this round: the payload, what it decodes to (n,), and which entries arrived (None: all)."""
+    """What one tier receives this round: the payload, what it decodes to (n,), which entries arrived (None: all)."""
 
     start: Start
     payload: bytes

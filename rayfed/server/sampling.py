@@ -12,7 +12,8 @@ from rayfed.methods import Profile
 def cohort(sizes: np.ndarray, count: int, seed: int, t: int) -> list[int]:
     """``count`` distinct clients for round ``t``, uniform among those that hold data, in the order drawn.
 
-    ``sizes`` (clients,): training rows per client. A run seed has cohorts of its own; ValueError where too few hold data.
+    ``sizes`` (clients,): training rows per client. Every run seed has its own cohorts. ValueError where too few
+    clients hold data.
     """
     holders = np.flatnonzero(sizes)
     if count > len(holders):

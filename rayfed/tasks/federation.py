@@ -57,11 +57,13 @@ def form_federation(experiment: Experiment) -> Federation:
     if experiment.eval.early_stop and not len(data.validation.labels):
         raise UserError("eval.early_stop: needs a validation split; set data.validation above 0")
     tokenizer = load_tokenizer(experiment.model)
-    splits = [tokenize(s, tokenizer, experiment.data.max_tokens) for s in (data.train, data.validation, data.test)]
+    longest = experiment.data.max_tokens
     return Federation(
-        *splits,
+        train=tokenize(data.train, tokenizer, longest),
+        validation=tokenize(data.validation, tokenizer, longest),
+        test=tokenize(data.test, tokenizer, longest),
         classes=data.classes,
         rows=np.concatenate(parts).astype(np.int64),
         starts=np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64),
-        pad_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
+        pad_id=int(tokenizer.pad_token_id),
     )

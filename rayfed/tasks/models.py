@@ -54,7 +54,7 @@ class MeanPooledClassifier(nn.Module):
             pooled = nn.functional.normalize(pooled, dim=-1) * pooled.shape[-1] ** 0.5
         logits = self.classifier(pooled)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+        return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 def load_base(settings: Model, classes: int, seed: int) -> Base:
@@ -122,7 +122,7 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
             raise _refusal(settings, error) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def model_path(settings: Model) -> str:
@@ -152,7 +152,7 @@ def load_model(run: str | Path) -> nn.Module:
     experiment = load_config(Path(run) / "config.yaml")
     classes = json.loads((Path(run) / "adapter" / "classes.json").read_text(encoding="utf-8"))
     base = load_base(experiment.model, len(classes), experiment.seed)
-    return PeftModel.from_pretrained(base.model, str(Path(run) / "adapter")).eval()  # type: ignore[arg-type]
+    return PeftModel.from_pretrained(base.model, str(Path(run) / "adapter")).eval()
 
 
 def _config(settings: Model, classes: int) -> PretrainedConfig:
@@ -168,7 +168,7 @@ def _config(settings: Model, classes: int) -> PretrainedConfig:
     config.problem_type = "single_label_classification"
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = load_tokenizer(settings).pad_token_id  # GPT-2 needs it to find each text's last token
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def _head(model: nn.Module, missing: set[str]) -> tuple[str, ...]:

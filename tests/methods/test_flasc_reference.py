@@ -1,4 +1,4 @@
-"""FLASC against a dense reference written from the paper's equations, on a real PEFT model: masks, loops, nothing shared.
+"""FLASC against a dense reference written from the paper's equations on a real PEFT model: masks and loops.
 
 The reference shares with rayfed only what the equations leave open: who is drawn, in which order a client sees its
 rows, and the start values. It trains a PEFT model with torch's own optimizers, one client at a time, and keeps the
@@ -109,7 +109,8 @@ def random_start(adapter: Adapter) -> Adapter:
 def run(experiment, out) -> torch.Tensor:
     rayfed.run(experiment, out=out)
     found = latest(out / "checkpoints", experiment.digest())
-    assert found is not None and found.round == ROUNDS
+    assert found is not None
+    assert found.round == ROUNDS
     return load_tensors(out / "checkpoints", found)[0]["vector"]
 
 

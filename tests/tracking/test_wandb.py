@@ -283,7 +283,12 @@ def test_online_without_network_goes_on_offline(
     log = (out / "events.log").read_text()
     assert "wandb: online start failed, trying offline (CommError" in log
     assert "wandb: offline in" in log
-    seen = [log, *capfd.readouterr(), *(p.read_text(errors="replace") for p in out.rglob("*") if p.is_file())]
+    folders = [folder.name for folder in (out / "wandb").glob("*run-2*")]
+    assert len({name.rsplit("-", 1)[1] for name in folders}) == 1, "the failed start and the run share one id"
+    assert len(folders) == 2
+    printed = capfd.readouterr()
+    assert printed == ("", "")
+    seen = [log, *printed, *(p.read_text(errors="replace") for p in out.rglob("*") if p.is_file())]
     assert not any(KEY in text for text in seen)
 
 

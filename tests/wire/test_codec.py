@@ -173,6 +173,8 @@ def test_refusals_say_what_is_wrong():
         "do not take": resealed(data, 5, 2),
         "beyond": resealed(data, 4, 30),
     }
+    with pytest.raises(WireError, match="do not take"):
+        inspect(resealed(data, 4, 2))  # three values of a vector of two
     for message, bad in cases.items():
         with pytest.raises(WireError, match=message) as refused:
             decode(bad)

@@ -157,6 +157,22 @@ def test_decode_refuses_other_lengths_and_counts(coding):
 
 
 @pytest.mark.parametrize("coding", [Coding.BITMAP, Coding.GAPS, Coding.ABSENT, Coding.RUNS])
+def test_every_bit_matters(coding):
+    """No bit is ignored, padding included; only the block size may read otherwise, for a set that fits one block."""
+    indices, n = SETS[coding]
+    _, data = encode_indices(indices, n)
+    block_at = {Coding.GAPS: 0, Coding.ABSENT: 0, Coding.RUNS: 4}.get(coding)
+    for bit in range(8 * len(data)):
+        bad = bytearray(data)
+        bad[bit // 8] ^= 1 << bit % 8
+        try:
+            got = decode_indices(coding, bytes(bad), n, indices.size)
+        except ValueError:
+            continue
+        assert bit // 8 == block_at or not np.array_equal(got, indices), bit
+
+
+@pytest.mark.parametrize("coding", [Coding.BITMAP, Coding.GAPS, Coding.ABSENT, Coding.RUNS])
 def test_decode_gives_a_set_or_refuses_whatever_the_bytes(coding):
     """Flipped bits and noise: the answer is a set of k indices below n, or ValueError; never another exception."""
     indices, n = SETS[coding]

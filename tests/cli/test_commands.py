@@ -1,0 +1,158 @@
+"""The commands that only print, and what is no command at all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import rayfed
+from rayfed.cli import main
+from rayfed.config import Experiment
+from rayfed.config.fields import walk
+from rayfed.errors import RunError, UserError
+from rayfed.methods import METHODS
+
+ROOT = Path(__file__).parents[2]
+Capture = pytest.CaptureFixture[str]
+
+
+def said(capsys: Capture, *arguments: str) -> str:
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_methods_lists_every_method_with_its_paper(capsys: Capture) -> None:
+    out = said(capsys, "methods")
+    for name, card in METHODS.items():
+        (line,) = [line for line in out.splitlines() if line.startswith(f"{name} ")]
+        assert card.paper in line
+        assert card.says in line
+        assert f"down {card.down}, up {card.up}" in out
+
+
+def test_settings_lists_every_setting_with_its_default_and_limits(capsys: Capture) -> None:
+    lines = said(capsys, "settings").splitlines()
+    assert [line.split(" = ")[0] for line in lines if not line.startswith(" ")] == [
+        name for name, _ in walk(Experiment)
+    ]
+    assert "wire.up.density = 1.0  [a number in (0, 1]]" in lines
+    assert "client.betas = [0.9, 0.999]  [a list of 2 numbers in [0, 1)]" in lines
+    assert "model.normalize = true  [true or false]" in lines
+    assert "data.path = null  [a string or null]" in lines
+    assert "eval.early_stop.patience = (no default)  [an integer above 0]" in lines
+    assert "    Learning rate." in lines
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize(
+    ("section", "first", "count"),
+    [("client", "client.optimizer = sgd", 13), ("wire.up", "wire.up.density = 1.0", 4), ("seed", "seed = 0", 1)],
+)
+def test_settings_of_one_section(capsys: Capture, section: str, first: str, count: int) -> None:
+    keys = [line for line in said(capsys, "settings", section).splitlines() if not line.startswith(" ")]
+    assert keys[0].startswith(first)
+    assert len(keys) == count
+    assert all(key.startswith(section) for key in keys)
+
+
+def test_settings_of_an_unknown_section(capsys: Capture) -> None:
+    assert main(["settings", "clint"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("rayfed: settings: got 'clint', but sections are name, seed, data, ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["--fly"], "required: COMMAND"),
+        (["run"], "the following arguments are required: CONFIG"),
+        (["run", "c.yaml", "--fly"], "unrecognized arguments: --fly"),
+        (["run", "c.yaml", "--out", "x", "word"], "unrecognized arguments: word"),
+        (["run", "c.yaml", "--seed=3"], "unrecognized arguments: --seed=3"),
+        (["run", "c.yaml", "--out"], "argument --out: expected one argument"),
+        (["methods", "a=1"], "unrecognized arguments: a=1"),
+    ],
+)
+def test_bad_usage_exits_with_2(capsys: Capture, arguments: list[str], hint: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: rayfed")
+    assert hint in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--version"], f"rayfed {rayfed.__version__}\n"), (["--help"], "COMMAND"), (["run", "--help"], "key=value")],
+)
+def test_help_and_version(capsys: Capture, arguments: list[str], words: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 0
+    out, err = capsys.readouterr()
+    assert words in out
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (UserError("a: wrong\nb: wrong"), 2, ["rayfed: a: wrong", "rayfed: b: wrong"]),
+        (RunError("the cluster is gone"), 1, ["rayfed: the cluster is gone"]),
+        (KeyboardInterrupt(), 1, ["rayfed: interrupted; `--resume` with the same --out continues"]),
+    ],
+)
+def test_errors_become_lines_and_exit_codes(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, lines: list[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("rayfed.cli.settings.describe", fail)
+    assert main(["settings"]) == code
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("rayfed.cli.settings.describe", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["settings"])
+
+
+def test_as_a_process_it_starts_without_torch_and_ends_quietly_when_nobody_reads_on() -> None:
+    script = "import sys\nfrom rayfed.cli import main\ncode = main(['settings'])\n"
+    script += "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)\nsys.exit(code)"
+    full = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (full.returncode, full.stderr) == (0, "")
+    with subprocess.Popen(
+        [sys.executable, "-m", "rayfed", "settings"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()  # as `head` does when it has enough
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 1
+
+
+def test_the_installed_command_is_main() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"rayfed": "rayfed.cli:main"}

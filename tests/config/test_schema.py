@@ -1,0 +1,289 @@
+"""The schema: every setting is described, has limits that hold, and counts in the digest unless it cannot matter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from rayfed.config import Experiment, validate
+from rayfed.config.fields import allowed, section_of, walk
+from rayfed.config.schema import Section
+from rayfed.errors import UserError
+
+WHERE_AND_HOW = {  # cannot change the result, so not in the digest; all else is
+    "name",
+    "engine.kind",
+    "engine.workers",
+    "engine.cpus_per_worker",
+    "engine.gpus_per_worker",
+    "engine.address",
+    "engine.retries",
+    "tracking.console",
+    "tracking.wandb",
+    "tracking.project",
+    "tracking.entity",
+    "tracking.group",
+    "tracking.tags",
+    "checkpoint.every",
+    "checkpoint.keep",
+}
+FIELDS = {name: field for name, field in walk(Experiment) if name != "eval.early_stop"}
+FULL = validate({"eval": {"early_stop": {"patience": 3}}})  # with every section present
+
+
+def sections(model: type[BaseModel] = Experiment) -> Iterator[type[BaseModel]]:
+    yield model
+    for field in model.model_fields.values():
+        if inner := section_of(field):
+            yield from sections(inner)
+
+
+def leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in settings.items():
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+
+
+def get(experiment: BaseModel, name: str) -> Any:
+    for part in name.split("."):
+        experiment = getattr(experiment, part)
+    return experiment
+
+
+def with_(model: Any, name: str, value: Any) -> Any:
+    """A copy with one setting changed, and no validation: most changes are not allowed alone."""
+    head, _, rest = name.partition(".")
+    return model.model_copy(update={head: with_(getattr(model, head), rest, value) if rest else value})
+
+
+def other(kind: Any, value: Any = None) -> Any:
+    """A value of the kind that is neither ``value`` nor any field's default."""
+    inside = get_args(kind)
+    if get_origin(kind) is Literal:
+        return next(choice for choice in inside if choice != value)
+    if get_origin(kind) is tuple:
+        return (other(inside[0]),) if inside[-1] is Ellipsis else tuple(other(item) for item in inside)
+    if inside:  # Annotated, or a union with null
+        return other(inside[0], value)
+    return not value if kind is bool else {int: 7, float: 0.7, str: "other"}[kind]
+
+
+def refusal(**settings: Any) -> str:
+    with pytest.raises(UserError) as error:
+        validate(settings)
+    return str(error.value)
+
+
+def test_the_walk_finds_every_setting() -> None:
+    assert list(FIELDS) == list(leaves(FULL.model_dump(mode="json")))
+
+
+@pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)
+def test_sections_and_fields_are_described(section: type[BaseModel]) -> None:
+    assert section.__doc__ != Section.__doc__
+    assert (section.__doc__ or "").strip()
+    assert [name for name, field in section.model_fields.items() if not (field.description or "").strip()] == []
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_digest_has_what_decides_the_result_and_nothing_else(name: str) -> None:
+    changed = with_(FULL, name, other(FIELDS[name].annotation, get(FULL, name)))
+    assert get(changed, name) != get(FULL, name)
+    assert (changed.digest() == FULL.digest()) == (name in WHERE_AND_HOW)
+
+
+def test_the_digest_is_the_settings_and_not_how_they_were_written() -> None:
+    assert len(FULL.digest()) == 16
+    int(FULL.digest(), 16)
+    a = validate({"lora": {"rank": 4, "alpha": 8}, "method": {"name": "flasc", "mask": "fixed", "train": "masked"}})
+    b = validate({"method": {"train": "masked", "mask": "fixed", "name": "flasc"}, "lora": {"alpha": 8.0, "rank": 4}})
+    assert a.digest() == b.digest() != FULL.digest()
+
+
+def test_method_options_count_in_the_digest() -> None:
+    digests = {validate({"method": {"name": "flasc", "mask": mask}}).digest() for mask in ("refresh", "fixed")}
+    assert len(digests) == 2
+
+
+def test_an_early_stop_counts_in_the_digest() -> None:
+    assert validate({}).digest() != FULL.digest()
+
+
+def test_defaults_are_valid_and_frozen() -> None:
+    for section in sections():
+        if section.__name__ != "EarlyStop":  # its patience has no default
+            section.model_validate(section().model_dump())
+    with pytest.raises(ValidationError):
+        FULL.client.lr = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("seed", "an integer of at least 0"),
+        ("lora.rank", "an integer above 0"),
+        ("lora.target_modules", "a string, a list of strings or null"),
+        ("lora.layers_to_transform", "a list of integers of at least 0 or null"),
+        ("wire.up.density", "a number in (0, 1]"),
+        ("wire.up.values", "fp32, bf16, fp16 or int8"),
+        ("client.betas", "a list of 2 numbers in [0, 1)"),
+        ("client.clip_norm", "a number above 0 or null"),
+        ("model.normalize", "true or false"),
+        ("tracking.tags", "a list of strings"),
+    ],
+)
+def test_what_a_field_allows_in_words(name: str, says: str) -> None:
+    assert allowed(FIELDS[name]) == says
+
+
+def test_every_field_can_say_what_it_allows() -> None:
+    assert all(allowed(field) for _, field in walk(Experiment))
+    assert allowed(Experiment.model_fields["checkpoint"]) == "a section with the keys every, keep"
+
+
+@pytest.mark.parametrize("name", ["client", "server"])
+@pytest.mark.parametrize("betas", [[0.9, 1.0], [-0.1, 0.9], [1.5, 0.9], [0.9], [0.9, 0.9, 0.9], 0.9, ["0.9", 0.9]])
+def test_betas_are_two_numbers_below_one(name: str, betas: Any) -> None:
+    assert refusal(**{name: {"betas": betas}}).startswith(f"{name}.betas: got {betas!r}, but it should be a list of 2 ")
+
+
+def test_betas_may_be_zero() -> None:
+    assert validate({"client": {"betas": [0, 0.0]}}).client.betas == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("amount", "fine"), [(0, True), (0.25, True), (1, True), (1.5, False), (2.0, True), (2.01, False), (1e-5, False)]
+)
+def test_ray_takes_fractions_of_one_gpu_and_whole_gpus(amount: float, fine: bool) -> None:
+    settings = {"engine": {"gpus_per_worker": amount}}
+    if fine:
+        assert validate(settings).engine.gpus_per_worker == amount
+    else:
+        assert refusal(**settings).startswith(f"engine.gpus_per_worker: got {amount}, but")
+
+
+def test_a_worker_may_hold_one_and_a_half_cpus() -> None:
+    assert validate({"engine": {"cpus_per_worker": 1.5}}).engine.cpus_per_worker == 1.5
+    assert (
+        refusal(engine={"cpus_per_worker": 1e-5})
+        == "engine.cpus_per_worker: got 1e-05, but Ray takes 0 or at least 0.0001"
+    )
+
+
+@pytest.mark.parametrize("target", ["all-linear", "query"])
+def test_layers_to_transform_needs_a_list_of_modules(target: str) -> None:
+    line = refusal(lora={"target_modules": target, "layers_to_transform": [0]})
+    assert line.startswith("lora.layers_to_transform: got [0], but PEFT takes it only with target_modules as a list")
+    for names in ([target], None):
+        validate({"lora": {"target_modules": names, "layers_to_transform": [0]}})
+
+
+def test_layer_indices_count_from_zero() -> None:
+    assert refusal(lora={"layers_to_transform": [-1]}).startswith("lora.layers_to_transform: got [-1], but")
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({"source": "files"}, "data.path: got null, but data.source=files needs a folder or a file"),
+        ({"source": "hub"}, "data.name: got null, but data.source=hub needs the name of a data set"),
+        ({"path": "x"}, "data.path: got 'x', but that belongs to data.source=files, and the source is stdlib"),
+        ({"name": "x"}, "data.name: got 'x', but that belongs to data.source=hub, and the source is stdlib"),
+        (
+            {"source": "files", "path": "p", "subset": "x"},
+            "data.subset: got 'x', but that belongs to data.source=hub, and the source is files",
+        ),
+        (
+            {"source": "hub", "name": "n", "path": "x"},
+            "data.path: got 'x', but that belongs to data.source=files, and the source is hub",
+        ),
+    ],
+)
+def test_a_source_has_its_own_settings_and_no_others(data: dict[str, Any], line: str) -> None:
+    assert refusal(data=data) == line
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (
+            {"server": {"cohort": 11}, "partition": {"clients": 10}},
+            "server.cohort: got 11, but the population has only 10 clients (partition.clients)",
+        ),
+        (
+            {"partition": {"kind": "natural"}},
+            "data.client: got null, but partition.kind=natural needs the column that names the client",
+        ),
+        (
+            {"engine": {"device": "cuda"}},
+            "engine.gpus_per_worker: got 0, but engine.device=cuda needs more than 0",
+        ),
+        (
+            {"eval": {"early_stop": {"patience": 1}}, "data": {"validation": 0}},
+            "data.validation: got 0, but eval.early_stop needs a validation split",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together(settings: dict[str, Any], line: str) -> None:
+    assert refusal(**settings) == line
+
+
+def test_what_looks_odd_but_is_fine() -> None:
+    validate({"partition": {"kind": "natural", "clients": 3}, "data": {"client": "owner"}, "server": {"cohort": 50}})
+    validate({"eval": {"every": 1000}, "server": {"rounds": 2}})
+    validate({"partition": {"kind": "iid", "alpha": 3.0, "classes": 7}})
+    validate({"engine": {"kind": "local", "device": "cuda"}})
+
+
+def test_density_decays_in_steps() -> None:
+    up = validate({"wire": {"up": {"density": 0.5, "decay": 0.5, "every": 2}}}).wire.up
+    assert [up.density_at(t) for t in range(5)] == [0.5, 0.5, 0.25, 0.25, 0.125]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("client.lr", True, "true"),
+        ("client.lr", "0.1", "'0.1'"),
+        ("client.lr", math.nan, "nan"),
+        ("client.lr", math.inf, "inf"),
+        ("client.lr", None, "null"),
+        ("client.lr", 0, "0"),
+        ("server.lr", math.nan, "nan"),
+        ("server.rounds", 2.0, "2.0"),
+        ("server.rounds", "2", "'2'"),
+        ("server.rounds", True, "true"),
+        ("server.rounds", 0, "0"),
+        ("seed", -1, "-1"),
+        ("model.normalize", 1, "1"),
+        ("model.normalize", "true", "'true'"),
+        ("model.name", 7, "7"),
+        ("data.validation", 1, "1"),
+        ("wire.down.density", 0, "0"),
+        ("wire.down.density", 1.5, "1.5"),
+        ("wire.down.values", "fp64", "'fp64'"),
+        ("wire.down.values", False, "false"),
+        ("lora.target_modules", 3, "3"),
+        ("lora.target_modules", ["query", 3], "['query', 3]"),
+        ("lora.target_modules", {"query": 1}, "{'query': 1}"),
+        ("lora.layers_to_transform", [True], "[True]"),
+        ("lora.layers_to_transform", [1.0], "[1.0]"),
+        ("tracking.tags", "one", "'one'"),
+        ("tracking.tags", [1, 2], "[1, 2]"),
+    ],
+)
+def test_nothing_is_converted_and_one_mistake_is_one_line(name: str, value: Any, shown: str) -> None:
+    settings: dict[str, Any] = {}
+    *parents, last = name.split(".")
+    inner = settings
+    for parent in parents:
+        inner = inner.setdefault(parent, {})
+    inner[last] = value
+    assert refusal(**settings) == f"{name}: got {shown}, but it should be {allowed(FIELDS[name])}"
+
+
+def test_integers_stand_for_numbers() -> None:
+    assert validate({"client": {"lr": 1}}).client.lr == 1.0

@@ -1,0 +1,113 @@
+"""Wherever clients train and whoever dies on the way, the state has the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+
+import rayfed
+from rayfed.config import dump_config
+from rayfed.tracking import read_metrics
+
+# Evaluated at the end only: whoever is killed before was training.
+RUN = ("wire.down.density=0.25", "wire.up.density=0.25", "server.rounds=8", "server.cohort=5", "eval.every=8")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes through /proc")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def digests(tiny, tmp_path_factory):
+    """The digests of every round of the in-process run: what all others must give."""
+    result = rayfed.run(tiny(*RUN), out=tmp_path_factory.mktemp("local") / "run")
+    return [record["state/digest"] for record in result.metrics]
+
+
+def digests_of(out: Path) -> list[str]:
+    return [record["state/digest"] for record in read_metrics(out / "metrics.jsonl")]
+
+
+def rounds_done(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 180) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def kill_a_training_worker() -> bool:
+    """SIGKILL to one worker that is busy; Ray names a process after the method it runs."""
+    for entry in Path("/proc").iterdir():
+        try:
+            if (entry / "cmdline").read_bytes().startswith(b"ray::Worker.execute"):
+                os.kill(int(entry.name), signal.SIGKILL)
+                return True
+        except (OSError, ValueError):
+            continue
+    return False
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_any_number_of_ray_workers(tiny, tmp_path, cluster, digests, workers):
+    result = rayfed.run(tiny(*RUN, "engine.kind=ray", f"engine.workers={workers}"), out=tmp_path / "run")
+    assert digests_of(result.out) == digests
+    assert all(record["clients/retried"] == 0 for record in result.metrics)
+
+
+@needs_proc
+def test_a_killed_worker_costs_a_retry_and_nothing_else(tiny, tmp_path, cluster, digests):
+    out, killed = tmp_path / "run", []
+
+    def strike() -> None:
+        killed.append(wait_for(lambda: rounds_done(out) >= 1) and wait_for(kill_a_training_worker))
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    result = rayfed.run(tiny(*RUN, "engine.kind=ray", "engine.workers=2"), out=out)
+    thread.join()
+    assert killed == [True]
+    assert digests_of(out) == digests
+    assert sum(record["clients/retried"] for record in result.metrics) > 0
+    assert "a worker died" in (out / "events.log").read_text()
+
+
+@needs_proc
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, digests, engine):
+    """SIGKILL to the whole run after its second round; `--resume` repeats no finished round and ends alike."""
+    out, config = tmp_path / "run", tmp_path / "config.yaml"
+    config.write_text(dump_config(tiny(*RUN, f"engine.kind={engine}")))
+    command = [sys.executable, "-m", "rayfed", "run", str(config), "--out", str(out)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        assert wait_for(lambda: rounds_done(out) >= 2)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = rounds_done(out)
+    assert 2 <= done < 8
+    early = (out / "metrics.jsonl").read_text().splitlines()[: done - 1]
+    assert subprocess.run([*command, "--resume"], env=environment, timeout=240).returncode == 0
+    assert digests_of(out) == digests
+    assert (out / "metrics.jsonl").read_text().splitlines()[: done - 1] == early
