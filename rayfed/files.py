@@ -23,7 +23,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     _remove(temporary)
     try:
         yield temporary
-        _flush(temporary)
+        _flush_tree(temporary)
         if path.is_dir():  # a folder cannot be renamed onto a folder that holds files
             _remove(path)
         os.replace(temporary, path)
@@ -50,11 +50,15 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def _flush_tree(path: Path) -> None:
     """Asks the operating system to put the file, or a folder and all in it, on the disk before the rename names it."""
     if path.is_dir():
         for entry in path.iterdir():
-            _flush(entry)
+            _flush_tree(entry)
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -169,6 +170,40 @@ def test_the_directory_must_be_free(refused: Callable[..., str], config: Path, t
         f"--out: got {str(tmp_path / 'used')!r}, but it is not empty; continue it with --resume or name another"
     )
     assert refused(config, "--out", tmp_path / "used" / "notes.txt").endswith("but that is a file")
+
+
+def test_the_directory_cannot_lie_in_a_file(refused: Callable[..., str], config: Path) -> None:
+    assert refused(config, "--out", config / "out").startswith(f"--out: got {str(config / 'out')!r}, but")
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_weights_that_cannot_be_read(
+    refused: Callable[..., str], config: Path, tiny_bert: Path, tmp_path: Path, damage: str
+) -> None:
+    model = shutil.copytree(tiny_bert, tmp_path / "model")
+    weights = model / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:100])
+    else:
+        weights.unlink()
+    said = refused(config, "engine.kind=local", f"model.name={model}", "--out", tmp_path / "out")
+    assert said.startswith(f"model.name: got {str(model)!r}, but it cannot be loaded: ")
+
+
+def test_texts_longer_than_the_model_reads(refused: Callable[..., str], config: Path, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"  # 100 words; the model has 64 positions
+    path.write_text("".join(json.dumps({"text": "card1 " * 100, "label": i % 2}) + "\n" for i in range(60)))
+    said = refused(config, "engine.kind=local", f"data.path={path}", "partition.kind=iid", "--out", tmp_path / "out")
+    assert said.startswith("data.max_tokens: got 128, but")
+
+
+def test_a_device_that_is_not_there(refused: Callable[..., str], config: Path, tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    said = refused(config, "engine.kind=local", "engine.device=cuda", "--out", tmp_path / "out")
+    assert said.startswith("engine.device: got 'cuda', but")
 
 
 def test_every_mistake_of_a_config_has_its_line(no_ray: None, config: Path, tmp_path: Path, capsys: Capture) -> None:

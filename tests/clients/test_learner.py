@@ -71,6 +71,8 @@ def test_a_dense_upload_is_the_whole_change_without_indices(learner, federation,
         assert examples == len(federation.rows_of(client))
         assert steps == len(batches(federation.rows_of(client), learner.experiment.client, 0, 0, client))
     assert len(set(result.uploads)) == len(CLIENTS)
+    still = train(learner, adapter, wire.encode(adapter.flatten()), lr=1e-12)  # the change, not the trained values
+    assert all(wire.decode(upload).values.abs().max() < 1e-6 for upload in still.uploads)
 
 
 @pytest.mark.parametrize("density", [0.3, 0.011])
