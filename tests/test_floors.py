@@ -113,7 +113,7 @@ def test_every_part_imports_only_parts_below_it() -> None:
 
 PLANTED = {
     "a higher floor": ("lora/x.py", "from rayfed.engine import driver", "lora (floor 3) imports engine (floor 9)"),
-    "a neighbour on the same floor": ("reports/x.py", "import rayfed.sweeps.space", "reports (floor 10) imports sweeps"),
+    "a neighbour on the same floor": ("reports/x.py", "import rayfed.sweeps.a", "reports (floor 10) imports sweeps"),
     "a part as a name": ("wire/x.py", "from rayfed import server", "wire (floor 5) imports server"),
     "inside a function": ("wire/x.py", "def f():\n    import rayfed.methods", "x:2: wire (floor 5) imports methods"),
     "relative": ("tasks/x.py", "from ..clients import pack", "tasks (floor 4) imports clients"),

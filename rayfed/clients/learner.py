@@ -7,7 +7,7 @@ any learner may do any job, and a job that is done twice gives the same bits.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from rayfed.clients.jobs import (
 from rayfed.clients.train import Member, Trained, train_pack
 from rayfed.config import Experiment
 from rayfed.errors import RunError
-from rayfed.lora.inject import Stack, head_layers, head_values, match, peft_config
+from rayfed.lora.inject import Stack, head_values, match, peft_config
 from rayfed.lora.stacked import Segment, is_conv1d
 from rayfed.methods.base import received
 from rayfed.tasks.federation import Federation
@@ -54,7 +54,6 @@ class Learner:
             model_path(experiment.model),
             sum(p.numel() for p in self.model.parameters()),
         )
-        self.head = next(iter(head_layers(self.model, base.head)))
         lora = experiment.lora
         adapted = {} if lora.train == "head" else shapes
         self.stack = Stack(self.model, adapted, base.head, experiment.engine.pack, lora.rank, lora.dropout)
@@ -117,25 +116,28 @@ class Learner:
     def _features(self, job: FeatureJob) -> FeatureResult:
         seen: list[Tensor] = []
         features, labels = [], []
-        hook = self.model.get_submodule(self.head).register_forward_pre_hook(
-            lambda _module, args: seen.append(args[0].float().cpu())
-        )
+        hooks = [
+            layer.register_forward_pre_hook(lambda _module, args: seen.append(args[0].float().cpu()))
+            for layer in self.stack.head.values()
+        ]
         for lora in self.stack.lora.values():  # the base alone: no adapter
             lora.B_KOR.zero_()
         try:
             for inputs, batch_labels in self._batches(job.split, job.start, job.stop):
                 with self.stack.batch.of([Segment(0, len(batch_labels))]):
                     self._forward(inputs)
-                states = seen.pop()
+                states = seen[0]  # what reaches the head first; deeper layers of the head are untrained
+                seen.clear()
                 if states.ndim == 3:  # GPT-2's head sees every token, and the last real one decides
                     states = states[torch.arange(len(states)), inputs["attention_mask"].sum(1).cpu() - 1]
                 features.append(states)
                 labels.append(batch_labels.cpu())
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         return FeatureResult(torch.cat(features), torch.cat(labels))
 
-    def _batches(self, split: SplitName, start: int, stop: int):  # type: ignore[no-untyped-def]
+    def _batches(self, split: SplitName, start: int, stop: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         tokens, size = getattr(self.federation, split), self.experiment.eval.batch_size
         rows = self.by_length[split][start:stop]
         for i in range(0, len(rows), size):

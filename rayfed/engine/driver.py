@@ -6,6 +6,7 @@ and the terminal can be as slow as it likes.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -55,7 +56,9 @@ class Outbox:
 class Driver:
     """The actor. `run` yields the calls that a sink in the starting process should get."""
 
-    def run(self, experiment: Experiment, federation: list[ray.ObjectRef], out: Path, resume: bool) -> Iterator[Message]:
+    def run(
+        self, experiment: Experiment, federation: list[ray.ObjectRef], out: Path, resume: bool
+    ) -> Iterator[Message]:
         import torch
 
         torch.set_num_threads(1)  # the driver's own sums are element-wise; its cores belong to the workers
@@ -117,7 +120,7 @@ def _start(experiment: Experiment) -> None:
     if not address:
         # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
         address, cpus = "local", max(os.cpu_count() or 1, math.ceil(engine.workers * engine.cpus_per_worker))
-    ray.init(address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def _check_resources(experiment: Experiment) -> None:

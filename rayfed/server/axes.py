@@ -1,6 +1,7 @@
 """The axes of a run, resolved: method, aggregation weights, server optimizer, schedules.
 
-Combinations that make no sense are refused. Every `auto` in the settings becomes what the method's paper uses, here and nowhere else.
+Combinations that make no sense are refused. Every `auto` in the settings becomes what the method's paper uses, here
+and nowhere else.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def state_digest(round: int, method: Mapping[str, Tensor], optimizer: Mapping[st
         for name in sorted(tensors):
             tensor = tensors[name].detach().cpu().contiguous()
             digest.update(f"|{prefix}.{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -93,4 +93,3 @@ def load_tensors(folder: Path, checkpoint: Checkpoint) -> tuple[dict[str, Tensor
 def _all(folder: Path) -> list[Path]:
     # Temporary folders start with a dot; only whole checkpoints carry the plain name.
     return sorted(path for path in folder.glob("round-*") if path.is_dir())
-

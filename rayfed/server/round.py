@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from rayfed import wire
 from rayfed.clients.jobs import Order, TrainJob, TrainResult
 from rayfed.config import Experiment
+from rayfed.errors import RunError
 from rayfed.methods import Method, Profile, Start, Update
 from rayfed.methods.base import received
 from rayfed.server.crew import Crew, Handle, Task, in_order
@@ -30,6 +32,8 @@ class Download:
 def download(method: Method, state: Any, client: Profile, values: str, crew: Crew) -> Download:
     """Broadcast, sparsify, encode. The decoded vector is what clients train from and what `aggregate` calls sent."""
     start = method.broadcast(state, client)
+    if not bool(torch.isfinite(start.vector).all()):
+        raise RunError("the global adapter has values that are not finite; lower server.lr or client.lr")
     mask = start.mask
     if mask is None and not start.dense and client.density_down < 1:
         mask = wire.top_mask(start.vector, client.density_down)
@@ -103,4 +107,3 @@ def _task(
     )
     layouts = tuple(downloads[tier].start.layout for tier in tiers)
     return Task(TrainJob(t, lr, layouts, orders), tuple(downloads[tier].handle for tier in tiers))
-

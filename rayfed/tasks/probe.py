@@ -43,7 +43,7 @@ def _fit(split: tuple[Tensor, Tensor], classes: int, penalty: float) -> tuple[Te
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     return weight.detach(), bias.detach()
 
 

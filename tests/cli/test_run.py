@@ -190,6 +190,16 @@ def test_weights_that_cannot_be_read(
     assert said.startswith(f"model.name: got {str(model)!r}, but it cannot be loaded: ")
 
 
+def test_a_model_folder_without_a_tokenizer(
+    refused: Callable[..., str], config: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    # transformers makes one up in which every word is unknown.
+    model = shutil.copytree(tiny_bert, tmp_path / "model", ignore=shutil.ignore_patterns("token*"))
+    said = refused(config, "engine.kind=local", f"model.name={model}", "--out", tmp_path / "out")
+    assert said.startswith(f"model.name: got {str(model)!r}, but ")
+    assert "tokenizer" in said
+
+
 def test_texts_longer_than_the_model_reads(refused: Callable[..., str], config: Path, tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"  # 100 words; the model has 64 positions
     path.write_text("".join(json.dumps({"text": "card1 " * 100, "label": i % 2}) + "\n" for i in range(60)))
