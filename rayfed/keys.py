@@ -7,6 +7,7 @@ retries and resumes cannot change a result: whoever needs "client 7's batch orde
 from __future__ import annotations
 
 import hashlib
+import operator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,9 @@ def derive(seed: int, purpose: str, *parts: Part) -> int:
 
     ``parts`` may be integers (round, client, step) or strings (layer names); 1 and "1" give different keys.
     """
-    text = "\x1f".join([str(seed), purpose, *(f"{type(p).__name__}:{p}" for p in parts)])
+    # By value, not by type name: NumPy's integers name the same draw as Python's.
+    named = (f"str:{part}" if isinstance(part, str) else f"int:{operator.index(part)}" for part in parts)
+    text = "\x1f".join([str(seed), purpose, *named])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 

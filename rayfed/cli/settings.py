@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import textwrap
 
-from pydantic_core import PydanticUndefined
-
 from rayfed.config import Experiment
 from rayfed.config.fields import allowed, walk
 from rayfed.errors import UserError
@@ -16,7 +14,7 @@ def describe(section: str | None = None) -> str:
     lines = []
     for key, field in walk(Experiment):
         if section is None or key == section or key.startswith(section + "."):
-            default = "(no default)" if field.default is PydanticUndefined else _yaml(field.default)
+            default = "(no default)" if field.is_required() else _yaml(field.default)
             lines.append(f"{key} = {default}  [{allowed(field)}]")
             lines.append(textwrap.fill(field.description or "", 100, initial_indent="    ", subsequent_indent="    "))
     if not lines:

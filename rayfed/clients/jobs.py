@@ -84,22 +84,5 @@ class FeatureResult:
     labels: Tensor  # (rows,) int64
 
 
-@dataclass(frozen=True)
-class DescribeJob:
-    """Tell what is trained and on top of what."""
-
-
-@dataclass(frozen=True)
-class Description:
-    """The adapted layers' (out, in) by name, the head's start values, and what PEFT needs to know of the base."""
-
-    shapes: dict[str, tuple[int, int]]
-    head: dict[str, Tensor]
-    head_modules: tuple[str, ...]
-    conv1d: bool
-    base: str  # model name or folder
-    parameters: int  # of the whole model, frozen ones included
-
-
-Job = TrainJob | EvalJob | FeatureJob | DescribeJob
-Result = TrainResult | EvalResult | FeatureResult | Description
+Job = TrainJob | EvalJob | FeatureJob
+Result = TrainResult | EvalResult | FeatureResult

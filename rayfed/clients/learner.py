@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rayfed import wire
+from rayfed.clients.blueprint import Blueprint
 from rayfed.clients.jobs import (
-    DescribeJob,
-    Description,
     EvalJob,
     EvalResult,
     FeatureJob,
@@ -30,48 +29,37 @@ from rayfed.clients.jobs import (
 from rayfed.clients.train import Member, Trained, train_pack
 from rayfed.config import Experiment
 from rayfed.errors import RunError
-from rayfed.lora.inject import Stack, head_values, match, peft_config
-from rayfed.lora.stacked import Segment, is_conv1d
+from rayfed.lora.inject import Stack
+from rayfed.lora.stacked import Segment
 from rayfed.methods.base import received
 from rayfed.tasks.federation import Federation
-from rayfed.tasks.models import load_base, model_path
+from rayfed.tasks.models import load_base
 
 
 class Learner:
     """Loads the base model of ``experiment`` once, then `execute`s jobs on it."""
 
-    def __init__(self, experiment: Experiment, federation: Federation) -> None:
+    def __init__(self, experiment: Experiment, federation: Federation, blueprint: Blueprint) -> None:
         self.experiment, self.federation = experiment, federation
         self.device = torch.device(experiment.engine.device)
         base = load_base(experiment.model, len(federation.classes), experiment.seed)
         self.model = base.model.to(self.device)
-        shapes = match(self.model, peft_config(experiment, base.head), base.head)
-        self.description = Description(
-            shapes,
-            head_values(self.model, base.head),
-            base.head,
-            any(is_conv1d(self.model.get_submodule(name)) for name in shapes),
-            model_path(experiment.model),
-            sum(p.numel() for p in self.model.parameters()),
-        )
         lora = experiment.lora
-        adapted = {} if lora.train == "head" else shapes
-        self.stack = Stack(self.model, adapted, base.head, experiment.engine.pack, lora.rank, lora.dropout)
+        shapes = blueprint.trained_shapes(experiment)
+        self.stack = Stack(self.model, shapes, base.head, experiment.engine.pack, lora.rank, lora.dropout)
         self.by_length = {
             name: np.argsort(getattr(federation, name).lengths, kind="stable")
             for name in ("train", "validation", "test")
         }
 
     def execute(self, job: Job, payloads: Sequence[bytes]) -> Result:
-        """Does one job. Its type decides the result's: train, evaluate, features, describe."""
+        """Does one job. Its type decides the result's: train, evaluate, features."""
         if isinstance(job, TrainJob):
             return self._train(job, payloads)
         if isinstance(job, EvalJob):
             return self._evaluate(job, payloads[0])
         if isinstance(job, FeatureJob):
             return self._features(job)
-        if isinstance(job, DescribeJob):
-            return self.description
         raise TypeError(f"no such job: {type(job).__name__}")
 
     def _train(self, job: TrainJob, payloads: Sequence[bytes]) -> TrainResult:

@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayfed.clients.blueprint import Blueprint
 from rayfed.config import Experiment
 from rayfed.engine.workers import RayCrew
 from rayfed.errors import RunError, UserError
@@ -57,16 +58,16 @@ class Driver:
     """The actor. `run` yields the calls that a sink in the starting process should get."""
 
     def run(
-        self, experiment: Experiment, federation: list[ray.ObjectRef], out: Path, resume: bool
+        self, experiment: Experiment, federation: list[ray.ObjectRef], blueprint: Blueprint, out: Path, resume: bool
     ) -> Iterator[Message]:
         import torch
 
         torch.set_num_threads(1)  # the driver's own sums are element-wise; its cores belong to the workers
         outbox = Outbox()
         sinks = Fan(open_sinks(experiment.tracking, out), outbox)
-        crew = RayCrew(experiment, federation[0])
+        crew = RayCrew(experiment, federation[0], blueprint)
         try:
-            server = Server(experiment, ray.get(federation[0]), crew, out, sinks, resume)
+            server = Server(experiment, ray.get(federation[0]), blueprint, crew, out, sinks, resume)
             for _ in server.rounds():
                 for message in outbox.drain():  # not `yield from`: Ray resumes with send()
                     yield message
@@ -78,7 +79,9 @@ class Driver:
             crew.close()
 
 
-def run_on_ray(experiment: Experiment, federation: Federation, out: Path, resume: bool, console: Sink) -> None:
+def run_on_ray(
+    experiment: Experiment, federation: Federation, blueprint: Blueprint, out: Path, resume: bool, console: Sink
+) -> None:
     """Starts (or joins) Ray, runs the experiment on it, and shows ``console`` what happens.
 
     UserError where the cluster can never hold the workers; RunError where the run cannot go on. Ray is shut down
@@ -96,7 +99,9 @@ def run_on_ray(experiment: Experiment, federation: Federation, out: Path, resume
         try:
             # In a list, Ray passes the reference on instead of the data.
             data = [ray.put(federation)]
-            stream = driver.run.options(num_returns="streaming").remote(experiment, data, out.resolve(), resume)
+            stream = driver.run.options(num_returns="streaming").remote(
+                experiment, data, blueprint, out.resolve(), resume
+            )
             for message in stream:
                 name, arguments = ray.get(message)
                 getattr(console, name)(*arguments)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from rayfed.clients.blueprint import Blueprint
 from rayfed.clients.learner import Learner
 from rayfed.config import Experiment
 from rayfed.engine.setup import prepare_process
@@ -16,10 +17,10 @@ from rayfed.tasks.federation import Federation
 class LocalCrew:
     """Does every job in this process, one after the other."""
 
-    def __init__(self, experiment: Experiment, federation: Federation) -> None:
+    def __init__(self, experiment: Experiment, federation: Federation, blueprint: Blueprint) -> None:
         self.threads = torch.get_num_threads()
         prepare_process(experiment)
-        self.learner = Learner(experiment, federation)
+        self.learner = Learner(experiment, federation, blueprint)
 
     def put(self, payload: bytes) -> bytes:
         return payload

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayfed import config
 from rayfed.config import Experiment, dump_config
 from rayfed.errors import UserError
 from rayfed.files import atomic_write
 from rayfed.tracking import Fan, RunInfo, Sink, Table, open_console, open_sinks
+
+if TYPE_CHECKING:
+    from rayfed.clients.blueprint import Blueprint
+    from rayfed.tasks.federation import Federation
 
 
 @dataclass(frozen=True)
@@ -52,34 +57,38 @@ def run(experiment: Experiment, out: str | Path | None = None, resume: bool = Fa
     is started or written where something is wrong, RunError where a started run cannot go on.
     """
     _resolve(experiment)
-    out = Path(out) if out is not None else Path("runs") / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    _check_device(experiment)
+    out = Path(out) if out is not None else Path("runs") / f"{_slug(experiment.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
     _check_out(out, experiment, resume)
+    from rayfed.clients.blueprint import draw_blueprint
     from rayfed.tasks.federation import form_federation
 
     federation = form_federation(experiment)
-    _check_model(experiment, len(federation.classes))
+    blueprint = draw_blueprint(experiment, len(federation.classes))
     atomic_write(out / "config.yaml", dump_config(experiment))
     console = _Kept(open_console(experiment.tracking))
     try:
         if experiment.engine.kind == "ray":
             from rayfed.engine.driver import run_on_ray
 
-            run_on_ray(experiment, federation, out, resume, console)
+            run_on_ray(experiment, federation, blueprint, out, resume, console)
         else:
-            _run_here(experiment, federation, out, resume, console)
+            _run_here(experiment, federation, blueprint, out, resume, console)
     finally:
         console.close()
     return RunResult(out, console.summary)
 
 
-def _run_here(experiment: Experiment, federation: Any, out: Path, resume: bool, console: Sink) -> None:
+def _run_here(
+    experiment: Experiment, federation: Federation, blueprint: Blueprint, out: Path, resume: bool, console: Sink
+) -> None:
     from rayfed.engine.local import LocalCrew
     from rayfed.server.loop import Server
 
     sinks = Fan(open_sinks(experiment.tracking, out), console)
-    crew = LocalCrew(experiment, federation)
+    crew = LocalCrew(experiment, federation, blueprint)
     try:
-        server = Server(experiment, federation, crew, out, sinks, resume)
+        server = Server(experiment, federation, blueprint, crew, out, sinks, resume)
         for _ in server.rounds():
             pass
         server.finish()
@@ -88,31 +97,45 @@ def _run_here(experiment: Experiment, federation: Any, out: Path, resume: bool, 
         crew.close()
 
 
+def _slug(name: str) -> str:
+    """A run's name as one part of a path."""
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "run"
+
+
 def _resolve(experiment: Experiment) -> None:
     from rayfed.server.axes import resolve
 
     resolve(experiment)
 
 
+def _check_device(experiment: Experiment) -> None:
+    """Only for this process: what a cluster's nodes have, Ray knows."""
+    if experiment.engine.kind == "local" and experiment.engine.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("engine.device: got 'cuda', but torch finds no GPU here; allowed is cpu")
+
+
 def _check_out(out: Path, experiment: Experiment, resume: bool) -> None:
+    """A fresh run wants a new or empty folder; a resumed one the same settings that its folder was made with."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: got {str(out)!r}, but that is a file")
-    used = out.is_dir() and any(out.iterdir())
-    if used and not resume:
+    for place in out.parents:
+        if place.exists() and not place.is_dir():
+            raise UserError(f"--out: got {str(out)!r}, but {place} is a file")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not resume:
         raise UserError(f"--out: got {str(out)!r}, but it is not empty; continue it with --resume or name another")
-    if resume and used:
-        from rayfed.server.checkpoint import latest
-
-        latest(out / "checkpoints", experiment.digest())
-
-
-def _check_model(experiment: Experiment, classes: int) -> None:
-    """Targets and ranks against the model's structure, without loading its weights."""
-    from rayfed.lora.inject import match, peft_config
-    from rayfed.tasks.models import sketch_base
-
-    base = sketch_base(experiment.model, classes)
-    match(base.model, peft_config(experiment, base.head), base.head)
+    if not (out / "config.yaml").is_file():
+        raise UserError(f"--resume: got {str(out)!r}, but that is no run directory: it has no config.yaml")
+    made_with, now = config.load_config(out / "config.yaml").digest(), experiment.digest()
+    if made_with != now:
+        raise UserError(
+            f"--resume: {out} was made with other settings (digest {made_with}, these have {now}); "
+            "resume with its config.yaml or choose another --out"
+        )
 
 
 class _Kept:

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
 
+from rayfed.clients.blueprint import Blueprint
 from rayfed.clients.jobs import Job, Result
 from rayfed.config import Experiment
 from rayfed.errors import RunError, UserError
@@ -24,12 +25,12 @@ from rayfed.tasks.federation import Federation
 class Worker:
     """The actor: a learner behind a remote call. Payloads arrive as bytes, resolved by Ray from the object store."""
 
-    def __init__(self, experiment: Experiment, federation: Federation) -> None:
+    def __init__(self, experiment: Experiment, federation: Federation, blueprint: Blueprint) -> None:
         from rayfed.clients.learner import Learner
         from rayfed.engine.setup import prepare_process
 
         prepare_process(experiment)
-        self.learner = Learner(experiment, federation)
+        self.learner = Learner(experiment, federation, blueprint)
 
     def execute(self, job: Job, *payloads: bytes) -> Result:
         return self.learner.execute(job, payloads)
@@ -38,8 +39,8 @@ class Worker:
 class RayCrew:
     """`engine.workers` actors, each holding `cpus_per_worker` CPUs and `gpus_per_worker` GPUs."""
 
-    def __init__(self, experiment: Experiment, federation: ray.ObjectRef) -> None:
-        self.experiment, self.federation = experiment, federation
+    def __init__(self, experiment: Experiment, federation: ray.ObjectRef, blueprint: Blueprint) -> None:
+        self.experiment, self.federation, self.blueprint = experiment, federation, ray.put(blueprint)
         self.events: list[str] = []
         self.workers: list[Any] = [self._hire() for _ in range(experiment.engine.workers)]
 
@@ -83,7 +84,7 @@ class RayCrew:
     def _hire(self) -> Any:
         engine = self.experiment.engine
         actor = ray.remote(num_cpus=engine.cpus_per_worker, num_gpus=engine.gpus_per_worker)(Worker)
-        return actor.remote(self.experiment, self.federation)
+        return actor.remote(self.experiment, self.federation, self.blueprint)
 
     def _replace(self, dead: Any) -> Any:
         replacement = self._hire()

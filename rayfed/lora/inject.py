@@ -7,7 +7,7 @@ or PEFT's default for the architecture). `Stack` swaps them for stacked layers a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,6 +82,11 @@ def match(model: nn.Module, config: LoraConfig, head: Sequence[str]) -> dict[str
                     "adapters fit linear layers (nn.Linear, Conv1D)"
                 )
             shapes[name] = shape
+    if not shapes and config.layers_to_transform is not None:
+        raise UserError(
+            f"lora.layers_to_transform: got {config.layers_to_transform}, but no layer of these numbers holds "
+            f"{_shown(config)}"
+        )
     if not shapes:
         raise UserError(
             f"lora.target_modules: got {_shown(config)}, but it matches no layer; "
@@ -100,11 +105,11 @@ class Stack:
     """All stacked layers of one model: slots into which adapters are loaded, trained and read back.
 
     Freezes the model, replaces the adapted layers and the head's linear layers in place. ``head`` names modules; each
-    must be made of nn.Linear layers (others hold no parameters), else UserError.
+    must be made of nn.Linear layers (others hold no parameters), else UserError. ``shapes`` names the adapted layers.
     """
 
     def __init__(
-        self, model: nn.Module, shapes: dict[str, tuple[int, int]], head: Sequence[str], slots: int, rank: int,
+        self, model: nn.Module, shapes: Iterable[str], head: Sequence[str], slots: int, rank: int,
         dropout: float,
     ) -> None:  # fmt: skip
         model.requires_grad_(False)
@@ -183,16 +188,6 @@ def head_values(model: nn.Module, head: Sequence[str]) -> dict[str, Tensor]:
         for name, layer in head_layers(model, head).items()
         for kind, parameter in layer.named_parameters()
     }
-
-
-def start_adapter(
-    shapes: dict[str, tuple[int, int]], head: dict[str, Tensor], experiment: Experiment
-) -> Adapter:  # fmt: skip
-    """The adapter a run starts from; see `fresh_adapter`."""
-    from rayfed.lora.adapter import fresh_adapter, scale_of
-
-    lora = experiment.lora
-    return fresh_adapter(shapes, head, lora.rank, scale_of(lora.rank, lora.alpha, lora.rslora), experiment.seed)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

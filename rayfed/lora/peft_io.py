@@ -6,11 +6,11 @@ Written from the tensors alone, without the base model. Values are stored as the
 
 from __future__ import annotations
 
-import copy
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
@@ -23,40 +23,46 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."
 
 
+def peft_settings(config: LoraConfig, layers: Iterable[str], *, base: str, conv1d: bool) -> dict[str, Any]:
+    """The content of `adapter_config.json`: plain values, the same for equal runs.
+
+    ``layers`` are the adapted layers' names; ``base`` is the base model's name or folder; ``conv1d`` says that the
+    layers store their weights transposed (GPT-2).
+    """
+    settings: dict[str, Any] = config.to_dict()
+    targets = settings["target_modules"]
+    if targets is None or targets == "all-linear":  # resolved once, so that a reader needs no PEFT to know them
+        targets = layers
+    # PEFT keeps names in a set, whose order differs from process to process.
+    settings["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
+    settings |= {"base_model_name_or_path": base, "fan_in_fan_out": conv1d, "inference_mode": True}
+    return json.loads(json.dumps(settings, default=sorted))  # type: ignore[no-any-return]  # sets become lists
+
+
 def save_peft(
-    path: Path, adapter: Adapter, config: LoraConfig, *, base: str, conv1d: bool, files: dict[str, str] | None = None
+    path: Path, adapter: Adapter, settings: Mapping[str, Any], files: Mapping[str, str] | None = None
 ) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors` (and further small text ``files``) to ``path``.
 
-    ``config`` is the run's `peft_config`; ``base`` the base model's name or folder; ``conv1d`` whether the adapted
-    layers store their weights transposed (GPT-2). All pairs must have its rank and scale: else ValueError.
+    ``settings`` are the run's `peft_settings`. All pairs must have its rank and scale: else ValueError.
     """
     ranks = {pair.rank for pair in adapter.layers.values()}
-    if ranks and ranks != {config.r}:
-        raise ValueError(f"PEFT's r is {config.r}, the adapter's ranks are {sorted(ranks)}")
+    if ranks and ranks != {settings["r"]}:
+        raise ValueError(f"PEFT's r is {settings['r']}, the adapter's ranks are {sorted(ranks)}")
     scales = {pair.scale for pair in adapter.layers.values()}
-    scale = scale_of(config.r, config.lora_alpha, config.use_rslora)
+    scale = scale_of(settings["r"], settings["lora_alpha"], settings["use_rslora"])
     if any(not math.isclose(s, scale) for s in scales):
         raise ValueError(f"PEFT's scale is {scale}, the adapter's scales are {sorted(scales)}")
-    config = copy.copy(config)
-    if config.target_modules is None or config.target_modules == "all-linear":
-        config.target_modules = sorted(adapter.layers)  # resolved once, so that a reader needs no PEFT to know them
-    elif not isinstance(config.target_modules, str):  # PEFT keeps a set, whose order differs from process to process
-        config.target_modules = sorted(config.target_modules)
-    config.base_model_name_or_path = base
-    config.fan_in_fan_out = conv1d
-    config.inference_mode = True
-    tensors = {}
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
     for name, pair in adapter.layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.A.contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.B.contiguous()
-    for name, tensor in adapter.head.items():
-        tensors[f"{PREFIX}{name}"] = tensor.contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.B
+    texts = {"adapter_config.json": json.dumps(settings, indent=2, sort_keys=True) + "\n", **(files or {})}
     with atomic_path(path) as folder:
         folder.mkdir()
-        save_file({k: v.clone() for k, v in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
-        config.save_pretrained(str(folder))
-        for file, text in (files or {}).items():
+        whole = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
+        save_file(whole, folder / "adapter_model.safetensors", {"format": "pt"})
+        for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -66,7 +67,10 @@ def latest(folder: Path, experiment: str) -> Checkpoint | None:
     found = _all(folder)
     if not found:
         return None
-    checkpoint = Checkpoint(**json.loads((found[-1] / "checkpoint.json").read_text(encoding="utf-8")))
+    try:
+        checkpoint = Checkpoint(**json.loads((found[-1] / "checkpoint.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--resume: {found[-1]} is damaged: {error}; remove it to resume from the one before") from None
     if checkpoint.version != VERSION:
         raise UserError(f"--resume: {found[-1]} has version {checkpoint.version}, this rayfed reads {VERSION}")
     if checkpoint.experiment != experiment:
@@ -80,13 +84,19 @@ def latest(folder: Path, experiment: str) -> Checkpoint | None:
 def load_tensors(folder: Path, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(method tensors, optimizer tensors) of the checkpoint. UserError where the bits are not those it recorded."""
     path = folder / f"round-{checkpoint.round:06d}"
-    tensors = load_file(path / "state.safetensors")
+    try:
+        tensors = load_file(path / "state.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--resume: {path} is damaged: {error}; remove it to resume from the one before") from None
     split: dict[str, dict[str, Tensor]] = {"method": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         prefix, _, rest = name.partition(".")
         split[prefix][rest] = tensor
     if state_digest(checkpoint.round, split["method"], split["optimizer"]) != checkpoint.digest:
-        raise UserError(f"--resume: {path} is damaged: its tensors do not have the digest it records")
+        raise UserError(
+            f"--resume: {path} is damaged: its tensors do not have the digest it records; "
+            "remove it to resume from the one before"
+        )
     return split["method"], split["optimizer"]
 
 

@@ -11,18 +11,17 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
 from rayfed import wire
-from rayfed.clients.jobs import DescribeJob, Description
+from rayfed.clients.blueprint import Blueprint
 from rayfed.config import Experiment
-from rayfed.lora.inject import peft_config, start_adapter
 from rayfed.lora.peft_io import save_peft
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.axes import rate, resolve
-from rayfed.server.crew import Crew, Task
+from rayfed.server.crew import Crew
 from rayfed.server.evaluate import evaluate, features
 from rayfed.server.round import Download, Tally, updates
 from rayfed.server.sampling import cohort, profile
@@ -39,16 +38,15 @@ class Server:
     """Runs one experiment. Iterate `rounds()` to the end, then call `finish()`."""
 
     def __init__(
-        self, experiment: Experiment, federation: Federation, crew: Crew, out: Path, sinks: Sink, resume: bool
-    ) -> None:
-        self.experiment, self.federation, self.crew, self.out, self.sinks = experiment, federation, crew, out, sinks
+        self, experiment: Experiment, federation: Federation, blueprint: Blueprint, crew: Crew, out: Path, sinks: Sink,
+        resume: bool,
+    ) -> None:  # fmt: skip
+        self.experiment, self.federation, self.blueprint = experiment, federation, blueprint
+        self.crew, self.out, self.sinks = crew, out, sinks
         self.axes = resolve(experiment)
         self.settings_digest = experiment.digest()
         self.folder = out / "checkpoints"
-        (done,) = crew.run([Task(DescribeJob())])
-        self.description = cast(Description, done.result)
-        shapes = {} if experiment.lora.train == "head" else self.description.shapes
-        start = start_adapter(shapes, self.description.head, experiment)
+        start = blueprint.start(experiment)
         self.layout = start.layout
         self.progress = Progress()
         self.ledger = wire.Ledger()
@@ -72,7 +70,7 @@ class Server:
             "clients without data": int((sizes == 0).sum()),
             "training rows": int(sizes.sum()),
             "trainable parameters": self.layout.size,
-            "frozen parameters": self.description.parameters,
+            "frozen parameters": self.blueprint.parameters,
         }
         return RunInfo(
             name=self.experiment.name,
@@ -164,16 +162,12 @@ class Server:
         checkpoints.save(self.folder, record, self.state.tensors(), self.axes.optimizer.state, keep)
 
     def _export(self) -> None:
-        adapter = self.axes.method.adapter(self.state)
-        if self.experiment.lora.train == "head":  # PEFT wants pairs: fresh ones change nothing
-            adapter = start_adapter(self.description.shapes, dict(adapter.head), self.experiment)
+        adapter = self.blueprint.complete(self.axes.method.adapter(self.state), self.experiment)
         save_peft(
             self.out / "adapter",
             adapter,
-            peft_config(self.experiment, self.description.head_modules),
-            base=self.description.base,
-            conv1d=self.description.conv1d,
-            files={"classes.json": json.dumps(list(self.federation.classes), indent=2) + "\n"},
+            self.blueprint.peft,
+            {"classes.json": json.dumps(list(self.federation.classes), indent=2) + "\n"},
         )
 
     def _probe(self) -> float:

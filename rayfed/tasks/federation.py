@@ -43,7 +43,7 @@ class Federation:
 def form_federation(experiment: Experiment) -> Federation:
     """Loads, partitions and tokenises the run's data. UserError for whatever is wrong with it or too little of it."""
     from rayfed.tasks.data import load_data
-    from rayfed.tasks.models import load_tokenizer
+    from rayfed.tasks.models import load_tokenizer, longest_input
     from rayfed.tasks.partition import partition
     from rayfed.tasks.tokens import tokenize
 
@@ -56,12 +56,16 @@ def form_federation(experiment: Experiment) -> Federation:
         )
     if experiment.eval.early_stop and not len(data.validation.labels):
         raise UserError("eval.early_stop: needs a validation split; set data.validation above 0")
+    cut, limit = experiment.data.max_tokens, longest_input(experiment.model)
     tokenizer = load_tokenizer(experiment.model)
-    longest = experiment.data.max_tokens
+    splits = {name: tokenize(getattr(data, name), tokenizer, cut) for name in ("train", "validation", "test")}
+    longest = max(int(split.lengths.max(initial=0)) for split in splits.values())
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"data.max_tokens: got {cut}, but some texts have {longest} tokens and the model takes at most {limit}"
+        )
     return Federation(
-        train=tokenize(data.train, tokenizer, longest),
-        validation=tokenize(data.validation, tokenizer, longest),
-        test=tokenize(data.test, tokenizer, longest),
+        **splits,
         classes=data.classes,
         rows=np.concatenate(parts).astype(np.int64),
         starts=np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rayfed import keys
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 PEFT_HEADS = ("classifier", "score")
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "sp_model")
 
 
 @dataclass(frozen=True)
@@ -78,41 +80,30 @@ def load_base(settings: Model, classes: int, seed: int) -> Base:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise _refusal(settings, error) from None
         missing = {str(key) for key in report["missing_keys"]}
         missing |= {str(key[0]) for key in report["mismatched_keys"]}
         if settings.pooling == "mean":
             # An encoder's own pooler is not used; whether the checkpoint has one does not matter.
             model, missing = MeanPooledClassifier(model, classes, settings.normalize), set()
+            torch.manual_seed(keys.derive(seed, "model.head"))
             nn.init.normal_(model.classifier.weight, std=0.02)
             nn.init.zeros_(model.classifier.bias)
+    mixing = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if mixing:
+        raise UserError(f"model.name: got {settings.name!r}, but {mixing[0]} is a BatchNorm, which mixes clients")
     return Base(model.eval().requires_grad_(False), _head(model, missing))
-
-
-def sketch_base(settings: Model, classes: int) -> Base:
-    """The base model's structure without weights (meta device): enough to check targets and ranks in milliseconds."""
-    from transformers import AutoModel, AutoModelForSequenceClassification
-
-    config = _config(settings, classes)
-    loader = AutoModel if settings.pooling == "mean" else AutoModelForSequenceClassification
-    with torch.device("meta"), _quiet():
-        try:
-            model = loader.from_config(config, trust_remote_code=settings.trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
-            raise _refusal(settings, error) from None
-        if settings.pooling == "mean":
-            model = MeanPooledClassifier(model, classes, settings.normalize)
-    batch_norm = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if batch_norm:
-        raise UserError(f"model.name: got {settings.name!r}, but {batch_norm[0]} is a BatchNorm, which mixes clients")
-    return Base(model, _head(model, set()))
 
 
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, with a padding token (the end-of-text token where the model has none)."""
     from transformers import AutoTokenizer
 
+    folder = Path(model_path(settings))
+    if folder.is_dir() and not any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
+        # transformers would make one up that knows no words
+        raise UserError(f"model.name: got {settings.name!r}, but this folder holds no tokenizer")
     with _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -122,7 +113,19 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
             raise _refusal(settings, error) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(f"model.name: got {settings.name!r}, but its tokenizer has no padding and no end-of-text token")
     return tokenizer
+
+
+def longest_input(settings: Model) -> int | None:
+    """The most tokens the model has positions for, or None where it sets no limit."""
+    with _quiet():
+        config = _config(settings, 2)
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if limit and "roberta" in str(getattr(config, "model_type", "")):
+        limit -= config.pad_token_id + 1  # its positions start behind the padding's
+    return limit
 
 
 def model_path(settings: Model) -> str:

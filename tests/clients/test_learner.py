@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from rayfed import wire
-from rayfed.clients.jobs import DescribeJob, EvalJob, FeatureJob, Order, TrainJob
+from rayfed.clients.blueprint import draw_blueprint
+from rayfed.clients.jobs import EvalJob, FeatureJob, Order, TrainJob
 from rayfed.clients.learner import Learner
 from rayfed.clients.train import batches
 from rayfed.errors import RunError
@@ -32,22 +33,27 @@ def federation(experiment):
 
 @pytest.fixture(scope="module")
 def learner(experiment, federation):
-    return Learner(experiment, federation)
+    return Learner(experiment, federation, draw_blueprint(experiment, len(federation.classes)))
 
 
 @pytest.fixture(scope="module")
-def adapter(learner):
+def blueprint(experiment, federation):
+    return draw_blueprint(experiment, len(federation.classes))
+
+
+@pytest.fixture(scope="module")
+def adapter(blueprint):
     """A global model away from its start: B and A random, the head moved."""
-    return random_adapter(learner, seed=4)
+    return random_adapter(blueprint, seed=4)
 
 
-def random_adapter(learner, seed):
+def random_adapter(blueprint, seed):
     g = torch.Generator().manual_seed(seed)
     layers = {
         name: LowRank(0.1 * torch.randn(out, RANK, generator=g), 0.2 * torch.randn(RANK, inner, generator=g), 2.0)
-        for name, (out, inner) in learner.description.shapes.items()
+        for name, (out, inner) in blueprint.shapes.items()
     }
-    head = {n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in learner.description.head.items()}
+    head = {n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in blueprint.head.items()}
     return Adapter(layers, head)
 
 
@@ -135,10 +141,10 @@ def test_training_that_diverges_names_the_client(learner, adapter):
         train(learner, adapter, wire.encode(adapter.flatten()), lr=1e30, clients=(5,))
 
 
-def test_a_job_done_twice_gives_the_same_bytes(learner, adapter):
+def test_a_job_done_twice_gives_the_same_bytes(learner, blueprint, adapter):
     payload = wire.encode(adapter.flatten())
     first = train(learner, adapter, payload, 0.3)
-    train(learner, adapter, wire.encode(random_adapter(learner, seed=9).flatten()), clients=(1, 3))
+    train(learner, adapter, wire.encode(random_adapter(blueprint, seed=9).flatten()), clients=(1, 3))
     learner.execute(EvalJob("test", 0, 10, adapter.layout), [payload])
     again = train(learner, adapter, payload, 0.3)
     assert again.uploads == first.uploads
@@ -233,7 +239,7 @@ def test_features_of_a_model_whose_head_sees_every_token_are_those_of_the_last(t
         f"model.name={tiny_gpt2}", "model.pooling=stock", "lora.target_modules=[c_attn]", "eval.batch_size=4"
     )
     federation = form_federation(settings)
-    learner = Learner(settings, federation)
+    learner = Learner(settings, federation, draw_blueprint(settings, len(federation.classes)))
     result = learner.execute(FeatureJob("test", 0, 12), [])
     assert result.features.shape == (12, 32)
     model = load_base(settings.model, len(federation.classes), settings.seed).model
@@ -247,19 +253,14 @@ def test_features_of_a_model_whose_head_sees_every_token_are_those_of_the_last(t
             torch.testing.assert_close(model.score(features), logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_learner_describes_what_it_trains(experiment, learner, tiny_bert):
-    description = learner.execute(DescribeJob(), [])
-    assert description.head_modules == ("classifier",)
-    assert {name: tuple(t.shape) for name, t in description.head.items()} == {
+def test_a_blueprint_describes_what_is_trained(experiment, tiny_bert):
+    blueprint = draw_blueprint(experiment, 4)
+    assert {name: tuple(t.shape) for name, t in blueprint.head.items()} == {
         "classifier.weight": (4, 32), "classifier.bias": (4,),
     }  # fmt: skip
-    assert list(description.shapes.values()) == [(32, 32)] * 4
-    assert description.conv1d is False
-    assert description.base == str(tiny_bert)
+    assert list(blueprint.shapes.values()) == [(32, 32)] * 4
+    assert blueprint.peft["fan_in_fan_out"] is False
+    assert blueprint.peft["modules_to_save"] == ["classifier"]
+    assert blueprint.peft["base_model_name_or_path"] == str(tiny_bert)
     whole = load_base(experiment.model, 4, experiment.seed).model
-    assert description.parameters == sum(p.numel() for p in whole.parameters())
-
-
-def test_an_unknown_job_is_refused(learner):
-    with pytest.raises(TypeError, match="no such job: str"):
-        learner.execute("train", [])
+    assert blueprint.parameters == sum(p.numel() for p in whole.parameters())

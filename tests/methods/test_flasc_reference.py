@@ -14,9 +14,10 @@ import torch
 from peft import get_peft_model
 
 import rayfed
+from rayfed.clients.blueprint import Blueprint, draw_blueprint
 from rayfed.clients.train import batches
 from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.lora.inject import head_values, match, peft_config, start_adapter
+from rayfed.lora.inject import peft_config
 from rayfed.server.checkpoint import latest, load_tensors
 from rayfed.server.sampling import cohort
 from rayfed.tasks.federation import form_federation
@@ -38,8 +39,7 @@ class PeftClient:
 
     def __init__(self, experiment, federation):
         base = load_base(experiment.model, len(federation.classes), experiment.seed)
-        shapes = match(base.model, peft_config(experiment, base.head), base.head)
-        self.start = start_adapter(shapes, head_values(base.model, base.head), experiment)
+        self.start = draw_blueprint(experiment, len(federation.classes)).start(experiment)
         self.model = get_peft_model(base.model, peft_config(experiment, base.head)).eval()
         named = dict(self.model.named_parameters())
         self.parameters = []
@@ -121,7 +121,8 @@ def test_five_rounds_agree_with_the_reference(tiny, tmp_path, monkeypatch, densi
         f"server.rounds={ROUNDS}", f"server.optimizer={optimizer}", "eval.every=5",
         f"wire.down.density={density}", f"wire.up.density={density}",
     )  # fmt: skip
-    monkeypatch.setattr("rayfed.server.loop.start_adapter", lambda *a: random_start(start_adapter(*a)))
+    fresh = Blueprint.start
+    monkeypatch.setattr(Blueprint, "start", lambda *arguments: random_start(fresh(*arguments)))
     ours = run(experiment, tmp_path / "run")
     start = random_start(PeftClient(experiment, form_federation(experiment)).start)
     theirs = reference(experiment, start)

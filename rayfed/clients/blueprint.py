@@ -1,0 +1,66 @@
+"""The blueprint of a run: what is trained and on top of what, found out once, before anything starts.
+
+Drawing it loads the base model and lets PEFT match the targets; so whatever is wrong with model, targets or rank is
+refused here. Workers and driver are handed the blueprint and need to ask neither again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from rayfed.config import Experiment
+from rayfed.lora.adapter import Adapter, fresh_adapter, scale_of
+from rayfed.lora.inject import head_values, match, peft_config
+from rayfed.lora.peft_io import peft_settings
+from rayfed.lora.stacked import is_conv1d
+from rayfed.tasks.models import load_base, model_path
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """The adapted layers' (out, in) by name, the head's start values by parameter name, and PEFT's view of both."""
+
+    shapes: Mapping[str, tuple[int, int]]
+    head: Mapping[str, Tensor]
+    peft: Mapping[str, Any]  # the content of adapter_config.json
+    parameters: int  # of the base model, its head included
+
+    def trained_shapes(self, experiment: Experiment) -> Mapping[str, tuple[int, int]]:
+        """The layers whose adapters train: none where only the head does."""
+        return {} if experiment.lora.train == "head" else self.shapes
+
+    def start(self, experiment: Experiment) -> Adapter:
+        """The adapter the run starts from; see `fresh_adapter`."""
+        return self._fresh(self.trained_shapes(experiment), self.head, experiment)
+
+    def complete(self, adapter: Adapter, experiment: Experiment) -> Adapter:
+        """The adapter with a pair for every layer, as PEFT wants it: missing ones are fresh and change nothing."""
+        fresh = self._fresh(self.shapes, {}, experiment)
+        return Adapter({**fresh.layers, **adapter.layers}, adapter.head)
+
+    @staticmethod
+    def _fresh(shapes: Mapping[str, tuple[int, int]], head: Mapping[str, Tensor], experiment: Experiment) -> Adapter:
+        lora = experiment.lora
+        return fresh_adapter(shapes, head, lora.rank, scale_of(lora.rank, lora.alpha, lora.rslora), experiment.seed)
+
+
+def draw_blueprint(experiment: Experiment, classes: int) -> Blueprint:
+    """Loads the base model for ``classes`` classes and describes what the run trains on it.
+
+    Raises UserError where the model cannot be loaded or its head not be trained, where no module or an unfit one
+    matches the targets, or where the rank exceeds a layer's size.
+    """
+    base = load_base(experiment.model, classes, experiment.seed)
+    config = peft_config(experiment, base.head)
+    shapes = match(base.model, config, base.head)
+    conv1d = any(is_conv1d(base.model.get_submodule(name)) for name in shapes)
+    return Blueprint(
+        shapes,
+        head_values(base.model, base.head),
+        peft_settings(config, shapes, base=model_path(experiment.model), conv1d=conv1d),
+        sum(p.numel() for p in base.model.parameters()),
+    )

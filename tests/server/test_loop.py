@@ -1,0 +1,235 @@
+"""A run's books and files: bytes that are bytes, checkpoints that vouch, evaluation that is what it says."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rayfed
+from rayfed import wire
+from rayfed.clients.learner import Learner
+from rayfed.errors import RunError, UserError
+from rayfed.server import checkpoint as checkpoints
+from rayfed.server.crew import Done, in_order
+from rayfed.tasks.federation import form_federation
+
+KEYS = {
+    "round", "train/loss", "eval/loss", "eval/accuracy", "bytes/down", "bytes/up", "bytes/total", "params/down",
+    "params/up", "time/round_s", "time/train_s", "clients/ok", "clients/retried", "state/digest",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sparse_run(tiny, tmp_path_factory):
+    """A finished sparse run and every payload that passed, in order: (direction, bytes)."""
+    passed: list[tuple[str, bytes]] = []
+    add = wire.Ledger.add
+
+    def spy(self, **row):
+        passed.append((row["direction"], bytes(row["payload"])))
+        add(self, **row)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wire.Ledger, "add", spy)
+        experiment = tiny("server.rounds=4", "wire.down.density=0.25", "wire.up.density=0.0625", "eval.every=2")
+        result = rayfed.run(experiment, out=tmp_path_factory.mktemp("sparse") / "run")
+    return experiment, result, passed
+
+
+def test_every_record_has_the_public_keys(sparse_run):
+    _, result, _ = sparse_run
+    assert [record["round"] for record in result.metrics] == [1, 2, 3, 4]
+    assert all(set(record) >= KEYS for record in result.metrics)
+    assert [record["eval/accuracy"] is None for record in result.metrics] == [True, False, True, False]
+    assert result.metrics[-1]["test/accuracy_masked"] is not None
+
+
+def test_the_ledger_is_the_sum_of_the_encoded_lengths(sparse_run):
+    _, result, passed = sparse_run
+    table = pq.read_table(result.out / "ledger.parquet").to_pandas()
+    assert len(table) == len(passed) == 4 * 3 * 2
+    for direction in ("down", "up"):
+        lengths = sum(len(payload) for d, payload in passed if d == direction)
+        assert table[table.direction == direction].bytes.sum() == lengths
+        assert sum(record[f"bytes/{direction}"] for record in result.metrics) == lengths
+        values = sum(wire.decode(payload).count for d, payload in passed if d == direction)
+        assert sum(record[f"params/{direction}"] for record in result.metrics) == values
+    assert result.metrics[-1]["bytes/total"] == sum(len(payload) for _, payload in passed)
+    assert (table.bytes == table.bytes_header + table.bytes_indices + table.bytes_values).all()
+
+
+def test_densities_are_kept(sparse_run):
+    experiment, _, passed = sparse_run
+    n = wire.decode(passed[0][1]).n
+    for direction, payload in passed:
+        density = getattr(experiment.wire, direction).density
+        assert wire.decode(payload).count == wire.keep_count(n, density)
+
+
+def test_the_adapter_gives_the_runs_own_evaluation(sparse_run):
+    """PEFT's model on the test split: loss and accuracy of the last record."""
+    experiment, result, _ = sparse_run
+    model = rayfed.load_model(result.out)
+    federation = form_federation(experiment)
+    loss, correct = 0.0, 0
+    for row in range(len(federation.test)):
+        batch = federation.test.batch(np.array([row]), federation.pad_id)
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            logits = model(**batch).logits
+        loss += float(torch.nn.functional.cross_entropy(logits, labels))
+        correct += int(logits.argmax(-1) == labels)
+    assert correct / len(federation.test) == result.metrics[-1]["test/accuracy"]
+    assert loss / len(federation.test) == pytest.approx(result.metrics[-1]["test/loss"], rel=1e-5)
+
+
+def test_the_masked_figures_are_of_the_model_under_the_rounds_first_mask(tiny, tmp_path):
+    """FLASC's code evaluates P * M with the mask M of the round's start, P after it."""
+    experiment = tiny("server.rounds=2", "wire.down.density=0.1", "client.lr=0.5", "checkpoint.keep=2")
+    result = rayfed.run(experiment, out=tmp_path / "run")
+    folder = result.out / "checkpoints"
+    before, after = (load_file(folder / f"round-00000{r}" / "state.safetensors")["method.vector"] for r in (1, 2))
+    layout = checkpoints.latest(folder, experiment.digest()).facts["layout"]
+    from rayfed.clients.blueprint import draw_blueprint
+    from rayfed.clients.jobs import EvalJob
+    from rayfed.lora.adapter import Layout
+
+    federation = form_federation(experiment)
+    learner = Learner(experiment, federation, draw_blueprint(experiment, len(federation.classes)))
+    job = EvalJob("test", 0, len(federation.test), Layout.from_json(layout))
+    masked = learner.execute(job, [wire.encode(after * wire.top_mask(before, 0.1))])
+    assert masked.loss / masked.count == pytest.approx(result.metrics[-1]["test/loss_masked"], rel=1e-6)
+    assert result.metrics[-1]["test/loss_masked"] != result.metrics[-1]["test/loss"]
+
+
+def test_training_learns_the_tiny_task(tiny, tmp_path):
+    experiment = tiny(
+        "server.rounds=8", "server.cohort=12", "method.name=fedit", "client.optimizer=adamw", "client.lr=0.02",
+        "client.epochs=3", "eval.every=8", "partition.kind=iid",
+    )  # fmt: skip
+    result = rayfed.run(experiment, out=tmp_path / "run")
+    assert result.metrics[-1]["test/accuracy"] > 0.5  # chance is 0.25, four of its deviations 0.22
+    assert result.metrics[-1]["train/loss"] < 0.6 * result.metrics[0]["train/loss"]
+
+
+def test_head_only_training_sends_the_head_and_exports_a_silent_adapter(tiny, tmp_path):
+    result = rayfed.run(tiny("lora.train=head"), out=tmp_path / "run")
+    assert result.metrics[0]["params/down"] == 3 * (4 * 32 + 4)
+    tensors = load_file(result.out / "adapter" / "adapter_model.safetensors")
+    assert all(not tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+    assert sum("lora_A" in name for name in tensors) == 4
+    rayfed.load_model(result.out)
+
+
+@pytest.mark.parametrize("options", [("method.train=masked",), ("method.mask=fixed", "method.train=masked")])
+def test_masked_training_moves_only_what_travelled_and_sends_no_indices(tiny, tmp_path, options):
+    """Federated Select and SparseAdapter: both sides know the mask, so uploads are values alone.
+
+    The density is high, since a mask that leaves out all of B = 0 and the small head leaves nothing that can move.
+    """
+    experiment = tiny(
+        "server.rounds=3", "server.optimizer=fedavg", "wire.down.density=0.6", "wire.up.density=0.6", *options,
+        "checkpoint.keep=3",
+    )  # fmt: skip
+    result = rayfed.run(experiment, out=tmp_path / "run")
+    folder = result.out / "checkpoints"
+    states = [load_file(folder / f"round-00000{r}" / "state.safetensors") for r in (1, 2, 3)]
+    masks = []
+    for before, after in itertools.pairwise(states):
+        mask = wire.top_mask(before.get("method.anchor", before["method.vector"]), 0.6)
+        moved = before["method.vector"] != after["method.vector"]
+        assert moved.any()
+        assert not (moved & ~mask).any()
+        masks.append(mask)
+    if "method.mask=fixed" in options:
+        assert torch.equal(masks[0], masks[1])
+        n = len(states[0]["method.vector"])
+        for direction in ("params/down", "params/up"):  # one dense round
+            assert [r[direction] for r in result.metrics] == [3 * n] + 2 * [3 * wire.keep_count(n, 0.6)]
+    table = pq.read_table(result.out / "ledger.parquet").to_pandas()
+    uploads = table[(table.direction == "up") & (table["round"] > 1)]
+    assert (uploads.bytes_indices == 0).all()
+
+
+@pytest.mark.parametrize("values", ["bf16", "fp16", "int8"])
+def test_coarse_numbers_halve_the_bytes_and_still_train(tiny, tmp_path, values):
+    coarse = rayfed.run(tiny(f"wire.down.values={values}", f"wire.up.values={values}"), out=tmp_path / "coarse")
+    fine = rayfed.run(tiny(), out=tmp_path / "fine")
+    assert coarse.summary["bytes/total"] < 0.6 * fine.summary["bytes/total"]
+    assert coarse.metrics[-1]["train/loss"] == pytest.approx(fine.metrics[-1]["train/loss"], rel=0.05)
+
+
+def test_early_stop_stops_and_stays_stopped(tiny, tmp_path):
+    stop = ("server.rounds=30", "client.lr=1e-9", "eval.early_stop={patience: 2}", "server.optimizer=fedavg")
+    result = rayfed.run(tiny(*stop), out=tmp_path / "run")
+    assert result.rounds == 3  # the first evaluation sets the mark, two more do not beat it
+    again = rayfed.run(tiny(*stop), out=tmp_path / "run", resume=True)
+    assert again.rounds == 3
+    assert len(again.metrics) == 3
+
+
+def test_resume_of_a_finished_run_changes_nothing(tiny, tmp_path):
+    first = rayfed.run(tiny(), out=tmp_path / "run")
+    before = {p: p.read_bytes() for p in first.out.rglob("*") if p.is_file() and p.name != "events.log"}
+    again = rayfed.run(tiny(), out=tmp_path / "run", resume=True)
+    assert {p: p.read_bytes() for p in again.out.rglob("*") if p.is_file() and p.name != "events.log"} == before
+    assert again.summary == first.summary
+
+
+def test_resume_refuses_damaged_tensors_and_torn_json(tiny, tmp_path):
+    out = rayfed.run(tiny(), out=tmp_path / "run").out
+    newest = out / "checkpoints" / "round-000002"
+    data = bytearray((newest / "state.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "state.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match="damaged"):
+        rayfed.run(tiny(), out=out, resume=True)
+    (newest / "checkpoint.json").write_text('{"round": 2')
+    with pytest.raises(UserError, match="damaged"):
+        rayfed.run(tiny(), out=out, resume=True)
+
+
+def test_checkpoints_are_thinned_and_hold_no_pickle(tiny, tmp_path):
+    out = rayfed.run(tiny("server.rounds=5", "checkpoint.every=2", "checkpoint.keep=2"), out=tmp_path / "run").out
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["round-000004", "round-000005"]
+    files = {p.name for p in out.rglob("*") if p.is_file()}
+    assert files == {
+        "config.yaml", "metrics.jsonl", "events.log", "ledger.parquet", "state.safetensors", "checkpoint.json",
+        "adapter_config.json", "adapter_model.safetensors", "classes.json",
+    }  # fmt: skip
+    assert json.loads((out / "adapter" / "classes.json").read_text()) == ["app", "card", "loan", "rate"]
+
+
+def test_divergence_is_one_line_not_a_silent_nan(tiny, tmp_path):
+    with pytest.raises(RunError, match="not finite"):
+        rayfed.run(tiny("client.lr=1e30", "client.epochs=4"), out=tmp_path / "run")
+
+
+def test_the_digest_sees_every_bit():
+    a = {"x": torch.zeros(3)}
+    digest = checkpoints.state_digest(1, a, {})
+    assert digest == checkpoints.state_digest(1, {"x": torch.zeros(3)}, {})
+    assert digest != checkpoints.state_digest(2, a, {})
+    assert digest != checkpoints.state_digest(1, {"x": -torch.zeros(3)}, {})
+    assert digest != checkpoints.state_digest(1, {"y": torch.zeros(3)}, {})
+    assert digest != checkpoints.state_digest(1, {}, a)
+    assert digest != checkpoints.state_digest(1, {"x": torch.zeros(3, 1)}, {})
+
+
+def test_results_are_put_in_order_as_soon_as_they_can_be():
+    taken = []
+
+    def arrivals():
+        for index in (2, 0, 1, 4, 3):
+            taken.append(index)
+            yield Done(index, None)  # type: ignore[arg-type]
+
+    seen = [(done.index, len(taken)) for done in in_order(arrivals())]
+    assert [index for index, _ in seen] == [0, 1, 2, 3, 4]
+    assert seen[0][1] == 2  # task 0 was handed on before 1, 4 and 3 had arrived
