@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayfed import config
-from rayfed.config import Experiment, dump_config
+from rayfed.config import Experiment
 from rayfed.errors import UserError
-from rayfed.files import atomic_write
 from rayfed.tracking import Fan, RunInfo, Sink, Table, open_console, open_sinks
 
 if TYPE_CHECKING:
@@ -65,7 +64,6 @@ def run(experiment: Experiment, out: str | Path | None = None, resume: bool = Fa
 
     federation = form_federation(experiment)
     blueprint = draw_blueprint(experiment, len(federation.classes))
-    atomic_write(out / "config.yaml", dump_config(experiment))
     console = _Kept(open_console(experiment.tracking))
     try:
         if experiment.engine.kind == "ray":

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from rayfed import wire
 from rayfed.clients.blueprint import Blueprint
-from rayfed.config import Experiment
+from rayfed.config import Experiment, dump_config
+from rayfed.files import atomic_write
 from rayfed.lora.peft_io import save_peft
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.axes import rate, resolve
@@ -84,6 +85,8 @@ class Server:
 
     def rounds(self) -> Iterator[Record]:
         """Runs the rounds that are left and yields each one's record (the keys of metrics.jsonl)."""
+        # First of all: a folder with a config.yaml is a run that can be resumed.
+        atomic_write(self.out / "config.yaml", dump_config(self.experiment))
         self.sinks.start(self.info())
         while self.done < self.experiment.server.rounds and not self.progress.stopped:
             record = self._round(self.done)

@@ -86,6 +86,8 @@ def load_base(settings: Model, classes: int, seed: int) -> Base:
         missing |= {str(key[0]) for key in report["mismatched_keys"]}
         if settings.pooling == "mean":
             # An encoder's own pooler is not used; whether the checkpoint has one does not matter.
+            if isinstance(getattr(model, "pooler", None), nn.Module):
+                model.pooler = None  # else `all-linear` would adapt, and send, a layer that nothing passes through
             model, missing = MeanPooledClassifier(model, classes, settings.normalize), set()
             torch.manual_seed(keys.derive(seed, "model.head"))
             nn.init.normal_(model.classifier.weight, std=0.02)

@@ -1,0 +1,66 @@
+"""What Ray cannot hold, or cannot keep alive, ends in one line."""
+
+import pytest
+import ray
+
+import rayfed
+from rayfed.engine.driver import Outbox
+from rayfed.engine.workers import RayCrew
+from rayfed.errors import RunError, UserError
+from rayfed.server.crew import Task
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("engine.gpus_per_worker=0.5", "engine.gpus_per_worker: got 0.5 for each of 2 workers, but Ray has 0 GPUs"),
+        ("engine.cpus_per_worker=64", "engine.cpus_per_worker: got 64 for each of 2 workers, but Ray has 2 CPUs"),
+    ],
+)
+def test_workers_that_never_fit_are_refused_before_anything_is_written(tiny, tmp_path, cluster, setting, line):
+    with pytest.raises(UserError) as refusal:
+        rayfed.run(tiny("engine.kind=ray", setting), out=tmp_path / "run")
+    assert str(refusal.value) == line
+    assert not (tmp_path / "run").exists()
+
+
+class Doomed:
+    """Stands for a worker whose process dies at every job."""
+
+    def __init__(self, *_):
+        pass
+
+    def execute(self, *_):
+        import os
+
+        os._exit(1)
+
+
+def test_a_job_that_kills_every_worker_ends_the_run(tiny, cluster, monkeypatch):
+    monkeypatch.setattr("rayfed.engine.workers.Worker", Doomed)
+    crew = RayCrew(tiny("engine.workers=1", "engine.retries=1"), ray.put(None), None)
+    with pytest.raises(RunError, match="failed 2 times because its worker died"):
+        list(crew.run([Task(None)]))
+    assert len(crew.drain_events()) == 1
+    assert crew.drain_events() == []
+    crew.close()
+
+
+def test_the_outbox_repeats_every_call_in_order():
+    outbox, heard = Outbox(), []
+    outbox.start("info")
+    outbox.round({"round": 1})
+    outbox.event("text")
+    outbox.finish({}, None)
+    outbox.close()
+    for name, arguments in outbox.drain():
+        heard.append((name, len(arguments)))
+    assert heard == [("start", 1), ("round", 1), ("event", 1), ("finish", 2)]
+    assert outbox.drain() == []
