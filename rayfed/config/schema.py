@@ -246,8 +246,10 @@ class Eval(Section):
     masked: bool = Field(
         True, description="Also evaluate the sparse model that clients download, where down.density is below 1."
     )
-    probe: bool = Field(
-        False, description="Also train a linear head on the frozen base's features, centrally, for comparison."
+    controls: bool = Field(
+        False,
+        description="At the end, also measure the frozen base with only a head trained: in the same rounds, and "
+        "centrally to convergence.",
     )
     early_stop: EarlyStop | None = Field(None, description="null: run all rounds.")
 

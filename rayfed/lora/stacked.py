@@ -72,7 +72,8 @@ class StackedLora(nn.Module):
         for segment, rows in self.batch.split(x):
             k = segment.slot
             rows = _dropped(rows.to(self.A_KRI.dtype), self.dropout, segment)
-            changes.append(self.scales[k] * ((rows @ self.A_KRI[k].T) @ self.B_KOR[k].T))
+            # The scale on the narrow side: r columns to multiply instead of out, forward and backward.
+            changes.append((self.scales[k] * (rows @ self.A_KRI[k].T)) @ self.B_KOR[k].T)
         y: Tensor = self.base(x)
         return y + (changes[0] if len(changes) == 1 else torch.cat(changes)).to(y.dtype)
 

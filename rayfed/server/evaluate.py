@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rayfed import wire
 from rayfed.clients.jobs import EvalJob, EvalResult, FeatureJob, FeatureResult, SplitName
 from rayfed.lora.adapter import Layout
+from rayfed.server.control import FeatureRows
 from rayfed.server.crew import Crew, Task, in_order
 from rayfed.tasks.federation import Federation
 
@@ -55,8 +57,9 @@ def evaluate(
     return metrics
 
 
-def features(crew: Crew, federation: Federation, split: SplitName, batch_size: int) -> tuple[Tensor, Tensor]:
-    """The frozen base's features (rows, width) and labels (rows,) of a split."""
+def features(crew: Crew, federation: Federation, split: SplitName, batch_size: int) -> FeatureRows:
+    """The frozen base's features of a split, in the split's own order of rows."""
     tasks = [Task(FeatureJob(split, *span)) for span in spans(len(getattr(federation, split)), batch_size)]
     results = [cast(FeatureResult, done.result) for done in in_order(crew.run(tasks))]
-    return torch.cat([r.features for r in results]), torch.cat([r.labels for r in results])
+    place = np.argsort(np.argsort(getattr(federation, split).lengths, kind="stable"))  # jobs count by length
+    return FeatureRows(torch.cat([r.features for r in results])[place], torch.cat([r.labels for r in results])[place])

@@ -22,6 +22,7 @@ from rayfed.files import atomic_write
 from rayfed.lora.peft_io import save_peft
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.axes import rate, resolve
+from rayfed.server.control import Controls, measure_controls
 from rayfed.server.crew import Crew
 from rayfed.server.evaluate import evaluate, features
 from rayfed.server.round import Download, Tally, updates
@@ -29,7 +30,6 @@ from rayfed.server.sampling import cohort, profile
 from rayfed.server.stopping import Progress
 from rayfed.server.summary import closing_table, summarize
 from rayfed.tasks.federation import Federation
-from rayfed.tasks.probe import fit_probe
 from rayfed.tracking import RunInfo, Sink
 
 Record = dict[str, Any]
@@ -102,8 +102,8 @@ class Server:
     def finish(self) -> Record:
         """Exports the adapter, closes the books, tells the sinks; returns the summary."""
         self._export()
-        probe = self._probe() if self.experiment.eval.probe else None
-        summary = summarize(self.experiment, self.progress, self.ledger, self.layout, self.done, probe)
+        controls = self._controls() if self.experiment.eval.controls else None
+        summary = summarize(self.experiment, self.progress, self.ledger, self.layout, self.done, controls)
         self.sinks.finish(summary, closing_table(self.experiment, summary))
         return summary
 
@@ -173,12 +173,11 @@ class Server:
             {"classes.json": json.dumps(list(self.federation.classes), indent=2) + "\n"},
         )
 
-    def _probe(self) -> float:
+    def _controls(self) -> Controls:
         size = self.experiment.eval.batch_size
-        has_validation = len(self.federation.validation) > 0
-        return fit_probe(
-            features(self.crew, self.federation, "train", size),
-            features(self.crew, self.federation, "validation", size) if has_validation else None,
-            features(self.crew, self.federation, "test", size),
-            len(self.federation.classes),
-        )
+        train, test = (features(self.crew, self.federation, split, size) for split in ("train", "test"))
+        validation = None
+        if len(self.federation.validation):
+            validation = features(self.crew, self.federation, "validation", size)
+        head = self.blueprint.head
+        return measure_controls(self.experiment, self.federation, head, train, validation, test, self.done)

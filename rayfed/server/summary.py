@@ -9,12 +9,18 @@ import torch
 from rayfed import wire
 from rayfed.config import Experiment
 from rayfed.lora.adapter import Layout
+from rayfed.server.control import Controls
 from rayfed.server.stopping import Progress
 from rayfed.tracking import Table
 
 
 def summarize(
-    experiment: Experiment, progress: Progress, ledger: wire.Ledger, layout: Layout, rounds: int, probe: float | None
+    experiment: Experiment,
+    progress: Progress,
+    ledger: wire.Ledger,
+    layout: Layout,
+    rounds: int,
+    controls: Controls | None,
 ) -> dict[str, Any]:
     """Flat figures: accuracies (0 to 1), bytes both ways, the bytes of the same run sent dense in fp32."""
     totals = ledger.totals()
@@ -30,37 +36,31 @@ def summarize(
         **totals,
         "bytes/total": ledger.total_bytes,
         "bytes/dense": transfers * len(wire.encode(torch.zeros(layout.size))),
-        "probe/test_accuracy": probe,
+        "head_only/test_accuracy": controls.same_rounds if controls else None,
+        "head_only/test_accuracy_central": controls.central if controls else None,
     }
 
 
 def closing_table(experiment: Experiment, summary: dict[str, Any]) -> Table:
     """What a reader should see last: this run, the same run sent dense, the frozen base."""
     down, up = experiment.wire.down, experiment.wire.up
+    densities = f"density {_density(down.density)} down, {_density(up.density)} up"
     rows = [
-        (
-            f"{experiment.method.name}, density {_density(down.density)} down, {_density(up.density)} up",
-            _percent(summary["final/test_accuracy"]),
-            _megabytes(summary["bytes/total"]),
-        )
+        (f"{experiment.method.name}, {densities}", summary["final/test_accuracy"], summary["bytes/total"]),
+        ("  its sparse model, as clients receive it", summary["final/test_accuracy_masked"], None),
     ]
-    if summary["final/test_accuracy_masked"] is not None:
-        rows.append(("  its sparse model, as clients receive it", _percent(summary["final/test_accuracy_masked"]), ""))
     if summary["bytes/total"] != summary["bytes/dense"]:
         times = summary["bytes/dense"] / summary["bytes/total"]
-        rows.append((f"  the same messages sent dense: {times:.1f}x", "", _megabytes(summary["bytes/dense"])))
-    if summary["probe/test_accuracy"] is not None:
-        rows.append(("frozen base, only a head trained (centrally)", _percent(summary["probe/test_accuracy"]), ""))
-    return Table(f"After {summary['rounds']} rounds", ("", "test accuracy", "MB both ways"), tuple(rows))
+        rows.append((f"  the same messages sent dense: {times:.1f}x", None, summary["bytes/dense"]))
+    rows.append(("frozen base, only the head trained, same rounds", summary["head_only/test_accuracy"], None))
+    rows.append(("  trained centrally to convergence", summary["head_only/test_accuracy_central"], None))
+    shown = tuple(
+        (label, "" if accuracy is None else f"{100 * accuracy:.1f} %", "" if size is None else f"{size / 1e6:.2f}")
+        for label, accuracy, size in rows
+        if accuracy is not None or size is not None
+    )
+    return Table(f"After {summary['rounds']} rounds", ("", "test accuracy", "MB both ways"), shown)
 
 
 def _density(value: float) -> str:
     return f"1/{1 / value:g}" if value < 1 and (1 / value).is_integer() else f"{value:g}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
-
-
-def _megabytes(value: int) -> str:
-    return f"{value / 1e6:.2f}"
