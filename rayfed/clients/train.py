@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,14 +23,20 @@ from rayfed.lora.adapter import Layout
 from rayfed.lora.inject import Stack
 from rayfed.lora.stacked import Segment
 
-if TYPE_CHECKING:
-    from rayfed.tasks.tokens import Tokens
-
 
 class Forward(Protocol):
     """The model: inputs of a batch in, logits out."""
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor: ...  # logits (rows, classes)
+
+
+class Rows(Protocol):
+    """Training rows as `Tokens` holds them: lengths (n,) and padded batches with `labels` among their tensors."""
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+    def batch(self, rows: np.ndarray, pad_id: int) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Trained:
 
 
 def train_pack(
-    stack: Stack, forward: Forward, data: Tokens, pad_id: int, members: Sequence[Member], settings: Client, *,
+    stack: Stack, forward: Forward, data: Rows, pad_id: int, members: Sequence[Member], settings: Client, *,
     lr: float, t: int, seed: int, device: torch.device,
 ) -> list[Trained]:  # fmt: skip
     """Trains the members for one round ``t`` and returns their results in the order given.

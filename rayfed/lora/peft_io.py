@@ -36,7 +36,7 @@ def peft_settings(config: LoraConfig, layers: Iterable[str], *, base: str, conv1
     # PEFT keeps names in a set, whose order differs from process to process.
     settings["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
     settings |= {"base_model_name_or_path": base, "fan_in_fan_out": conv1d, "inference_mode": True}
-    return json.loads(json.dumps(settings, default=sorted))  # type: ignore[no-any-return]  # sets become lists
+    return json.loads(json.dumps(settings, default=sorted))  # sets become lists
 
 
 def save_peft(

@@ -127,6 +127,18 @@ def test_head_only_training_sends_the_head_and_exports_a_silent_adapter(tiny, tm
     rayfed.load_model(result.out)
 
 
+def test_the_control_is_the_head_only_run(tiny, tmp_path):
+    """Measured on stored features, the control gives what a run that trains the head alone gives, step for step."""
+    settings = ("server.rounds=6", "server.cohort=6", "eval.every=6", "client.lr=0.5")
+    whole = rayfed.run(tiny(*settings, "eval.controls=true", "wire.up.density=0.1"), out=tmp_path / "whole")
+    same = ("lora.train=head", "method.name=fedit", "server.weights=uniform", "server.optimizer=adamw")
+    alone = rayfed.run(tiny(*settings, *same), out=tmp_path / "alone")
+    assert whole.summary["head_only/test_accuracy"] == alone.summary["final/test_accuracy"]
+    untrained = rayfed.run(tiny(*settings, *same, "client.lr=1e-9", "server.optimizer=fedavg"), out=tmp_path / "none")
+    assert untrained.summary["final/test_accuracy"] != alone.summary["final/test_accuracy"]
+    assert 0.25 < whole.summary["head_only/test_accuracy_central"] <= 1
+
+
 @pytest.mark.parametrize("options", [("method.train=masked",), ("method.mask=fixed", "method.train=masked")])
 def test_masked_training_moves_only_what_travelled_and_sends_no_indices(tiny, tmp_path, options):
     """Federated Select and SparseAdapter: both sides know the mask, so uploads are values alone.
