@@ -29,6 +29,11 @@ class Blueprint:
     peft: Mapping[str, Any]  # the content of adapter_config.json
     parameters: int  # of the base model, its head included
 
+    @property
+    def entries(self) -> int:
+        """Entries of all adapted layers' weights: what a whole change of the base takes."""
+        return sum(out * inner for out, inner in self.shapes.values())
+
     def trained_shapes(self, experiment: Experiment) -> Mapping[str, tuple[int, int]]:
         """The layers whose adapters train: none where only the head does."""
         return {} if experiment.lora.train == "head" else self.shapes

@@ -1,6 +1,7 @@
 """What the server asks of a worker, and what comes back: plain values that any process can be sent.
 
-Adapters travel beside a job as payloads, ``bytes`` made by `wire`; a job names them by position.
+Vectors travel beside a job as payloads, ``bytes`` made by `wire`; a job names them by position. Some are traffic (what
+a client downloads); others stand for what it holds already, and only the simulation moves them.
 """
 
 from __future__ import annotations
@@ -21,30 +22,39 @@ class Order:
     """One client's part of a training job."""
 
     client: int
-    payload: int  # which of the job's payloads it downloads
+    layout: Layout
+    payload: int  # which of the job's payloads it downloads: the entries it does not hold
     trainable: Trainable
+    budget: int  # at most so many entries go up
     density_up: float
     values: str  # number format of its upload
+    held: int | None = None  # the payload with the entries it holds already
+    base: int | None = None  # the payload with the frozen change of its base
+    base_layout: Layout | None = None
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Train a pack of clients: round t (from 0), learning rate, each payload's layout, the orders in pack order."""
+    """Train a pack of clients: round t (from 0), learning rate, the orders in pack order."""
 
     t: int
     lr: float
-    layouts: tuple[Layout, ...]
     orders: tuple[Order, ...]
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Per order: the encoded upload, the mean training loss over its steps, examples seen and steps done."""
+    """Per order: the encoded upload, the mean training loss over its steps, examples seen and steps done.
+
+    ``kept`` holds, encoded, what a client keeps for itself: its personal entries; None where nothing is personal.
+    """
 
     uploads: tuple[bytes, ...]
+    kept: tuple[bytes | None, ...]
     losses: tuple[float, ...]
     examples: tuple[int, ...]
     steps: tuple[int, ...]
+    ranks: tuple[int, ...]  # the largest rank among the layers that the client trained; 0 without adapters
     seconds: float
 
 

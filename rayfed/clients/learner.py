@@ -21,6 +21,7 @@ from rayfed.clients.jobs import (
     FeatureJob,
     FeatureResult,
     Job,
+    Order,
     Result,
     SplitName,
     TrainJob,
@@ -31,7 +32,8 @@ from rayfed.config import Experiment
 from rayfed.errors import RunError
 from rayfed.lora.inject import Stack
 from rayfed.lora.stacked import Segment
-from rayfed.methods.base import received
+from rayfed.methods import Method, build
+from rayfed.methods.base import Base, assemble
 from rayfed.tasks.federation import Federation
 from rayfed.tasks.models import load_base
 
@@ -41,6 +43,7 @@ class Learner:
 
     def __init__(self, experiment: Experiment, federation: Federation, blueprint: Blueprint) -> None:
         self.experiment, self.federation = experiment, federation
+        self.method = build(experiment.method.name, **experiment.method.options)
         self.device = torch.device(experiment.engine.device)
         base = load_base(experiment.model, len(federation.classes), experiment.seed)
         self.model = base.model.to(self.device)
@@ -64,33 +67,54 @@ class Learner:
 
     def _train(self, job: TrainJob, payloads: Sequence[bytes]) -> TrainResult:
         begun = time.perf_counter()
-        decoded = [wire.decode(payload) for payload in payloads]
-        members = []
-        for order in job.orders:
-            payload = decoded[order.payload]
-            layout = job.layouts[order.payload]
-            support = order.trainable.support(layout, received(payload))
-            rows = self.federation.rows_of(order.client)
-            members.append(Member(order.client, layout, payload.dense(), support, rows))
+        decoded = [wire.decode(payload) for payload in payloads]  # a tier's clients share theirs
+        bases: dict[int, Base] = {}
+        members = [self._member(order, decoded, bases) for order in job.orders]
         results = train_pack(
             self.stack, self._forward, self.federation.train, self.federation.pad_id, members,
             self.experiment.client, lr=job.lr, t=job.t, seed=self.experiment.seed, device=self.device,
         )  # fmt: skip
-        uploads = [
-            _upload(result, member, order.density_up, order.values)
-            for result, member, order in zip(results, members, job.orders, strict=True)
-        ]
+        uploads, kept = [], []
+        for result, member, order in zip(results, members, job.orders, strict=True):
+            uploads.append(_upload(self.method, result, member, order))
+            kept.append(_kept(result, member, order))
         return TrainResult(
             tuple(uploads),
+            tuple(kept),
             tuple(r.loss for r in results),
             tuple(r.examples for r in results),
             tuple(r.steps for r in results),
+            tuple(_trained_rank(member) for member in members),
             time.perf_counter() - begun,
+        )
+
+    def _member(self, order: Order, decoded: Sequence[wire.Payload], bases: dict[int, Base]) -> Member:
+        payload = decoded[order.payload]
+        start, has = assemble(order.layout, payload, None if order.held is None else decoded[order.held])
+        if order.base is not None and order.base not in bases:
+            assert order.base_layout is not None
+            vector = decoded[order.base].dense()
+            bases[order.base] = {
+                **order.base_layout.unflatten(vector).layers,
+                **order.base_layout.matrices(vector),
+            }
+        return Member(
+            order.client,
+            order.layout,
+            start,
+            order.trainable.support(order.layout, has),
+            self.federation.rows_of(order.client),
+            bases[order.base] if order.base is not None else {},
+            order.trainable.rates,
+            order.trainable.tail,
         )
 
     @torch.no_grad()
     def _evaluate(self, job: EvalJob, payload: bytes) -> EvalResult:
-        self.stack.load(0, job.layout.unflatten(wire.decode(payload).dense()))
+        vector = wire.decode(payload).dense()
+        adapter = job.layout.unflatten(vector)
+        self.stack.fit([adapter])
+        self.stack.load(0, adapter, job.layout.matrices(vector))
         loss, correct, count = 0.0, 0, 0
         for inputs, labels in self._batches(job.split, job.start, job.stop):
             with self.stack.batch.of([Segment(0, len(labels))]):
@@ -109,7 +133,7 @@ class Learner:
             for layer in self.stack.head.values()
         ]
         for lora in self.stack.lora.values():  # the base alone: no adapter
-            lora.B_KOR.zero_()
+            lora.load(0, None)
         try:
             for inputs, batch_labels in self._batches(job.split, job.start, job.stop):
                 with self.stack.batch.of([Segment(0, len(batch_labels))]):
@@ -137,17 +161,40 @@ class Learner:
         return self.model(**inputs).logits
 
 
-def _upload(result: Trained, member: Member, density: float, values: str) -> bytes:
-    """What the client sends: the largest of its changes, among the entries that trained.
+def _upload(method: Method, result: Trained, member: Member, order: Order) -> bytes:
+    """What the client sends: of its changes to the entries that trained, those the method picks.
 
-    The budget is a share of the whole adapter. Entries outside the support are known to both sides not to have
-    changed: they take no index bits.
+    Entries outside the support are known to both sides not to have changed, and personal ones stay: neither takes
+    index bits.
     """
-    change = (result.vector - member.start)[member.support]
+    uploaded = order.trainable.uploaded(member.layout, member.support)
+    change = (result.vector - member.start) * uploaded
     if not bool(torch.isfinite(change).all()):
         raise RunError(
             f"client {member.client}: training gave values that are not finite; lower client.lr or set client.clip_norm"
         )
-    budget = wire.keep_count(len(member.support), density)
-    indices = None if budget >= len(change) else wire.top_k(change, budget)
-    return wire.encode(change, indices=indices, values=values)
+    values, indices = change[uploaded], None
+    if order.budget < len(values):
+        chosen = method.select(member.start, change, member.layout, order.budget, order.density_up)
+        place = torch.cumsum(uploaded, 0) - 1
+        indices = place[chosen[uploaded[chosen]]]
+    return wire.encode(values, indices=indices, values=order.values)
+
+
+def _kept(result: Trained, member: Member, order: Order) -> bytes | None:
+    """The client's personal entries after training, for the simulation to give back to it; no traffic."""
+    if not order.trainable.personal:
+        return None
+    personal = member.layout.mask(*order.trainable.personal)
+    return wire.encode(result.vector * personal)
+
+
+def _trained_rank(member: Member) -> int:
+    """The largest number of ranks, over the layers, in which this client had anything to train."""
+    alive: dict[str, Tensor] = {}
+    for entry in member.layout.entries:
+        if entry.part in ("A", "B"):
+            support = member.support[entry.start : entry.start + entry.numel].view(entry.shape)
+            ranks = support.any(1 if entry.part == "A" else 0)
+            alive[entry.name] = alive.get(entry.name, torch.zeros_like(ranks)) | ranks
+    return max((int(ranks.sum()) for ranks in alive.values()), default=0)

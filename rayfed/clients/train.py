@@ -9,8 +9,8 @@ they were decoded to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ from rayfed.config.schema import Client
 from rayfed.lora.adapter import Layout
 from rayfed.lora.inject import Stack
 from rayfed.lora.stacked import Segment
+from rayfed.methods.base import Base, Tail
 
 
 class Forward(Protocol):
@@ -41,13 +42,19 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Member:
-    """One client of a pack: ``start`` (n,) as decoded, ``support`` (n,) which entries train, its training rows."""
+    """One client of a pack: ``start`` (n,) as decoded, ``support`` (n,) which entries train, its training rows.
+
+    ``base`` lies frozen under its adapter; ``rates`` are factors on the learning rate by part, equal in a pack.
+    """
 
     client: int
     layout: Layout
     start: Tensor
     support: Tensor
     rows: np.ndarray
+    base: Base = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
+    tail: Tail | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +76,13 @@ def train_pack(
     ``stack`` must have at least as many slots as there are members. The result is a function of the arguments alone.
     """
     plans = [batches(m.rows, settings, seed, t, m.client) for m in members]
-    for slot, member in enumerate(members):
-        stack.load(slot, member.layout.unflatten(member.start))
+    adapters = [member.layout.unflatten(member.start) for member in members]
+    stack.fit(adapters)
+    for slot, (member, adapter) in enumerate(zip(members, adapters)):
+        stack.load(slot, adapter, member.base)
     parameters = _Parameters(stack, members)
     # A payload so sparse that nothing arrived can leave nothing to train: the clients then measure their loss only.
-    optimizer = _optimizer(parameters.trained, settings, lr) if parameters.trained else None
+    optimizer = _optimizer(parameters.groups(lr), settings) if parameters.trained else None
     losses = [torch.zeros((), dtype=torch.float64, device=device) for _ in members]
     results: dict[int, Trained] = {}
     lengths = data.lengths
@@ -92,11 +101,12 @@ def train_pack(
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
         labels = inputs.pop("labels")
         with stack.batch.of(segments):
-            each = nn.functional.cross_entropy(forward(inputs).float(), labels, reduction="none")
+            each = row_losses(forward(inputs).float(), labels)
             means = [rows.mean() for rows in each.split([s.rows for s in segments])]
             if optimizer is not None:
                 optimizer.zero_grad(set_to_none=True)
-                torch.stack(means).sum().backward()
+                tails = [tail_loss(stack, s, tail) for s in active if (tail := members[s].tail) is not None]
+                torch.stack([*means, *tails]).sum().backward()
         if optimizer is not None:
             parameters.mask_gradients()
             if settings.clip_norm is not None:
@@ -127,13 +137,28 @@ def batches(rows: np.ndarray, settings: Client, seed: int, t: int, client: int) 
     return plan[:wanted]
 
 
-def _optimizer(parameters: list[nn.Parameter], settings: Client, lr: float) -> torch.optim.Optimizer:
+def row_losses(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Each row's loss (rows,): cross-entropy in nats for class ids, half the squared distance for target vectors."""
+    if labels.dtype.is_floating_point:
+        return 0.5 * (outputs - labels).square().flatten(1).sum(1)
+    return nn.functional.cross_entropy(outputs, labels, reduction="none")
+
+
+def tail_loss(stack: Stack, slot: int, tail: Tail) -> Tensor:
+    """HetLoRA's regulariser (arXiv 2401.06432): weight times the sum over layers of ||B's tail|| ||A's tail||."""
+    norms = [
+        torch.linalg.vector_norm(layer.B_KOR[slot, :, tail.keep :])
+        * torch.linalg.vector_norm(layer.A_KRI[slot, tail.keep :])
+        for layer in stack.lora.values()
+    ]
+    return tail.weight * torch.stack(norms).sum()
+
+
+def _optimizer(groups: list[dict[str, object]], settings: Client) -> torch.optim.Optimizer:
     """Element-wise optimizers, so that one over the stack is one per client."""
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(
-        parameters, lr=lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
-    )
+        return torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
 
 
 class _Parameters:
@@ -141,12 +166,16 @@ class _Parameters:
 
     def __init__(self, stack: Stack, members: Sequence[Member]) -> None:
         places = [{(e.name, e.part): e for e in member.layout.entries} for member in members]
+        self.rates = members[0].rates
         self.trained: list[nn.Parameter] = []
+        self.parts: list[str] = []
         self.partial: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # parameter, mask, start: entries to hold still
         for name, part, parameter in stack.tensors():
             mask = torch.ones_like(parameter, dtype=torch.bool)  # padding and empty slots have no gradient anyway
             supports = []
             for slot, member in enumerate(members):
+                if (name, part) not in places[slot]:
+                    continue  # a layer that only the frozen base changes
                 entry = places[slot][name, part]
                 supports.append(member.support[entry.start : entry.start + entry.numel])
                 stack.crop(mask[slot], part, entry.shape).copy_(supports[-1].view(entry.shape))
@@ -154,8 +183,18 @@ class _Parameters:
             parameter.requires_grad_(any(bool(support.any()) for support in supports))
             if parameter.requires_grad:
                 self.trained.append(parameter)
+                self.parts.append(part)
                 if not all(bool(support.all()) for support in supports):
                     self.partial.append((parameter, mask, parameter.detach().clone()))
+
+    def groups(self, lr: float) -> list[dict[str, object]]:
+        """The optimizer's parameter groups: one, or one a part where parts have rates of their own."""
+        if not self.rates:
+            return [{"params": self.trained, "lr": lr}]
+        by_part: dict[str, list[nn.Parameter]] = {}
+        for part, parameter in zip(self.parts, self.trained):
+            by_part.setdefault(part, []).append(parameter)
+        return [{"params": found, "lr": lr * self.rates.get(part, 1.0)} for part, found in by_part.items()]
 
     @torch.no_grad()
     def mask_gradients(self) -> None:

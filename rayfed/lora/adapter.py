@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rayfed.keys import torch_rng
 
-PARTS = ("A", "B", "head")
+PARTS = ("A", "B", "head", "W")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Entry:
     """Where one tensor stands in the flat vector: entries start to start + numel, row-major."""
 
     name: str
-    part: str  # one of PARTS
+    part: str  # one of PARTS; "W" is a frozen change of the base, a matrix (out, in)
     shape: tuple[int, ...]
     start: int
 
@@ -117,8 +117,12 @@ class Layout:
             {name: tensor for (name, part), tensor in tensors.items() if part == "head"},
         )
 
+    def matrices(self, vector: Tensor) -> dict[str, Tensor]:
+        """The frozen changes that stand in the vector as matrices (out, in), by layer; views."""
+        return {e.name: vector[e.start : e.start + e.numel].view(e.shape) for e in self.entries if e.part == "W"}
+
     def mask(self, *parts: str) -> Tensor:
-        """A boolean vector (n,): which entries belong to the given parts (of "A", "B", "head")."""
+        """A boolean vector (n,): which entries belong to the given parts (of PARTS)."""
         mask = torch.zeros(self.size, dtype=torch.bool)
         for entry in self.entries:
             if entry.part in parts:
@@ -136,6 +140,25 @@ class Layout:
             entries.append(Entry(name, part, tuple(shape), start))
             start += entries[-1].numel
         return cls(tuple(entries), dict(value["scales"]))
+
+
+def flatten_changes(
+    changes: Mapping[str, LowRank | Tensor], head: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, Layout]:
+    """Changes of any form, and a head, as one float32 vector (n,) with its layout: pairs and head first, then matrices.
+
+    ``layout.unflatten`` gives the pairs and the head back, ``layout.matrices`` the rest.
+    """
+    pairs = {name: change for name, change in changes.items() if isinstance(change, LowRank)}
+    adapter = Adapter(pairs, head or {})
+    entries, vectors = list(adapter.layout.entries), [adapter.flatten()]
+    start = adapter.layout.size
+    for name, matrix in sorted(changes.items()):
+        if isinstance(matrix, Tensor):
+            entries.append(Entry(name, "W", tuple(matrix.shape), start))
+            vectors.append(matrix.reshape(-1).to(torch.float32))
+            start += matrix.numel()
+    return torch.cat(vectors), Layout(tuple(entries), adapter.layout.scales)
 
 
 def scale_of(rank: int, alpha: float, rslora: bool = False) -> float:

@@ -7,14 +7,14 @@ or PEFT's default for the architecture). `Stack` swaps them for stacked layers a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from rayfed.errors import UserError
-from rayfed.lora.adapter import Adapter, Layout
+from rayfed.lora.adapter import Adapter, Layout, LowRank
 from rayfed.lora.stacked import Batch, StackedLinear, StackedLora, layer_shape
 
 if TYPE_CHECKING:
@@ -136,13 +136,23 @@ class Stack:
             if linear.bias_KO is not None:
                 yield f"{name}.bias", "head", linear.bias_KO
 
+    def fit(self, adapters: Sequence[Adapter]) -> None:
+        """Makes the slots of every layer as wide as the widest of these pairs: bits must follow the pack alone."""
+        for name, layer in self.lora.items():
+            layer.fit(max((a.layers[name].rank for a in adapters if name in a.layers), default=1))
+
     @torch.no_grad()
-    def load(self, slot: int, adapter: Adapter) -> None:
-        """Puts an adapter into a slot; its rank may be smaller than the stack's. KeyError for unknown names."""
-        if set(adapter.layers) != set(self.lora):
-            raise KeyError(f"the adapter's layers are not the model's: {sorted(set(adapter.layers) ^ set(self.lora))}")
-        for name, pair in adapter.layers.items():
-            self.lora[name].load(slot, pair)
+    def load(self, slot: int, adapter: Adapter, base: Mapping[str, LowRank | Tensor] | None = None) -> None:
+        """Puts an adapter, over a frozen change of the base, into a slot. Its ranks may be smaller than the stack's.
+
+        A layer may have a pair, a frozen change, or both. KeyError for unknown names and for layers with neither.
+        """
+        base = base or {}
+        named = set(adapter.layers) | set(base)
+        if named != set(self.lora):
+            raise KeyError(f"the adapter's layers are not the model's: {sorted(named ^ set(self.lora))}")
+        for name in named:
+            self.lora[name].load(slot, adapter.layers.get(name), base.get(name))
         for name, part, parameter in self.tensors():
             if part == "head":
                 parameter[slot] = adapter.head[name]

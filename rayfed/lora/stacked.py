@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rayfed.lora.adapter import LowRank
+from rayfed.lora.kernel import Piece, change
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Batch:
 
 
 class StackedLora(nn.Module):
-    """A frozen linear layer plus, for each slot, ``scale * B A`` of its input."""
+    """A frozen linear layer plus, for each slot, ``scale * B A`` of its input and a frozen change of the base."""
 
     def __init__(self, base: nn.Module, batch: Batch, slots: int, rank: int, dropout: float) -> None:
         super().__init__()
@@ -66,23 +67,46 @@ class StackedLora(nn.Module):
         self.A_KRI = nn.Parameter(torch.zeros(slots, rank, inner, device=device))
         self.B_KOR = nn.Parameter(torch.zeros(slots, outer, rank, device=device))
         self.scales = [0.0] * slots
+        self.frozen: list[LowRank | Tensor | None] = [None] * slots
 
     def forward(self, x: Tensor) -> Tensor:
-        changes = []
-        for segment, rows in self.batch.split(x):
-            k = segment.slot
-            rows = _dropped(rows.to(self.A_KRI.dtype), self.dropout, segment)
-            # The scale on the narrow side: r columns to multiply instead of out, forward and backward.
-            changes.append((self.scales[k] * (rows @ self.A_KRI[k].T)) @ self.B_KOR[k].T)
         y: Tensor = self.base(x)
-        return y + (changes[0] if len(changes) == 1 else torch.cat(changes)).to(y.dtype)
+        pieces, inputs, start = [], [], 0
+        for segment, rows in self.batch.split(x):
+            k, stop = segment.slot, start + segment.rows
+            pieces.append(Piece(k, start, stop, self.scales[k], self.frozen[k]))
+            inputs.append(_dropped(rows, self.dropout, segment) if self._drops(segment) else rows)
+            start = stop
+        u = torch.cat(inputs) if any(map(self._drops, self.batch.segments)) else x
+        return change(y, x, u, self.A_KRI, self.B_KOR, pieces)
+
+    def _drops(self, segment: Segment) -> bool:
+        return self.dropout > 0 and segment.rng is not None
+
+    def fit(self, rank: int) -> None:
+        """Room for pairs of exactly this rank at most; empties the slots where that is a change."""
+        slots, held, inner = self.A_KRI.shape
+        if rank != held:
+            self.A_KRI = nn.Parameter(self.A_KRI.new_zeros(slots, rank, inner))
+            self.B_KOR = nn.Parameter(self.B_KOR.new_zeros(slots, self.B_KOR.shape[1], rank))
+            self.scales = [0.0] * slots
 
     @torch.no_grad()
-    def load(self, slot: int, pair: LowRank) -> None:
+    def load(self, slot: int, pair: LowRank | None, frozen: LowRank | Tensor | None = None) -> None:
+        """Puts a pair, and a frozen change of the base beneath it, into a slot; None: no change."""
+        self.A_KRI[slot].zero_()
+        self.B_KOR[slot].zero_()
+        device = self.A_KRI.device
+        if isinstance(frozen, LowRank):
+            frozen = LowRank(frozen.B.to(device), frozen.A.to(device), frozen.scale)
+        self.frozen[slot] = frozen.to(device) if isinstance(frozen, Tensor) else frozen
+        if pair is None:
+            self.scales[slot] = 0.0
+            return
         if pair.rank > self.A_KRI.shape[1]:
             raise ValueError(f"rank {pair.rank} does not fit a stack of rank {self.A_KRI.shape[1]}")
-        self.A_KRI[slot].zero_()[: pair.rank] = pair.A
-        self.B_KOR[slot].zero_()[:, : pair.rank] = pair.B
+        self.A_KRI[slot][: pair.rank] = pair.A
+        self.B_KOR[slot][:, : pair.rank] = pair.B
         self.scales[slot] = pair.scale
 
 
@@ -122,8 +146,6 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 def _dropped(rows: Tensor, rate: float, segment: Segment) -> Tensor:
     """Inverted dropout with the segment's own generator and shape, so that neighbours in the pack change nothing."""
-    if segment.rng is None or rate == 0:
-        return rows
     keep = torch.ones(rows.shape, dtype=torch.bool)
     own = keep[:, : segment.tokens] if rows.ndim > 2 else keep  # (rows, tokens, I), or (rows, I) after pooling
     own.copy_(torch.rand(own.shape, generator=segment.rng) >= rate)

@@ -1,9 +1,19 @@
 """What a federated LoRA method is: state in, state out.
 
 A method decides what is sent to each client, which entries train, and how uploads become the next global state. It
-knows adapters and client profiles; no Ray, no models, no files. What travels is decided around it: the server
-sparsifies and encodes what `broadcast` returns, the client trains what it decoded and uploads its change, and
-`aggregate` gets both as decoded. The server optimizer is an axis of its own, handed to `aggregate` as ``advance``.
+knows adapters and client profiles; no Ray, no models, no files. What travels is decided around it:
+
+1. `broadcast` says where a client starts: its adapter, and the frozen change of the base beneath it. Entries of the
+   adapter that the client has already (``held``) do not travel; of the others the wire sends the largest, or those of
+   ``mask``. The client trains what it decoded.
+2. `select` picks, at the client, which of its changes go up; `trainable` says what trains and what stays personal.
+3. `aggregate` gets start and change of every client as decoded, in cohort order. The server optimizer is an axis of
+   its own, handed over as ``advance``.
+4. `news` is what every client must merge into its base after a round; the server counts it for each client that takes
+   part, together with the news of the rounds it missed (or the whole change of the base where that is smaller).
+
+The state holds global tensors, and under ``clients`` what belongs to single clients and survives between rounds. Both
+are checkpointed; neither is traffic.
 """
 
 from __future__ import annotations
@@ -16,7 +26,10 @@ import torch
 from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, Layout, LowRank
-from rayfed.wire import Payload
+from rayfed.wire import Payload, top_k
+
+Base = Mapping[str, LowRank | Tensor]
+"""A frozen change of the base: by layer a low-rank pair or a matrix (out, in), whichever is cheaper."""
 
 Advance = Callable[[str, Tensor, Tensor], Tensor]
 """One server-optimizer step: (name of the tensor, its value, its mean change) -> its next value, all of one shape."""
@@ -28,49 +41,79 @@ class Profile:
 
     client: int
     rank: int
+    scale: float = 1.0  # of its adapter: alpha / r, or alpha / sqrt(r)
     density_down: float = 1.0  # share of entries it receives this round, in (0, 1]
     density_up: float = 1.0  # share of entries it sends this round, in (0, 1]
     examples: int = 1  # training rows it holds
 
     @property
     def tier(self) -> tuple[int, float]:
-        """Clients of one tier receive the same payload."""
+        """Clients of one tier receive the same payload, unless the method is `personal`."""
         return self.rank, self.density_down
 
 
 @dataclass(frozen=True)
 class Start:
-    """The adapter a client starts from, before the wire: a flat vector (n,) and its layout.
+    """Where a client starts, before the wire: a flat vector (n,) with its layout, over a frozen change of the base.
 
     ``mask`` (n,) names the entries to send; None leaves the choice to the wire (the largest by magnitude). With
-    ``dense`` everything travels this round, both ways, whatever the client's densities.
+    ``dense`` everything travels this round, both ways, whatever the client's densities. ``held`` (n,) marks entries
+    that never travel, since the client has them: drawn from a seed it knows, or its own from an earlier round.
+    ``also`` (m,) travels beside the adapter, whole. ``base`` is the change of the base that the client has by then.
     """
 
     vector: Tensor
     layout: Layout
     mask: Tensor | None = None
     dense: bool = False
+    held: Tensor | None = None
+    also: Tensor | None = None
+    base: Base = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """A local regulariser (HetLoRA): ``weight * ||B[:, keep:]|| * ||A[keep:, :]||`` summed over layers."""
+
+    weight: float
+    keep: int  # ranks from here on are the tail
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """Which entries train: whole parts, and where ``received_only`` only entries that arrived in the payload."""
+    """Which entries train: whole parts, or of these only ``entries`` (n,), or only what the client has a value for."""
 
     parts: tuple[str, ...] = ("A", "B", "head")
-    received_only: bool = False
+    received_only: bool = False  # only entries that arrived in the payload, or were held
+    entries: Tensor | None = None
+    personal: tuple[str, ...] = ()  # parts that train and are never uploaded: they come back as `Update.kept`
+    rates: Mapping[str, float] = field(default_factory=dict)  # part -> factor on the client's learning rate
+    tail: Tail | None = None
+
+    def whole(self, layout: Layout) -> Tensor:
+        """Boolean (n,): the entries that could train, had everything arrived."""
+        whole = layout.mask(*self.parts)
+        return whole if self.entries is None else whole & self.entries
 
     def support(self, layout: Layout, received: Tensor | None) -> Tensor:
-        """Boolean (n,): the entries that train. ``received`` (n,): which arrived; None: all did.
+        """Boolean (n,): the entries that train. ``received`` (n,): which the client has a value for; None: all.
 
         Server and client compute it alike, so an upload needs no indices for entries that cannot have changed.
         """
-        support = layout.mask(*self.parts)
-        return support & received if self.received_only and received is not None else support
+        whole = self.whole(layout)
+        return whole & received if self.received_only and received is not None else whole
+
+    def uploaded(self, layout: Layout, support: Tensor) -> Tensor:
+        """Boolean (n,): the entries of ``support`` that may be sent up."""
+        return support & ~layout.mask(*self.personal) if self.personal else support
 
 
 @dataclass(frozen=True)
 class Update:
-    """What came back from one client, as decoded: ``start`` it trained from, ``change`` it made, both (n,)."""
+    """What came back from one client, as decoded: ``start`` it trained from, ``change`` it made, both (n,).
+
+    ``kept`` (n,): its trained values in the personal parts, zeros elsewhere; None where nothing is personal.
+    """
 
     client: Profile
     weight: float
@@ -78,15 +121,29 @@ class Update:
     change: Tensor
     layout: Layout
     stats: Mapping[str, float] = field(default_factory=dict)
+    kept: Tensor | None = None
 
     @property
     def trained(self) -> Adapter:
-        """The client's adapter after training."""
+        """The client's adapter after training, as far as it was uploaded."""
         return self.layout.unflatten(self.start + self.change)
+
+    @property
+    def sent(self) -> Adapter:
+        """The adapter the client started from, as it decoded it."""
+        return self.layout.unflatten(self.start)
 
 
 class State(Protocol):
     """A method's global state: tensors that safetensors can store, plus plain JSON values."""
+
+    @property
+    def clients(self) -> Mapping[int, Mapping[str, Tensor]]:
+        """What single clients keep between rounds, by client id."""
+
+    @property
+    def report(self) -> Mapping[str, float]:
+        """Figures about the last aggregation, for the metrics (`method/...`)."""
 
     def tensors(self) -> dict[str, Tensor]: ...
 
@@ -94,25 +151,66 @@ class State(Protocol):
 
 
 class Method(Protocol):
-    """One federated LoRA method; see the module docstring, and `flasc.py` for one."""
+    """One federated LoRA method; see the module docstring, and `flasc.py` for one. `Defaults` has the usual answers."""
 
     weights: str  # "uniform" or "examples": the paper's aggregation weights
     optimizer: str  # the paper's server optimizer
     optimizers: tuple[str, ...]  # server optimizers that make sense with it
+    mixed_ranks: bool  # may clients have different ranks?
+    sparse_down: bool  # may downloads be sparse or rounded?
+    sparse_up: bool  # may uploads be?
+    personal: bool  # does every client get a payload of its own, rather than every tier?
 
-    def init(self, adapter: Adapter, seed: int) -> Any: ...
+    def init(self, adapter: Adapter, seed: int) -> Any:
+        """The state before round 0. ``adapter``: fresh (B = 0, A random), of the largest rank, with its scale."""
 
-    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Any: ...
+    def restore(
+        self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], clients: Mapping[int, Mapping[str, Tensor]]
+    ) -> Any:
+        """The state that gave these `tensors()`, `facts()` and `clients`."""
 
     def broadcast(self, state: Any, client: Profile) -> Start: ...
 
     def trainable(self, state: Any, client: Profile) -> Trainable: ...
 
+    def select(self, start: Tensor, change: Tensor, layout: Layout, budget: int, density: float) -> Tensor:
+        """At the client: which entries to upload, as sorted indices into (n,).
+
+        ``change`` (n,) is zero where nothing trained or nothing may be sent; at most ``budget`` indices.
+        """
+
     def aggregate(self, state: Any, updates: Iterable[Update], advance: Advance = ...) -> Any: ...
 
-    def delta(self, state: Any, layer: str) -> LowRank | Tensor: ...
+    def news(self, state: Any) -> Tensor | None:
+        """What every client must receive of the last round to merge it into its base, (m,); None: nothing."""
 
-    def adapter(self, state: Any) -> Adapter: ...
+    def delta(self, state: Any, layer: str) -> LowRank | Tensor:
+        """The global model's whole change of a layer (the base's included): what is evaluated and exported."""
+
+    def head(self, state: Any) -> Mapping[str, Tensor]: ...
+
+    def layers(self, state: Any) -> tuple[str, ...]: ...
+
+
+class Defaults:
+    """What most methods answer."""
+
+    weights = "examples"
+    optimizer = "fedavg"
+    optimizers: tuple[str, ...] = ("fedavg",)
+    mixed_ranks = False
+    sparse_down = True
+    sparse_up = True
+    personal = False
+
+    def trainable(self, state: Any, client: Profile) -> Trainable:
+        return Trainable()
+
+    def select(self, start: Tensor, change: Tensor, layout: Layout, budget: int, density: float) -> Tensor:
+        return top_k(change, budget)
+
+    def news(self, state: Any) -> Tensor | None:
+        return None
 
 
 def received(payload: Payload) -> Tensor | None:
@@ -122,6 +220,22 @@ def received(payload: Payload) -> Tensor | None:
     mask = torch.zeros(payload.n, dtype=torch.bool)
     mask[payload.indices] = True
     return mask
+
+
+def assemble(layout: Layout, payload: Payload, held: Payload | None) -> tuple[Tensor, Tensor | None]:
+    """What a client starts from (n,), and which entries it has a value for (n,), None: all.
+
+    ``payload`` fills the entries that it does not hold, in their order; ``held`` has the others at their indices.
+    """
+    arrived = received(payload)
+    if held is None:
+        return payload.dense(), arrived
+    start, has = held.dense(), torch.zeros(layout.size, dtype=torch.bool)
+    has[slice(None) if held.indices is None else held.indices] = True
+    travels = ~has
+    start[travels] = payload.dense()
+    has[travels] = True if arrived is None else arrived
+    return start, has
 
 
 def fedavg(name: str, value: Tensor, change: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, Layout, LowRank
-from rayfed.methods.base import Advance, Profile, Start, Trainable, Update, fedavg, mean_change
+from rayfed.methods.base import Advance, Defaults, Profile, Start, Update, fedavg, mean_change
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class FactorState:
     layout: Layout
     rounds: int = 0
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    clients: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    report: Mapping[str, float] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"vector": self.vector, **self.extras}
@@ -36,32 +38,32 @@ class FactorState:
         return {"layout": self.layout.to_json(), "rounds": self.rounds}
 
 
-class FactorMean:
+class FactorMean(Defaults):
     """The mean of factors; subclasses say what is sent and what trains."""
 
-    weights = "examples"
-    optimizer = "fedavg"
     optimizers: tuple[str, ...] = ("fedavg", "sgd", "fedavgm", "fedadam", "adamw")
 
     def init(self, adapter: Adapter, seed: int) -> FactorState:
         return FactorState(adapter.flatten(), adapter.layout)
 
-    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> FactorState:
+    def restore(
+        self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], clients: Mapping[int, Mapping[str, Tensor]]
+    ) -> FactorState:
         extras = {name: tensor for name, tensor in tensors.items() if name != "vector"}
         return FactorState(tensors["vector"], Layout.from_json(facts["layout"]), int(facts["rounds"]), extras)
 
     def broadcast(self, state: FactorState, client: Profile) -> Start:
         return Start(state.vector, state.layout)
 
-    def trainable(self, state: FactorState, client: Profile) -> Trainable:
-        return Trainable()
-
     def aggregate(self, state: FactorState, updates: Iterable[Update], advance: Advance = fedavg) -> FactorState:
         change = mean_change(updates, state.layout.size)
         return replace(state, vector=advance("vector", state.vector, change), rounds=state.rounds + 1)
 
     def delta(self, state: FactorState, layer: str) -> LowRank:
-        return self.adapter(state).layers[layer]
+        return state.layout.unflatten(state.vector).layers[layer]
 
-    def adapter(self, state: FactorState) -> Adapter:
-        return state.layout.unflatten(state.vector)
+    def head(self, state: FactorState) -> Mapping[str, Tensor]:
+        return state.layout.unflatten(state.vector).head
+
+    def layers(self, state: FactorState) -> tuple[str, ...]:
+        return tuple(state.layout.scales)

@@ -1,8 +1,9 @@
 """Checkpoints: everything the next round depends on, written whole or not at all.
 
 `checkpoints/round-000012/` holds `state.safetensors` (method state under `method.`, server-optimizer moments under
-`optimizer.`) and `checkpoint.json` (round, settings digest, the method's facts, early stopping, ledger totals, the
-state's digest). No pickles. A checkpoint whose tensors do not give its recorded digest is refused.
+`optimizer.`) and `checkpoint.json` (round, settings digest, the method's facts, early stopping, who has merged what,
+which files hold what clients keep, the state's digest). No pickles. A checkpoint whose tensors do not give its recorded
+digest is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from rayfed.errors import UserError
 from rayfed.files import atomic_path
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,17 @@ class Checkpoint:
     digest: str
     facts: dict[str, Any] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
+    catchup: dict[str, Any] = field(default_factory=dict)
+    clients: list[list[Any]] = field(default_factory=list)
     version: int = VERSION
 
 
-def state_digest(round: int, method: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> str:
-    """SHA-256 (64 hex digits) over the round and every tensor's name, type, shape and bytes: equal iff the bits are."""
-    digest = hashlib.sha256(str(round).encode())
+def state_digest(round: int, method: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], clients: str = "") -> str:
+    """SHA-256 (64 hex digits) over the round and every tensor's name, type, shape and bytes: equal iff the bits are.
+
+    ``clients`` stands for what single clients keep.
+    """
+    digest = hashlib.sha256((str(round) + clients).encode())
     for prefix, tensors in (("method", method), ("optimizer", optimizer)):
         for name in sorted(tensors):
             tensor = tensors[name].detach().cpu().contiguous()
@@ -81,7 +87,14 @@ def latest(folder: Path, experiment: str) -> Checkpoint | None:
     return checkpoint
 
 
-def load_tensors(folder: Path, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def client_rows(folder: Path) -> list[list[list[Any]]]:
+    """The rows on clients' files of every checkpoint that is still there."""
+    return [json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))["clients"] for path in _all(folder)]
+
+
+def load_tensors(
+    folder: Path, checkpoint: Checkpoint, clients: str = ""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(method tensors, optimizer tensors) of the checkpoint. UserError where the bits are not those it recorded."""
     path = folder / f"round-{checkpoint.round:06d}"
     try:
@@ -92,7 +105,7 @@ def load_tensors(folder: Path, checkpoint: Checkpoint) -> tuple[dict[str, Tensor
     for name, tensor in tensors.items():
         prefix, _, rest = name.partition(".")
         split[prefix][rest] = tensor
-    if state_digest(checkpoint.round, split["method"], split["optimizer"]) != checkpoint.digest:
+    if state_digest(checkpoint.round, split["method"], split["optimizer"], clients) != checkpoint.digest:
         raise UserError(
             f"--resume: {path} is damaged: its tensors do not have the digest it records; "
             "remove it to resume from the one before"

@@ -99,7 +99,7 @@ def _same_rounds(
             change = trained.vector - state.vector
             updates.append(Update(profile(c, len(rows), experiment, t), weight, state.vector, change, state.layout))
         state = method.aggregate(state, updates, axes.optimizer.advance)
-    stack.load(0, method.adapter(state))
+    stack.load(0, state.layout.unflatten(state.vector))
     with torch.no_grad(), stack.batch.of([Segment(0, len(test.labels))]):
         right = logits({"features": test.features}).argmax(-1) == test.labels
     return float(right.double().mean())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,17 @@ from rayfed import wire
 from rayfed.clients.blueprint import Blueprint
 from rayfed.config import Experiment, dump_config
 from rayfed.files import atomic_write
+from rayfed.lora.adapter import Layout, flatten_changes
 from rayfed.lora.peft_io import save_peft
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.axes import rate, resolve
+from rayfed.server.catchup import CatchUp
 from rayfed.server.control import Controls, measure_controls
 from rayfed.server.crew import Crew
+from rayfed.server.downlink import Downlink
 from rayfed.server.evaluate import evaluate, features
-from rayfed.server.round import Download, Tally, updates
+from rayfed.server.memory import ClientStore, digest_of
+from rayfed.server.round import Books, Tally, updates
 from rayfed.server.sampling import cohort, profile
 from rayfed.server.stopping import Progress
 from rayfed.server.summary import closing_table, summarize
@@ -50,16 +55,19 @@ class Server:
         start = blueprint.start(experiment)
         self.layout = start.layout
         self.progress = Progress()
-        self.ledger = wire.Ledger()
+        self.ledger, self.catchup = wire.Ledger(), CatchUp()
+        self.store = ClientStore(out / "clients")
         found = checkpoints.latest(self.folder, self.settings_digest) if resume else None
         if found is None:
             self.state = self.axes.method.init(start, experiment.seed)
             self.done = 0
         else:
-            method, optimizer = checkpoints.load_tensors(self.folder, found)
-            self.state = self.axes.method.restore(method, found.facts)
+            clients = self.store.restore(found.clients)
+            method, optimizer = checkpoints.load_tensors(self.folder, found, digest_of(clients))
+            self.state = self.axes.method.restore(method, found.facts, clients)
             self.axes.optimizer.load(optimizer)
             self.progress = Progress(**found.progress)
+            self.catchup = CatchUp.from_json(found.catchup)
             self.done = found.round
             self.ledger = wire.Ledger.read(out / "ledger.parquet", up_to_round=self.done)
 
@@ -116,14 +124,19 @@ class Server:
         sizes = self.federation.sizes
         drawn = cohort(sizes, experiment.server.cohort, experiment.seed, t)
         clients = [profile(c, int(sizes[c]), experiment, t) for c in drawn]
-        tally, downloads = Tally(), dict[tuple[int, float], Download]()
-        stream = updates(
-            axes.method, self.state, t, lr, clients, axes.weights, experiment, self.crew, self.ledger, downloads, tally
-        )
-        self.state = axes.method.aggregate(self.state, stream, axes.optimizer.advance)
+        downlink = Downlink(axes.method, self.state, experiment.wire.down.values, self.crew)
+        books = Books(self.ledger, self.catchup, Tally())
+        stream = updates(axes.method, self.state, t, lr, clients, axes.weights, experiment, self.crew, downlink, books)
+        state = axes.method.aggregate(self.state, stream, axes.optimizer.advance)
+        self.state = replace(state, clients=self.store.settle(state.clients, t + 1)) if state.clients else state
+        self.catchup.publish(axes.method.news(self.state), self.blueprint.entries)
         trained = time.perf_counter()
-        metrics = self._evaluate(t, downloads)
+        metrics = self._evaluate(t, downlink)
         self.progress.see(t + 1, metrics, experiment.eval.early_stop)
+        tally = books.tally
+        digest = checkpoints.state_digest(
+            t + 1, self.state.tensors(), axes.optimizer.state, digest_of(self.state.clients)
+        )
         return {
             "round": t + 1,
             "train/loss": tally.loss / tally.examples,
@@ -134,38 +147,59 @@ class Server:
             "time/train_s": trained - begun,
             "clients/ok": tally.ok,
             "clients/retried": tally.retried,
-            "state/digest": checkpoints.state_digest(t + 1, self.state.tensors(), axes.optimizer.state),
+            **{f"clients/rank_{rank}": count for rank, count in sorted(tally.ranks.items())},
+            **{f"method/{name}": value for name, value in self.state.report.items()},
+            "state/digest": digest,
         }
 
-    def _evaluate(self, t: int, downloads: dict[tuple[int, float], Download]) -> dict[str, float | None]:
+    def _evaluate(self, t: int, downlink: Downlink) -> dict[str, float | None]:
         """The dense global model, and the sparse one under the mask its clients were sent at the round's start."""
         settings = self.experiment.eval
         names = [f"{s}/{m}{x}" for s in ("eval", "test") for m in ("loss", "accuracy") for x in ("", "_masked")]
         metrics: dict[str, float | None] = dict.fromkeys(names)
         if (t + 1) % settings.every and t + 1 < self.experiment.server.rounds:
             return metrics
-        models = {"": self._vector()}
-        mask = next(iter(downloads.values())).mask
-        if settings.masked and mask is not None:
-            models["_masked"] = models[""] * mask
-        measured = evaluate(
-            self.crew, self.federation, self.layout, models, ("validation", "test"), settings.batch_size
-        )
+        vector, layout = self._model()
+        models = {"": vector}
+        sent = downlink.first
+        # Where clients of a round receive different adapters, none of them is "the sparse model".
+        if (
+            settings.masked
+            and sent
+            and sent.has is not None
+            and sent.start.layout == layout
+            and sent.start.held is None
+        ):
+            models["_masked"] = vector * sent.has
+        measured = evaluate(self.crew, self.federation, layout, models, ("validation", "test"), settings.batch_size)
         return metrics | measured
 
-    def _vector(self) -> Tensor:
-        return self.axes.method.adapter(self.state).flatten()
+    def _model(self) -> tuple[Tensor, Layout]:
+        """The global model: every layer's change and the head, as one vector with its layout."""
+        method = self.axes.method
+        return flatten_changes(
+            {name: method.delta(self.state, name) for name in method.layers(self.state)}, method.head(self.state)
+        )
 
     def _checkpoint(self, digest: str) -> None:
         self.ledger.write(self.out / "ledger.parquet")
         record = checkpoints.Checkpoint(
-            self.done, self.settings_digest, digest, self.state.facts(), self.progress.to_json()
+            self.done,
+            self.settings_digest,
+            digest,
+            self.state.facts(),
+            self.progress.to_json(),
+            self.catchup.to_json(),
+            self.store.to_json(self.state.clients),
         )
         keep = self.experiment.checkpoint.keep
         checkpoints.save(self.folder, record, self.state.tensors(), self.axes.optimizer.state, keep)
+        if self.state.clients:
+            self.store.prune(checkpoints.client_rows(self.folder))
 
     def _export(self) -> None:
-        adapter = self.blueprint.complete(self.axes.method.adapter(self.state), self.experiment)
+        vector, layout = self._model()
+        adapter = self.blueprint.complete(layout.unflatten(vector), self.experiment)
         save_peft(
             self.out / "adapter",
             adapter,

@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
-
-import torch
-from torch import Tensor
 
 from rayfed import wire
 from rayfed.clients.jobs import Order, TrainJob, TrainResult
 from rayfed.config import Experiment
 from rayfed.errors import RunError
-from rayfed.methods import Method, Profile, Start, Update
-from rayfed.methods.base import received
+from rayfed.methods import Method, Profile, Update
+from rayfed.server.catchup import CatchUp
 from rayfed.server.crew import Crew, Handle, Task, in_order
-
-
-@dataclass(frozen=True)
-class Download:
-    """What one tier receives this round: the payload, what it decodes to (n,), which entries arrived (None: all)."""
-
-    start: Start
-    payload: bytes
-    handle: Handle
-    vector: Tensor
-    mask: Tensor | None
-
-
-def download(method: Method, state: Any, client: Profile, values: str, crew: Crew) -> Download:
-    """Broadcast, sparsify, encode. The decoded vector is what clients train from and what `aggregate` calls sent."""
-    start = method.broadcast(state, client)
-    if not bool(torch.isfinite(start.vector).all()):
-        raise RunError("the global adapter has values that are not finite; lower server.lr or client.lr")
-    mask = start.mask
-    if mask is None and not start.dense and client.density_down < 1:
-        mask = wire.top_mask(start.vector, client.density_down)
-    indices = None if mask is None else mask.nonzero().squeeze(1)
-    payload = wire.encode(start.vector, indices=indices, values=values)
-    decoded = wire.decode(payload)
-    return Download(start, payload, crew.put(payload), decoded.dense(), received(decoded))
+from rayfed.server.downlink import Downlink, Download
 
 
 def plan_packs(clients: Sequence[Profile], size: int) -> list[list[Profile]]:
@@ -56,54 +29,101 @@ class Tally:
     examples: int = 0
     ok: int = 0
     retried: int = 0
+    ranks: dict[int, int] = field(default_factory=dict)  # trained rank -> clients
+
+
+@dataclass
+class Books:
+    """Where a round writes down what travelled and what happened."""
+
+    ledger: wire.Ledger
+    catchup: CatchUp
+    tally: Tally
 
 
 def updates(
     method: Method, state: Any, t: int, lr: float, clients: Sequence[Profile], weights: str, experiment: Experiment,
-    crew: Crew, ledger: wire.Ledger, downloads: dict[tuple[int, float], Download], tally: Tally,
+    crew: Crew, downlink: Downlink, books: Books,
 ) -> Iterator[Update]:  # fmt: skip
     """Trains the cohort and yields its updates in cohort order, whatever the order of arrival.
 
-    ``downloads`` is filled with what each tier was sent. Only one decoded upload is in memory at a time.
+    Only one decoded upload is in memory at a time.
     """
-    for client in clients:
-        if client.tier not in downloads:
-            downloads[client.tier] = download(method, state, client, experiment.wire.down.values, crew)
     packs = plan_packs(clients, experiment.engine.pack)
-    tasks = [_task(pack, method, state, t, lr, experiment, downloads) for pack in packs]
+    tasks = [_task(pack, method, state, t, lr, experiment, downlink) for pack in packs]
+    ledger, tally = books.ledger, books.tally
     for done in in_order(crew.run(tasks)):
         job, result = cast(TrainJob, tasks[done.index].job), cast(TrainResult, done.result)
         tally.retried += done.retries * len(job.orders)
         for i, (client, order) in enumerate(zip(packs[done.index], job.orders, strict=True)):
-            sent = downloads[client.tier]
-            ledger.add(round=t + 1, client=client.client, direction="down", payload=sent.payload)
+            sent = downlink.of(client)
+            downlink.forget(client)
+            for sizes in books.catchup.collect(client.client):
+                ledger.add_sizes(round=t + 1, client=client.client, direction="down", sizes=sizes)
+            for payload in sent.payloads:
+                ledger.add(round=t + 1, client=client.client, direction="down", payload=payload)
             ledger.add(round=t + 1, client=client.client, direction="up", payload=result.uploads[i])
             tally.loss += result.losses[i] * result.examples[i]
             tally.examples += result.examples[i]
             tally.ok += 1
-            layout = sent.start.layout
-            support = order.trainable.support(layout, sent.mask)
-            change = sent.vector.new_zeros(layout.size)
-            change[support] = wire.decode(result.uploads[i]).dense()
-            weight = float(client.examples) if weights == "examples" else 1.0
-            stats = {"loss": result.losses[i], "examples": result.examples[i], "steps": result.steps[i]}
-            yield Update(client, weight, sent.vector, change, layout, stats)
+            tally.ranks[result.ranks[i]] = tally.ranks.get(result.ranks[i], 0) + 1
+            _check_rank(client, order, result.ranks[i])
+            uploaded = order.trainable.uploaded(order.layout, order.trainable.support(order.layout, sent.has))
+            change = sent.vector.new_zeros(order.layout.size)
+            change[uploaded] = wire.decode(result.uploads[i]).dense()
+            kept = result.kept[i]
+            yield Update(
+                client,
+                float(client.examples) if weights == "examples" else 1.0,
+                sent.vector,
+                change,
+                order.layout,
+                {"loss": result.losses[i], "examples": result.examples[i], "steps": result.steps[i]},
+                None if kept is None else wire.decode(kept).dense(),
+            )
 
 
 def _task(
-    pack: list[Profile], method: Method, state: Any, t: int, lr: float, experiment: Experiment,
-    downloads: dict[tuple[int, float], Download],
-) -> Task:  # fmt: skip
-    tiers = list(dict.fromkeys(client.tier for client in pack))
-    orders = tuple(
-        Order(
-            client=client.client,
-            payload=tiers.index(client.tier),
-            trainable=method.trainable(state, client),
-            density_up=1.0 if downloads[client.tier].start.dense else client.density_up,
-            values=experiment.wire.up.values,
+    pack: list[Profile], method: Method, state: Any, t: int, lr: float, experiment: Experiment, downlink: Downlink
+) -> Task:
+    handles: list[Handle] = []
+
+    def place(handle: Handle | None) -> int | None:
+        """The handle's position among the job's payloads; clients that share a payload share its place."""
+        if handle is None:
+            return None
+        for i, known in enumerate(handles):
+            if known is handle:
+                return i
+        handles.append(handle)
+        return len(handles) - 1
+
+    orders = []
+    for client in pack:
+        sent, trainable = downlink.of(client), method.trainable(state, client)
+        layout = sent.start.layout
+        density = 1.0 if sent.start.dense else client.density_up
+        candidates = int(trainable.uploaded(layout, trainable.whole(layout)).sum())
+        orders.append(
+            Order(
+                client=client.client,
+                layout=layout,
+                payload=cast(int, place(sent.handle)),
+                trainable=trainable,
+                budget=wire.keep_count(candidates, density),
+                density_up=density,
+                values=experiment.wire.up.values,
+                held=place(sent.held),
+                base=place(sent.base),
+                base_layout=sent.base_layout,
+            )
         )
-        for client in pack
-    )
-    layouts = tuple(downloads[tier].start.layout for tier in tiers)
-    return Task(TrainJob(t, lr, layouts, orders), tuple(downloads[tier].handle for tier in tiers))
+    return Task(TrainJob(t, lr, tuple(orders)), tuple(handles))
+
+
+def _check_rank(client: Profile, order: Order, trained: int) -> None:
+    """The rank that really trained must be the rank that was sent: a mix that is not applied is worth nothing."""
+    sent = max((entry.shape[0] for entry in order.layout.entries if entry.part == "A"), default=0)
+    partly = order.trainable.entries is not None or order.trainable.received_only
+    if trained > sent or (trained < sent and not partly):
+        raise RunError(f"client {client.client}: was sent rank {sent} and trained rank {trained}")

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rayfed.files import atomic_path
-from rayfed.wire.codec import inspect
+from rayfed.wire.codec import Sizes, inspect
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,11 +62,14 @@ class Ledger:
             ValueError: round, client or direction out of range.
             WireError: the bytes are no payload (a ValueError too).
         """
+        self.add_sizes(round=round, client=client, direction=direction, sizes=inspect(payload))
+
+    def add_sizes(self, *, round: int, client: int, direction: Direction, sizes: Sizes) -> None:
+        """Records one payload that was made earlier and of which only the sizes are known; otherwise as `add`."""
         if direction not in DIRECTIONS:
             raise ValueError(f"direction: got {direction!r}, but payloads travel {' or '.join(DIRECTIONS)}")
         if not 0 <= round < 2**31 or not -(2**63) <= client < 2**63:
             raise ValueError(f"round, client: got {round}, {client}, but they are kept as 31 and 64-bit integers")
-        sizes = inspect(payload)
         way, whole = DIRECTIONS.index(direction), sizes.bytes_header + sizes.bytes_indices + sizes.bytes_values
         row = (round, client, way, whole, sizes.count, sizes.bytes_header, sizes.bytes_indices, sizes.bytes_values)
         for column, value in zip(self._columns.values(), row, strict=True):

@@ -58,8 +58,10 @@ def random_adapter(blueprint, seed):
 
 
 def train(learner, adapter, payload, density=1.0, trainable=None, lr=0.05, clients=CLIENTS):
-    orders = tuple(Order(client, 0, trainable or Trainable(), density, "fp32") for client in clients)
-    return learner.execute(TrainJob(0, lr, (adapter.layout,), orders), [payload])
+    layout, trainable = adapter.layout, trainable or Trainable()
+    budget = wire.keep_count(layout.size, density)
+    orders = tuple(Order(client, layout, 0, trainable, budget, density, "fp32") for client in clients)
+    return learner.execute(TrainJob(0, lr, orders), [payload])
 
 
 def largest(change: torch.Tensor, count: int) -> list[int]:
@@ -157,8 +159,12 @@ def test_every_order_starts_from_its_own_payload_and_layout(learner, adapter):
         {n: LowRank(p.B[:, :1].clone(), p.A[:1].clone(), 8.0) for n, p in adapter.layers.items()}, adapter.head
     )
     payloads = [wire.encode(adapter.flatten()), wire.encode(small.flatten())]
-    orders = tuple(Order(client, tier, Trainable(), 1.0, "fp32") for client, tier in ((2, 1), (5, 0), (7, 1)))
-    result = learner.execute(TrainJob(0, 0.05, (adapter.layout, small.layout), orders), payloads)
+    layouts = (adapter.layout, small.layout)
+    orders = tuple(
+        Order(client, layouts[tier], tier, Trainable(), layouts[tier].size, 1.0, "fp32")
+        for client, tier in ((2, 1), (5, 0), (7, 1))
+    )
+    result = learner.execute(TrainJob(0, 0.05, orders), payloads)
     assert [wire.inspect(upload).n for upload in result.uploads] == [
         small.layout.size, adapter.layout.size, small.layout.size
     ]  # fmt: skip

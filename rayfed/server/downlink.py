@@ -1,0 +1,95 @@
+"""What goes down: the payloads of a round, each encoded once, and what every client already has.
+
+`Downlink` turns a method's `Start` into bytes: of the entries that the client does not hold, the largest or the masked
+ones travel. What these bytes decode to is what the client trains from and what `aggregate` is told was sent. Held
+entries and the frozen change of the base reach the workers too, since a client has them; they are no traffic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayfed import wire
+from rayfed.errors import RunError
+from rayfed.lora.adapter import Layout, flatten_changes
+from rayfed.methods import Method, Profile, Start
+from rayfed.methods.base import Base, assemble
+from rayfed.server.crew import Crew, Handle
+
+
+@dataclass(frozen=True)
+class Download:
+    """What one tier (or one client of a personal method) receives in a round.
+
+    ``vector`` (n,) is what it starts from and ``has`` (n,) which entries it has a value for (None: all).
+    """
+
+    start: Start
+    payloads: tuple[bytes, ...]  # the traffic: the adapter, and what travels beside it
+    handle: Handle  # of the adapter's payload
+    vector: Tensor
+    has: Tensor | None
+    held: Handle | None = None
+    base: Handle | None = None
+    base_layout: Layout | None = None
+
+
+class Downlink:
+    """The downloads of one round, made on demand."""
+
+    def __init__(self, method: Method, state: Any, values: str, crew: Crew) -> None:
+        self.method, self.state, self.values, self.crew = method, state, values, crew
+        self.first: Download | None = None
+        self._made: dict[Hashable, Download] = {}
+        self._bases: dict[int, tuple[Base, Handle, Layout]] = {}  # by identity; the base is kept alive beside it
+
+    def of(self, client: Profile) -> Download:
+        """The client's download. RunError where the global state is no longer finite."""
+        key: Hashable = client.client if self.method.personal else client.tier
+        if key not in self._made:
+            self._made[key] = self._make(client)
+            self.first = self.first or self._made[key]
+        return self._made[key]
+
+    def forget(self, client: Profile) -> None:
+        """Lets go of a personal download after its last use: the driver's memory must not grow with the cohort."""
+        if self.method.personal:
+            self._made.pop(client.client, None)
+
+    def _make(self, client: Profile) -> Download:
+        start = self.method.broadcast(self.state, client)
+        if not bool(torch.isfinite(start.vector).all()):
+            raise RunError("the global adapter has values that are not finite; lower server.lr or client.lr")
+        travels = slice(None) if start.held is None else ~start.held
+        vector = start.vector[travels]
+        mask = None if start.mask is None else start.mask[travels]
+        if mask is None and not start.dense and client.density_down < 1:
+            mask = wire.top_mask(vector, client.density_down)
+        payload = wire.encode(vector, indices=None if mask is None else mask.nonzero().squeeze(1), values=self.values)
+        held, held_bytes = None, None
+        if start.held is not None:
+            held_bytes = wire.encode(start.vector, indices=start.held.nonzero().squeeze(1))
+            held = self.crew.put(held_bytes)
+        decoded, has = assemble(
+            start.layout, wire.decode(payload), None if held_bytes is None else wire.decode(held_bytes)
+        )
+        also = () if start.also is None else (wire.encode(start.also),)
+        base, base_layout = self._base(start.base)
+        return Download(start, (payload, *also), self.crew.put(payload), decoded, has, held, base, base_layout)
+
+    def _base(self, base: Base) -> tuple[Handle | None, Layout | None]:
+        if not base:
+            return None, None
+        if id(base) in self._bases:
+            _, handle, layout = self._bases[id(base)]
+            return handle, layout
+        vector, layout = flatten_changes(base)
+        handle = self.crew.put(wire.encode(vector))
+        if not self.method.personal:  # a client's own base is nobody else's
+            self._bases[id(base)] = base, handle, layout
+        return handle, layout
