@@ -40,17 +40,14 @@ class Blueprint:
 
     def start(self, experiment: Experiment) -> Adapter:
         """The adapter the run starts from; see `fresh_adapter`."""
-        return self._fresh(self.trained_shapes(experiment), self.head, experiment)
-
-    def complete(self, adapter: Adapter, experiment: Experiment) -> Adapter:
-        """The adapter with a pair for every layer, as PEFT wants it: missing ones are fresh and change nothing."""
-        fresh = self._fresh(self.shapes, {}, experiment)
-        return Adapter({**fresh.layers, **adapter.layers}, adapter.head)
-
-    @staticmethod
-    def _fresh(shapes: Mapping[str, tuple[int, int]], head: Mapping[str, Tensor], experiment: Experiment) -> Adapter:
         lora = experiment.lora
-        return fresh_adapter(shapes, head, lora.rank, scale_of(lora.rank, lora.alpha, lora.rslora), experiment.seed)
+        scale = scale_of(lora.rank, lora.alpha, lora.rslora)
+        return fresh_adapter(self.trained_shapes(experiment), self.head, lora.rank, scale, experiment.seed)
+
+    def fresh(self, rank: int, experiment: Experiment) -> Adapter:
+        """A fresh pair of that rank for every adapted layer, whether it trains or not; no head."""
+        scale = scale_of(rank, experiment.lora.alpha, experiment.lora.rslora)
+        return fresh_adapter(self.shapes, {}, rank, scale, experiment.seed)
 
 
 def draw_blueprint(experiment: Experiment, classes: int) -> Blueprint:

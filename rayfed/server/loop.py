@@ -7,7 +7,6 @@ ledger, then the checkpoint that vouches for both. So a checkpoint never promise
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,8 +19,7 @@ from rayfed import wire
 from rayfed.clients.blueprint import Blueprint
 from rayfed.config import Experiment, dump_config
 from rayfed.files import atomic_write
-from rayfed.lora.adapter import Layout, flatten_changes
-from rayfed.lora.peft_io import save_peft
+from rayfed.lora.adapter import Layout, LowRank, flatten_changes
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.axes import rate, resolve
 from rayfed.server.catchup import CatchUp
@@ -29,6 +27,7 @@ from rayfed.server.control import Controls, measure_controls
 from rayfed.server.crew import Crew
 from rayfed.server.downlink import Downlink
 from rayfed.server.evaluate import evaluate, features
+from rayfed.server.export import export
 from rayfed.server.memory import ClientStore, digest_of
 from rayfed.server.round import Books, Tally, updates
 from rayfed.server.sampling import cohort, profile
@@ -109,9 +108,11 @@ class Server:
 
     def finish(self) -> Record:
         """Exports the adapter, closes the books, tells the sinks; returns the summary."""
-        self._export()
+        head, classes = self.axes.method.head(self.state), self.federation.classes
+        exported = export(self.out, self._changes(), head, self.blueprint, self.experiment, classes)
         controls = self._controls() if self.experiment.eval.controls else None
         summary = summarize(self.experiment, self.progress, self.ledger, self.layout, self.done, controls)
+        summary |= exported
         self.sinks.finish(summary, closing_table(self.experiment, summary))
         return summary
 
@@ -176,10 +177,11 @@ class Server:
 
     def _model(self) -> tuple[Tensor, Layout]:
         """The global model: every layer's change and the head, as one vector with its layout."""
+        return flatten_changes(self._changes(), self.axes.method.head(self.state))
+
+    def _changes(self) -> dict[str, LowRank | Tensor]:
         method = self.axes.method
-        return flatten_changes(
-            {name: method.delta(self.state, name) for name in method.layers(self.state)}, method.head(self.state)
-        )
+        return {name: method.delta(self.state, name) for name in method.layers(self.state)}
 
     def _checkpoint(self, digest: str) -> None:
         self.ledger.write(self.out / "ledger.parquet")
@@ -196,16 +198,6 @@ class Server:
         checkpoints.save(self.folder, record, self.state.tensors(), self.axes.optimizer.state, keep)
         if self.state.clients:
             self.store.prune(checkpoints.client_rows(self.folder))
-
-    def _export(self) -> None:
-        vector, layout = self._model()
-        adapter = self.blueprint.complete(layout.unflatten(vector), self.experiment)
-        save_peft(
-            self.out / "adapter",
-            adapter,
-            self.blueprint.peft,
-            {"classes.json": json.dumps(list(self.federation.classes), indent=2) + "\n"},
-        )
 
     def _controls(self) -> Controls:
         size = self.experiment.eval.batch_size

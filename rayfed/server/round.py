@@ -13,7 +13,7 @@ from rayfed.errors import RunError
 from rayfed.methods import Method, Profile, Update
 from rayfed.server.catchup import CatchUp
 from rayfed.server.crew import Crew, Handle, Task, in_order
-from rayfed.server.downlink import Downlink, Download
+from rayfed.server.downlink import Downlink
 
 
 def plan_packs(clients: Sequence[Profile], size: int) -> list[list[Profile]]:
