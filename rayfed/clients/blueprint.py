@@ -17,7 +17,7 @@ from rayfed.lora.adapter import Adapter, fresh_adapter, scale_of
 from rayfed.lora.inject import head_values, match, peft_config
 from rayfed.lora.peft_io import peft_settings
 from rayfed.lora.stacked import is_conv1d
-from rayfed.tasks.models import load_base, model_path
+from rayfed.tasks.models import base_name, base_of
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ def draw_blueprint(experiment: Experiment, classes: int) -> Blueprint:
     Raises UserError where the model cannot be loaded or its head not be trained, where no module or an unfit one
     matches the targets, or where the rank exceeds a layer's size.
     """
-    base = load_base(experiment.model, classes, experiment.seed)
+    base = base_of(experiment, classes)
     config = peft_config(experiment, base.head)
     shapes = match(base.model, config, base.head)
     conv1d = any(is_conv1d(base.model.get_submodule(name)) for name in shapes)
     return Blueprint(
         shapes,
         head_values(base.model, base.head),
-        peft_settings(config, shapes, base=model_path(experiment.model), conv1d=conv1d),
+        peft_settings(config, shapes, base=base_name(experiment), conv1d=conv1d),
         sum(p.numel() for p in base.model.parameters()),
     )

@@ -35,7 +35,7 @@ from rayfed.lora.stacked import Segment
 from rayfed.methods import Method, build
 from rayfed.methods.base import Base, assemble
 from rayfed.tasks.federation import Federation
-from rayfed.tasks.models import load_base
+from rayfed.tasks.models import base_of
 
 
 class Learner:
@@ -45,7 +45,7 @@ class Learner:
         self.experiment, self.federation = experiment, federation
         self.method = build(experiment.method.name, **experiment.method.options)
         self.device = torch.device(experiment.engine.device)
-        base = load_base(experiment.model, len(federation.classes), experiment.seed)
+        base = base_of(experiment, len(federation.classes))
         self.model = base.model.to(self.device)
         lora = experiment.lora
         shapes = blueprint.trained_shapes(experiment)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -19,12 +20,16 @@ NonNegative = Annotated[float, Field(ge=0)]
 Betas = Annotated[tuple[Share, Share], Field(strict=False)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 Indices = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
+Ranks = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
+Densities = Annotated[tuple[Density, ...], Field(strict=False)]
+Weights = Annotated[tuple[PositiveFloat, ...], Field(strict=False)]
 ValueFormat = Literal["fp32", "bf16", "fp16", "int8"]
 WHERE_AND_HOW = {  # settings that decide where a run executes and who watches it, never what comes out
     "name": None,
     "engine": ("kind", "workers", "cpus_per_worker", "gpus_per_worker", "address", "retries"),
     "tracking": None,
     "checkpoint": None,
+    "export": None,
 }
 
 
@@ -51,10 +56,11 @@ def _section(kind: type[Section], description: str) -> Any:
 class Data(Section):
     """Where the labelled texts come from."""
 
-    source: Literal["stdlib", "files", "hub"] = Field(
+    source: Literal["stdlib", "files", "hub", "lowrank"] = Field(
         "stdlib",
         description="`stdlib`: functions of Python's own standard library, label = module (needs no download); "
-        "`files`: local JSONL, CSV or Parquet; `hub`: a Hugging Face data set by name.",
+        "`files`: local JSONL, CSV or Parquet; `hub`: a Hugging Face data set by name; `lowrank`: a regression problem "
+        "with a known answer, see the section `problem`.",
     )
     path: str | None = Field(
         None, description="For `files`: a folder with train.*, test.* and optionally validation.*, or one file."
@@ -88,6 +94,36 @@ class Data(Section):
         return self
 
 
+class Problem(Section):
+    """The built-in problem with a known answer (`data.source: lowrank`): low-rank regression on one linear layer.
+
+    Every client has a quadratic loss of its own and `partition.clients` says how many there are. Sections `data` and
+    `eval` have nothing to add: the distance from the optimum is exact.
+    """
+
+    outputs: PositiveInt = Field(32, description="Outputs of the layer.")
+    inputs: PositiveInt = Field(32, description="Inputs of the layer.")
+    true_rank: PositiveInt = Field(12, description="Rank of the optimum.")
+    rows: PositiveInt = Field(64, description="Rows of data a client; at least `inputs`.")
+    condition: Annotated[float, Field(ge=1)] = Field(
+        10.0, description="Largest over smallest curvature of a client's loss; at 1 all clients see alike."
+    )
+    shift: NonNegative = Field(
+        0.5, description="How far the clients' own optima lie from the common one, as a share of its norm."
+    )
+
+    @model_validator(mode="after")
+    def _problem_exists(self) -> Lowrank:
+        if self.true_rank > min(self.outputs, self.inputs):
+            raise ValueError(
+                f"problem.true_rank: got {self.true_rank}, but a matrix of {self.outputs} x {self.inputs} has at most rank "
+                f"{min(self.outputs, self.inputs)}"
+            )
+        if self.rows < self.inputs:
+            raise ValueError(f"problem.rows: got {self.rows}, but at least problem.inputs={self.inputs} are needed")
+        return self
+
+
 class Partition(Section):
     """Who holds which training rows."""
 
@@ -96,7 +132,9 @@ class Partition(Section):
         description="`iid`; `dirichlet`: label shares per client drawn from Dirichlet(alpha); `flasc`: the recipe of "
         "FLASC's code; `pathological`: few classes per client; `natural`: the column `data.client`.",
     )
-    clients: PositiveInt = Field(100, description="Clients in the population. Ignored by `natural`.")
+    clients: PositiveInt = Field(
+        100, description="Clients in the population. Ignored by `natural`, but for data.source=lowrank."
+    )
     alpha: PositiveFloat = Field(0.1, description="Dirichlet concentration; small means unlike clients.")
     classes: PositiveInt = Field(2, description="Classes per client for `pathological`.")
 
@@ -107,7 +145,7 @@ class Model(Section):
     name: str = Field(
         "minilm",
         description="`minilm`: the packaged all-MiniLM-L6-v2 (extra `minilm`); else a local folder or a hub name that "
-        "AutoModelForSequenceClassification can load.",
+        "AutoModelForSequenceClassification can load. Ignored by data.source=lowrank, whose model is one layer.",
     )
     pooling: Literal["stock", "mean"] = Field(
         "stock",
@@ -166,9 +204,9 @@ class Direction(Section):
     every: PositiveInt = Field(1, description="Rounds between two steps of the decay.")
     values: ValueFormat = Field("fp32", description="How values are written: fp32 (lossless), bf16, fp16 or int8.")
 
-    def density_at(self, t: int) -> float:
-        """The density of round ``t`` (0 is the first), in (0, 1]."""
-        return self.density * self.decay ** (t // self.every)
+    def density_at(self, t: int, first: float | None = None) -> float:
+        """The density of round ``t`` (0 is the first), in (0, 1]. ``first``: a client's own, in place of `density`."""
+        return (self.density if first is None else first) * self.decay ** (t // self.every)
 
 
 class Wire(Section):
@@ -176,6 +214,111 @@ class Wire(Section):
 
     down: Direction = _section(Direction, "Server to client.")
     up: Direction = _section(Direction, "Client to server.")
+
+
+class Profiles(Section):
+    """What each client's device and link allow: its rank, and how much of it travels. The same in every round.
+
+    FLASC's system tiers are `tiers` with ranks [1, 4, 16, 64] at lora.rank 64, or with densities [1/64, 1/16, 1/4, 1].
+    """
+
+    kind: Literal["same", "list", "tiers", "uniform", "heavy_tailed", "normal", "function"] = Field(
+        "same",
+        description="`same`: lora.rank and the wire's densities for all; `list`: one entry a client; `tiers`: a few "
+        "kinds of clients; `uniform`: any rank from low to high; `heavy_tailed`: of `ranks`, the large ones rare; "
+        "`normal`: a rounded normal variable, cut to [low, high]; `function`: yours. Draws are keyed per client.",
+    )
+    ranks: Ranks | None = Field(
+        None,
+        description="Rank by client (`list`) or tier (`tiers`), or the ranks to draw from (`heavy_tailed`). None may "
+        "exceed lora.rank, the server's; null: lora.rank for all, where densities are given.",
+    )
+    densities_down: Densities | None = Field(
+        None,
+        description="Aligned with ranks: share of the entries that travel to such a client, in place of "
+        "wire.down.density; the wire's decay still applies. null: the wire's.",
+    )
+    densities_up: Densities | None = Field(None, description="The same for wire.up.density.")
+    weights: Weights | None = Field(
+        None, description="For `tiers`: their shares of the clients, to any sum; null: client id modulo tiers, no draw."
+    )
+    exponent: Annotated[float, Field(ge=-10, le=10)] = Field(
+        1.0,
+        description="For `heavy_tailed`: the share of rank r falls as r^-exponent; below 0 the small ranks are rare.",
+    )
+    low: PositiveInt = Field(1, description="For `uniform` and `normal`: the smallest rank.")
+    high: PositiveInt | None = Field(None, description="For `uniform` and `normal`: the largest rank; null: lora.rank.")
+    mean: PositiveFloat | None = Field(
+        None, description="For `normal`: mean before it is cut, within [low, high]; null: their middle."
+    )
+    std: PositiveFloat | None = Field(
+        None, description="For `normal`: standard deviation before it is cut; null: a quarter of high - low."
+    )
+    function: str | None = Field(
+        None,
+        description="For `function`: `package.module:function`, called by name with client (its id), examples (rows it "
+        "holds) and seed (the run's); returns a rank or (rank, density_down, density_up), the same at every call. "
+        "The digest of the settings has its name, not its code.",
+    )
+
+    @model_validator(mode="after")
+    def _kind_has_what_it_needs(self) -> Profiles:
+        for field, kinds in PROFILE_FIELDS.items():
+            value = getattr(self, field)
+            if self.kind not in kinds and value != Profiles.model_fields[field].default:
+                shown = list(value) if isinstance(value, tuple) else value
+                raise ValueError(
+                    f"profiles.{field}: got {reprlib.repr(shown)}, but that belongs to profiles.kind="
+                    f"{' or '.join(kinds)}, and the kind is {self.kind}"
+                )
+        if self.kind in PROFILE_FIELDS["ranks"]:
+            self._lists_are_aligned()
+        if self.kind == "function":
+            module, _, name = (self.function or "").partition(":")
+            if not all(part.isidentifier() for part in (*module.split("."), name)):
+                got = "null" if self.function is None else repr(self.function)
+                raise ValueError(f"profiles.function: got {got}, but it is written package.module:function")
+        return self
+
+    def _lists_are_aligned(self) -> None:
+        given = self.lists
+        if "ranks" not in given and (self.kind == "heavy_tailed" or given.keys() <= {"weights"}):
+            needs = "ranks" if self.kind == "heavy_tailed" else "ranks or densities"
+            raise ValueError(f"profiles.ranks: got null, but profiles.kind={self.kind} needs {needs}")
+        first, *others = given
+        if not given[first]:
+            raise ValueError(f"profiles.{first}: got [], but it needs at least one value")
+        for name in others:
+            if len(given[name]) != len(given[first]):
+                raise ValueError(
+                    f"profiles.{name}: got {len(given[name])} values, but profiles.{first} has {len(given[first])}, "
+                    "and they go together one by one"
+                )
+
+    @property
+    def lists(self) -> dict[str, tuple[float, ...]]:
+        """The lists that are given, by name. They go together one by one: an entry a client (`list`) or tier."""
+        return {name: own for name in ALIGNED if (own := getattr(self, name)) is not None}
+
+    @property
+    def entries(self) -> int:
+        """How many entries these lists have; 0 where none is given."""
+        return len(next(iter(self.lists.values()), ()))
+
+
+ALIGNED = ("ranks", "densities_down", "densities_up", "weights")
+PROFILE_FIELDS = {  # the kinds that each field of `profiles` belongs to
+    "ranks": ("list", "tiers", "heavy_tailed"),
+    "densities_down": ("list", "tiers", "heavy_tailed"),
+    "densities_up": ("list", "tiers", "heavy_tailed"),
+    "weights": ("tiers",),
+    "exponent": ("heavy_tailed",),
+    "low": ("uniform", "normal"),
+    "high": ("uniform", "normal"),
+    "mean": ("normal",),
+    "std": ("normal",),
+    "function": ("function",),
+}
 
 
 class Schedule(Section):
@@ -303,37 +446,86 @@ class Checkpoint(Section):
     keep: PositiveInt = Field(2, description="Newest checkpoints kept.")
 
 
+class Export(Section):
+    """What a finished run leaves for others to use."""
+
+    adapter_rank: PositiveInt | None = Field(
+        None, description="Rank of the exported PEFT adapter; null: lora.rank. What it cannot hold is stated."
+    )
+    merged: bool = Field(False, description="Also save the base model with all changes merged into its weights.")
+
+
 class Experiment(Section):
     """One run, completely described."""
 
     name: str = Field("run", description="Shown in the console, W&B and reports.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Every random draw of the run is keyed by it.")
     data: Data = _section(Data, "Labelled texts.")
+    problem: Problem = _section(Problem, "The problem with a known answer.")
     partition: Partition = _section(Partition, "Who holds which rows.")
     model: Model = _section(Model, "The frozen base.")
     lora: Lora = _section(Lora, "The adapters.")
     method: Method = _section(Method, "The federated method.")
     wire: Wire = _section(Wire, "Sparsity and number formats.")
+    profiles: Profiles = _section(Profiles, "Ranks and densities of single clients.")
     client: Client = _section(Client, "Local training.")
     server: Server = _section(Server, "The rounds.")
     eval: Eval = _section(Eval, "Evaluation.")
     engine: Engine = _section(Engine, "Where clients train.")
     tracking: Tracking = _section(Tracking, "Who watches.")
     checkpoint: Checkpoint = _section(Checkpoint, "What `--resume` needs.")
+    export: Export = _section(Export, "What a finished run leaves.")
 
     @model_validator(mode="after")
     def _combinations(self) -> Experiment:
-        if self.partition.kind != "natural" and self.server.cohort > self.partition.clients:
+        counted = self.partition.kind != "natural" or self.data.source == "lowrank"
+        if counted and self.server.cohort > self.partition.clients:
             raise ValueError(
                 f"server.cohort: got {self.server.cohort}, but the population has only "
                 f"{self.partition.clients} clients (partition.clients)"
             )
-        if self.partition.kind == "natural" and self.data.client is None:
+        if self.data.source == "lowrank":
+            self._fits_the_known_answer()
+        elif self.partition.kind == "natural" and self.data.client is None:
             raise ValueError("data.client: got null, but partition.kind=natural needs the column that names the client")
         if self.engine.kind == "ray" and self.engine.device == "cuda" and self.engine.gpus_per_worker == 0:
             raise ValueError("engine.gpus_per_worker: got 0, but engine.device=cuda needs more than 0")
         if self.eval.early_stop and self.data.source == "stdlib" and self.data.validation == 0:
             raise ValueError("data.validation: got 0, but eval.early_stop needs a validation split")
+        return self
+
+    def _fits_the_known_answer(self) -> None:
+        if self.partition.kind != "natural":
+            raise ValueError(
+                f"partition.kind: got {self.partition.kind!r}, but in data.source=lowrank every client has its own "
+                "rows: natural (partition.clients says how many)"
+            )
+        for field, value, allowed in (
+            ("lora.train", self.lora.train, "all"),
+            ("eval.controls", self.eval.controls, False),
+            ("eval.early_stop", self.eval.early_stop, None),
+        ):
+            if value != allowed:
+                raise ValueError(f"{field}: got {value!r}, but data.source=lowrank has no head and no validation data")
+
+    @model_validator(mode="after")
+    def _profiles_fit(self) -> Experiment:
+        own, largest = self.profiles, self.lora.rank
+        for field, rank in (*(("ranks", rank) for rank in own.ranks or ()), ("low", own.low), ("high", own.high or 1)):
+            if rank > largest:
+                raise ValueError(
+                    f"profiles.{field}: got {rank}, but no rank may exceed lora.rank={largest}, the server's"
+                )
+        high = own.high or largest
+        if own.low > high:
+            raise ValueError(f"profiles.low: got {own.low}, but it may not exceed profiles.high={high}")
+        if own.mean is not None and not own.low <= own.mean <= high:
+            raise ValueError(f"profiles.mean: got {own.mean}, but it should be from low={own.low} to high={high}")
+        if own.kind == "list" and self.partition.kind != "natural" and own.entries != self.partition.clients:
+            raise ValueError(
+                f"profiles.{next(iter(own.lists))}: got {own.entries} values, but the population has "
+                f"{self.partition.clients} clients (partition.clients)"
+            )
         return self
 
     def digest(self) -> str:

@@ -60,9 +60,11 @@ def run(experiment: Experiment, out: str | Path | None = None, resume: bool = Fa
     out = Path(out) if out is not None else Path("runs") / f"{_slug(experiment.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
     _check_out(out, experiment, resume)
     from rayfed.clients.blueprint import draw_blueprint
+    from rayfed.clients.profiles import check_profiles
     from rayfed.tasks.federation import form_federation
 
     federation = form_federation(experiment)
+    check_profiles(experiment, federation.sizes)
     blueprint = draw_blueprint(experiment, len(federation.classes))
     console = _Kept(open_console(experiment.tracking))
     try:
@@ -101,9 +103,11 @@ def _slug(name: str) -> str:
 
 
 def _resolve(experiment: Experiment) -> None:
+    from rayfed.clients.profiles import check_profiles
     from rayfed.server.axes import resolve
 
     resolve(experiment)
+    check_profiles(experiment)
 
 
 def _check_device(experiment: Experiment) -> None:

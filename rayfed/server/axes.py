@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
+from rayfed.clients.profiles import mixed, sparse
 from rayfed.config import Experiment
 from rayfed.config.schema import Schedule
 from rayfed.errors import UserError
@@ -37,7 +39,27 @@ def resolve(experiment: Experiment) -> Axes:
     weights = method.weights if server.weights == "auto" else server.weights
     if experiment.lora.train == "head" and getattr(method, "train", "all") == "masked":
         raise UserError("method.train: got 'masked', but lora.train=head already says what trains")
+    if mixed(experiment) and not method.mixed_ranks:
+        raise UserError(
+            f"profiles.kind: got {experiment.profiles.kind!r}, which gives clients different ranks, but "
+            f"{experiment.method.name} needs all of them at lora.rank={experiment.lora.rank}"
+        )
+    if not method.sparse_down:
+        _must_be_whole(experiment, "down")
+    if not method.sparse_up:
+        _must_be_whole(experiment, "up")
     return Axes(method, weights, ServerOptimizer(kind, server))
+
+
+def _must_be_whole(experiment: Experiment, direction: Literal["down", "up"]) -> None:
+    """Refuses sparse or rounded messages where the method needs them to arrive as they were sent."""
+    wire, name = getattr(experiment.wire, direction), experiment.method.name
+    if sparse(experiment, direction):
+        raise UserError(f"wire.{direction}.density: got below 1, but what {name} sends {direction} must arrive whole")
+    if wire.values != "fp32":
+        raise UserError(
+            f"wire.{direction}.values: got {wire.values!r}, but what {name} sends {direction} must arrive exactly: fp32"
+        )
 
 
 def rate(lr: float, schedule: Schedule, t: int, rounds: int) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rayfed.clients.profiles import profile
 from rayfed.clients.train import Member, train_pack
 from rayfed.config import Experiment
 from rayfed.lora.adapter import Adapter
@@ -25,7 +26,7 @@ from rayfed.lora.stacked import Segment
 from rayfed.methods import Update
 from rayfed.methods.fedit import FedIT
 from rayfed.server.axes import rate, resolve
-from rayfed.server.sampling import cohort, profile
+from rayfed.server.sampling import cohort
 from rayfed.tasks.federation import Federation
 from rayfed.tasks.probe import fit_probe
 

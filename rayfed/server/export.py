@@ -1,6 +1,6 @@
 """What a run leaves for others to use: the global model as a PEFT adapter and, where asked for, as merged weights.
 
-An adapter of rank r (`export.rank`, by default `lora.rank`) holds a layer's change exactly where the change has at most
+An adapter of rank r (`export.adapter_rank`, by default `lora.rank`) holds a layer's change exactly where the change has at most
 that rank; else it holds the best approximation of that rank, and the share of the energy (squared Frobenius norm over
 all layers) that is lost is stated. Merged weights lose nothing.
 """
@@ -23,7 +23,7 @@ from rayfed.lora.algebra import factors as of_rank
 from rayfed.lora.algebra import norm, pad, rescale, svd, tail_energy
 from rayfed.lora.peft_io import save_peft
 from rayfed.lora.stacked import is_conv1d
-from rayfed.tasks.models import load_base, load_tokenizer
+from rayfed.tasks.models import base_of, load_tokenizer
 
 Changes = Mapping[str, LowRank | Tensor]
 
@@ -33,7 +33,7 @@ def export(
     classes: tuple[str, ...],
 ) -> dict[str, float]:  # fmt: skip
     """Writes `adapter/`, and `merged/` where asked for. Returns the adapter's rank and the share of energy it lost."""
-    rank = experiment.export.rank or experiment.lora.rank
+    rank = experiment.export.adapter_rank or experiment.lora.rank
     alpha = experiment.lora.alpha
     adapter, lost = as_adapter(changes, head, blueprint, experiment, rank)
     settings = {**blueprint.peft, "r": rank, "lora_alpha": alpha}
@@ -72,7 +72,7 @@ def _save_merged(
 
     A mean-pooled model is saved as its encoder, with the classifier beside it in `head.safetensors`.
     """
-    base = load_base(experiment.model, classes, experiment.seed)
+    base = base_of(experiment, classes)
     with torch.no_grad():
         for name, change in changes.items():
             layer = base.model.get_submodule(name)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rayfed import wire
 from rayfed.clients.blueprint import Blueprint
+from rayfed.clients.profiles import describe, profile, rank_mix
 from rayfed.config import Experiment, dump_config
 from rayfed.files import atomic_write
 from rayfed.lora.adapter import Layout, LowRank, flatten_changes
@@ -30,10 +31,11 @@ from rayfed.server.evaluate import evaluate, features
 from rayfed.server.export import export
 from rayfed.server.memory import ClientStore, digest_of
 from rayfed.server.round import Books, Tally, updates
-from rayfed.server.sampling import cohort, profile
+from rayfed.server.sampling import cohort
 from rayfed.server.stopping import Progress
 from rayfed.server.summary import closing_table, summarize
 from rayfed.tasks.federation import Federation
+from rayfed.tasks.lowrank import Problem, loss, share
 from rayfed.tracking import RunInfo, Sink
 
 Record = dict[str, Any]
@@ -73,12 +75,13 @@ class Server:
     def info(self) -> RunInfo:
         """What the sinks are told at the start."""
         sizes = self.federation.sizes
-        facts = {
+        facts: dict[str, float | int | str | None] = {
             "clients": self.federation.clients,
             "clients without data": int((sizes == 0).sum()),
             "training rows": int(sizes.sum()),
             "trainable parameters": self.layout.size,
             "frozen parameters": self.blueprint.parameters,
+            "ranks": describe(rank_mix(self.experiment, sizes)),
         }
         return RunInfo(
             name=self.experiment.name,
@@ -156,6 +159,8 @@ class Server:
     def _evaluate(self, t: int, downlink: Downlink) -> dict[str, float | None]:
         """The dense global model, and the sparse one under the mask its clients were sent at the round's start."""
         settings = self.experiment.eval
+        if self.federation.problem is not None:
+            return self._measure(self.federation.problem)
         names = [f"{s}/{m}{x}" for s in ("eval", "test") for m in ("loss", "accuracy") for x in ("", "_masked")]
         metrics: dict[str, float | None] = dict.fromkeys(names)
         if (t + 1) % settings.every and t + 1 < self.experiment.server.rounds:
@@ -174,6 +179,12 @@ class Server:
             models["_masked"] = vector * sent.has
         measured = evaluate(self.crew, self.federation, layout, models, ("validation", "test"), settings.batch_size)
         return metrics | measured
+
+    def _measure(self, problem: Problem) -> dict[str, float | None]:
+        """Where the answer is known: F(W) and the share of the initial gap F(0) - F(W*) that is left."""
+        (change,) = self._changes().values()
+        W = (change.dense() if isinstance(change, LowRank) else change).double().numpy()
+        return {"eval/loss": loss(problem, W), "eval/gap": share(problem, W)}
 
     def _model(self) -> tuple[Tensor, Layout]:
         """The global model: every layer's change and the head, as one vector with its layout."""

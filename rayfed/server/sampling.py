@@ -1,12 +1,10 @@
-"""Who takes part: the cohort of a round, and what each of its clients can do."""
+"""Who takes part: the cohort of a round."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from rayfed import keys
-from rayfed.config import Experiment
-from rayfed.methods import Profile
 
 
 def cohort(sizes: np.ndarray, count: int, seed: int, t: int) -> list[int]:
@@ -19,14 +17,3 @@ def cohort(sizes: np.ndarray, count: int, seed: int, t: int) -> list[int]:
     if count > len(holders):
         raise ValueError(f"cannot draw {count} clients from {len(holders)} that hold data")
     return [int(c) for c in keys.numpy_rng(seed, "cohort", t).choice(holders, size=count, replace=False)]
-
-
-def profile(client: int, examples: int, experiment: Experiment, t: int) -> Profile:
-    """The client's rank and densities in round ``t``."""
-    return Profile(
-        client=client,
-        rank=experiment.lora.rank,
-        density_down=experiment.wire.down.density_at(t),
-        density_up=experiment.wire.up.density_at(t),
-        examples=examples,
-    )

@@ -19,6 +19,7 @@ class Progress:
     last_accuracy: float | None = None
     last_test_accuracy: float | None = None
     last_test_accuracy_masked: float | None = None
+    last_gap: float | None = None  # where the answer is known: share of the initial gap that is left
     stale: int = 0  # evaluations since the last improvement that counted
     mark: float | None = None  # the accuracy an improvement is measured from
     stopped: bool = False
@@ -28,6 +29,7 @@ class Progress:
         if metrics.get("test/accuracy") is not None:
             self.last_test_accuracy = metrics["test/accuracy"]
             self.last_test_accuracy_masked = metrics.get("test/accuracy_masked")
+        self.last_gap = metrics.get("eval/gap", self.last_gap)
         accuracy = metrics.get("eval/accuracy")
         if accuracy is None:
             return

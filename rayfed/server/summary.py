@@ -33,6 +33,7 @@ def summarize(
         "final/eval_accuracy": progress.last_accuracy,
         "final/test_accuracy": progress.last_test_accuracy,
         "final/test_accuracy_masked": progress.last_test_accuracy_masked,
+        "final/gap": progress.last_gap,
         **totals,
         "bytes/total": ledger.total_bytes,
         "bytes/dense": transfers * len(wire.encode(torch.zeros(layout.size))),
@@ -59,6 +60,8 @@ def closing_table(experiment: Experiment, summary: dict[str, Any]) -> Table:
         for label, accuracy, size in rows
         if accuracy is not None or size is not None
     )
+    if summary["final/gap"] is not None:
+        shown += (("share of the initial gap to the optimum that is left", f"{summary['final/gap']:.3%}", ""),)
     return Table(f"After {summary['rounds']} rounds", ("", "test accuracy", "MB both ways"), shown)
 
 

@@ -1,4 +1,4 @@
-"""A federation: tokenised data and who holds which rows. Read-only; made once and shared by all workers.
+"""A federation: the data and who holds which rows. Read-only; made once and shared by all workers.
 
 Arrays are flat (NumPy), so that Ray's object store hands them to every worker without a copy.
 """
@@ -11,20 +11,26 @@ import numpy as np
 
 from rayfed.config import Experiment
 from rayfed.errors import UserError
+from rayfed.tasks.lowrank import Problem
+from rayfed.tasks.regression import Regression, problem_of
 from rayfed.tasks.tokens import Tokens
 
 
 @dataclass(frozen=True)
 class Federation:
-    """Splits as token ids, class names, and the training rows of client c: rows[starts[c]:starts[c + 1]]."""
+    """Splits, class names (or outputs), and the training rows of client c: rows[starts[c]:starts[c + 1]].
 
-    train: Tokens
-    validation: Tokens
-    test: Tokens
+    ``problem`` is there where the answer is known: then nothing needs to be evaluated on data.
+    """
+
+    train: Tokens | Regression
+    validation: Tokens | Regression
+    test: Tokens | Regression
     classes: tuple[str, ...]
     rows: np.ndarray
     starts: np.ndarray
     pad_id: int
+    problem: Problem | None = None
 
     @property
     def clients(self) -> int:
@@ -42,6 +48,8 @@ class Federation:
 
 def form_federation(experiment: Experiment) -> Federation:
     """Loads, partitions and tokenises the run's data. UserError for whatever is wrong with it or too little of it."""
+    if experiment.data.source == "lowrank":
+        return _known_answer(experiment)
     from rayfed.tasks.data import load_data
     from rayfed.tasks.models import load_tokenizer, longest_input
     from rayfed.tasks.partition import partition
@@ -58,16 +66,33 @@ def form_federation(experiment: Experiment) -> Federation:
         raise UserError("eval.early_stop: needs a validation split; set data.validation above 0")
     cut, limit = experiment.data.max_tokens, longest_input(experiment.model)
     tokenizer = load_tokenizer(experiment.model)
-    splits = {name: tokenize(getattr(data, name), tokenizer, cut) for name in ("train", "validation", "test")}
-    longest = max(int(split.lengths.max(initial=0)) for split in splits.values())
+    train, validation, test = (tokenize(split, tokenizer, cut) for split in (data.train, data.validation, data.test))
+    longest = max(int(split.lengths.max(initial=0)) for split in (train, validation, test))
     if limit is not None and longest > limit:
         raise UserError(
             f"data.max_tokens: got {cut}, but some texts have {longest} tokens and the model takes at most {limit}"
         )
     return Federation(
-        **splits,
+        train=train,
+        validation=validation,
+        test=test,
         classes=data.classes,
         rows=np.concatenate(parts).astype(np.int64),
         starts=np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64),
         pad_id=int(tokenizer.pad_token_id),
+    )
+
+
+def _known_answer(experiment: Experiment) -> Federation:
+    problem = problem_of(experiment)
+    nothing = Regression(problem.features[:0], problem.targets[:0])
+    return Federation(
+        train=Regression(problem.features, problem.targets),
+        validation=nothing,
+        test=nothing,
+        classes=tuple(f"output {i}" for i in range(problem.targets.shape[1])),
+        rows=np.arange(len(problem.owner)),
+        starts=np.searchsorted(problem.owner, np.arange(problem.clients + 1)).astype(np.int64),
+        pad_id=0,
+        problem=problem,
     )

@@ -24,6 +24,8 @@ from rayfed.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from rayfed.config import Experiment
+
 PEFT_HEADS = ("classifier", "score")
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "sp_model")
 
@@ -57,6 +59,20 @@ class MeanPooledClassifier(nn.Module):
         logits = self.classifier(pooled)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def base_of(experiment: Experiment, classes: int) -> Base:
+    """The base model of a run: `load_base`'s, or the single layer of the problem with a known answer."""
+    if experiment.data.source == "lowrank":
+        from rayfed.tasks.regression import LinearModel
+
+        return Base(LinearModel(classes, experiment.problem.inputs).eval().requires_grad_(False), ())
+    return load_base(experiment.model, classes, experiment.seed)
+
+
+def base_name(experiment: Experiment) -> str:
+    """What an exported adapter says it belongs to: a name or folder that transformers can load, if there is one."""
+    return "lowrank" if experiment.data.source == "lowrank" else model_path(experiment.model)
 
 
 def load_base(settings: Model, classes: int, seed: int) -> Base:
@@ -156,7 +172,7 @@ def load_model(run: str | Path) -> nn.Module:
 
     experiment = load_config(Path(run) / "config.yaml")
     classes = json.loads((Path(run) / "adapter" / "classes.json").read_text(encoding="utf-8"))
-    base = load_base(experiment.model, len(classes), experiment.seed)
+    base = base_of(experiment, len(classes))
     return PeftModel.from_pretrained(base.model, str(Path(run) / "adapter")).eval()
 
 

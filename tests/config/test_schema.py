@@ -30,6 +30,8 @@ WHERE_AND_HOW = {  # cannot change the result, so not in the digest; all else is
     "tracking.tags",
     "checkpoint.every",
     "checkpoint.keep",
+    "export.adapter_rank",
+    "export.merged",
 }
 FIELDS = {name: field for name, field in walk(Experiment) if name != "eval.early_stop"}
 FULL = validate({"eval": {"early_stop": {"patience": 3}}})  # with every section present
@@ -133,6 +135,10 @@ def test_defaults_are_valid_and_frozen() -> None:
         ("client.clip_norm", "a number above 0 or null"),
         ("model.normalize", "true or false"),
         ("tracking.tags", "a list of strings"),
+        ("profiles.ranks", "a list of integers above 0 or null"),
+        ("profiles.densities_up", "a list of numbers in (0, 1] or null"),
+        ("profiles.weights", "a list of numbers above 0 or null"),
+        ("profiles.exponent", "a number in [-10, 10]"),
     ],
 )
 def test_what_a_field_allows_in_words(name: str, says: str) -> None:
@@ -241,6 +247,102 @@ def test_what_looks_odd_but_is_fine() -> None:
 def test_density_decays_in_steps() -> None:
     up = validate({"wire": {"up": {"density": 0.5, "decay": 0.5, "every": 2}}}).wire.up
     assert [up.density_at(t) for t in range(5)] == [0.5, 0.5, 0.25, 0.25, 0.125]
+    assert [up.density_at(t, 1.0) for t in range(5)] == [1, 1, 0.5, 0.5, 0.25]  # a client's own, with the same decay
+
+
+LIST = {"kind": "list", "ranks": [2, 4]}
+TIERS = {"kind": "tiers", "ranks": [2, 4]}
+
+
+@pytest.mark.parametrize(
+    ("profiles", "line"),
+    [
+        ({"ranks": [2]}, "ranks: got [2], but that belongs to profiles.kind=list or tiers or heavy_tailed, and the "
+                         "kind is same"),
+        ({"kind": "uniform", "densities_up": [0.5]}, "densities_up: got [0.5], but that belongs to profiles.kind=list "
+                                                     "or tiers or heavy_tailed, and the kind is uniform"),
+        (LIST | {"weights": [1, 1]}, "weights: got [1.0, 1.0], but that belongs to profiles.kind=tiers, and the kind "
+                                     "is list"),
+        (TIERS | {"exponent": 2}, "exponent: got 2.0, but that belongs to profiles.kind=heavy_tailed, and the kind is "
+                                  "tiers"),
+        (TIERS | {"low": 2}, "low: got 2, but that belongs to profiles.kind=uniform or normal, and the kind is tiers"),
+        ({"high": 2}, "high: got 2, but that belongs to profiles.kind=uniform or normal, and the kind is same"),
+        ({"kind": "uniform", "std": 2}, "std: got 2.0, but that belongs to profiles.kind=normal, and the kind is "
+                                        "uniform"),
+        ({"function": "a:b"}, "function: got 'a:b', but that belongs to profiles.kind=function, and the kind is same"),
+        ({"kind": "list"}, "ranks: got null, but profiles.kind=list needs ranks or densities"),
+        ({"kind": "tiers", "weights": [1]}, "ranks: got null, but profiles.kind=tiers needs ranks or densities"),
+        ({"kind": "heavy_tailed", "densities_up": [1]}, "ranks: got null, but profiles.kind=heavy_tailed needs ranks"),
+        ({"kind": "tiers", "ranks": []}, "ranks: got [], but it needs at least one value"),
+        ({"kind": "tiers", "densities_up": []}, "densities_up: got [], but it needs at least one value"),
+        (TIERS | {"weights": [1, 1, 2]}, "weights: got 3 values, but profiles.ranks has 2, and they go together one by "
+                                         "one"),
+        (
+            {"kind": "tiers", "densities_down": [0.5, 1], "densities_up": [1]},
+            "densities_up: got 1 values, but profiles.densities_down has 2, and they go together one by one",
+        ),
+        (LIST, "ranks: got 2 values, but the population has 100 clients (partition.clients)"),
+        ({"kind": "list", "densities_up": [1]}, "densities_up: got 1 values, but the population has 100 clients "
+                                                "(partition.clients)"),
+        ({"kind": "tiers", "ranks": [2, 17, 99]}, "ranks: got 17, but no rank may exceed lora.rank=16, the server's"),
+        ({"kind": "uniform", "low": 17}, "low: got 17, but no rank may exceed lora.rank=16, the server's"),
+        ({"kind": "normal", "high": 17}, "high: got 17, but no rank may exceed lora.rank=16, the server's"),
+        ({"kind": "normal", "low": 9, "high": 8}, "low: got 9, but it may not exceed profiles.high=8"),
+        ({"kind": "normal", "low": 2, "mean": 1.5}, "mean: got 1.5, but it should be from low=2 to high=16"),
+        ({"kind": "normal", "high": 8, "mean": 9}, "mean: got 9.0, but it should be from low=1 to high=8"),
+        ({"kind": "function"}, "function: got null, but it is written package.module:function"),
+        *(
+            ({"kind": "function", "function": path}, f"function: got {path!r}, but it is written "
+                                                     "package.module:function")
+            for path in ("", "mine", "mine:", ":f", "a b:f", "a..b:f", "a:f:g", "a:f()", "a:b.c", "../a:f", "a\n:f")
+        ),
+    ],
+)  # fmt: skip
+def test_profiles_that_are_refused(profiles: dict[str, Any], line: str) -> None:
+    assert refusal(profiles=profiles) == f"profiles.{line}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("kind", "tier"),
+        ("ranks", [0]),
+        ("ranks", [2.0]),
+        ("ranks", [True]),
+        ("ranks", 4),
+        ("densities_down", [0]),
+        ("densities_up", [1.5]),
+        ("weights", [0, 1]),
+        ("weights", [-1]),
+        ("exponent", 11),
+        ("low", 0),
+        ("high", 0),
+        ("std", 0),
+    ],
+)
+def test_values_of_profiles_that_are_refused(name: str, value: Any) -> None:
+    line = f"profiles.{name}: got {value!r}, but it should be {allowed(FIELDS['profiles.' + name])}"
+    assert refusal(profiles={name: value}) == line
+
+
+def test_a_long_list_makes_no_long_refusal() -> None:
+    for kind in ("same", "list"):
+        assert len(refusal(profiles={"kind": kind, "ranks": [2] * 100_000})) < 150
+
+
+def test_profiles_that_are_fine() -> None:
+    for profiles in (
+        {"kind": "list", "ranks": [16] * 100, "densities_up": [0.5] * 100},
+        {"kind": "list", "densities_down": [1.0] * 100},
+        {"kind": "tiers", "densities_up": [0.25, 1], "weights": [3, 1]},
+        {"kind": "heavy_tailed", "ranks": [4, 4, 16], "exponent": -2},
+        {"kind": "uniform", "low": 16},
+        {"kind": "normal", "low": 3, "high": 3, "mean": 3},
+        {"kind": "function", "function": "some.where:ranks"},
+    ):
+        validate({"profiles": profiles})
+    natural = {"partition": {"kind": "natural"}, "data": {"client": "owner"}}
+    validate({"profiles": LIST, **natural})  # how many clients there are, only the data say
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_what_does_not_fit_is_cut_to_the_best_of_the_rank_and_the_loss_is_stated
 def test_peft_loads_an_adapter_of_another_rank(tiny, blueprint, tmp_path):
     from peft import PeftModel
 
-    experiment, changes = tiny("export.rank=6"), changes_of(blueprint, 6)
+    experiment, changes = tiny("export.adapter_rank=6"), changes_of(blueprint, 6)
     facts = export(tmp_path, changes, blueprint.head, blueprint, experiment, ("a", "b", "c", "d"))
     assert facts == {"export/rank": 6, "export/lost_energy": 0.0}
     base = load_base(experiment.model, 4, experiment.seed)

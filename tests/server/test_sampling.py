@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rayfed.server.sampling import cohort, profile
+from rayfed.server.sampling import cohort
 
 SIZES = np.array([5, 0, 3, 2, 0, 9, 1, 4])
 
@@ -31,10 +31,3 @@ def test_seeds_and_rounds_draw_their_own_cohorts():
 def test_too_few_holders_are_refused():
     with pytest.raises(ValueError, match="6 that hold data"):
         cohort(SIZES, 7, 0, 0)
-
-
-def test_densities_decay_by_steps(tiny):
-    experiment = tiny("wire.down.density=0.5", "wire.down.decay=0.5", "wire.down.every=3", "wire.up.density=0.25")
-    densities = [profile(0, 10, experiment, t).density_down for t in range(7)]
-    assert densities == [0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.125]
-    assert profile(0, 10, experiment, 6).density_up == 0.25

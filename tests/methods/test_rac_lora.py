@@ -1,0 +1,167 @@
+"""RAC-LoRA against dense float64 sums: blocks, each over an A of its own, merged without loss."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from rayfed.errors import UserError
+from rayfed.lora.adapter import Adapter, LowRank
+from rayfed.methods import Profile
+from rayfed.methods.flora import fresh_A
+from rayfed.methods.rac_lora import RACLoRA
+
+SHAPES = {"wide": (4, 9), "tall": (7, 5)}
+COHORTS = [
+    [Profile(0, 4, 2.0, examples=3), Profile(1, 1, 8.0, examples=1), Profile(2, 2, 4.0, examples=5)],
+    [Profile(3, 2, 4.0, density_up=0.3, examples=2), Profile(4, 4, 2.0, density_down=0.5, examples=1)],
+    [Profile(5, 1, 3.0, examples=7)],
+    [Profile(0, 4, 2.0, examples=3), Profile(5, 1, 3.0, examples=7)],
+]
+
+
+def training(seed):
+    """Local training that moves every entry that may move, at random."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def moved(tensor):
+        return tensor + 0.5 * torch.randn(tensor.shape, generator=rng)
+
+    def train(client, start, adapter):
+        layers = {name: LowRank(moved(p.B), moved(p.A), p.scale) for name, p in adapter.layers.items()}
+        return Adapter(layers, {name: moved(tensor) for name, tensor in adapter.head.items()})
+
+    return train
+
+
+def begun(random_adapter, zero):
+    adapter = random_adapter(SHAPES, 4, 2.0, seed=1)
+    if not zero:
+        return adapter
+    layers = {name: LowRank(torch.zeros_like(p.B), p.A, p.scale) for name, p in adapter.layers.items()}
+    return Adapter(layers, adapter.head)
+
+
+def dense64(pair):
+    return pair.scale * pair.B.double() @ pair.A.double()
+
+
+def relative(ours, theirs):
+    return float((ours.double() - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("block_rounds", [1, 2, 3])
+def test_model_moves_by_the_mean_of_what_clients_changed(play, random_adapter, zero, block_rounds):
+    method, start, train = RACLoRA(block_rounds=block_rounds), begun(random_adapter, zero), training(2)
+    state = method.init(start, seed=7)
+    W = {name: dense64(pair) for name, pair in start.layers.items()}
+    head = start.head["head.weight"].double()
+    for cohort in COHORTS:
+        state, updates = play(method, state, cohort, train)
+        total = sum(u.weight for u in updates)
+        head += sum(u.weight / total * u.layout.unflatten(u.change).head["head.weight"].double() for u in updates)
+        for name in SHAPES:
+            W[name] += sum(
+                u.weight / total * (dense64(u.trained.layers[name]) - dense64(u.sent.layers[name])) for u in updates
+            )
+            assert relative(method.delta(state, name), W[name]) < 1e-6
+        assert relative(method.head(state)["head.weight"], head) < 1e-6
+
+
+def test_a_block_of_one_round_merges_the_mean_of_products(play, random_adapter):
+    method = RACLoRA()
+    state = method.init(begun(random_adapter, True), seed=7)
+    state, updates = play(method, state, COHORTS[0], training(3))
+    for name in SHAPES:
+        D = sum(u.weight / 9 * dense64(u.trained.layers[name]) for u in updates)
+        assert relative(state.base[name], D) < 1e-6
+
+
+@pytest.mark.parametrize("block_rounds", [1, 2])
+def test_blocks_open_afresh_and_close_with_news(play, random_adapter, block_rounds):
+    method, train = RACLoRA(block_rounds=block_rounds), training(4)
+    state = method.init(begun(random_adapter, False), seed=7)
+    assert method.news(state) is None
+    for t, cohort in enumerate(COHORTS, start=1):
+        before = state
+        start = method.broadcast(before, Profile(0, 2, 4.0))
+        opening = (t - 1) % block_rounds == 0
+        assert torch.equal(start.held, start.layout.mask("A", "B") if opening else start.layout.mask("A"))
+        assert start.base is before.base
+        state, _ = play(method, before, cohort, train)
+        news = method.news(state)
+        if t % block_rounds:
+            assert news is None
+            assert all(torch.equal(state.base[name], before.base[name]) for name in SHAPES)
+            assert all(torch.equal(state.layers[name].A, before.layers[name].A) for name in SHAPES)
+            assert all(state.layers[name].B.any() for name in SHAPES)
+            continue
+        assert news.shape == (4 * sum(out for out, _ in SHAPES.values()),)
+        at = 0
+        for name in sorted(SHAPES):
+            out, inner = SHAPES[name]
+            B = news[at : at + out * 4].view(out, 4)
+            at += out * 4
+            assert torch.equal(before.base[name].addmm(B.clone(), before.layers[name].A), state.base[name])
+            assert torch.equal(state.layers[name].A, fresh_A(7, name, t, 4, inner))
+            assert not state.layers[name].B.any()
+            assert state.layers[name].scale == 2.0
+
+
+@pytest.mark.parametrize("block_rounds", [1, 2])
+def test_ranks_are_nested_and_alive(play, random_adapter, block_rounds):
+    method, train = RACLoRA(block_rounds=block_rounds), training(5)
+    state = method.init(begun(random_adapter, False), seed=7)
+    for cohort in COHORTS:
+        for rank, scale in ((1, 8.0), (2, 4.0), (4, 0.3)):
+            start = method.broadcast(state, Profile(0, rank, scale))
+            for name, pair in start.layout.unflatten(start.vector).layers.items():
+                whole = state.layers[name]
+                assert pair.scale == scale
+                assert torch.equal(pair.A, whole.A[:rank])
+                assert bool((pair.A.norm(dim=1) > 0).all())
+                first = LowRank(whole.B[:, :rank], whole.A[:rank], whole.scale)
+                torch.testing.assert_close(dense64(pair), dense64(first), rtol=1e-6, atol=1e-6)
+        state, _ = play(method, state, cohort, train)
+
+
+def test_without_local_training_nothing_moves(play, random_adapter):
+    method = RACLoRA(block_rounds=2)
+    start = begun(random_adapter, False)
+    state = method.init(start, seed=7)
+    for cohort in COHORTS:
+        state, _ = play(method, state, cohort)
+        assert all(relative(method.delta(state, name), dense64(pair)) < 1e-6 for name, pair in start.layers.items())
+    settled, _ = play(method, state, COHORTS[0])
+    assert all(torch.equal(method.delta(settled, name), method.delta(state, name)) for name in SHAPES)
+
+
+def test_a_server_rate_scales_the_merged_change(play, random_adapter):
+    method = RACLoRA()
+    state = method.init(begun(random_adapter, True), seed=7)
+    whole, _ = play(method, state, COHORTS[0], training(6))
+    half, _ = play(method, state, COHORTS[0], training(6), advance=lambda name, value, change: value + 0.5 * change)
+    for name in SHAPES:
+        torch.testing.assert_close(method.delta(half, name), 0.5 * method.delta(whole, name))
+
+
+@pytest.mark.parametrize("block_rounds", [1, 2])
+def test_restored_state_goes_on_to_the_same_bits(play, random_adapter, block_rounds):
+    method = RACLoRA(block_rounds=block_rounds)
+    state, _ = play(method, method.init(begun(random_adapter, False), seed=7), COHORTS[0], training(7))
+    again = method.restore(state.tensors(), json.loads(json.dumps(state.facts())), state.clients)
+    one, _ = play(method, state, COHORTS[1], training(8))
+    two, _ = play(method, again, COHORTS[1], training(8))
+    assert one.facts() == two.facts()
+    assert all(torch.equal(tensor, two.tensors()[name]) for name, tensor in one.tensors().items())
+
+
+def test_options_and_rounds_out_of_range_are_refused(play, random_adapter):
+    with pytest.raises(UserError, match=r"method\.block_rounds"):
+        RACLoRA(block_rounds=0)
+    method = RACLoRA()
+    with pytest.raises(ValueError, match="weight"):
+        method.aggregate(method.init(begun(random_adapter, True), seed=7), iter([]))
