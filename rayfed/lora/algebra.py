@@ -120,13 +120,13 @@ def top_svd(
     ``||W - U S Vh||_F`` over the best possible, and the largest error of a singular value in units of the first:
 
         spectrum (j = 0, 1, ...)    excess    singular values
-        exp(-j / 30)                5e-7      8e-7
-        1 / (j + 1)                 1e-4      4e-5
-        1 / sqrt(j + 1)             5e-4      1e-3
+        exp(-j / 30)                1e-6      8e-7
+        1 / (j + 1)                 2e-4      4e-5
+        1 / sqrt(j + 1)             6e-4      2e-3
         Gaussian matrix             5e-3      3e-2
         all equal                   0         1e-6
 
-    Two iterations take 8 to 12 ms, for an excess of 2e-4, 2e-3, 4e-3, 1e-2 and 0. A matrix whose true rank is at most
+    Two iterations take 8 to 12 ms, for an excess of 3e-4, 3e-3, 5e-3, 1e-2 and 0. A matrix whose true rank is at most
     rank + oversample comes out exact to rounding.
 
     Raises:
