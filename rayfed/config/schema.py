@@ -113,7 +113,7 @@ class Problem(Section):
     )
 
     @model_validator(mode="after")
-    def _problem_exists(self) -> Lowrank:
+    def _problem_exists(self) -> Problem:
         if self.true_rank > min(self.outputs, self.inputs):
             raise ValueError(
                 f"problem.true_rank: got {self.true_rank}, but a matrix of {self.outputs} x {self.inputs} has at most rank "
@@ -393,6 +393,11 @@ class Eval(Section):
         False,
         description="At the end, also measure the frozen base with only a head trained: in the same rounds, and "
         "centrally to convergence.",
+    )
+    diagnostics: bool = Field(
+        False,
+        description="Also measure, every round, how far the global model is from the mean of the clients' products and "
+        "from the product of their mean factors.",
     )
     early_stop: EarlyStop | None = Field(None, description="null: run all rounds.")
 

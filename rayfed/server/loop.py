@@ -26,6 +26,7 @@ from rayfed.server.axes import rate, resolve
 from rayfed.server.catchup import CatchUp
 from rayfed.server.control import Controls, measure_controls
 from rayfed.server.crew import Crew
+from rayfed.server.diagnostics import Diagnostics
 from rayfed.server.downlink import Downlink
 from rayfed.server.evaluate import evaluate, features
 from rayfed.server.export import export
@@ -129,7 +130,8 @@ class Server:
         drawn = cohort(sizes, experiment.server.cohort, experiment.seed, t)
         clients = [profile(c, int(sizes[c]), experiment, t) for c in drawn]
         downlink = Downlink(axes.method, self.state, experiment.wire.down.values, self.crew)
-        books = Books(self.ledger, self.catchup, Tally())
+        watch = Diagnostics() if experiment.eval.diagnostics else None
+        books = Books(self.ledger, self.catchup, Tally(), watch)
         stream = updates(axes.method, self.state, t, lr, clients, axes.weights, experiment, self.crew, downlink, books)
         state = axes.method.aggregate(self.state, stream, axes.optimizer.advance)
         self.state = replace(state, clients=self.store.settle(state.clients, t + 1)) if state.clients else state
@@ -153,6 +155,7 @@ class Server:
             "clients/retried": tally.retried,
             **{f"clients/rank_{rank}": count for rank, count in sorted(tally.ranks.items())},
             **{f"method/{name}": value for name, value in self.state.report.items()},
+            **(watch.report(axes.method, self.state) if watch else {}),
             "state/digest": digest,
         }
 

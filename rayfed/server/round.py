@@ -13,6 +13,7 @@ from rayfed.errors import RunError
 from rayfed.methods import Method, Profile, Update
 from rayfed.server.catchup import CatchUp
 from rayfed.server.crew import Crew, Handle, Task, in_order
+from rayfed.server.diagnostics import Diagnostics
 from rayfed.server.downlink import Downlink
 
 
@@ -39,6 +40,7 @@ class Books:
     ledger: wire.Ledger
     catchup: CatchUp
     tally: Tally
+    diagnostics: Diagnostics | None = None
 
 
 def updates(
@@ -72,7 +74,7 @@ def updates(
             change = sent.vector.new_zeros(order.layout.size)
             change[uploaded] = wire.decode(result.uploads[i]).dense()
             kept = result.kept[i]
-            yield Update(
+            update = Update(
                 client,
                 float(client.examples) if weights == "examples" else 1.0,
                 sent.vector,
@@ -81,6 +83,9 @@ def updates(
                 {"loss": result.losses[i], "examples": result.examples[i], "steps": result.steps[i]},
                 None if kept is None else wire.decode(kept).dense(),
             )
+            if books.diagnostics is not None:
+                books.diagnostics.see(update, sent.start.base)
+            yield update
 
 
 def _task(
