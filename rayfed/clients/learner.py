@@ -193,8 +193,8 @@ def _trained_rank(member: Member) -> int:
     """The largest number of ranks, over the layers, in which this client had anything to train."""
     alive: dict[str, Tensor] = {}
     for entry in member.layout.entries:
-        if entry.part in ("A", "B"):
+        if entry.part in ("A", "B", "R"):
             support = member.support[entry.start : entry.start + entry.numel].view(entry.shape)
-            ranks = support.any(1 if entry.part == "A" else 0)
+            ranks = support.any(0 if entry.part == "B" else 1)
             alive[entry.name] = alive.get(entry.name, torch.zeros_like(ranks)) | ranks
     return max((int(ranks.sum()) for ranks in alive.values()), default=0)

@@ -5,7 +5,8 @@ pairs an adapter carries the task head, trained in full. As one flat vector the 
 by name, A before B, then the head by name), whatever order the mappings were made in: masks, payloads and server
 optimizers of any two processes agree on what entry i is.
 
-Shapes: B (out, r), A (r, in); out and in are the layer's, also for Conv1D, which stores its weight transposed.
+Shapes: B (out, r), A (r, in); out and in are the layer's, also for Conv1D, which stores its weight transposed. A method
+that trains between two frozen factors has a core R (r, r) beside them: the change is ``scale * B @ R @ A``.
 """
 
 from __future__ import annotations
@@ -21,20 +22,23 @@ from torch import Tensor
 
 from rayfed.keys import torch_rng
 
-PARTS = ("A", "B", "head", "W")
+PARTS = ("A", "B", "R", "head", "W")
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """One layer's change, ``scale * B @ A``: B (out, r), A (r, in)."""
+    """One layer's change, ``scale * B @ A``: B (out, r), A (r, in); with a core R (r, r), ``scale * B @ R @ A``."""
 
     B: Tensor
     A: Tensor
     scale: float
+    R: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
             raise ValueError(f"B is (out, r) and A is (r, in), got {tuple(self.B.shape)} and {tuple(self.A.shape)}")
+        if self.R is not None and self.R.shape != (self.rank, self.rank):
+            raise ValueError(f"R is ({self.rank}, {self.rank}) between these factors, got {tuple(self.R.shape)}")
 
     @property
     def rank(self) -> int:
@@ -42,7 +46,12 @@ class LowRank:
 
     def dense(self) -> Tensor:
         """The change as a matrix (out, in)."""
-        return self.scale * (self.B @ self.A)
+        pair = self.folded()
+        return self.scale * (pair.B @ pair.A)
+
+    def folded(self) -> LowRank:
+        """The same change without a core: it goes into B."""
+        return self if self.R is None else LowRank(self.B @ self.R, self.A, self.scale)
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,9 @@ class Adapter:
         for name in sorted(self.layers):
             place(name, "A", self.layers[name].A)
             place(name, "B", self.layers[name].B)
+            core = self.layers[name].R
+            if core is not None:
+                place(name, "R", core)
         for name in sorted(self.head):
             place(name, "head", self.head[name])
         return Layout(tuple(entries), {name: self.layers[name].scale for name in sorted(self.layers)})
@@ -78,7 +90,9 @@ class Adapter:
         if entry.part == "head":
             return self.head[entry.name]
         pair = self.layers[entry.name]
-        return pair.A if entry.part == "A" else pair.B
+        tensor = {"A": pair.A, "B": pair.B, "R": pair.R}[entry.part]
+        assert tensor is not None
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -113,7 +127,10 @@ class Layout:
             raise ValueError(f"expected a vector of {self.size} entries, got shape {tuple(vector.shape)}")
         tensors = {(e.name, e.part): vector[e.start : e.start + e.numel].view(e.shape) for e in self.entries}
         return Adapter(
-            {name: LowRank(tensors[name, "B"], tensors[name, "A"], scale) for name, scale in self.scales.items()},
+            {
+                name: LowRank(tensors[name, "B"], tensors[name, "A"], scale, tensors.get((name, "R")))
+                for name, scale in self.scales.items()
+            },
             {name: tensor for (name, part), tensor in tensors.items() if part == "head"},
         )
 

@@ -131,6 +131,8 @@ class Stack:
         for name, layer in self.lora.items():
             yield name, "A", layer.A_KRI
             yield name, "B", layer.B_KOR
+            if layer.R_KRR is not None:
+                yield name, "R", layer.R_KRR
         for name, linear in self.head.items():
             yield f"{name}.weight", "head", linear.weight_KOI
             if linear.bias_KO is not None:
@@ -139,7 +141,9 @@ class Stack:
     def fit(self, adapters: Sequence[Adapter]) -> None:
         """Makes the slots of every layer as wide as the widest of these pairs: bits must follow the pack alone."""
         for name, layer in self.lora.items():
-            layer.fit(max((a.layers[name].rank for a in adapters if name in a.layers), default=1))
+            pairs = [a.layers[name] for a in adapters if name in a.layers]
+            core = any(pair.R is not None for pair in pairs)
+            layer.fit(max((pair.rank for pair in pairs), default=1), core)
 
     @torch.no_grad()
     def load(self, slot: int, adapter: Adapter, base: Mapping[str, LowRank | Tensor] | None = None) -> None:
@@ -166,6 +170,8 @@ class Stack:
         """The corner of a slot's padded tensor that a client of smaller rank owns, as a view."""
         if part == "A":
             return tensor[: shape[0]]
+        if part == "R":
+            return tensor[: shape[0], : shape[1]]
         return tensor[:, : shape[1]] if part == "B" else tensor
 
     def _gather(self, slot: int, layout: Layout, tensors: dict[tuple[str, str], nn.Parameter]) -> Tensor:

@@ -66,6 +66,7 @@ class StackedLora(nn.Module):
         self.base, self.batch, self.dropout = base, batch, dropout
         self.A_KRI = nn.Parameter(torch.zeros(slots, rank, inner, device=device))
         self.B_KOR = nn.Parameter(torch.zeros(slots, outer, rank, device=device))
+        self.R_KRR: nn.Parameter | None = None  # the core between B and A, where a method has one
         self.scales = [0.0] * slots
         self.frozen: list[LowRank | Tensor | None] = [None] * slots
 
@@ -78,15 +79,17 @@ class StackedLora(nn.Module):
             inputs.append(_dropped(rows, self.dropout, segment) if self._drops(segment) else rows)
             start = stop
         u = torch.cat(inputs) if any(map(self._drops, self.batch.segments)) else x
-        return change(y, x, u, self.A_KRI, self.B_KOR, pieces)
+        B_KOR = self.B_KOR if self.R_KRR is None else self.B_KOR @ self.R_KRR
+        return change(y, x, u, self.A_KRI, B_KOR, pieces)
 
     def _drops(self, segment: Segment) -> bool:
         return self.dropout > 0 and segment.rng is not None
 
-    def fit(self, rank: int) -> None:
-        """Room for pairs of exactly this rank at most; empties the slots where that is a change."""
+    def fit(self, rank: int, core: bool = False) -> None:
+        """Room for pairs of exactly this rank at most, with a core or without; empties the slots where it is new."""
         slots, held, inner = self.A_KRI.shape
-        if rank != held:
+        if rank != held or core != (self.R_KRR is not None):
+            self.R_KRR = nn.Parameter(self.A_KRI.new_zeros(slots, rank, rank)) if core else None
             self.A_KRI = nn.Parameter(self.A_KRI.new_zeros(slots, rank, inner))
             self.B_KOR = nn.Parameter(self.B_KOR.new_zeros(slots, self.B_KOR.shape[1], rank))
             self.scales = [0.0] * slots
@@ -105,6 +108,12 @@ class StackedLora(nn.Module):
             return
         if pair.rank > self.A_KRI.shape[1]:
             raise ValueError(f"rank {pair.rank} does not fit a stack of rank {self.A_KRI.shape[1]}")
+        if self.R_KRR is not None:
+            self.R_KRR[slot].zero_()
+            if pair.R is not None:
+                self.R_KRR[slot][: pair.rank, : pair.rank] = pair.R
+        elif pair.R is not None:
+            raise ValueError("a pair with a core does not fit a stack without one")
         self.A_KRI[slot][: pair.rank] = pair.A
         self.B_KOR[slot][:, : pair.rank] = pair.B
         self.scales[slot] = pair.scale

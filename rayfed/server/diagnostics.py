@@ -33,7 +33,8 @@ class Diagnostics:
     def see(self, update: Update, base: Base) -> None:
         """Adds one client: what it trained, over the base it trained on."""
         self._weight += update.weight
-        for name, pair in update.trained.layers.items():
+        for name, trained in update.trained.layers.items():
+            pair = trained.folded()
             B, A = pair.scale * pair.B.double(), pair.A.double()
             shape = B.shape[0], A.shape[1]
             product = self._products.setdefault(name, torch.zeros(shape, dtype=torch.float64))
