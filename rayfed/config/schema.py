@@ -389,6 +389,10 @@ class Eval(Section):
     masked: bool = Field(
         True, description="Also evaluate the sparse model that clients download, where down.density is below 1."
     )
+    tiers: bool = Field(
+        False,
+        description="Also evaluate what each tier of clients (rank and download density) would receive of the model.",
+    )
     controls: bool = Field(
         False,
         description="At the end, also measure the frozen base with only a head trained: in the same rounds, and "

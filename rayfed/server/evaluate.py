@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -26,18 +26,18 @@ def spans(rows: int, batch_size: int) -> list[tuple[int, int]]:
 
 
 def evaluate(
-    crew: Crew, federation: Federation, layout: Layout, models: dict[str, Tensor], splits: Sequence[SplitName],
+    crew: Crew, federation: Federation, models: Mapping[str, tuple[Tensor, Layout]], splits: Sequence[SplitName],
     batch_size: int,
 ) -> dict[str, float | None]:  # fmt: skip
     """Loss (mean cross-entropy, nats) and accuracy (0 to 1) of each model on each split.
 
-    ``models`` maps a suffix of the metric names ("" or "_masked") to a flat vector (n,). Keys are
+    ``models`` maps a suffix of the metric names ("" or "_masked") to a flat vector (n,) and its layout. Keys are
     `eval/loss`, `eval/accuracy` for the validation split and `test/...`; None for a split without rows.
     The vectors reach the workers losslessly and are no client traffic.
     """
     tasks: list[Task] = []
     slots: list[tuple[str, SplitName]] = []
-    for suffix, vector in models.items():
+    for suffix, (vector, layout) in models.items():
         handle = crew.put(wire.encode(vector))
         for split in splits:
             for start, stop in spans(len(getattr(federation, split)), batch_size):

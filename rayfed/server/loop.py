@@ -35,6 +35,7 @@ from rayfed.server.round import Books, Tally, updates
 from rayfed.server.sampling import cohort
 from rayfed.server.stopping import Progress
 from rayfed.server.summary import closing_table, summarize
+from rayfed.server.tiers import tier_models
 from rayfed.tasks.federation import Federation
 from rayfed.tasks.lowrank import Problem, loss, share
 from rayfed.tracking import RunInfo, Sink
@@ -169,7 +170,7 @@ class Server:
         if (t + 1) % settings.every and t + 1 < self.experiment.server.rounds:
             return metrics
         vector, layout = self._model()
-        models = {"": vector}
+        models = {"": (vector, layout)}
         sent = downlink.first
         # Where clients of a round receive different adapters, none of them is "the sparse model".
         if (
@@ -179,8 +180,11 @@ class Server:
             and sent.start.layout == layout
             and sent.start.held is None
         ):
-            models["_masked"] = vector * sent.has
-        measured = evaluate(self.crew, self.federation, layout, models, ("validation", "test"), settings.batch_size)
+            models["_masked"] = vector * sent.has, layout
+        if settings.tiers:
+            sizes = self.federation.sizes
+            models |= tier_models(self.axes.method, self.state, self.experiment, sizes, t, self.crew)
+        measured = evaluate(self.crew, self.federation, models, ("validation", "test"), settings.batch_size)
         return metrics | measured
 
     def _measure(self, problem: Problem) -> dict[str, float | None]:
