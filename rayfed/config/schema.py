@@ -116,8 +116,8 @@ class Problem(Section):
     def _problem_exists(self) -> Problem:
         if self.true_rank > min(self.outputs, self.inputs):
             raise ValueError(
-                f"problem.true_rank: got {self.true_rank}, but a matrix of {self.outputs} x {self.inputs} has at most rank "
-                f"{min(self.outputs, self.inputs)}"
+                f"problem.true_rank: got {self.true_rank}, but a matrix of {self.outputs} x {self.inputs} has at most "
+                f"rank {min(self.outputs, self.inputs)}"
             )
         if self.rows < self.inputs:
             raise ValueError(f"problem.rows: got {self.rows}, but at least problem.inputs={self.inputs} are needed")

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -197,7 +197,7 @@ class Defaults:
 
     weights = "examples"
     optimizer = "fedavg"
-    optimizers: tuple[str, ...] = ("fedavg",)
+    optimizers: ClassVar[tuple[str, ...]] = ("fedavg",)
     mixed_ranks = False
     sparse_down = True
     sparse_up = True

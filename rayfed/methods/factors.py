@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -35,13 +35,13 @@ class FactorState:
         return {"vector": self.vector, **self.extras}
 
     def facts(self) -> dict[str, Any]:
-        return {"layout": self.layout.to_json(), "rounds": self.rounds}
+        return {"layout": self.layout.to_json(), "rounds": self.rounds, "report": dict(self.report)}
 
 
 class FactorMean(Defaults):
     """The mean of factors; subclasses say what is sent and what trains."""
 
-    optimizers: tuple[str, ...] = ("fedavg", "sgd", "fedavgm", "fedadam", "adamw")
+    optimizers: ClassVar[tuple[str, ...]] = ("fedavg", "sgd", "fedavgm", "fedadam", "adamw")
 
     def init(self, adapter: Adapter, seed: int) -> FactorState:
         return FactorState(adapter.flatten(), adapter.layout)
@@ -50,7 +50,8 @@ class FactorMean(Defaults):
         self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], clients: Mapping[int, Mapping[str, Tensor]]
     ) -> FactorState:
         extras = {name: tensor for name, tensor in tensors.items() if name != "vector"}
-        return FactorState(tensors["vector"], Layout.from_json(facts["layout"]), int(facts["rounds"]), extras)
+        layout = Layout.from_json(facts["layout"])
+        return FactorState(tensors["vector"], layout, int(facts["rounds"]), extras, clients, facts["report"])
 
     def broadcast(self, state: FactorState, client: Profile) -> Start:
         return Start(state.vector, state.layout)

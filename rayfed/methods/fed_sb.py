@@ -32,7 +32,7 @@ from rayfed.methods.state import Global, advance_head
 class FedSB(Defaults):
     """Train and average the cores; no options."""
 
-    optimizers: tuple[str, ...] = ("fedavg", "sgd", "fedavgm", "fedadam", "adamw")
+    optimizers = ("fedavg", "sgd", "fedavgm", "fedadam", "adamw")
 
     def init(self, adapter: Adapter, seed: int) -> Global:
         """A start that already changes something is kept, as a base: its factors are not the frozen ones."""

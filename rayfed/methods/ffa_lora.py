@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from rayfed.methods.state import Global, WeightedSum, advance_head, first_ranks,
 class FFALoRA(Defaults):
     """Freeze A, average B. No options."""
 
-    optimizers: tuple[str, ...] = ("fedavg", "sgd", "fedavgm", "fedadam", "adamw")
+    optimizers: ClassVar[tuple[str, ...]] = ("fedavg", "sgd", "fedavgm", "fedadam", "adamw")
     mixed_ranks = True
 
     def init(self, adapter: Adapter, seed: int) -> Global:

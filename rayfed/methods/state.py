@@ -149,9 +149,7 @@ class WeightedSum:
         return self.weight
 
 
-def advance_head(
-    head: Mapping[str, Tensor], mean_change: Mapping[str, Tensor], advance: Advance
-) -> dict[str, Tensor]:
+def advance_head(head: Mapping[str, Tensor], mean_change: Mapping[str, Tensor], advance: Advance) -> dict[str, Tensor]:
     """One server-optimizer step on every head tensor, each under the name ``head.<parameter>``."""
     return {name: advance(f"head.{name}", value, mean_change[name]) for name, value in head.items()}
 

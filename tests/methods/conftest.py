@@ -65,7 +65,11 @@ def play(
 
 
 def random_adapter(
-    shapes: dict[str, tuple[int, int]], rank: int, scale: float, seed: int, heads: dict[str, tuple[int, ...]] | None = None
+    shapes: dict[str, tuple[int, int]],
+    rank: int,
+    scale: float,
+    seed: int,
+    heads: dict[str, tuple[int, ...]] | None = None,
 ) -> Adapter:
     """Random factors (B non-zero) and head, float32."""
     rng = torch.Generator().manual_seed(seed)

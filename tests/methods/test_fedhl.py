@@ -1,0 +1,217 @@
+"""FedHL against its equations on dense float64 matrices, and its laws."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from rayfed.errors import UserError
+from rayfed.lora.adapter import Adapter, LowRank, fresh_adapter
+from rayfed.methods.base import Profile
+from rayfed.methods.fedhl import FedHL
+
+SHAPES = {"tall": (7, 5), "a.wide": (4, 9)}
+RANKS = (1, 4, 2, 4, 1)
+
+
+def profile(k, **more):
+    return Profile(k, RANKS[k], 6 / RANKS[k], examples=3 + 2 * k, **more)
+
+
+ROUNDS = ([0, 1, 2], [4, 2], [3], [1, 2, 0, 4])
+
+
+def training(seed, size=0.3):
+    """Random changes of all entries, another draw for each client and round."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def train(client, start, adapter):
+        vector = adapter.flatten()
+        return adapter.layout.unflatten(vector + size * torch.randn(vector.shape, generator=draw))
+
+    return train
+
+
+def product(update, name, change):
+    """The client's product in float64: as sent, or with its change."""
+    vector = update.start.double() + (update.change.double() if change else 0)
+    pair = update.layout.unflatten(vector).layers[name]
+    return pair.scale * pair.B @ pair.A
+
+
+def truncation(W, rank):
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
+
+
+def shares(W, updates, gamma, data):
+    """p_i from the definition."""
+    raw = []
+    for update in updates:
+        error = sum((W[name] - truncation(W[name], update.client.rank)).square().sum() for name in W)
+        raw.append((update.client.examples if data == "examples" else 1) / (error**gamma + 1e-6))
+    return [float(p / sum(raw)) for p in raw]
+
+
+def begin(random_adapter, kind):
+    if kind == "random":
+        return random_adapter(SHAPES, 4, 1.5, 0)
+    return fresh_adapter(SHAPES, {"head.weight": torch.ones(3, 5)}, 4, 1.5, 0)
+
+
+def dense(change):
+    return (change.dense() if isinstance(change, LowRank) else change).double()
+
+
+def close(ours, theirs, tolerance=1e-6):
+    assert (dense(ours) - theirs).norm() <= tolerance * theirs.norm(), (dense(ours) - theirs).norm() / theirs.norm()
+
+
+@pytest.mark.parametrize("kind", ["fresh", "random"])
+@pytest.mark.parametrize(("gamma", "data"), [(2.0, "ignore"), (1.0, "examples"), (0.0, "ignore")])
+@pytest.mark.parametrize(("density", "split"), [({}, "sqrt"), ({"density_down": 0.5, "density_up": 0.3}, "b")])
+def test_agrees_with_the_equations(play, random_adapter, kind, gamma, data, density, split):
+    method = FedHL(gamma=gamma, data=data, split=split)
+    start = begin(random_adapter, kind)
+    state = method.init(start, 0)
+    W = {name: dense(start.layers[name]) for name in SHAPES}
+    head, train = start.head["head.weight"].double(), training(1)
+    for members in ROUNDS:
+        state, updates = play(method, state, [profile(k, **density) for k in members], train)
+        p = shares(W, updates, gamma, data)
+        for name in W:
+            W[name] = W[name] + sum(
+                share * (product(u, name, True) - product(u, name, False)) for share, u in zip(p, updates)
+            )
+            close(method.delta(state, name), W[name])
+        head = head + sum(s * u.layout.unflatten(u.change).head["head.weight"].double() for s, u in zip(p, updates))
+        close(method.head(state)["head.weight"], head)
+        assert state.report["weights_max"] == pytest.approx(max(p), rel=1e-5)
+        assert state.report["effective_cohort"] == pytest.approx(1 / sum(s**2 for s in p), rel=1e-5)
+
+
+def test_a_client_starts_from_the_best_approximation_of_its_rank(play, random_adapter):
+    for split in ("b", "sqrt"):
+        method = FedHL(split=split)
+        state, _ = play(
+            method, method.init(begin(random_adapter, "random"), 0), [profile(k) for k in range(5)], training(2)
+        )
+        for client in map(profile, range(3)):
+            start = method.broadcast(state, client)
+            for name, pair in start.layout.unflatten(start.vector).layers.items():
+                assert pair.scale == client.scale
+                close(pair, truncation(dense(state.layers[name]), client.rank))
+                if split == "sqrt":
+                    torch.testing.assert_close(pair.B.norm(dim=0), pair.A.norm(dim=1))
+
+
+@pytest.mark.parametrize("down", [1.0, 0.5])
+def test_without_training_nothing_moves_to_the_bit(play, random_adapter, down):
+    method = FedHL()
+    state, _ = play(
+        method, method.init(begin(random_adapter, "random"), 0), [profile(k) for k in range(5)], training(3)
+    )
+    after = state
+    for members in ROUNDS:
+        after, _ = play(method, after, [profile(k, density_down=down) for k in members])
+    for name in SHAPES:
+        assert torch.linalg.matrix_rank(state.layers[name]) == min(SHAPES[name])  # every client is truncated
+        assert torch.equal(after.layers[name], state.layers[name])
+    assert torch.equal(after.head["head.weight"], state.head["head.weight"])
+
+
+def test_with_enough_rank_it_is_the_mean_of_products(play, random_adapter):
+    method, clients = FedHL(data="examples"), [Profile(k, 3, 2.0, examples=k + 1) for k in range(4)]
+    low = random_adapter(SHAPES, 1, 1.0, 5)  # W has rank 1; the largest rank is 4
+    fresh = begin(random_adapter, "fresh")
+    layers = {
+        name: LowRank(torch.cat([low.layers[name].B, torch.zeros(SHAPES[name][0], 3)], 1), pair.A, 1.0)
+        for name, pair in fresh.layers.items()
+    }
+    state, updates = play(method, method.init(Adapter(layers, fresh.head), 0), clients, training(4))
+    for name in SHAPES:
+        close(state.layers[name], sum((k + 1) / 10 * product(u, name, True) for k, u in enumerate(updates)))
+
+
+def test_equal_ranks_add_what_truncation_left_out_to_the_mean_of_products(play, random_adapter):
+    method, clients = FedHL(), [Profile(k, 2, 1.0) for k in range(3)]
+    before = method.init(begin(random_adapter, "random"), 0)
+    after, updates = play(method, before, clients, training(5))
+    for name in SHAPES:
+        W = dense(before.layers[name])
+        mean = sum(product(u, name, True) for u in updates) / 3
+        assert (W - truncation(W, 2)).norm() > 0.05 * W.norm()
+        close(after.layers[name], mean + W - truncation(W, 2))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_weights_are_on_the_simplex_and_grow_with_rank(play, random_adapter, gamma):
+    """Client i moves entry i of the head by 1: the head's change is the weights."""
+
+    def train(client, start, adapter):
+        head = adapter.head["head.weight"].clone()
+        head.view(-1)[client.client] += 1
+        return Adapter(adapter.layers, {"head.weight": head})
+
+    method, clients = FedHL(gamma=gamma), [Profile(k, k + 1, 1.0, examples=9 - k) for k in range(4)]
+    before = method.init(begin(random_adapter, "random"), 0)
+    after, _ = play(method, before, clients, train)
+    p = (after.head["head.weight"] - before.head["head.weight"]).view(-1)[:4]
+    assert float(p.sum()) == pytest.approx(1, abs=1e-6)
+    assert p.min() >= 0
+    assert torch.equal(p, p.sort().values)
+    assert p[3] > p[0]
+
+
+def test_any_server_optimizer_moves_the_matrix(play, random_adapter):
+    seen = []
+
+    def half(name, value, change):
+        seen.append(name)
+        return value + 0.5 * change
+
+    method, state = FedHL(), FedHL().init(begin(random_adapter, "random"), 0)
+    whole, _ = play(method, state, [profile(1)], training(6))
+    stepped, _ = play(method, state, [profile(1)], training(6), advance=half)
+    assert sorted(seen) == ["W.a.wide", "W.tall", "head.head.weight"]
+    for name in SHAPES:
+        close(stepped.layers[name], (dense(state.layers[name]) + dense(whole.layers[name])) / 2)
+
+
+def test_round_zero_sends_the_shared_rows_and_no_rank_is_ever_dead(play, random_adapter):
+    method, fresh = FedHL(), begin(random_adapter, "fresh")
+    state, train = method.init(fresh, 0), training(7)
+    for k in range(3):
+        start = method.broadcast(state, profile(k))
+        for name, pair in start.layout.unflatten(start.vector).layers.items():
+            assert not pair.B.any()
+            assert torch.equal(pair.A, fresh.layers[name].A[: RANKS[k]])
+    state, _ = play(method, state, [profile(0)], train)  # W now has rank 2: rank 4 has dead ranks to pad
+    start = method.broadcast(state, profile(1))
+    for name, pair in start.layout.unflatten(start.vector).layers.items():
+        assert torch.equal(pair.A[2:], fresh.layers[name].A[2:4])
+        assert not pair.B[:, 2:].any()
+        assert ((pair.B.norm(dim=0) > 0) | (pair.A.norm(dim=1) > 0)).all()
+
+
+def test_a_restored_state_continues_to_the_same_bits(play, random_adapter):
+    method = FedHL()
+    state, _ = play(
+        method, method.init(begin(random_adapter, "random"), 0), [profile(k) for k in range(4)], training(8)
+    )
+    restored = method.restore(state.tensors(), json.loads(json.dumps(state.facts())), state.clients)
+    ends = [play(method, s, [profile(2), profile(4)], training(9))[0].tensors() for s in (state, restored)]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_refusals(play, random_adapter):
+    for options in ({"gamma": -1.0}, {"gamma": float("nan")}, {"eps": 0.0}):
+        with pytest.raises(UserError, match=rf"^method.{next(iter(options))}: got"):
+            FedHL(**options)
+    state = FedHL().init(begin(random_adapter, "fresh"), 0)
+    for data in ("ignore", "examples"):
+        with pytest.raises(ValueError, match="no update with a positive weight"):
+            play(FedHL(data=data), state, [profile(0)], weights=[0.0])
