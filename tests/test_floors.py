@@ -23,7 +23,7 @@ FLOORS = (
     ("clients",),
     ("server",),
     ("engine",),
-    ("sweeps", "reports"),
+    ("sweeps", "reports", "bench"),
     ("cli",),
 )
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}

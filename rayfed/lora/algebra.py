@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rayfed.errors import RunError
 from rayfed.keys import torch_rng
 from rayfed.lora.adapter import LowRank
 
@@ -81,7 +82,7 @@ def svd(change: LowRank | Tensor, rank: int | None = None, *, dtype: torch.dtype
     their vectors arbitrary but orthonormal.
 
     Raises:
-        ValueError: ``rank`` under 1, a dtype that is neither float32 nor float64, NaN or an infinity.
+        ValueError: ``rank`` under 1, a dtype that is neither float32 nor float64. RunError: NaN or an infinity.
     """
     _check_rank(rank)
     if isinstance(change, LowRank):
@@ -316,7 +317,7 @@ def _cast(dtype: torch.dtype | None, *tensors: Tensor) -> list[Tensor]:
 
 def _finite(x: Tensor) -> Tensor:
     if not torch.isfinite(x).all():
-        raise ValueError("the change holds NaN or an infinity, and has no singular values")
+        raise RunError("a layer's change has values that are not finite; lower client.lr or server.lr")
     return x
 
 

@@ -16,7 +16,7 @@ and the head is averaged with the same p_i. A client that loses nothing (e_i = 0
 `weights_max` and `effective_cohort`, 1 / sum p_i^2, are among the metrics. A rank that has nothing to carry starts from
 B = 0 and its row of the run's first A, which is all ranks in round 0.
 
-Of the paper only the abstract was at hand. The rules are those of METHODS.md, which has them from an independent
+Of the paper only the abstract was at hand. The rules come from an independent
 implementation that quotes the paper's Eq. 8, Theorem 3 and Eq. 15: the square in gamma = 2 is the literal reading of
 Eq. 15 over Eq. 8, gamma = 1 is what minimises ``sum p_i^2 e_i`` on the simplex. The calibration of a layer is one
 product of stacked factors; only r_max singular triples and the energy of W are computed, once a round.
@@ -46,13 +46,13 @@ class FedHL(Truncating):
     """Power of the truncation error in the weights: 2 reads the paper literally, 1 minimises the error of the mean, 0
     ignores the error; 0 or more."""
     eps: float = 1e-6
-    """Keeps the weight of a client without truncation error finite; over 0. The default is METHODS'."""
+    """Keeps the weight of a client without truncation error finite; over 0. The default is that implementation's."""
     data: Literal["ignore", "examples"] = "ignore"
     """Whether weights grow with the data too: not in Eq. 15; or they are multiplied by the server's weights, which are
     the clients' numbers of examples unless `server.weights` says otherwise."""
     split: Literal["sqrt", "b"] = "sqrt"
     """Where the singular values go: their roots in B and in A, or all in B, which diverges at lower local rates (0.02
-    against 0.05 on METHODS' known-answer problem)."""
+    against 0.05 in a pilot on the problem with a known answer)."""
 
     optimizers = ("fedavg", "sgd", "fedavgm", "fedadam", "adamw")
 

@@ -28,7 +28,7 @@ Random rows are drawn from (run seed, layer, round, client). The rows of `fresh`
 is sent and never travel, nor does the B = 0 beside them; their part of C_k travels in ``Start.also``, whole, and is
 merged. A row that stands in for a rounding error travels, since the client cannot know that it is one.
 
-The method is this project's own: derived and piloted in METHODS.md. A client's view is what its own weights are, so it
+The method is this project's own: derived and piloted here. A client's view is what its own weights are, so it
 stores nothing more; the simulator keeps one dense view per layer for each client seen, and takes one truncated SVD per
 client and layer (two for `fresh` and `half`, which repeat it when they aggregate).
 """

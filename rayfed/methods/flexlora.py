@@ -11,7 +11,7 @@ q_j the weight of the clients that have it. `FedHL` calibrates that away, `raFLo
 Where a download is sparse or rounded, client k counts with the truncation it was meant to get plus what it learned, its
 trained product less the one it decoded: D forgets what is not sent for a rank, never what is not sent for the wire.
 That rule is ours, and with a dense float32 download it is the equation above. Momentum across an SVD has no meaning:
-the server step is the plain one. No options. The equations are as collected in METHODS.md; the paper's own text was
+the server step is the plain one. No options. The equations come from a collection; the paper's own text was
 not at hand.
 """
 

@@ -17,7 +17,7 @@ defaults are the full method. With pruning each client has a rank of its own, ke
 its own. A pruned client keeps its scale: dropping ranks must not rescale those that stay. How factors are cut out and
 how scales count says `rayfed.methods.nested`. Traffic is r_k (in + out) entries a layer both ways.
 
-The equations are as collected in METHODS.md; the paper's own text was not at hand. Left open there, decided here: the
+The equations come from a collection; the paper's own text was not at hand. Left open there, decided here: the
 regulariser's default weight; one rank for all layers of a client, and so one tail, summed over them; a new rank counts
 from the client's next round on; where no client has a product yet the weights are equal.
 """

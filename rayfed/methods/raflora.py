@@ -9,7 +9,7 @@ instead of factors: a rank that few clients have is no longer averaged with the 
 local training D does not decay. q_j is the same for all ranks between two neighbouring client ranks: the paper's bands.
 
 A band that no client of the round has: ``orphans=keep`` leaves its singular triples in D, ``zero`` drops them, as the
-bare equation does. METHODS.md finds keeping far better when few clients take part; which of the two the paper means is
+bare equation does. A pilot found keeping far better when few clients take part; which of the two the paper means is
 not known here. The equations are as collected there, the paper's own text was not at hand. What a sparse or rounded
 download leaves out is kept as in `FlexLoRA`. The cohort's factors are in memory together: q_j is known when all are in.
 """

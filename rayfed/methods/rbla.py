@@ -7,7 +7,7 @@ With q_j the weight of this round's clients of rank j or more,
 so that a client's missing ranks do not pull the global ones to zero, as zero padding does (`HetLoRA`). It is a mean of
 factors, not of products. Traffic is r_k (in + out) entries a layer both ways; how a client is cut out of the global
 factors, and how its scale counts, says `rayfed.methods.nested`. The server step may have a rate; momentum would move
-ranks that nobody has. No options. The equation is METHODS.md's; the paper's own text was not at hand.
+ranks that nobody has. No options. The equation comes from a collection; the paper's own text was not at hand.
 """
 
 from __future__ import annotations

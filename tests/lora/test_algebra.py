@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rayfed.errors import RunError
 from rayfed.lora import algebra
 from rayfed.lora.adapter import LowRank
 
@@ -199,11 +200,11 @@ def test_signs_are_fixed_and_ties_go_to_the_first():
 def test_svd_refuses_what_has_none(bad, part, rank, dtype):
     pair = pair_of(9, 8, rank, dtype=dtype)
     getattr(pair, part)[1, 2] = bad
-    with pytest.raises(ValueError, match="NaN or an infinity"):
+    with pytest.raises(RunError, match="not finite"):
         algebra.svd(pair)
-    with pytest.raises(ValueError, match="NaN or an infinity"):
+    with pytest.raises(RunError, match="not finite"):
         algebra.top_svd(pair.B @ pair.A, 2)
-    with pytest.raises(ValueError, match="NaN or an infinity"):
+    with pytest.raises(RunError, match="not finite"):
         algebra.top_svd(pair.B @ pair.A, 2, exact=False)
 
 

@@ -1,4 +1,4 @@
-"""FedView against dense float64 sums, and the laws of METHODS.md: exact views, nothing moves untrained, FLoRA."""
+"""FedView against dense float64 sums, and its laws: exact views, nothing moves untrained, FLoRA."""
 
 from __future__ import annotations
 
