@@ -17,8 +17,8 @@ closed form. A sparse or rounded download leaves nothing out of the means: they 
 changes, and what the wire kept back is put back into D. The correction re-factors the model each round, so momentum has
 no meaning: the server step is the plain one.
 
-Objective and closed form come from a collection, the scale made explicit by us; the paper's own text was not at hand, so the
-gradient steps, their rate and lam's default are ours.
+Objective and closed form come from a collection, the scale made explicit by us; the paper's own text was not at hand,
+so the gradient steps, their rate and lam's default are ours.
 """
 
 from __future__ import annotations
