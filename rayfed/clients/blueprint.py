@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayfed.config import Experiment
+from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, fresh_adapter, scale_of
 from rayfed.lora.inject import head_values, match, peft_config
 from rayfed.lora.peft_io import peft_settings
 from rayfed.lora.stacked import is_conv1d
-from rayfed.tasks.models import base_name, base_of
+from rayfed.tasks.flat import Flat, Padded, choose
+from rayfed.tasks.models import base_name, base_of, longest_input
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Blueprint:
     head: Mapping[str, Tensor]
     peft: Mapping[str, Any]  # the content of adapter_config.json
     parameters: int  # of the base model, its head included
+    padding: Flat | Padded  # how texts are laid into batches
 
     @property
     def entries(self) -> int:
@@ -54,7 +57,7 @@ def draw_blueprint(experiment: Experiment, classes: int) -> Blueprint:
     """Loads the base model for ``classes`` classes and describes what the run trains on it.
 
     Raises UserError where the model cannot be loaded or its head not be trained, where no module or an unfit one
-    matches the targets, or where the rank exceeds a layer's size.
+    matches the targets, where the rank exceeds a layer's size, or where `engine.padding` asks for what it cannot do.
     """
     base = base_of(experiment, classes)
     config = peft_config(experiment, base.head)
@@ -65,4 +68,21 @@ def draw_blueprint(experiment: Experiment, classes: int) -> Blueprint:
         head_values(base.model, base.head),
         peft_settings(config, shapes, base=base_name(experiment), conv1d=conv1d),
         sum(p.numel() for p in base.model.parameters()),
+        _padding(experiment, base.model),
     )
+
+
+def _padding(experiment: Experiment, model: nn.Module) -> Flat | Padded:
+    """Decided here, once, so that all workers agree."""
+    wanted = experiment.engine.padding
+    if experiment.data.source == "lowrank":
+        return Padded("all rows have one length")
+    if wanted == "batch":
+        return Padded("engine.padding=batch")
+    most = experiment.data.max_tokens
+    found = choose(model, min(most, longest_input(experiment.model) or most))
+    if wanted == "never" and isinstance(found, Padded):
+        raise UserError(
+            f"engine.padding: got 'never', but this model needs padding ({found.reason}); allowed are auto and batch"
+        )
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,9 @@ from rayfed.lora.stacked import Segment
 from rayfed.methods import Method, build
 from rayfed.methods.base import Base, assemble
 from rayfed.tasks.federation import Federation
+from rayfed.tasks.flat import Flat, FlatModel, FlatTokens
 from rayfed.tasks.models import base_of
+from rayfed.tasks.tokens import Tokens
 
 
 class Learner:
@@ -50,10 +53,13 @@ class Learner:
         lora = experiment.lora
         shapes = blueprint.trained_shapes(experiment)
         self.stack = Stack(self.model, shapes, base.head, experiment.engine.pack, lora.rank, lora.dropout)
-        self.by_length = {
-            name: np.argsort(getattr(federation, name).lengths, kind="stable")
-            for name in ("train", "validation", "test")
-        }
+        how = blueprint.padding
+        self.flat = FlatModel(self.model, how) if isinstance(how, Flat) else None
+        splits: dict[SplitName, Any] = {
+            "train": federation.train, "validation": federation.validation, "test": federation.test,
+        }  # fmt: skip
+        self.data: dict[SplitName, Any] = {name: self._laid(split) for name, split in splits.items()}
+        self.by_length = {name: np.argsort(split.lengths, kind="stable") for name, split in splits.items()}
 
     def execute(self, job: Job, payloads: Sequence[bytes]) -> Result:
         """Does one job. Its type decides the result's: train, evaluate, features."""
@@ -71,7 +77,7 @@ class Learner:
         bases: dict[int, Base] = {}
         members = [self._member(order, decoded, bases) for order in job.orders]
         results = train_pack(
-            self.stack, self._forward, self.federation.train, self.federation.pad_id, members,
+            self.stack, self._forward, self.data["train"], self.federation.pad_id, members,
             self.experiment.client, lr=job.lr, t=job.t, seed=self.experiment.seed, device=self.device,
         )  # fmt: skip
         uploads, kept = [], []
@@ -116,8 +122,8 @@ class Learner:
         self.stack.fit([adapter])
         self.stack.load(0, adapter, job.layout.matrices(vector))
         loss, correct, count = 0.0, 0, 0
-        for inputs, labels in self._batches(job.split, job.start, job.stop):
-            with self.stack.batch.of([Segment(0, len(labels))]):
+        for inputs, labels, segment in self._batches(job.split, job.start, job.stop):
+            with self.stack.batch.of([segment]):
                 logits = self._forward(inputs).float()
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="none").double().sum())
             correct += int((logits.argmax(-1) == labels).sum())
@@ -135,13 +141,15 @@ class Learner:
         for lora in self.stack.lora.values():  # the base alone: no adapter
             lora.load(0, None)
         try:
-            for inputs, batch_labels in self._batches(job.split, job.start, job.stop):
-                with self.stack.batch.of([Segment(0, len(batch_labels))]):
+            for inputs, batch_labels, segment in self._batches(job.split, job.start, job.stop):
+                with self.stack.batch.of([segment]):
                     self._forward(inputs)
                 states = seen[0]  # what reaches the head first; deeper layers of the head are untrained
                 seen.clear()
                 if states.ndim == 3:  # GPT-2's head sees every token, and the last real one decides
-                    states = states[torch.arange(len(states)), inputs["attention_mask"].sum(1).cpu() - 1]
+                    assert segment.lengths is not None
+                    last = (torch.tensor(segment.lengths) - 1).clamp(max=states.shape[1] - 1)  # flat: it sees one only
+                    states = states[torch.arange(len(states)), last]
                 features.append(states)
                 labels.append(batch_labels.cpu())
         finally:
@@ -149,16 +157,24 @@ class Learner:
                 hook.remove()
         return FeatureResult(torch.cat(features), torch.cat(labels))
 
-    def _batches(self, split: SplitName, start: int, stop: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        tokens, size = getattr(self.federation, split), self.experiment.eval.batch_size
+    def _batches(self, split: SplitName, start: int, stop: int) -> Iterator[tuple[dict[str, Tensor], Tensor, Segment]]:
+        tokens, size = self.data[split], self.experiment.eval.batch_size
         rows = self.by_length[split][start:stop]
         for i in range(0, len(rows), size):
-            batch = tokens.batch(rows[i : i + size], self.federation.pad_id)
+            chosen = rows[i : i + size]
+            batch = tokens.batch(chosen, self.federation.pad_id)
             inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            yield inputs, inputs.pop("labels")
+            labels = inputs.pop("labels")
+            yield inputs, labels, Segment(0, len(chosen), lengths=tokens.lengths[chosen].tolist())
+
+    def _laid(self, split: Any) -> Any:
+        return FlatTokens(split) if self.flat is not None and isinstance(split, Tokens) else split
 
     def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        return self.model(**inputs).logits
+        if self.flat is not None:
+            return self.flat(inputs, self.stack.batch.segments)
+        logits: Tensor = self.model(**inputs).logits
+        return logits
 
 
 def _upload(method: Method, result: Trained, member: Member, order: Order) -> bytes:

@@ -32,7 +32,7 @@ class Forward(Protocol):
 
 
 class Rows(Protocol):
-    """Training rows as `Tokens` holds them: lengths (n,) and padded batches with `labels` among their tensors."""
+    """Training rows as `Tokens` holds them: lengths (n,) and batches with `labels` among their tensors."""
 
     @property
     def lengths(self) -> np.ndarray: ...
@@ -93,7 +93,7 @@ def train_pack(
                 s,
                 len(plans[s][step]),
                 keys.torch_rng(seed, "dropout", t, members[s].client, step),
-                int(lengths[plans[s][step]].max()),
+                lengths[plans[s][step]].tolist(),
             )
             for s in active
         ]

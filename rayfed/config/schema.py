@@ -407,7 +407,7 @@ class Eval(Section):
 
 
 class Engine(Section):
-    """Where clients train. `pack` and `threads` decide bits (summation order); the rest does not."""
+    """Where clients train. `pack`, `threads` and `padding` decide bits (summation order); the rest does not."""
 
     kind: Literal["ray", "local"] = Field("ray", description="`ray`: actors; `local`: in this process, same bits.")
     workers: PositiveInt = Field(2, description="Worker actors.")
@@ -417,6 +417,11 @@ class Engine(Section):
         1, description="Torch threads per worker; CPU kernels sum in an order that follows it."
     )
     pack: PositiveInt = Field(1, description="Clients trained together in one batch.")
+    padding: Literal["auto", "never", "batch"] = Field(
+        "auto",
+        description="batch: texts are padded to the longest of their batch. never: a batch is one row of real tokens; "
+        "refused where the model cannot take it. auto: never where the model can, else batch.",
+    )
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where clients train; `cuda` needs gpus_per_worker > 0.")
     address: str | None = Field(None, description="Ray cluster to join; null: RAY_ADDRESS or a cluster of its own.")
     retries: Annotated[int, Field(ge=0)] = Field(3, description="How often one pack may be re-run when workers die.")

@@ -25,7 +25,7 @@ from rayfed.lora.adapter import LowRank
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows ``start`` to ``stop`` of the batch's first dimension, which pass through one slot."""
+    """Rows (or, without padding, tokens) ``start`` to ``stop`` of the batch, which pass through one slot."""
 
     slot: int
     start: int
@@ -35,7 +35,10 @@ class Piece:
 
 
 def change(y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, pieces: Sequence[Piece]) -> Tensor:
-    """``y`` plus the change, in place. y (rows, ..., O); x and u (rows, ..., I); the pieces cover all rows in order."""
+    """``y`` plus the change, in place. y (rows, ..., O); x and u (rows, ..., I); the pieces cover all rows in order.
+
+    Tokens end to end, (1, tokens, O), are covered by pieces that count tokens.
+    """
     result: Tensor = _Change.apply(y.contiguous(), x, u, A_KRI, B_KOR, pieces)
     return result
 
@@ -46,7 +49,7 @@ class _Change(torch.autograd.Function):
         ctx: Any, y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, pieces: Sequence[Piece]
     ) -> Tensor:
         flat_y, flat_x, flat_u = (t.reshape(-1, t.shape[-1]) for t in (y, x, u.to(A_KRI.dtype)))
-        each = flat_y.shape[0] // y.shape[0]  # rows of the flat form per row of the batch
+        each = flat_y.shape[0] // pieces[-1].stop  # rows of the flat form per row that the pieces count
         narrow = []
         for piece in pieces:
             rows = slice(each * piece.start, each * piece.stop)

@@ -1,10 +1,11 @@
 """Stacked layers: the adapters and heads of K clients over one frozen model, in one forward pass.
 
-The rows of a batch (its first dimension) belong to clients in consecutive segments, and each segment passes through
-its own client's factors. K = 1 is a pack of one: there is no second path. Ranks may differ; shorter pairs are padded
-with zeros on both sides, where gradients are zero, so the padding stays zero.
+The rows of a batch belong to clients in consecutive segments, and each segment passes through its own client's factors.
+Rows lie one below the other in the first dimension, padded to one length, or their tokens lie end to end without any
+padding (`rayfed.tasks.flat`); a layer tells which from the shape. K = 1 is a pack of one: there is no second path.
+Ranks may differ; shorter pairs are padded with zeros on both sides, where gradients are zero, so it stays zero.
 
-Shape suffixes: K slots of the pack, R largest rank, I layer input, O layer output.
+Shape suffixes: K slots of the pack, R largest rank, I layer input, O layer output, T tokens of the batch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +26,23 @@ from rayfed.lora.kernel import Piece, change
 class Segment:
     """Consecutive rows of the batch that belong to one slot.
 
-    `rng` draws its dropout (None: no dropout). `tokens` is the length of its longest row; where a neighbour is longer,
-    the positions after them are padding, for which nothing is drawn (None: no position is padding).
+    `rng` draws its dropout (None: no dropout). `lengths` are its rows' tokens: in a padded batch nothing is drawn for
+    what lies behind the longest of them (None: no position is padding); without padding they say where a row ends.
     """
 
     slot: int
     rows: int
     rng: torch.Generator | None = None
-    tokens: int | None = None
+    lengths: Sequence[int] | None = None
+
+    @cached_property
+    def longest(self) -> int | None:
+        return max(self.lengths) if self.lengths is not None else None
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of all rows; one each where they have no lengths."""
+        return sum(self.lengths) if self.lengths is not None else self.rows
 
 
 @dataclass
@@ -48,12 +59,21 @@ class Batch:
         finally:
             self.segments = []
 
-    def split(self, x: Tensor) -> Iterator[tuple[Segment, Tensor]]:
-        """The segments with their rows of x. Fails where rows are not what the segments announced."""
-        total = sum(s.rows for s in self.segments)
-        if x.shape[0] != total:
-            raise ValueError(f"the batch has {x.shape[0]} rows, its segments {total}: rows stay whole and in order")
-        return zip(self.segments, x.split([s.rows for s in self.segments]), strict=True)
+    def split(self, x: Tensor) -> list[tuple[Segment, Tensor]]:
+        """The segments with their part of x: its rows (rows, ..., I), or its tokens (tokens, I) if they lie end to end.
+
+        Fails where rows are not what the segments announced.
+        """
+        rows = sum(s.rows for s in self.segments)
+        if x.shape[0] == rows:  # padded, or one vector a row
+            return list(zip(self.segments, x.split([s.rows for s in self.segments]), strict=True))
+        x_TI = x.reshape(-1, x.shape[-1])
+        tokens = sum(s.tokens for s in self.segments)
+        if len(x_TI) != tokens or x.shape[0] not in (1, tokens):
+            raise ValueError(
+                f"the batch has {x.shape[0]} rows, its segments {rows} of {tokens} tokens: rows stay whole and in order"
+            )
+        return list(zip(self.segments, x_TI.split([s.tokens for s in self.segments]), strict=True))
 
 
 class StackedLora(nn.Module):
@@ -74,7 +94,7 @@ class StackedLora(nn.Module):
         y: Tensor = self.base(x)
         pieces, inputs, start = [], [], 0
         for segment, rows in self.batch.split(x):
-            k, stop = segment.slot, start + segment.rows
+            k, stop = segment.slot, start + len(rows)
             pieces.append(Piece(k, start, stop, self.scales[k], self.frozen[k]))
             inputs.append(_dropped(rows, self.dropout, segment) if self._drops(segment) else rows)
             start = stop
@@ -156,6 +176,6 @@ def is_conv1d(layer: nn.Module) -> bool:
 def _dropped(rows: Tensor, rate: float, segment: Segment) -> Tensor:
     """Inverted dropout with the segment's own generator and shape, so that neighbours in the pack change nothing."""
     keep = torch.ones(rows.shape, dtype=torch.bool)
-    own = keep[:, : segment.tokens] if rows.ndim > 2 else keep  # (rows, tokens, I), or (rows, I) after pooling
+    own = keep[:, : segment.longest] if rows.ndim > 2 else keep  # (rows, tokens, I), or no padding: (_, I)
     own.copy_(torch.rand(own.shape, generator=segment.rng) >= rate)
     return rows * keep.to(rows.device) / (1 - rate)

@@ -83,6 +83,7 @@ class Server:
             "training rows": int(sizes.sum()),
             "trainable parameters": self.layout.size,
             "frozen parameters": self.blueprint.parameters,
+            "padding": str(self.blueprint.padding),
             "ranks": describe(rank_mix(self.experiment, sizes)),
         }
         return RunInfo(
@@ -116,7 +117,7 @@ class Server:
         head, classes = self.axes.method.head(self.state), self.federation.classes
         exported = export(self.out, self._changes(), head, self.blueprint, self.experiment, classes)
         controls = self._controls() if self.experiment.eval.controls else None
-        summary = summarize(self.experiment, self.progress, self.ledger, self.layout, self.done, controls)
+        summary = summarize(self.progress, self.ledger, self.done, controls)
         summary |= exported
         self.sinks.finish(summary, closing_table(self.experiment, summary))
         return summary
@@ -141,6 +142,7 @@ class Server:
         metrics = self._evaluate(t, downlink)
         self.progress.see(t + 1, metrics, experiment.eval.early_stop)
         tally = books.tally
+        self.progress.dense_bytes += tally.dense
         digest = checkpoints.state_digest(
             t + 1, self.state.tensors(), axes.optimizer.state, digest_of(self.state.clients)
         )

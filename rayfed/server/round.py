@@ -30,6 +30,7 @@ class Tally:
     examples: int = 0
     ok: int = 0
     retried: int = 0
+    dense: int = 0  # bytes of the same messages, had every entry travelled in fp32
     ranks: dict[int, int] = field(default_factory=dict)  # trained rank -> clients
 
 
@@ -60,11 +61,14 @@ def updates(
         for i, (client, order) in enumerate(zip(packs[done.index], job.orders, strict=True)):
             sent = downlink.of(client)
             downlink.forget(client)
-            for sizes in books.catchup.collect(client.client):
+            missed = books.catchup.collect(client.client)
+            for sizes in missed:
                 ledger.add_sizes(round=t + 1, client=client.client, direction="down", sizes=sizes)
             for payload in sent.payloads:
                 ledger.add(round=t + 1, client=client.client, direction="down", payload=payload)
             ledger.add(round=t + 1, client=client.client, direction="up", payload=result.uploads[i])
+            for sizes in (*missed, *map(wire.inspect, (*sent.payloads, result.uploads[i]))):
+                tally.dense += wire.HEADER_BYTES + 4 * sizes.n
             tally.loss += result.losses[i] * result.examples[i]
             tally.examples += result.examples[i]
             tally.ok += 1

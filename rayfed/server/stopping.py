@@ -20,6 +20,7 @@ class Progress:
     last_test_accuracy: float | None = None
     last_test_accuracy_masked: float | None = None
     last_gap: float | None = None  # where the answer is known: share of the initial gap that is left
+    dense_bytes: int = 0  # what the messages so far would have weighed dense, in fp32
     stale: int = 0  # evaluations since the last improvement that counted
     mark: float | None = None  # the accuracy an improvement is measured from
     stopped: bool = False

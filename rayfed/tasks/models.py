@@ -85,7 +85,7 @@ def load_base(settings: Model, classes: int, seed: int) -> Base:
 
     config = _config(settings, classes)
     loader = AutoModel if settings.pooling == "mean" else AutoModelForSequenceClassification
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(keys.derive(seed, "model.init"))
         try:
             model, report = loader.from_pretrained(
@@ -122,7 +122,7 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
     if folder.is_dir() and not any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
         # transformers would make one up that knows no words
         raise UserError(f"model.name: got {settings.name!r}, but this folder holds no tokenizer")
-    with _quiet():
+    with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 model_path(settings), trust_remote_code=settings.trust_remote_code
@@ -138,7 +138,7 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
 
 def longest_input(settings: Model) -> int | None:
     """The most tokens the model has positions for, or None where it sets no limit."""
-    with _quiet():
+    with quiet():
         config = _config(settings, 2)
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if limit and "roberta" in str(getattr(config, "model_type", "")):
@@ -179,7 +179,7 @@ def load_model(run: str | Path) -> nn.Module:
 def _config(settings: Model, classes: int) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    with _quiet():
+    with quiet():
         try:
             config = AutoConfig.from_pretrained(
                 model_path(settings), num_labels=classes, trust_remote_code=settings.trust_remote_code
@@ -211,7 +211,7 @@ def _refusal(settings: Model, error: Exception) -> UserError:
     return UserError(f"model.name: got {settings.name!r}, but it cannot be loaded: {reason[:300]}")
 
 
-class _quiet:
+class quiet:
     """Keeps transformers' loading bars and notes about the new head out of the run's output."""
 
     def __enter__(self) -> None:

@@ -1,6 +1,7 @@
 """Tokenised texts as three flat arrays: what workers share, and what a batch is cut from.
 
-Flat arrays lie in shared memory without a copy and hold no padding; a batch is padded to the longest of its own rows.
+Flat arrays lie in shared memory without a copy and hold no padding; a batch holds none either (`flat`), or is padded to
+the longest of its own rows (`batch`).
 The arrays may be read-only (they come from an object store), so nothing here writes into them.
 """
 
@@ -52,6 +53,22 @@ class Tokens:
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),
             "labels": torch.from_numpy(self.labels[rows].astype(np.int64)),  # indexing and astype copy: writable
+        }
+
+    def flat(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """The given texts (indices, any order) as int64 tensors without padding, end to end.
+
+        ``input_ids`` (1, tokens); ``position_ids`` (1, tokens), from 0 in every text; ``labels`` (b,).
+        """
+        starts = self.offsets[rows]
+        lengths = self.offsets[np.asarray(rows) + 1] - starts
+        ends = np.cumsum(lengths)
+        positions = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
+        ids = self.ids[np.repeat(starts, lengths) + positions].astype(np.int64)
+        return {
+            "input_ids": torch.from_numpy(ids)[None],
+            "position_ids": torch.from_numpy(positions)[None],
+            "labels": torch.from_numpy(self.labels[rows].astype(np.int64)),
         }
 
 

@@ -11,19 +11,20 @@ from rayfed.clients.blueprint import draw_blueprint
 from rayfed.clients.jobs import EvalJob, FeatureJob, Order, TrainJob
 from rayfed.clients.learner import Learner
 from rayfed.clients.train import batches
-from rayfed.errors import RunError
+from rayfed.errors import RunError, UserError
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.methods.base import Trainable
 from rayfed.tasks.federation import form_federation
+from rayfed.tasks.flat import Flat, Padded
 from rayfed.tasks.models import load_base
 
 RANK = 4
 CLIENTS = (2, 5, 7)
 
 
-@pytest.fixture(scope="module")
-def experiment(tiny):
-    return tiny("engine.pack=3", "lora.rank=4", "partition.kind=iid")
+@pytest.fixture(scope="module", params=["never", "batch"])
+def experiment(tiny, request):
+    return tiny("engine.pack=3", "lora.rank=4", "partition.kind=iid", f"engine.padding={request.param}")
 
 
 @pytest.fixture(scope="module")
@@ -239,11 +240,13 @@ def test_features_are_the_bases_own_whatever_adapter_was_loaded(experiment, fede
     torch.testing.assert_close(before.features, expected[order], rtol=1e-5, atol=1e-5)
 
 
-def test_features_of_a_model_whose_head_sees_every_token_are_those_of_the_last(tiny, tiny_gpt2):
+@pytest.mark.parametrize("padding", ["never", "batch"])
+def test_features_of_a_model_whose_head_sees_every_token_are_those_of_the_last(tiny, tiny_gpt2, padding):
     """GPT-2 scores all tokens and keeps the last real one: one row of features a text, whatever the padding."""
     settings = tiny(
-        f"model.name={tiny_gpt2}", "model.pooling=stock", "lora.target_modules=[c_attn]", "eval.batch_size=4"
-    )
+        f"model.name={tiny_gpt2}", "model.pooling=stock", "lora.target_modules=[c_attn]", "eval.batch_size=4",
+        f"engine.padding={padding}",
+    )  # fmt: skip
     federation = form_federation(settings)
     learner = Learner(settings, federation, draw_blueprint(settings, len(federation.classes)))
     result = learner.execute(FeatureJob("test", 0, 12), [])
@@ -270,3 +273,36 @@ def test_a_blueprint_describes_what_is_trained(experiment, tiny_bert):
     assert blueprint.peft["base_model_name_or_path"] == str(tiny_bert)
     whole = load_base(experiment.model, 4, experiment.seed).model
     assert blueprint.parameters == sum(p.numel() for p in whole.parameters())
+
+
+def test_the_blueprint_decides_about_padding(tiny):
+    assert draw_blueprint(tiny(), 4).padding == draw_blueprint(tiny("engine.padding=never"), 4).padding == Flat("mean")
+    assert draw_blueprint(tiny("model.pooling=stock"), 4).padding == Flat("first")
+    assert draw_blueprint(tiny("engine.padding=batch"), 4).padding == Padded("engine.padding=batch")
+
+
+def test_padding_that_a_model_needs_cannot_be_forbidden(tiny, monkeypatch):
+    monkeypatch.setattr("rayfed.clients.blueprint.choose", lambda model, longest: Padded(f"{longest} tokens"))
+    assert draw_blueprint(tiny("data.max_tokens=20"), 4).padding == Padded("20 tokens")
+    with pytest.raises(UserError) as refusal:
+        draw_blueprint(tiny("data.max_tokens=100", "engine.padding=never"), 4)
+    assert str(refusal.value) == (
+        "engine.padding: got 'never', but this model needs padding (64 tokens); allowed are auto and batch"
+    )  # 64: it has no more positions
+
+
+def test_padding_changes_uploads_by_rounding_only(tiny):
+    """The same job with and without: three clients in a pack, from a random adapter."""
+    results = []
+    for padding in ("never", "batch"):
+        settings = tiny("engine.pack=3", f"engine.padding={padding}")
+        federation = form_federation(settings)
+        drawn = draw_blueprint(settings, len(federation.classes))
+        learner = Learner(settings, federation, drawn)
+        adapter = random_adapter(drawn, seed=4)
+        clients = [int(c) for c in federation.sizes.nonzero()[0][:3]]
+        result = train(learner, adapter, wire.encode(adapter.flatten()), clients=clients)
+        results.append([wire.decode(upload).values for upload in result.uploads])
+    for flat, padded in zip(*results):
+        assert not torch.equal(flat, padded)  # they were computed in two ways
+        assert (flat - padded).norm() <= 1e-4 * padded.norm()

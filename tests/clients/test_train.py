@@ -15,6 +15,7 @@ from rayfed.clients.train import Member, batches, train_pack
 from rayfed.config.schema import Client
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.inject import Stack, head_values, match
+from rayfed.tasks.flat import Flat, FlatModel, FlatTokens
 
 TARGETS = ["query", "value", "intermediate.dense"]
 SGD = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.02}
@@ -33,9 +34,13 @@ def settings_of(options, **more):
     return Client(**{"batch_size": 4, **options, **more})
 
 
-@pytest.fixture
-def lab(base, tokens):
-    """Makes members with random starts and trains packs of them, each on a fresh copy of the base."""
+@pytest.fixture(params=["padded", "flat"])
+def lab(request, base, tokens):
+    """Makes members with random starts and trains packs of them, each on a fresh copy of the base.
+
+    Every claim holds for padded batches and for batches of real tokens only.
+    """
+    flat = request.param == "flat"
     shapes = match(base().model, config_for(base(), 1), base().head)
     head = head_values(base().model, base().head)
 
@@ -54,12 +59,16 @@ def lab(base, tokens):
 
     def stack_of(slots, rank=4, dropout=0.0):
         fresh = base()
-        return SimpleNamespace(stack=Stack(fresh.model, shapes, fresh.head, slots, rank, dropout), model=fresh.model)
+        stack = Stack(fresh.model, shapes, fresh.head, slots, rank, dropout)
+        if flat:
+            model = FlatModel(fresh.model, Flat("mean"))
+            return SimpleNamespace(stack=stack, forward=lambda inputs: model(inputs, stack.batch.segments))
+        return SimpleNamespace(stack=stack, forward=lambda inputs: fresh.model(**inputs).logits)
 
     def train(members, settings, dropout=0.0, t=ROUND, seed=BASE_SEED, on=None, lr=None):
         on = on or stack_of(len(members), max(m.layout.entries[0].shape[0] for m in members), dropout)
         return train_pack(
-            on.stack, lambda inputs: on.model(**inputs).logits, tokens, 0, members, settings,
+            on.stack, on.forward, FlatTokens(tokens) if flat else tokens, 0, members, settings,
             lr=lr or LR[settings.optimizer], t=t, seed=seed, device=torch.device("cpu"),
         )  # fmt: skip
 

@@ -348,9 +348,9 @@ def test_dropout_on_a_texts_own_tokens_does_not_depend_on_padding_or_neighbours(
     padded = torch.cat([x, torch.zeros(2, 4, 8)], dim=1)
     beside = torch.cat([torch.ones(3, 7, 8), padded])
     with torch.no_grad():
-        with batch.of([Segment(0, 2, drawn_with(9), tokens=3)]):
+        with batch.of([Segment(0, 2, drawn_with(9), [3, 2])]):
             alone, pooled = layer(x), layer(x[:, 0])
-        with batch.of([Segment(1, 3, drawn_with(4), tokens=7), Segment(0, 2, drawn_with(9), tokens=3)]):
+        with batch.of([Segment(1, 3, drawn_with(4), [7, 7, 1]), Segment(0, 2, drawn_with(9), [3, 2])]):
             packed, packed_pooled = layer(beside), layer(beside[:, 0])
     torch.testing.assert_close(packed[3:, :3], alone)
     torch.testing.assert_close(packed_pooled[3:], pooled)
@@ -364,3 +364,28 @@ def test_a_head_without_a_bias_has_none_in_any_slot():
     assert layer.bias_KO is None
     with batch.of([Segment(1, 5)]):
         torch.testing.assert_close(layer(torch.ones(5, 4)), linear(torch.ones(5, 4)))
+
+
+def test_rows_may_lie_end_to_end_without_padding():
+    """Two clients, texts of 3 and 2 tokens, and of 4: the layer computes per token what it computes padded."""
+    batch = Batch()
+    layer = StackedLora(nn.Linear(8, 8), batch, slots=2, rank=8, dropout=0.5)
+    for slot in range(2):
+        layer.load(slot, LowRank((slot + 1) * torch.eye(8), torch.eye(8), 1.0))
+    x = torch.randn(1, 9, 8, generator=drawn_with(1))
+    alone, packed = (lambda: Segment(0, 2, drawn_with(9), [3, 2])), (lambda: Segment(1, 1, drawn_with(4), [4]))
+    with torch.no_grad():
+        with batch.of([alone()]):
+            own, pooled = layer(x[:, :5]), layer(x[0, :2])
+        with batch.of([alone(), packed()]):
+            both, both_pooled = layer(x), layer(x[0, :3])
+        with batch.of([Segment(0, 2, None, [3, 2]), Segment(1, 1, None, [4])]):
+            change = layer(x) - layer.base(x)
+    assert both.shape == (1, 9, 8)
+    torch.testing.assert_close(both[:, :5], own)
+    torch.testing.assert_close(both_pooled[:2], pooled)
+    torch.testing.assert_close(change[:, :5], x[:, :5])
+    torch.testing.assert_close(change[:, 5:], 2 * x[:, 5:])
+    for wrong in (x[:, :8], torch.zeros(9, 2, 8)):
+        with batch.of([alone(), packed()]), pytest.raises(ValueError, match="its segments 3 of 9 tokens"):
+            layer(wrong)
