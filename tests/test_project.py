@@ -48,13 +48,13 @@ def imports(folder: Path) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("requirement", [*DEPENDENCIES, *EXTRAS["minilm"], *EXTRAS["dev"]], ids=str)
+@pytest.mark.parametrize("requirement", [*DEPENDENCIES, *EXTRAS["minilm"], *EXTRAS["report"], *EXTRAS["dev"]], ids=str)
 def test_every_dependency_is_pinned_to_a_version_it_allows(requirement: Requirement) -> None:
     assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
 
 
 def test_every_import_is_a_declared_dependency() -> None:
-    declared = {canonicalize_name(r.name) for r in DEPENDENCIES + EXTRAS["minilm"]}
+    declared = {canonicalize_name(r.name) for r in DEPENDENCIES + EXTRAS["minilm"] + EXTRAS["report"]}
     undeclared = {
         name: file
         for name, file in imports(ROOT / "rayfed").items()

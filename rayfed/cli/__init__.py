@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from rayfed import __version__
+from rayfed.cli.reports import add_commands, write_page
 from rayfed.errors import RunError, UserError
 
 
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command == "run" and all("=" in word and not word.startswith("-") for word in rest):
+    if rest and options.command in ("run", "sweep") and all("=" in word and not word.startswith("-") for word in rest):
         options.overrides += rest  # overrides may also stand behind the flags
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -50,6 +51,24 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="continue DIR from its last checkpoint")
     run.set_defaults(action=_run)
 
+    sweep = commands.add_parser(
+        "sweep", help="run many trials and compare them", description="Run the sweep in CONFIG."
+    )
+    sweep.add_argument("config", metavar="CONFIG", help="YAML file with a section `sweep`; see configs/sweeps/")
+    sweep.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="as for run; also sweep.tune=[client.lr] and such"
+    )
+    sweep.add_argument("--out", metavar="DIR", help="the sweep's directory (default runs/NAME-TIME)")
+    sweep.add_argument("--resume", action="store_true", help="run the trials in DIR that are not finished")
+    sweep.set_defaults(action=_sweep)
+
+    bench = commands.add_parser("bench", help="measure what is fast, against what, on this machine")
+    bench.add_argument("name", metavar="NAME", help="which benchmark: algebra")
+    bench.add_argument("--json", metavar="FILE", help="also write the figures and the machine to FILE")
+    bench.set_defaults(action=_bench)
+
+    add_commands(commands)
+
     methods = commands.add_parser("methods", help="list the methods, their papers and traffic")
     methods.set_defaults(action=_methods)
 
@@ -67,7 +86,31 @@ def _run(options: argparse.Namespace) -> None:
     experiment = rayfed.load_config(options.config, options.overrides)
     print(f"settings {experiment.digest()}", flush=True)
     result = rayfed.run(experiment, out=options.out, resume=options.resume)
+    write_page(result.out)
     print(f"run directory {result.out}")
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    if options.resume and not options.out:
+        raise UserError("--resume: needs --out, the directory of the sweep to continue")
+    from rayfed.sweeps.sweep import check_failed, run_sweep
+
+    result = run_sweep(options.config, options.overrides, options.out, options.resume)
+    print(f"sweep directory {result.out}", flush=True)
+    check_failed(result)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from rayfed.bench import find
+    from rayfed.bench.timing import machine, table, write
+
+    rows = find(options.name)()
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    print(table(rows))
+    if options.json:
+        write(Path(options.json), options.name, rows)
 
 
 def _methods(options: argparse.Namespace) -> None:

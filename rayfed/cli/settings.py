@@ -6,19 +6,21 @@ import textwrap
 
 from rayfed.config import Experiment
 from rayfed.config.fields import allowed, walk
+from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
 
 
 def describe(section: str | None = None) -> str:
     """Every setting of the section (default: all; may be dotted) with its default, what is allowed and its meaning."""
     lines = []
-    for key, field in walk(Experiment):
+    known = walk(Sweep, "sweep.") if (section or "").split(".")[0] == "sweep" else walk(Experiment)
+    for key, field in known:
         if section is None or key == section or key.startswith(section + "."):
             default = "(no default)" if field.is_required() else _yaml(field.default)
             lines.append(f"{key} = {default}  [{allowed(field)}]")
             lines.append(textwrap.fill(field.description or "", 100, initial_indent="    ", subsequent_indent="    "))
     if not lines:
-        raise UserError(f"settings: got {section!r}, but sections are {', '.join(Experiment.model_fields)}")
+        raise UserError(f"settings: got {section!r}, but sections are {', '.join(Experiment.model_fields)}, sweep")
     return "\n".join(lines)
 
 

@@ -9,7 +9,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+NOUNS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    dict: "a mapping",
+    list: "a list",
+}
 PLURALS = {int: "integers", float: "numbers", str: "strings"}
 
 

@@ -7,7 +7,7 @@ import re
 import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -27,6 +27,7 @@ _WORDS = [  # what a word without quotes may be besides a string; the first that
     (_TAG + "float", re.compile(r"[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z")),
     (_TAG + "merge", re.compile(r"<<\Z")),
 ]
+Root = TypeVar("Root", bound=BaseModel)
 _KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring = 2, 12, 4, 120
@@ -65,6 +66,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
 
     Raises UserError with one line per mistake: unknown key, wrong type, value out of range, impossible combination.
     """
+    settings = read_settings(path)
+    for override in overrides:
+        _apply(settings, override)
+    return validate(settings)
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds, not yet validated; empty where the file is."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -76,23 +85,33 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
-        raise UserError(f"config: got {str(path)!r}, but a config is a mapping of sections, not {_shown(settings)}")
-    for override in overrides:
-        _apply(settings, override)
-    return validate(settings)
+        raise UserError(f"config: got {str(path)!r}, but a config is a mapping of sections, not {shown(settings)}")
+    return settings
 
 
 def validate(settings: dict[str, Any]) -> Experiment:
     """The settings as an Experiment; UserError with one line per mistake."""
+    if "sweep" in settings:
+        raise UserError("sweep: this section makes the settings many runs; start them with `rayfed sweep CONFIG`")
+    return validate_as(Experiment, settings)
+
+
+def validate_as(model: type[Root], settings: dict[str, Any]) -> Root:
+    """The settings as that model; UserError with one line per mistake."""
     try:
-        return Experiment.model_validate(settings)
+        return model.model_validate(settings)
     except ValidationError as error:
-        raise UserError("\n".join(_lines(error, settings))) from None
+        raise UserError("\n".join(_lines(error, settings, model))) from None
 
 
 def dump_config(experiment: Experiment) -> str:
     """The resolved settings as YAML that `load_config` reads back to the same Experiment."""
-    return yaml.dump(experiment.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump_settings(experiment.model_dump(mode="json"))
+
+
+def dump_settings(settings: dict[str, Any]) -> str:
+    """A mapping as YAML that `read_settings` reads back."""
+    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _parse(text: str, where: str) -> Any:
@@ -107,13 +126,23 @@ def _parse(text: str, where: str) -> Any:
     raise UserError(f"{where}: not valid YAML: {' '.join(reason.split())}")
 
 
-def _apply(settings: dict[str, Any], override: str) -> None:
+def parse_override(override: str) -> tuple[str, Any]:
+    """The dotted key and the value, read as YAML, of `key=value`."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not all(key.split(".")):
         raise UserError(f"override: got {override!r}, but an override is written key=value, such as server.rounds=20")
+    return key, _parse(text, f"override {_dotted((key,))}")
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    key, value = parse_override(override)
+    assign(settings, key, value, override)
+
+
+def assign(settings: dict[str, Any], key: str, value: Any, said: str) -> None:
+    """Puts the value where the dotted key says, in place. ``said`` is what a refusal quotes."""
     *sections, last = key.split(".")
-    value = _parse(text, f"override {_dotted((key,))}")
     target = settings
     for depth, section in enumerate(sections, 1):
         child = target.setdefault(section, {})
@@ -121,38 +150,40 @@ def _apply(settings: dict[str, Any], override: str) -> None:
             child = target[section] = {}
         if not isinstance(child, dict):
             above = _dotted(sections[:depth])
-            raise UserError(f"{_dotted((key,))}: got {override!r}, but {above} is the value {_shown(child)}")
+            raise UserError(f"{_dotted((key,))}: got {said!r}, but {above} is the value {shown(child)}")
         target = child
     target[last] = value
 
 
-def _lines(error: ValidationError, settings: dict[str, Any]) -> Iterator[str]:
+def _lines(error: ValidationError, settings: dict[str, Any], root: type[BaseModel]) -> Iterator[str]:
     told = set()
     for mistake in error.errors(include_url=False):
         # What follows the field's own name is an item of a list or, in a union, the type that was tried.
-        field, path = _field(mistake["loc"])
+        field, path = _field(mistake["loc"], root)
         if (path, field is None) not in told:
             told.add((path, field is None))
-            yield _line(path, field, mistake, settings)
+            yield _line(path, field, mistake, settings, root)
 
 
-def _line(path: Sequence[int | str], field: FieldInfo | None, mistake: Any, settings: Any) -> str:
+def _line(
+    path: Sequence[int | str], field: FieldInfo | None, mistake: Any, settings: Any, root: type[BaseModel]
+) -> str:
     if mistake["type"] == "value_error":  # written by the schema itself, already whole
         return str(mistake["ctx"]["error"])
     if field is None:
-        hint = "keys are words" if mistake["type"] == "invalid_key" else _suggest(path)
+        hint = "keys are words" if mistake["type"] == "invalid_key" else _suggest(path, root)
         return f"{_dotted(path)}: unknown key; {hint}"
     value = settings
     for part in path:
         if part not in value:
             return f"{_dotted(path)}: missing, and there is no default; it should be {allowed(field)}"
         value = value[part]
-    return f"{_dotted(path)}: got {_shown(value)}, but it should be {allowed(field)}"
+    return f"{_dotted(path)}: got {shown(value)}, but it should be {allowed(field)}"
 
 
-def _field(location: Sequence[int | str]) -> tuple[FieldInfo | None, tuple[int | str, ...]]:
+def _field(location: Sequence[int | str], root: type[BaseModel]) -> tuple[FieldInfo | None, tuple[int | str, ...]]:
     """The field at or around pydantic's location of a mistake, and its path; None and the location if there is none."""
-    model: type[BaseModel] | None = Experiment
+    model: type[BaseModel] | None = root
     field = None
     for depth, part in enumerate(location):
         if model is None:
@@ -164,14 +195,14 @@ def _field(location: Sequence[int | str]) -> tuple[FieldInfo | None, tuple[int |
     return field, tuple(location)
 
 
-def _suggest(path: Sequence[int | str]) -> str:
+def _suggest(path: Sequence[int | str], root: type[BaseModel]) -> str:
     """What the unknown key may have meant: a key beside it that reads alike, or the same name in another section."""
     *sections, last = map(str, path)
-    model: type[BaseModel] = Experiment
+    model = root
     for section in sections:
         model = section_of(model.model_fields[section]) or model
     near = difflib.get_close_matches(last, model.model_fields, n=1)
-    names = [name for name, _ in walk(Experiment)]
+    names = [name for name, _ in walk(root)]
     far = [name for name in names if name.endswith("." + last)]
     if last in names:
         return f"in YAML every name has a level of its own: {last.replace('.', ': {')}: ...{'}' * last.count('.')}"
@@ -188,7 +219,7 @@ def _dotted(path: Sequence[int | str]) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """The value as YAML spells it, on one line and not too long."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()

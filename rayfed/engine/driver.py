@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rayfed.clients.blueprint import Blueprint
 from rayfed.config import Experiment
@@ -92,10 +92,8 @@ def run_on_ray(
         _start(experiment)
     try:
         _check_resources(experiment)
-        # Beside the starting process, because the run directory is there.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(num_cpus=0)(Driver)
-        driver = actor.options(scheduling_strategy=here).remote()
+        driver = actor.options(scheduling_strategy=_beside_the_starting_process()).remote()
         try:
             # In a list, Ray passes the reference on instead of the data.
             data = [ray.put(federation)]
@@ -116,15 +114,32 @@ def run_on_ray(
             ray.shutdown()
 
 
+def _beside_the_starting_process() -> Any:
+    """Where the driver goes, because the run directory is there.
+
+    A trial of a sweep holds a placement group: its driver joins the first bundle, the trial's own, and its workers
+    follow into the others; outside the group they might wait for resources that other trials hold.
+    """
+    group = ray.util.get_current_placement_group()
+    if group is not None:
+        return PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def _start(experiment: Experiment) -> None:
     engine = experiment.engine
+    start_ray(engine.address, engine.workers * engine.cpus_per_worker)
+
+
+def start_ray(address: str | None, need: float) -> None:
+    """Joins the cluster at ``address`` (or RAY_ADDRESS), or starts Ray here with at least ``need`` CPUs."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = engine.address or os.environ.get("RAY_ADDRESS")
+    address = address or os.environ.get("RAY_ADDRESS")
     cpus = None
     if not address:
         # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
-        address, cpus = "local", max(os.cpu_count() or 1, math.ceil(engine.workers * engine.cpus_per_worker))
+        address, cpus = "local", max(os.cpu_count() or 1, math.ceil(need))
     ray.init(address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +19,12 @@ from rayfed.tracking import Fan, RunInfo, Sink, Table, open_console, open_sinks
 if TYPE_CHECKING:
     from rayfed.clients.blueprint import Blueprint
     from rayfed.tasks.federation import Federation
+
+# Sections that no part of a federation depends on (but for server.cohort and eval.early_stop, see `federation_key`).
+NO_MATTER_OF_DATA = (
+    "name", "lora", "method", "wire", "profiles", "client", "server", "eval", "engine", "tracking", "checkpoint",
+    "export",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,25 +56,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     return experiment
 
 
-def run(experiment: Experiment, out: str | Path | None = None, resume: bool = False) -> RunResult:
+def run(
+    experiment: Experiment,
+    out: str | Path | None = None,
+    resume: bool = False,
+    *,
+    sink: Sink | None = None,
+    federation: Federation | None = None,
+) -> RunResult:
     """Runs the experiment to the end and returns what came out.
 
     ``out`` is the run directory (default `runs/NAME-TIME`); it must be empty or absent unless ``resume``, which
-    continues from its last whole checkpoint (from the start where there is none). Raises UserError before anything
-    is started or written where something is wrong, RunError where a started run cannot go on.
+    continues from its last whole checkpoint (from the start where there is none). ``sink`` is told what the console
+    is told. ``federation`` spares loading the data again: that of a run with the same `federation_key`. Raises
+    UserError before anything is started or written where something is wrong, RunError where a started run cannot go on.
     """
     _resolve(experiment)
     _check_device(experiment)
-    out = Path(out) if out is not None else Path("runs") / f"{_slug(experiment.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = Path(out) if out is not None else Path("runs") / f"{slug(experiment.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
     _check_out(out, experiment, resume)
     from rayfed.clients.blueprint import draw_blueprint
-    from rayfed.clients.profiles import check_profiles
-    from rayfed.tasks.federation import form_federation
 
-    federation = form_federation(experiment)
-    check_profiles(experiment, federation.sizes)
+    federation = _formed(experiment, federation)
     blueprint = draw_blueprint(experiment, len(federation.classes))
-    console = _Kept(open_console(experiment.tracking))
+    console = _Kept(Fan(open_console(experiment.tracking), *([sink] if sink else [])))
     try:
         if experiment.engine.kind == "ray":
             from rayfed.engine.driver import run_on_ray
@@ -77,6 +90,37 @@ def run(experiment: Experiment, out: str | Path | None = None, resume: bool = Fa
     finally:
         console.close()
     return RunResult(out, console.summary)
+
+
+def check(experiment: Experiment, federation: Federation | None = None, base: bool = True) -> Federation:
+    """All that `run` checks before it looks at its directory; returns the data it formed, or was given.
+
+    Without ``base`` the model is not loaded. UserError where something is wrong.
+    """
+    _resolve(experiment)
+    _check_device(experiment)
+    federation = _formed(experiment, federation)
+    if base:
+        from rayfed.clients.blueprint import draw_blueprint
+
+        draw_blueprint(experiment, len(federation.classes))
+    return federation
+
+
+def federation_key(experiment: Experiment) -> str:
+    """Names the settings that decide the data and who holds them: equal keys, equal federations and refusals."""
+    decides = experiment.model_dump(mode="json", exclude=set(NO_MATTER_OF_DATA))
+    decides |= {"cohort": experiment.server.cohort, "early_stop": experiment.eval.early_stop is not None}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _formed(experiment: Experiment, federation: Federation | None) -> Federation:
+    from rayfed.clients.profiles import check_profiles
+    from rayfed.tasks.federation import form_federation
+
+    federation = federation or form_federation(experiment)
+    check_profiles(experiment, federation.sizes)
+    return federation
 
 
 def _run_here(
@@ -97,7 +141,7 @@ def _run_here(
         crew.close()
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     """A run's name as one part of a path."""
     return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "run"
 

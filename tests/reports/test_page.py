@@ -1,0 +1,213 @@
+"""The page and its figures: one file, well formed, the same bytes for the same runs, and it renders."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rayfed.errors import UserError
+from rayfed.reports import Link, read, write_report
+from rayfed.reports.style import DARK, LIGHT, SHOWN, css, looks
+
+Write = Callable[..., Path]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def tree(page: Path) -> ET.Element:
+    return ET.fromstring(page.read_text(encoding="utf-8").removeprefix("<!DOCTYPE html>\n"))
+
+
+def texts(element: ET.Element) -> str:
+    return " ".join("".join(element.itertext()).split())
+
+
+@pytest.fixture(scope="module")
+def sweep(writer: Write, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Density x rank with two seeds, ranks mixed, one setting's names hostile."""
+    folders, at = [], tmp_path_factory.mktemp("sweep")
+    for density, size in ((0.25, 1000), (1.0, 4000)):
+        for rank in (4, 16):
+            for seed in (0, 1):
+                overrides = f"wire.up.density={density}", f"lora.rank={rank}", f"seed={seed}", f"name=d{density}r{rank}"
+                more = {"clients/rank_2": [1, 2, 1], f"clients/rank_{rank}": [1, 0, 1]}
+                more |= {"test/accuracy_rank_4_density_0.25": [0.1, 0.2, 0.3]}
+                scores = [0.3 + rank / 100, 0.5 + density / 10, 0.6 + seed / 50 + density / 10]
+                name = f"{density}-{rank}-{seed}"
+                sizes = {"down": [size, 900, 800], "up": size}
+                folders.append(writer(name, *overrides, eval=scores, more=more, folder=at, **sizes))
+    return folders
+
+
+@pytest.fixture(scope="module")
+def page(sweep: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sweep's page, without files of its figures."""
+    return write_report(read(sweep), tmp_path_factory.mktemp("page"), Link(10, 50), files=False)
+
+
+def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(page: Path) -> None:
+    root = tree(page)
+    text = page.read_text()
+    assert not re.search(r"https?:|//[a-z]", text)
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert {element.tag for element in root.iter()}.isdisjoint({"script", "link", "img", "iframe", "object", "style:"})
+    assert "default-src 'none'" in text
+    ids = [element.get("id") for element in root.iter() if element.get("id")]
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
+    assert used
+    assert used <= set(ids)
+    assert root.find(".//meta[@name='viewport']") is not None
+
+
+def test_every_figure_has_a_title_and_a_caption(page: Path) -> None:
+    root = tree(page)
+    figures = root.findall(".//figure")
+    titles = [texts(figure.find("svg/title")) for figure in figures]  # type: ignore[arg-type]
+    expected = ["against rounds", "against MB both ways", "against MB down", "against MB up", "against simulated time"]
+    expected = [f"Validation accuracy {rest}" for rest in expected]
+    expected += ["MB both ways to 67.5 % validation accuracy", "Validation accuracy and the MB it took"]
+    expected += ["Density and rank", "Traffic by part", "Ranks that took part"]
+    assert titles == [*expected, "Entries a client receives in a round", "Entries a client sends in a round"]
+    for figure in figures:
+        svg = figure.find("svg")
+        assert svg is not None
+        assert svg.get("role") == "img"
+        labels = str(svg.get("aria-labelledby")).split()
+        assert [root.find(f".//*[@id='{label}']") is not None for label in labels] == [True, True]
+        assert texts(figure.find("figcaption/b")) in titles  # type: ignore[arg-type]
+        assert svg.findall(".//text"), "letters, not their outlines"
+
+
+def test_the_page_says_what_the_tables_say(page: Path) -> None:
+    root = tree(page)
+    said = texts(root)
+    assert texts(root.find(".//h1")) == "4 settings compared, 8 runs"  # type: ignore[arg-type]
+    assert "Best is d1.0r4: 71.0 % validation accuracy, 71.0 % on test, for 0.0354 MB both ways." in said
+    assert "Fewest bytes to 67.5 % validation accuracy: d1.0r4, 0.0354 MB; 2 of 4 reach it." in said
+    heads = [texts(cell) for cell in root.findall(".//table")[1].findall("thead/tr/th")]
+    assert heads == ["", "lora.rank", "wire.up.density"]
+    assert "Single runs: rayfed report" in said
+    assert [path.name for path in page.parent.iterdir()] == ["report.html"]
+
+
+def test_one_run_shows_its_own_figures(write_run: Write, tmp_path: Path) -> None:
+    more = {"test/accuracy_rank_4_density_0.25": [0.1, 0.2], "eval/accuracy_masked": [0.1, 0.3]}
+    folder = write_run("a", "name=mine", more=more)
+    root = tree(write_report(read([folder]), folder))
+    titles = [texts(title) for title in root.findall(".//figure/svg/title")]
+    assert titles[-3:] == ["Accuracy against rounds", "Loss against rounds", "What each tier of clients would receive"]
+    letters = [texts(text) for text in root.findall(".//figure/svg//text")]
+    assert {"validation", "validation, sparse model", "test", "training", "rank 4, density 0.25"} <= set(letters)
+    assert "2 of 2, finished" in texts(root)
+    assert "Run by run" not in texts(root)
+    assert sorted(path.name for path in (folder / "figures").iterdir())[:2] == ["bytes.png", "bytes.svg"]
+
+
+def test_names_are_only_ever_text(write_run: Write, tmp_path: Path) -> None:
+    name = "</text><b onload='x'>&\"$\\frac$\x07_"
+    folders = [write_run("a", f"name={json.dumps(name)}"), write_run("b", "name=_plain", "client.lr=1")]
+    root = tree(write_report(read(folders), tmp_path / "out"))
+    cells = [texts(cell) for cell in root.findall(".//tbody/tr/th")]
+    assert name.replace("\x07", "\N{REPLACEMENT CHARACTER}") in cells
+    assert not root.findall(".//*[@onload]")
+    drawn = (tmp_path / "out" / "figures" / "rounds.svg").read_text()
+    ET.fromstring(drawn)
+    assert "$\\frac$" in drawn
+    assert "_plain" in drawn
+
+
+def test_the_same_runs_give_the_same_bytes_whatever_the_users_style(write_run: Write, tmp_path: Path) -> None:
+    import matplotlib
+
+    folders = [write_run("a", "name=this"), write_run("b", "name=that", "client.lr=1", eval=[0.55, 0.65])]
+    write_report(read(folders), tmp_path / "one")
+    with matplotlib.rc_context({"font.size": 30, "xtick.major.size": 9, "svg.fonttype": "path"}):
+        write_report(read(folders), tmp_path / "two")
+        assert matplotlib.rcParams["font.size"] == 30
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
+    assert len(files) == 1 + 2 * 7
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+    drawn = (tmp_path / "one" / "figures" / "rounds.svg").read_text()
+    assert "<dc:date>" not in drawn
+    assert ">this<" in drawn, "a legend of its own"
+    assert ">that<" in drawn
+
+
+def test_each_colour_of_a_figure_follows_the_pages_light_or_dark(page: Path) -> None:
+    text = page.read_text()
+    body = text[text.index("<body>") :]
+    maps = re.findall(r'<svg role="img" aria-labelledby="density-rank.*?</svg>', body, re.DOTALL)
+    assert len(maps) == 1
+    assert set(re.findall(r"#[0-9a-f]{6}\b", body.replace(maps[0], ""))) == set()
+    names = set(re.findall(r"var\(--(\w+)\)", text))
+    assert names
+    for name in names:
+        assert len(re.findall(rf"--{name}:#", css())) == 2
+
+
+def test_colours_can_be_told_from_the_paper() -> None:
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(a: str, b: str) -> float:
+        high, low = sorted((luminance(a), luminance(b)), reverse=True)
+        return (high + 0.05) / (low + 0.05)
+
+    light, dark = re.findall(r"color-scheme:\w+;([^}]*)", css())
+    for colors, paper, ink in ((light, LIGHT["paper"], LIGHT["ink"]), (dark, DARK["paper"], DARK["ink"])):
+        assert contrast(ink, paper) >= 7
+        assert all(contrast(color, paper) >= 3 for _, color in re.findall(r"--(s\d):(#\w+)", colors))
+
+
+def test_of_many_settings_the_best_have_colours(write_run: Write, tmp_path: Path) -> None:
+    folders = [write_run(f"r{i}", f"client.lr={i + 1}", eval=[0.1 + i / 20]) for i in range(SHOWN + 3)]
+    comparison = read(folders)
+    own = looks(comparison.groups, comparison.ranked)
+    assert [group.label for group in own] == [f"lr {i + 1}" for i in range(3, SHOWN + 3)]
+    assert len({look.color for look in own.values()}) == SHOWN
+    said = texts(tree(write_report(comparison, tmp_path / "out", files=False)))
+    assert "3 more, with a worse validation accuracy" in said
+
+
+def test_without_matplotlib_the_refusal_names_the_extra(
+    write_run: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    comparison = read([write_run("a")])
+    with pytest.raises(UserError, match=r"^matplotlib: not installed, .*pip install 'rayfed\[report\]'$"):
+        write_report(comparison, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)], ids=["phone, dark", "desktop, light"])
+def test_a_browser_renders_the_page(page: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    from PIL import Image
+
+    shot = tmp_path / "shot.png"
+    command = [
+        str(CHROMIUM),
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        f"--window-size={width},1600", f"--screenshot={shot}", page.as_uri(),
+    ]  # fmt: skip
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    image = Image.open(shot).convert("RGB")
+    colors = {color: count for count, color in image.getcolors(image.width * image.height)}
+    colors_of = DARK if dark else LIGHT
+    paper, ink = (tuple(int(colors_of[name][i : i + 2], 16) for i in (1, 3, 5)) for name in ("paper", "ink"))
+    assert max(colors, key=colors.__getitem__) == paper
+    assert colors.get(ink, 0) > 500
+    # Nothing but the tables, which scroll on their own, is wider than the screen: its right margin stays empty.
+    assert image.crop((image.width - 8, 0, image.width, image.height)).getcolors() == [(8 * image.height, paper)]

@@ -1,0 +1,181 @@
+"""`rayfed sweep`: what is wrong with any trial is one line, before Ray starts and before anything is written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfed.cli import main
+from rayfed.config import dump_config, load_config
+from rayfed.errors import UserError
+from rayfed.sweeps.plan import bundles, fits
+
+RATES = {"client.lr": {"grid": [0.1, 0.2]}}
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> Callable[..., str]:
+    for module in ("ray", "rayfed.engine.driver", "rayfed.engine.workers", "rayfed.sweeps.on_tune"):
+        monkeypatch.setitem(sys.modules, module, None)
+
+    def refused(*arguments: str | Path) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        code = main(["sweep", *map(str, arguments)])
+        err = capsys.readouterr().err
+        assert (code, err.count("\n")) == (2, 1), err
+        assert sorted(tmp_path.rglob("*")) == before
+        return err.removeprefix("rayfed: ").strip()
+
+    return refused
+
+
+SECTIONS = {
+    "no space": ({}, "sweep.parameters: got {}, but a sweep needs parameters or cases"),
+    "unknown key": ({"parameters": RATES, "metrc": "x"}, "sweep.metrc: unknown key; did you mean sweep.metric?"),
+    "no space, but a value": (
+        {"parameters": {"client.lr": 0.1}},
+        "sweep.parameters.client.lr: got 0.1, but it should be {grid: [...]}, {choice: [...]}, ",
+    ),
+    "empty grid": ({"parameters": {"seed": {"grid": []}}}, "sweep.parameters.seed.grid: got [], but it should be a "),
+    "a value twice": ({"parameters": {"seed": {"grid": [1, 0, 1]}}}, "sweep.parameters.seed.grid: got 1 twice"),
+    "limits the wrong way round": (
+        {"parameters": {"client.lr": {"uniform": [2, 1]}}},
+        "sweep.parameters.client.lr.uniform: got [2, 1], but it should be [low, high] with low < high",
+    ),
+    "the logarithm of 0": (
+        {"parameters": {"client.lr": {"loguniform": [0, 1]}}},
+        "sweep.parameters.client.lr.loguniform: got [0, 1], but it should be [low, high] with low < high, both above 0",
+    ),
+    "no cases": ({"cases": []}, "sweep.cases: got [], but it needs at least one case"),
+    "a case that is no mapping": ({"cases": ["flasc"]}, "sweep.cases.1: got 'flasc', but a case is a mapping"),
+    "a setting varied twice": (
+        {"parameters": RATES, "cases": {"a": {"client.lr": 1.0}}},
+        "sweep.cases.a.client.lr: got 1.0, but sweep.parameters varies it already",
+    ),
+    "draws of nothing": ({"parameters": RATES, "samples": 2}, "sweep.samples: got 2, but nothing is drawn"),
+    "tuning what does not vary": (
+        {"parameters": RATES, "tune": ["server.lr"]},
+        "sweep.tune: got 'server.lr', but the settings that vary are client.lr",
+    ),
+    "wrong mode": ({"parameters": RATES, "mode": "most"}, "sweep.mode: got 'most', but it should be max or min"),
+    "a metric that is never measured": (
+        {"parameters": RATES, "metric": "eval/accuracy"},
+        "sweep.metric: got 'eval/accuracy', but what a run on these data measures is train/loss, eval/loss, eval/gap, "
+        "bytes/total (trials client.lr=0.1; client.lr=0.2)",
+    ),
+    "a wrong value in one trial": (
+        {"parameters": {"client.lr": {"grid": [0.1, -1]}, "seed": {"grid": [0, 1]}}},
+        "client.lr: got -1, but it should be a number above 0 (trials client.lr=-1, seed=0; client.lr=-1, seed=1)",
+    ),
+    "an unknown setting": (
+        {"parameters": {"client.lrr": {"grid": [1, 2, 3, 4]}}},
+        "client.lrr: unknown key; did you mean client.lr? (allowed are ",
+    ),
+    "a combination that does not go": (
+        {"cases": [{"method.name": "fedit"}, {"method.name": "rbla", "lora.rank": 9}]},
+        "lora.rank: got 9, but layer is 6 x 6; at most 6 is allowed (trial method.name=rbla, lora.rank=9)",
+    ),
+    "what changes nothing": (
+        {"parameters": {"tracking.tags": {"grid": [["a"], ["b"]]}}},
+        "tracking.tags: a sweep cannot vary it; it changes nothing in the result (trials tracking.tags=",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SECTIONS)
+def test_wrong_sweeps_are_one_line(refused, sweep_file, tmp_path: Path, case: str) -> None:
+    section, line = SECTIONS[case]
+    assert refused(sweep_file(section), "--out", tmp_path / "out").startswith(line)
+
+
+def test_many_trials_with_one_mistake_are_one_line(refused, sweep_file, tmp_path: Path) -> None:
+    path = sweep_file({"parameters": {"seed": {"grid": list(range(9))}}}, server={"cohort": 99})
+    assert refused(path, "--out", tmp_path / "out") == (
+        "server.cohort: got 99, but the population has only 6 clients (partition.clients) "
+        "(trials seed=0; seed=1; seed=2; and 6 more)"
+    )
+
+
+def test_overrides_reach_the_sweep_and_cannot_be_in_vain(refused, sweep_file, tmp_path: Path) -> None:
+    path, out = sweep_file({"parameters": RATES}), tmp_path / "out"
+    assert refused(path, "client.lr=0.3", "--out", out).startswith(
+        "client.lr: got 'client.lr=0.3', but the sweep itself sets it"
+    )
+    assert refused(path, "sweep.cases=[{lora.rank: 1}, {lora.rank: 2}]", "lora.rank=2", "--out", out).startswith(
+        "lora.rank: got 'lora.rank=2', but the sweep itself sets it"
+    )
+    said = refused(path, "sweep.parameters.client.lr=null", "--out", out)
+    assert said == "sweep.parameters: got {}, but a sweep needs parameters or cases"
+    said = refused(path, "sweep.parameters.client.lr={grid: [-2]}", "--out", out)
+    assert said.endswith("(trial client.lr=-2)")
+    assert refused(path, "sweep.at=first", "--out", out) == "sweep.at: got 'first', but it should be last or best"
+
+
+def test_a_metric_needs_its_data(refused, tiny, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(tiny("data.validation=0")))
+    said = refused(path, "sweep.parameters.seed={grid: [0, 1]}", "--out", tmp_path / "out")
+    assert said == (
+        "sweep.metric: got 'eval/accuracy', but the data have no validation split; set data.validation above 0 "
+        "(trials seed=0; seed=1)"
+    )
+
+
+def test_a_sweep_is_no_run_and_a_run_no_sweep(refused, sweep_file, tmp_path: Path, capsys) -> None:
+    path = sweep_file({"parameters": RATES})
+    assert main(["run", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == (
+        "rayfed: sweep: this section makes the settings many runs; start them with `rayfed sweep CONFIG`\n"
+    )
+    plain = tmp_path / "plain.yaml"
+    plain.write_text("seed: 1\n")
+    assert refused(plain).startswith(f"sweep: {plain} has no section `sweep`; `rayfed run` takes it")
+
+
+def test_the_directory_must_be_free_or_a_sweeps(refused, sweep_file, tmp_path: Path) -> None:
+    path = sweep_file({"parameters": RATES})
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "notes.txt").write_text("mine")
+    assert "but it is not empty; continue it with --resume" in refused(path, "--out", used)
+    assert "no sweep's directory: it has no sweep.yaml" in refused(path, "--out", used, "--resume")
+    assert refused(path, "--out", used / "notes.txt").endswith("notes.txt is a file")
+    assert refused(path, "--resume") == "--resume: needs --out, the directory of the sweep to continue"
+
+
+def settings(*overrides: str) -> Any:
+    return load_config(Path(__file__).parents[2] / "configs" / "quickstart.yaml", overrides)
+
+
+def test_what_a_trial_asks_of_ray() -> None:
+    assert bundles(settings("engine.kind=local", "engine.threads=2")) == [{"CPU": 2}]
+    local = settings("engine.kind=local", "engine.device=cuda", "engine.gpus_per_worker=0.25")
+    assert bundles(local) == [{"CPU": 1, "GPU": 0.25}]
+    ray = settings("engine.workers=3", "engine.cpus_per_worker=0.5", "engine.gpus_per_worker=1")
+    assert bundles(ray) == [{"CPU": 1}] + 3 * [{"CPU": 0.5, "GPU": 1}]
+    assert bundles(settings("engine.cpus_per_worker=0")) == [{"CPU": 1}]  # Ray takes no empty bundle
+
+
+def test_which_trials_can_ever_run() -> None:
+    asked = [{"CPU": 1.0}, *3 * [{"CPU": 1.0, "GPU": 0.5}]]
+    assert fits(asked, {"CPU": 4, "GPU": 2}, [])
+    assert not fits(asked, {"CPU": 3, "GPU": 2}, [])
+    assert not fits(asked, {"CPU": 4, "GPU": 1}, [])
+    assert fits(asked, {"CPU": 1}, [{"CPU": 9, "GPU": 1}, {"CPU": 1, "GPU": 1}])
+    assert not fits(asked, {"CPU": 0}, [{"CPU": 9, "GPU": 9}])  # its own process stays with the run directories
+    assert not fits([{"CPU": 1.0}, {"CPU": 2.0}], {"CPU": 2}, [{"CPU": 1}])  # no bundle is split
+    assert fits([{"CPU": 0.1}] * 11, {"CPU": 1.1}, [])
+
+
+def test_trials_on_a_gpu_say_how_they_share_it(sweep_file, monkeypatch) -> None:
+    from rayfed.config.sweep import load_sweep
+    from rayfed.sweeps.plan import plan
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    path = sweep_file({"parameters": RATES}, engine={"device": "cuda"})
+    with pytest.raises(UserError, match=r"^engine.gpus_per_worker: got 0, but in a sweep it says how much of a GPU"):
+        plan(*load_sweep(path))

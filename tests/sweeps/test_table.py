@@ -1,0 +1,124 @@
+"""The table's numbers against numbers worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfed.config.sweep import Sweep, load_sweep
+from rayfed.sweeps.plan import Trial, plan
+from rayfed.sweeps.table import figures, spread, table_of
+
+GRID = {
+    "method.name": {"grid": ["fedit", "rbla"]},
+    "client.lr": {"grid": [0.1, 0.2]},
+    "seed": {"grid": [0, 1]},
+}
+# (metric, report) by trial, in the order of the grid; None: the trial failed
+ENDS = [(0.50, 0.90), (0.60, 0.80), (0.70, 0.10), (0.60, 0.30), (0.4, 0.4), (0.2, 0.2), None, (0.99, 0.99)]
+
+
+def lines(trials: list[Trial]) -> list[dict[str, Any]]:
+    made = []
+    for trial, end in zip(trials, ENDS, strict=True):
+        line: dict[str, Any] = {"trial": trial.name, "status": "done" if end else "failed"}
+        if end:
+            line |= {"metric": end[0], "report": end[1], "bytes": 2_000_000, "seconds": 3.0}
+        made.append(line)
+    return made
+
+
+@pytest.fixture
+def trials(sweep_file) -> list[Trial]:
+    settings, sweep = load_sweep(sweep_file({"parameters": GRID}))
+    return plan(settings, sweep)[0]
+
+
+def section(**more: Any) -> Sweep:
+    return Sweep(parameters=GRID, metric="eval/accuracy", report="test/accuracy", **more)
+
+
+def test_means_and_deviations_over_the_seeds(trials) -> None:
+    table = table_of(trials, lines(trials), section())
+    assert table.columns == (
+        "method.name", "client.lr", "eval/accuracy", "test/accuracy", "MB both ways", "seconds", "trials",
+    )  # fmt: skip
+    assert table.rows == (
+        # mean 55 and deviation sqrt(2 * 5^2 / 1) = 7.07; of the report 85 and 7.07
+        ("fedit", "0.1", "55.00 ± 7.07 %", "85.00 ± 7.07 %", "2.00", "3.0", "2/2"),
+        ("fedit", "0.2", "65.00 ± 7.07 %", "20.00 ± 14.14 %", "2.00", "3.0", "2/2"),
+        ("rbla", "0.1", "30.00 ± 14.14 %", "30.00 ± 14.14 %", "2.00", "3.0", "2/2"),
+        ("rbla", "0.2", "99.00 %", "99.00 %", "2.00", "3.0", "1/2"),
+    )
+
+
+def test_a_tuned_setting_is_chosen_on_validation_alone(trials) -> None:
+    table = table_of(trials, lines(trials), section(tune=["client.lr"]))
+    assert [row[:2] for row in table.rows] == [
+        ("fedit", "0.2"),  # the better validation, though the worse test
+        ("rbla", "0.1"),  # 0.2 looks better, but one of its seeds failed
+    ]
+    assert table.rows[0][3] == "20.00 ± 14.14 %"
+    table = table_of(trials, lines(trials), section(tune=["client.lr"], mode="min"))
+    assert [row[:2] for row in table.rows] == [("fedit", "0.1"), ("rbla", "0.1")]
+
+
+def test_a_row_without_a_finished_trial_is_shown(trials) -> None:
+    ends = [line if i < 6 else {"trial": "", "status": "unfinished"} for i, line in enumerate(lines(trials))]
+    assert table_of(trials, ends, section()).rows[3] == ("rbla", "0.2", "-", "-", "-", "-", "0/2")
+
+
+ROUNDS = [
+    {"round": 1, "eval/accuracy": 0.9, "test/accuracy": 0.1, "bytes/total": 10, "time/round_s": 1.0},
+    {"round": 2, "eval/accuracy": None, "test/accuracy": None, "bytes/total": 20, "time/round_s": 1.5},
+    {"round": 3, "eval/accuracy": 0.7, "test/accuracy": 0.3, "bytes/total": 30, "time/round_s": 1.0},
+    {"round": 4, "eval/accuracy": None, "test/accuracy": None, "bytes/total": 40, "time/round_s": 1.0},
+]
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [({}, (3, 0.7, 0.3)), ({"at": "best"}, (1, 0.9, 0.1)), ({"at": "best", "mode": "min"}, (3, 0.7, 0.3))],
+)
+def test_the_round_that_counts(more: dict, expected: tuple) -> None:
+    got = figures(ROUNDS, section(**more), "test/accuracy")
+    assert (got["round"], got["metric"], got["report"]) == expected
+    assert (got["bytes"], got["seconds"]) == (40, 4.5)
+
+
+def test_an_earlier_round_does_not_speak_for_a_run_that_diverged() -> None:
+    diverged = [*ROUNDS, {**ROUNDS[3], "round": 5, "nonfinite": "train/loss=nan eval/accuracy=nan"}]
+    assert figures(diverged, section(), "test/accuracy")["metric"] is None
+    assert figures(diverged, section(at="best"), "test/accuracy")["metric"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("centre", "deviation", "key", "said"),
+    [
+        (0.8123, 0.0045, "test/accuracy", "81.23 ± 0.45 %"),
+        (0.0161, None, "eval/gap", "1.61 %"),
+        (1.23456, 0.5, "eval/loss", "1.2346 ± 0.5000"),
+        (None, None, "eval/loss", "-"),
+    ],
+)
+def test_how_figures_are_written(centre: float | None, deviation: float | None, key: str, said: str) -> None:
+    assert spread(centre, deviation, key) == said
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs" / "sweeps").glob("*.yaml")), ids=str)
+def test_the_sweeps_that_come_with_rayfed_are_right(path: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """All but what the data and the model say: every trial's fields and combinations."""
+    from rayfed.engine.run import load_config
+    from rayfed.sweeps.plan import _experiment
+    from rayfed.sweeps.space import expand, names
+
+    settings, sweep = load_sweep(path)
+    points = expand(sweep, 0)
+    for point, name in zip(points, names(points), strict=True):
+        trial = tmp_path / "trial.yaml"
+        from rayfed.config import dump_config
+
+        trial.write_text(dump_config(_experiment(settings, point, "x", name)))
+        load_config(trial)
