@@ -51,7 +51,7 @@ th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid var(--grid);
 vertical-align:bottom}
 thead th{white-space:normal;min-width:4.2rem}
 tbody th,th:first-child{text-align:left;padding-left:0;font-weight:600;position:sticky;left:0;background:var(--paper);
-white-space:normal;min-width:7rem;max-width:16rem}
+white-space:normal;min-width:min(13rem,36vw);max-width:16rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem .8rem;margin:.3rem 0;font-size:.88rem}
 dt{opacity:.75}dd{margin:0;overflow-wrap:anywhere}
 .note{font-size:.88rem}
