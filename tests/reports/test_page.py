@@ -211,3 +211,23 @@ def test_a_browser_renders_the_page(page: Path, tmp_path: Path, width: int, dark
     assert colors.get(ink, 0) > 500
     # Nothing but the tables, which scroll on their own, is wider than the screen: its right margin stays empty.
     assert image.crop((image.width - 8, 0, image.width, image.height)).getcolors() == [(8 * image.height, paper)]
+
+
+def test_where_the_answer_is_known_gaps_are_on_a_log_axis(write_run: Write, tmp_path: Path) -> None:
+    known = "data.source=lowrank", "partition.kind=natural"
+    folders = [
+        write_run("a", *known, "client.lr=0.1", eval=[0.9, 0.1, 0.01], up=500),
+        write_run("b", *known, "client.lr=0.2", eval=[0.9, 0.2, 0.05], up=50_000),
+        write_run("c", *known, "client.lr=0.3", eval=[0.9, 0.3, 0.02], up=5_000),
+    ]
+    root = tree(write_report(read(folders), tmp_path / "out", files=False))
+    said = texts(root)
+    assert "Gap and traffic" in said
+    assert "Best is lr 0.1: 1.00 % share of the gap left, for 0.0090 MB both ways." in said
+    assert "The last round counts." in said
+    curves, byte_curves = (
+        [texts(text) for text in figure.findall(".//text")] for figure in root.findall(".//figure")[:2]
+    )
+    assert {"10 %", "100 %"} <= set(curves)
+    assert "2" in curves  # rounds are whole
+    assert "MB both ways (log scale)" in byte_curves
