@@ -92,7 +92,7 @@ def test_csv_labels_are_integers_only_if_all_are(tmp_path: Path, labels: list[st
         ("train.jsonl.gz", b"not gzip", r"train.jsonl.gz cannot be read: Not a gzipped file"),
         (
             "train.jsonl.gz",
-            gzip.compress(b'{"text": "a"}' * 99)[:30],
+            gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:30],
             r"train.jsonl.gz cannot be read: Compressed file",
         ),
         ("train.csv", "text,label\na,b\nc\n", r"train.csv cannot be read: CSV parse error: Row #3: Expected 2 columns"),
