@@ -44,6 +44,7 @@ def statuses(out: Path) -> dict[str, str]:
     return {line["trial"]: line["status"] for line in lines}
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_resumes_and_a_failing_trial_stops_no_other(sweep_file, tmp_path: Path) -> None:
     """kill -9 during the third trial: `--resume` leaves the first alone, continues the third, does the fourth."""
     path, out = sweep_file(SWEEP, server={"rounds": 120}, checkpoint={"every": 5}), tmp_path / "out"
@@ -85,6 +86,7 @@ def cluster():
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_nested_actors_always_fit(cluster, sweep_file, tmp_path: Path) -> None:
     """Two trials hold all four CPUs: workers outside their trials' bundles would wait for ever."""
     path = sweep_file({"parameters": {"seed": {"grid": [0, 1]}}}, engine={"kind": "ray", "workers": 1})
