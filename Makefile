@@ -32,9 +32,9 @@ quickstart: $(STAMP) ## run configs/quickstart.yaml into runs/quickstart (the ru
 	@if [ -e $(QUICKSTART) ]; then rm -rf $(QUICKSTART).previous && mv $(QUICKSTART) $(QUICKSTART).previous; fi
 	$(BIN)/rayfed run configs/quickstart.yaml --out $(QUICKSTART)
 
-# Two processes: many tests wait for Ray's. A file stays in one of them, for its fixtures' sake.
+# Two processes: many tests wait for Ray. A file stays in one of them, for its fixtures; in order, so that Ray comes early.
 test: $(STAMP) ## run the tests with coverage (all but those marked slow)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov=rayfed --cov-report=term-missing:skip-covered --cov-fail-under=85
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov=rayfed --cov-report=term-missing:skip-covered --cov-fail-under=85
 
 test-slow: $(STAMP) ## run the tests that take over a minute each
 	$(BIN)/python -m pytest -m slow --timeout=1800
