@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from method_oracles import dense
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.methods import Profile
@@ -29,10 +30,6 @@ def task(seed):
     return train
 
 
-def dense64(pair):
-    return pair.scale * pair.B.double() @ pair.A.double()
-
-
 def test_every_task_adds_the_mean_of_products(play, random_adapter):
     method = FedTaLoRA()
     state = method.init(random_adapter(SHAPES, 2, 2.5, seed=1), seed=7)
@@ -41,7 +38,7 @@ def test_every_task_adds_the_mean_of_products(play, random_adapter):
         state, updates = play(method, state, COHORT, task(seed))
         total = sum(u.weight for u in updates)
         for name in SHAPES:
-            D = sum(u.weight / total * dense64(u.trained.layers[name]) for u in updates)
+            D = sum(u.weight / total * dense(u.trained.layers[name]) for u in updates)
             W = before.base[name].double() + D
             assert float((method.delta(state, name).double() - W).norm() / W.norm()) < 1e-6
 

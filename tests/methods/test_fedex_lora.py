@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from method_oracles import training
 
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, LowRank
@@ -20,20 +21,6 @@ COHORTS = [
     [Profile(3, 2, SCALE, density_up=0.3, examples=2), Profile(1, 2, SCALE, examples=1)],
     [Profile(5, 2, SCALE, examples=7)],
 ]
-
-
-def training(seed):
-    """Local training that moves every entry of A, B and head at random."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def moved(tensor):
-        return tensor + 0.5 * torch.randn(tensor.shape, generator=rng)
-
-    def train(client, start, adapter):
-        layers = {name: LowRank(moved(p.B), moved(p.A), p.scale) for name, p in adapter.layers.items()}
-        return Adapter(layers, {name: moved(tensor) for name, tensor in adapter.head.items()})
-
-    return train
 
 
 def begun(random_adapter, zero):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from method_oracles import close, dense, product, training, truncation
 
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, LowRank, fresh_adapter
@@ -23,29 +24,6 @@ def profile(k, **more):
 ROUNDS = ([0, 1, 2], [4, 2], [3], [1, 2, 0, 4])
 
 
-def training(seed, size=0.3):
-    """Random changes of all entries, another draw for each client and round."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def train(client, start, adapter):
-        vector = adapter.flatten()
-        return adapter.layout.unflatten(vector + size * torch.randn(vector.shape, generator=draw))
-
-    return train
-
-
-def product(update, name, change):
-    """The client's product in float64: as sent, or with its change."""
-    vector = update.start.double() + (update.change.double() if change else 0)
-    pair = update.layout.unflatten(vector).layers[name]
-    return pair.scale * pair.B @ pair.A
-
-
-def truncation(W, rank):
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
-
-
 def shares(W, updates, gamma, data):
     """p_i from the definition."""
     raw = []
@@ -59,14 +37,6 @@ def begin(random_adapter, kind):
     if kind == "random":
         return random_adapter(SHAPES, 4, 1.5, 0)
     return fresh_adapter(SHAPES, {"head.weight": torch.ones(3, 5)}, 4, 1.5, 0)
-
-
-def dense(change):
-    return (change.dense() if isinstance(change, LowRank) else change).double()
-
-
-def close(ours, theirs, tolerance=1e-6):
-    assert (dense(ours) - theirs).norm() <= tolerance * theirs.norm(), (dense(ours) - theirs).norm() / theirs.norm()
 
 
 @pytest.mark.parametrize("kind", ["fresh", "random"])

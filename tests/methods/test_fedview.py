@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from method_oracles import dense, relative
 
 from rayfed.errors import UserError
-from rayfed.lora.adapter import Adapter, LowRank, fresh_adapter
+from rayfed.lora.adapter import Adapter, fresh_adapter
 from rayfed.methods.base import Profile
 from rayfed.methods.fedview import FedView
 
@@ -30,19 +31,11 @@ def noise(profile: Profile, start, adapter: Adapter) -> Adapter:
     return adapter.layout.unflatten(vector + 0.3 * torch.randn(vector.shape, generator=rng))
 
 
-def dense(change) -> torch.Tensor:
-    return change.scale * change.B.double() @ change.A.double() if isinstance(change, LowRank) else change.double()
-
-
 def models(method: FedView, state, profile: Profile) -> dict[str, torch.Tensor]:
     """What the client's model changes by as it starts, if everything arrives: base plus adapter, float64."""
     start = method.broadcast(state, profile)
     pairs = start.layout.unflatten(start.vector).layers
     return {n: dense(p) + (dense(start.base[n]) if n in start.base else 0) for n, p in pairs.items()}
-
-
-def relative(got, wanted) -> float:
-    return float((dense(got) - wanted).norm() / wanted.norm())
 
 
 def best(matrix: torch.Tensor, rank: int) -> torch.Tensor:

@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
+from method_oracles import begun, dense, relative, training
 
-from rayfed.lora.adapter import Adapter, LowRank
+from rayfed.lora.adapter import LowRank
 from rayfed.methods import Profile
 from rayfed.methods.ffa_lora import FFALoRA
 
@@ -19,41 +20,11 @@ COHORTS = [
 ]
 
 
-def training(seed):
-    """Local training that moves every entry that may move, at random."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def moved(tensor):
-        return tensor + 0.5 * torch.randn(tensor.shape, generator=rng)
-
-    def train(client, start, adapter):
-        layers = {name: LowRank(moved(p.B), moved(p.A), p.scale) for name, p in adapter.layers.items()}
-        return Adapter(layers, {name: moved(tensor) for name, tensor in adapter.head.items()})
-
-    return train
-
-
-def begun(random_adapter, zero):
-    adapter = random_adapter(SHAPES, 4, 2.0, seed=1)
-    if not zero:
-        return adapter
-    layers = {name: LowRank(torch.zeros_like(p.B), p.A, p.scale) for name, p in adapter.layers.items()}
-    return Adapter(layers, adapter.head)
-
-
-def dense64(pair):
-    return pair.scale * pair.B.double() @ pair.A.double()
-
-
-def relative(ours, theirs):
-    return float((ours.double() - theirs).norm() / theirs.norm())
-
-
 @pytest.mark.parametrize("zero", [True, False])
 def test_model_moves_by_the_mean_of_what_clients_changed(play, random_adapter, zero):
     method, start, train = FFALoRA(), begun(random_adapter, zero), training(2)
     state = method.init(start, seed=7)
-    W = {name: dense64(pair) for name, pair in start.layers.items()}
+    W = {name: dense(pair) for name, pair in start.layers.items()}
     head = start.head["head.weight"].double()
     for cohort in COHORTS:
         state, updates = play(method, state, cohort, train)
@@ -61,7 +32,7 @@ def test_model_moves_by_the_mean_of_what_clients_changed(play, random_adapter, z
         head += sum(u.weight / total * u.layout.unflatten(u.change).head["head.weight"].double() for u in updates)
         for name, pair in start.layers.items():
             W[name] += sum(
-                u.weight / total * (dense64(u.trained.layers[name]) - dense64(u.sent.layers[name])) for u in updates
+                u.weight / total * (dense(u.trained.layers[name]) - dense(u.sent.layers[name])) for u in updates
             )
             assert relative(method.delta(state, name).dense(), W[name]) < 1e-6
             assert torch.equal(state.layers[name].A, pair.A)
@@ -91,7 +62,7 @@ def test_ranks_are_nested_and_alive(random_adapter):
             assert torch.equal(pair.A, whole.A[:rank])
             assert bool((pair.A.norm(dim=1) > 0).all())
             first = LowRank(whole.B[:, :rank], whole.A[:rank], whole.scale)
-            torch.testing.assert_close(dense64(pair), dense64(first), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(dense(pair), dense(first), rtol=1e-6, atol=1e-6)
 
 
 def test_columns_nobody_owns_keep_their_value(play, random_adapter):

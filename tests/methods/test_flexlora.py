@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
+from method_oracles import close, dense, product, training, truncation
 
-from rayfed.lora.adapter import LowRank, fresh_adapter
+from rayfed.lora.adapter import fresh_adapter
 from rayfed.methods.base import Profile
 from rayfed.methods.flexlora import FlexLoRA
 
@@ -20,41 +21,10 @@ def profile(k, **more):
     return Profile(k, RANKS[k], 6 / RANKS[k], examples=3 + 2 * k, **more)
 
 
-def training(seed, size=0.3):
-    """Random changes of all entries, another draw for each client and round."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def train(client, start, adapter):
-        vector = adapter.flatten()
-        return adapter.layout.unflatten(vector + size * torch.randn(vector.shape, generator=draw))
-
-    return train
-
-
-def product(update, name, change):
-    """The client's product in float64: as sent, or with its change."""
-    vector = update.start.double() + (update.change.double() if change else 0)
-    pair = update.layout.unflatten(vector).layers[name]
-    return pair.scale * pair.B @ pair.A
-
-
-def truncation(W, rank):
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
-
-
 def begin(random_adapter, kind):
     if kind == "random":
         return random_adapter(SHAPES, 4, 1.5, 0)
     return fresh_adapter(SHAPES, {"head.weight": torch.ones(3, 5)}, 4, 1.5, 0)
-
-
-def dense(change):
-    return (change.dense() if isinstance(change, LowRank) else change).double()
-
-
-def close(ours, theirs, tolerance=1e-6):
-    assert (dense(ours) - theirs).norm() <= tolerance * theirs.norm(), (dense(ours) - theirs).norm() / theirs.norm()
 
 
 @pytest.mark.parametrize("kind", ["fresh", "random"])

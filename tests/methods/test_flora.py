@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
+from method_oracles import begun, dense, mean_of_products, relative, training
 
-from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.methods import Profile
 from rayfed.methods.flora import FLoRA, fresh_A
 
@@ -19,46 +19,11 @@ COHORTS = [
 ]
 
 
-def training(seed):
-    """Local training that moves every entry of A, B and head at random."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def moved(tensor):
-        return tensor + 0.5 * torch.randn(tensor.shape, generator=rng)
-
-    def train(client, start, adapter):
-        layers = {name: LowRank(moved(p.B), moved(p.A), p.scale) for name, p in adapter.layers.items()}
-        return Adapter(layers, {name: moved(tensor) for name, tensor in adapter.head.items()})
-
-    return train
-
-
-def begun(random_adapter, zero):
-    adapter = random_adapter(SHAPES, 4, 2.0, seed=1)
-    if not zero:
-        return adapter
-    layers = {name: LowRank(torch.zeros_like(p.B), p.A, p.scale) for name, p in adapter.layers.items()}
-    return Adapter(layers, adapter.head)
-
-
-def dense64(pair):
-    return pair.scale * pair.B.double() @ pair.A.double()
-
-
-def mean_of_products(updates, layer):
-    total = sum(u.weight for u in updates)
-    return sum(u.weight / total * dense64(u.trained.layers[layer]) for u in updates)
-
-
-def relative(ours, theirs):
-    return float((ours.double() - theirs).norm() / theirs.norm())
-
-
 @pytest.mark.parametrize("zero", [True, False])
 def test_base_gains_the_mean_of_products_and_nothing_is_lost(play, random_adapter, zero):
     method, start, train = FLoRA(), begun(random_adapter, zero), training(2)
     state = method.init(start, seed=7)
-    W = {name: dense64(pair) for name, pair in start.layers.items()}
+    W = {name: dense(pair) for name, pair in start.layers.items()}
     head = start.head["head.weight"].double()
     for cohort in COHORTS:
         state, updates = play(method, state, cohort, train)

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from method_oracles import training
 
 from rayfed.errors import UserError
-from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.methods import Profile
 from rayfed.methods.florist import FLoRIST
 
@@ -21,27 +21,13 @@ COHORTS = [
 ]
 
 
-def training(seed):
-    """Local training that moves every entry of A, B and head at random."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def moved(tensor):
-        return tensor + 0.5 * torch.randn(tensor.shape, generator=rng)
-
-    def train(client, start, adapter):
-        layers = {name: LowRank(moved(p.B), moved(p.A), p.scale) for name, p in adapter.layers.items()}
-        return Adapter(layers, {name: moved(tensor) for name, tensor in adapter.head.items()})
-
-    return train
-
-
-def dense64(pair):
+def dense(pair):
     return (pair.scale * pair.B.double() @ pair.A.double()).numpy()
 
 
 def mean_of_products(updates, layer):
     total = sum(u.weight for u in updates)
-    return sum(u.weight / total * dense64(u.trained.layers[layer]) for u in updates)
+    return sum(u.weight / total * dense(u.trained.layers[layer]) for u in updates)
 
 
 def cut_by_energy(D, tau):
@@ -58,7 +44,7 @@ def relative(ours, theirs):
 def test_base_gains_the_leading_part_of_the_mean(play, random_adapter, tau):
     method, start, train = FLoRIST(tau=tau), random_adapter(SHAPES, 4, 2.0, seed=1), training(2)
     state = method.init(start, seed=7)
-    W = {name: dense64(pair) for name, pair in start.layers.items()}
+    W = {name: dense(pair) for name, pair in start.layers.items()}
     for cohort in COHORTS:
         state, updates = play(method, state, cohort, train)
         for i, name in enumerate(sorted(SHAPES)):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from method_oracles import close, training
 
 from rayfed.errors import UserError
 from rayfed.lora.adapter import fresh_adapter
@@ -22,25 +23,10 @@ def profile(k, **more):
     return Profile(k, 3, SCALE, examples=3 + 2 * k, **more)
 
 
-def training(seed, size=0.3):
-    """Random changes of all entries, another draw for each client and round."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def train(client, start, adapter):
-        vector = adapter.flatten()
-        return adapter.layout.unflatten(vector + size * torch.randn(vector.shape, generator=draw))
-
-    return train
-
-
 def begin(random_adapter, kind):
     if kind == "random":
         return random_adapter(SHAPES, 3, SCALE, 0)
     return fresh_adapter(SHAPES, {"head.weight": torch.ones(3, 5)}, 3, SCALE, 0)
-
-
-def close(ours, theirs, tolerance=1e-6):
-    assert (ours.double() - theirs).norm() <= tolerance * theirs.norm(), (ours.double() - theirs).norm() / theirs.norm()
 
 
 def means(updates, name):

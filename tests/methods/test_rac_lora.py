@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
+from method_oracles import begun, dense, relative, training
 
 from rayfed.errors import UserError
-from rayfed.lora.adapter import Adapter, LowRank
+from rayfed.lora.adapter import LowRank
 from rayfed.methods import Profile
 from rayfed.methods.flora import fresh_A
 from rayfed.methods.rac_lora import RACLoRA
@@ -22,42 +23,12 @@ COHORTS = [
 ]
 
 
-def training(seed):
-    """Local training that moves every entry that may move, at random."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def moved(tensor):
-        return tensor + 0.5 * torch.randn(tensor.shape, generator=rng)
-
-    def train(client, start, adapter):
-        layers = {name: LowRank(moved(p.B), moved(p.A), p.scale) for name, p in adapter.layers.items()}
-        return Adapter(layers, {name: moved(tensor) for name, tensor in adapter.head.items()})
-
-    return train
-
-
-def begun(random_adapter, zero):
-    adapter = random_adapter(SHAPES, 4, 2.0, seed=1)
-    if not zero:
-        return adapter
-    layers = {name: LowRank(torch.zeros_like(p.B), p.A, p.scale) for name, p in adapter.layers.items()}
-    return Adapter(layers, adapter.head)
-
-
-def dense64(pair):
-    return pair.scale * pair.B.double() @ pair.A.double()
-
-
-def relative(ours, theirs):
-    return float((ours.double() - theirs).norm() / theirs.norm())
-
-
 @pytest.mark.parametrize("zero", [True, False])
 @pytest.mark.parametrize("block_rounds", [1, 2, 3])
 def test_model_moves_by_the_mean_of_what_clients_changed(play, random_adapter, zero, block_rounds):
     method, start, train = RACLoRA(block_rounds=block_rounds), begun(random_adapter, zero), training(2)
     state = method.init(start, seed=7)
-    W = {name: dense64(pair) for name, pair in start.layers.items()}
+    W = {name: dense(pair) for name, pair in start.layers.items()}
     head = start.head["head.weight"].double()
     for cohort in COHORTS:
         state, updates = play(method, state, cohort, train)
@@ -65,7 +36,7 @@ def test_model_moves_by_the_mean_of_what_clients_changed(play, random_adapter, z
         head += sum(u.weight / total * u.layout.unflatten(u.change).head["head.weight"].double() for u in updates)
         for name in SHAPES:
             W[name] += sum(
-                u.weight / total * (dense64(u.trained.layers[name]) - dense64(u.sent.layers[name])) for u in updates
+                u.weight / total * (dense(u.trained.layers[name]) - dense(u.sent.layers[name])) for u in updates
             )
             assert relative(method.delta(state, name), W[name]) < 1e-6
         assert relative(method.head(state)["head.weight"], head) < 1e-6
@@ -76,7 +47,7 @@ def test_a_block_of_one_round_merges_the_mean_of_products(play, random_adapter):
     state = method.init(begun(random_adapter, True), seed=7)
     state, updates = play(method, state, COHORTS[0], training(3))
     for name in SHAPES:
-        D = sum(u.weight / 9 * dense64(u.trained.layers[name]) for u in updates)
+        D = sum(u.weight / 9 * dense(u.trained.layers[name]) for u in updates)
         assert relative(state.base[name], D) < 1e-6
 
 
@@ -124,7 +95,7 @@ def test_ranks_are_nested_and_alive(play, random_adapter, block_rounds):
                 assert torch.equal(pair.A, whole.A[:rank])
                 assert bool((pair.A.norm(dim=1) > 0).all())
                 first = LowRank(whole.B[:, :rank], whole.A[:rank], whole.scale)
-                torch.testing.assert_close(dense64(pair), dense64(first), rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(dense(pair), dense(first), rtol=1e-6, atol=1e-6)
         state, _ = play(method, state, cohort, train)
 
 
@@ -134,7 +105,7 @@ def test_without_local_training_nothing_moves(play, random_adapter):
     state = method.init(start, seed=7)
     for cohort in COHORTS:
         state, _ = play(method, state, cohort)
-        assert all(relative(method.delta(state, name), dense64(pair)) < 1e-6 for name, pair in start.layers.items())
+        assert all(relative(method.delta(state, name), dense(pair)) < 1e-6 for name, pair in start.layers.items())
     settled, _ = play(method, state, COHORTS[0])
     assert all(torch.equal(method.delta(settled, name), method.delta(state, name)) for name in SHAPES)
 

@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
+from method_oracles import close, training
 
-from rayfed.lora.adapter import LowRank, fresh_adapter
+from rayfed.lora.adapter import fresh_adapter
 from rayfed.methods.base import Profile
 from rayfed.methods.rbla import RBLA
 
@@ -21,26 +22,10 @@ def profile(k, **more):
     return Profile(k, RANKS[k], 6 / RANKS[k], examples=3 + 2 * k, **more)
 
 
-def training(seed, size=0.3):
-    """Random changes of all entries, another draw for each client and round."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def train(client, start, adapter):
-        vector = adapter.flatten()
-        return adapter.layout.unflatten(vector + size * torch.randn(vector.shape, generator=draw))
-
-    return train
-
-
 def begin(random_adapter, kind):
     if kind == "random":
         return random_adapter(SHAPES, 4, SCALE, 0)
     return fresh_adapter(SHAPES, {"head.weight": torch.ones(3, 5)}, 4, SCALE, 0)
-
-
-def close(ours, theirs, tolerance=1e-6):
-    dense = (ours.dense() if isinstance(ours, LowRank) else ours).double()
-    assert (dense - theirs).norm() <= tolerance * theirs.norm(), (dense - theirs).norm() / theirs.norm()
 
 
 @pytest.mark.parametrize("kind", ["fresh", "random"])
