@@ -15,21 +15,20 @@ seed, layer). With orthonormal factors ``||s B R A|| = s ||R||``, so the scale m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rayfed.keys import torch_rng
 from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.methods.base import Advance, Defaults, Profile, Start, Trainable, Update, fedavg, mean_change
-from rayfed.methods.state import Global, advance_head
+from rayfed.methods.base import Advance, Profile, Start, Trainable, Update, fedavg, mean_change
+from rayfed.methods.state import Global, Layered, advance_head
 
 
 @dataclass(frozen=True)
-class FedSB(Defaults):
+class FedSB(Layered):
     """Train and average the cores; no options."""
 
     optimizers = ("fedavg", "sgd", "fedavgm", "fedadam", "adamw")
@@ -46,11 +45,6 @@ class FedSB(Defaults):
                 base[name] = pair.dense()
         cores = {f"R.{name}": pair.R for name, pair in layers.items() if pair.R is not None}
         return Global({n: LowRank(p.B, p.A, p.scale) for n, p in layers.items()}, dict(adapter.head), 0, base, cores)
-
-    def restore(
-        self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], clients: Mapping[int, Mapping[str, Tensor]]
-    ) -> Global:
-        return Global.restore(tensors, facts, clients)
 
     def broadcast(self, state: Global, client: Profile) -> Start:
         adapter = Adapter({name: _with_core(state, name) for name in state.layers}, state.head)
@@ -72,12 +66,6 @@ class FedSB(Defaults):
     def delta(self, state: Global, layer: str) -> LowRank | Tensor:
         pair = _with_core(state, layer)
         return pair.dense() + state.base[layer] if layer in state.base else pair.folded()
-
-    def head(self, state: Global) -> Mapping[str, Tensor]:
-        return state.head
-
-    def layers(self, state: Global) -> tuple[str, ...]:
-        return tuple(state.layers)
 
 
 def _with_core(state: Global, name: str) -> LowRank:

@@ -18,9 +18,8 @@ Downloads are neither sparse nor rounded: the identity needs one start for all, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +27,13 @@ from torch import Tensor
 from rayfed.errors import allowed
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import add, norm, stack, truncate
-from rayfed.methods.base import Advance, Defaults, Profile, Start, Update, fedavg, mean_change
+from rayfed.methods.base import Advance, Profile, Start, Update, fedavg, mean_change
 from rayfed.methods.flora import flat, ranks_report
-from rayfed.methods.state import Global, advance_head, pairs
+from rayfed.methods.state import Global, Layered, advance_head, pairs
 
 
 @dataclass(frozen=True)
-class FedExLoRA(Defaults):
+class FedExLoRA(Layered):
     """Average the factors and merge the residual into the base."""
 
     rank_cap: int | None = None
@@ -49,11 +48,6 @@ class FedExLoRA(Defaults):
     def init(self, adapter: Adapter, seed: int) -> Global:
         base = {name: torch.zeros(pair.B.shape[0], pair.A.shape[1]) for name, pair in adapter.layers.items()}
         return Global(dict(adapter.layers), dict(adapter.head), base=base)
-
-    def restore(
-        self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], clients: Mapping[int, Mapping[str, Tensor]]
-    ) -> Global:
-        return Global.restore(tensors, facts, clients)
 
     def broadcast(self, state: Global, client: Profile) -> Start:
         adapter = Adapter(pairs(state), state.head)
@@ -95,12 +89,6 @@ class FedExLoRA(Defaults):
 
     def delta(self, state: Global, layer: str) -> Tensor:
         return add(state.base[layer], pairs(state)[layer])
-
-    def head(self, state: Global) -> Mapping[str, Tensor]:
-        return state.head
-
-    def layers(self, state: Global) -> tuple[str, ...]:
-        return tuple(sorted(state.layers))
 
 
 def residual(mean: LowRank, trained: Sequence[LowRank], shares: Sequence[float]) -> LowRank:

@@ -38,7 +38,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -47,15 +47,15 @@ from rayfed.errors import allowed
 from rayfed.keys import torch_rng
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import add, norm, top_svd
-from rayfed.methods.base import Advance, Base, Defaults, Profile, Start, Update, fedavg
-from rayfed.methods.state import Global, WeightedSum, advance_head, learned
+from rayfed.methods.base import Advance, Base, Profile, Start, Update, fedavg
+from rayfed.methods.state import Global, Layered, WeightedSum, advance_head, learned
 
 ROW = 1 / math.sqrt(3)  # a row of in entries uniform in +-1/sqrt(in) has this norm, in the mean square
 TINY = 1e-6  # a singular value under this share of ||W|| + ||V_k|| is rounding error of float32
 
 
 @dataclass(frozen=True)
-class FedView(Defaults):
+class FedView(Layered):
     """Corrections of rank r_k down, changes of rank r_k up; any ranks, any server optimizer."""
 
     start: Literal["correction", "half", "fresh"] = "correction"
@@ -76,11 +76,6 @@ class FedView(Defaults):
     def init(self, adapter: Adapter, seed: int) -> Global:
         layers = {name: pair.dense() for name, pair in adapter.layers.items()}
         return Global(layers, dict(adapter.head), notes={"seed": seed})
-
-    def restore(
-        self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], clients: Mapping[int, Mapping[str, Tensor]]
-    ) -> Global:
-        return Global.restore(tensors, facts, clients)
 
     def broadcast(self, state: Global, client: Profile) -> Start:
         view = state.clients.get(client.client, {})
@@ -140,12 +135,6 @@ class FedView(Defaults):
 
     def delta(self, state: Global, layer: str) -> Tensor:
         return _matrix(state, layer)
-
-    def head(self, state: Global) -> Mapping[str, Tensor]:
-        return state.head
-
-    def layers(self, state: Global) -> tuple[str, ...]:
-        return tuple(state.layers)
 
 
 def _matrix(state: Global, name: str) -> Tensor:

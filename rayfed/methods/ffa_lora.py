@@ -17,21 +17,21 @@ changes, B's entries mean the same in every round, and any server optimizer may 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import rescale
-from rayfed.methods.base import Advance, Defaults, Profile, Start, Trainable, Update, fedavg
-from rayfed.methods.state import Global, WeightedSum, advance_head, first_ranks, pairs
+from rayfed.methods.base import Advance, Profile, Start, Trainable, Update, fedavg
+from rayfed.methods.state import Global, Layered, WeightedSum, advance_head, first_ranks, pairs
 
 
 @dataclass(frozen=True)
-class FFALoRA(Defaults):
+class FFALoRA(Layered):
     """Freeze A, average B. No options."""
 
     optimizers: ClassVar[tuple[str, ...]] = ("fedavg", "sgd", "fedavgm", "fedadam", "adamw")
@@ -39,11 +39,6 @@ class FFALoRA(Defaults):
 
     def init(self, adapter: Adapter, seed: int) -> Global:
         return Global(dict(adapter.layers), dict(adapter.head))
-
-    def restore(
-        self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], clients: Mapping[int, Mapping[str, Tensor]]
-    ) -> Global:
-        return Global.restore(tensors, facts, clients)
 
     def broadcast(self, state: Global, client: Profile) -> Start:
         layers = {
@@ -74,9 +69,3 @@ class FFALoRA(Defaults):
 
     def delta(self, state: Global, layer: str) -> LowRank | Tensor:
         return state.layers[layer]
-
-    def head(self, state: Global) -> Mapping[str, Tensor]:
-        return state.head
-
-    def layers(self, state: Global) -> tuple[str, ...]:
-        return tuple(sorted(state.layers))

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +27,12 @@ from torch import Tensor
 from rayfed.keys import torch_rng
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import add, stack
-from rayfed.methods.base import Advance, Defaults, Profile, Start, Update, fedavg
-from rayfed.methods.state import Global, WeightedSum, advance_head
+from rayfed.methods.base import Advance, Profile, Start, Update, fedavg
+from rayfed.methods.state import Global, Layered, WeightedSum, advance_head
 
 
 @dataclass(frozen=True)
-class FLoRA(Defaults):
+class FLoRA(Layered):
     """Stack the clients' factors and merge the stack into the base. No options."""
 
     mixed_ranks = True
@@ -43,11 +42,6 @@ class FLoRA(Defaults):
         base = {name: pair.dense().float() for name, pair in adapter.layers.items()}
         rank = max((pair.rank for pair in adapter.layers.values()), default=0)
         return Global(head=dict(adapter.head), base=base, notes={"seed": seed, "rank": rank})
-
-    def restore(
-        self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], clients: Mapping[int, Mapping[str, Tensor]]
-    ) -> Global:
-        return Global.restore(tensors, facts, clients)
 
     def broadcast(self, state: Global, client: Profile) -> Start:
         layers = {}
@@ -93,12 +87,6 @@ class FLoRA(Defaults):
 
     def delta(self, state: Global, layer: str) -> Tensor:
         return state.base[layer]
-
-    def head(self, state: Global) -> Mapping[str, Tensor]:
-        return state.head
-
-    def layers(self, state: Global) -> tuple[str, ...]:
-        return tuple(sorted(state.base))
 
 
 def fresh_A(seed: int, layer: str, t: int, rank: int, inner: int) -> Tensor:

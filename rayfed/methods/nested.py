@@ -13,19 +13,16 @@ unmoved; where everything arrived both are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import rescale
-from rayfed.methods.base import Defaults, Profile, Start, Update
-from rayfed.methods.state import Global, WeightedSum, first_ranks, pairs
+from rayfed.methods.base import Profile, Start, Update
+from rayfed.methods.state import Global, Layered, WeightedSum, first_ranks, pairs
 
 
-class Nested(Defaults):
+class Nested(Layered):
     """State and download of methods that cut factors to the first ranks."""
 
     mixed_ranks = True
@@ -33,11 +30,6 @@ class Nested(Defaults):
     def init(self, adapter: Adapter, seed: int) -> Global:
         rows = {f"A.{name}": pair.A for name, pair in adapter.layers.items()}
         return Global(dict(adapter.layers), dict(adapter.head), extras=rows)
-
-    def restore(
-        self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], clients: Mapping[int, Mapping[str, Tensor]]
-    ) -> Global:
-        return Global.restore(tensors, facts, clients)
 
     def broadcast(self, state: Global, client: Profile) -> Start:
         rank, scale = self.rank(state, client), client.scale
@@ -51,12 +43,6 @@ class Nested(Defaults):
 
     def delta(self, state: Global, layer: str) -> LowRank | Tensor:
         return state.layers[layer]
-
-    def head(self, state: Global) -> Mapping[str, Tensor]:
-        return state.head
-
-    def layers(self, state: Global) -> tuple[str, ...]:
-        return tuple(state.layers)
 
 
 class IndexSums:

@@ -25,9 +25,9 @@ matrix by itself, matrices that LoRA does not adapt stay frozen in stage 1 as we
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,13 +36,13 @@ from rayfed.errors import UserError
 from rayfed.keys import torch_rng
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import factors, norm, pad, svd, tail_energy
-from rayfed.methods.base import Advance, Defaults, Profile, Start, Trainable, Update, fedavg, mean_change
-from rayfed.methods.state import Change, Global, first_ranks
+from rayfed.methods.base import Advance, Profile, Start, Trainable, Update, fedavg, mean_change
+from rayfed.methods.state import Change, Global, Layered, first_ranks
 from rayfed.wire import keep_count
 
 
 @dataclass(frozen=True)
-class SLoRA(Defaults):
+class SLoRA(Layered):
     """Sparse rounds, one SVD, then FedIT."""
 
     rounds_sparse: int = 5
@@ -72,11 +72,6 @@ class SLoRA(Defaults):
         scales = {name: pair.scale for name, pair in adapter.layers.items()}
         return Global(layers, dict(adapter.head), extras=extras, notes={"scales": scales})
 
-    def restore(
-        self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], clients: Mapping[int, Mapping[str, Tensor]]
-    ) -> Global:
-        return Global.restore(tensors, facts, clients)
-
     def broadcast(self, state: Global, client: Profile) -> Start:
         adapter = _adapter(state)
         held = ~_on_mask(state) if self._sparse(state) else None
@@ -97,12 +92,6 @@ class SLoRA(Defaults):
 
     def delta(self, state: Global, layer: str) -> Change:
         return state.layers[layer]
-
-    def head(self, state: Global) -> Mapping[str, Tensor]:
-        return state.head
-
-    def layers(self, state: Global) -> tuple[str, ...]:
-        return tuple(state.layers)
 
     def _sparse(self, state: Global) -> bool:
         """Whether the round that starts from this state belongs to stage 1."""

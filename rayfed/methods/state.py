@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import stack
-from rayfed.methods.base import Advance, Start, Update
+from rayfed.methods.base import Advance, Defaults, Start, Update
 
 Change = LowRank | Tensor
 """A layer's change: a pair, or a matrix (out, in)."""
@@ -81,6 +81,21 @@ class Global:
             facts["report"],
             facts["notes"],
         )
+
+
+class Layered(Defaults):
+    """What methods with a `Global` state answer alike."""
+
+    def restore(
+        self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], clients: Mapping[int, Mapping[str, Tensor]]
+    ) -> Global:
+        return Global.restore(tensors, facts, clients)
+
+    def head(self, state: Global) -> Mapping[str, Tensor]:
+        return state.head
+
+    def layers(self, state: Global) -> tuple[str, ...]:
+        return tuple(sorted(state.layers or state.base))
 
 
 class WeightedSum:

@@ -16,21 +16,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import Spectrum, Split, factors, norm, pad, svd, tail_energy, top_svd
-from rayfed.methods.base import Defaults, Profile, Start, Update
-from rayfed.methods.state import Change, Global, returned
+from rayfed.methods.base import Profile, Start, Update
+from rayfed.methods.state import Change, Global, Layered, returned
 
 NOISE = 1e-6  # a singular value under this share of the first is rounding error of float32
 SMALL = 256  # layers up to this size are decomposed exactly and in float64
 
 
-class Truncating(Defaults):
+class Truncating(Layered):
     """State and download of methods that send truncations; subclasses say how uploads become the next change."""
 
     mixed_ranks = True
@@ -40,23 +39,12 @@ class Truncating(Defaults):
         rows = {f"A.{name}": pair.A for name, pair in adapter.layers.items()}
         return decomposed(Global(head=dict(adapter.head), extras=rows), adapter.layers)
 
-    def restore(
-        self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], clients: Mapping[int, Mapping[str, Tensor]]
-    ) -> Global:
-        return Global.restore(tensors, facts, clients)
-
     def broadcast(self, state: Global, client: Profile) -> Start:
         adapter = Adapter({name: self._truncated(state, name, client) for name in state.layers}, state.head)
         return Start(adapter.flatten(), adapter.layout)
 
     def delta(self, state: Global, layer: str) -> LowRank | Tensor:
         return state.layers[layer]
-
-    def head(self, state: Global) -> Mapping[str, Tensor]:
-        return state.head
-
-    def layers(self, state: Global) -> tuple[str, ...]:
-        return tuple(state.layers)
 
     def _truncated(self, state: Global, name: str, client: Profile) -> LowRank:
         found, rows = spectrum(state, name), state.extras[f"A.{name}"]
