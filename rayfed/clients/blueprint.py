@@ -24,10 +24,11 @@ from rayfed.tasks.models import base_name, base_of, longest_input
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The adapted layers' (out, in) by name, the head's start values by parameter name, and PEFT's view of both."""
+    """The adapted layers' (out, in) by name, the head's values by parameter name, and PEFT's view of both."""
 
     shapes: Mapping[str, tuple[int, int]]
-    head: Mapping[str, Tensor]
+    head: Mapping[str, Tensor]  # what it starts from, where it trains
+    frozen_head: Mapping[str, Tensor]  # what it stays at, where it does not
     peft: Mapping[str, Any]  # the content of adapter_config.json
     parameters: int  # of the base model, its head included
     padding: Flat | Padded  # how texts are laid into batches
@@ -60,12 +61,13 @@ def draw_blueprint(experiment: Experiment, classes: int) -> Blueprint:
     matches the targets, where the rank exceeds a layer's size, or where `engine.padding` asks for what it cannot do.
     """
     base = base_of(experiment, classes)
-    config = peft_config(experiment, base.head)
-    shapes = match(base.model, config, base.head)
+    config = peft_config(experiment, base.heads)
+    shapes = match(base.model, config, base.heads)
     conv1d = any(is_conv1d(base.model.get_submodule(name)) for name in shapes)
     return Blueprint(
         shapes,
         head_values(base.model, base.head),
+        head_values(base.model, base.frozen_head),
         peft_settings(config, shapes, base=base_name(experiment), conv1d=conv1d),
         sum(p.numel() for p in base.model.parameters()),
         _padding(experiment, base.model),

@@ -60,21 +60,22 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class EvalJob:
-    """Evaluate payload 0 on rows start to stop of a split, counted in order of length."""
+    """Evaluate payload 0 on rows start to stop of a split, counted in order of length; on some classes' alone."""
 
     split: SplitName
     start: int
     stop: int
     layout: Layout
+    classes: tuple[int, ...] | None = None  # null: all
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Sums over the rows: cross-entropy in nats, correct predictions, rows."""
+    """Sums over the rows: cross-entropy in nats; correct predictions and rows, both by class."""
 
     loss: float
-    correct: int
-    count: int
+    correct: Tensor  # (classes,) int64
+    count: Tensor  # (classes,) int64
 
 
 @dataclass(frozen=True)

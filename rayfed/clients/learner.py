@@ -31,7 +31,7 @@ from rayfed.clients.jobs import (
 from rayfed.clients.train import Member, Trained, train_pack
 from rayfed.config import Experiment
 from rayfed.errors import RunError
-from rayfed.lora.inject import Stack
+from rayfed.lora.inject import Stack, head_layers
 from rayfed.lora.stacked import Segment
 from rayfed.methods import Method, build
 from rayfed.methods.base import Base, assemble
@@ -53,6 +53,7 @@ class Learner:
         lora = experiment.lora
         shapes = blueprint.trained_shapes(experiment)
         self.stack = Stack(self.model, shapes, base.head, experiment.engine.pack, lora.rank, lora.dropout)
+        self.head = list((self.stack.head or head_layers(self.model, base.frozen_head)).values())
         how = blueprint.padding
         self.flat = FlatModel(self.model, how) if isinstance(how, Flat) else None
         splits: dict[SplitName, Any] = {
@@ -121,13 +122,14 @@ class Learner:
         adapter = job.layout.unflatten(vector)
         self.stack.fit([adapter])
         self.stack.load(0, adapter, job.layout.matrices(vector))
-        loss, correct, count = 0.0, 0, 0
-        for inputs, labels, segment in self._batches(job.split, job.start, job.stop):
+        loss, classes = 0.0, len(self.federation.classes)
+        correct, count = torch.zeros(classes, dtype=torch.int64), torch.zeros(classes, dtype=torch.int64)
+        for inputs, labels, segment in self._batches(job.split, job.start, job.stop, job.classes):
             with self.stack.batch.of([segment]):
                 logits = self._forward(inputs).float()
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="none").double().sum())
-            correct += int((logits.argmax(-1) == labels).sum())
-            count += len(labels)
+            correct += torch.bincount(labels[logits.argmax(-1) == labels].cpu(), minlength=classes)
+            count += torch.bincount(labels.cpu(), minlength=classes)
         return EvalResult(loss, correct, count)
 
     @torch.no_grad()
@@ -136,7 +138,7 @@ class Learner:
         features, labels = [], []
         hooks = [
             layer.register_forward_pre_hook(lambda _module, args: seen.append(args[0].float().cpu()))
-            for layer in self.stack.head.values()
+            for layer in self.head
         ]
         for lora in self.stack.lora.values():  # the base alone: no adapter
             lora.load(0, None)
@@ -157,9 +159,13 @@ class Learner:
                 hook.remove()
         return FeatureResult(torch.cat(features), torch.cat(labels))
 
-    def _batches(self, split: SplitName, start: int, stop: int) -> Iterator[tuple[dict[str, Tensor], Tensor, Segment]]:
+    def _batches(
+        self, split: SplitName, start: int, stop: int, classes: Sequence[int] | None = None
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor, Segment]]:
         tokens, size = self.data[split], self.experiment.eval.batch_size
         rows = self.by_length[split][start:stop]
+        if classes is not None:
+            rows = rows[np.isin(getattr(self.federation, split).labels[rows], classes)]
         for i in range(0, len(rows), size):
             chosen = rows[i : i + size]
             batch = tokens.batch(chosen, self.federation.pad_id)

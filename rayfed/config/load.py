@@ -60,6 +60,14 @@ class _Dumper(yaml.SafeDumper):
 
     yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, None: _WORDS}  # noqa: RUF012
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Between double quotes, Unicode's own line ends are escaped; else they would be folded like the file's."""
+        quoted = any(end in text for end in "\x85\u2028\u2029")
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Reads ``path`` (YAML), applies ``overrides`` (each `dotted.key=value`, value in YAML) and validates.

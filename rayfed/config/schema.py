@@ -153,6 +153,11 @@ class Model(Section):
         "where `normalize`, then one linear layer.",
     )
     normalize: bool = Field(True, description="Scale mean-pooled features to unit length times sqrt(width).")
+    head: Literal["trained", "frozen"] = Field(
+        "trained",
+        description="`trained`: with the adapters, and sent. `frozen`: every weight matrix of the head stays at random "
+        "orthonormal rows, keyed by `seed`; then all that can be learnt is in the adapters, which tells methods apart.",
+    )
     trust_remote_code: bool = Field(False, description="Run code that comes with a hub model. Off unless you trust it.")
 
 
@@ -393,6 +398,12 @@ class Eval(Section):
         False,
         description="Also evaluate what each tier of clients (rank and download density) would receive of the model.",
     )
+    clients: bool = Field(
+        False,
+        description="Also measure the test accuracy that each client gets: of what it would receive of the model (or "
+        "has of its own), on test rows weighted like its own classes. Its mean and quantiles over the clients are "
+        "recorded. Where every client has a model of its own, that is one evaluation a client.",
+    )
     controls: bool = Field(
         False,
         description="At the end, also measure the frozen base with only a head trained: in the same rounds, and "
@@ -502,6 +513,8 @@ class Experiment(Section):
             self._fits_the_known_answer()
         elif self.partition.kind == "natural" and self.data.client is None:
             raise ValueError("data.client: got null, but partition.kind=natural needs the column that names the client")
+        if self.lora.train == "head" and self.model.head == "frozen":
+            raise ValueError("lora.train: got 'head', but model.head=frozen leaves nothing to train; all is allowed")
         if self.engine.kind == "ray" and self.engine.device == "cuda" and self.engine.gpus_per_worker == 0:
             raise ValueError("engine.gpus_per_worker: got 0, but engine.device=cuda needs more than 0")
         if self.eval.early_stop and self.data.source == "stdlib" and self.data.validation == 0:
@@ -517,6 +530,7 @@ class Experiment(Section):
         for field, value, allowed in (
             ("lora.train", self.lora.train, "all"),
             ("eval.controls", self.eval.controls, False),
+            ("eval.clients", self.eval.clients, False),
             ("eval.early_stop", self.eval.early_stop, None),
         ):
             if value != allowed:

@@ -50,6 +50,11 @@ class Sweep(Section):
         description="Swept settings of which the table shows only the best value per row, chosen by the mean metric "
         "over the seeds.",
     )
+    tune_seeds: PositiveInt | None = Field(
+        None,
+        description="How many seeds choose the values of `tune`: the first ones of the grid of `seed`. The other seeds "
+        "then run with the chosen values only; null: all seeds run everything.",
+    )
     concurrency: PositiveInt | None = Field(None, description="Trials at a time; null: as many as fit.")
 
     @model_validator(mode="after")
@@ -95,6 +100,12 @@ class Sweep(Section):
             if key not in varied:
                 allowed = f"the settings that vary are {', '.join(sorted(varied)) or 'none'}"
                 yield f"sweep.tune: got {key!r}, but {allowed}"
+        if self.tune_seeds is not None:
+            seeds = self.parameters.get(SEED, {}).get("grid", [])
+            if not self.tune:
+                yield f"sweep.tune_seeds: got {self.tune_seeds}, but sweep.tune names nothing to choose"
+            elif self.tune_seeds > len(seeds):
+                yield f"sweep.tune_seeds: got {self.tune_seeds}, but sweep.parameters.seed.grid has {len(seeds)} values"
 
     def labelled(self) -> list[tuple[str, Any]]:
         """(label, overrides) of every case; in a list a case's label is its number."""

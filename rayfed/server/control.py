@@ -49,7 +49,7 @@ class FeatureRows:
 
 @dataclass(frozen=True)
 class Controls:
-    """Test accuracies (0 to 1); ``same_rounds`` is None where the head is more than one linear layer."""
+    """Test accuracies (0 to 1); ``same_rounds`` is None where the head is frozen or more than one linear layer."""
 
     same_rounds: float | None
     central: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -25,6 +26,15 @@ def spans(rows: int, batch_size: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Sums over a split: cross-entropy in nats; correct predictions and rows by class, both (classes,) int64."""
+
+    loss: float
+    correct: Tensor
+    count: Tensor
+
+
 def evaluate(
     crew: Crew, federation: Federation, models: Mapping[str, tuple[Tensor, Layout]], splits: Sequence[SplitName],
     batch_size: int,
@@ -33,6 +43,25 @@ def evaluate(
 
     ``models`` maps a suffix of the metric names ("" or "_masked") to a flat vector (n,) and its layout. Keys are
     `eval/loss`, `eval/accuracy` for the validation split and `test/...`; None for a split without rows.
+    """
+    measured = measure(crew, federation, models, splits, batch_size)
+    metrics: dict[str, float | None] = {}
+    for suffix in models:
+        for split in splits:
+            prefix = "eval" if split == "validation" else split
+            found = measured.get((suffix, split))
+            count = int(found.count.sum()) if found else 0
+            metrics[f"{prefix}/loss{suffix}"] = found.loss / count if found and count else None
+            metrics[f"{prefix}/accuracy{suffix}"] = int(found.correct.sum()) / count if found and count else None
+    return metrics
+
+
+def measure(
+    crew: Crew, federation: Federation, models: Mapping[str, tuple[Tensor, Layout]], splits: Sequence[SplitName],
+    batch_size: int, classes: tuple[int, ...] | None = None,
+) -> dict[tuple[str, SplitName], Measured]:  # fmt: skip
+    """The sums of each model on each split that has rows; with ``classes``, over the rows of these classes alone.
+
     The vectors reach the workers losslessly and are no client traffic.
     """
     tasks: list[Task] = []
@@ -41,20 +70,19 @@ def evaluate(
         handle = crew.put(wire.encode(vector))
         for split in splits:
             for start, stop in spans(len(getattr(federation, split)), batch_size):
-                tasks.append(Task(EvalJob(split, start, stop, layout), (handle,)))
+                tasks.append(Task(EvalJob(split, start, stop, layout, classes), (handle,)))
                 slots.append((suffix, split))
     sums: dict[tuple[str, SplitName], list[EvalResult]] = {}
     for done in in_order(crew.run(tasks)):
         sums.setdefault(slots[done.index], []).append(cast(EvalResult, done.result))
-    metrics: dict[str, float | None] = {}
-    for suffix in models:
-        for split in splits:
-            results = sums.get((suffix, split), [])
-            count = sum(r.count for r in results)
-            prefix = "eval" if split == "validation" else split
-            metrics[f"{prefix}/loss{suffix}"] = sum(r.loss for r in results) / count if count else None
-            metrics[f"{prefix}/accuracy{suffix}"] = sum(r.correct for r in results) / count if count else None
-    return metrics
+    return {
+        slot: Measured(
+            sum(r.loss for r in results),
+            torch.stack([r.correct for r in results]).sum(0),
+            torch.stack([r.count for r in results]).sum(0),
+        )
+        for slot, results in sums.items()
+    }
 
 
 def features(crew: Crew, federation: Federation, split: SplitName, batch_size: int) -> FeatureRows:

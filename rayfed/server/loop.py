@@ -31,6 +31,7 @@ from rayfed.server.downlink import Downlink
 from rayfed.server.evaluate import evaluate, features
 from rayfed.server.export import export
 from rayfed.server.memory import ClientStore, digest_of
+from rayfed.server.per_client import client_metrics
 from rayfed.server.round import Books, Tally, updates
 from rayfed.server.sampling import cohort
 from rayfed.server.stopping import Progress
@@ -114,7 +115,8 @@ class Server:
 
     def finish(self) -> Record:
         """Exports the adapter, closes the books, tells the sinks; returns the summary."""
-        head, classes = self.axes.method.head(self.state), self.federation.classes
+        head = {**self.blueprint.frozen_head, **self.axes.method.head(self.state)}
+        classes = self.federation.classes
         exported = export(self.out, self._changes(), head, self.blueprint, self.experiment, classes)
         controls = self._controls() if self.experiment.eval.controls else None
         summary = summarize(self.progress, self.ledger, self.done, controls)
@@ -186,8 +188,11 @@ class Server:
         if settings.tiers:
             sizes = self.federation.sizes
             models |= tier_models(self.axes.method, self.state, self.experiment, sizes, t, self.crew)
-        measured = evaluate(self.crew, self.federation, models, ("validation", "test"), settings.batch_size)
-        return metrics | measured
+        metrics |= evaluate(self.crew, self.federation, models, ("validation", "test"), settings.batch_size)
+        if settings.clients:
+            method, state = self.axes.method, self.state
+            metrics |= client_metrics(method, state, self.experiment, self.federation, t, self.crew)
+        return metrics
 
     def _measure(self, problem: Problem) -> dict[str, float | None]:
         """Where the answer is known: F(W) and the share of the initial gap F(0) - F(W*) that is left."""

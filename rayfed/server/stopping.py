@@ -19,6 +19,7 @@ class Progress:
     last_accuracy: float | None = None
     last_test_accuracy: float | None = None
     last_test_accuracy_masked: float | None = None
+    last_test_accuracy_clients: float | None = None  # the mean over the clients, see server.per_client
     last_gap: float | None = None  # where the answer is known: share of the initial gap that is left
     dense_bytes: int = 0  # what the messages so far would have weighed dense, in fp32
     stale: int = 0  # evaluations since the last improvement that counted
@@ -30,6 +31,7 @@ class Progress:
         if metrics.get("test/accuracy") is not None:
             self.last_test_accuracy = metrics["test/accuracy"]
             self.last_test_accuracy_masked = metrics.get("test/accuracy_masked")
+            self.last_test_accuracy_clients = metrics.get("test/accuracy_clients")
         self.last_gap = metrics.get("eval/gap", self.last_gap)
         accuracy = metrics.get("eval/accuracy")
         if accuracy is None:

@@ -21,6 +21,7 @@ def summarize(progress: Progress, ledger: wire.Ledger, rounds: int, controls: Co
         "final/eval_accuracy": progress.last_accuracy,
         "final/test_accuracy": progress.last_test_accuracy,
         "final/test_accuracy_masked": progress.last_test_accuracy_masked,
+        "final/test_accuracy_clients": progress.last_test_accuracy_clients,
         "final/gap": progress.last_gap,
         **ledger.totals(),
         "bytes/total": ledger.total_bytes,
@@ -41,6 +42,7 @@ def closing_table(experiment: Experiment, summary: dict[str, Any]) -> Table:
             (f"{name}, as clients receive it", masked, summary["bytes/total"]),
             ("  the server's dense copy", accuracy, None),
         ]
+    rows.append(("  mean over the clients, each on data like its own", summary["final/test_accuracy_clients"], None))
     if summary["bytes/total"] < summary["bytes/dense"]:
         times = summary["bytes/dense"] / summary["bytes/total"]
         rows.append((f"  the same messages sent dense: {times:.1f}x", None, summary["bytes/dense"]))

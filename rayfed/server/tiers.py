@@ -16,7 +16,7 @@ from rayfed.config import Experiment
 from rayfed.lora.adapter import Layout, LowRank, flatten_changes, scale_of
 from rayfed.methods import Method, Profile
 from rayfed.server.crew import Crew
-from rayfed.server.downlink import Downlink
+from rayfed.server.downlink import Downlink, Download
 
 
 def tier_models(
@@ -35,14 +35,19 @@ def tier_models(
         density = experiment.wire.down.density_at(t, tier.density_down)
         scale = scale_of(tier.rank, experiment.lora.alpha, experiment.lora.rslora)
         received = downlink.of(Profile(client=-1, rank=tier.rank, scale=scale, density_down=density))
-        adapter = received.start.layout.unflatten(received.vector)
-        changes: dict[str, LowRank | Tensor] = {name: pair.folded() for name, pair in adapter.layers.items()}
-        for name, below in received.start.base.items():
-            under = below.dense() if isinstance(below, LowRank) else below
-            above = changes.get(name)
-            changes[name] = under + above.dense() if isinstance(above, LowRank) else under
-        models[suffix(tier, density)] = flatten_changes(changes, adapter.head)
+        models[suffix(tier, density)] = received_model(received)
     return models
+
+
+def received_model(received: Download) -> tuple[Tensor, Layout]:
+    """What a client that was sent this has: its start adapter over its base, as one vector (n,) with its layout."""
+    adapter = received.start.layout.unflatten(received.vector)
+    changes: dict[str, LowRank | Tensor] = {name: pair.folded() for name, pair in adapter.layers.items()}
+    for name, below in received.start.base.items():
+        under = below.dense() if isinstance(below, LowRank) else below
+        above = changes.get(name)
+        changes[name] = under + above.dense() if isinstance(above, LowRank) else under
+    return flatten_changes(changes, adapter.head)
 
 
 def suffix(tier: Tier, density: float) -> str:

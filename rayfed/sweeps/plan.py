@@ -142,6 +142,7 @@ def _check_metric(sweep: Sweep, experiment: Experiment) -> None:
         measured = ["eval/loss", "eval/gap"]
     else:
         measured = [f"{s}/{m}{x}" for s in ("eval", "test") for m in ("loss", "accuracy") for x in ("", "_masked")]
+        measured += ["test/accuracy_clients"] if experiment.eval.clients else []
     allowed = ["train/loss", *measured, "bytes/total"]
     for field in ("metric", "report"):
         key = getattr(sweep, field)

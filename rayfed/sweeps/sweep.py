@@ -22,8 +22,9 @@ from rayfed.engine.run import slug
 from rayfed.errors import RunError, UserError
 from rayfed.files import atomic_write
 from rayfed.sweeps.plan import Trial, plan
-from rayfed.sweeps.table import Line, line_of, spread, table_of
+from rayfed.sweeps.table import NOT_CHOSEN, UNFINISHED, Line, choosing, chosen, line_of, spread, table_of
 from rayfed.sweeps.trial import locked, outcome, record_of
+from rayfed.tasks.federation import Federation
 from rayfed.tracking import Table
 from rayfed.tracking.console import PlainView
 from rayfed.tracking.jsonl import to_line
@@ -39,7 +40,7 @@ class SweepResult:
 
     @property
     def failed(self) -> list[Line]:
-        return [line for line in self.lines if line["status"] != "done"]
+        return [line for line in self.lines if line["status"] not in ("done", NOT_CHOSEN)]
 
 
 def run_sweep(
@@ -66,14 +67,26 @@ def run_sweep(
                 todo.append(trial)
         console = (settings.get("tracking") or {}).get("console") != "off"
         books = Books(out, trials, sweep, PlainView(sys.stdout if console else io.StringIO()))
-        books.say(f"sweep {out}: {len(trials)} trials, {len(todo)} to run")
-        if todo:
-            from rayfed.sweeps.on_tune import run_on_tune
-
-            run_on_tune(todo, sweep, out, federations, books)
+        first = choosing(trials, sweep)
+        now = [trial for trial in todo if trial in first]
+        later = f"; {len(trials) - len(first)} wait for what they choose" if len(first) < len(trials) else ""
+        books.say(f"sweep {out}: {len(first)} trials, {len(now)} to run{later}")
+        _run(now, sweep, out, federations, books)
+        if later:
+            best = books.choose()
+            now = [trial for trial in todo if trial in best and trial not in first]
+            books.say(f"chosen: {len(best)} trials of {len(trials)}, {len(now)} to run")
+            _run(now, sweep, out, federations, books)
         table = books.write()
         books.view.table(table)
     return SweepResult(out, list(books.lines.values()), table)
+
+
+def _run(trials: Sequence[Trial], sweep: Sweep, out: Path, federations: Mapping[str, Federation], books: Books) -> None:
+    if trials:
+        from rayfed.sweeps.on_tune import run_on_tune
+
+        run_on_tune(trials, sweep, out, federations, books)
 
 
 class Books:
@@ -89,9 +102,18 @@ class Books:
         """The trial has ended: its line is read anew, and told."""
         line = self.lines[name] = line_of(self.out, self.trials[name], self.sweep)
         self.write()
-        ended = sum(line["status"] != "unfinished" for line in self.lines.values())
+        ended = sum(line["status"] != UNFINISHED for line in self.lines.values())
         told = line["error"] or _told(line, self.sweep)
         self.say(f"[{ended}/{len(self.lines)}] {line['status']} {name}: {told}")
+
+    def choose(self) -> list[Trial]:
+        """The trials whose tuned values won; what has not run of the others is marked: it need not."""
+        best = chosen(list(self.trials.values()), self.lines, self.sweep)
+        for name in self.lines.keys() - {trial.name for trial in best}:
+            if self.lines[name]["status"] == UNFINISHED:
+                self.lines[name] = self.lines[name] | {"status": NOT_CHOSEN}
+        self.write()
+        return best
 
     def say(self, text: str) -> None:
         """Tells what happened."""

@@ -21,7 +21,9 @@ from rayfed.tracking import Table, read_metrics
 
 Line = dict[str, Any]
 TIME = "time/round_s"
-PERCENT = ("accuracy", "accuracy_masked", "gap")
+UNFINISHED = "unfinished"
+NOT_CHOSEN = "not chosen"  # its tuned values lost on the seeds that choose: it need not run
+PERCENT = ("accuracy", "accuracy_masked", "accuracy_clients", "gap")
 
 
 def line_of(out: Path, trial: Trial, sweep: Sweep) -> Line:
@@ -30,7 +32,7 @@ def line_of(out: Path, trial: Trial, sweep: Sweep) -> Line:
     line: Line = {
         "trial": trial.name,
         "overrides": dict(trial.overrides),
-        "status": ended.status if ended else "unfinished",
+        "status": ended.status if ended else UNFINISHED,
         "error": ended.error if ended else None,
         "digest": trial.experiment.digest(),
     }
@@ -94,12 +96,35 @@ def groups(trials: Sequence[Trial], lines: Sequence[Line]) -> list[Group]:
     """One group for each setting but the seed, in the order of the trials."""
     found: dict[str, Group] = {}
     for trial, line in zip(trials, lines, strict=True):
-        shared = {key: value for key, value in trial.shown.items() if key != SEED}
+        shared = unseeded(trial)
         name = repr(shared)
         group = found.get(name, Group(shared, 0, []))
         counts = [line] if line.get("metric") is not None else []  # done, and did not diverge
         found[name] = Group(shared, group.trials + 1, [*group.lines, *counts])
     return list(found.values())
+
+
+def choosing(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
+    """The trials that say which tuned values are best: those of the first `tune_seeds` seeds, by default all."""
+    if sweep.tune_seeds is None:
+        return list(trials)
+    first = sweep.parameters[SEED]["grid"][: sweep.tune_seeds]
+    return [trial for trial in trials if trial.overrides[SEED] in first]
+
+
+def chosen(trials: Sequence[Trial], lines: Mapping[str, Line], sweep: Sweep) -> list[Trial]:
+    """All seeds' trials with the best tuned values, in their order; without `tune`, all trials."""
+    if not sweep.tune:
+        return list(trials)
+    voters = choosing(trials, sweep)
+    best = best_of(groups(voters, [lines[trial.name] for trial in voters]), sweep.tune, sweep.mode)
+    wanted = [group.shared for group in best]
+    return [trial for trial in trials if unseeded(trial) in wanted]
+
+
+def unseeded(trial: Trial) -> dict[str, Any]:
+    """What tells the trial apart, but for its seed."""
+    return {key: value for key, value in trial.shown.items() if key != SEED}
 
 
 def best_of(found: Iterable[Group], tune: Sequence[str], mode: str) -> list[Group]:
@@ -120,9 +145,9 @@ def best_of(found: Iterable[Group], tune: Sequence[str], mode: str) -> list[Grou
 
 def table_of(trials: Sequence[Trial], lines: Sequence[Line], sweep: Sweep) -> Table:
     """The table; with `tune`, only the best of each row's tuned settings."""
-    found = groups(trials, lines)
-    if sweep.tune:
-        found = best_of(found, sweep.tune, sweep.mode)
+    by_name = dict(zip((trial.name for trial in trials), lines, strict=True))
+    shown_trials = chosen(trials, by_name, sweep)
+    found = groups(shown_trials, [by_name[trial.name] for trial in shown_trials])
     columns = list(dict.fromkeys(key for trial in trials for key in trial.shown if key != SEED))
     report = reported(sweep, trials[0].experiment.data.source)
     shown = [("metric", sweep.metric), *([("report", report)] if report else [])]
@@ -142,8 +167,13 @@ def table_of(trials: Sequence[Trial], lines: Sequence[Line], sweep: Sweep) -> Ta
 
 def _title(sweep: Sweep) -> str:
     when = "last measured" if sweep.at == "last" else f"in the round with the best {sweep.metric}"
-    chosen = f"; {', '.join(sweep.tune)} chosen by mean {sweep.metric} ({sweep.mode})" if sweep.tune else ""
-    return f"mean ± deviation over the seeds, {when}{chosen}"
+    if not sweep.tune:
+        return f"mean ± deviation over the seeds, {when}"
+    voters = f" of the first {sweep.tune_seeds} seeds" if sweep.tune_seeds else ""
+    return (
+        f"mean ± deviation over the seeds, {when}; {', '.join(sweep.tune)} chosen by mean {sweep.metric} "
+        f"({sweep.mode}){voters}"
+    )
 
 
 def spread(centre: float | None, deviation: float | None, key: str) -> str:

@@ -1,7 +1,8 @@
 """Base models for text classification: any AutoModelForSequenceClassification, or an encoder with a mean-pooled head.
 
 A `Base` is a frozen model in evaluation mode (its own dropout is off: features are deterministic, and clients trained
-side by side cannot disturb each other) plus the names of its head modules, which federated training trains in full.
+side by side cannot disturb each other) plus the names of its head modules, which federated training trains in full
+(or, with `model.head: frozen`, leaves as they are).
 The head is every module whose weights the checkpoint lacks, so an exported adapter always carries all that was not in
 the checkpoint; where the checkpoint lacks none, it is PEFT's choice for sequence classification (classifier, score).
 """
@@ -32,10 +33,16 @@ TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "s
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen base model and the names of the modules that make up its head."""
+    """A frozen base model, and the names of the modules that make up its head: those that train, those that do not."""
 
     model: nn.Module
     head: tuple[str, ...]
+    frozen_head: tuple[str, ...] = ()
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The head's modules, whether they train or not: what never gets an adapter and is always exported."""
+        return self.head + self.frozen_head
 
 
 class MeanPooledClassifier(nn.Module):
@@ -111,7 +118,14 @@ def load_base(settings: Model, classes: int, seed: int) -> Base:
     mixing = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if mixing:
         raise UserError(f"model.name: got {settings.name!r}, but {mixing[0]} is a BatchNorm, which mixes clients")
-    return Base(model.eval().requires_grad_(False), _head(model, missing))
+    head = _head(model, missing)
+    if settings.head == "trained":
+        return Base(model.eval().requires_grad_(False), head)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(keys.derive(seed, "model.frozen_head"))
+        for name in head:
+            _orthonormal(model.get_submodule(name))
+    return Base(model.eval().requires_grad_(False), (), head)
 
 
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
@@ -204,6 +218,15 @@ def _head(model: nn.Module, missing: set[str]) -> tuple[str, ...]:
         children = ", ".join(name for name, _ in model.named_children())
         raise UserError(f"model.name: the model has no head named classifier or score, only {children}")
     return tuple(sorted(names))
+
+
+def _orthonormal(head: nn.Module) -> None:
+    """Random orthonormal rows (columns, where a matrix has fewer) for every weight matrix, no bias."""
+    for name, parameter in head.named_parameters():
+        if parameter.dim() > 1:
+            nn.init.orthogonal_(parameter)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
 
 
 def _refusal(settings: Model, error: Exception) -> UserError:

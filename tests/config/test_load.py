@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rayfed.config import Experiment, dump_config, load_config
@@ -259,6 +259,8 @@ def test_words_that_look_like_values_survive_the_round_trip(name: str, write: Wr
 
 @settings(max_examples=15, deadline=None)
 @given(name=st.text(max_size=20), lr=st.floats(min_value=0, exclude_min=True, allow_infinity=False))
+@example(name="\x85", lr=1.0)
+@example(name="a\u2028 \u2029b", lr=1.0)
 def test_whatever_is_written_reads_back_equal(empty: Path, name: str, lr: float) -> None:
     experiment = Experiment.model_validate({"name": name, "client": {"lr": lr}, "model": {"name": name}})
     path = empty.with_name("written.yaml")

@@ -231,6 +231,10 @@ def test_a_source_has_its_own_settings_and_no_others(data: dict[str, Any], line:
             {"eval": {"early_stop": {"patience": 1}}, "data": {"validation": 0}},
             "data.validation: got 0, but eval.early_stop needs a validation split",
         ),
+        (
+            {"lora": {"train": "head"}, "model": {"head": "frozen"}},
+            "lora.train: got 'head', but model.head=frozen leaves nothing to train; all is allowed",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together(settings: dict[str, Any], line: str) -> None:

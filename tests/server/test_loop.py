@@ -18,6 +18,7 @@ from rayfed.errors import RunError, UserError
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.crew import Done, in_order
 from rayfed.tasks.federation import form_federation
+from rayfed.tasks.models import load_base
 
 KEYS = {
     "round", "train/loss", "eval/loss", "eval/accuracy", "bytes/down", "bytes/up", "bytes/total", "params/down",
@@ -73,9 +74,12 @@ def test_densities_are_kept(sparse_run):
 
 
 def test_the_adapter_gives_the_runs_own_evaluation(sparse_run):
-    """PEFT's model on the test split: loss and accuracy of the last record."""
     experiment, result, _ = sparse_run
-    model = rayfed.load_model(result.out)
+    same_evaluation(experiment, result, rayfed.load_model(result.out))
+
+
+def same_evaluation(experiment, result, model):
+    """The model on the test split: loss and accuracy of the last record."""
     federation = form_federation(experiment)
     loss, correct = 0.0, 0
     for row in range(len(federation.test)):
@@ -104,7 +108,7 @@ def test_the_masked_figures_are_of_the_model_under_the_rounds_first_mask(tiny, t
     learner = Learner(experiment, federation, draw_blueprint(experiment, len(federation.classes)))
     job = EvalJob("test", 0, len(federation.test), Layout.from_json(layout))
     masked = learner.execute(job, [wire.encode(after * wire.top_mask(before, 0.1))])
-    assert masked.loss / masked.count == pytest.approx(result.metrics[-1]["test/loss_masked"], rel=1e-6)
+    assert masked.loss / int(masked.count.sum()) == pytest.approx(result.metrics[-1]["test/loss_masked"], rel=1e-6)
     assert result.metrics[-1]["test/loss_masked"] != result.metrics[-1]["test/loss"]
 
 
@@ -125,6 +129,40 @@ def test_head_only_training_sends_the_head_and_exports_a_silent_adapter(tiny, tm
     assert all(not tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
     assert sum("lora_A" in name for name in tensors) == 4
     rayfed.load_model(result.out)
+
+
+def test_a_frozen_head_is_neither_trained_nor_sent_but_exported(tiny, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    experiment = tiny(
+        "model.head=frozen", "model.pooling=stock", "method.name=fedit", "client.lr=0.5", "eval.controls=true",
+        "lora.target_modules=all-linear",
+    )  # fmt: skip
+    result = rayfed.run(experiment, out=tmp_path / "run")
+    tensors = load_file(result.out / "adapter" / "adapter_model.safetensors")
+    (weight,) = (tensor for name, tensor in tensors.items() if name.endswith("classifier.weight"))
+    torch.testing.assert_close(weight @ weight.T, torch.eye(4), atol=1e-5, rtol=0)
+    assert not any("classifier" in name and "lora" in name for name in tensors)
+    factors = sum(tensor.numel() for name, tensor in tensors.items() if "lora" in name)
+    assert result.metrics[-1]["params/up"] == 3 * factors
+    assert result.metrics[-1]["test/loss"] != result.metrics[0]["test/loss"]
+    assert result.summary["head_only/test_accuracy"] is None
+    base = AutoModelForSequenceClassification.from_pretrained(experiment.model.name, num_labels=4)  # its head: any
+    same_evaluation(experiment, result, PeftModel.from_pretrained(base, str(result.out / "adapter")).eval())
+
+
+def test_a_frozen_heads_rows_are_keyed_by_the_seed(tiny):
+    def rows(seed: int, pooling: str) -> torch.Tensor:
+        settings = tiny("model.head=frozen", f"model.pooling={pooling}").model
+        return load_base(settings, 40, seed).model.get_submodule("classifier").weight
+
+    for pooling in ("stock", "mean"):
+        first, again, other = rows(0, pooling), rows(0, pooling), rows(1, pooling)
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+        # 40 classes of 32 features: the columns are orthonormal
+        torch.testing.assert_close(first.T @ first, torch.eye(32), atol=1e-5, rtol=0)
 
 
 def test_the_control_is_the_head_only_run(tiny, tmp_path):

@@ -61,6 +61,14 @@ SECTIONS = {
         {"parameters": RATES, "tune": ["server.lr"]},
         "sweep.tune: got 'server.lr', but the settings that vary are client.lr",
     ),
+    "seeds that choose nothing": (
+        {"parameters": {**RATES, "seed": {"grid": [0, 1]}}, "tune_seeds": 1},
+        "sweep.tune_seeds: got 1, but sweep.tune names nothing to choose",
+    ),
+    "more seeds than there are": (
+        {"parameters": {**RATES, "seed": {"grid": [0, 1]}}, "tune": ["client.lr"], "tune_seeds": 3},
+        "sweep.tune_seeds: got 3, but sweep.parameters.seed.grid has 2 values",
+    ),
     "wrong mode": ({"parameters": RATES, "mode": "most"}, "sweep.mode: got 'most', but it should be max or min"),
     "a metric that is never measured": (
         {"parameters": RATES, "metric": "eval/accuracy"},

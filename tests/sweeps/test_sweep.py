@@ -132,6 +132,47 @@ def test_trials_that_are_done_need_no_ray(sweep_file, tmp_path: Path, monkeypatc
         run_sweep(path, ["server.rounds=5"], out=out, resume=True)
 
 
+class HereInOrder:
+    """Stands for Ray Tune: the trials one after the other, in this process; remembers which."""
+
+    def __init__(self) -> None:
+        self.ran: list[list[str]] = []
+
+    def run_on_tune(self, trials, sweep, out, federations, listener) -> None:
+        self.ran.append([trial.name for trial in trials])
+        for trial in trials:
+            work(trial, out, federations[trial.data], Fan())
+            listener.settled(trial.name)
+
+
+def test_only_what_the_first_seeds_choose_runs_on_the_others(sweep_file, tmp_path: Path, monkeypatch, capsys) -> None:
+    here = HereInOrder()
+    monkeypatch.setitem(sys.modules, "rayfed.sweeps.on_tune", here)
+    parameters = {"client.lr": {"grid": [1e-6, 0.05, 1e30]}, "seed": {"grid": [0, 1, 2, 3]}}
+    section = {"parameters": parameters, "tune": ["client.lr"], "tune_seeds": 2}
+    path, out = sweep_file(section), tmp_path / "out"
+    result = run_sweep(path, ["tracking.console=plain"], out=out)
+    assert here.ran == [
+        [f"lr={lr},seed={seed}" for lr in ("1e-06", "0.05", "1e+30") for seed in (0, 1)],
+        ["lr=0.05,seed=2", "lr=0.05,seed=3"],
+    ]
+    status = {line["trial"]: line["status"] for line in result.lines}
+    assert statuses(out) == status
+    assert [name for name, found in status.items() if found == "done"] == [*here.ran[0][:4], *here.ran[1]]
+    assert [name for name, found in status.items() if found == "failed"] == here.ran[0][4:]
+    assert set(status.values()) == {"done", "failed", "not chosen"}
+    assert result.failed == [line for line in result.lines if line["status"] == "failed"]
+    (row,) = result.table.rows
+    assert (row[0], row[-1]) == ("0.05", "4/4")
+    mean = sum(line["metric"] for line in result.lines if "lr=0.05" in line["trial"]) / 4
+    assert row[1].startswith(f"{100 * mean:.2f} ±")
+    assert "of the first 2 seeds" in result.table.title
+    assert "chosen: 4 trials of 12, 2 to run" in capsys.readouterr().out
+
+    run_sweep(path, out=out, resume=True)
+    assert here.ran[2:] == [here.ran[0][4:]]  # the failed ones are tried again, nothing else
+
+
 def test_a_trial_is_a_run_of_its_own(sweep_file, tmp_path: Path) -> None:
     path = sweep_file({"parameters": {"seed": {"grid": [3]}}})
     (trial,), federations = planned(path)

@@ -65,6 +65,14 @@ def test_a_tuned_setting_is_chosen_on_validation_alone(trials) -> None:
     assert [row[:2] for row in table.rows] == [("fedit", "0.1"), ("rbla", "0.1")]
 
 
+def test_later_seeds_take_no_part_in_the_choice(trials) -> None:
+    ends = lines(trials)
+    ends[3]["metric"] = 0.1  # fedit at 0.2: the best of the first seed (0.7), but not of both
+    for tune_seeds, rate, metric in ((None, "0.1", "55.00 ± 7.07 %"), (1, "0.2", "40.00 ± 42.43 %")):
+        table = table_of(trials, ends, section(tune=["client.lr"], tune_seeds=tune_seeds))
+        assert (table.rows[0][1], table.rows[0][2], table.rows[0][-1]) == (rate, metric, "2/2")
+
+
 def test_a_row_without_a_finished_trial_is_shown(trials) -> None:
     ends = [line if i < 6 else {"trial": "", "status": "unfinished"} for i, line in enumerate(lines(trials))]
     assert table_of(trials, ends, section()).rows[3] == ("rbla", "0.2", "-", "-", "-", "-", "0/2")
