@@ -206,10 +206,23 @@ def test_evaluation_sums_are_those_of_a_plain_loop(experiment, federation, learn
 
     losses, hits, _ = one_by_one(experiment, federation, split, merge)
     result = learner.execute(EvalJob(split, 0, len(losses), adapter.layout), [wire.encode(adapter.flatten())])
-    assert result.count == len(losses) == len(getattr(federation, split))
-    assert result.correct == sum(hits)
-    assert 0 < result.correct < result.count
+    labels = torch.tensor(getattr(federation, split).labels)
+    assert result.count.tolist() == [int((labels == y).sum()) for y in range(len(federation.classes))]
+    assert result.correct.tolist() == [
+        int(torch.tensor(hits)[labels == y].sum()) for y in range(len(federation.classes))
+    ]
+    assert 0 < int(result.correct.sum()) < int(result.count.sum()) == len(losses)
     assert result.loss == pytest.approx(sum(losses), rel=1e-5)
+
+
+def test_evaluation_of_some_classes_is_that_of_their_rows(federation, learner, adapter):
+    payload, rows = wire.encode(adapter.flatten()), len(federation.test)
+    whole = learner.execute(EvalJob("test", 0, rows, adapter.layout), [payload])
+    some = learner.execute(EvalJob("test", 0, rows, adapter.layout, classes=(1, 3)), [payload])
+    rest = learner.execute(EvalJob("test", 0, rows, adapter.layout, classes=(0, 2)), [payload])
+    assert some.count.tolist() == [0, int(whole.count[1]), 0, int(whole.count[3])]
+    assert torch.equal(some.correct + rest.correct, whole.correct)
+    assert some.loss + rest.loss == pytest.approx(whole.loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("cuts", [(30,), (16, 32, 48), (1, 2, 3, 59), ()], ids=str)
@@ -222,8 +235,9 @@ def test_evaluation_may_be_split_anyhow(federation, learner, adapter, cuts):
         learner.execute(EvalJob("test", start, stop, adapter.layout), [payload])
         for start, stop in itertools.pairwise(edges)
     ]
-    assert sum(p.count for p in parts) == whole.count == rows
-    assert sum(p.correct for p in parts) == whole.correct
+    assert torch.equal(sum(p.count for p in parts), whole.count)
+    assert int(whole.count.sum()) == rows
+    assert torch.equal(sum(p.correct for p in parts), whole.correct)
     assert sum(p.loss for p in parts) == pytest.approx(whole.loss, rel=1e-6)
 
 
