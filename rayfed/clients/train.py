@@ -92,7 +92,7 @@ def train_pack(
             Segment(
                 s,
                 len(plans[s][step]),
-                keys.torch_rng(seed, "dropout", t, members[s].client, step),
+                keys.torch_rng(seed, "dropout", t, members[s].client, step) if stack.dropout else None,
                 lengths[plans[s][step]].tolist(),
             )
             for s in active

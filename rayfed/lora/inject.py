@@ -124,7 +124,7 @@ class Stack:
             stacked = StackedLinear(linear, self.batch, slots)
             _replace(model, name, stacked)
             self.head[name] = stacked
-        self.slots = slots
+        self.slots, self.dropout = slots, dropout
 
     def tensors(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """(name, part, stacked parameter (K, ...)) for every trainable tensor; names as in `Layout`."""

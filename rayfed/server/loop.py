@@ -31,6 +31,7 @@ from rayfed.server.downlink import Downlink
 from rayfed.server.evaluate import evaluate, features
 from rayfed.server.export import export
 from rayfed.server.memory import ClientStore, digest_of
+from rayfed.server.packs import client_costs, plan_packs
 from rayfed.server.per_client import client_metrics
 from rayfed.server.round import Books, Tally, updates
 from rayfed.server.sampling import cohort
@@ -61,6 +62,7 @@ class Server:
         self.progress = Progress()
         self.ledger, self.catchup = wire.Ledger(), CatchUp()
         self.store = ClientStore(out / "clients")
+        self.costs = client_costs(federation, experiment.client)
         found = checkpoints.latest(self.folder, self.settings_digest) if resume else None
         if found is None:
             self.state = self.axes.method.init(start, experiment.seed)
@@ -136,7 +138,8 @@ class Server:
         downlink = Downlink(axes.method, self.state, experiment.wire.down.values, self.crew)
         watch = Diagnostics() if experiment.eval.diagnostics else None
         books = Books(self.ledger, self.catchup, Tally(), watch)
-        stream = updates(axes.method, self.state, t, lr, clients, axes.weights, experiment, self.crew, downlink, books)
+        packs = plan_packs(clients, experiment.engine.pack, self.costs)
+        stream = updates(axes.method, self.state, t, lr, packs, axes.weights, experiment, self.crew, downlink, books)
         state = axes.method.aggregate(self.state, stream, axes.optimizer.advance)
         self.state = replace(state, clients=self.store.settle(state.clients, t + 1)) if state.clients else state
         self.catchup.publish(axes.method.news(self.state), self.blueprint.entries)

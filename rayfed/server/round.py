@@ -17,11 +17,6 @@ from rayfed.server.diagnostics import Diagnostics
 from rayfed.server.downlink import Downlink
 
 
-def plan_packs(clients: Sequence[Profile], size: int) -> list[list[Profile]]:
-    """Clients trained together: neighbours in the cohort. A function of the settings, never of idle workers."""
-    return [list(clients[i : i + size]) for i in range(0, len(clients), size)]
-
-
 @dataclass
 class Tally:
     """What a round adds up to while its uploads stream in."""
@@ -45,14 +40,13 @@ class Books:
 
 
 def updates(
-    method: Method, state: Any, t: int, lr: float, clients: Sequence[Profile], weights: str, experiment: Experiment,
-    crew: Crew, downlink: Downlink, books: Books,
+    method: Method, state: Any, t: int, lr: float, packs: Sequence[Sequence[Profile]], weights: str,
+    experiment: Experiment, crew: Crew, downlink: Downlink, books: Books,
 ) -> Iterator[Update]:  # fmt: skip
-    """Trains the cohort and yields its updates in cohort order, whatever the order of arrival.
+    """Trains the cohort and yields its updates in the order of the packs, whatever the order of arrival.
 
     Only one decoded upload is in memory at a time.
     """
-    packs = plan_packs(clients, experiment.engine.pack)
     tasks = [_task(pack, method, state, t, lr, experiment, downlink) for pack in packs]
     ledger, tally = books.ledger, books.tally
     for done in in_order(crew.run(tasks)):
@@ -93,7 +87,7 @@ def updates(
 
 
 def _task(
-    pack: list[Profile], method: Method, state: Any, t: int, lr: float, experiment: Experiment, downlink: Downlink
+    pack: Sequence[Profile], method: Method, state: Any, t: int, lr: float, experiment: Experiment, downlink: Downlink
 ) -> Task:
     handles: list[Handle] = []
 

@@ -54,6 +54,12 @@ class Problem:
         Y, X = self.targets.astype(np.float64), self.features.astype(np.float64)
         return np.linalg.solve(self.curvature, X.T @ Y / len(X)).T
 
+    @cached_property
+    def floor(self) -> float:
+        """F(W*), in float64: what no single model can do away with."""
+        residual = self.targets - self.features.astype(np.float64) @ self.optimum.T
+        return 0.5 * float(np.square(residual).sum()) / len(residual)
+
     @property
     def clients(self) -> int:
         return int(self.owner[-1]) + 1
@@ -105,8 +111,7 @@ def make_problem(
 
 def loss(problem: Problem, W: npt.ArrayLike) -> float:
     """``F(W)``, in float64: the gap and what is left even at the optimum, where the clients' own optima differ."""
-    residual = problem.targets - problem.features.astype(np.float64) @ problem.optimum.T
-    return gap(problem, W) + 0.5 * float(np.square(residual).sum()) / len(residual)
+    return gap(problem, W) + problem.floor
 
 
 def gap(problem: Problem, W: npt.ArrayLike) -> float:

@@ -34,17 +34,25 @@ def written_out(y, x, u, A, B, pieces):
     return torch.cat(rows)
 
 
+CUTS = {  # where slots 2, 0 and 1 end
+    "ragged": (2, 5, 6),
+    "all alike": (2, 4, 6),
+}
+
+
+@pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("shape", [(6,), (6, 4)])
 @pytest.mark.parametrize("form", ["nothing", "matrix", "pair"])
-def test_values_and_all_gradients(shape, form):
+def test_values_and_all_gradients(shape, form, cuts):
     g = torch.Generator().manual_seed(0)
 
     def draw(*size):
         return torch.randn(*size, generator=g, dtype=torch.float64, requires_grad=True)
 
     frozen = frozen_forms()[form]
-    pieces = [Piece(2, 0, 2, 0.5, frozen), Piece(0, 2, 5, 2.0), Piece(1, 5, 6, -1.0, frozen)]
-    tensors = [draw(*shape, OUT), draw(*shape, IN), draw(*shape, IN), draw(3, RANK, IN), draw(3, OUT, RANK)]
+    a, b, c = CUTS[cuts]
+    pieces = [Piece(2, 0, a, 0.5, frozen), Piece(0, a, b, 2.0), Piece(1, b, c, -1.0, frozen)]
+    tensors = [draw(*shape, OUT), draw(*shape, IN), draw(*shape, IN), draw(4, RANK, IN), draw(4, OUT, RANK)]
     results = []
     for function in (change, written_out):
         leaves = [t.detach().clone().requires_grad_() for t in tensors]

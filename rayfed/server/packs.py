@@ -1,0 +1,45 @@
+"""Which clients train together: packs of like cost, the heaviest first.
+
+The plan is a function of the settings and the data alone, never of which worker happens to be idle: packs decide bits
+(the order of sums). A client's cost is the tokens it trains on in a round. Clients go, the costliest first, to the pack
+that has cost least so far and still has room; so packs come out alike, and no worker is left with the longest at the
+end (Graham's rule: with as many workers as packs, at most 4/3 of the shortest possible round, if no pack fills up).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rayfed.config.schema import Client
+from rayfed.methods import Profile
+from rayfed.tasks.federation import Federation
+
+
+def client_costs(federation: Federation, settings: Client) -> np.ndarray:
+    """Tokens that each client trains on in a round, (clients,) float64; 0 for clients without data."""
+    sizes = federation.sizes
+    held = np.concatenate([[0], np.cumsum(federation.train.lengths[federation.rows], dtype=np.float64)])
+    tokens = held[federation.starts[1:]] - held[federation.starts[:-1]]
+    if settings.steps is None:
+        return tokens * settings.epochs
+    mean = tokens / np.maximum(sizes, 1)
+    return settings.steps * np.minimum(settings.batch_size, sizes) * mean
+
+
+def plan_packs(clients: Sequence[Profile], size: int, costs: np.ndarray) -> list[list[Profile]]:
+    """The cohort in packs of at most ``size`` clients, as few as can be, the costliest first.
+
+    ``costs`` (clients of the population,) are `client_costs`. In a pack, clients stand as they do in the cohort.
+    """
+    count = -(-len(clients) // size)
+    packs: list[list[int]] = [[] for _ in range(count)]
+    loads = [0.0] * count
+    cost = [float(costs[client.client]) for client in clients]
+    for i in sorted(range(len(clients)), key=lambda i: -cost[i]):
+        lightest = min((p for p in range(count) if len(packs[p]) < size), key=lambda p: loads[p])
+        packs[lightest].append(i)
+        loads[lightest] += cost[i]
+    order = sorted(range(count), key=lambda p: -loads[p])
+    return [[clients[i] for i in sorted(packs[p])] for p in order]
