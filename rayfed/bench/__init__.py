@@ -14,6 +14,7 @@ from rayfed.errors import UserError
 
 BENCHMARKS = {
     "algebra": "rayfed.bench.algebra:measure",
+    "round": "rayfed.bench.round:measure",
 }
 
 

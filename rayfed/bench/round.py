@@ -1,0 +1,148 @@
+"""Seconds a round, against the loop that one writes without rayfed: the same clients and batches, in one run.
+
+A is a whole round on Ray: downlink, training, wire, aggregation, books, checkpoint; no evaluation. B is `bare`: nothing
+is encoded, counted or written there. B has as many processes as A has workers, with one thread each, and its clients
+are dealt out as alike as packs are. Every round is run by all of them in turn, from the same weights; as everything is
+sent dense, both must arrive at the same weights, and `difference` says how nearly they do (relative, the largest).
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rayfed.bench.bare import BareLoop
+from rayfed.bench.timing import Row
+from rayfed.clients.blueprint import Blueprint, draw_blueprint
+from rayfed.clients.profiles import profile
+from rayfed.config import Experiment, validate
+from rayfed.config.load import assign, parse_override
+from rayfed.server.loop import Server
+from rayfed.server.packs import plan_packs
+from rayfed.server.sampling import cohort
+from rayfed.tasks.federation import Federation, form_federation
+from rayfed.tracking import Fan
+
+SETTINGS: dict[str, Any] = {
+    "name": "bench-round",
+    "data": {"source": "stdlib", "examples": 10_000, "max_tokens": 64},
+    "partition": {"kind": "dirichlet", "clients": 350, "alpha": 0.1},
+    "model": {"name": "minilm", "pooling": "mean"},
+    "lora": {"rank": 16, "alpha": 16, "target_modules": ["query", "value"]},
+    "method": {"name": "fedit"},
+    "client": {"lr": 0.05, "momentum": 0.0, "batch_size": 16, "epochs": 1},
+    "server": {"rounds": 7, "cohort": 10, "optimizer": "fedavg", "weights": "examples"},
+    "eval": {"every": 1000},
+    "engine": {"kind": "ray", "workers": 2, "threads": 1, "pack": 5},
+    "tracking": {"console": "off", "wandb": "off"},
+}
+
+
+def measure(overrides: Sequence[str] = ()) -> list[Row]:
+    """MiniLM and a BERT of 2 layers, 128 wide, each against both paddings. ``overrides`` change the settings.
+
+    Of `server.rounds`, the first warms up and the last, which evaluates, is left out.
+    """
+    settings = copy.deepcopy(SETTINGS)
+    for override in overrides:
+        key, value = parse_override(override)
+        assign(settings, key, value, override)
+    rows = compare(str(settings["model"]["name"]), validate(settings))
+    with tempfile.TemporaryDirectory() as folder:
+        settings["model"]["name"] = _small_bert(Path(folder), validate(settings))
+        return rows + compare("2 layers, 128 wide", validate(settings))
+
+
+def compare(name: str, experiment: Experiment) -> list[Row]:
+    """One row for each padding of the bare loop: to `data.max_tokens`, and to the longest of a batch."""
+    federation = form_federation(experiment)
+    blueprint = draw_blueprint(experiment, len(federation.classes))
+    paddings = {f"to {experiment.data.max_tokens}": experiment.data.max_tokens, "to the longest": None}
+    ours: list[float] = []
+    theirs: dict[str, list[float]] = {padding: [] for padding in paddings}
+    difference = 0.0
+    with (
+        _server(experiment, federation, blueprint) as server,
+        BareLoop(experiment, federation, server.state.layout) as bare,
+    ):
+        rounds = server.rounds()
+        for t in range(experiment.server.rounds - 1):
+            before = server.state.vector
+            begun = time.perf_counter()
+            next(rounds)
+            ours.append(time.perf_counter() - begun)
+            clients = _dealt(experiment, federation, server, t)
+            for padding, pad_to in paddings.items():
+                begun = time.perf_counter()
+                after = bare.train(before, t, clients, pad_to)
+                theirs[padding].append(time.perf_counter() - begun)
+                error = (server.state.vector - after).norm() / (after - before).norm()
+                difference = max(difference, float(error))
+    return [_row(name, experiment, ours[1:], padding, seconds[1:], difference) for padding, seconds in theirs.items()]
+
+
+@contextmanager
+def _server(experiment: Experiment, federation: Federation, blueprint: Blueprint) -> Iterator[Server]:
+    """A server in this process with its Ray workers; its run directory is a temporary one."""
+    import ray
+
+    from rayfed.engine.driver import start_ray
+    from rayfed.engine.workers import RayCrew
+
+    start_ray(experiment.engine.address, experiment.engine.workers * experiment.engine.cpus_per_worker)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            crew = RayCrew(experiment, ray.put(federation), blueprint)
+            yield Server(experiment, federation, blueprint, crew, Path(folder), Fan(), resume=False)
+            crew.close()
+    finally:
+        ray.shutdown()
+
+
+def _dealt(experiment: Experiment, federation: Federation, server: Server, t: int) -> list[list[int]]:
+    """The round's clients, dealt out to the bare loop's processes so that all have like many tokens."""
+    sizes, workers = federation.sizes, experiment.engine.workers
+    drawn = [
+        profile(c, int(sizes[c]), experiment, t) for c in cohort(sizes, experiment.server.cohort, experiment.seed, t)
+    ]
+    packs = plan_packs(drawn, -(-len(drawn) // workers), server.costs)
+    return [[client.client for client in pack] for pack in packs] + [[]] * (workers - len(packs))
+
+
+def _row(
+    name: str, experiment: Experiment, ours: Sequence[float], padding: str, theirs: Sequence[float], difference: float
+) -> Row:
+    ratios = [slow / fast for fast, slow in zip(ours, theirs, strict=True)]
+    engine = experiment.engine
+    return Row(
+        name,
+        f"a round on Ray, {engine.workers} workers, packs of {engine.pack}",
+        f"bare loop, padded {padding}",
+        min(ours),
+        min(theirs),
+        median(ratios),
+        min(ratios),
+        max(ratios),
+        {"share of its time": 1 / median(ratios), "difference": difference},
+    )
+
+
+def _small_bert(folder: Path, experiment: Experiment) -> str:
+    """A BERT of 2 layers, 128 wide, with random weights and the tokenizer of the experiment's model."""
+    from transformers import BertConfig, BertModel
+
+    from rayfed.tasks.models import load_tokenizer
+
+    tokenizer = load_tokenizer(experiment.model)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
