@@ -13,14 +13,17 @@ from rayfed.bench.timing import Row
 from rayfed.errors import UserError
 
 BENCHMARKS = {
+    "aggregate": "rayfed.bench.aggregate:measure",
     "algebra": "rayfed.bench.algebra:measure",
+    "scale": "rayfed.bench.scale:measure",
+    "wire": "rayfed.bench.wire:measure",
 }
 
 
-def find(name: str) -> Callable[[], list[Row]]:
+def find(name: str) -> Callable[..., list[Row]]:
     """The benchmark of that name; UserError where there is none."""
     if name not in BENCHMARKS:
         raise UserError(f"bench: got {name!r}, but there are {', '.join(BENCHMARKS)}")
     module, _, function = BENCHMARKS[name].partition(":")
-    found: Callable[[], list[Row]] = getattr(import_module(module), function)
+    found: Callable[..., list[Row]] = getattr(import_module(module), function)
     return found

@@ -63,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     sweep.set_defaults(action=_sweep)
 
     bench = commands.add_parser("bench", help="measure what is fast, against what, on this machine")
-    bench.add_argument("name", metavar="NAME", help="which benchmark: algebra")
+    bench.add_argument("name", metavar="NAME", help="which benchmark: aggregate, algebra, scale, wire")
+    bench.add_argument("--uploads", type=int, metavar="N", help="for aggregate: how many uploads (default 10000)")
     bench.add_argument("--json", metavar="FILE", help="also write the figures and the machine to FILE")
     bench.set_defaults(action=_bench)
 
@@ -106,7 +107,14 @@ def _bench(options: argparse.Namespace) -> None:
     from rayfed.bench import find
     from rayfed.bench.timing import machine, table, write
 
-    rows = find(options.name)()
+    measure, sizes = find(options.name), {}
+    if options.uploads is not None:
+        if options.name != "aggregate" or options.uploads < 1:
+            raise UserError(
+                f"--uploads: got {options.uploads}; it takes 1 or more, and only `bench aggregate` takes it"
+            )
+        sizes["uploads"] = options.uploads
+    rows = measure(**sizes)
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     print(table(rows))
     if options.json:
