@@ -153,7 +153,7 @@ class Update:
     def add_to(self, total: Tensor) -> None:
         """Adds ``weight * change`` to ``total`` (n,), float64, in place; the same bits in either form of ``moved``."""
         if isinstance(self.moved, Sparse):
-            total.index_add_(0, self.moved.indices, self.weight * self.moved.values.double())
+            total.scatter_add_(0, self.moved.indices, self.moved.values.double().mul_(self.weight))
             return
         for part, moved in zip(total.split(_IN_CACHE), self.moved.split(_IN_CACHE)):
             part += self.weight * moved.double()

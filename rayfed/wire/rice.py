@@ -53,11 +53,12 @@ def decode_gaps(raw: Bytes, count: int, n: int) -> npt.NDArray[np.int64]:
     if not 1 <= count <= 8 * raw.size or raw[0] > 31:
         raise ValueError(f"indices: {raw.size} bytes do not hold {count} gaps")
     size = min(1 << int(raw[0]), count)
-    ends = np.append(np.arange(size, count, size), count)  # of the blocks; the last may be short
-    sizes = np.diff(ends, prepend=0)
-    at = 1 + (ends.size * _RICE_BITS + 7) // 8
-    rice = _unpack(raw[1:at], ends.size, _RICE_BITS)
-    low = np.zeros((ends.size, size), np.uint32)
+    blocks = -(-count // size)
+    sizes = np.full(blocks, size)
+    sizes[-1] = count - (blocks - 1) * size  # the last may be short
+    at = 1 + (blocks * _RICE_BITS + 7) // 8
+    rice = _unpack(raw[1:at], blocks, _RICE_BITS).astype(np.uint32)
+    low = np.zeros((blocks, size), np.uint32)
     for width in _widths(rice):
         chosen = rice == width
         members = int(sizes[chosen].sum())
@@ -67,14 +68,16 @@ def decode_gaps(raw: Bytes, count: int, n: int) -> npt.NDArray[np.int64]:
     ones = np.flatnonzero(unpack_bits(raw[at:], 8 * raw[at:].size))
     if ones.size != count or (ones[-1] >> 3) + 1 != raw.size - at:
         raise ValueError(f"indices: the unary stream does not hold {count} gaps and nothing else")
-    quotients = np.diff(ones[ends - 1], prepend=-1) - sizes  # summed over each block
+    quotients = np.append(ones[size - 1 : -1 : size], ones[-1]) - sizes  # summed over each block
+    quotients[1:] -= ones[size - 1 : -1 : size]
+    quotients[0] += 1
     # Bounded before they are shifted, and their sum before it is spread: 64 bits hold the sum, and 32 all the rest.
     if (quotients > (n >> rice.astype(np.int64))).any():
         raise ValueError(f"indices: a gap beyond {n} entries")
     last = int((quotients << rice).sum()) + int(low.sum(dtype=np.int64)) + count - 1
     if last >= n:
         raise ValueError(f"indices: index {last} is beyond {n} entries")
-    steps = np.zeros((ends.size, size), np.uint32)
+    steps = np.zeros((blocks, size), np.uint32)
     flat, narrow = steps.reshape(-1), ones.astype(np.uint32)
     flat[0] = narrow[0]
     np.subtract(narrow[1:], narrow[:-1], out=flat[1:count])
@@ -132,11 +135,12 @@ def _in_blocks(values: Integers, size: int) -> Gaps:
 
 
 _DOUBLES = ("<u2", "<u4", "<u8")
+_MANY = 1000  # from so many values on, passes over whole words pay
 
 
 def _pack(values: Integers, width: int) -> bytes:
     """Values of ``width`` bits (at most 31) one after the other, lowest bit first."""
-    if width > 8:
+    if width > 8 or values.size < _MANY:
         bits = np.unpackbits(values.astype("<u4").view(np.uint8), bitorder="little").reshape(values.size, 32)
         return np.packbits(bits[:, :width], bitorder="little").tobytes()
     # Eight values fill `width` bytes. Neighbours are joined to pairs, pairs to fours, fours to a word of eight.
@@ -159,7 +163,7 @@ def _pack(values: Integers, width: int) -> bytes:
 def _unpack(raw: Bytes, count: int, width: int) -> Integers:
     """What ``_pack`` wrote."""
     _check_padding(raw, count * width)
-    if width > 8:
+    if width > 8 or count < _MANY:
         bits = np.zeros((count, 32), np.uint8)
         bits[:, :width] = np.unpackbits(raw, count=count * width, bitorder="little").reshape(count, width)
         return np.packbits(bits.reshape(-1), bitorder="little").view("<u4")
