@@ -85,10 +85,10 @@ def test_aggregate_runs_the_drivers_own_code():
 
 
 def test_scale_runs_whole_rounds_of_a_large_population():
-    (row,) = scale.measure(cohorts=(30,), population=5_000, rounds=3, shape=SMALL)
-    assert row.name == "cohort 30 of 5000"
-    assert row.facts["ms a client"] > 0
-    assert row.facts["ms a client, cpu"] > 0
+    rows = scale.measure(cohorts=(10, 30), population=5_000, rounds=3, large=SMALL)
+    assert [row.name for row in rows] == ["cohort 10 of 5000", "cohort 30 of 5000", "cohort 30 of 5000"]
+    assert rows[-1].a == f"a round, adapter of {SMALL.entries}"
+    assert all(row.facts["ms a client"] > 0 and row.facts["ms a client, cpu"] > 0 for row in rows)
 
 
 def test_only_aggregate_counts_uploads(capsys, tmp_path):
