@@ -6,22 +6,54 @@ more about the machine than about the code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
+from inspect import Parameter, signature
+from typing import Any
 
 from rayfed.bench.timing import Row
 from rayfed.errors import UserError
 
 BENCHMARKS = {
+    "aggregate": "rayfed.bench.aggregate:measure",
     "algebra": "rayfed.bench.algebra:measure",
     "round": "rayfed.bench.round:measure",
+    "scale": "rayfed.bench.scale:measure",
+    "train": "rayfed.bench.train:measure",
+    "wire": "rayfed.bench.wire:measure",
 }
 
 
-def find(name: str) -> Callable[[], list[Row]]:
+def find(name: str) -> Callable[..., list[Row]]:
     """The benchmark of that name; UserError where there is none."""
     if name not in BENCHMARKS:
         raise UserError(f"bench: got {name!r}, but there are {', '.join(BENCHMARKS)}")
     module, _, function = BENCHMARKS[name].partition(":")
-    found: Callable[[], list[Row]] = getattr(import_module(module), function)
+    found: Callable[..., list[Row]] = getattr(import_module(module), function)
     return found
+
+
+def run(name: str, given: Mapping[str, Any]) -> list[Row]:
+    """Runs it with the arguments given (`uploads`, `packs`, ...; for `round`, dotted settings of its run).
+
+    UserError for a benchmark or an argument that there is not, or a value that is not of the default's kind.
+    """
+    measure = find(name)
+    known = signature(measure).parameters
+    if all(parameter.kind != Parameter.VAR_KEYWORD for parameter in known.values()):
+        kinds = {key: p.default for key, p in known.items() if isinstance(p.default, int | str | tuple)}
+        for key, value in given.items():
+            if key not in kinds:
+                raise UserError(f"bench {name}: got {key!r}, but it takes {', '.join(kinds)}")
+            _check(key, value, kinds[key])
+    return measure(**given)
+
+
+def _check(key: str, value: Any, default: int | str | tuple[Any, ...]) -> None:
+    values, sample = (value, default[0]) if isinstance(default, tuple) else ([value], default)
+    kind = "whole numbers of 1 or more" if isinstance(sample, int) else "words"
+    fine = isinstance(values, list) and len(values) > 0
+    if not fine or not all(type(v) is type(sample) and (isinstance(v, str) or v >= 1) for v in values):
+        raise UserError(
+            f"{key}: got {value!r}, but it takes {'a list of ' if isinstance(default, tuple) else ''}{kind}"
+        )

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import copy
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from rayfed.bench.bare import BareLoop
-from rayfed.bench.timing import Row
+from rayfed.bench.timing import Row, Times, compared, timed
 from rayfed.clients.blueprint import Blueprint, draw_blueprint
 from rayfed.clients.profiles import profile
 from rayfed.config import Experiment, validate
-from rayfed.config.load import assign, parse_override
+from rayfed.config.load import assign
 from rayfed.server.loop import Server
 from rayfed.server.packs import plan_packs
 from rayfed.server.sampling import cohort
@@ -44,15 +43,15 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def measure(overrides: Sequence[str] = ()) -> list[Row]:
-    """MiniLM and a BERT of 2 layers, 128 wide, each against both paddings. ``overrides`` change the settings.
+def measure(**overrides: Any) -> list[Row]:
+    """MiniLM and a BERT of 2 layers, 128 wide, each against both paddings.
 
-    Of `server.rounds`, the first warms up and the last, which evaluates, is left out.
+    ``overrides`` change the settings, by dotted keys. Of `server.rounds`, the first warms up and the last, which
+    evaluates, is left out.
     """
     settings = copy.deepcopy(SETTINGS)
-    for override in overrides:
-        key, value = parse_override(override)
-        assign(settings, key, value, override)
+    for key, value in overrides.items():
+        assign(settings, key, value, f"{key}={value}")
     rows = compare(str(settings["model"]["name"]), validate(settings))
     with tempfile.TemporaryDirectory() as folder:
         settings["model"]["name"] = _small_bert(Path(folder), validate(settings))
@@ -64,8 +63,8 @@ def compare(name: str, experiment: Experiment) -> list[Row]:
     federation = form_federation(experiment)
     blueprint = draw_blueprint(experiment, len(federation.classes))
     paddings = {f"to {experiment.data.max_tokens}": experiment.data.max_tokens, "to the longest": None}
-    ours: list[float] = []
-    theirs: dict[str, list[float]] = {padding: [] for padding in paddings}
+    ours: list[Times] = []
+    theirs: dict[str, list[Times]] = {padding: [] for padding in paddings}
     difference = 0.0
     with (
         _server(experiment, federation, blueprint) as server,
@@ -74,17 +73,20 @@ def compare(name: str, experiment: Experiment) -> list[Row]:
         rounds = server.rounds()
         for t in range(experiment.server.rounds - 1):
             before = server.state.vector
-            begun = time.perf_counter()
-            next(rounds)
-            ours.append(time.perf_counter() - begun)
+            ours.append(timed(partial(next, rounds))[0])
             clients = _dealt(experiment, federation, server, t)
             for padding, pad_to in paddings.items():
-                begun = time.perf_counter()
-                after = bare.train(before, t, clients, pad_to)
-                theirs[padding].append(time.perf_counter() - begun)
+                seconds, after = timed(partial(bare.train, before, t, clients, pad_to))
+                theirs[padding].append(seconds)
                 error = (server.state.vector - after).norm() / (after - before).norm()
                 difference = max(difference, float(error))
-    return [_row(name, experiment, ours[1:], padding, seconds[1:], difference) for padding, seconds in theirs.items()]
+    a = f"a round on Ray, {experiment.engine.workers} workers, packs of {experiment.engine.pack}"
+    rows = []
+    for padding, measured in theirs.items():
+        row = compared(name, a, f"bare loop, padded {padding}", ours[1:], measured[1:], elsewhere=True)
+        row.facts.update({"share of its time": 1 / row.ratio, "difference": difference})
+        rows.append(row)
+    return rows
 
 
 @contextmanager
@@ -108,29 +110,10 @@ def _server(experiment: Experiment, federation: Federation, blueprint: Blueprint
 def _dealt(experiment: Experiment, federation: Federation, server: Server, t: int) -> list[list[int]]:
     """The round's clients, dealt out to the bare loop's processes so that all have like many tokens."""
     sizes, workers = federation.sizes, experiment.engine.workers
-    drawn = [
-        profile(c, int(sizes[c]), experiment, t) for c in cohort(sizes, experiment.server.cohort, experiment.seed, t)
-    ]
-    packs = plan_packs(drawn, -(-len(drawn) // workers), server.costs)
+    drawn = cohort(federation.holders, experiment.server.cohort, experiment.seed, t)
+    clients = [profile(c, int(sizes[c]), experiment, t) for c in drawn]
+    packs = plan_packs(clients, -(-len(clients) // workers), server.costs)
     return [[client.client for client in pack] for pack in packs] + [[]] * (workers - len(packs))
-
-
-def _row(
-    name: str, experiment: Experiment, ours: Sequence[float], padding: str, theirs: Sequence[float], difference: float
-) -> Row:
-    ratios = [slow / fast for fast, slow in zip(ours, theirs, strict=True)]
-    engine = experiment.engine
-    return Row(
-        name,
-        f"a round on Ray, {engine.workers} workers, packs of {engine.pack}",
-        f"bare loop, padded {padding}",
-        min(ours),
-        min(theirs),
-        median(ratios),
-        min(ratios),
-        max(ratios),
-        {"share of its time": 1 / median(ratios), "difference": difference},
-    )
 
 
 def _small_bert(folder: Path, experiment: Experiment) -> str:

@@ -1,4 +1,8 @@
-"""Paired timing: A and B in turn, so that whatever slows the machine slows both."""
+"""Paired timing: A and B in turn, so that whatever slows the machine slows both.
+
+Two clocks: wall time, and the processor time of this process over all its threads, which others on the machine disturb
+less.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,24 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from rayfed.files import atomic_write
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: seconds (the best of each side), how many times faster A is (median of the pairs, and range)."""
+    """One comparison: seconds (the best of each side), how many times faster A is (median of the pairs, and range).
+
+    ``cpu_...``: the same by processor time; None where the work is done in other processes.
+    """
 
     name: str
     a: str
@@ -27,6 +38,10 @@ class Row:
     ratio: float
     ratio_low: float
     ratio_high: float
+    cpu_a: float | None
+    cpu_b: float | None
+    cpu_ratio: float | None
+    threads: int  # of torch
     facts: dict[str, Any] = field(default_factory=dict)  # whatever else was measured: errors, sizes
 
 
@@ -36,22 +51,64 @@ def paired(
 ) -> Row:  # fmt: skip
     """Runs A and B ``pairs`` times each, in turn, after one call of A to warm up. ``ratio`` is B's time over A's."""
     a[1]()
-    times = [(_seconds(a[1]), _seconds(b[1])) for _ in range(pairs)]
-    ratios = [slow / fast for fast, slow in times]
+    times = [(timed(a[1])[0], timed(b[1])[0]) for _ in range(pairs)]
+    return compared(name, a[0], b[0], [fast for fast, _ in times], [slow for _, slow in times], facts)
+
+
+def compared(
+    name: str, a: str, b: str, fast: Sequence[Times], slow: Sequence[Times], facts: dict[str, Any] | None = None,
+    elsewhere: bool = False,
+) -> Row:  # fmt: skip
+    """The row of A's and B's times, pair by pair. ``elsewhere``: other processes did the work."""
+    import torch
+
+    ratios = [theirs.wall / mine.wall for mine, theirs in zip(fast, slow, strict=True)]
+    by_cpu = [theirs.cpu / mine.cpu for mine, theirs in zip(fast, slow, strict=True)]
     return Row(
-        name, a[0], b[0], min(t for t, _ in times), min(t for _, t in times), statistics.median(ratios), min(ratios),
-        max(ratios), facts or {},
-    )  # fmt: skip
+        name,
+        a,
+        b,
+        min(mine.wall for mine in fast),
+        min(theirs.wall for theirs in slow),
+        statistics.median(ratios),
+        min(ratios),
+        max(ratios),
+        None if elsewhere else min(mine.cpu for mine in fast),
+        None if elsewhere else min(theirs.cpu for theirs in slow),
+        None if elsewhere else statistics.median(by_cpu),
+        torch.get_num_threads(),
+        facts or {},
+    )
+
+
+def one_thread(measure: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Runs a benchmark on one of torch's threads: its figures are per core."""
+
+    @wraps(measure)
+    def alone(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return measure(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
 
 
 def table(rows: list[Row]) -> str:
     """The rows as aligned text."""
-    lines = [("", "seconds", "against", "seconds", "times faster (range)", "")]
+    lines = [("", "seconds (cpu)", "against", "seconds (cpu)", "times faster (range)", "by cpu", "")]
     for row in rows:
         spread = f"{row.ratio:.3g} ({row.ratio_low:.3g} to {row.ratio_high:.3g})"
-        facts = ", ".join(f"{key} {value:.2g}" if isinstance(value, float) else f"{key} {value}"
+        facts = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
                           for key, value in row.facts.items())  # fmt: skip
-        lines.append((f"{row.name}: {row.a}", f"{row.seconds_a:.4g}", row.b, f"{row.seconds_b:.4g}", spread, facts))
+        both = ((row.seconds_a, row.cpu_a), (row.seconds_b, row.cpu_b))
+        times = [f"{wall:.3g}" + (f" ({cpu:.3g})" if cpu is not None else "") for wall, cpu in both]
+        by_cpu = "-" if row.cpu_ratio is None else f"{row.cpu_ratio:.3g}"
+        lines.append((f"{row.name}: {row.a}", times[0], row.b, times[1], spread, by_cpu, facts))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
@@ -63,7 +120,6 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
@@ -75,10 +131,19 @@ def write(path: Path, name: str, rows: list[Row]) -> None:
     atomic_write(path, json.dumps(report, indent=2) + "\n")
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    function()
-    return time.perf_counter() - begun
+class Times(NamedTuple):
+    """Seconds on both clocks."""
+
+    wall: float
+    cpu: float
+
+
+def timed(function: Callable[[], _T]) -> tuple[Times, _T]:
+    """How long one call takes, and what it returns."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = function()
+    # A clock too coarse for what was measured must not divide by zero.
+    return Times(max(time.perf_counter() - wall, 1e-9), max(time.process_time() - cpu, 1e-9)), result
 
 
 def _processor() -> str:

@@ -57,12 +57,10 @@ def measure(
         raise UserError(f"dtype: got {dtype!r}, but allowed are float32 and bfloat16")
     place, number = torch.device(device), getattr(torch, dtype)
     peak = _matmul_rate(place, number)
-    return [_compare(shape, size, batch, place, number, peak, pairs) for shape in shapes for size in packs]
+    return [_row(shape, size, batch, place, number, peak, pairs) for shape in shapes for size in packs]
 
 
-def _compare(
-    name: str, size: int, batch: int, device: torch.device, dtype: torch.dtype, peak: float, pairs: int
-) -> Row:
+def _row(name: str, size: int, batch: int, device: torch.device, dtype: torch.dtype, peak: float, pairs: int) -> Row:
     shape = SHAPES[name]
     together, alone = (_Bench(shape, slots, batch, device, dtype) for slots in (size, 1))
     row = paired(

@@ -63,7 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     sweep.set_defaults(action=_sweep)
 
     bench = commands.add_parser("bench", help="measure what is fast, against what, on this machine")
-    bench.add_argument("name", metavar="NAME", help="which benchmark: algebra")
+    bench.add_argument("name", metavar="NAME", help="which benchmark: aggregate, algebra, round, scale, train or wire")
+    bench.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE",
+        help="its sizes, such as uploads=2000 or packs=[1,8]; for round, settings of its run",
+    )  # fmt: skip
     bench.add_argument("--json", metavar="FILE", help="also write the figures and the machine to FILE")
     bench.set_defaults(action=_bench)
 
@@ -103,10 +107,11 @@ def _sweep(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from rayfed.bench import find
+    from rayfed.bench import run
     from rayfed.bench.timing import machine, table, write
+    from rayfed.config.load import parse_override
 
-    rows = find(options.name)()
+    rows = run(options.name, dict(map(parse_override, options.overrides)))
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     print(table(rows))
     if options.json:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -33,6 +34,8 @@ Base = Mapping[str, LowRank | Tensor]
 
 Advance = Callable[[str, Tensor, Tensor], Tensor]
 """One server-optimizer step: (name of the tensor, its value, its mean change) -> its next value, all of one shape."""
+
+_IN_CACHE = 2**15  # entries whose float64 temporaries stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -107,21 +110,53 @@ class Trainable:
         """Boolean (n,): the entries of ``support`` that may be sent up."""
         return support & ~layout.mask(*self.personal) if self.personal else support
 
+    def alike(self, other: Trainable) -> bool:
+        """Do the three above surely answer the same? Given ``entries`` are compared by identity."""
+        mine, others = ((t.parts, t.received_only, t.personal) for t in (self, other))
+        return mine == others and self.entries is other.entries
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A vector (n,) of zeros, but for ``values`` (k,), float32, at ``indices`` (k,), int64, all different."""
+
+    n: int
+    indices: Tensor
+    values: Tensor
+
+    def dense(self) -> Tensor:
+        """The vector (n,), float32; a fresh tensor."""
+        return torch.zeros(self.n).index_copy_(0, self.indices, self.values)
+
 
 @dataclass(frozen=True)
 class Update:
-    """What came back from one client, as decoded: ``start`` it trained from, ``change`` it made, both (n,).
+    """What came back from one client, as decoded: ``start`` (n,) it trained from, and how it ``moved`` (n,).
 
+    A method reads ``change``, or adds the change to a sum by ``add_to``, which costs as much as was sent.
     ``kept`` (n,): its trained values in the personal parts, zeros elsewhere; None where nothing is personal.
     """
 
     client: Profile
     weight: float
     start: Tensor
-    change: Tensor
+    moved: Tensor | Sparse
     layout: Layout
     stats: Mapping[str, float] = field(default_factory=dict)
     kept: Tensor | None = None
+
+    @cached_property
+    def change(self) -> Tensor:
+        """The change it made (n,), float32."""
+        return self.moved.dense() if isinstance(self.moved, Sparse) else self.moved
+
+    def add_to(self, total: Tensor) -> None:
+        """Adds ``weight * change`` to ``total`` (n,), float64, in place; the same bits in either form of ``moved``."""
+        if isinstance(self.moved, Sparse):
+            total.scatter_add_(0, self.moved.indices, self.moved.values.double().mul_(self.weight))
+            return
+        for part, moved in zip(total.split(_IN_CACHE), self.moved.split(_IN_CACHE)):
+            part += self.weight * moved.double()
 
     @property
     def trained(self) -> Adapter:
@@ -251,7 +286,7 @@ def mean_change(updates: Iterable[Update], size: int) -> Tensor:
     """
     total, weights = torch.zeros(size, dtype=torch.float64), 0.0
     for update in updates:
-        total += update.weight * update.change.double()
+        update.add_to(total)
         weights += update.weight
     if weights <= 0:
         raise ValueError("no update with a positive weight to aggregate")

@@ -66,7 +66,7 @@ class LoRAFAIR(FactorMean):
         products, total = WeightedSum(), torch.zeros(state.layout.size, dtype=torch.float64)
         for update in updates:
             meant = self.broadcast(state, update.client)
-            total += update.weight * update.change.double()
+            update.add_to(total)
             products.add(update.weight, Adapter(returned(update, meant), {}))
         if products.weight <= 0:
             raise ValueError("no update with a positive weight to aggregate")

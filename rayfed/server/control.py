@@ -90,7 +90,7 @@ def _same_rounds(
         axes.optimizer.lr = rate(axes.optimizer.base_lr, experiment.server.schedule, t, total)
         lr = rate(experiment.client.lr, experiment.client.schedule, t, total)
         updates = []
-        for c in cohort(federation.sizes, experiment.server.cohort, experiment.seed, t):
+        for c in cohort(federation.holders, experiment.server.cohort, experiment.seed, t):
             rows = federation.rows_of(c)
             (trained,) = train_pack(
                 stack, logits, train, 0, [Member(c, state.layout, state.vector, everything, rows)], experiment.client,

@@ -8,7 +8,7 @@ entries and the frozen change of the base reach the workers too, since a client 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 from rayfed import wire
 from rayfed.errors import RunError
 from rayfed.lora.adapter import Layout, flatten_changes
-from rayfed.methods import Method, Profile, Start
-from rayfed.methods.base import Base, assemble
+from rayfed.methods import Method, Profile, Start, Trainable
+from rayfed.methods.base import Base, Sparse, assemble
 from rayfed.server.crew import Crew, Handle
 
 
@@ -37,6 +37,39 @@ class Download:
     held: Handle | None = None
     base: Handle | None = None
     base_layout: Layout | None = None
+    _asked: list[tuple[Trainable, Uploadable]] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def uploadable(self, trainable: Trainable) -> Uploadable:
+        """What a client that starts from this may send up; worked out once for clients that train alike."""
+        if not self._asked or not self._asked[0][0].alike(trainable):
+            layout = self.start.layout
+            most = int(trainable.uploaded(layout, trainable.whole(layout)).sum())
+            mask = trainable.uploaded(layout, trainable.support(layout, self.has))
+            places = None if bool(mask.all()) else mask.nonzero().squeeze(1)
+            self._asked[:] = [(trainable, Uploadable(layout.size, most, places))]
+        return self._asked[0][1]
+
+
+@dataclass(frozen=True)
+class Uploadable:
+    """The entries of an adapter (n,) that a client may send up: ``places`` (m,) int64, rising; None: all.
+
+    ``most``: how many there were, had everything arrived that it is to train.
+    """
+
+    n: int
+    most: int
+    places: Tensor | None
+
+    def placed(self, payload: wire.Payload) -> Tensor | Sparse:
+        """An upload of these entries, as a change of the whole adapter. RunError where it has another length."""
+        candidates = self.n if self.places is None else len(self.places)
+        if payload.n != candidates:
+            raise RunError(f"an upload has {payload.n} entries where {candidates} may be sent")
+        if self.places is None:
+            return payload.values if payload.indices is None else Sparse(self.n, payload.indices, payload.values)
+        places = self.places if payload.indices is None else self.places[payload.indices]
+        return Sparse(self.n, places, payload.values)
 
 
 class Downlink:

@@ -133,7 +133,7 @@ class Server:
         axes.optimizer.lr = rate(axes.optimizer.base_lr, experiment.server.schedule, t, total)
         lr = rate(experiment.client.lr, experiment.client.schedule, t, total)
         sizes = self.federation.sizes
-        drawn = cohort(sizes, experiment.server.cohort, experiment.seed, t)
+        drawn = cohort(self.federation.holders, experiment.server.cohort, experiment.seed, t)
         clients = [profile(c, int(sizes[c]), experiment, t) for c in drawn]
         downlink = Downlink(axes.method, self.state, experiment.wire.down.values, self.crew)
         watch = Diagnostics() if experiment.eval.diagnostics else None

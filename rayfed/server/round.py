@@ -45,7 +45,7 @@ def updates(
 ) -> Iterator[Update]:  # fmt: skip
     """Trains the cohort and yields its updates in the order of the packs, whatever the order of arrival.
 
-    Only one decoded upload is in memory at a time.
+    Only one decoded upload is in memory at a time, and only the entries that were sent.
     """
     tasks = [_task(pack, method, state, t, lr, experiment, downlink) for pack in packs]
     ledger, tally = books.ledger, books.tally
@@ -68,15 +68,12 @@ def updates(
             tally.ok += 1
             tally.ranks[result.ranks[i]] = tally.ranks.get(result.ranks[i], 0) + 1
             _check_rank(client, order, result.ranks[i])
-            uploaded = order.trainable.uploaded(order.layout, order.trainable.support(order.layout, sent.has))
-            change = sent.vector.new_zeros(order.layout.size)
-            change[uploaded] = wire.decode(result.uploads[i]).dense()
             kept = result.kept[i]
             update = Update(
                 client,
                 float(client.examples) if weights == "examples" else 1.0,
                 sent.vector,
-                change,
+                sent.uploadable(order.trainable).placed(wire.decode(result.uploads[i])),
                 order.layout,
                 {"loss": result.losses[i], "examples": result.examples[i], "steps": result.steps[i]},
                 None if kept is None else wire.decode(kept).dense(),
@@ -106,14 +103,13 @@ def _task(
         sent, trainable = downlink.of(client), method.trainable(state, client)
         layout = sent.start.layout
         density = 1.0 if sent.start.dense else client.density_up
-        candidates = int(trainable.uploaded(layout, trainable.whole(layout)).sum())
         orders.append(
             Order(
                 client=client.client,
                 layout=layout,
                 payload=cast(int, place(sent.handle)),
                 trainable=trainable,
-                budget=wire.keep_count(candidates, density),
+                budget=wire.keep_count(sent.uploadable(trainable).most, density),
                 density_up=density,
                 values=experiment.wire.up.values,
                 held=place(sent.held),

@@ -6,6 +6,7 @@ Arrays are flat (NumPy), so that Ray's object store hands them to every worker w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -37,10 +38,15 @@ class Federation:
         """Clients in the population, those without data included."""
         return len(self.starts) - 1
 
-    @property
+    @cached_property
     def sizes(self) -> np.ndarray:
         """Training rows per client (clients,)."""
         return np.diff(self.starts)
+
+    @cached_property
+    def holders(self) -> np.ndarray:
+        """The clients that hold data, in ascending order: those that can take part."""
+        return np.flatnonzero(self.sizes)
 
     def rows_of(self, client: int) -> np.ndarray:
         return self.rows[self.starts[client] : self.starts[client + 1]]

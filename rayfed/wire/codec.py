@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rayfed.wire.indices import MAX_LENGTH, Coding, decode_indices, encode_indices
-from rayfed.wire.values import FORMATS, decode_values, encode_values, value_bytes
+from rayfed.wire.values import FORMATS, decode_values, value_bytes, value_section
 
 VERSION = 1
 """The payload format this code writes, and the newest it reads."""
@@ -76,8 +76,7 @@ class Payload:
         if self.indices is None:
             return self.values.clone()
         dense = torch.zeros(self.n)
-        dense[self.indices] = self.values
-        return dense
+        return dense.index_copy_(0, self.indices, self.values)
 
 
 def encode(x: Tensor, *, indices: Tensor | None = None, values: str = "fp32") -> bytes:
@@ -105,12 +104,12 @@ def encode(x: Tensor, *, indices: Tensor | None = None, values: str = "fp32") ->
             raise ValueError(f"indices: got {indices.dtype}, but they must be int64")
         indices = indices.cpu()
         coding, index_section = encode_indices(indices.numpy(), x.numel())
-        travelling = x[indices]
-    value_section = encode_values(travelling, values)
-    lengths = (x.numel(), travelling.numel(), len(index_section), len(value_section))
+        travelling = x.index_select(0, indices)
+    written = value_section(travelling, values)
+    lengths = (x.numel(), travelling.numel(), len(index_section), len(written))
     fields = _FIELDS.pack(_MAGIC, VERSION, FORMATS.index(values), coding, *lengths)
-    crc = zlib.crc32(value_section, zlib.crc32(index_section, zlib.crc32(fields)))
-    return b"".join([fields, _CRC.pack(crc), index_section, value_section])
+    crc = zlib.crc32(written, zlib.crc32(index_section, zlib.crc32(fields)))
+    return b"".join([fields, _CRC.pack(crc), index_section, written])
 
 
 def decode(data: bytes | memoryview) -> Payload:

@@ -57,12 +57,17 @@ def encode_values(x: Tensor, format: str) -> bytes:
     Raises:
         ValueError: ``x`` is not a flat float32 vector, the format is unknown, or ``int8`` meets NaN or an infinity.
     """
+    return bytes(value_section(x, format))
+
+
+def value_section(x: Tensor, format: str) -> bytes | memoryview:
+    """As ``encode_values``, but fp32 is not copied: what comes back may lie in the memory of ``x``."""
     if x.ndim != 1 or x.dtype != torch.float32:
         raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, but values are written from flat float32")
     value_bytes(0, format)  # refuses an unknown format
     x = x.detach().cpu()
     if format == "fp32":
-        return x.numpy().tobytes()
+        return np.ascontiguousarray(x.numpy()).view(np.uint8).data
     if format == "int8":
         return _encode_int8(x)
     return _to_half(x, _HALF[format]).view(torch.int16).numpy().tobytes()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import BertConfig, BertForSequenceClassification
 
-from rayfed.bench import BENCHMARKS, bare, find
-from rayfed.bench.algebra import measure
+from rayfed.bench import BENCHMARKS, aggregate, algebra, bare, find, scale, train, wire
 from rayfed.bench.round import compare
+from rayfed.bench.stub import Shape, make_uploads
 from rayfed.bench.timing import paired, table, write
+from rayfed.cli import main
 from rayfed.clients.blueprint import draw_blueprint
 from rayfed.clients.learner import Learner
 from rayfed.clients.train import Member, train_pack
@@ -23,7 +26,9 @@ from rayfed.tasks.models import base_of
 
 def test_every_benchmark_is_there():
     assert all(callable(find(name)) for name in BENCHMARKS)
-    with pytest.raises(UserError, match="bench: got 'algebr', but there are algebra"):
+    with pytest.raises(
+        UserError, match="bench: got 'algebr', but there are aggregate, algebra, round, scale, train, w"
+    ):
         find("algebr")
 
 
@@ -32,10 +37,20 @@ def test_pairs_run_in_turn_and_the_ratio_is_theirs():
     row = paired("x", ("a", lambda: calls.append("a")), ("b", lambda: calls.append("b")), pairs=3)
     assert calls == ["a", "a", "b", "a", "b", "a", "b"]
     assert row.ratio_low <= row.ratio <= row.ratio_high
+    assert row.cpu_ratio > 0
+
+
+def test_processor_time_is_not_wall_time():
+    def work():
+        sum(range(2_000_000))
+
+    row = paired("x", ("work", work), ("sleep", lambda: time.sleep(0.05)), pairs=2)
+    assert row.seconds_b >= 0.05
+    assert row.cpu_b < row.seconds_b / 2
 
 
 def test_algebra_is_exact_where_it_says_so(tmp_path):
-    rows = measure(size=96, layers=2, width=40)
+    rows = algebra.measure(size=96, layers=2, width=40)
     assert rows[0].facts["error"] < 1e-5
     assert rows[1].facts["excess error, flat spectrum"] < 0.1
     write(tmp_path / "b.json", "algebra", rows)
@@ -76,3 +91,84 @@ def test_a_round_and_the_bare_loop_arrive_at_the_same_weights(tiny):
     rows = compare("tiny", experiment)
     assert [row.b for row in rows] == ["bare loop, padded to 16", "bare loop, padded to the longest"]
     assert all(0 < row.facts["difference"] < 1e-4 for row in rows)
+
+
+SMALL = Shape(layers=3, width=50)
+
+
+def test_uploads_are_what_they_say():
+    one, other = make_uploads(SMALL.entries, 1 / 16, count=2)
+    assert len(one.indices) == SMALL.entries // 16
+    assert not torch.equal(one.indices, other.indices)
+    assert torch.equal(make_uploads(SMALL.entries, 1 / 16, count=1)[0].values, one.values)
+
+
+def test_wire_holds_the_bytes_against_the_bound():
+    threads = torch.get_num_threads()
+    rows = wire.measure(entries=40_000, pairs=1)
+    assert torch.get_num_threads() == threads
+    assert {row.threads for row in rows} == {1}
+    facts = {row.name: row.facts for row in rows}
+    assert facts["wire 1"]["index bytes"] == 0
+    # By hand: H(1/4) = 0.811278 bits, of 40,000 entries 4056.4 bytes.
+    assert facts["wire 1/4"]["entropy bound"] == 4057
+    assert abs(facts["wire 1/16"]["over the bound, %"]) < 5
+    assert facts["wire 1/16, layers differ"]["over the bound, %"] < 0
+    assert all(facts[f"wire {d}"]["GB/s"] > 0 for d in ("1", "1/4", "1/16", "1/64"))
+    assert [row.name for row in rows if row.name.startswith("top-k")] == ["top-k 1/4", "top-k 1/16", "top-k 1/64"]
+
+
+def test_aggregate_runs_the_drivers_own_code():
+    rows = aggregate.measure(uploads=20, shape=SMALL, pairs=1)
+    assert [row.name for row in rows] == ["flasc", "fedit"]
+    state = 4 * SMALL.entries / 1e6
+    assert rows[0].facts["allowed"] == pytest.approx(3 * 3 * state + 200)  # AdamW has two moments beside the vector
+    assert rows[1].facts["allowed"] == pytest.approx(3 * state + 200)
+    assert all(row.facts["uploads/s"] > 0 for row in rows)
+
+
+def test_scale_runs_whole_rounds_of_a_large_population():
+    rows = scale.measure(cohorts=(10, 30), population=5_000, rounds=3, large=SMALL)
+    assert [row.name for row in rows] == ["cohort 10 of 5000", "cohort 30 of 5000", "cohort 30 of 5000"]
+    assert rows[-1].a == f"a round, adapter of {SMALL.entries}"
+    assert all(row.facts["ms a client"] > 0 and row.facts["ms a client, cpu"] > 0 for row in rows)
+
+
+def test_sizes_come_from_the_command_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(algebra, "measure", lambda size=4096: [paired(f"size {size}", ("a", int), ("b", int), 1)])
+    assert main(["bench", "algebra", "size=7", "--json", str(tmp_path / "b.json")]) == 0
+    assert "size 7" in capsys.readouterr().out
+    assert json.loads((tmp_path / "b.json").read_text())["rows"][0]["name"] == "size 7"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["algebra", "uploads=5"], "bench algebra: got 'uploads', but it takes size, layers, width"),
+        (["aggregate", "uploads=0"], "uploads: got 0, but it takes whole numbers of 1 or more"),
+        (["train", "packs=4"], "packs: got 4, but it takes a list of whole numbers of 1 or more"),
+        (["train", "shapes=[bert]"], "shapes: got 'bert', but there are minilm, gpt2, vit"),
+        (["train", "dtype=int8"], "dtype: got 'int8', but allowed are float32 and bfloat16"),
+        (["round", "client.lrr=1"], "client.lrr: unknown key; did you mean client.lr?"),
+    ],
+)
+def test_what_a_benchmark_does_not_take_is_one_line(capsys, arguments, line):
+    assert main(["bench", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"rayfed: {line}")
+    assert err.count("\n") == 1
+
+
+def test_train_counts_clients_and_tokens(monkeypatch):
+    tiny = train.Shape(lambda: BertForSequenceClassification(BertConfig(
+        num_labels=train.CLASSES, vocab_size=1000, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8,
+    )), "classifier", ("query", "value"), tokens=5)  # fmt: skip
+    monkeypatch.setitem(train.SHAPES, "tiny", tiny)
+    (row,) = train.measure(shapes=["tiny"], packs=[3], batch=2, pairs=1, dtype="bfloat16")
+    assert row.name == "tiny, 2 rows of 5 tokens"
+    # three clients, three steps each, of two rows of five tokens
+    assert row.facts["tokens/s"] / row.facts["clients/s"] == pytest.approx(3 * 2 * 5)
+    # weights: four of 16 x 16, two of 16 x 8 and the pooler's 16 x 16, four operations each
+    share = 4 * (5 * 16 * 16 + 2 * 16 * 8) * row.facts["tokens/s"] / row.facts["share of the matmul rate"]
+    assert share > 1e6  # the measured rate, in operations a second

@@ -79,7 +79,7 @@ def reference(experiment, start: Adapter) -> torch.Tensor:
     for t in range(ROUNDS):
         sparse = P * top(P, math.floor(experiment.wire.down.density * n))
         total = torch.zeros(n, dtype=torch.float64)
-        drawn = cohort(federation.sizes, experiment.server.cohort, experiment.seed, t)
+        drawn = cohort(federation.holders, experiment.server.cohort, experiment.seed, t)
         for c in drawn:
             plan = batches(federation.rows_of(c), experiment.client, experiment.seed, t, c)
             delta = client.train(sparse, plan, federation, experiment.client) - sparse

@@ -1,0 +1,62 @@
+"""An upload that stays sparse is the upload that is dense, to the last bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rayfed.lora.adapter import Adapter, LowRank
+from rayfed.methods import Profile, Trainable, Update
+from rayfed.methods.base import Sparse, mean_change
+
+ADAPTER = Adapter({"a": LowRank(torch.zeros(40, 3), torch.zeros(3, 30), 0.5)}, {"head": torch.zeros(1_100, 40)})
+LAYOUT = ADAPTER.layout
+N = LAYOUT.size  # longer than a piece of a dense sum
+
+
+def both(density: float, seed: int, weight: float) -> tuple[Update, Update]:
+    """One client's update with its change sparse, and the same with its change dense."""
+    g = torch.Generator().manual_seed(seed)
+    indices = (torch.rand(N, generator=g) < density).nonzero().squeeze(1)
+    values = torch.randn(len(indices), generator=g) * 10 ** torch.randint(-30, 30, (len(indices),), generator=g)
+    values[::7] = -0.0
+    dense = torch.zeros(N)
+    dense[indices] = values
+    start, client = torch.randn(N, generator=g), Profile(seed, 3)
+    return (
+        Update(client, weight, start, Sparse(N, indices, values), LAYOUT),
+        Update(client, weight, start, dense, LAYOUT),
+    )
+
+
+def test_the_dense_sum_is_longer_than_one_piece():
+    assert N > 2**15
+
+
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.5, 1.0])
+def test_both_forms_add_the_same_bits(density):
+    pairs = [both(density, seed, weight) for seed, weight in enumerate((0.3, 7.0, 1 / 3, 0.0))]
+    totals = [torch.zeros(N, dtype=torch.float64) for _ in range(2)]
+    plain = torch.zeros(N, dtype=torch.float64)
+    for pair in pairs:
+        for update, total in zip(pair, totals):
+            update.add_to(total)
+        plain += pair[1].weight * pair[1].change.double()
+        assert torch.equal(pair[0].change, pair[1].change)
+        assert torch.equal(pair[0].trained.flatten(), pair[1].trained.flatten())
+    assert torch.equal(totals[0].view(torch.int64), plain.view(torch.int64))
+    assert torch.equal(totals[1].view(torch.int64), plain.view(torch.int64))
+    means = [mean_change(column, N) for column in zip(*pairs)]
+    assert torch.equal(means[0].view(torch.int32), means[1].view(torch.int32))
+
+
+def test_trainables_are_alike_only_if_they_surely_answer_alike():
+    entries = torch.ones(N, dtype=torch.bool)
+    plain = Trainable()
+    assert plain.alike(Trainable(rates={"A": 0.5}))  # a rate changes no choice
+    assert Trainable(entries=entries).alike(Trainable(entries=entries))
+    for other in (
+        Trainable(parts=("B",)), Trainable(received_only=True), Trainable(personal=("B",)), Trainable(entries=entries),
+    ):  # fmt: skip
+        assert not plain.alike(other)
+    assert not Trainable(entries=entries).alike(Trainable(entries=entries.clone()))

@@ -1,0 +1,53 @@
+"""What may come up is worked out once for clients that train alike, and an upload lands where it belongs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rayfed import wire
+from rayfed.errors import RunError
+from rayfed.lora.adapter import Adapter, LowRank
+from rayfed.methods import Start, Trainable
+from rayfed.methods.base import Sparse
+from rayfed.server.downlink import Download, Uploadable
+
+LAYOUT = Adapter({"a": LowRank(torch.zeros(2, 1), torch.zeros(1, 3), 1.0)}, {}).layout  # A in 0 to 2, B in 3 and 4
+
+
+def download(has: torch.Tensor | None = None) -> Download:
+    return Download(Start(torch.zeros(5), LAYOUT), (b"",), None, torch.zeros(5), has)
+
+
+def landed(uploadable: Uploadable, payload: bytes) -> list[float]:
+    moved = uploadable.placed(wire.decode(payload))
+    return (moved.dense() if isinstance(moved, Sparse) else moved).tolist()
+
+
+def test_an_upload_lands_where_it_belongs():
+    x = torch.tensor([1.0, 2, 3, 4, 5])
+    everything = download().uploadable(Trainable())
+    assert landed(everything, wire.encode(x)) == [1, 2, 3, 4, 5]
+    assert landed(everything, wire.encode(x, indices=torch.tensor([1, 4]))) == [0, 2, 0, 0, 5]
+    only_B = download().uploadable(Trainable(parts=("B",)))
+    assert landed(only_B, wire.encode(x[:2])) == [0, 0, 0, 1, 2]
+    assert landed(only_B, wire.encode(x[:2], indices=torch.tensor([1]))) == [0, 0, 0, 0, 2]
+    with pytest.raises(RunError, match="an upload has 5 entries where 2 may be sent"):
+        only_B.placed(wire.decode(wire.encode(x)))
+
+
+def test_the_budget_counts_what_would_train_had_everything_arrived():
+    has = torch.tensor([True, False, False, True, False])
+    found = download(has).uploadable(Trainable(received_only=True))
+    assert (found.most, found.places.tolist()) == (5, [0, 3])
+    personal = download(has).uploadable(Trainable(received_only=True, personal=("B",)))
+    assert (personal.most, personal.places.tolist()) == (3, [0])
+
+
+def test_the_answer_is_kept_for_the_next_client_that_trains_alike():
+    sent = download()
+    first = sent.uploadable(Trainable(parts=("B",)))
+    assert sent.uploadable(Trainable(parts=("B",))) is first
+    assert sent.uploadable(Trainable()).places is None
+    assert sent.uploadable(Trainable(parts=("B",))).places.tolist() == [3, 4]
+    assert len(sent._asked) == 1  # one answer, however different the clients are
