@@ -14,6 +14,7 @@ from pydantic import Field, PositiveInt
 from rayfed.config.schema import Density, NonNegative, Section
 
 Factor = Annotated[int, Field(ge=2)]
+ROUNDED = 1 + 1e-9  # densities are products of floats
 SEARCHED = ("lora.rank", "wire.down.density", "wire.up.density")  # the settings that a search sets
 
 
@@ -30,6 +31,7 @@ class Search(Section):
     density: Density = Field(1 / 64, description="wire.down.density and wire.up.density of the first probe.")
     factor: Factor = Field(4, description="By how much a step raises the communication, as rank or as density.")
     max_rank: PositiveInt = Field(64, description="No probe has a larger rank.")
+    max_density: Density = Field(1.0, description="No probe has a larger density.")
     rounds: PositiveInt = Field(
         ..., description="Rounds of a probe; it continues from the kept probe's checkpoint, at a constant rate."
     )
@@ -59,11 +61,16 @@ class Search(Section):
         """What is wrong by itself, whatever the other settings: one line each."""
         if self.rank > self.max_rank:
             yield f"sweep.search.rank: got {self.rank}, but no rank may exceed sweep.search.max_rank={self.max_rank}"
-        elif self.rank * self.factor > self.max_rank and self.density * self.factor > 1:
+        elif self.density > self.max_density:
+            yield (
+                f"sweep.search.density: got {self.density}, but no density may exceed "
+                f"sweep.search.max_density={self.max_density}"
+            )
+        elif self.rank * self.factor > self.max_rank and self.density * self.factor > self.max_density * ROUNDED:
             yield (
                 f"sweep.search.factor: got {self.factor}, but then the first probe has no neighbour: rank "
                 f"{self.rank * self.factor} is above max_rank={self.max_rank} and density "
-                f"{self.density * self.factor:g} above 1"
+                f"{self.density * self.factor:g} above max_density={self.max_density:g}"
             )
 
 

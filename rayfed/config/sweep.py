@@ -2,7 +2,7 @@
 
 `load_sweep` splits the file; what it returns has a valid section, and base settings that only a trial's overrides may
 make whole. A value that varies is written as a space: `{grid: [...]}` (each of them), or one of `{choice: [...]}`,
-`{uniform: [low, high]}` and `{loguniform: [low, high]}` (drawn, `samples` times). A sweep with a `search` has no list of
+`{uniform: [low, high]}` and `{loguniform: [low, high]}` (drawn, `samples` times). With a `search` there is no list of
 points: what a trial is depends on those before it.
 """
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from ray.tune.schedulers import ASHAScheduler
 
@@ -40,14 +40,15 @@ class Halving(ASHAScheduler):
             reduction_factor=rule.factor,
             stop_last_trials=False,
         )
+        self.compared = sweep.metric
 
     def recall(self, name: str, rounds: Sequence[Mapping[str, Any]]) -> None:
         """Takes in what a trial has shown in an earlier start of the sweep; decides nothing."""
-        trial = _named(name)
-        super().on_trial_add(None, trial)
+        trial, nobody = _named(name), cast(Any, None)  # the controller, which takes no part in this
+        super().on_trial_add(nobody, trial)
         for record in rounds:
-            if record.get(self._metric) is not None:
-                super().on_trial_result(None, trial, dict(record))
+            if record.get(self.compared) is not None:
+                super().on_trial_result(nobody, trial, dict(record))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, _named(trial.config["trial"]))

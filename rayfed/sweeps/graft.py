@@ -38,15 +38,13 @@ def check_growing(experiment: Experiment) -> None:
     method = resolve(experiment).method
     if not isinstance(method, FedIT | Flasc):
         raise UserError(
-            f"method.name: got {experiment.method.name!r}, but sweep.search continues checkpoints at another rank, which "
-            "flasc and fedit can"
+            f"method.name: got {experiment.method.name!r}, but sweep.search goes on at another rank, which flasc "
+            "and fedit can"
         )
     if isinstance(method, Flasc) and method.mask == "fixed":
         raise UserError("method.mask: got 'fixed', but sweep.search changes the density: refresh")
     if experiment.profiles.kind != "same":
-        raise UserError(
-            f"profiles.kind: got {experiment.profiles.kind!r}, but sweep.search sets one rank for all: same"
-        )
+        raise UserError(f"profiles.kind: got {experiment.profiles.kind!r}, but sweep.search sets one rank: same")
     if experiment.lora.train == "head":
         raise UserError("lora.train: got 'head', but sweep.search looks for a rank: all")
     if experiment.eval.early_stop is not None:

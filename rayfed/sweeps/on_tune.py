@@ -129,8 +129,9 @@ class _Reports:
         pass
 
     def round(self, record: Record) -> None:
-        if record["round"] < self.rounds:
-            tune.report({key: value for key, value in record.items() if isinstance(value, int | float)})
+        figures = {key: value for key, value in record.items() if isinstance(value, int | float)}
+        if figures["round"] < self.rounds:
+            tune.report(figures)
 
     def event(self, text: str) -> None:
         pass

@@ -175,8 +175,8 @@ def _check_stop(sweep: Sweep, experiment: Experiment) -> None:
     rounds = experiment.server.rounds
     if not sweep.stop.rungs(rounds):
         raise UserError(
-            f"sweep.stop.grace: got {sweep.stop.grace}, but with server.rounds={rounds} no trial could be stopped before "
-            "its last round"
+            f"sweep.stop.grace: got {sweep.stop.grace}, but with server.rounds={rounds} no trial could be stopped "
+            "before its last round"
         )
     seldom = experiment.data.source != "lowrank" and sweep.metric.startswith(("eval/", "test/"))
     every = experiment.eval.every if seldom else 1

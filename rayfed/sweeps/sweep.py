@@ -1,8 +1,8 @@
 """A sweep from its file to its table: every check first, then the trials that have not ended, then what came out.
 
 The sweep's directory holds `sweep.yaml` (as it ran), `trials/NAME/` (each an ordinary run directory) with
-`trials/NAME.json` (how it ended), `sweep.jsonl` (a line a trial) and `table.txt`; a search adds `search.jsonl` (a line a
-decision). A sweep may be killed at any moment:
+`trials/NAME.json` (how it ended), `sweep.jsonl` (a line a trial) and `table.txt`; a search adds `search.jsonl` (a
+line a decision). A sweep may be killed at any moment:
 `resume` repeats no finished trial, continues the others from their own checkpoints, and tries failed ones again. The
 file may have gained or lost trials since; it may not have changed those that are there.
 """
@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rayfed.config.load import dump_settings
 from rayfed.config.sweep import Sweep, load_sweep

@@ -30,7 +30,7 @@ from rayfed.tracking import Sink
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended, the digest of its settings, and its run's summary, its one-line error or when it was stopped."""
+    """How a trial ended, the digest of its settings, and its run's summary, its one-line error or its last round."""
 
     status: Literal["done", "failed", "stopped"]
     digest: str

@@ -19,13 +19,12 @@ Everything here is a function of the settings and the probes' figures: replayed,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rayfed.config.search import Search
+from rayfed.config.search import ROUNDED, Search
 
-FULL = 1 + 1e-9  # densities are products of floats
 FIRST = "start"
 
 
@@ -102,7 +101,7 @@ def neighbours(probe: Probe, search: Search) -> list[Probe]:
     return [
         Probe((*probe.path, move), rank, _density(down), _density(up), probe.rounds + search.rounds)
         for move, rank, down, up in found
-        if rank <= search.max_rank and max(down, up) <= FULL
+        if rank <= search.max_rank and max(down, up) <= search.max_density * ROUNDED
     ]
 
 
@@ -127,7 +126,7 @@ def walk(search: Search, mode: str, metric: Callable[[Probe], float | None], res
         probes = (*grown, *([still] if search.stay else []))
         ended = None
         if not grown:
-            ended = f"no neighbour up to rank {search.max_rank} and density 1"
+            ended = f"no neighbour up to rank {search.max_rank} and density {search.max_density:g}"
         elif rounds + len(probes) * search.rounds > budget:
             ended = f"the budget of {search.budget} rounds has no room for another step"
         if ended:
@@ -157,7 +156,7 @@ def decision(number: int, step: Step, metric: Callable[[Probe], float | None]) -
     }
 
 
-def described(probe: Probe) -> Mapping[str, Any]:
+def described(probe: Probe) -> dict[str, Any]:
     """The probe's name and configuration, as plain values."""
     return {
         "trial": probe.name,
