@@ -122,6 +122,8 @@ class Sweep(Section):
             if value != type(self).model_fields[name].default:
                 told = "a section" if name == "stop" else shown(value)
                 yield f"sweep.{name}: got {told}, but sweep.search decides by itself what runs"
+        if self.at == "best":
+            yield "sweep.at: got 'best', but a probe's earlier rounds are those of the probe it continues: last"
 
     def labelled(self) -> list[tuple[str, Any]]:
         """(label, overrides) of every case; in a list a case's label is its number."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,18 +61,29 @@ def run_on_tune(
 
     UserError where the cluster can never hold one of them. Ray is shut down again where it was started here.
     """
+    asked = {trial.name: bundles(trial.experiment) for trial in trials}
+    with on_ray(trials):
+        pin = _check_resources(trials, asked)
+        _fit(trials, sweep, out, federations, listener, {name: _group(own, pin) for name, own in asked.items()})
+
+
+@contextmanager
+def on_ray(trials: Sequence[Trial]) -> Iterator[None]:
+    """Within it Ray runs, with CPUs enough for any of the trials where it is started here, and then shut down again.
+
+    UserError where the trials name several clusters.
+    """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     addresses = {trial.experiment.engine.address for trial in trials}
     if len(addresses) > 1:
         raise UserError("engine.address: a sweep runs on one cluster, but its trials name several")
-    asked = {trial.name: bundles(trial.experiment) for trial in trials}
     ours = not ray.is_initialized()
     if ours:
-        start_ray(addresses.pop(), max(sum(bundle.get("CPU", 0) for bundle in own) for own in asked.values()))
+        need = max(sum(bundle.get("CPU", 0) for bundle in bundles(trial.experiment)) for trial in trials)
+        start_ray(addresses.pop(), need)
     try:
-        pin = _check_resources(trials, asked)
-        _fit(trials, sweep, out, federations, listener, {name: _group(own, pin) for name, own in asked.items()})
+        yield
     finally:
         if ours:
             ray.shutdown()

@@ -3,7 +3,7 @@
 Why stages and no searcher of Tune's: nothing can be suggested until all neighbours of a step have ended, so a searcher
 would wait exactly where a stage ends; and a searcher has a memory of its own, where here the directories are the truth.
 A resumed search reads the finished probes, comes to the same decisions, and runs what is missing. The price is that
-every stage starts its processes anew.
+every stage starts its trials' processes anew (Ray itself only once).
 
 A probe is a run directory like any other trial's, except that all but the first start from the last checkpoint of the
 probe that was kept (`continues.json` there says which, see `rayfed.sweeps.graft`); its metrics and bytes include those
@@ -14,6 +14,7 @@ from nothing and follows the file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Search:
         self.settings, self.sweep, self.search, self.out = settings, sweep, sweep.search, out
         self.tried: set[str] = set()  # by this process: what failed before it is tried again
         self.trials: dict[str, Trial] = {}
+        self.on_ray = False
         search = self.search
         first = Probe(("start",), search.rank, search.density, search.density, search.rounds)
         largest = first
@@ -70,16 +72,25 @@ class Search:
 
     def run(self, books: Books) -> None:
         """Runs what is missing, step by step, to the end of the search."""
-        while (at := self._write(books)).ended is None:
-            todo = self._to_run(self.trial(probe) for probe in at.now)
-            if not todo:
-                return  # something has no record although it ran: the sweep is not finished
-            books.say(f"search {self.out}: step {_number(at)}, to run: {', '.join(trial.name for trial in todo)}")
-            run_trials(todo, self.sweep, self.out, self.federations, books)
-        books.say(f"search: {_verdict(at)}: {at.ended}")
-        if self.search.final and self.metric(at.kept) is not None:
-            run_trials(self._to_run([self.final(at.kept)]), self.sweep, self.out, self.federations, books)
-            self._write(books)
+        with ExitStack() as ray:
+            while (at := self._write(books)).ended is None:
+                todo = self._to_run(self.trial(probe) for probe in at.now)
+                if not todo:
+                    return  # something has no record although it ran: the sweep is not finished
+                books.say(f"search {self.out}: step {_number(at)}, to run: {', '.join(trial.name for trial in todo)}")
+                self._run(todo, books, ray)
+            books.say(f"search: {_verdict(at)}: {at.ended}")
+            if self.search.final and self.metric(at.kept) is not None:
+                self._run(self._to_run([self.final(at.kept)]), books, ray)
+                self._write(books)
+
+    def _run(self, trials: Sequence[Trial], books: Books, ray: ExitStack) -> None:
+        if trials and not self.on_ray:
+            from rayfed.sweeps.on_tune import on_ray
+
+            ray.enter_context(on_ray(trials))  # not anew for every stage: all trials ask for the same
+            self.on_ray = True
+        run_trials(trials, self.sweep, self.out, self.federations, books)
 
     def _to_run(self, trials: Iterable[Trial]) -> list[Trial]:
         todo = to_run(self.out, [trial for trial in trials if trial.name not in self.tried])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ class HereInOrder:
 
     def __init__(self) -> None:
         self.ran: list[list[str]] = []
+
+    def on_ray(self, trials) -> AbstractContextManager:
+        return nullcontext()
 
     def run_on_tune(self, trials, sweep, out, federations, listener) -> None:
         self.ran.append([])

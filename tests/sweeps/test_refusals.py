@@ -117,6 +117,10 @@ SECTIONS = {
         "sweep.search.budget: got 9, but the first step alone needs 10 rounds: 3 probes of 2 and 4 for the final run "
         "(server.rounds)",
     ),
+    "a search by another probe's rounds": (
+        {"search": {"kind": "flasc", "rounds": 1}, "at": "best"},
+        "sweep.at: got 'best', but a probe's earlier rounds are those of the probe it continues: last",
+    ),
     "nothing to stop": (
         {"parameters": RATES, "stop": {"kind": "asha", "grace": 4}},
         "sweep.stop.grace: got 4, but with server.rounds=4 no trial could be stopped before its last round",
@@ -164,8 +168,14 @@ def test_overrides_reach_the_sweep_and_cannot_be_in_vain(refused, sweep_file, tm
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("method.name=fedhl", "method.name: got 'fedhl', but sweep.search goes on at another rank, which flasc and fedit"),
-        ("method={name: flasc, mask: fixed}", "method.mask: got 'fixed', but sweep.search changes the density: refresh"),
+        (
+            "method.name=fedhl",
+            "method.name: got 'fedhl', but sweep.search goes on at another rank, which flasc and fedit",
+        ),
+        (
+            "method={name: flasc, mask: fixed}",
+            "method.mask: got 'fixed', but sweep.search changes the density: refresh",
+        ),
         ("profiles={kind: tiers, ranks: [1, 1]}", "profiles.kind: got 'tiers', but sweep.search sets one rank: same"),
         ("wire.up.density=0.5", "wire.up.density: got 'wire.up.density=0.5', but the sweep itself sets it, so that"),
     ],

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,10 @@ import pytest
 
 import rayfed
 from rayfed.config import load_config
+from rayfed.config.sweep import load_sweep
+from rayfed.sweeps.search import Search
 from rayfed.sweeps.sweep import run_sweep
+from rayfed.sweeps.walk import walk
 from rayfed.tracking import read_metrics
 
 SEARCH = {"kind": "flasc", "rank": 1, "density": 0.5, "factor": 2, "max_rank": 4, "rounds": 2}
@@ -125,6 +131,48 @@ def test_a_killed_search_goes_on_where_it_was(search_file, tmp_path: Path, here,
     assert before == {name: files(out / "trials" / name) for name in ran[:done]}
     assert decisions(out) == decisions(tmp_path / "whole")
     assert [line["metric"] for line in result.lines] == [line["metric"] for line in whole.lines]
+
+
+def test_the_search_that_comes_with_rayfed_fits_its_budget(tmp_path: Path, monkeypatch) -> None:
+    """Every path through it: at most the nine probes of two rounds and the final nine that its file speaks of."""
+    monkeypatch.setattr("rayfed.sweeps.search.check_trials", lambda *_: {})  # data and model are not asked
+    path = Path(__file__).parents[2] / "configs" / "sweeps" / "flasc_search.yaml"
+    search = Search(*load_sweep(path), tmp_path)
+    assert (search.reserve, search.search.budget) == (9, 27)
+    for prefer in ("rank", "density"):
+        at = walk(search.search, "max", lambda probe: len(probe.path) + 0.5 * (probe.path[-1] == prefer), 9)  # noqa: B023
+        assert (at.kept.rank, at.kept.down, at.kept.up) == (64, 0.25, 0.25)
+        assert at.rounds + search.reserve <= 27
+
+
+@pytest.mark.slow
+def test_kill_9_on_ray(sweep_file, tmp_path: Path, here) -> None:
+    """Killed while the second probe trains: it goes on from its own checkpoint, the first one is not touched."""
+    search = SEARCH | {"max_rank": 2, "max_density": 0.5, "rounds": 60, "final": False}
+    path = sweep_file({"search": search, "concurrency": 1}, **FLASC, checkpoint={"every": 5})
+    whole = run_sweep(path, out=tmp_path / "whole")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "rayfed", "sweep", str(path), "--out", str(out)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    second = out / "trials" / "start-rank"
+    deadline = time.monotonic() + 200
+    try:
+        while not (second / "checkpoints" / "round-000065").is_dir() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (out / "trials" / "start-rank.json").exists()
+    before = files(out / "trials" / "start")
+    again = subprocess.run([*command, "--resume"], env=environment, timeout=300, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert files(out / "trials" / "start") == before
+    assert "resume after round" in (second / "events.log").read_text()
+    assert decisions(out) == decisions(tmp_path / "whole")
+    assert [row[:-2] for row in whole.table.rows] == [
+        row[:-2] for row in run_sweep(path, out=out, resume=True).table.rows
+    ]
 
 
 def test_a_probe_killed_while_it_was_grafted_is_grafted_anew(search_file, tmp_path: Path, here, monkeypatch) -> None:

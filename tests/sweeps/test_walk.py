@@ -95,7 +95,8 @@ def test_less_may_be_better() -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "reserve", "kept", "rounds"), [(24, 0, 5, 24), (23, 0, 4, 21), (21, 0, 4, 21), (21, 1, 3, 15), (9, 0, 2, 9)]
+    ("budget", "reserve", "kept", "rounds"),
+    [(24, 0, 5, 24), (23, 0, 4, 21), (21, 0, 4, 21), (21, 1, 3, 15), (9, 0, 2, 9)],
 )
 def test_no_step_is_begun_that_the_budget_does_not_cover(budget: int, reserve: int, kept: int, rounds: int) -> None:
     at = walk(search(budget=budget), "max", on(LANDSCAPE), reserve)
