@@ -64,6 +64,7 @@ def test_a_rung_is_met_at_the_first_measured_round() -> None:
     assert play(scheduler, "a", {3: 5.0, 6: 3.0}) is None
     assert play(scheduler, "b", {3: 6.0}) == 3
     assert play(scheduler, "c", {3: 4.0, 6: 3.5}) == 6
+    assert play(scheduler, "d", {5: 1.0, 7: 50.0}) is None  # the rung it skipped is behind it
 
 
 def test_a_resumed_sweep_compares_with_what_was_there_before() -> None:
