@@ -2,7 +2,8 @@
 
 `load_sweep` splits the file; what it returns has a valid section, and base settings that only a trial's overrides may
 make whole. A value that varies is written as a space: `{grid: [...]}` (each of them), or one of `{choice: [...]}`,
-`{uniform: [low, high]}` and `{loguniform: [low, high]}` (drawn, `samples` times).
+`{uniform: [low, high]}` and `{loguniform: [low, high]}` (drawn, `samples` times). With a `search` there is no list of
+points: what a trial is depends on those before it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from rayfed.config.load import assign, parse_override, read_settings, shown, validate_as
 from rayfed.config.schema import Names, Section
+from rayfed.config.search import SEARCHED, Asha, Search
 from rayfed.errors import UserError
 
 DRAWN = ("choice", "uniform", "loguniform")
@@ -55,11 +57,18 @@ class Sweep(Section):
         description="How many seeds choose the values of `tune`: the first ones of the grid of `seed`. The other seeds "
         "then run with the chosen values only; null: all seeds run everything.",
     )
+    search: Search | None = Field(
+        None, description="Looks for rank and density by itself, in place of `parameters` and `cases`; null: no search."
+    )
+    stop: Asha | None = Field(None, description="Stops trials early; null: all run to their end.")
     concurrency: PositiveInt | None = Field(None, description="Trials at a time; null: as many as fit.")
 
     @model_validator(mode="after")
     def _spaces_are_whole(self) -> Sweep:
-        mistakes = [*self._in_parameters(), *self._in_cases(), *self._in_the_rest()]
+        if self.search is not None:
+            mistakes = [*self._beside_a_search(), *self.search.mistakes()]
+        else:
+            mistakes = [*self._in_parameters(), *self._in_cases(), *self._in_the_rest()]
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
@@ -106,6 +115,15 @@ class Sweep(Section):
                 yield f"sweep.tune_seeds: got {self.tune_seeds}, but sweep.tune names nothing to choose"
             elif self.tune_seeds > len(seeds):
                 yield f"sweep.tune_seeds: got {self.tune_seeds}, but sweep.parameters.seed.grid has {len(seeds)} values"
+
+    def _beside_a_search(self) -> Iterator[str]:
+        for name in ("parameters", "cases", "samples", "tune", "tune_seeds", "stop"):
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                told = "a section" if name == "stop" else shown(value)
+                yield f"sweep.{name}: got {told}, but sweep.search decides by itself what runs"
+        if self.at == "best":
+            yield "sweep.at: got 'best', but a probe's earlier rounds are those of the probe it continues: last"
 
     def labelled(self) -> list[tuple[str, Any]]:
         """(label, overrides) of every case; in a list a case's label is its number."""
@@ -154,7 +172,11 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[st
     sweep = validate_as(_File, {"sweep": settings.pop("sweep")}).sweep
     for key, _, override in given:
         cases = [case for _, case in sweep.labelled()]
-        if key in sweep.parameters or (cases and all(key in case for case in cases)):
+        if (
+            key in sweep.parameters
+            or (sweep.search and key in SEARCHED)
+            or (cases and all(key in case for case in cases))
+        ):
             raise UserError(f"{key}: got {override!r}, but the sweep itself sets it, so that would do nothing")
     return settings, sweep
 

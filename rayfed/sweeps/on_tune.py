@@ -3,14 +3,15 @@
 Tune places the trials, hands a process that is done the next trial (torch and its kin are loaded once a process, the
 data once for all), and starts a trial again whose process died; the trial then continues from its own checkpoint. What
 Tune is not used for: its restore. A sweep is resumed from the trials' directories, see `rayfed.sweeps.trial`. For Tune
-a trial that failed has merely ended; its record says why.
+a trial that failed has merely ended; its record says why. A trial that the section `stop` ends gets its record here.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +21,9 @@ from ray import tune
 from rayfed.config.sweep import Sweep
 from rayfed.engine.driver import start_ray
 from rayfed.errors import UserError
+from rayfed.sweeps.asha import scheduler_of
 from rayfed.sweeps.plan import Bundle, Trial, bundles, fits
-from rayfed.sweeps.trial import outcome, settle, work
+from rayfed.sweeps.trial import outcome, settle, settle_stopped, work
 from rayfed.tasks.federation import Federation
 from rayfed.tracking import Record, RunInfo, Scalar, Table
 
@@ -31,11 +33,15 @@ SETTINGS = {  # read by Tune where the sweep starts
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # each run writes its own metrics
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the command, as it does any other
     "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # not every round measures what `stop` compares
 }
 
 
 class Listener(Protocol):
     """Who is told what happens to the trials."""
+
+    trials: dict[str, Trial]
+    """All trials of the sweep by name, those included that do not run now."""
 
     def settled(self, name: str) -> None:
         """The trial of that name has ended and has its record."""
@@ -55,18 +61,29 @@ def run_on_tune(
 
     UserError where the cluster can never hold one of them. Ray is shut down again where it was started here.
     """
+    asked = {trial.name: bundles(trial.experiment) for trial in trials}
+    with on_ray(trials):
+        pin = _check_resources(trials, asked)
+        _fit(trials, sweep, out, federations, listener, {name: _group(own, pin) for name, own in asked.items()})
+
+
+@contextmanager
+def on_ray(trials: Sequence[Trial]) -> Iterator[None]:
+    """Within it Ray runs, with CPUs enough for any of the trials where it is started here, and then shut down again.
+
+    UserError where the trials name several clusters.
+    """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     addresses = {trial.experiment.engine.address for trial in trials}
     if len(addresses) > 1:
         raise UserError("engine.address: a sweep runs on one cluster, but its trials name several")
-    asked = {trial.name: bundles(trial.experiment) for trial in trials}
     ours = not ray.is_initialized()
     if ours:
-        start_ray(addresses.pop(), max(sum(bundle.get("CPU", 0) for bundle in own) for own in asked.values()))
+        need = max(sum(bundle.get("CPU", 0) for bundle in bundles(trial.experiment)) for trial in trials)
+        start_ray(addresses.pop(), need)
     try:
-        pin = _check_resources(trials, asked)
-        _fit(trials, sweep, out, federations, listener, {name: _group(own, pin) for name, own in asked.items()})
+        yield
     finally:
         if ours:
             ray.shutdown()
@@ -90,6 +107,7 @@ def _fit(
         param_space={"trial": tune.grid_search(list(known))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=sweep.concurrency,
+            scheduler=scheduler_of(list(listener.trials.values()), sweep, out),
             reuse_actors=True,
             trial_name_creator=lambda trial: trial.config["trial"],
             trial_dirname_creator=lambda trial: trial.config["trial"],
@@ -109,18 +127,23 @@ def _trainable(
     config: dict[str, Any], trials: Mapping[str, Trial], data: Mapping[str, ray.ObjectRef], out: Path
 ) -> None:
     trial = trials[config["trial"]]
-    work(trial, out, ray.get(data[trial.data]), _Reports())
+    work(trial, out, ray.get(data[trial.data]), _Reports(trial.experiment.server.rounds))
     tune.report({"ended": 1})
 
 
 class _Reports:
-    """A sink that tells Tune the figures of every round."""
+    """A sink that tells Tune the figures of every round but the last: whoever has come so far is not to be stopped."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
 
     def start(self, info: RunInfo) -> None:
         pass
 
     def round(self, record: Record) -> None:
-        tune.report({key: value for key, value in record.items() if isinstance(value, int | float)})
+        figures = {key: value for key, value in record.items() if isinstance(value, int | float)}
+        if figures["round"] < self.rounds:
+            tune.report(figures)
 
     def event(self, text: str) -> None:
         pass
@@ -133,13 +156,16 @@ class _Reports:
 
 
 class _Watch(tune.Callback):
-    """Passes on which trials have ended; records for those whose process died that it did."""
+    """Passes on which trials have ended; writes the records of those that were stopped or whose process died."""
 
     def __init__(self, trials: Mapping[str, Trial], out: Path, listener: Listener) -> None:
         self.trials, self.out, self.listener = trials, out, listener
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.listener.settled(trial.config["trial"])
+        own = self.trials[trial.config["trial"]]
+        if outcome(self.out, own) is None:  # its process waits for leave to go on, and will not get it
+            settle_stopped(self.out, own, trial.last_result["round"])
+        self.listener.settled(own.name)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.listener.say(f"{trial.config['trial']}: its process died; it continues in a new one")

@@ -34,35 +34,52 @@ NAMED = 3  # trials that a refusal lists by their overrides
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep. ``shown`` is what tells it apart; ``data`` names the federation it trains on."""
+    """One run of a sweep. ``shown`` is what tells it apart; ``data`` names the federation it trains on.
+
+    ``continues``: the trial whose last checkpoint it starts from, see `rayfed.sweeps.graft`; None: from nothing.
+    """
 
     name: str
     overrides: Mapping[str, Any]
     shown: Mapping[str, Any]
     experiment: Experiment
     data: str
+    continues: str | None = None
 
 
 def plan(settings: dict[str, Any], sweep: Sweep) -> tuple[list[Trial], dict[str, Federation]]:
     """(the trials, the federations they name). UserError, one line a mistake and its trials, where any is wrong."""
     seed = settings.get(SEED, 0)
     points = expand(sweep, seed if isinstance(seed, int) else 0)
+    trials = make_trials(settings, points, names(points))
+    return trials, check_trials(trials, sweep)
+
+
+def make_trials(settings: dict[str, Any], points: Sequence[Point], called: Sequence[str]) -> list[Trial]:
+    """A trial of each point, fields and combinations validated; UserError as `plan`."""
     label = str(settings.get("name", "sweep"))
     trials = []
     mistakes = _Mistakes()
-    for point, name in zip(points, names(points), strict=True):
+    for point, name in zip(points, called, strict=True):
         with mistakes.of(point):
             experiment = _experiment(settings, point, label, name)
             trials.append(Trial(name, point.overrides, point.shown, experiment, federation_key(experiment)))
     mistakes.tell()
+    return trials
+
+
+def check_trials(trials: Sequence[Trial], sweep: Sweep) -> dict[str, Federation]:
+    """The federations of the trials, their data and base models checked; UserError as `plan`."""
+    mistakes = _Mistakes()
     federations: dict[str, Federation] = {}
     models: set[str] = set()
     for trial in trials:
         with mistakes.of(trial):
             _check_metric(sweep, trial.experiment)
+            _check_stop(sweep, trial.experiment)
             _check_data(trial, sweep, federations, models)
     mistakes.tell()
-    return trials, federations
+    return federations
 
 
 def bundles(experiment: Experiment) -> list[Bundle]:
@@ -150,6 +167,25 @@ def _check_metric(sweep: Sweep, experiment: Experiment) -> None:
             raise UserError(
                 f"sweep.{field}: got {key!r}, but what a run on these data measures is {', '.join(allowed)}"
             )
+
+
+def _check_stop(sweep: Sweep, experiment: Experiment) -> None:
+    if sweep.stop is None:
+        return
+    rounds = experiment.server.rounds
+    if not sweep.stop.rungs(rounds):
+        raise UserError(
+            f"sweep.stop.grace: got {sweep.stop.grace}, but with server.rounds={rounds} no trial could be stopped "
+            "before its last round"
+        )
+    seldom = experiment.data.source != "lowrank" and sweep.metric.startswith(("eval/", "test/"))
+    every = experiment.eval.every if seldom else 1
+    last = (rounds - 1) // every * every  # measured, and not the last
+    if last < sweep.stop.grace:
+        raise UserError(
+            f"eval.every: got {every}, but sweep.stop compares {sweep.metric} from round {sweep.stop.grace} (grace) to "
+            f"{rounds - 1}, and it is not measured there"
+        )
 
 
 def _check_data(trial: Trial, sweep: Sweep, federations: dict[str, Federation], models: set[str]) -> None:

@@ -22,6 +22,7 @@ from rayfed.tracking import Table, read_metrics
 Line = dict[str, Any]
 TIME = "time/round_s"
 UNFINISHED = "unfinished"
+STOPPED = "stopped"  # by the section `stop`: it has not finished, and need not
 NOT_CHOSEN = "not chosen"  # its tuned values lost on the seeds that choose: it need not run
 PERCENT = ("accuracy", "accuracy_masked", "accuracy_clients", "gap")
 
@@ -39,6 +40,10 @@ def line_of(out: Path, trial: Trial, sweep: Sweep) -> Line:
     if ended and ended.status == "done":
         rounds = read_metrics(place(out, trial) / "metrics.jsonl")
         line |= figures(rounds, sweep, reported(sweep, trial.experiment.data.source)) | {"summary": ended.summary}
+    if ended and ended.status == STOPPED:
+        # Not under "metric": a figure of fewer rounds takes part in no mean and no choice.
+        rounds = [r for r in read_metrics(place(out, trial) / "metrics.jsonl") if r["round"] <= (ended.round or 0)]
+        line["stopped"] = {"round": ended.round, "metric": figures(rounds, sweep, None)["metric"]}
     return line
 
 
@@ -76,11 +81,15 @@ def _diverged(record: Mapping[str, Any], key: str) -> bool:
 
 @dataclass(frozen=True)
 class Group:
-    """The trials that differ in their seed alone: what they share, and the lines of those that count."""
+    """The trials that differ in their seed alone: what they share, and the lines of those that count.
+
+    ``stopped``: the rounds after which others were stopped.
+    """
 
     shared: dict[str, Any]
     trials: int
     lines: list[Line]
+    stopped: list[int]
 
     def mean(self, figure: str) -> float | None:
         values = [line[figure] for line in self.lines if line.get(figure) is not None]
@@ -98,9 +107,10 @@ def groups(trials: Sequence[Trial], lines: Sequence[Line]) -> list[Group]:
     for trial, line in zip(trials, lines, strict=True):
         shared = unseeded(trial)
         name = repr(shared)
-        group = found.get(name, Group(shared, 0, []))
+        group = found.get(name, Group(shared, 0, [], []))
         counts = [line] if line.get("metric") is not None else []  # done, and did not diverge
-        found[name] = Group(shared, group.trials + 1, [*group.lines, *counts])
+        stopped = [line["stopped"]["round"]] if line["status"] == STOPPED else []
+        found[name] = Group(shared, group.trials + 1, [*group.lines, *counts], [*group.stopped, *stopped])
     return list(found.values())
 
 
@@ -158,10 +168,18 @@ def table_of(trials: Sequence[Trial], lines: Sequence[Line], sweep: Sweep) -> Ta
             "-" if (size := group.mean("bytes")) is None else f"{size / 1e6:.2f}",
             "-" if (seconds := group.mean("seconds")) is None else f"{seconds:.1f}",
             f"{len(group.lines)}/{group.trials}",
+            *([", ".join(map(str, group.stopped))] if sweep.stop else []),
         )
         for group in found
     )
-    names = (*columns, *(key for _, key in shown), "MB both ways", "seconds", "trials")
+    names = (
+        *columns,
+        *(key for _, key in shown),
+        "MB both ways",
+        "seconds",
+        "trials",
+        *(["stopped at round"] if sweep.stop else []),
+    )
     return Table(_title(sweep), names, rows)
 
 

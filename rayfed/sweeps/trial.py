@@ -1,7 +1,8 @@
 """One trial: a rayfed run in its own directory, and the record of how it ended.
 
 The run directory `trials/NAME/` and the record `trials/NAME.json` are the truth; what Ray Tune remembers is not. A
-trial is done when its record says so. Until then it starts, or continues from its run's own checkpoint.
+trial is done when its record says so. Until then it starts, or continues from its run's own checkpoint; the first time,
+where it `continues` another trial, from that one's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rayfed.config import load_config
 from rayfed.engine.run import run
 from rayfed.errors import RunError, UserError
 from rayfed.files import write_json
+from rayfed.sweeps.graft import graft
 from rayfed.sweeps.plan import Trial
 from rayfed.tasks.federation import Federation
 from rayfed.tracking import Sink
@@ -28,12 +30,13 @@ from rayfed.tracking import Sink
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended, the digest of its settings, and its run's summary or its one-line error."""
+    """How a trial ended, the digest of its settings, and its run's summary, its one-line error or its last round."""
 
-    status: Literal["done", "failed"]
+    status: Literal["done", "failed", "stopped"]
     digest: str
     error: str | None = None
     summary: dict[str, Any] = field(default_factory=dict)
+    round: int | None = None  # after which it was stopped
 
 
 def place(out: Path, trial: Trial) -> Path:
@@ -75,6 +78,11 @@ def settle(out: Path, trial: Trial, error: str | None, summary: Mapping[str, Any
     write_json(record_of(out, trial), asdict(Outcome(status, trial.experiment.digest(), error, figures)))
 
 
+def settle_stopped(out: Path, trial: Trial, round: int) -> None:
+    """Writes that the trial was stopped after that round: it has not finished, and never will."""
+    write_json(record_of(out, trial), asdict(Outcome("stopped", trial.experiment.digest(), round=round)))
+
+
 def work(trial: Trial, out: Path, federation: Federation, sink: Sink) -> None:
     """Runs the trial to its end and records it. Only what kills the process leaves it without a record."""
     folder = place(out, trial)
@@ -82,6 +90,8 @@ def work(trial: Trial, out: Path, federation: Federation, sink: Sink) -> None:
         if not (folder / "config.yaml").is_file():  # killed before its first round
             _empty(folder)
         try:
+            if trial.continues and not (folder / "config.yaml").is_file():
+                graft(folder.with_name(trial.continues), folder, trial.experiment)
             result = run(trial.experiment, folder, resume=True, sink=sink, federation=federation)
         except Exception as error:
             settle(out, trial, in_one_line(error))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from rayfed.sweeps.trial import work
+from rayfed.tracking import Fan
 
 SETTINGS: dict[str, Any] = {
     "name": "tiny",
@@ -21,6 +27,37 @@ SETTINGS: dict[str, Any] = {
     "engine": {"kind": "local"},
     "tracking": {"console": "off", "wandb": "off"},
 }
+
+
+class HereInOrder:
+    """Stands for Ray Tune: the trials one after the other, in this process; remembers which."""
+
+    def __init__(self) -> None:
+        self.ran: list[list[str]] = []
+
+    def on_ray(self, trials) -> AbstractContextManager:
+        return nullcontext()
+
+    def run_on_tune(self, trials, sweep, out, federations, listener) -> None:
+        self.ran.append([])
+        for trial in trials:
+            self.ran[-1].append(trial.name)
+            work(trial, out, federations[trial.data], Fan())
+            listener.settled(trial.name)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> HereInOrder:
+    """What Ray Tune's place is taken by."""
+    here = HereInOrder()
+    monkeypatch.setitem(sys.modules, "rayfed.sweeps.on_tune", here)
+    return here
+
+
+@pytest.fixture
+def tiny_settings() -> dict[str, Any]:
+    """The settings without a sweep, fresh."""
+    return copy.deepcopy(SETTINGS)
 
 
 @pytest.fixture

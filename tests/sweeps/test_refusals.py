@@ -87,6 +87,48 @@ SECTIONS = {
         {"cases": [{"method.name": "fedit"}, {"method.name": "rbla", "lora.rank": 9}]},
         "lora.rank: got 9, but layer is 6 x 6; at most 6 is allowed (trial method.name=rbla, lora.rank=9)",
     ),
+    "a search without its length": (
+        {"search": {"kind": "flasc"}},
+        "sweep.search.rounds: missing, and there is no default; it should be an integer above 0",
+    ),
+    "a search of another kind": (
+        {"search": {"kind": "grid", "rounds": 1}},
+        "sweep.search.kind: got 'grid', but it should be flasc",
+    ),
+    "a search and a grid": (
+        {"search": {"kind": "flasc", "rounds": 1}, "parameters": RATES},
+        "sweep.parameters: got {'client.lr': {'grid': [...]}}, but sweep.search decides by itself what runs",
+    ),
+    "a search that starts past its end": (
+        {"search": {"kind": "flasc", "rounds": 1, "rank": 8, "max_rank": 4}},
+        "sweep.search.rank: got 8, but no rank may exceed sweep.search.max_rank=4",
+    ),
+    "a search with nowhere to go": (
+        {"search": {"kind": "flasc", "rounds": 1, "rank": 4, "max_rank": 6, "density": 0.6, "factor": 2}},
+        "sweep.search.factor: got 2, but then the first probe has no neighbour: rank 8 is above max_rank=6 and density "
+        "1.2 above max_density=1",
+    ),
+    "a search beyond the layer": (
+        {"search": {"kind": "flasc", "rounds": 1, "factor": 2, "max_rank": 8}},
+        "lora.rank: got 8, but layer is 6 x 6; at most 6 is allowed (trial lora.rank=8, ",
+    ),
+    "a search without a step": (
+        {"search": {"kind": "flasc", "rounds": 2, "max_rank": 4, "budget": 9}},
+        "sweep.search.budget: got 9, but the first step alone needs 10 rounds: 3 probes of 2 and 4 for the final run "
+        "(server.rounds)",
+    ),
+    "a search by another probe's rounds": (
+        {"search": {"kind": "flasc", "rounds": 1}, "at": "best"},
+        "sweep.at: got 'best', but a probe's earlier rounds are those of the probe it continues: last",
+    ),
+    "nothing to stop": (
+        {"parameters": RATES, "stop": {"kind": "asha", "grace": 4}},
+        "sweep.stop.grace: got 4, but with server.rounds=4 no trial could be stopped before its last round",
+    ),
+    "stopping in a search": (
+        {"search": {"kind": "flasc", "rounds": 1}, "stop": {"kind": "asha", "grace": 1}},
+        "sweep.stop: got a section, but sweep.search decides by itself what runs",
+    ),
     "what changes nothing": (
         {"parameters": {"tracking.tags": {"grid": [["a"], ["b"]]}}},
         "tracking.tags: a sweep cannot vary it; it changes nothing in the result (trials tracking.tags=",
@@ -121,6 +163,34 @@ def test_overrides_reach_the_sweep_and_cannot_be_in_vain(refused, sweep_file, tm
     said = refused(path, "sweep.parameters.client.lr={grid: [-2]}", "--out", out)
     assert said.endswith("(trial client.lr=-2)")
     assert refused(path, "sweep.at=first", "--out", out) == "sweep.at: got 'first', but it should be last or best"
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "method.name=fedhl",
+            "method.name: got 'fedhl', but sweep.search goes on at another rank, which flasc and fedit",
+        ),
+        (
+            "method={name: flasc, mask: fixed}",
+            "method.mask: got 'fixed', but sweep.search changes the density: refresh",
+        ),
+        ("profiles={kind: tiers, ranks: [1, 1]}", "profiles.kind: got 'tiers', but sweep.search sets one rank: same"),
+        ("wire.up.density=0.5", "wire.up.density: got 'wire.up.density=0.5', but the sweep itself sets it, so that"),
+    ],
+)
+def test_what_a_search_cannot_continue(refused, sweep_file, tmp_path: Path, override: str, line: str) -> None:
+    path = sweep_file({"search": {"kind": "flasc", "rounds": 1, "max_rank": 4}})
+    assert refused(path, override, "--out", tmp_path / "out").startswith(line)
+
+
+def test_stopping_needs_figures_on_the_way(refused, tiny, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(tiny("server.rounds=9", "eval.every=8")))
+    grid, stop = "sweep.parameters.seed={grid: [0, 1]}", "sweep.stop={kind: asha, grace: 2}"
+    said = refused(path, grid, stop, "eval.every=9", "--out", tmp_path / "out")
+    assert said.startswith("eval.every: got 9, but sweep.stop compares eval/accuracy from round 2 (grace) to 8, and it")
 
 
 def test_a_metric_needs_its_data(refused, tiny, tmp_path: Path) -> None:

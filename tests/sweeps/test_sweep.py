@@ -132,22 +132,7 @@ def test_trials_that_are_done_need_no_ray(sweep_file, tmp_path: Path, monkeypatc
         run_sweep(path, ["server.rounds=5"], out=out, resume=True)
 
 
-class HereInOrder:
-    """Stands for Ray Tune: the trials one after the other, in this process; remembers which."""
-
-    def __init__(self) -> None:
-        self.ran: list[list[str]] = []
-
-    def run_on_tune(self, trials, sweep, out, federations, listener) -> None:
-        self.ran.append([trial.name for trial in trials])
-        for trial in trials:
-            work(trial, out, federations[trial.data], Fan())
-            listener.settled(trial.name)
-
-
-def test_only_what_the_first_seeds_choose_runs_on_the_others(sweep_file, tmp_path: Path, monkeypatch, capsys) -> None:
-    here = HereInOrder()
-    monkeypatch.setitem(sys.modules, "rayfed.sweeps.on_tune", here)
+def test_only_what_the_first_seeds_choose_runs_on_the_others(sweep_file, tmp_path: Path, here, capsys) -> None:
     parameters = {"client.lr": {"grid": [1e-6, 0.05, 1e30]}, "seed": {"grid": [0, 1, 2, 3]}}
     section = {"parameters": parameters, "tune": ["client.lr"], "tune_seeds": 2}
     path, out = sweep_file(section), tmp_path / "out"
