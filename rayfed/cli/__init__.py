@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from rayfed import __version__
-from rayfed.cli import reports, store, submit
+from rayfed.cli import reports, store, submit, workspace
 from rayfed.errors import RunError, UserError
 
 TAKE_OVERRIDES = ("run", "sweep", "submit")
@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(action=_bench)
 
     reports.add_commands(commands)
+    workspace.add_command(commands)
 
     methods = commands.add_parser("methods", help="list the methods, their papers and traffic")
     methods.set_defaults(action=_methods)

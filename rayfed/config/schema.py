@@ -479,6 +479,7 @@ class Tracking(Section):
     entity: str | None = Field(None, description="W&B entity; null: your default.")
     group: str | None = Field(None, description="W&B group.")
     tags: Names = Field((), description="W&B tags.")
+    artifact: bool = Field(True, description="Also give W&B the finished run's adapter, as an artifact.")
 
 
 class Checkpoint(Section):
