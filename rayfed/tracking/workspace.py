@@ -2,8 +2,8 @@
 
 `SECTIONS` is the definition. It names only what runs write: metrics of a round (the keys of `metrics.jsonl`), figures
 of the summary, settings by dotted key. W&B has no heat map of settings among its panels: density x rank is a scatter
-plot whose points are coloured by accuracy, from red to green. Bytes are shown as they are logged; W&B abbreviates
-them (9.2M).
+plot whose points are coloured, red for the worst and green for the best. Bytes are shown as they are logged; W&B
+abbreviates them (9.2M).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Points:
     x: str
     y: str
     color: str | None = None
+    more_is_better: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     ),
     "Density and rank": (
         Points("Accuracy by density and rank", DENSITY_UP, RANK, color="final/test_accuracy"),
-        Points("Bytes by density and rank", DENSITY_UP, RANK, color="bytes/total"),
+        Points("Bytes by density and rank", DENSITY_UP, RANK, color="bytes/total", more_is_better=False),
         Parallel(
             "From settings to accuracy", (DENSITY_DOWN, DENSITY_UP, RANK, "bytes/total", "final/test_accuracy")
         ),
@@ -115,7 +116,8 @@ def _panel(wr: Any, panel: Panel) -> Any:
     x, y = _of_a_run(wr, panel.x), _of_a_run(wr, panel.y)
     if panel.color is None:
         return wr.ScatterPlot(title=panel.title, x=x, y=y)
-    gradient = [wr.GradientPoint(color=WORST, offset=0), wr.GradientPoint(color=BEST, offset=100)]
+    colors = (WORST, BEST) if panel.more_is_better else (BEST, WORST)
+    gradient = [wr.GradientPoint(color=color, offset=offset) for color, offset in zip(colors, (0, 100))]
     return wr.ScatterPlot(title=panel.title, x=x, y=y, z=_of_a_run(wr, panel.color), gradient=gradient)
 
 

@@ -52,6 +52,13 @@ def leaves(value: Any) -> Iterator[str]:
         yield value
 
 
+def spelled(name: str, panel: Any) -> str:
+    """As W&B stores it: a setting by its section's value, a figure of the summary as such, a metric by its name."""
+    if name.startswith("config:"):
+        return name.replace(".", ".value.", 1)
+    return name if isinstance(panel, Curves) else f"summary:{name}"
+
+
 @needs_package
 def test_every_name_is_in_the_definition_that_wandb_stores() -> None:
     made = definition(build("project", "entity"))
@@ -61,14 +68,7 @@ def test_every_name_is_in_the_definition_that_wandb_stores() -> None:
     for section, panels in zip(sections, SECTIONS.values(), strict=True):
         assert len(section["panels"]) == len(panels)
         for stored, panel in zip(section["panels"], panels, strict=True):
-            found = set(leaves(stored))
-            assert panel.title in found
-            for name in names(panel):
-                key = name.removeprefix("config:")
-                kind = ("config", "c") if name.startswith("config:") else ("summary", "s", "")
-                parts = key.split(".")
-                spelled = {key, *(f"{k}:{key}" for k in kind), f"config:{parts[0]}.value.{'.'.join(parts[1:])}"}
-                assert found & spelled, (panel.title, name, found)
+            assert {panel.title, *(spelled(name, panel) for name in names(panel))} <= set(leaves(stored))
 
 
 @needs_package
