@@ -30,6 +30,13 @@ def is_uri(out: str | None) -> bool:
     return out is not None and "://" in out
 
 
+def refuse_keys(uri: str) -> None:
+    """UserError, without showing it, where the URI holds a key: commands and jobs are logged."""
+    parts = urlsplit(uri)
+    if "@" in parts.netloc and parts.scheme in ("s3", "gs", "gcs"):
+        raise UserError("--out: a URI with a key in it would be logged; keys belong in the store's own settings")
+
+
 @contextmanager
 def folder_for(uri: str, resume: bool) -> Iterator[Path]:
     """Yields the folder here for a run whose directory belongs at ``uri``; copies it there when the block ends.
@@ -71,8 +78,7 @@ class _Place:
     """A folder on a file system of pyarrow's, or on one of fsspec's behind the same interface."""
 
     def __init__(self, uri: str) -> None:
-        if "@" in urlsplit(uri).netloc and urlsplit(uri).scheme in ("s3", "gs", "gcs"):
-            raise UserError("--out: a URI with a key in it would be logged; keys belong in the store's own settings")
+        refuse_keys(uri)
         self.uri = uri
         try:
             self.system, self.root = _open(uri)

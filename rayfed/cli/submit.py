@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfed import __version__
-from rayfed.cli.store import is_uri
+from rayfed.cli.store import is_uri, refuse_keys
 from rayfed.errors import RunError, UserError
 
 SHIPPED_AT_MOST = 10_000_000  # bytes; whoever needs more ships data, and those belong on the cluster
@@ -82,7 +82,7 @@ def _submit(options: argparse.Namespace) -> None:
                 runtime_env={"working_dir": folder},
                 metadata=job.metadata,
             )
-    print(f"job {job.id}\nout {job.out} on the cluster's head")
+    print(f"job {job.id}\nout {job.out}{'' if is_uri(job.out) else ' on the head'}")
     for command in ("status", "logs --follow", "stop"):
         print(f"  ray job {command} --address {shlex.quote(address)} {job.id}")
     if options.follow:
@@ -99,14 +99,9 @@ def plan(
     """The job for this config. UserError where settings, paths or the size of what would be sent are wrong."""
     files = _files(config, include)
     command, name, digest, places = _settings(config, overrides)
-    shipped = {path.parts[0] for path in files}
+    shipped = {path.parts[:1] for path in files}
     for field, place in places.items():
-        if (
-            place
-            and not place.startswith("~")
-            and not Path(place).is_absolute()
-            and Path(place).parts[0] not in shipped
-        ):
+        if place and not place.startswith(("/", "~")) and Path(place).parts[:1] not in shipped:
             raise UserError(
                 f"{field}: got {place!r}, but a job runs in a folder of its own on the cluster; give an absolute path "
                 "there, or send it with --include if it is small"
@@ -120,6 +115,8 @@ def plan(
             f"--out: got {out!r}, but a job's own folder goes with the job; give a path on the cluster's head that "
             "starts with / or ~/"
         )
+    if is_uri(out):
+        refuse_keys(out)
     words = ["rayfed", command, Path(config).name, *overrides]
     entrypoint = f"{shlex.join(words)} --out {_quoted(out)}{' --resume' if resume else ''}"
     return Job(job_id, entrypoint, out, files, {"config": Path(config).name, "digest": digest, "rayfed": __version__})
@@ -158,7 +155,8 @@ def _files(config: str, include: Sequence[str]) -> dict[Path, Path]:
             names[:] = [name for name in names if name not in LEFT_OUT]
             for name in files:
                 path = Path(folder) / name
-                found[path.relative_to(root.parent)] = path
+                if path.is_file():  # not a link to nothing, nor a socket
+                    found[path.relative_to(root.parent)] = path
     sizes = {path: path.stat().st_size for path in found.values() if path.is_file()}
     if sum(sizes.values()) > SHIPPED_AT_MOST:
         largest = max(sizes, key=lambda path: sizes[path])

@@ -90,6 +90,7 @@ def test_includes_travel_by_their_last_name_without_environments_and_history(con
     [
         (["server.round=3"], "server.round: unknown key; did you mean server.rounds?"),
         (["--out", "runs/x"], "--out: got 'runs/x', but a job's own folder goes with the job"),
+        (["--out", "s3://key:secret@bucket/x"], "--out: a URI with a key in it would be logged; keys belong"),
         (["--resume"], "--resume: needs --out, the directory on the cluster to continue"),
         (["--include", "/nowhere/x"], "--include: got '/nowhere/x', but there is no such file or folder"),
         (
