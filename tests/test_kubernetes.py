@@ -1,4 +1,4 @@
-"""configs/rayjob.yaml against the fields of KubeRay's RayJob, as far as they can be had without its 1 MB of schema.
+"""configs/kubernetes/rayjob.yaml against the fields of KubeRay's RayJob, as far as they can be had without its 1 MB of schema.
 
 The fields, their types and which are required are those of RayJobSpec, RayClusterSpec, HeadGroupSpec and
 WorkerGroupSpec in ray-project/kuberay, ray-operator/apis/ray/v1/rayjob_types.go (commit f6ef3f7b) and
@@ -85,7 +85,7 @@ RAYJOB = record(
 
 @pytest.fixture
 def manifest() -> Any:
-    return yaml.safe_load((ROOT / "configs" / "rayjob.yaml").read_text())
+    return yaml.safe_load((ROOT / "configs" / "kubernetes" / "rayjob.yaml").read_text())
 
 
 def test_every_field_is_one_that_the_resource_has(manifest: Any) -> None:
@@ -135,7 +135,7 @@ def test_the_command_is_one_that_rayfed_takes_and_fits_the_pods(manifest: Any) -
 
 
 def test_it_names_the_pinned_ray_and_is_edited_in_two_places(manifest: Any) -> None:
-    text = (ROOT / "configs" / "rayjob.yaml").read_text()
+    text = (ROOT / "configs" / "kubernetes" / "rayjob.yaml").read_text()
     (pin,) = re.findall(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert manifest["spec"]["rayClusterSpec"]["rayVersion"] == pin
     assert re.findall(r"rayproject/ray:(\S+?)-py311-gpu", text) == [pin]
