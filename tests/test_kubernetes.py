@@ -1,4 +1,4 @@
-"""configs/kubernetes/rayjob.yaml against the fields of KubeRay's RayJob, as far as they can be had without its 1 MB of schema.
+"""The RayJob manifest against the fields of KubeRay's resource, as far as they can be had without its 1 MB of schema.
 
 The fields, their types and which are required are those of RayJobSpec, RayClusterSpec, HeadGroupSpec and
 WorkerGroupSpec in ray-project/kuberay, ray-operator/apis/ray/v1/rayjob_types.go (commit f6ef3f7b) and
