@@ -9,17 +9,20 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from rayfed import __version__
-from rayfed.cli.reports import add_commands, write_page
+from rayfed.cli import reports, store, submit, workspace
 from rayfed.errors import RunError, UserError
+
+TAKE_OVERRIDES = ("run", "sweep", "submit")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command in ("run", "sweep") and all("=" in word and not word.startswith("-") for word in rest):
+    if rest and options.command in TAKE_OVERRIDES and all("=" in word and not word.startswith("-") for word in rest):
         options.overrides += rest  # overrides may also stand behind the flags
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -47,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run one experiment", description="Run the experiment in CONFIG.")
     run.add_argument("config", metavar="CONFIG", help="YAML file; see configs/")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as server.rounds=20")
-    run.add_argument("--out", metavar="DIR", help="run directory (default runs/NAME-TIME)")
+    run.add_argument(
+        "--out", metavar="DIR", help="run directory (default runs/NAME-TIME), or a URI such as s3://bucket/run"
+    )
     run.add_argument("--resume", action="store_true", help="continue DIR from its last checkpoint")
     run.set_defaults(action=_run)
 
@@ -62,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--resume", action="store_true", help="run the trials in DIR that are not finished")
     sweep.set_defaults(action=_sweep)
 
+    submit.add_command(commands)
+
     bench = commands.add_parser("bench", help="measure what is fast, against what, on this machine")
     bench.add_argument("name", metavar="NAME", help="which benchmark: aggregate, algebra, round, scale, train or wire")
     bench.add_argument(
@@ -71,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", metavar="FILE", help="also write the figures and the machine to FILE")
     bench.set_defaults(action=_bench)
 
-    add_commands(commands)
+    reports.add_commands(commands)
+    workspace.add_command(commands)
 
     methods = commands.add_parser("methods", help="list the methods, their papers and traffic")
     methods.set_defaults(action=_methods)
@@ -87,16 +95,20 @@ def _run(options: argparse.Namespace) -> None:
 
     if options.resume and not options.out:
         raise UserError("--resume: needs --out, the directory of the run to continue")
+    uri = store.is_uri(options.out)
     experiment = rayfed.load_config(options.config, options.overrides)
     print(f"settings {experiment.digest()}", flush=True)
-    result = rayfed.run(experiment, out=options.out, resume=options.resume)
-    write_page(result.out)
-    print(f"run directory {result.out}")
+    with store.folder_for(options.out, options.resume) if uri else nullcontext(options.out) as out:
+        result = rayfed.run(experiment, out=out, resume=options.resume)
+        reports.write_page(result.out)
+    print(f"run directory {options.out if uri else result.out}")
 
 
 def _sweep(options: argparse.Namespace) -> None:
     if options.resume and not options.out:
         raise UserError("--resume: needs --out, the directory of the sweep to continue")
+    if store.is_uri(options.out):
+        raise UserError(f"--out: got {options.out!r}, but a sweep needs a folder: its trials are resumed from there")
     from rayfed.sweeps.sweep import check_failed, run_sweep
 
     result = run_sweep(options.config, options.overrides, options.out, options.resume)

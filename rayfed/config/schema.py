@@ -26,7 +26,16 @@ Weights = Annotated[tuple[PositiveFloat, ...], Field(strict=False)]
 ValueFormat = Literal["fp32", "bf16", "fp16", "int8"]
 WHERE_AND_HOW = {  # settings that decide where a run executes and who watches it, never what comes out
     "name": None,
-    "engine": ("kind", "workers", "cpus_per_worker", "gpus_per_worker", "address", "retries"),
+    "engine": (
+        "kind",
+        "workers",
+        "cpus_per_worker",
+        "gpus_per_worker",
+        "placement",
+        "wait_for_nodes",
+        "address",
+        "retries",
+    ),
     "tracking": None,
     "checkpoint": None,
     "export": None,
@@ -434,6 +443,14 @@ class Engine(Section):
         "refused where the model cannot take it. auto: never where the model can, else batch.",
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where clients train; `cuda` needs gpus_per_worker > 0.")
+    placement: Literal["spread", "pack"] = Field(
+        "spread", description="Workers on as many of the cluster's nodes as there are, or on as few as hold them."
+    )
+    wait_for_nodes: bool = Field(
+        False,
+        description="For a cluster that grows when it is asked to: wait for nodes where workers find no room. false: "
+        "refuse.",
+    )
     address: str | None = Field(None, description="Ray cluster to join; null: RAY_ADDRESS or a cluster of its own.")
     retries: Annotated[int, Field(ge=0)] = Field(3, description="How often one pack may be re-run when workers die.")
 
@@ -462,6 +479,7 @@ class Tracking(Section):
     entity: str | None = Field(None, description="W&B entity; null: your default.")
     group: str | None = Field(None, description="W&B group.")
     tags: Names = Field((), description="W&B tags.")
+    artifact: bool = Field(True, description="Also give W&B the finished run's adapter, as an artifact.")
 
 
 class Checkpoint(Section):

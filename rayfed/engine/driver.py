@@ -15,10 +15,10 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rayfed.clients.blueprint import Blueprint
 from rayfed.config import Experiment
+from rayfed.engine.placement import beside_the_starting_process, check_places
 from rayfed.engine.workers import RayCrew
 from rayfed.errors import RunError, UserError
 from rayfed.server.loop import Server
@@ -91,9 +91,11 @@ def run_on_ray(
     if ours:
         _start(experiment)
     try:
-        _check_resources(experiment)
+        waiting = check_places(experiment)
+        if waiting:
+            console.event(waiting)
         actor: Any = ray.remote(num_cpus=0)(Driver)
-        driver = actor.options(scheduling_strategy=_beside_the_starting_process()).remote()
+        driver = actor.options(scheduling_strategy=beside_the_starting_process()).remote()
         try:
             # In a list, Ray passes the reference on instead of the data.
             data = [ray.put(federation)]
@@ -114,18 +116,6 @@ def run_on_ray(
             ray.shutdown()
 
 
-def _beside_the_starting_process() -> Any:
-    """Where the driver goes, because the run directory is there.
-
-    A trial of a sweep holds a placement group: its driver joins the first bundle, the trial's own, and its workers
-    follow into the others; outside the group they might wait for resources that other trials hold.
-    """
-    group = ray.util.get_current_placement_group()
-    if group is not None:
-        return PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
 def _start(experiment: Experiment) -> None:
     engine = experiment.engine
     start_ray(engine.address, engine.workers * engine.cpus_per_worker)
@@ -141,14 +131,3 @@ def start_ray(address: str | None, need: float) -> None:
         # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
         address, cpus = "local", max(os.cpu_count() or 1, math.ceil(need))
     ray.init(address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-
-
-def _check_resources(experiment: Experiment) -> None:
-    engine, total = experiment.engine, ray.cluster_resources()
-    for field, name, each in (
-        ("engine.cpus_per_worker", "CPU", engine.cpus_per_worker),
-        ("engine.gpus_per_worker", "GPU", engine.gpus_per_worker),
-    ):
-        have = total.get(name, 0)
-        if each * engine.workers > have + 1e-9:
-            raise UserError(f"{field}: got {each:g} for each of {engine.workers} workers, but Ray has {have:g} {name}s")

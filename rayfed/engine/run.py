@@ -73,6 +73,10 @@ def run(
     """
     _resolve(experiment)
     _check_device(experiment)
+    if "://" in str(out or ""):
+        raise UserError(
+            f"out: got {str(out)!r}, but a run writes a folder; `rayfed run --out URI` copies it from there"
+        )
     out = Path(out) if out is not None else Path("runs") / f"{slug(experiment.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
     _check_out(out, experiment, resume)
     from rayfed.clients.blueprint import draw_blueprint

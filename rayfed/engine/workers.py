@@ -2,7 +2,8 @@
 
 A worker is one process with a learner. The crew hands each idle worker the next job and waits for whichever finishes
 first. When a worker dies, its job goes back to the front of the queue and a new worker takes its place: jobs are
-functions of their arguments, so the result is the one the dead worker would have given.
+functions of their arguments, so the result is the one the dead worker would have given. A new worker gets jobs once it
+is there: where a lost node leaves no room for it, the others go on without it.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.util.placement_group import remove_placement_group
 
 from rayfed.clients.blueprint import Blueprint
 from rayfed.clients.jobs import Job, Result
 from rayfed.config import Experiment
+from rayfed.engine.placement import in_group, reserve
 from rayfed.errors import RunError, UserError
 from rayfed.server.crew import Done, Task
 from rayfed.tasks.federation import Federation
+
+LOST = (RayActorError, WorkerCrashedError, ObjectLostError)  # the process, or the node that held its result, is gone
 
 
 class Worker:
@@ -42,14 +47,19 @@ class RayCrew:
     def __init__(self, experiment: Experiment, federation: ray.ObjectRef, blueprint: Blueprint) -> None:
         self.experiment, self.federation, self.blueprint = experiment, federation, ray.put(blueprint)
         self.events: list[str] = []
-        self.workers: list[Any] = [self._hire() for _ in range(experiment.engine.workers)]
+        self.group = reserve(experiment.engine)
+        self.workers: list[Any] = []  # those that are there
+        self.coming: dict[ray.ObjectRef, Any] = {}  # those that are not yet, by what resolves when they are
+        self.failed_starts = 0  # since the last one that came
+        for _ in range(experiment.engine.workers):
+            self._hire()
 
     def put(self, payload: bytes) -> ray.ObjectRef:
         return ray.put(payload)
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Done]:
         queue = deque(range(len(tasks)))
-        idle = deque(self.workers)
+        idle = deque(worker for worker in self.workers if worker not in self.coming.values())
         retries = [0] * len(tasks)
         flying: dict[ray.ObjectRef, tuple[int, Any]] = {}
         while queue or flying:
@@ -57,15 +67,20 @@ class RayCrew:
                 index, worker = queue.popleft(), idle.popleft()
                 task = tasks[index]
                 flying[worker.execute.remote(task.job, *task.payloads)] = index, worker
-            (ready,), _ = ray.wait(list(flying), num_returns=1)
+            (ready,), _ = ray.wait([*flying, *self.coming], num_returns=1)
+            if ready in self.coming:
+                idle.extend(self._arrived(ready))
+                continue
             index, worker = flying.pop(ready)
             try:
                 result = ray.get(ready)
-            except (RayActorError, WorkerCrashedError) as error:
+            except LOST as error:
                 retries[index] += 1
                 self._check_retries(retries[index], error)
-                idle.append(self._replace(worker))
+                self._replace(worker)
                 queue.appendleft(index)
+                while idle:  # a lost node takes several: who is idle has to show that it is there
+                    self._await(idle.popleft())
                 continue
             except RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, UserError | RunError) else error) from None
@@ -77,23 +92,57 @@ class RayCrew:
         return events
 
     def close(self) -> None:
-        for worker in self.workers:
+        for worker in (*self.workers, *self.coming.values()):
             ray.kill(worker)
-        self.workers = []
+        self.workers, self.coming = [], {}
+        if self.group is not None:
+            remove_placement_group(self.group)
+            self.group = None
 
-    def _hire(self) -> Any:
+    def _hire(self) -> None:
         engine = self.experiment.engine
         actor = ray.remote(num_cpus=engine.cpus_per_worker, num_gpus=engine.gpus_per_worker)(Worker)
-        return actor.remote(self.experiment, self.federation, self.blueprint)
+        placed = actor.options(scheduling_strategy=in_group(self.group))
+        worker = placed.remote(self.experiment, self.federation, self.blueprint)
+        self._await(worker)
 
-    def _replace(self, dead: Any) -> Any:
-        replacement = self._hire()
-        self.workers[self.workers.index(dead)] = replacement
+    def _await(self, worker: Any) -> None:
+        self.coming[worker.__ray_ready__.remote()] = worker
+
+    def _arrived(self, ready: ray.ObjectRef) -> list[Any]:
+        """The worker that is there; none where it is not, and another is on its way."""
+        worker = self.coming.pop(ready)
+        known = worker in self.workers
+        try:
+            ray.get(ready)
+        except LOST as error:
+            if known:
+                self._replace(worker)
+                return []
+            self.failed_starts += 1
+            if self.failed_starts > self.experiment.engine.retries:
+                count = self.failed_starts
+                raise RunError(f"workers died {count} times before their first job: {_last(error)}") from None
+            self._hire()
+            return []
+        if not known:
+            self.failed_starts = 0
+            self.workers.append(worker)
+        return [worker]
+
+    def _replace(self, dead: Any) -> None:
+        ray.kill(dead)  # where only its result was lost it lives, and would keep its place
+        self.workers.remove(dead)
+        self._hire()
         self.events.append("a worker died; a new one takes its place and its clients are trained again")
-        return replacement
 
     def _check_retries(self, count: int, error: Exception) -> None:
         limit = self.experiment.engine.retries
         if count > limit:
-            reason = str(error).strip().splitlines()[-1:] or ["no reason given"]
-            raise RunError(f"a pack failed {count} times because its worker died (engine.retries={limit}): {reason[0]}")
+            raise RunError(
+                f"a pack failed {count} times because its worker died (engine.retries={limit}): {_last(error)}"
+            )
+
+
+def _last(error: Exception) -> str:
+    return (str(error).strip().splitlines()[-1:] or ["no reason given"])[0]

@@ -45,6 +45,7 @@ class WandbSink:
         self._mode = mode
         self._say = say or logging.getLogger(__name__).warning
         self._run: Any = None
+        self._info: RunInfo | None = None
         self._finished = False
 
     def start(self, info: RunInfo) -> None:
@@ -61,10 +62,12 @@ class WandbSink:
         """Events are in `events.log`; a W&B alert would mail them to people."""
 
     def finish(self, summary: Mapping[str, Scalar], table: Table | None) -> None:
-        """Results and table go into the summary, so the history keeps one row a round."""
+        """Results and table go into the summary, so the history keeps one row a round; the adapter is an artifact."""
         self._finished = True
         if self._run is not None:
             self._attempt("summary", lambda: self._summarise(_present(summary), table))
+        if self._run is not None and self._settings.artifact:
+            self._attempt("artifact", lambda: self._give_adapter(_present(summary)))
 
     def close(self) -> None:
         """Ends the W&B run, as failed where `finish` was never reached, and the helper process if it is ours."""
@@ -84,6 +87,7 @@ class WandbSink:
                 self._attempt("finish", lambda: run.finish(exit_code=1))
 
     def _start(self, info: RunInfo) -> None:
+        self._info = info
         mode = self._mode
         if mode == "online" and not logged_in():  # asked for online: wandb would ask for a key, and wait
             self._say("wandb: not logged in (`wandb login`), so this run is tracked offline")
@@ -128,6 +132,18 @@ class WandbSink:
 
             summary["table"] = wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
         self._run.summary.update(summary)
+
+    def _give_adapter(self, summary: dict[str, Any]) -> None:
+        """The run directory's `adapter/`, named by the run. Its files are not copied: they will not change."""
+        import wandb
+
+        assert self._info is not None
+        folder = self._info.out / "adapter"
+        if folder.is_dir():
+            facts = {"digest": self._info.digest, **summary}
+            artifact = wandb.Artifact(f"adapter-{self._run.id}", type="model", metadata=facts)
+            artifact.add_dir(str(folder), policy="immutable")
+            self._run.log_artifact(artifact)
 
 
 def _run_id(info: RunInfo, fresh: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 import rayfed
 from rayfed.engine.driver import Outbox
@@ -50,6 +51,54 @@ def test_a_job_that_kills_every_worker_ends_the_run(tiny, cluster, monkeypatch):
         list(crew.run([Task(None)]))
     assert len(crew.drain_events()) == 1
     assert crew.drain_events() == []
+    crew.close()
+
+
+class Stillborn:
+    """Stands for a worker that cannot load its model."""
+
+    def __init__(self, *_):
+        raise OSError("no such weights")
+
+
+def test_workers_that_never_start_end_the_run(tiny, cluster, monkeypatch):
+    monkeypatch.setattr("rayfed.engine.workers.Worker", Stillborn)
+    crew = RayCrew(tiny("engine.workers=1", "engine.retries=1"), ray.put(None), None)
+    with pytest.raises(RunError, match="workers died 2 times before their first job: OSError: no such weights"):
+        list(crew.run([Task(None)]))
+    crew.close()
+
+
+class Calm:
+    """Stands for a worker that does its job at once."""
+
+    def __init__(self, *_):
+        pass
+
+    def execute(self, *_):
+        return "done"
+
+
+def gone(worker):
+    try:
+        ray.get(worker.__ray_ready__.remote())
+    except RayActorError:
+        return True
+    return False
+
+
+def test_idle_workers_that_died_together_cost_one_job_one_retry(tiny, cluster, monkeypatch):
+    """As when a node is lost between two rounds: the job is not offered to one dead worker after the other."""
+    monkeypatch.setattr("rayfed.engine.workers.Worker", Calm)
+    crew = RayCrew(tiny("engine.workers=4", "engine.cpus_per_worker=0.25", "engine.retries=1"), ray.put(None), None)
+    while crew.coming:
+        assert [done.result for done in crew.run([Task(None)])] == ["done"]
+    for worker in crew.workers:
+        ray.kill(worker)
+        while not gone(worker):  # a kill takes a moment
+            pass
+    (done,) = crew.run([Task(None)])
+    assert (done.result, done.retries) == ("done", 1)
     crew.close()
 
 

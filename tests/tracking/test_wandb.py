@@ -160,6 +160,9 @@ def read_run(folder: Path) -> dict[str, Any]:
             run["config"] |= {i.key: json.loads(i.value_json) for i in message.run.config.update}
         elif kind == "metric":
             run["metrics"][message.metric.name or message.metric.glob_name] = message.metric.step_metric
+        elif kind == "artifact":
+            files = {entry.path: entry.local_path for entry in message.artifact.manifest.contents}
+            run["artifact"] = message.artifact.name, message.artifact.type, files
         elif kind == "exit":
             run["exit"] = message.exit.exit_code
     return run
@@ -226,6 +229,27 @@ def test_offline_run_holds_everything_and_leaves_no_process(tmp_path: Path, capf
     assert run["exit"] == 0
     assert len(said) == 1
     assert "wandb sync" in said[0]
+
+
+@pytest.mark.parametrize("wish", [True, False])
+def test_the_adapter_is_an_artifact_of_the_run(tmp_path: Path, wish: bool) -> None:
+    out = tmp_path / "out"
+    (out / "adapter").mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (out / "adapter" / name).write_text("{}")
+    sink = WandbSink(Tracking(wandb="offline", artifact=wish), "offline", say=[].append)
+    sink.start(info(out))
+    sink.round(record(1))
+    sink.finish({"test/accuracy": 0.5}, None)
+    sink.close()
+    (run,) = runs(out)
+    assert run["exit"] == 0
+    if wish:
+        name, kind, files = run["artifact"]
+        assert (name, kind) == (f"adapter-{run['id']}", "model")
+        assert files == {path.name: str(path) for path in (out / "adapter").iterdir()}  # the run's own, no copies
+    else:
+        assert "artifact" not in run
 
 
 def test_resume_continues_the_same_run_at_the_next_step(tmp_path: Path) -> None:

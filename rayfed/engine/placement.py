@@ -1,0 +1,86 @@
+"""Where workers go: one bundle a worker in a placement group, spread over the cluster's nodes or packed on few.
+
+The driver is not in the group: it stays beside the process that started the run, where the run directory is, and holds
+no resources. On a cluster whose head has no GPU that is a CPU node. When a node of the group is lost, Ray finds its
+bundles another place as soon as there is one; what the run does meanwhile is the crew's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from rayfed.config import Experiment
+from rayfed.config.schema import Engine
+from rayfed.errors import UserError
+
+Bundle = dict[str, float]
+
+
+def bundle_of(engine: Engine) -> Bundle:
+    """What one worker holds; empty where it asks for nothing."""
+    asked = {"CPU": engine.cpus_per_worker, "GPU": engine.gpus_per_worker}
+    return {name: amount for name, amount in asked.items() if amount}
+
+
+def reserve(engine: Engine) -> PlacementGroup | None:
+    """A group with a bundle for each worker, not yet placed.
+
+    None where workers hold nothing, or where a trial of a sweep has reserved their places already.
+    """
+    bundle = bundle_of(engine)
+    if not bundle or ray.util.get_current_placement_group() is not None:
+        return None
+    return placement_group([dict(bundle) for _ in range(engine.workers)], strategy=engine.placement.upper())
+
+
+def in_group(group: PlacementGroup | None) -> Any:
+    """The scheduling strategy of a worker: any free bundle of the group. None: of a trial's group, or Ray's choice."""
+    return None if group is None else PlacementGroupSchedulingStrategy(group)
+
+
+def beside_the_starting_process() -> Any:
+    """Where the driver goes, because the run directory is there.
+
+    A trial of a sweep holds a placement group: its driver joins the first bundle, the trial's own, and its workers
+    follow into the others; outside the group they might wait for resources that other trials hold.
+    """
+    group = ray.util.get_current_placement_group()
+    if group is not None:
+        return PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def check_places(experiment: Experiment) -> str | None:
+    """UserError where the cluster can never hold the workers; a line to tell where it has to grow first."""
+    engine = experiment.engine
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    mistake = _mistake(engine, nodes)
+    if mistake is None:
+        return None
+    if not engine.wait_for_nodes:
+        raise UserError(mistake)
+    return f"waiting for nodes: {mistake}"
+
+
+def _mistake(engine: Engine, nodes: Sequence[Bundle]) -> str | None:
+    """Why the nodes, empty as they may be, cannot hold the workers; None where they can."""
+    for name, each in bundle_of(engine).items():
+        field = f"engine.{name.lower()}s_per_worker"
+        have = sum(node.get(name, 0) for node in nodes)
+        if each * engine.workers > have + 1e-9:
+            return f"{field}: got {each:g} for each of {engine.workers} workers, but Ray has {have:g} {name}s"
+    places = sum(_holds(node, bundle_of(engine)) for node in nodes) if bundle_of(engine) else engine.workers
+    if places < engine.workers:
+        asked = " and ".join(f"{amount:g} {name}" for name, amount in bundle_of(engine).items())
+        return f"engine.workers: got {engine.workers} with {asked} each, but Ray's nodes have room for {places} of them"
+    return None
+
+
+def _holds(node: Bundle, bundle: Bundle) -> int:
+    return min(math.floor(node.get(name, 0) / amount + 1e-9) for name, amount in bundle.items())
