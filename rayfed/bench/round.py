@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rayfed.bench.bare import BareLoop
 from rayfed.bench.timing import Row, Times, compared, timed
-from rayfed.clients.blueprint import Blueprint, draw_blueprint
+from rayfed.clients.blueprint import draw_blueprint
 from rayfed.clients.profiles import profile
 from rayfed.config import Experiment, validate
 from rayfed.config.load import assign
+from rayfed.engine.driver import stepwise
 from rayfed.server.loop import Server
 from rayfed.server.packs import plan_packs
 from rayfed.server.sampling import cohort
 from rayfed.tasks.federation import Federation, form_federation
-from rayfed.tracking import Fan
 
 SETTINGS: dict[str, Any] = {
     "name": "bench-round",
@@ -67,7 +65,8 @@ def compare(name: str, experiment: Experiment) -> list[Row]:
     theirs: dict[str, list[Times]] = {padding: [] for padding in paddings}
     difference = 0.0
     with (
-        _server(experiment, federation, blueprint) as server,
+        tempfile.TemporaryDirectory() as folder,
+        stepwise(experiment, federation, blueprint, Path(folder)) as server,
         BareLoop(experiment, federation, server.state.layout) as bare,
     ):
         rounds = server.rounds()
@@ -87,24 +86,6 @@ def compare(name: str, experiment: Experiment) -> list[Row]:
         row.facts.update({"share of its time": 1 / row.ratio, "difference": difference})
         rows.append(row)
     return rows
-
-
-@contextmanager
-def _server(experiment: Experiment, federation: Federation, blueprint: Blueprint) -> Iterator[Server]:
-    """A server in this process with its Ray workers; its run directory is a temporary one."""
-    import ray
-
-    from rayfed.engine.driver import start_ray
-    from rayfed.engine.workers import RayCrew
-
-    start_ray(experiment.engine.address, experiment.engine.workers * experiment.engine.cpus_per_worker)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            crew = RayCrew(experiment, ray.put(federation), blueprint)
-            yield Server(experiment, federation, blueprint, crew, Path(folder), Fan(), resume=False)
-            crew.close()
-    finally:
-        ray.shutdown()
 
 
 def _dealt(experiment: Experiment, federation: Federation, server: Server, t: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,18 @@ def run_on_ray(
     finally:
         if ours:
             ray.shutdown()
+
+
+@contextmanager
+def stepwise(experiment: Experiment, federation: Federation, blueprint: Blueprint, out: Path) -> Iterator[Server]:
+    """A server in this process with Ray workers, for whoever steps through its rounds, as benchmarks do."""
+    _start(experiment)
+    try:
+        crew = RayCrew(experiment, ray.put(federation), blueprint)
+        yield Server(experiment, federation, blueprint, crew, out, Fan(), resume=False)
+        crew.close()
+    finally:
+        ray.shutdown()
 
 
 def _start(experiment: Experiment) -> None:
