@@ -14,6 +14,7 @@ import pytest
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' own small sums: threads would only wait for each other
 os.environ.setdefault("RAY_worker_niceness", "0")  # else Ray's workers yield to the tests in the other process
 
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"

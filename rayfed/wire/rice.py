@@ -28,7 +28,7 @@ Integers = npt.NDArray[np.integer]
 
 def encode_gaps(gaps: Gaps) -> bytes:
     """Codes at least one gap; all of them, and one entry after each, fit a vector of 2^31 - 1 entries."""
-    size = 1 << _LOG2_BLOCK
+    size = min(1 << _LOG2_BLOCK, gaps.size)
     blocks = _in_blocks(gaps, size)
     rice = _best_rice(blocks, np.minimum(size, gaps.size - size * np.arange(len(blocks))))
     parts = [bytes([_LOG2_BLOCK]), _pack(rice, _RICE_BITS)]

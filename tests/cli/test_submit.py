@@ -202,6 +202,7 @@ def digests(out: Path) -> list[Any]:
     return [record["state/digest"] for record in read_metrics(out / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "line"),
     [
@@ -239,6 +240,7 @@ def test_a_submitted_run_gives_the_bits_of_a_run_here(head: str, config: str, tm
     assert TOKEN not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_failed_job_that_is_followed_is_a_failure_here(head: str, config: str) -> None:
     words = ["data.source=files", "data.client=owner", "data.path=/nowhere", "lora.target_modules=[query]"]
     done = rayfed_here("submit", config, *words, "--address", head, "--follow", **WITH_TOKEN)

@@ -75,7 +75,7 @@ def kill_a_training_worker() -> bool:
     return False
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 3])  # two are killed, below
 def test_any_number_of_ray_workers(tiny, tmp_path, cluster, digests, workers):
     result = rayfed.run(tiny(*RUN, "engine.kind=ray", f"engine.workers={workers}"), out=tmp_path / "run")
     assert digests_of(result.out) == digests
@@ -99,7 +99,7 @@ def test_a_killed_worker_costs_a_retry_and_nothing_else(tiny, tmp_path, cluster,
     assert "a worker died" in (out / "events.log").read_text()
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, digests, engine):
     """SIGKILL to the whole run after its second round; `--resume` repeats no finished round and ends alike."""
     out, config = tmp_path / "run", tmp_path / "config.yaml"
