@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from rayfed import __version__
-from rayfed.cli import reports, store, submit, workspace
+from rayfed.cli import doctor, reports, store, submit, workspace
 from rayfed.errors import RunError, UserError
 
-TAKE_OVERRIDES = ("run", "sweep", "submit")
+TAKE_OVERRIDES = ("run", "sweep", "submit", "bench", "doctor")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.set_defaults(action=_sweep)
 
     submit.add_command(commands)
+    doctor.add_command(commands)
 
     bench = commands.add_parser("bench", help="measure what is fast, against what, on this machine")
     bench.add_argument("name", metavar="NAME", help="which benchmark: aggregate, algebra, round, scale, train or wire")

@@ -78,7 +78,7 @@ class Learner:
         bases: dict[int, Base] = {}
         members = [self._member(order, decoded, bases) for order in job.orders]
         results = train_pack(
-            self.stack, self._forward, self.data["train"], self.federation.pad_id, members,
+            self.stack, self.forward, self.data["train"], self.federation.pad_id, members,
             self.experiment.client, lr=job.lr, t=job.t, seed=self.experiment.seed, device=self.device,
         )  # fmt: skip
         uploads, kept = [], []
@@ -126,7 +126,7 @@ class Learner:
         correct, count = torch.zeros(classes, dtype=torch.int64), torch.zeros(classes, dtype=torch.int64)
         for inputs, labels, segment in self._batches(job.split, job.start, job.stop, job.classes):
             with self.stack.batch.of([segment]):
-                logits = self._forward(inputs).float()
+                logits = self.forward(inputs).float()
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="none").double().sum())
             correct += torch.bincount(labels[logits.argmax(-1) == labels].cpu(), minlength=classes)
             count += torch.bincount(labels.cpu(), minlength=classes)
@@ -145,7 +145,7 @@ class Learner:
         try:
             for inputs, batch_labels, segment in self._batches(job.split, job.start, job.stop):
                 with self.stack.batch.of([segment]):
-                    self._forward(inputs)
+                    self.forward(inputs)
                 states = seen[0]  # what reaches the head first; deeper layers of the head are untrained
                 seen.clear()
                 if states.ndim == 3:  # GPT-2's head sees every token, and the last real one decides
@@ -176,7 +176,8 @@ class Learner:
     def _laid(self, split: Any) -> Any:
         return FlatTokens(split) if self.flat is not None and isinstance(split, Tokens) else split
 
-    def _forward(self, inputs: dict[str, Tensor]) -> Tensor:
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits (rows, classes) of a batch, while the stack holds its segments; with padding or without."""
         if self.flat is not None:
             return self.flat(inputs, self.stack.batch.segments)
         logits: Tensor = self.model(**inputs).logits

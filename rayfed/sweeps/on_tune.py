@@ -25,7 +25,7 @@ from rayfed.sweeps.asha import scheduler_of
 from rayfed.sweeps.plan import Bundle, Trial, bundles, fits
 from rayfed.sweeps.trial import outcome, settle, settle_stopped, work
 from rayfed.tasks.federation import Federation
-from rayfed.tracking import Record, RunInfo, Scalar, Table
+from rayfed.tracking import Fan, Record, RunInfo, Scalar, Table
 
 SETTINGS = {  # read by Tune where the sweep starts
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in the settings mean what they mean to `rayfed run`
@@ -100,7 +100,8 @@ def _fit(
     known = {trial.name: trial for trial in trials}
     needed = {trial.data for trial in trials}
     data = {key: ray.put(federation) for key, federation in federations.items() if key in needed}
-    trainable = tune.with_parameters(_trainable, trials=known, data=data, out=out)
+    watched = sweep.stop is not None  # else nobody asks for figures before a trial has ended
+    trainable = tune.with_parameters(_trainable, trials=known, data=data, out=out, watched=watched)
     retries = max(trial.experiment.engine.retries for trial in trials)
     tuner = tune.Tuner(
         tune.with_resources(trainable, lambda config: groups[config["trial"]]),
@@ -124,10 +125,11 @@ def _fit(
 
 
 def _trainable(
-    config: dict[str, Any], trials: Mapping[str, Trial], data: Mapping[str, ray.ObjectRef], out: Path
+    config: dict[str, Any], trials: Mapping[str, Trial], data: Mapping[str, ray.ObjectRef], out: Path, watched: bool
 ) -> None:
     trial = trials[config["trial"]]
-    work(trial, out, ray.get(data[trial.data]), _Reports(trial.experiment.server.rounds))
+    sink = _Reports(trial.experiment.server.rounds) if watched else Fan()
+    work(trial, out, ray.get(data[trial.data]), sink)
     tune.report({"ended": 1})
 
 

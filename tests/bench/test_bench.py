@@ -69,7 +69,7 @@ def test_the_bare_loop_trains_a_client_as_rayfed_does(tiny):
     learner = Learner(experiment, federation, blueprint)
     everything = torch.ones(len(vector), dtype=torch.bool)
     (mine,) = train_pack(
-        learner.stack, learner._forward, learner.data["train"], federation.pad_id,
+        learner.stack, learner.forward, learner.data["train"], federation.pad_id,
         [Member(client, start.layout, vector, everything, rows)], experiment.client, lr=experiment.client.lr, t=0,
         seed=experiment.seed, device=torch.device("cpu"),
     )  # fmt: skip

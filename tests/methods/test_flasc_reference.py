@@ -23,7 +23,7 @@ from rayfed.server.sampling import cohort
 from rayfed.tasks.federation import form_federation
 from rayfed.tasks.models import load_base
 
-ROUNDS = 3
+ROUNDS = 5
 
 
 def top(values: torch.Tensor, k: int) -> torch.Tensor:

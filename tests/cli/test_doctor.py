@@ -1,0 +1,79 @@
+"""What the doctor says is true, complete and no secret; it leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayfed.cli import main
+from rayfed.config import dump_config
+
+
+@pytest.fixture
+def config(tiny, tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(tiny("server.cohort=3", "profiles.kind=tiers", "profiles.ranks=[2,4]",
+                                     "method.name=flexlora")))  # fmt: skip
+    return path
+
+
+def told(out: str) -> dict[str, str]:
+    return {line[2:24].strip(): line[24:] for line in out.splitlines() if line.startswith("  ")}
+
+
+def test_the_machine_and_no_secret(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "very-secret")
+    monkeypatch.setenv("WANDB_API_KEY", "more-secret")
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    facts = told(out)
+    assert facts["torch"] == torch.__version__
+    assert facts["ray token"] == "RAY_AUTH_MODE=token, and there is one"
+    assert facts["w&b login"] == "yes"
+    assert "secret" not in out
+    assert "packs" not in out
+
+
+def test_missing_extras_say_how_to_get_them(monkeypatch, capsys) -> None:
+    from rayfed.cli import doctor
+
+    find = doctor.find_spec
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    assert main(["doctor"]) == 0
+    facts = told(capsys.readouterr().out)
+    assert facts["report figures"] == "no: pip install 'rayfed[report]'"
+    assert "refuse this machine" in facts["ray token"]
+
+
+def test_a_configs_plan_and_its_packs(config: Path, tiny, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["doctor", str(config), "server.rounds=7"]) == 0
+    facts = told(capsys.readouterr().out)
+    changed = ("server.cohort=3", "profiles.kind=tiers", "profiles.ranks=[2,4]", "method.name=flexlora")
+    assert facts["digest"] == tiny(*changed, "server.rounds=7").digest()
+    assert facts["a round"] == "3 clients, 7 rounds"
+    # rank 4 on query and value of two layers, 32 wide, and a head of 4 classes; 4 bytes each behind the header
+    entries = 4 * 4 * (32 + 32) + 4 * 32 + 4
+    assert facts["trained"].startswith(f"{entries} entries on ")
+    assert facts["a dense message"].startswith("0.00 MB")
+    assert facts["padding"].startswith("none (the head reads the mean")
+    assert [label for label in facts if label.endswith("at a time")] == ["1 at a time", "2 at a time", "3 at a time"]
+    assert all(float(facts[f"{k} at a time"].split()[0]) > 0 for k in (1, 2, 3))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_padding_says_why(config: Path, capsys) -> None:
+    assert main(["doctor", str(config), "engine.padding=batch"]) == 0
+    assert told(capsys.readouterr().out)["padding"] == "to the longest of a batch (engine.padding=batch)"
+
+
+def test_what_a_run_would_refuse_is_refused(config: Path, capsys) -> None:
+    assert main(["doctor", str(config), "method.name=fedit"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("rayfed: profiles.kind: got 'tiers'")
+    assert err.count("\n") == 1
