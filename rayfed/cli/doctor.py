@@ -1,7 +1,7 @@
 """`rayfed doctor`: what this machine can run; with a config, what that run would do here, measured.
 
-Facts come first, then, for a config, the plan that `rayfed run` would follow (who holds what, what trains, how texts are
-padded and why) and seconds by pack size: the first clients of a round, two steps each, on the device of the settings.
+Facts come first, then, for a config, the plan that `rayfed run` would follow (who holds what, what trains, how texts
+are padded and why) and seconds by pack size: first clients of a round, two steps each, on the device of the settings.
 Nothing is written, no secret is shown: of tokens and keys only whether there is one.
 """
 
