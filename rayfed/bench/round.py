@@ -101,12 +101,13 @@ def _small_bert(folder: Path, experiment: Experiment) -> str:
     """A BERT of 2 layers, 128 wide, with random weights and the tokenizer of the experiment's model."""
     from transformers import BertConfig, BertModel
 
-    from rayfed.tasks.models import load_tokenizer
+    from rayfed.tasks.models import load_tokenizer, quiet
 
     tokenizer = load_tokenizer(experiment.model)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512
     )
-    BertModel(config).save_pretrained(folder)
+    with quiet():
+        BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
