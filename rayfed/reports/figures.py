@@ -81,6 +81,16 @@ def run_plots(run: Run, number: int) -> Iterator[Plot]:
     if tiers := _series(run, names):
         title = "What each tier of clients would receive"
         yield Plot(f"{section}-tiers", section, title, "Test accuracy.", partial(_lines, tiers, True))
+    every = "test/accuracy_clients"
+    among = {
+        "90th percentile": f"{every}_p90",
+        "median": f"{every}_p50",
+        "mean": every,
+        "10th percentile": f"{every}_p10",
+    }
+    if clients := _series(run, among):
+        title, caption = "What each client gets", "Over the clients: test accuracy on classes weighted like their own."
+        yield Plot(f"{section}-clients", section, title, caption, partial(_lines, clients, True))
 
 
 def _curves(comparison: Comparison, ledgers: Ledgers, looks: Looks, link: Link | None) -> Iterator[Plot]:

@@ -100,12 +100,17 @@ def test_the_page_says_what_the_tables_say(page: Path) -> None:
 
 def test_one_run_shows_its_own_figures(write_run: Write, tmp_path: Path) -> None:
     more = {"test/accuracy_rank_4_density_0.25": [0.1, 0.2], "eval/accuracy_masked": [0.1, 0.3]}
+    more |= {f"test/accuracy_clients{which}": [0.3, 0.4] for which in ("", "_p10", "_p50", "_p90")}
     folder = write_run("a", "name=mine", more=more)
     root = tree(write_report(read([folder]), folder))
     titles = [texts(title) for title in root.findall(".//figure/svg/title")]
-    assert titles[-3:] == ["Accuracy against rounds", "Loss against rounds", "What each tier of clients would receive"]
+    assert titles[-4:] == [
+        "Accuracy against rounds", "Loss against rounds", "What each tier of clients would receive",
+        "What each client gets",
+    ]  # fmt: skip
     letters = [texts(text) for text in root.findall(".//figure/svg//text")]
     assert {"validation", "validation, sparse model", "test", "training", "rank 4, density 0.25"} <= set(letters)
+    assert {"90th percentile", "median", "mean", "10th percentile"} <= set(letters)
     assert "2 of 2, finished" in texts(root)
     assert "Run by run" not in texts(root)
     assert sorted(path.name for path in (folder / "figures").iterdir())[:2] == ["bytes.png", "bytes.svg"]
