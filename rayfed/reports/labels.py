@@ -49,11 +49,22 @@ def _labels(members: Sequence[Sequence[Run]], differing: Mapping[str, tuple[Any,
     told = [", ".join(_spell(short[key], differing[key][i]) for key in keys) for i in range(len(members))]
     if len(keys) <= NAMED and len(set(told)) == len(members):
         return told
+    trials = [group[0].folder.resolve().name for group in members]
+    told = _by_trial(trials)
+    if all("=" in name for name in trials) and all(told) and len(set(told)) == len(members):
+        return told
     folders = [group[0].folder.resolve() for group in members]
     parts = 1
     while len({folder.parts[-parts:] for folder in folders}) < len(folders):
         parts += 1
     return [str(Path(*folder.parts[-parts:])) for folder in folders]
+
+
+def _by_trial(names: Sequence[str]) -> list[str]:
+    """Trials' names without their seeds and what all have in common: `case=rbla,lr=0.1,seed=0` is `rbla, lr 0.1`."""
+    words = [[word for word in name.split(",") if not word.startswith("seed=")] for name in names]
+    common = set(words[0]).intersection(*words)
+    return [", ".join(w.removeprefix("case=").replace("=", " ") for w in own if w not in common) for own in words]
 
 
 def _alike(key: str, differing: Mapping[str, tuple[Any, ...]]) -> str | None:

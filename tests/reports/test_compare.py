@@ -246,6 +246,17 @@ def test_runs_without_a_common_figure_are_refused(write_run: Write) -> None:
         read([known, other])
 
 
+def test_trials_are_told_apart_by_what_their_names_do_not_share(write_run: Write) -> None:
+    """Where more settings differ than a label may spell out, a trial's own name says it shortest."""
+    folders = []
+    for case, rate, more in (("rbla", 0.1, "lora.rank=5"), ("fedhl", 0.2, "lora.alpha=7")):
+        for seed in (0, 1):
+            name = f"case={case},steps=10,lr={rate},seed={seed}"
+            settings = (f"method.name={case}", f"client.lr={rate}", more, f"seed={seed}", f"name={json.dumps(name)}")
+            folders.append(write_run(name, *settings))
+    assert [group.label for group in read(folders).groups] == ["rbla, lr 0.1", "fedhl, lr 0.2"]
+
+
 def test_a_sweep_is_its_trials(write_run: Write, tmp_path: Path) -> None:
     trials = tmp_path / "sweep" / "trials"
     for rank in (16, 4):
