@@ -129,6 +129,7 @@ def test_names_are_only_ever_text(write_run: Write, tmp_path: Path) -> None:
     assert "_plain" in drawn
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_bytes_whatever_the_users_style(write_run: Write, tmp_path: Path) -> None:
     import matplotlib
 
