@@ -46,7 +46,7 @@ def statuses(out: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_a_killed_sweep_resumes_and_a_failing_trial_stops_no_other(sweep_file, tmp_path: Path) -> None:
     """kill -9 during the third trial: `--resume` leaves the first alone, continues the third, does the fourth."""
-    path, out = sweep_file(SWEEP, server={"rounds": 120}, checkpoint={"every": 5}), tmp_path / "out"
+    path, out = sweep_file(SWEEP, server={"rounds": 1200}, checkpoint={"every": 5}), tmp_path / "out"
     command = [sys.executable, "-m", "rayfed", "sweep", str(path), "--out", str(out)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -68,7 +68,7 @@ def test_a_killed_sweep_resumes_and_a_failing_trial_stops_no_other(sweep_file, t
     }
     assert "resume after round" in (third / "events.log").read_text()
     trials, _ = planned(path)
-    assert len(read_metrics(third / "metrics.jsonl")) == 120
+    assert len(read_metrics(third / "metrics.jsonl")) == 1200
     alone = rayfed.run(trials[2].experiment, tmp_path / "alone")
     assert read_metrics(third / "metrics.jsonl")[-1]["state/digest"] == alone.metrics[-1]["state/digest"]
     lines = [json.loads(line) for line in (out / "sweep.jsonl").read_text().splitlines()]
