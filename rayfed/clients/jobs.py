@@ -47,6 +47,7 @@ class TrainResult:
     """Per order: the encoded upload, the mean training loss over its steps, examples seen and steps done.
 
     ``kept`` holds, encoded, what a client keeps for itself: its personal entries; None where nothing is personal.
+    ``split`` counts the clients that did not train in one pack, because memory did not do: all of them or none.
     """
 
     uploads: tuple[bytes, ...]
@@ -56,6 +57,7 @@ class TrainResult:
     steps: tuple[int, ...]
     ranks: tuple[int, ...]  # the largest rank among the layers that the client trained; 0 without adapters
     seconds: float
+    split: int = 0
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rayfed import wire
+from rayfed.clients import memory
 from rayfed.clients.blueprint import Blueprint
 from rayfed.clients.jobs import (
     EvalJob,
@@ -52,7 +53,7 @@ class Learner:
         self.model = base.model.to(self.device)
         lora = experiment.lora
         shapes = blueprint.trained_shapes(experiment)
-        self.stack = Stack(self.model, shapes, base.head, experiment.engine.pack, lora.rank, lora.dropout)
+        self.stack = Stack(self.model, shapes, base.head, 1, lora.rank, lora.dropout)  # every pack makes its own room
         self.head = list((self.stack.head or head_layers(self.model, base.frozen_head)).values())
         how = blueprint.padding
         self.flat = FlatModel(self.model, how) if isinstance(how, Flat) else None
@@ -77,10 +78,8 @@ class Learner:
         decoded = [wire.decode(payload) for payload in payloads]  # a tier's clients share theirs
         bases: dict[int, Base] = {}
         members = [self._member(order, decoded, bases) for order in job.orders]
-        results = train_pack(
-            self.stack, self.forward, self.data["train"], self.federation.pad_id, members,
-            self.experiment.client, lr=job.lr, t=job.t, seed=self.experiment.seed, device=self.device,
-        )  # fmt: skip
+        parts = self._parts(members, job)
+        results = [result for part in parts for result in part]
         uploads, kept = [], []
         for result, member, order in zip(results, members, job.orders, strict=True):
             uploads.append(_upload(self.method, result, member, order))
@@ -93,7 +92,33 @@ class Learner:
             tuple(r.steps for r in results),
             tuple(_trained_rank(member) for member in members),
             time.perf_counter() - begun,
+            split=len(members) if len(parts) > 1 else 0,
         )
+
+    def _parts(self, members: Sequence[Member], job: TrainJob) -> list[list[Trained]]:
+        """The results of the pack, or of its parts where memory does not do: then each half starts anew, and so on.
+
+        The rule is fixed (halves in the pack's order; of an odd number, the first half is the larger), so the bits are
+        those of a plan with these parts as its packs.
+        """
+        try:
+            whole = train_pack(
+                self.stack, self.forward, self.data["train"], self.federation.pad_id, members,
+                self.experiment.client, lr=job.lr, t=job.t, seed=self.experiment.seed, device=self.device,
+            )  # fmt: skip
+            return [whole]
+        except (RuntimeError, MemoryError) as error:
+            if not memory.ran_out(error):
+                raise
+        # Behind the error, nothing refers to what was half trained any more.
+        if len(members) == 1:
+            raise RunError(
+                f"client {members[0].client}: training it alone needs more memory than {self.device} has; lower "
+                "client.batch_size or data.max_tokens"
+            )
+        memory.let_go(self.device)
+        middle = -(-len(members) // 2)
+        return self._parts(members[:middle], job) + self._parts(members[middle:], job)
 
     def _member(self, order: Order, decoded: Sequence[wire.Payload], bases: dict[int, Base]) -> Member:
         payload = decoded[order.payload]

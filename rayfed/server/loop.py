@@ -104,12 +104,16 @@ class Server:
         # First of all: a folder with a config.yaml is a run that can be resumed.
         atomic_write(self.out / "config.yaml", dump_config(self.experiment))
         self.sinks.start(self.info())
+        told = False
         while self.done < self.experiment.server.rounds and not self.progress.stopped:
             record = self._round(self.done)
             self.done += 1
             self.sinks.round(record)
             for text in self.crew.drain_events():
                 self.sinks.event(text)
+            if record["clients/split"] and not told:
+                told = True
+                self.sinks.event("some packs do not fit into memory and are split; a smaller engine.pack saves the try")
             last = self.done == self.experiment.server.rounds or self.progress.stopped
             if last or self.done % self.experiment.checkpoint.every == 0:
                 self._checkpoint(record["state/digest"])
@@ -161,6 +165,7 @@ class Server:
             "time/train_s": trained - begun,
             "clients/ok": tally.ok,
             "clients/retried": tally.retried,
+            "clients/split": tally.split,
             **{f"clients/rank_{rank}": count for rank, count in sorted(tally.ranks.items())},
             **{f"method/{name}": value for name, value in self.state.report.items()},
             **(watch.report(axes.method, self.state) if watch else {}),
