@@ -97,5 +97,31 @@ class FeatureResult:
     labels: Tensor  # (rows,) int64
 
 
-Job = TrainJob | EvalJob | FeatureJob
-Result = TrainResult | EvalResult | FeatureResult
+@dataclass(frozen=True)
+class MeasureJob:
+    """Measure packs of these sizes, in ascending order, each of the first clients named; see `clients.measure`."""
+
+    clients: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A pack of so many clients: tokens and seconds of a step, and the bytes that training it needs at the peak."""
+
+    size: int
+    tokens: float
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class MeasureResult:
+    """The sizes that fit and seemed to pay, and the bytes that the worker may take for its packs."""
+
+    measured: tuple[Measured, ...]
+    memory: int
+
+
+Job = TrainJob | EvalJob | FeatureJob | MeasureJob
+Result = TrainResult | EvalResult | FeatureResult | MeasureResult

@@ -23,12 +23,15 @@ from rayfed.clients.jobs import (
     FeatureJob,
     FeatureResult,
     Job,
+    MeasureJob,
+    MeasureResult,
     Order,
     Result,
     SplitName,
     TrainJob,
     TrainResult,
 )
+from rayfed.clients.measure import measure
 from rayfed.clients.train import Member, Trained, train_pack
 from rayfed.config import Experiment
 from rayfed.errors import RunError
@@ -46,7 +49,7 @@ class Learner:
     """Loads the base model of ``experiment`` once, then `execute`s jobs on it."""
 
     def __init__(self, experiment: Experiment, federation: Federation, blueprint: Blueprint) -> None:
-        self.experiment, self.federation = experiment, federation
+        self.experiment, self.federation, self.blueprint = experiment, federation, blueprint
         self.method = build(experiment.method.name, **experiment.method.options)
         self.device = torch.device(experiment.engine.device)
         base = base_of(experiment, len(federation.classes))
@@ -64,13 +67,16 @@ class Learner:
         self.by_length = {name: np.argsort(split.lengths, kind="stable") for name, split in splits.items()}
 
     def execute(self, job: Job, payloads: Sequence[bytes]) -> Result:
-        """Does one job. Its type decides the result's: train, evaluate, features."""
+        """Does one job. Its type decides the result's: train, evaluate, features, measure."""
         if isinstance(job, TrainJob):
             return self._train(job, payloads)
         if isinstance(job, EvalJob):
             return self._evaluate(job, payloads[0])
         if isinstance(job, FeatureJob):
             return self._features(job)
+        if isinstance(job, MeasureJob):
+            room = memory.free(self.experiment.engine)
+            return MeasureResult(tuple(measure(self, job.clients, job.sizes, room)), room)
         raise TypeError(f"no such job: {type(job).__name__}")
 
     def _train(self, job: TrainJob, payloads: Sequence[bytes]) -> TrainResult:
@@ -112,10 +118,7 @@ class Learner:
                 raise
         # Behind the error, nothing refers to what was half trained any more.
         if len(members) == 1:
-            raise RunError(
-                f"client {members[0].client}: training it alone needs more memory than {self.device} has; lower "
-                "client.batch_size or data.max_tokens"
-            )
+            raise memory.too_little(members[0].client, self.device)
         memory.let_go(self.device)
         middle = -(-len(members) // 2)
         return self._parts(members[:middle], job) + self._parts(members[middle:], job)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from rayfed.config.schema import Engine
+from rayfed.errors import RunError
 
 NO_MORE = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")  # in errors that have no class of their own
 STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -27,6 +28,14 @@ def ran_out(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in NO_MORE)
+
+
+def too_little(client: int, device: torch.device) -> RunError:
+    """What to say where a pack of one does not fit."""
+    return RunError(
+        f"client {client}: training it alone needs more memory than {device} has; lower client.batch_size or "
+        "data.max_tokens"
+    )
 
 
 def let_go(device: torch.device) -> None:

@@ -436,7 +436,12 @@ class Engine(Section):
     threads: PositiveInt = Field(
         1, description="Torch threads per worker; CPU kernels sum in an order that follows it."
     )
-    pack: PositiveInt = Field(1, description="Clients trained together in one batch.")
+    pack: PositiveInt | Literal["auto"] = Field(
+        1,
+        description="Clients trained together in one batch. auto: measured on a worker before the first round, as "
+        "many as pay; the run's own config.yaml has the number, and pack.json what it was chosen from. Two runs may "
+        "choose differently, and then differ in bits.",
+    )
     padding: Literal["auto", "never", "batch"] = Field(
         "auto",
         description="batch: texts are padded to the longest of their batch. never: a batch is one row of real tokens; "
@@ -573,6 +578,10 @@ class Experiment(Section):
                 f"{self.partition.clients} clients (partition.clients)"
             )
         return self
+
+    def with_pack(self, size: int) -> Experiment:
+        """The same run with packs of that size."""
+        return self.model_copy(update={"engine": self.engine.model_copy(update={"pack": size})})
 
     def digest(self) -> str:
         """SHA-256 (first 16 hex digits) of the settings that decide the result; see the module docstring."""

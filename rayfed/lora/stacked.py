@@ -106,7 +106,7 @@ class StackedLora(nn.Module):
         return self.dropout > 0 and segment.rng is not None
 
     def fit(self, slots: int, rank: int, core: bool = False) -> None:
-        """Exactly so many slots, for pairs of at most this rank, with a core or without; empties them where it is new."""
+        """Room for exactly so many pairs of at most this rank, with a core or without; empty where that is new."""
         *held, inner = self.A_KRI.shape
         if [slots, rank] != held or core != (self.R_KRR is not None):
             self.R_KRR = nn.Parameter(self.A_KRI.new_zeros(slots, rank, rank)) if core else None
@@ -152,7 +152,7 @@ class StackedLinear(nn.Module):
         self.bias_KO = nn.Parameter(bias.detach().float().repeat(slots, 1)) if bias is not None else None
 
     def fit(self, slots: int) -> None:
-        """Exactly so many slots; empties them where the number is new."""
+        """Room for exactly so many clients; empty where that is new."""
         if slots != len(self.weight_KOI):
             self.weight_KOI = nn.Parameter(self.weight_KOI.new_zeros(slots, *self.weight_KOI.shape[1:]))
             if self.bias_KO is not None:

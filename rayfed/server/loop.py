@@ -19,7 +19,7 @@ from rayfed import wire
 from rayfed.clients.blueprint import Blueprint
 from rayfed.clients.profiles import describe, profile, rank_mix
 from rayfed.config import Experiment, dump_config
-from rayfed.files import atomic_write
+from rayfed.files import atomic_write, write_json
 from rayfed.lora.adapter import Layout, LowRank, flatten_changes
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.axes import rate, resolve
@@ -31,6 +31,7 @@ from rayfed.server.downlink import Downlink
 from rayfed.server.evaluate import evaluate, features
 from rayfed.server.export import export
 from rayfed.server.memory import ClientStore, digest_of
+from rayfed.server.pack_size import measured_choice
 from rayfed.server.packs import client_costs, plan_packs
 from rayfed.server.per_client import client_metrics
 from rayfed.server.round import Books, Tally, updates
@@ -52,6 +53,10 @@ class Server:
         self, experiment: Experiment, federation: Federation, blueprint: Blueprint, crew: Crew, out: Path, sinks: Sink,
         resume: bool,
     ) -> None:  # fmt: skip
+        self.choice = None
+        if experiment.engine.pack == "auto":
+            self.choice = measured_choice(experiment, federation, crew)
+            experiment = experiment.with_pack(self.choice.size)
         self.experiment, self.federation, self.blueprint = experiment, federation, blueprint
         self.crew, self.out, self.sinks = crew, out, sinks
         self.axes = resolve(experiment)
@@ -103,7 +108,11 @@ class Server:
         """Runs the rounds that are left and yields each one's record (the keys of metrics.jsonl)."""
         # First of all: a folder with a config.yaml is a run that can be resumed.
         atomic_write(self.out / "config.yaml", dump_config(self.experiment))
+        if self.choice:
+            write_json(self.out / "pack.json", self.choice.to_json())
         self.sinks.start(self.info())
+        if self.choice:
+            self.sinks.event(f"engine.pack=auto: packs of {self.choice.size} (a step: {self.choice.time_model()})")
         told = False
         while self.done < self.experiment.server.rounds and not self.progress.stopped:
             record = self._round(self.done)
@@ -142,6 +151,7 @@ class Server:
         downlink = Downlink(axes.method, self.state, experiment.wire.down.values, self.crew)
         watch = Diagnostics() if experiment.eval.diagnostics else None
         books = Books(self.ledger, self.catchup, Tally(), watch)
+        assert experiment.engine.pack != "auto"
         packs = plan_packs(clients, experiment.engine.pack, self.costs)
         stream = updates(axes.method, self.state, t, lr, packs, axes.weights, experiment, self.crew, downlink, books)
         state = axes.method.aggregate(self.state, stream, axes.optimizer.advance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import ray
 
 import rayfed
-from rayfed.config import dump_config
+from rayfed.config import dump_config, load_config
 from rayfed.tracking import read_metrics
 
 # Evaluated at the end only: whoever is killed before was training.
@@ -82,6 +83,16 @@ def test_any_number_of_ray_workers(tiny, tmp_path, cluster, digests, workers):
     result = rayfed.run(tiny(*RUN, "engine.kind=ray", f"engine.workers={workers}"), out=tmp_path / "run")
     assert digests_of(result.out) == digests
     assert all(record["clients/retried"] == 0 for record in result.metrics)
+
+
+def test_a_worker_measures_and_the_run_is_the_one_with_the_number(tiny, tmp_path, cluster):
+    result = rayfed.run(tiny(*RUN, "engine.kind=ray", "engine.workers=3", "engine.pack=auto"), out=tmp_path / "run")
+    size = load_config(result.out / "config.yaml").engine.pack
+    assert size in (1, 2)  # 5 clients and 3 workers
+    record = json.loads((result.out / "pack.json").read_text())
+    assert (record["size"], record["workers"], [m["size"] for m in record["measured"]]) == (size, 3, [1, 2])
+    pinned = rayfed.run(tiny(*RUN, f"engine.pack={size}"), out=tmp_path / "pinned")
+    assert digests_of(result.out) == digests_of(pinned.out)
 
 
 @needs_proc
