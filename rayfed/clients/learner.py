@@ -41,7 +41,7 @@ from rayfed.methods import Method, build
 from rayfed.methods.base import Base, assemble
 from rayfed.tasks.federation import Federation
 from rayfed.tasks.flat import Flat, FlatModel, FlatTokens
-from rayfed.tasks.models import base_of
+from rayfed.tasks.models import base_of, in_dtype
 from rayfed.tasks.tokens import Tokens
 
 
@@ -53,7 +53,7 @@ class Learner:
         self.method = build(experiment.method.name, **experiment.method.options)
         self.device = torch.device(experiment.engine.device)
         base = base_of(experiment, len(federation.classes))
-        self.model = base.model.to(self.device)
+        self.model = in_dtype(base, experiment.model.dtype).to(self.device)
         lora = experiment.lora
         shapes = blueprint.trained_shapes(experiment)
         self.stack = Stack(self.model, shapes, base.head, 1, lora.rank, lora.dropout)  # every pack makes its own room

@@ -167,6 +167,12 @@ class Model(Section):
         description="`trained`: with the adapters, and sent. `frozen`: every weight matrix of the head stays at random "
         "orthonormal rows, keyed by `seed`; then all that can be learnt is in the adapters, which tells methods apart.",
     )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Number format of the frozen base and of what passes through it, in training and evaluation alike. "
+        "Adapters, head, loss, optimizer states and messages are float32 in any case. bfloat16 halves the base's "
+        "memory and is fast where a device computes in it; a client's trained change differs by a percent or two.",
+    )
     trust_remote_code: bool = Field(False, description="Run code that comes with a hub model. Off unless you trust it.")
 
 
@@ -545,6 +551,11 @@ class Experiment(Section):
         return self
 
     def _fits_the_known_answer(self) -> None:
+        if self.model.dtype != "float32":
+            raise ValueError(
+                f"model.dtype: got {self.model.dtype!r}, but data.source=lowrank measures distances that are finer; "
+                "allowed is float32"
+            )
         if self.partition.kind != "natural":
             raise ValueError(
                 f"partition.kind: got {self.partition.kind!r}, but in data.source=lowrank every client has its own "

@@ -91,6 +91,7 @@ class Server:
             "training rows": int(sizes.sum()),
             "trainable parameters": self.layout.size,
             "frozen parameters": self.blueprint.parameters,
+            "base in": self.experiment.model.dtype,
             "padding": str(self.blueprint.padding),
             "ranks": describe(rank_mix(self.experiment, sizes)),
         }
