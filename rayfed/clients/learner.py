@@ -42,6 +42,7 @@ from rayfed.methods.base import Base, assemble
 from rayfed.tasks.federation import Federation
 from rayfed.tasks.flat import Flat, FlatModel, FlatTokens
 from rayfed.tasks.models import base_of, in_dtype
+from rayfed.tasks.recompute import recompute
 from rayfed.tasks.tokens import Tokens
 
 
@@ -57,6 +58,8 @@ class Learner:
         lora = experiment.lora
         shapes = blueprint.trained_shapes(experiment)
         self.stack = Stack(self.model, shapes, base.head, 1, lora.rank, lora.dropout)  # every pack makes its own room
+        if experiment.engine.gradient_checkpointing:
+            recompute(self.model, self.stack.batch)
         self.head = list((self.stack.head or head_layers(self.model, base.frozen_head)).values())
         how = blueprint.padding
         self.flat = FlatModel(self.model, how) if isinstance(how, Flat) else None

@@ -20,6 +20,7 @@ WHERE_AND_HOW = {  # cannot change the result, so not in the digest; all else is
     "engine.workers",
     "engine.cpus_per_worker",
     "engine.gpus_per_worker",
+    "engine.gradient_checkpointing",
     "engine.placement",
     "engine.wait_for_nodes",
     "engine.address",
