@@ -1,8 +1,8 @@
 """What packs of this model cost on this process's device: seconds and memory of a step, by the size of the pack.
 
-Real clients of the run take two steps each, the largest adapter training in full. A size is tried twice more after it
-was tried first, and the faster time counts. Sizes grow until memory ends, or until growing has twice in a row made a
-client's share of a step hardly any shorter.
+Real clients of the run take two steps each, the largest adapter training in full. Every size is tried once and then
+timed three times, of which the fastest counts. Sizes grow until memory ends, or until growing has twice in a row made
+a client's share of a step hardly any shorter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rayfed.clients.train import Member, batches, train_pack
 if TYPE_CHECKING:
     from rayfed.clients.learner import Learner
 
-STEPS, TIMES = 2, 2
+STEPS, TIMES = 2, 3
 PAYS = 0.03  # a larger pack pays if it saves at least this share of the time
 
 

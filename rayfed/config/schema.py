@@ -452,7 +452,7 @@ class Engine(Section):
     gradient_checkpointing: bool = Field(
         False,
         description="Keep only the input of each of the model's layers, and compute the rest anew on the way back: a "
-        "fraction of the memory, about a third more time, the same bits.",
+        "fraction of the memory, up to half as much time again, the same bits.",
     )
     padding: Literal["auto", "never", "batch"] = Field(
         "auto",
