@@ -61,7 +61,7 @@ def measure(learner: Learner, clients: Sequence[int], sizes: Sequence[int], room
             for c in clients[:size]
             for batch in batches(rows[c], settings, experiment.seed, 0, c)
         )
-        taken = memory.peak(device) - held
+        taken = max(memory.peak(device) - held, 0)
         yield Measured(size, tokens / STEPS, seconds, taken)
         dull = dull + 1 if seconds / size > (1 - PAYS) * last else 0
         last = seconds / size

@@ -1,7 +1,7 @@
 """The memory of the device on which clients train: whether it ran out, how much is taken at the peak, how much is free.
 
-On a GPU torch's own allocator counts. On a CPU it is the process's resident memory, and its peak can be forgotten, so
-that the next one is seen, on Linux alone; elsewhere the peak is that of the process's whole life.
+On a GPU torch's own allocator counts. On a CPU it is the process's resident memory. Linux alone can forget its peak, so
+that a lower one is seen after it; elsewhere the peak is that of the process's whole life, and so rather too high.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ def too_little(client: int, device: torch.device) -> RunError:
     """What to say where a pack of one does not fit."""
     return RunError(
         f"client {client}: training it alone needs more memory than {device} has; lower client.batch_size or "
-        "data.max_tokens"
+        "data.max_tokens, or set engine.gradient_checkpointing"
     )
 
 
@@ -50,20 +51,17 @@ def forget_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    try:
+    with suppress(OSError):
         FORGET.write_text("5")  # proc(5): sets the peak to what is resident now
-        return _status("VmRSS")
-    except OSError:
-        return peak(device)
+    return _status("VmRSS") or peak(device)
 
 
 def peak(device: torch.device) -> int:
     """Bytes taken at the peak since it was last forgotten."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if STATUS.exists():
-        return _status("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    whole_life = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return _status("VmHWM") or whole_life
 
 
 def free(engine: Engine) -> int:
@@ -92,5 +90,9 @@ def _free_on_this_machine() -> int:
 
 
 def _status(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
+    """A line of Linux's account of this process, in bytes; 0 where there is none."""
+    try:
+        found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
+    except OSError:
+        return 0
     return int(found[1]) * 1024 if found else 0

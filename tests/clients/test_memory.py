@@ -86,3 +86,21 @@ def test_a_client_that_does_not_fit_alone_ends_the_run(tiny, tmp_path, small_mem
     assert small_memory(0) == []
     with pytest.raises(RunError, match=r"client \d+: training it alone needs more memory than cpu has; lower [^\n]*$"):
         rayfed.run(tiny(*RUN), out=tmp_path / "run")
+
+
+def test_without_linuxs_account_the_peak_is_the_whole_lifes(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "none")
+    monkeypatch.setattr(memory, "FORGET", tmp_path / "none" / "either")
+    held = memory.forget_peak(CPU)
+    torch.ones(1 << 28, dtype=torch.uint8)
+    assert memory.peak(CPU) >= held > 0
+
+
+def test_a_containers_limit_counts(monkeypatch, tmp_path, tiny):
+    (tmp_path / "max").write_text("5000000\n")
+    (tmp_path / "current").write_text("2000000\n")
+    monkeypatch.setattr(memory, "LIMIT", tmp_path / "max")
+    monkeypatch.setattr(memory, "USED", tmp_path / "current")
+    assert memory.free(tiny().engine) == 3_000_000
+    (tmp_path / "max").write_text("max\n")
+    assert memory.free(tiny().engine) > 3_000_000
