@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rayfed.config import Experiment
@@ -19,7 +20,7 @@ from rayfed.lora.inject import head_values, match, peft_config
 from rayfed.lora.peft_io import peft_settings
 from rayfed.lora.stacked import is_conv1d
 from rayfed.tasks.flat import Flat, Padded, choose
-from rayfed.tasks.models import base_name, base_of, longest_input
+from rayfed.tasks.models import Base, base_name, base_of, in_dtype, longest_input
 from rayfed.tasks.recompute import layers_of
 
 
@@ -59,7 +60,7 @@ def draw_blueprint(experiment: Experiment, classes: int) -> Blueprint:
     """Loads the base model for ``classes`` classes and describes what the run trains on it.
 
     Raises UserError where the model cannot be loaded or its head not be trained, where no module or an unfit one
-    matches the targets, where the rank exceeds a layer's size, or where `engine.padding` or
+    matches the targets, where the rank exceeds a layer's size, or where `model.dtype`, `engine.padding` or
     `engine.gradient_checkpointing` asks for what the model cannot do.
     """
     base = base_of(experiment, classes)
@@ -68,7 +69,7 @@ def draw_blueprint(experiment: Experiment, classes: int) -> Blueprint:
     config = peft_config(experiment, base.heads)
     shapes = match(base.model, config, base.heads)
     conv1d = any(is_conv1d(base.model.get_submodule(name)) for name in shapes)
-    return Blueprint(
+    blueprint = Blueprint(
         shapes,
         head_values(base.model, base.head),
         head_values(base.model, base.frozen_head),
@@ -76,6 +77,23 @@ def draw_blueprint(experiment: Experiment, classes: int) -> Blueprint:
         sum(p.numel() for p in base.model.parameters()),
         _padding(experiment, base.model),
     )
+    if experiment.model.dtype != "float32":
+        _check_dtype(experiment, base)
+    return blueprint
+
+
+def _check_dtype(experiment: Experiment, base: Base) -> None:
+    """A made-up text through the base in its number format: where a layer refuses what another gives it, so do we."""
+    model, ids = in_dtype(base, experiment.model.dtype), torch.ones(1, 2, dtype=torch.int64)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except Exception as error:  # any model may come
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model.dtype: got {experiment.model.dtype!r}, but {experiment.model.name!r} cannot compute in it "
+            f"({reason}); allowed is float32"
+        ) from None
 
 
 def _padding(experiment: Experiment, model: nn.Module) -> Flat | Padded:

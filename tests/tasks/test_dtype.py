@@ -16,7 +16,7 @@ from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, LowRank, flatten_changes
 from rayfed.methods.base import Trainable
 from rayfed.tasks.federation import form_federation
-from rayfed.tasks.models import base_of, in_dtype
+from rayfed.tasks.models import Base, base_of, in_dtype
 
 COARSE = "model.dtype=bfloat16"
 HALF = 2.0**-8  # the largest relative error of a number rounded to bfloat16
@@ -137,3 +137,13 @@ def test_merged_weights_are_the_rounded_base_and_the_change(tiny, tmp_path):
 def test_the_problem_with_a_known_answer_stays_exact():
     with pytest.raises(UserError, match=r"^model\.dtype: got 'bfloat16', but data\.source=lowrank [^\n]*float32$"):
         validate({"data": {"source": "lowrank"}, "partition": {"kind": "natural"}, "model": {"dtype": "bfloat16"}})
+
+
+def test_a_model_that_cannot_compute_in_it_is_refused(tiny, monkeypatch):
+    """A layer that the checkpoint lacks belongs to the head, so it stays float32, wherever it stands."""
+    model = base_of(tiny(), 4).model
+    base = Base(model, ("classifier", "encoder.encoder.layer.0.output.dense"))
+    monkeypatch.setattr("rayfed.clients.blueprint.base_of", lambda *_: base)
+    draw_blueprint(tiny(), 4)
+    with pytest.raises(UserError, match=r"^model\.dtype: got 'bfloat16', but '[^\n]*' cannot compute in it [^\n]*$"):
+        draw_blueprint(tiny(COARSE), 4)
