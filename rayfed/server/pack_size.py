@@ -5,10 +5,10 @@ A step of a pack with x tokens is taken to last a + b x seconds and to need c + 
 
     packs = ceil(cohort / k),  round = ceil(packs / workers) (a + b tokens cohort / packs)      (up to a factor: steps)
 
-Of the sizes that were measured or lie between such, that fit into most of the memory, and that leave no worker without
-a pack for the sake of larger ones, the choice is the smallest whose round is at most 3 % longer than the shortest: a
-size has to pay for what it takes. The choice is a function of the measurements; these have noise, so both are written
-down, and the run goes on, resumes and is repeated with the number.
+Of the sizes up to the largest that was measured, if they fit into most of the memory, the choice is the smallest whose
+round is at most 3 % longer than the shortest: a size has to pay for what it takes. So packs never grow beyond one for
+every worker: one that idles makes no round shorter. The choice is a function of the measurements; these have noise,
+so both are written down, and the run goes on, resumes and is repeated with the number.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Choice:
         return f"{fixed:.0f} MiB, and {each:.1f} MiB a client; {self.memory / 2**30:.1f} GiB are free for a worker"
 
 
-def measuring(experiment: Experiment) -> tuple[int, ...]:
+def sizes_to_measure(experiment: Experiment) -> tuple[int, ...]:
     """The sizes to measure: 1, 2, 4, ... to the largest that leaves no worker without a pack, or to 64."""
     most = min(-(-experiment.server.cohort // workers_of(experiment)), LARGEST)
     return tuple(sorted({*(2**i for i in range(most.bit_length()) if 2**i < most), most}))
@@ -79,7 +79,7 @@ def measure_job(experiment: Experiment, federation: Federation) -> MeasureJob:
     """What a worker is asked to measure: clients of the first round, those with most tokens a step first."""
     drawn = cohort(federation.holders, experiment.server.cohort, experiment.seed, 0)
     tokens = client_costs(federation, experiment.client.model_copy(update={"steps": 1}))
-    sizes = measuring(experiment)
+    sizes = sizes_to_measure(experiment)
     return MeasureJob(tuple(sorted(map(int, drawn), key=lambda c: (-tokens[c], c))[: sizes[-1]]), sizes)
 
 
@@ -103,7 +103,7 @@ def choose(measured: Sequence[Measured], cohort: int, workers: int, memory: int)
         packs = -(-cohort // size)
         return -(-packs // workers) * seconds.at(tokens * cohort / packs)
 
-    most = min(-(-cohort // workers), max(m.size for m in measured))
+    most = max(m.size for m in measured)
     sizes = [k for k in range(1, most + 1) if k == 1 or space.at(k * tokens) <= SHARE * memory]
     shortest = min(map(length, sizes))
     size = next(k for k in sizes if length(k) <= shortest * (1 + PAYS))

@@ -17,7 +17,7 @@ from rayfed.config import load_config
 from rayfed.engine.local import LocalCrew
 from rayfed.errors import RunError, UserError
 from rayfed.server.loop import Server
-from rayfed.server.pack_size import Line, choose, line, measure_job, measuring
+from rayfed.server.pack_size import Line, choose, line, measure_job, sizes_to_measure
 from rayfed.server.packs import client_costs
 from rayfed.server.sampling import cohort
 from rayfed.tasks.federation import form_federation
@@ -80,11 +80,11 @@ def test_any_measurements_give_a_size_that_leaves_nobody_idle(found, cohort, wor
 
 
 def test_what_is_measured(tiny):
-    assert measuring(tiny("server.cohort=10", "engine.kind=ray", "engine.workers=2")) == (1, 2, 4, 5)
-    assert measuring(tiny("server.cohort=10")) == (1, 2, 4, 8, 10)
-    assert measuring(tiny("server.cohort=8")) == (1, 2, 4, 8)
-    assert measuring(tiny("server.cohort=1")) == (1,)
-    assert measuring(tiny("server.cohort=1000", "partition.clients=1000"))[-2:] == (32, 64)
+    assert sizes_to_measure(tiny("server.cohort=10", "engine.kind=ray", "engine.workers=2")) == (1, 2, 4, 5)
+    assert sizes_to_measure(tiny("server.cohort=10")) == (1, 2, 4, 8, 10)
+    assert sizes_to_measure(tiny("server.cohort=8")) == (1, 2, 4, 8)
+    assert sizes_to_measure(tiny("server.cohort=1")) == (1,)
+    assert sizes_to_measure(tiny("server.cohort=1000", "partition.clients=1000"))[-2:] == (32, 64)
     experiment = tiny("server.cohort=5", "engine.kind=ray", "engine.workers=2")
     federation = form_federation(experiment)
     job = measure_job(experiment, federation)
