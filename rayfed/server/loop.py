@@ -35,6 +35,7 @@ from rayfed.server.packs import client_costs, plan_packs
 from rayfed.server.per_client import client_metrics
 from rayfed.server.round import Books, Tally, updates
 from rayfed.server.sampling import cohort
+from rayfed.server.states import informed
 from rayfed.server.stopping import Progress
 from rayfed.server.summary import closing_table, summarize
 from rayfed.server.tiers import tier_models
@@ -104,6 +105,9 @@ class Server:
         # First of all: a folder with a config.yaml is a run that can be resumed.
         atomic_write(self.out / "config.yaml", dump_config(self.experiment))
         self.sinks.start(self.info())
+        self.crew, told = informed(self.crew, self.experiment, self.federation, self.blueprint)
+        if told:
+            self.sinks.event(told)
         while self.done < self.experiment.server.rounds and not self.progress.stopped:
             record = self._round(self.done)
             self.done += 1
