@@ -1,4 +1,4 @@
-"""The states below the lowest adapter: computed once before the first round, and sent along with every job.
+"""The states below the lowest adapter: computed once, before the first round, and sent along with every job.
 
 Which splits are worth it is a function of the settings and the data, since it decides bits: those whose texts the run
 reads twice or more, as far as `engine.cache_gb` reaches. They are computed in jobs that the data alone cut, so the
@@ -66,14 +66,16 @@ def kept(experiment: Experiment, federation: Federation, blueprint: Blueprint) -
 
 def informed(crew: Crew, experiment: Experiment, federation: Federation, blueprint: Blueprint) -> tuple[Crew, str]:
     """(the crew, with what is kept; what was done, in words): the same crew and no words where nothing is kept."""
-    sizes = kept(experiment, federation, blueprint)
-    if not sizes:
+    prefix, sizes = blueprint.prefix, kept(experiment, federation, blueprint)
+    if prefix is None or not sizes:
         return crew, ""
     begun = time.perf_counter()
     states = {split: crew.put(_states(crew, federation, split, experiment.eval.batch_size)) for split in sizes}
-    seconds, count = time.perf_counter() - begun, cast(Any, blueprint.prefix).count
-    told = f"{sum(sizes.values()) / 1e6:.0f} MB of {', '.join(sizes)} texts, {seconds:.1f} s"
-    return Informed(crew, states), f"the first {count} blocks have no adapters; their outputs are kept: {told}"
+    told = (
+        f"the first {prefix.count} blocks have no adapters; their outputs are kept: {', '.join(sizes)}, "
+        f"{sum(sizes.values()) / 1e6:.0f} MB, {time.perf_counter() - begun:.1f} s"
+    )
+    return Informed(crew, states), told
 
 
 def _reads(experiment: Experiment, federation: Federation) -> dict[SplitName, float]:
