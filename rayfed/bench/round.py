@@ -79,7 +79,8 @@ def compare(name: str, experiment: Experiment) -> list[Row]:
                 theirs[padding].append(seconds)
                 error = (server.state.vector - after).norm() / (after - before).norm()
                 difference = max(difference, float(error))
-    a = f"a round on Ray, {experiment.engine.workers} workers, packs of {experiment.engine.pack}"
+        pack = server.experiment.engine.pack  # a number, whatever was asked for
+    a = f"a round on Ray, {experiment.engine.workers} workers, packs of {pack}"
     rows = []
     for padding, measured in theirs.items():
         row = compared(name, a, f"bare loop, padded {padding}", ours[1:], measured[1:], elsewhere=True)

@@ -25,6 +25,7 @@ from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, fresh_adapter
 from rayfed.lora.inject import Stack, head_values
 from rayfed.lora.stacked import layer_shape
+from rayfed.tasks.models import Base, in_dtype
 
 CLASSES, RANK, STEPS = 10, 16, 3
 
@@ -55,12 +56,12 @@ def measure(
         raise UserError("device: got 'cuda', but torch finds no GPU here; allowed is cpu")
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype: got {dtype!r}, but allowed are float32 and bfloat16")
-    place, number = torch.device(device), getattr(torch, dtype)
-    peak = _matmul_rate(place, number)
-    return [_row(shape, size, batch, place, number, peak, pairs) for shape in shapes for size in packs]
+    place = torch.device(device)
+    peak = _matmul_rate(place, getattr(torch, dtype))
+    return [_row(shape, size, batch, place, dtype, peak, pairs) for shape in shapes for size in packs]
 
 
-def _row(name: str, size: int, batch: int, device: torch.device, dtype: torch.dtype, peak: float, pairs: int) -> Row:
+def _row(name: str, size: int, batch: int, device: torch.device, dtype: str, peak: float, pairs: int) -> Row:
     shape = SHAPES[name]
     together, alone = (_Bench(shape, slots, batch, device, dtype) for slots in (size, 1))
     row = paired(
@@ -83,16 +84,17 @@ def _row(name: str, size: int, batch: int, device: torch.device, dtype: torch.dt
 class _Bench:
     """One model with room for ``slots`` clients, and the data of all of them."""
 
-    def __init__(self, shape: Shape, slots: int, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, shape: Shape, slots: int, batch: int, device: torch.device, dtype: str) -> None:
         torch.manual_seed(0)
-        self.model = shape.build().eval().to(device, dtype)
+        base = Base(shape.build().eval(), (shape.head,))
+        self.model = in_dtype(base, dtype).to(device)
         linear = {name: found for name, module in self.model.named_modules() if (found := _linear(module))}
         self.weights = sum(out * inner for name, (out, inner) in linear.items() if not name.startswith(shape.head))
         shapes = {name: found for name, found in linear.items() if name.endswith(shape.targets)}
         head = head_values(self.model, [shape.head])
         self.adapter: Adapter = fresh_adapter(shapes, head, RANK, 1.0, seed=0)
         self.stack = Stack(self.model, shapes, [shape.head], slots, RANK, 0.0)
-        self.rows = _Rows(shape, batch, dtype)
+        self.rows = _Rows(shape, batch, getattr(torch, dtype))
         self.device, self.batch = device, batch
         self.settings = validate({"client": {"batch_size": batch, "steps": STEPS}}).client
 

@@ -98,7 +98,8 @@ def _run(options: argparse.Namespace) -> None:
         raise UserError("--resume: needs --out, the directory of the run to continue")
     uri = store.is_uri(options.out)
     experiment = rayfed.load_config(options.config, options.overrides)
-    print(f"settings {experiment.digest()}", flush=True)
+    open_yet = " (engine.pack is yet to be chosen)" if experiment.engine.pack == "auto" else ""
+    print(f"settings {experiment.digest()}{open_yet}", flush=True)
     with store.folder_for(options.out, options.resume) if uri else nullcontext(options.out) as out:
         result = rayfed.run(experiment, out=out, resume=options.resume)
         reports.write_page(result.out)

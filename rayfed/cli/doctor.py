@@ -1,7 +1,7 @@
 """`rayfed doctor`: what this machine can run; with a config, what that run would do here, measured.
 
 Facts come first, then, for a config, the plan that `rayfed run` would follow (who holds what, what trains, how texts
-are padded and why) and seconds by pack size: first clients of a round, two steps each, on the device of the settings.
+are padded and why), and seconds and memory by pack size on the device of the settings, with the size that pays.
 Nothing is written, no secret is shown: of tokens and keys only whether there is one.
 """
 
@@ -10,10 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import resource
 import shutil
-import sys
-import time
 from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
     from rayfed.tasks.federation import Federation
 
 Line = tuple[str, str]
-STEPS = 2  # of each client, when packs are timed
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -97,35 +93,24 @@ def plan(experiment: Experiment, federation: Federation, blueprint: Blueprint) -
 
 
 def packs(experiment: Experiment, federation: Federation, blueprint: Blueprint) -> Iterator[Line]:
-    """Seconds a client step by pack size, to the cohort's size or 16, and the peak of this process's memory."""
-    import numpy as np
-    import torch
-
+    """Time of a client's step and memory by pack size, and what `engine.pack: auto` would make of them."""
+    from rayfed.clients import memory
     from rayfed.clients.learner import Learner
-    from rayfed.clients.train import Member, train_pack
+    from rayfed.clients.measure import measure
     from rayfed.engine.setup import prepare_process
-    from rayfed.server.sampling import cohort
+    from rayfed.server.pack_size import choose, measure_job, workers_of
 
     prepare_process(experiment)
-    most = min(experiment.server.cohort, 16)
-    drawn = cohort(federation.holders, experiment.server.cohort, experiment.seed, 0)
-    settings = experiment.client.model_copy(update={"steps": STEPS})
-    start = blueprint.start(experiment)
-    vector, everything = start.flatten(), torch.ones(start.layout.size, dtype=torch.bool)
-    for size in sorted({*(2**i for i in range(5) if 2**i < most), most}):
-        sized = experiment.engine.model_copy(update={"pack": size})
-        learner = Learner(experiment.model_copy(update={"engine": sized}), federation, blueprint)
-        members = [Member(c, start.layout, vector, everything, federation.rows_of(c)) for c in drawn[:size]]
-        seconds = []
-        for _ in range(3):
-            begun = time.perf_counter()
-            train_pack(
-                learner.stack, learner.forward, learner.data["train"], federation.pad_id, members, settings,
-                lr=settings.lr, t=0, seed=experiment.seed, device=learner.device,
-            )  # fmt: skip
-            seconds.append(time.perf_counter() - begun)
-        each = float(np.min(seconds)) / (STEPS * size)
-        yield f"{size} at a time", f"{1e3 * each:.1f} ms a client and step, {_peak(learner.device)}"
+    learner, job = Learner(experiment, federation, blueprint), measure_job(experiment, federation)
+    room, workers = memory.free(experiment.engine), workers_of(experiment)
+    found = []
+    for m in measure(learner, job.clients, job.sizes, room):
+        found.append(m)
+        yield f"{m.size} at a time", f"{1e3 * m.seconds / m.size:.1f} ms a client and step, {m.bytes / 2**20:.0f} MiB"
+    choice = choose(found, experiment.server.cohort, workers, room)
+    yield "a step takes", choice.time_model()
+    yield "and needs", choice.memory_model()
+    yield "engine.pack=auto", f"{choice.size}, for {choice.cohort} clients a round and {workers} pack(s) at a time"
 
 
 def _tell(title: str, lines: Iterator[Line]) -> None:
@@ -165,12 +150,3 @@ def _logged_in() -> bool:
     from rayfed.tracking.login import logged_in
 
     return logged_in()
-
-
-def _peak(device: object) -> str:
-    import torch
-
-    if str(device).startswith("cuda"):
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU at the peak so far"
-    scale = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30:.2f} GiB in this process so far"

@@ -21,6 +21,7 @@ from rayfed.lora.stacked import is_conv1d
 from rayfed.tasks.flat import Flat, Padded, choose
 from rayfed.tasks.models import base_name, base_of, longest_input
 from rayfed.tasks.prefix import Prefix, find
+from rayfed.tasks.recompute import layers_of
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,12 @@ def draw_blueprint(experiment: Experiment, classes: int) -> Blueprint:
     """Loads the base model for ``classes`` classes and describes what the run trains on it.
 
     Raises UserError where the model cannot be loaded or its head not be trained, where no module or an unfit one
-    matches the targets, where the rank exceeds a layer's size, or where `engine.padding` asks for what it cannot do.
+    matches the targets, where the rank exceeds a layer's size, or where `engine.padding` or
+    `engine.gradient_checkpointing` asks for what the model cannot do.
     """
     base = base_of(experiment, classes)
+    if experiment.engine.gradient_checkpointing:
+        layers_of(base.model)  # or a refusal
     config = peft_config(experiment, base.heads)
     shapes = match(base.model, config, base.heads)
     conv1d = any(is_conv1d(base.model.get_submodule(name)) for name in shapes)

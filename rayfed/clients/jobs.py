@@ -54,6 +54,7 @@ class TrainResult:
     """Per order: the encoded upload, the mean training loss over its steps, examples seen and steps done.
 
     ``kept`` holds, encoded, what a client keeps for itself: its personal entries; None where nothing is personal.
+    ``split`` counts the clients that did not train in one pack, because memory did not do: all of them or none.
     """
 
     uploads: tuple[bytes, ...]
@@ -63,6 +64,7 @@ class TrainResult:
     steps: tuple[int, ...]
     ranks: tuple[int, ...]  # the largest rank among the layers that the client trained; 0 without adapters
     seconds: float
+    split: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,5 +122,31 @@ class StatesResult:
     states: np.ndarray  # (tokens, width) float32
 
 
-Job = TrainJob | EvalJob | FeatureJob | StatesJob
-Result = TrainResult | EvalResult | FeatureResult | StatesResult
+@dataclass(frozen=True)
+class MeasureJob:
+    """Measure packs of these sizes, in ascending order, each of the first clients named; see `clients.measure`."""
+
+    clients: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A pack of so many clients: tokens and seconds of a step, and the bytes that training it needs at the peak."""
+
+    size: int
+    tokens: float
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class MeasureResult:
+    """The sizes that fit and seemed to pay, and the bytes that the worker may take for its packs."""
+
+    measured: tuple[Measured, ...]
+    memory: int
+
+
+Job = TrainJob | EvalJob | FeatureJob | StatesJob | MeasureJob
+Result = TrainResult | EvalResult | FeatureResult | StatesResult | MeasureResult

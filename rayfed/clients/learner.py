@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rayfed import wire
+from rayfed.clients import memory
 from rayfed.clients.blueprint import Blueprint
 from rayfed.clients.jobs import (
     EvalJob,
@@ -22,6 +23,8 @@ from rayfed.clients.jobs import (
     FeatureJob,
     FeatureResult,
     Job,
+    MeasureJob,
+    MeasureResult,
     Order,
     Result,
     SplitName,
@@ -30,6 +33,7 @@ from rayfed.clients.jobs import (
     TrainJob,
     TrainResult,
 )
+from rayfed.clients.measure import measure
 from rayfed.clients.train import Member, Trained, train_pack
 from rayfed.config import Experiment
 from rayfed.errors import RunError
@@ -39,8 +43,9 @@ from rayfed.methods import Method, build
 from rayfed.methods.base import Base, assemble
 from rayfed.tasks.federation import Federation
 from rayfed.tasks.flat import Flat, FlatModel, FlatTokens
-from rayfed.tasks.models import base_of
+from rayfed.tasks.models import base_of, in_dtype
 from rayfed.tasks.prefix import PrefixedTokens, Skipper
+from rayfed.tasks.recompute import recompute
 from rayfed.tasks.tokens import Tokens
 
 
@@ -48,14 +53,16 @@ class Learner:
     """Loads the base model of ``experiment`` once, then `execute`s jobs on it."""
 
     def __init__(self, experiment: Experiment, federation: Federation, blueprint: Blueprint) -> None:
-        self.experiment, self.federation = experiment, federation
+        self.experiment, self.federation, self.blueprint = experiment, federation, blueprint
         self.method = build(experiment.method.name, **experiment.method.options)
         self.device = torch.device(experiment.engine.device)
         base = base_of(experiment, len(federation.classes))
-        self.model = base.model.to(self.device)
+        self.model = in_dtype(base, experiment.model.dtype).to(self.device)
         lora = experiment.lora
         shapes = blueprint.trained_shapes(experiment)
-        self.stack = Stack(self.model, shapes, base.head, experiment.engine.pack, lora.rank, lora.dropout)
+        self.stack = Stack(self.model, shapes, base.head, 1, lora.rank, lora.dropout)  # every pack makes its own room
+        if experiment.engine.gradient_checkpointing:
+            recompute(self.model, self.stack.batch)
         self.head = list((self.stack.head or head_layers(self.model, base.frozen_head)).values())
         how = blueprint.padding
         self.flat = FlatModel(self.model, how) if isinstance(how, Flat) else None
@@ -67,7 +74,7 @@ class Learner:
         self.by_length = {name: np.argsort(split.lengths, kind="stable") for name, split in splits.items()}
 
     def execute(self, job: Job, payloads: Sequence[Any]) -> Result:
-        """Does one job. Its type decides the result's: train, evaluate, features, states."""
+        """Does one job. Its type decides the result's: train, evaluate, features, states, measure."""
         if isinstance(job, TrainJob):
             return self._train(job, payloads)
         if isinstance(job, EvalJob):
@@ -76,6 +83,9 @@ class Learner:
             return self._features(job, payloads)
         if isinstance(job, StatesJob):
             return self._states(job)
+        if isinstance(job, MeasureJob):
+            room = memory.free(self.experiment.engine)
+            return MeasureResult(tuple(measure(self, job.clients, job.sizes, room)), room)
         raise TypeError(f"no such job: {type(job).__name__}")
 
     def _train(self, job: TrainJob, payloads: Sequence[Any]) -> TrainResult:
@@ -83,10 +93,8 @@ class Learner:
         decoded = [wire.decode(payload) for payload in payloads[: job.states]]  # a tier's clients share theirs
         bases: dict[int, Base] = {}
         members = [self._member(order, decoded, bases) for order in job.orders]
-        results = train_pack(
-            self.stack, self.forward, self._data(job, payloads), self.federation.pad_id, members,
-            self.experiment.client, lr=job.lr, t=job.t, seed=self.experiment.seed, device=self.device,
-        )  # fmt: skip
+        parts = self._parts(members, job, self._data(job, payloads))
+        results = [result for part in parts for result in part]
         uploads, kept = [], []
         for result, member, order in zip(results, members, job.orders, strict=True):
             uploads.append(_upload(self.method, result, member, order))
@@ -99,7 +107,30 @@ class Learner:
             tuple(r.steps for r in results),
             tuple(_trained_rank(member) for member in members),
             time.perf_counter() - begun,
+            split=len(members) if len(parts) > 1 else 0,
         )
+
+    def _parts(self, members: Sequence[Member], job: TrainJob, data: Any) -> list[list[Trained]]:
+        """The results of the pack, or of its parts where memory does not do: then each half starts anew, and so on.
+
+        The rule is fixed (halves in the pack's order; of an odd number, the first half is the larger), so the bits are
+        those of a plan with these parts as its packs.
+        """
+        try:
+            whole = train_pack(
+                self.stack, self.forward, data, self.federation.pad_id, members,
+                self.experiment.client, lr=job.lr, t=job.t, seed=self.experiment.seed, device=self.device,
+            )  # fmt: skip
+            return [whole]
+        except (RuntimeError, MemoryError) as error:
+            if not memory.ran_out(error):
+                raise
+        # Behind the error, nothing refers to what was half trained any more.
+        if len(members) == 1:
+            raise memory.too_little(members[0].client, self.device)
+        memory.let_go(self.device)
+        middle = -(-len(members) // 2)
+        return self._parts(members[:middle], job, data) + self._parts(members[middle:], job, data)
 
     def _member(self, order: Order, decoded: Sequence[wire.Payload], bases: dict[int, Base]) -> Member:
         payload = decoded[order.payload]

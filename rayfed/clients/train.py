@@ -73,7 +73,7 @@ def train_pack(
 ) -> list[Trained]:  # fmt: skip
     """Trains the members for one round ``t`` and returns their results in the order given.
 
-    ``stack`` must have at least as many slots as there are members. The result is a function of the arguments alone.
+    The stack gets as many slots as there are members. The result is a function of the arguments alone.
     """
     plans = [batches(m.rows, settings, seed, t, m.client) for m in members]
     adapters = [member.layout.unflatten(member.start) for member in members]

@@ -31,6 +31,7 @@ WHERE_AND_HOW = {  # settings that decide where a run executes and who watches i
         "workers",
         "cpus_per_worker",
         "gpus_per_worker",
+        "gradient_checkpointing",
         "placement",
         "wait_for_nodes",
         "address",
@@ -166,6 +167,12 @@ class Model(Section):
         "trained",
         description="`trained`: with the adapters, and sent. `frozen`: every weight matrix of the head stays at random "
         "orthonormal rows, keyed by `seed`; then all that can be learnt is in the adapters, which tells methods apart.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Number format of the frozen base and of what passes through it, in training and evaluation alike. "
+        "Adapters, head, loss, optimizer states and messages are float32 in any case. bfloat16 halves the base's "
+        "memory and is fast where a device computes in it; a client's trained change differs by a percent or two.",
     )
     trust_remote_code: bool = Field(False, description="Run code that comes with a hub model. Off unless you trust it.")
 
@@ -436,7 +443,17 @@ class Engine(Section):
     threads: PositiveInt = Field(
         1, description="Torch threads per worker; CPU kernels sum in an order that follows it."
     )
-    pack: PositiveInt = Field(1, description="Clients trained together in one batch.")
+    pack: PositiveInt | Literal["auto"] = Field(
+        1,
+        description="Clients trained together in one batch. auto: measured on a worker before the first round, as "
+        "many as pay; the run's own config.yaml has the number, and pack.json what it was chosen from. Two runs may "
+        "choose differently, and then differ in bits.",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Keep only the input of each of the model's layers, and compute the rest anew on the way back: a "
+        "fraction of the memory, up to half as much time again, the same bits.",
+    )
     padding: Literal["auto", "never", "batch"] = Field(
         "auto",
         description="batch: texts are padded to the longest of their batch. never: a batch is one row of real tokens; "
@@ -546,6 +563,16 @@ class Experiment(Section):
         return self
 
     def _fits_the_known_answer(self) -> None:
+        if self.engine.gradient_checkpointing:
+            raise ValueError(
+                "engine.gradient_checkpointing: got true, but the model of data.source=lowrank is one layer; allowed "
+                "is false"
+            )
+        if self.model.dtype != "float32":
+            raise ValueError(
+                f"model.dtype: got {self.model.dtype!r}, but data.source=lowrank measures distances that are finer; "
+                "allowed is float32"
+            )
         if self.partition.kind != "natural":
             raise ValueError(
                 f"partition.kind: got {self.partition.kind!r}, but in data.source=lowrank every client has its own "
@@ -579,6 +606,10 @@ class Experiment(Section):
                 f"{self.partition.clients} clients (partition.clients)"
             )
         return self
+
+    def with_pack(self, size: int) -> Experiment:
+        """The same run with packs of that size."""
+        return self.model_copy(update={"engine": self.engine.model_copy(update={"pack": size})})
 
     def digest(self) -> str:
         """SHA-256 (first 16 hex digits) of the settings that decide the result; see the module docstring."""

@@ -78,7 +78,7 @@ def run(
             f"out: got {str(out)!r}, but a run writes a folder; `rayfed run --out URI` copies it from there"
         )
     out = Path(out) if out is not None else Path("runs") / f"{slug(experiment.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    _check_out(out, experiment, resume)
+    experiment = _check_out(out, experiment, resume)
     from rayfed.clients.blueprint import draw_blueprint
 
     federation = _formed(experiment, federation)
@@ -167,25 +167,32 @@ def _check_device(experiment: Experiment) -> None:
             raise UserError("engine.device: got 'cuda', but torch finds no GPU here; allowed is cpu")
 
 
-def _check_out(out: Path, experiment: Experiment, resume: bool) -> None:
-    """A fresh run wants a new or empty folder; a resumed one the same settings that its folder was made with."""
+def _check_out(out: Path, experiment: Experiment, resume: bool) -> Experiment:
+    """A fresh run wants a new or empty folder; a resumed one the same settings that its folder was made with.
+
+    Returns the settings to run with: `engine.pack: auto` was chosen when the folder was made, and is that number now.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: got {str(out)!r}, but that is a file")
     for place in out.parents:
         if place.exists() and not place.is_dir():
             raise UserError(f"--out: got {str(out)!r}, but {place} is a file")
     if not out.is_dir() or not any(out.iterdir()):
-        return
+        return experiment
     if not resume:
         raise UserError(f"--out: got {str(out)!r}, but it is not empty; continue it with --resume or name another")
     if not (out / "config.yaml").is_file():
         raise UserError(f"--resume: got {str(out)!r}, but that is no run directory: it has no config.yaml")
-    made_with, now = config.load_config(out / "config.yaml").digest(), experiment.digest()
+    known = config.load_config(out / "config.yaml")
+    if experiment.engine.pack == "auto" and known.engine.pack != "auto":
+        experiment = experiment.with_pack(known.engine.pack)
+    made_with, now = known.digest(), experiment.digest()
     if made_with != now:
         raise UserError(
             f"--resume: {out} was made with other settings (digest {made_with}, these have {now}); "
             "resume with its config.yaml or choose another --out"
         )
+    return experiment
 
 
 class _Kept:

@@ -139,11 +139,17 @@ class Stack:
                 yield f"{name}.bias", "head", linear.bias_KO
 
     def fit(self, adapters: Sequence[Adapter]) -> None:
-        """Makes the slots of every layer as wide as the widest of these pairs: bits must follow the pack alone."""
+        """Makes room for exactly these adapters: a slot for each, in every layer as wide as the widest of its pairs.
+
+        Bits and memory must follow the pack alone, not the packs before it.
+        """
+        self.slots = len(adapters)
         for name, layer in self.lora.items():
             pairs = [a.layers[name] for a in adapters if name in a.layers]
             core = any(pair.R is not None for pair in pairs)
-            layer.fit(max((pair.rank for pair in pairs), default=1), core)
+            layer.fit(self.slots, max((pair.rank for pair in pairs), default=1), core)
+        for linear in self.head.values():
+            linear.fit(self.slots)
 
     @torch.no_grad()
     def load(self, slot: int, adapter: Adapter, base: Mapping[str, LowRank | Tensor] | None = None) -> None:

@@ -65,7 +65,8 @@ class _Change(torch.autograd.Function):
                 _add(flat_y[rows], z, B_KOR[piece.slot].T)
                 narrow.append(z)
             if isinstance(piece.frozen, LowRank):
-                _add(flat_y[rows], (flat_x[rows] @ piece.frozen.A.T).mul_(piece.frozen.scale), piece.frozen.B.T)
+                A, B, scale = piece.frozen.A, piece.frozen.B, piece.frozen.scale
+                _add(flat_y[rows], (flat_x[rows].to(A.dtype) @ A.T).mul_(scale), B.T)
             elif piece.frozen is not None:
                 _add(flat_y[rows], flat_x[rows], piece.frozen.T)
         ctx.save_for_backward(u, A_KRI, B_KOR, *narrow)
@@ -110,7 +111,7 @@ class _Change(torch.autograd.Function):
                 if du is not None:
                     torch.mm(h, A_KRI[piece.slot], out=du[rows])
             if dx is not None and isinstance(piece.frozen, LowRank):
-                _add(dx[rows], (flat_dy[rows] @ piece.frozen.B).mul_(piece.frozen.scale), piece.frozen.A)
+                _add(dx[rows], (wide[rows] @ piece.frozen.B).mul_(piece.frozen.scale), piece.frozen.A)
             elif dx is not None and piece.frozen is not None:
                 _add(dx[rows], flat_dy[rows], piece.frozen)
         du_shaped = None if du is None else du.to(u.dtype).view(u.shape)
@@ -135,4 +136,4 @@ def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == right.dtype == total.dtype:
         total.baddbmm_(left, right) if total.ndim == 3 else total.addmm_(left, right)
     else:
-        total += (left.to(right.dtype) @ right).to(total.dtype)
+        total += left.to(right.dtype) @ right  # summed in the finer format, rounded once

@@ -105,14 +105,15 @@ class StackedLora(nn.Module):
     def _drops(self, segment: Segment) -> bool:
         return self.dropout > 0 and segment.rng is not None
 
-    def fit(self, rank: int, core: bool = False) -> None:
-        """Room for pairs of exactly this rank at most, with a core or without; empties the slots where it is new."""
-        slots, held, inner = self.A_KRI.shape
-        if rank != held or core != (self.R_KRR is not None):
+    def fit(self, slots: int, rank: int, core: bool = False) -> None:
+        """Room for exactly so many pairs of at most this rank, with a core or without; empty where that is new."""
+        *held, inner = self.A_KRI.shape
+        if [slots, rank] != held or core != (self.R_KRR is not None):
             self.R_KRR = nn.Parameter(self.A_KRI.new_zeros(slots, rank, rank)) if core else None
             self.A_KRI = nn.Parameter(self.A_KRI.new_zeros(slots, rank, inner))
             self.B_KOR = nn.Parameter(self.B_KOR.new_zeros(slots, self.B_KOR.shape[1], rank))
             self.scales = [0.0] * slots
+            self.frozen = [None] * slots
 
     @torch.no_grad()
     def load(self, slot: int, pair: LowRank | None, frozen: LowRank | Tensor | None = None) -> None:
@@ -149,6 +150,13 @@ class StackedLinear(nn.Module):
         self.weight_KOI = nn.Parameter(layer.weight.detach().float().repeat(slots, 1, 1))
         bias = layer.bias
         self.bias_KO = nn.Parameter(bias.detach().float().repeat(slots, 1)) if bias is not None else None
+
+    def fit(self, slots: int) -> None:
+        """Room for exactly so many clients; empty where that is new."""
+        if slots != len(self.weight_KOI):
+            self.weight_KOI = nn.Parameter(self.weight_KOI.new_zeros(slots, *self.weight_KOI.shape[1:]))
+            if self.bias_KO is not None:
+                self.bias_KO = nn.Parameter(self.bias_KO.new_zeros(slots, *self.bias_KO.shape[1:]))
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = []

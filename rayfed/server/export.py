@@ -23,7 +23,7 @@ from rayfed.lora.algebra import factors as of_rank
 from rayfed.lora.algebra import norm, pad, rescale, svd, tail_energy
 from rayfed.lora.peft_io import save_peft
 from rayfed.lora.stacked import is_conv1d
-from rayfed.tasks.models import base_of, load_tokenizer
+from rayfed.tasks.models import base_of, in_dtype, load_tokenizer
 
 Changes = Mapping[str, LowRank | Tensor]
 
@@ -31,8 +31,11 @@ Changes = Mapping[str, LowRank | Tensor]
 def export(
     out: Path, changes: Changes, head: Mapping[str, Tensor], blueprint: Blueprint, experiment: Experiment,
     classes: tuple[str, ...],
-) -> dict[str, float]:  # fmt: skip
-    """Writes `adapter/`, and `merged/` where asked for. Returns the adapter's rank and the share of energy it lost."""
+) -> dict[str, float | str]:  # fmt: skip
+    """Writes `adapter/`, and `merged/` where asked for, both float32.
+
+    Returns the adapter's rank, the share of energy it lost, and the number format of the base that it was trained on.
+    """
     rank = experiment.export.adapter_rank or experiment.lora.rank
     alpha = experiment.lora.alpha
     adapter, lost = as_adapter(changes, head, blueprint, experiment, rank)
@@ -40,7 +43,7 @@ def export(
     save_peft(out / "adapter", adapter, settings, {"classes.json": json.dumps(list(classes), indent=2) + "\n"})
     if experiment.export.merged:
         _save_merged(out / "merged", changes, head, experiment, len(classes))
-    return {"export/rank": rank, "export/lost_energy": lost}
+    return {"export/rank": rank, "export/lost_energy": lost, "export/base_dtype": experiment.model.dtype}
 
 
 def as_adapter(
@@ -73,6 +76,7 @@ def _save_merged(
     A mean-pooled model is saved as its encoder, with the classifier beside it in `head.safetensors`.
     """
     base = base_of(experiment, classes)
+    in_dtype(base, experiment.model.dtype).float()  # the weights that were trained on, as they were rounded
     with torch.no_grad():
         for name, change in changes.items():
             layer = base.model.get_submodule(name)

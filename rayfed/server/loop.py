@@ -19,7 +19,7 @@ from rayfed import wire
 from rayfed.clients.blueprint import Blueprint
 from rayfed.clients.profiles import describe, profile, rank_mix
 from rayfed.config import Experiment, dump_config
-from rayfed.files import atomic_write
+from rayfed.files import atomic_write, write_json
 from rayfed.lora.adapter import Layout, LowRank, flatten_changes
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.axes import rate, resolve
@@ -31,6 +31,7 @@ from rayfed.server.downlink import Downlink
 from rayfed.server.evaluate import evaluate, features
 from rayfed.server.export import export
 from rayfed.server.memory import ClientStore, digest_of
+from rayfed.server.pack_size import measured_choice
 from rayfed.server.packs import client_costs, plan_packs
 from rayfed.server.per_client import client_metrics
 from rayfed.server.round import Books, Tally, updates
@@ -53,6 +54,10 @@ class Server:
         self, experiment: Experiment, federation: Federation, blueprint: Blueprint, crew: Crew, out: Path, sinks: Sink,
         resume: bool,
     ) -> None:  # fmt: skip
+        self.choice = None
+        if experiment.engine.pack == "auto":
+            self.choice = measured_choice(experiment, federation, crew)
+            experiment = experiment.with_pack(self.choice.size)
         self.experiment, self.federation, self.blueprint = experiment, federation, blueprint
         self.crew, self.out, self.sinks = crew, out, sinks
         self.axes = resolve(experiment)
@@ -87,6 +92,7 @@ class Server:
             "training rows": int(sizes.sum()),
             "trainable parameters": self.layout.size,
             "frozen parameters": self.blueprint.parameters,
+            "base in": self.experiment.model.dtype,
             "padding": str(self.blueprint.padding),
             "ranks": describe(rank_mix(self.experiment, sizes)),
         }
@@ -104,16 +110,24 @@ class Server:
         """Runs the rounds that are left and yields each one's record (the keys of metrics.jsonl)."""
         # First of all: a folder with a config.yaml is a run that can be resumed.
         atomic_write(self.out / "config.yaml", dump_config(self.experiment))
+        if self.choice:
+            write_json(self.out / "pack.json", self.choice.to_json())
         self.sinks.start(self.info())
-        self.crew, told = informed(self.crew, self.experiment, self.federation, self.blueprint)
-        if told:
-            self.sinks.event(told)
+        if self.choice:
+            self.sinks.event(f"engine.pack=auto: packs of {self.choice.size} (a step: {self.choice.time_model()})")
+        self.crew, kept = informed(self.crew, self.experiment, self.federation, self.blueprint)
+        if kept:
+            self.sinks.event(kept)
+        told = False
         while self.done < self.experiment.server.rounds and not self.progress.stopped:
             record = self._round(self.done)
             self.done += 1
             self.sinks.round(record)
             for text in self.crew.drain_events():
                 self.sinks.event(text)
+            if record["clients/split"] and not told:
+                told = True
+                self.sinks.event("some packs do not fit into memory and are split; a smaller engine.pack saves the try")
             last = self.done == self.experiment.server.rounds or self.progress.stopped
             if last or self.done % self.experiment.checkpoint.every == 0:
                 self._checkpoint(record["state/digest"])
@@ -142,6 +156,7 @@ class Server:
         downlink = Downlink(axes.method, self.state, experiment.wire.down.values, self.crew)
         watch = Diagnostics() if experiment.eval.diagnostics else None
         books = Books(self.ledger, self.catchup, Tally(), watch)
+        assert experiment.engine.pack != "auto"
         packs = plan_packs(clients, experiment.engine.pack, self.costs)
         stream = updates(axes.method, self.state, t, lr, packs, axes.weights, experiment, self.crew, downlink, books)
         state = axes.method.aggregate(self.state, stream, axes.optimizer.advance)
@@ -165,6 +180,7 @@ class Server:
             "time/train_s": trained - begun,
             "clients/ok": tally.ok,
             "clients/retried": tally.retried,
+            "clients/split": tally.split,
             **{f"clients/rank_{rank}": count for rank, count in sorted(tally.ranks.items())},
             **{f"method/{name}": value for name, value in self.state.report.items()},
             **(watch.report(axes.method, self.state) if watch else {}),

@@ -25,6 +25,7 @@ class Tally:
     examples: int = 0
     ok: int = 0
     retried: int = 0
+    split: int = 0  # clients whose pack did not fit into memory
     dense: int = 0  # bytes of the same messages, had every entry travelled in fp32
     ranks: dict[int, int] = field(default_factory=dict)  # trained rank -> clients
 
@@ -52,6 +53,7 @@ def updates(
     for done in in_order(crew.run(tasks)):
         job, result = cast(TrainJob, tasks[done.index].job), cast(TrainResult, done.result)
         tally.retried += done.retries * len(job.orders)
+        tally.split += result.split
         for i, (client, order) in enumerate(zip(packs[done.index], job.orders, strict=True)):
             sent = downlink.of(client)
             downlink.forget(client)

@@ -63,6 +63,7 @@ def make_trials(settings: dict[str, Any], points: Sequence[Point], called: Seque
     for point, name in zip(points, called, strict=True):
         with mistakes.of(point):
             experiment = _experiment(settings, point, label, name)
+            _check_pack(experiment)
             trials.append(Trial(name, point.overrides, point.shown, experiment, federation_key(experiment)))
     mistakes.tell()
     return trials
@@ -152,6 +153,15 @@ def _experiment(settings: dict[str, Any], point: Point, label: str, name: str) -
     if tracking.get("group") is None:
         tracking["group"] = label
     return validate(own)
+
+
+def _check_pack(experiment: Experiment) -> None:
+    """Trials that choose for themselves would differ by more than what they are compared in."""
+    if experiment.engine.pack == "auto":
+        raise UserError(
+            "engine.pack: got 'auto', but every trial of a sweep would choose its own; name the number that `rayfed "
+            "doctor CONFIG` shows"
+        )
 
 
 def _check_metric(sweep: Sweep, experiment: Experiment) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rayfed.lora.stacked import Segment
 from rayfed.tasks.attention import NAME, Laid, attend
-from rayfed.tasks.models import MeanPooledClassifier, quiet
+from rayfed.tasks.models import MeanPooledClassifier, quiet, widened
 from rayfed.tasks.tokens import Tokens
 
 Reads = Literal["mean", "first", "last", "all"]
@@ -150,7 +150,7 @@ class _Row:
         if self.how.reads == "all":
             return self._padded(states_TD, 0.0)
         if self.how.reads == "mean":
-            return torch.segment_reduce(states_TD, "mean", lengths=self.lengths, unsafe=True)[:, None]
+            return torch.segment_reduce(widened(states_TD), "mean", lengths=self.lengths, unsafe=True)[:, None]
         return states_TD.index_select(0, self.places)[:, None]
 
     def _padded(self, x: Tensor, value: float) -> Tensor:

@@ -58,7 +58,7 @@ class MeanPooledClassifier(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **_: Any) -> Any:
         from transformers.modeling_outputs import SequenceClassifierOutput
 
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        states = widened(self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state)
         weights = attention_mask.unsqueeze(-1).to(states.dtype)
         pooled = (states * weights).sum(1) / weights.sum(1)
         if self.normalize:  # unit variance per feature, so that one learning rate suits the head and the adapters
@@ -128,6 +128,34 @@ def load_base(settings: Model, classes: int, seed: int) -> Base:
     return Base(model.eval().requires_grad_(False), (), head)
 
 
+def in_dtype(base: Base, dtype: str) -> nn.Module:
+    """The base's model with its frozen weights in that number format (`model.dtype`), changed in place.
+
+    The head keeps float32, and so the logits have it: its linear layers take whatever reaches them as such. Buffers
+    stay as they are: models of 16 bits, too, compute with their rotary frequencies in float32.
+    """
+    if dtype == "float32":
+        return base.model
+    head = [module for name in base.heads for module in base.model.get_submodule(name).modules()]
+    kept = {id(parameter) for module in head for parameter in module.parameters()}
+    for parameter in base.model.parameters():
+        if id(parameter) not in kept and parameter.is_floating_point():
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    for module in head:
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(_widen_input)
+    return base.model
+
+
+def widened(x: Tensor) -> Tensor:
+    """Numbers of 16 bits as float32, others as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _widen_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (widened(args[0]), *args[1:])
+
+
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
     """The model's own tokenizer, with a padding token (the end-of-text token where the model has none)."""
     from transformers import AutoTokenizer
@@ -186,8 +214,8 @@ def load_model(run: str | Path) -> nn.Module:
 
     experiment = load_config(Path(run) / "config.yaml")
     classes = json.loads((Path(run) / "adapter" / "classes.json").read_text(encoding="utf-8"))
-    base = base_of(experiment, len(classes))
-    return PeftModel.from_pretrained(base.model, str(Path(run) / "adapter")).eval()
+    model = in_dtype(base_of(experiment, len(classes)), experiment.model.dtype)
+    return PeftModel.from_pretrained(model, str(Path(run) / "adapter")).eval()
 
 
 def _config(settings: Model, classes: int) -> PretrainedConfig:

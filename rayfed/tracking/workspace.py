@@ -67,7 +67,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Curves("Mean accuracy over the clients against bytes", "bytes/total", ("test/accuracy_clients",)),
     ),
     "Cohort and time": (
-        Curves("Effective cohort", "round", ("clients/ok", "clients/retried")),
+        Curves("Effective cohort", "round", ("clients/ok", "clients/retried", "clients/split")),
         Curves("Seconds: clients' training, whole round", "round", ("time/train_s", "time/round_s")),
         Curves("Bytes a round", "round", ("bytes/down", "bytes/up")),
     ),

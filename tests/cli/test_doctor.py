@@ -64,6 +64,12 @@ def test_a_configs_plan_and_its_packs(config: Path, tiny, tmp_path: Path, monkey
     assert facts["padding"].startswith("none (the head reads the mean")
     assert [label for label in facts if label.endswith("at a time")] == ["1 at a time", "2 at a time", "3 at a time"]
     assert all(float(facts[f"{k} at a time"].split()[0]) > 0 for k in (1, 2, 3))
+    assert all(facts[f"{k} at a time"].endswith(" MiB") for k in (1, 2, 3))
+    assert facts["a step takes"].endswith(" ms a client")
+    assert facts["and needs"].endswith(" GiB are free for a worker")
+    size, rest = facts["engine.pack=auto"].split(", ", 1)
+    assert int(size) in (1, 2, 3)
+    assert rest == "for 3 clients a round and 1 pack(s) at a time"
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -18,6 +18,8 @@ from rayfed.config.schema import Client
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.inject import Stack, head_values
 from rayfed.lora.stacked import layer_shape
+from rayfed.tasks.models import Base, in_dtype
+from rayfed.tasks.recompute import recompute
 
 CLASSES = 3
 COMMON = {"num_labels": CLASSES, "initializer_range": 0.2}
@@ -97,9 +99,12 @@ def model_of(build):
     return model, head, shapes
 
 
-def train(build, members, settings):
+def train(build, members, settings, dtype="float32", again=False):
     model, head, shapes = model_of(build)
+    in_dtype(Base(model, (head,)), dtype)
     stack = Stack(model, shapes, [head], len(members), 4, dropout=0.2)
+    if again:
+        recompute(model, stack.batch)
     results = train_pack(
         stack, lambda inputs: model(**inputs).logits, Rows(build is vit), 0, members, settings, lr=settings.lr, t=3,
         seed=1, device=torch.device("cpu"),
@@ -119,12 +124,16 @@ def member(build, client, rank, rows):
     return Member(client, adapter.layout, adapter.flatten(), everything, np.asarray(rows))
 
 
+def pack_of(build):
+    # 2, 4 and 3 steps; the last batches are ragged
+    return [member(build, 5, 4, range(7)), member(build, 6, 1, range(7, 22)), member(build, 8, 2, range(22, 33))]
+
+
 @pytest.mark.parametrize("optimizer", SETTINGS)
 @pytest.mark.parametrize("build", SHAPES, ids=lambda build: build.__name__)
 def test_a_pack_is_its_members_alone(build, optimizer, tolerance):
     settings = SETTINGS[optimizer]
-    # 2, 4 and 3 steps; the last batches are ragged
-    members = [member(build, 5, 4, range(7)), member(build, 6, 1, range(7, 22)), member(build, 8, 2, range(22, 33))]
+    members = pack_of(build)
     together = train(build, members, settings)
     for mine, own in zip(together, members, strict=True):
         (alone,) = train(build, [own], settings)
@@ -133,3 +142,19 @@ def test_a_pack_is_its_members_alone(build, optimizer, tolerance):
             moved = (alone[place] - own.start[place]).norm()
             assert moved > 1e-4, entry
             assert (mine[place] - alone[place]).norm() <= tolerance * moved, entry
+
+
+@pytest.mark.parametrize("build", SHAPES, ids=lambda build: build.__name__)
+def test_layers_computed_anew_change_no_bit(build):
+    members, settings = pack_of(build), SETTINGS["adamw"]
+    kept, anew = train(build, members, settings), train(build, members, settings, again=True)
+    assert all(torch.equal(a, b) for a, b in zip(kept, anew, strict=True))
+
+
+@pytest.mark.parametrize("build", SHAPES, ids=lambda build: build.__name__)
+def test_a_base_in_bfloat16_trains_nearly_alike(build):
+    members, settings = pack_of(build), SETTINGS["sgd"]
+    fine, coarse = (train(build, members, settings, dtype) for dtype in ("float32", "bfloat16"))
+    for own, a, b in zip(members, fine, coarse, strict=True):
+        distance = (a - b).norm() / (a - own.start).norm()
+        assert 1e-4 < distance < 0.1

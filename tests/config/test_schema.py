@@ -20,6 +20,7 @@ WHERE_AND_HOW = {  # cannot change the result, so not in the digest; all else is
     "engine.workers",
     "engine.cpus_per_worker",
     "engine.gpus_per_worker",
+    "engine.gradient_checkpointing",
     "engine.placement",
     "engine.wait_for_nodes",
     "engine.address",
@@ -130,6 +131,7 @@ def test_defaults_are_valid_and_frozen() -> None:
     [
         ("seed", "an integer of at least 0"),
         ("lora.rank", "an integer above 0"),
+        ("engine.pack", "an integer above 0 or auto"),
         ("lora.target_modules", "a string, a list of strings or null"),
         ("lora.layers_to_transform", "a list of integers of at least 0 or null"),
         ("wire.up.density", "a number in (0, 1]"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import ray
 
 import rayfed
-from rayfed.config import dump_config
+from rayfed.config import dump_config, load_config
 from rayfed.tracking import read_metrics
 
 # Evaluated at the end only: whoever is killed before was training.
@@ -92,6 +93,16 @@ def test_states_that_are_kept_reach_every_worker(tiny, tmp_path, cluster):
     assert digests_of(there.out) == digests_of(here.out)
     figures = ("head_only/test_accuracy", "head_only/test_accuracy_central")
     assert [there.summary[key] for key in figures] == [here.summary[key] for key in figures]
+
+
+def test_a_worker_measures_and_the_run_is_the_one_with_the_number(tiny, tmp_path, cluster):
+    result = rayfed.run(tiny(*RUN, "engine.kind=ray", "engine.workers=3", "engine.pack=auto"), out=tmp_path / "run")
+    size = load_config(result.out / "config.yaml").engine.pack
+    assert size in (1, 2)  # 5 clients and 3 workers
+    record = json.loads((result.out / "pack.json").read_text())
+    assert (record["size"], record["workers"], [m["size"] for m in record["measured"]]) == (size, 3, [1, 2])
+    pinned = rayfed.run(tiny(*RUN, f"engine.pack={size}"), out=tmp_path / "pinned")
+    assert digests_of(result.out) == digests_of(pinned.out)
 
 
 @needs_proc

@@ -7,7 +7,7 @@ import torch
 
 from rayfed.lora.adapter import LowRank
 from rayfed.lora.kernel import Piece, change
-from rayfed.lora.stacked import Batch, Segment, StackedLora
+from rayfed.lora.stacked import Batch, Segment, StackedLinear, StackedLora
 
 OUT, IN, RANK = 7, 5, 3
 
@@ -108,11 +108,16 @@ def test_a_frozen_change_is_a_changed_weight():
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
 
 
-def test_fit_makes_room_for_exactly_the_rank_asked_for():
+def test_fit_makes_room_for_exactly_the_slots_and_the_rank_asked_for():
     stacked = StackedLora(torch.nn.Linear(IN, OUT), Batch(), slots=2, rank=2, dropout=0.0)
-    stacked.fit(4)
-    assert stacked.A_KRI.shape == (2, 4, IN)
-    assert stacked.B_KOR.shape == (2, OUT, 4)
-    before = stacked.A_KRI
-    stacked.fit(4)
-    assert stacked.A_KRI is before
+    for slots in (2, 3):
+        stacked.fit(slots, 4)
+        assert stacked.A_KRI.shape == (slots, 4, IN)
+        assert stacked.B_KOR.shape == (slots, OUT, 4)
+        assert len(stacked.scales) == len(stacked.frozen) == slots
+        before = stacked.A_KRI
+        stacked.fit(slots, 4)
+        assert stacked.A_KRI is before
+    head = StackedLinear(torch.nn.Linear(IN, OUT), Batch(), slots=2)
+    head.fit(3)
+    assert (head.weight_KOI.shape, head.bias_KO.shape) == ((3, OUT, IN), (3, OUT))

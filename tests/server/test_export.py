@@ -52,7 +52,7 @@ def test_peft_loads_an_adapter_of_another_rank(tiny, blueprint, tmp_path):
 
     experiment, changes = tiny("export.adapter_rank=6"), changes_of(blueprint, 6)
     facts = export(tmp_path, changes, blueprint.head, blueprint, experiment, ("a", "b", "c", "d"))
-    assert facts == {"export/rank": 6, "export/lost_energy": 0.0}
+    assert facts == {"export/rank": 6, "export/lost_energy": 0.0, "export/base_dtype": "float32"}
     base = load_base(experiment.model, 4, experiment.seed)
     model = PeftModel.from_pretrained(base.model, str(tmp_path / "adapter"))
     for name, pair in changes.items():

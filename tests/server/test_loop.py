@@ -22,7 +22,8 @@ from rayfed.tasks.models import load_base
 
 KEYS = {
     "round", "train/loss", "eval/loss", "eval/accuracy", "bytes/down", "bytes/up", "bytes/total", "params/down",
-    "params/up", "time/round_s", "time/train_s", "clients/ok", "clients/retried", "state/digest",
+    "params/up", "time/round_s", "time/train_s", "clients/ok", "clients/retried", "clients/split",
+    "state/digest",
 }  # fmt: skip
 
 

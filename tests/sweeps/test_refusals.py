@@ -129,6 +129,11 @@ SECTIONS = {
         {"search": {"kind": "flasc", "rounds": 1}, "stop": {"kind": "asha", "grace": 1}},
         "sweep.stop: got a section, but sweep.search decides by itself what runs",
     ),
+    "packs of whatever size each trial finds best": (
+        {"parameters": {"engine.pack": {"grid": [1, "auto"]}}},
+        "engine.pack: got 'auto', but every trial of a sweep would choose its own; name the number that `rayfed doctor "
+        "CONFIG` shows (trial engine.pack=auto)",
+    ),
     "what changes nothing": (
         {"parameters": {"tracking.tags": {"grid": [["a"], ["b"]]}}},
         "tracking.tags: a sweep cannot vary it; it changes nothing in the result (trials tracking.tags=",

@@ -1,0 +1,98 @@
+"""The memory of the device on which clients train: whether it ran out, how much is taken at the peak, how much is free.
+
+On a GPU torch's own allocator counts. On a CPU it is the process's resident memory. Linux alone can forget its peak, so
+that a lower one is seen after it; elsewhere the peak is that of the process's whole life, and so rather too high.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from rayfed.config.schema import Engine
+from rayfed.errors import RunError
+
+NO_MORE = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")  # in errors that have no class of their own
+STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+LIMIT, USED = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether the error says that the device's memory did not do."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in NO_MORE)
+
+
+def too_little(client: int, device: torch.device) -> RunError:
+    """What to say where a pack of one does not fit."""
+    return RunError(
+        f"client {client}: training it alone needs more memory than {device} has; lower client.batch_size or "
+        "data.max_tokens, or set engine.gradient_checkpointing"
+    )
+
+
+def let_go(device: torch.device) -> None:
+    """Gives back what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def forget_peak(device: torch.device) -> int:
+    """Starts a new peak; returns the bytes that are taken now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    with suppress(OSError):
+        FORGET.write_text("5")  # proc(5): sets the peak to what is resident now
+    return _status("VmRSS") or peak(device)
+
+
+def peak(device: torch.device) -> int:
+    """Bytes taken at the peak since it was last forgotten."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    whole_life = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return _status("VmHWM") or whole_life
+
+
+def free(engine: Engine) -> int:
+    """Bytes that this process may still take: its share of what is free, if others train on the device, too."""
+    if engine.device == "cuda":
+        nobodys, _ = torch.cuda.mem_get_info()
+        own = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        shared = engine.kind == "ray" and engine.gpus_per_worker < 1
+        return int((nobodys + own) * (engine.gpus_per_worker if shared else 1))
+    return _free_on_this_machine() // (engine.workers if engine.kind == "ray" else 1)
+
+
+def _free_on_this_machine() -> int:
+    """What the kernel would hand out without swapping, and no more than is left of a container's limit."""
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        available = int(found[1]) * 1024 if found else None
+    except OSError:
+        available = None
+    if available is None:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # some of it is in use
+    try:
+        return min(available, int(LIMIT.read_text()) - int(USED.read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return available
+
+
+def _status(name: str) -> int:
+    """A line of Linux's account of this process, in bytes; 0 where there is none."""
+    try:
+        found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0

@@ -1,0 +1,127 @@
+"""`engine.pack: auto`: how many clients train together, chosen once, before the first round, from measurements.
+
+A step of a pack with x tokens is taken to last a + b x seconds and to need c + d x bytes; the lines are fitted to what
+`rayfed.clients.measure` finds on a worker. Then, for packs of k clients,
+
+    packs = ceil(cohort / k),  round = ceil(packs / workers) (a + b tokens cohort / packs)      (up to a factor: steps)
+
+Of the sizes that were measured or lie between such, that fit into most of the memory, and that leave no worker without
+a pack for the sake of larger ones, the choice is the smallest whose round is at most 3 % longer than the shortest: a
+size has to pay for what it takes. The choice is a function of the measurements; these have noise, so both are written
+down, and the run goes on, resumes and is repeated with the number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from rayfed.clients.jobs import Measured, MeasureJob, MeasureResult
+from rayfed.clients.measure import PAYS
+from rayfed.config import Experiment
+from rayfed.server.crew import Crew, Task
+from rayfed.server.packs import client_costs
+from rayfed.server.sampling import cohort
+from rayfed.tasks.federation import Federation
+
+LARGEST = 64  # clients of the largest pack that is measured
+SHARE = 0.8  # of the memory that is free: later rounds have longer texts
+
+
+@dataclass(frozen=True)
+class Line:
+    """``fixed + slope x``."""
+
+    fixed: float
+    slope: float
+
+    def at(self, x: float) -> float:
+        return self.fixed + self.slope * x
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The size of packs, and what it was chosen from. ``tokens``: what a step has of each client, at most."""
+
+    size: int
+    cohort: int
+    workers: int
+    memory: int  # bytes that are free for one worker
+    tokens: float
+    seconds: Line
+    bytes: Line
+    measured: tuple[Measured, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `pack.json` holds them."""
+        return asdict(self)
+
+    def time_model(self) -> str:
+        """How long a step takes, in words."""
+        return f"{1e3 * self.seconds.fixed:.1f} ms, and {1e3 * self.seconds.slope * self.tokens:.1f} ms a client"
+
+    def memory_model(self) -> str:
+        """What a step needs, in words."""
+        fixed, each = self.bytes.fixed / 2**20, self.bytes.slope * self.tokens / 2**20
+        return f"{fixed:.0f} MiB, and {each:.1f} MiB a client; {self.memory / 2**30:.1f} GiB are free for a worker"
+
+
+def measuring(experiment: Experiment) -> tuple[int, ...]:
+    """The sizes to measure: 1, 2, 4, ... to the largest that leaves no worker without a pack, or to 64."""
+    most = min(-(-experiment.server.cohort // workers_of(experiment)), LARGEST)
+    return tuple(sorted({*(2**i for i in range(most.bit_length()) if 2**i < most), most}))
+
+
+def measure_job(experiment: Experiment, federation: Federation) -> MeasureJob:
+    """What a worker is asked to measure: clients of the first round, those with most tokens a step first."""
+    drawn = cohort(federation.holders, experiment.server.cohort, experiment.seed, 0)
+    tokens = client_costs(federation, experiment.client.model_copy(update={"steps": 1}))
+    sizes = measuring(experiment)
+    return MeasureJob(tuple(sorted(map(int, drawn), key=lambda c: (-tokens[c], c))[: sizes[-1]]), sizes)
+
+
+def measured_choice(experiment: Experiment, federation: Federation, crew: Crew) -> Choice:
+    """Has a worker measure, and chooses. RunError where not even one client fits into its memory."""
+    (done,) = crew.run([Task(measure_job(experiment, federation))])
+    found = cast(MeasureResult, done.result)
+    return choose(found.measured, experiment.server.cohort, workers_of(experiment), found.memory)
+
+
+def choose(measured: Sequence[Measured], cohort: int, workers: int, memory: int) -> Choice:
+    """The choice for rounds of ``cohort`` clients on ``workers`` that have ``memory`` bytes each; see the module."""
+    x = [m.tokens for m in measured]
+    seconds, space = line(x, [m.seconds for m in measured]), line(x, [m.bytes for m in measured])
+    # No measurement may lie above: what is needed must not be guessed too low.
+    missing = max(m.bytes - space.at(m.tokens) for m in measured)
+    space = Line(space.fixed + max(missing, 0.0), space.slope)
+    tokens = max(m.tokens / m.size for m in measured)
+
+    def length(size: int) -> float:
+        packs = -(-cohort // size)
+        return -(-packs // workers) * seconds.at(tokens * cohort / packs)
+
+    most = min(-(-cohort // workers), max(m.size for m in measured))
+    sizes = [k for k in range(1, most + 1) if k == 1 or space.at(k * tokens) <= SHARE * memory]
+    shortest = min(map(length, sizes))
+    size = next(k for k in sizes if length(k) <= shortest * (1 + PAYS))
+    return Choice(size, cohort, workers, memory, tokens, seconds, space, tuple(measured))
+
+
+def line(x: Sequence[float], y: Sequence[float]) -> Line:
+    """The line with the least squared relative errors whose two numbers are not negative; through 0 for one point."""
+    one = 1 / np.maximum(np.asarray(y, dtype=float), 1e-12)
+    run = np.asarray(x, dtype=float) * one
+    fixed, slope = np.linalg.lstsq(np.stack([one, run], 1), np.ones(len(one)), rcond=None)[0]
+    if len(one) == 1 or fixed < 0:
+        return Line(0.0, float(run.sum() / run.dot(run)))
+    if slope < 0:
+        return Line(float(one.sum() / one.dot(one)), 0.0)
+    return Line(float(fixed), float(slope))
+
+
+def workers_of(experiment: Experiment) -> int:
+    """How many packs train at a time."""
+    return experiment.engine.workers if experiment.engine.kind == "ray" else 1
