@@ -148,5 +148,6 @@ class MeasureResult:
     memory: int
 
 
-Job = TrainJob | EvalJob | FeatureJob | StatesJob | MeasureJob
+Reading = TrainJob | EvalJob | FeatureJob  # those that the states of a split can come with
+Job = Reading | StatesJob | MeasureJob
 Result = TrainResult | EvalResult | FeatureResult | StatesResult | MeasureResult

@@ -26,6 +26,7 @@ from rayfed.clients.jobs import (
     MeasureJob,
     MeasureResult,
     Order,
+    Reading,
     Result,
     SplitName,
     StatesJob,
@@ -204,7 +205,7 @@ class Learner:
                 found.append(self.skipper.states_of(inputs, [segment]).float().cpu())
         return StatesResult(torch.cat(found).numpy())
 
-    def _data(self, job: TrainJob | EvalJob | FeatureJob, payloads: Sequence[Any]) -> Any:
+    def _data(self, job: Reading, payloads: Sequence[Any]) -> Any:
         """The split that the job reads, with the states that came with it."""
         data = self.data[job.split]
         return data if job.states is None else PrefixedTokens(data.tokens, payloads[job.states])

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from rayfed.clients.blueprint import Blueprint
-from rayfed.clients.jobs import SplitName, StatesJob, StatesResult
+from rayfed.clients.jobs import Reading, SplitName, StatesJob, StatesResult
 from rayfed.config import Experiment
 from rayfed.server.crew import Crew, Done, Handle, Task, in_order
 from rayfed.server.evaluate import spans
@@ -45,7 +45,7 @@ class Informed:
 
     def _informed(self, task: Task) -> Task:
         job = task.job
-        if isinstance(job, StatesJob) or job.split not in self.states:
+        if not isinstance(job, Reading) or job.split not in self.states:
             return task
         return Task(replace(job, states=len(task.payloads)), (*task.payloads, self.states[job.split]))
 
