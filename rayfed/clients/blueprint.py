@@ -21,6 +21,7 @@ from rayfed.lora.peft_io import peft_settings
 from rayfed.lora.stacked import is_conv1d
 from rayfed.tasks.flat import Flat, Padded, choose
 from rayfed.tasks.models import Base, base_name, base_of, in_dtype, longest_input
+from rayfed.tasks.prefix import Prefix, find
 from rayfed.tasks.recompute import layers_of
 
 
@@ -34,6 +35,7 @@ class Blueprint:
     peft: Mapping[str, Any]  # the content of adapter_config.json
     parameters: int  # of the base model, its head included
     padding: Flat | Padded  # how texts are laid into batches
+    prefix: Prefix | None = None  # frozen blocks below all adapters, where their states may be kept
 
     @property
     def entries(self) -> int:
@@ -69,13 +71,15 @@ def draw_blueprint(experiment: Experiment, classes: int) -> Blueprint:
     config = peft_config(experiment, base.heads)
     shapes = match(base.model, config, base.heads)
     conv1d = any(is_conv1d(base.model.get_submodule(name)) for name in shapes)
+    padding = _padding(experiment, base.model)
     blueprint = Blueprint(
         shapes,
         head_values(base.model, base.head),
         head_values(base.model, base.frozen_head),
         peft_settings(config, shapes, base=base_name(experiment), conv1d=conv1d),
         sum(p.numel() for p in base.model.parameters()),
-        _padding(experiment, base.model),
+        padding,
+        find(base.model, shapes, padding) if experiment.engine.cache_gb and isinstance(padding, Flat) else None,
     )
     if experiment.model.dtype != "float32":
         _check_dtype(experiment, base)

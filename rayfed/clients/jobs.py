@@ -1,7 +1,8 @@
 """What the server asks of a worker, and what comes back: plain values that any process can be sent.
 
 Vectors travel beside a job as payloads, ``bytes`` made by `wire`; a job names them by position. Some are traffic (what
-a client downloads); others stand for what it holds already, and only the simulation moves them.
+a client downloads); others stand for what it holds already, and only the simulation moves them. The last payload may be
+an array, ``states``: what leaves the frozen blocks below all adapters, for every token of the split that the job reads.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from torch import Tensor
 
 from rayfed.lora.adapter import Layout
@@ -40,6 +42,11 @@ class TrainJob:
     t: int
     lr: float
     orders: tuple[Order, ...]
+    states: int | None = None  # which of the payloads they are
+
+    @property
+    def split(self) -> SplitName:
+        return "train"
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,7 @@ class EvalJob:
     stop: int
     layout: Layout
     classes: tuple[int, ...] | None = None  # null: all
+    states: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,7 @@ class FeatureJob:
     split: SplitName
     start: int
     stop: int
+    states: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,22 @@ class FeatureResult:
 
     features: Tensor  # (rows, width) float32
     labels: Tensor  # (rows,) int64
+
+
+@dataclass(frozen=True)
+class StatesJob:
+    """What leaves the frozen blocks for rows start to stop of a split, in order of length."""
+
+    split: SplitName
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class StatesResult:
+    """The states of all tokens, text by text."""
+
+    states: np.ndarray  # (tokens, width) float32
 
 
 @dataclass(frozen=True)
@@ -123,5 +148,6 @@ class MeasureResult:
     memory: int
 
 
-Job = TrainJob | EvalJob | FeatureJob | MeasureJob
-Result = TrainResult | EvalResult | FeatureResult | MeasureResult
+Reading = TrainJob | EvalJob | FeatureJob  # those that the states of a split can come with
+Job = Reading | StatesJob | MeasureJob
+Result = TrainResult | EvalResult | FeatureResult | StatesResult | MeasureResult

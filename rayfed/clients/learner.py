@@ -26,8 +26,11 @@ from rayfed.clients.jobs import (
     MeasureJob,
     MeasureResult,
     Order,
+    Reading,
     Result,
     SplitName,
+    StatesJob,
+    StatesResult,
     TrainJob,
     TrainResult,
 )
@@ -42,6 +45,7 @@ from rayfed.methods.base import Base, assemble
 from rayfed.tasks.federation import Federation
 from rayfed.tasks.flat import Flat, FlatModel, FlatTokens
 from rayfed.tasks.models import base_of, in_dtype
+from rayfed.tasks.prefix import PrefixedTokens, Skipper
 from rayfed.tasks.recompute import recompute
 from rayfed.tasks.tokens import Tokens
 
@@ -63,31 +67,34 @@ class Learner:
         self.head = list((self.stack.head or head_layers(self.model, base.frozen_head)).values())
         how = blueprint.padding
         self.flat = FlatModel(self.model, how) if isinstance(how, Flat) else None
+        self.skipper = Skipper(self.flat, blueprint.prefix) if self.flat is not None and blueprint.prefix else None
         splits: dict[SplitName, Any] = {
             "train": federation.train, "validation": federation.validation, "test": federation.test,
         }  # fmt: skip
         self.data: dict[SplitName, Any] = {name: self._laid(split) for name, split in splits.items()}
         self.by_length = {name: np.argsort(split.lengths, kind="stable") for name, split in splits.items()}
 
-    def execute(self, job: Job, payloads: Sequence[bytes]) -> Result:
-        """Does one job. Its type decides the result's: train, evaluate, features, measure."""
+    def execute(self, job: Job, payloads: Sequence[Any]) -> Result:
+        """Does one job. Its type decides the result's: train, evaluate, features, states, measure."""
         if isinstance(job, TrainJob):
             return self._train(job, payloads)
         if isinstance(job, EvalJob):
-            return self._evaluate(job, payloads[0])
+            return self._evaluate(job, payloads)
         if isinstance(job, FeatureJob):
-            return self._features(job)
+            return self._features(job, payloads)
+        if isinstance(job, StatesJob):
+            return self._states(job)
         if isinstance(job, MeasureJob):
             room = memory.free(self.experiment.engine)
             return MeasureResult(tuple(measure(self, job.clients, job.sizes, room)), room)
         raise TypeError(f"no such job: {type(job).__name__}")
 
-    def _train(self, job: TrainJob, payloads: Sequence[bytes]) -> TrainResult:
+    def _train(self, job: TrainJob, payloads: Sequence[Any]) -> TrainResult:
         begun = time.perf_counter()
-        decoded = [wire.decode(payload) for payload in payloads]  # a tier's clients share theirs
+        decoded = [wire.decode(payload) for payload in payloads[: job.states]]  # a tier's clients share theirs
         bases: dict[int, Base] = {}
         members = [self._member(order, decoded, bases) for order in job.orders]
-        parts = self._parts(members, job)
+        parts = self._parts(members, job, self._data(job, payloads))
         results = [result for part in parts for result in part]
         uploads, kept = [], []
         for result, member, order in zip(results, members, job.orders, strict=True):
@@ -104,7 +111,7 @@ class Learner:
             split=len(members) if len(parts) > 1 else 0,
         )
 
-    def _parts(self, members: Sequence[Member], job: TrainJob) -> list[list[Trained]]:
+    def _parts(self, members: Sequence[Member], job: TrainJob, data: Any) -> list[list[Trained]]:
         """The results of the pack, or of its parts where memory does not do: then each half starts anew, and so on.
 
         The rule is fixed (halves in the pack's order; of an odd number, the first half is the larger), so the bits are
@@ -112,7 +119,7 @@ class Learner:
         """
         try:
             whole = train_pack(
-                self.stack, self.forward, self.data["train"], self.federation.pad_id, members,
+                self.stack, self.forward, data, self.federation.pad_id, members,
                 self.experiment.client, lr=job.lr, t=job.t, seed=self.experiment.seed, device=self.device,
             )  # fmt: skip
             return [whole]
@@ -124,7 +131,7 @@ class Learner:
             raise memory.too_little(members[0].client, self.device)
         memory.let_go(self.device)
         middle = -(-len(members) // 2)
-        return self._parts(members[:middle], job) + self._parts(members[middle:], job)
+        return self._parts(members[:middle], job, data) + self._parts(members[middle:], job, data)
 
     def _member(self, order: Order, decoded: Sequence[wire.Payload], bases: dict[int, Base]) -> Member:
         payload = decoded[order.payload]
@@ -148,14 +155,14 @@ class Learner:
         )
 
     @torch.no_grad()
-    def _evaluate(self, job: EvalJob, payload: bytes) -> EvalResult:
-        vector = wire.decode(payload).dense()
+    def _evaluate(self, job: EvalJob, payloads: Sequence[Any]) -> EvalResult:
+        vector = wire.decode(payloads[0]).dense()
         adapter = job.layout.unflatten(vector)
         self.stack.fit([adapter])
         self.stack.load(0, adapter, job.layout.matrices(vector))
         loss, classes = 0.0, len(self.federation.classes)
         correct, count = torch.zeros(classes, dtype=torch.int64), torch.zeros(classes, dtype=torch.int64)
-        for inputs, labels, segment in self._batches(job.split, job.start, job.stop, job.classes):
+        for inputs, labels, segment in self._batches(job, self._data(job, payloads), job.classes):
             with self.stack.batch.of([segment]):
                 logits = self.forward(inputs).float()
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="none").double().sum())
@@ -164,7 +171,7 @@ class Learner:
         return EvalResult(loss, correct, count)
 
     @torch.no_grad()
-    def _features(self, job: FeatureJob) -> FeatureResult:
+    def _features(self, job: FeatureJob, payloads: Sequence[Any]) -> FeatureResult:
         seen: list[Tensor] = []
         features, labels = [], []
         hooks = [
@@ -174,7 +181,7 @@ class Learner:
         for lora in self.stack.lora.values():  # the base alone: no adapter
             lora.load(0, None)
         try:
-            for inputs, batch_labels, segment in self._batches(job.split, job.start, job.stop):
+            for inputs, batch_labels, segment in self._batches(job, self._data(job, payloads)):
                 with self.stack.batch.of([segment]):
                     self.forward(inputs)
                 states = seen[0]  # what reaches the head first; deeper layers of the head are untrained
@@ -190,13 +197,26 @@ class Learner:
                 hook.remove()
         return FeatureResult(torch.cat(features), torch.cat(labels))
 
+    def _states(self, job: StatesJob) -> StatesResult:
+        assert self.skipper is not None
+        found = []
+        for inputs, _, segment in self._batches(job, self.data[job.split]):
+            with self.stack.batch.of([segment]):
+                found.append(self.skipper.states_of(inputs, [segment]).float().cpu())
+        return StatesResult(torch.cat(found).numpy())
+
+    def _data(self, job: Reading, payloads: Sequence[Any]) -> Any:
+        """The split that the job reads, with the states that came with it."""
+        data = self.data[job.split]
+        return data if job.states is None else PrefixedTokens(data.tokens, payloads[job.states])
+
     def _batches(
-        self, split: SplitName, start: int, stop: int, classes: Sequence[int] | None = None
+        self, job: EvalJob | FeatureJob | StatesJob, tokens: Any, classes: Sequence[int] | None = None
     ) -> Iterator[tuple[dict[str, Tensor], Tensor, Segment]]:
-        tokens, size = self.data[split], self.experiment.eval.batch_size
-        rows = self.by_length[split][start:stop]
+        size = self.experiment.eval.batch_size
+        rows = self.by_length[job.split][job.start : job.stop]
         if classes is not None:
-            rows = rows[np.isin(getattr(self.federation, split).labels[rows], classes)]
+            rows = rows[np.isin(getattr(self.federation, job.split).labels[rows], classes)]
         for i in range(0, len(rows), size):
             chosen = rows[i : i + size]
             batch = tokens.batch(chosen, self.federation.pad_id)
@@ -209,8 +229,9 @@ class Learner:
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (rows, classes) of a batch, while the stack holds its segments; with padding or without."""
-        if self.flat is not None:
-            return self.flat(inputs, self.stack.batch.segments)
+        model = self.skipper or self.flat
+        if model is not None:
+            return model(inputs, self.stack.batch.segments)
         logits: Tensor = self.model(**inputs).logits
         return logits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ class LocalCrew:
         prepare_process(experiment)
         self.learner = Learner(experiment, federation, blueprint)
 
-    def put(self, payload: bytes) -> bytes:
+    def put(self, payload: Any) -> Any:
         return payload
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Done]:

@@ -28,7 +28,7 @@ LOST = (RayActorError, WorkerCrashedError, ObjectLostError)  # the process, or t
 
 
 class Worker:
-    """The actor: a learner behind a remote call. Payloads arrive as bytes, resolved by Ray from the object store."""
+    """The actor: a learner behind a remote call. Payloads arrive resolved by Ray from the object store."""
 
     def __init__(self, experiment: Experiment, federation: Federation, blueprint: Blueprint) -> None:
         from rayfed.clients.learner import Learner
@@ -37,7 +37,7 @@ class Worker:
         prepare_process(experiment)
         self.learner = Learner(experiment, federation, blueprint)
 
-    def execute(self, job: Job, *payloads: bytes) -> Result:
+    def execute(self, job: Job, *payloads: Any) -> Result:
         return self.learner.execute(job, payloads)
 
 
@@ -54,7 +54,7 @@ class RayCrew:
         for _ in range(experiment.engine.workers):
             self._hire()
 
-    def put(self, payload: bytes) -> ray.ObjectRef:
+    def put(self, payload: Any) -> ray.ObjectRef:
         return ray.put(payload)
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Done]:

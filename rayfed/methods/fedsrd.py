@@ -38,7 +38,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rayfed.errors import UserError
+from rayfed.errors import RunError, UserError
 from rayfed.lora.adapter import Adapter, Layout, LowRank
 from rayfed.methods.base import Advance, Profile, Start, Update, fedavg
 from rayfed.methods.factors import FactorMean, FactorState
@@ -96,6 +96,8 @@ class FedSRD(FactorMean):
         if weights <= 0:
             raise ValueError("no update with a positive weight to aggregate")
         change = (total / weights).float()
+        if not bool(torch.isfinite(change).all()):
+            raise RunError("the clients' mean change has values that are not finite; lower client.lr")
         kept, share = self._prune(change, current, layout, factor)
         vector = advance("vector", state.vector, kept)
         changed = torch.where(vector != state.vector, state.rounds + 1, state.extras["changed"])
@@ -120,13 +122,16 @@ class FedSRD(FactorMean):
 
 
 def importance(start: Adapter, trained: Adapter, change: Tensor) -> Tensor:
-    """How much each entry of ``change`` (n,) moves the weights, (n,): dB beneath the start's A, dA behind trained B."""
+    """How much each entry of ``change`` (n,) moves the weights, (n,): dB beneath the start's A, dA behind trained B.
+
+    Finite: what float32 cannot hold, of a run that diverges, is its largest number.
+    """
     score = change.abs()
     entries = start.layout.unflatten(score)  # views: scaled in place
     for name, pair in entries.layers.items():
         pair.B.mul_(start.layers[name].A.norm(dim=1) * pair.scale)
         pair.A.mul_((trained.layers[name].B.norm(dim=0) * pair.scale)[:, None])
-    return score
+    return score.nan_to_num_()  # NaN: a change of 0 beneath an infinite norm
 
 
 def _largest(score: Tensor, layout: Layout, budget: int, density: float) -> Tensor:

@@ -32,8 +32,8 @@ class Done:
 class Crew(Protocol):
     """Does tasks in whatever order suits it; a task's result never depends on who did it or when."""
 
-    def put(self, payload: bytes) -> Handle:
-        """Makes a payload readable by all workers; transported once however many tasks name it."""
+    def put(self, payload: Any) -> Handle:
+        """Makes a payload (bytes, or an array) readable by all workers; transported once however many tasks name it."""
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Done]:
         """Yields each task's result as it arrives. RunError where a task cannot be done."""

@@ -36,6 +36,7 @@ from rayfed.server.packs import client_costs, plan_packs
 from rayfed.server.per_client import client_metrics
 from rayfed.server.round import Books, Tally, updates
 from rayfed.server.sampling import cohort
+from rayfed.server.states import informed
 from rayfed.server.stopping import Progress
 from rayfed.server.summary import closing_table, summarize
 from rayfed.server.tiers import tier_models
@@ -114,6 +115,9 @@ class Server:
         self.sinks.start(self.info())
         if self.choice:
             self.sinks.event(f"engine.pack=auto: packs of {self.choice.size} (a step: {self.choice.time_model()})")
+        self.crew, kept = informed(self.crew, self.experiment, self.federation, self.blueprint)
+        if kept:
+            self.sinks.event(kept)
         told = False
         while self.done < self.experiment.server.rounds and not self.progress.stopped:
             record = self._round(self.done)

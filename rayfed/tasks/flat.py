@@ -181,20 +181,14 @@ def choose(model: nn.Module, longest: int) -> Flat | Padded:
 
 
 class _Probe:
-    """Made-up texts, the longest possible and short ones, of two clients; and a model's logits for them, padded."""
+    """Made-up texts, and a model's logits for them, padded."""
 
     def __init__(self, model: nn.Module, config: Any, longest: int) -> None:
         self.model = model
-        lengths = [longest, *(min(n, longest) for n in (1, 3, 2, 5, 3))]
-        self.segments = [Segment(0, 2, lengths=lengths[:2]), Segment(1, 4, lengths=lengths[2:])]
-        pad_id = config.pad_token_id if config.pad_token_id is not None else -1
-        drawn = np.random.default_rng(0).integers(0, config.vocab_size - (pad_id >= 0), sum(lengths))
-        drawn += (pad_id >= 0) & (drawn >= pad_id)  # any token but padding
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        self.tokens = Tokens(drawn.astype(np.int32), offsets, np.zeros(len(lengths), dtype=np.int64))
-        self.rows = np.arange(len(lengths))
+        self.tokens, self.segments = made_up(config, longest)
+        self.rows = np.arange(len(self.tokens))
         with torch.no_grad():
-            padded = self.tokens.batch(self.rows, max(pad_id, 0))
+            padded = self.tokens.batch(self.rows, config.pad_token_id or 0)
             self.logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
 
     @torch.no_grad()
@@ -206,6 +200,17 @@ class _Probe:
             flat.release()
         close = AGREE * float(self.logits.abs().max())
         return found.shape == self.logits.shape and bool(((found - self.logits).abs() <= close).all())
+
+
+def made_up(config: Any, longest: int) -> tuple[Tokens, list[Segment]]:
+    """Texts that a model of this configuration can read, the longest possible and short ones, of two clients."""
+    lengths = [longest, *(min(n, longest) for n in (1, 3, 2, 5, 3))]
+    pad_id = config.pad_token_id if config.pad_token_id is not None else -1
+    drawn = np.random.default_rng(0).integers(0, config.vocab_size - (pad_id >= 0), sum(lengths))
+    drawn += (pad_id >= 0) & (drawn >= pad_id)  # any token but padding
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = Tokens(drawn.astype(np.int32), offsets, np.zeros(len(lengths), dtype=np.int64))
+    return tokens, [Segment(0, 2, lengths=lengths[:2]), Segment(1, 4, lengths=lengths[2:])]
 
 
 def _encoder(model: nn.Module) -> Any:

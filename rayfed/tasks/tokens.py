@@ -60,16 +60,24 @@ class Tokens:
 
         ``input_ids`` (1, tokens); ``position_ids`` (1, tokens), from 0 in every text; ``labels`` (b,).
         """
+        places, positions = self._laid(rows)
+        return {
+            "input_ids": torch.from_numpy(self.ids[places].astype(np.int64))[None],
+            "position_ids": torch.from_numpy(positions)[None],
+            "labels": torch.from_numpy(self.labels[rows].astype(np.int64)),
+        }
+
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """Where the tokens of the given texts lie in ``ids``, text by text: (tokens,) int64."""
+        return self._laid(rows)[0]
+
+    def _laid(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of every token of the given texts, its place in ``ids`` and its position in its text."""
         starts = self.offsets[rows]
         lengths = self.offsets[np.asarray(rows) + 1] - starts
         ends = np.cumsum(lengths)
         positions = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
-        ids = self.ids[np.repeat(starts, lengths) + positions].astype(np.int64)
-        return {
-            "input_ids": torch.from_numpy(ids)[None],
-            "position_ids": torch.from_numpy(positions)[None],
-            "labels": torch.from_numpy(self.labels[rows].astype(np.int64)),
-        }
+        return np.repeat(starts, lengths) + positions, positions
 
 
 def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tokens:

@@ -85,6 +85,16 @@ def test_any_number_of_ray_workers(tiny, tmp_path, cluster, digests, workers):
     assert all(record["clients/retried"] == 0 for record in result.metrics)
 
 
+def test_states_that_are_kept_reach_every_worker(tiny, tmp_path, cluster):
+    upper = (*RUN, "lora.layers_to_transform=[1]", "eval.controls=true")
+    here = rayfed.run(tiny(*upper), out=tmp_path / "here")
+    there = rayfed.run(tiny(*upper, "engine.kind=ray"), out=tmp_path / "there")
+    assert "outputs are kept" in (there.out / "events.log").read_text()
+    assert digests_of(there.out) == digests_of(here.out)
+    figures = ("head_only/test_accuracy", "head_only/test_accuracy_central")
+    assert [there.summary[key] for key in figures] == [here.summary[key] for key in figures]
+
+
 def test_a_worker_measures_and_the_run_is_the_one_with_the_number(tiny, tmp_path, cluster):
     result = rayfed.run(tiny(*RUN, "engine.kind=ray", "engine.workers=3", "engine.pack=auto"), out=tmp_path / "run")
     size = load_config(result.out / "config.yaml").engine.pack

@@ -148,7 +148,7 @@ def test_the_search_that_comes_with_rayfed_fits_its_budget(tmp_path: Path, monke
 @pytest.mark.slow
 def test_kill_9_on_ray(sweep_file, tmp_path: Path, here) -> None:
     """Killed while the second probe trains: it goes on from its own checkpoint, the first one is not touched."""
-    search = SEARCH | {"max_rank": 2, "max_density": 0.5, "rounds": 60, "final": False}
+    search = SEARCH | {"max_rank": 2, "max_density": 0.5, "rounds": 600, "final": False}
     path = sweep_file({"search": search, "concurrency": 1}, **FLASC, checkpoint={"every": 5})
     whole = run_sweep(path, out=tmp_path / "whole")
     out = tmp_path / "out"
@@ -158,7 +158,7 @@ def test_kill_9_on_ray(sweep_file, tmp_path: Path, here) -> None:
     second = out / "trials" / "start-rank"
     deadline = time.monotonic() + 200
     try:
-        while not (second / "checkpoints" / "round-000065").is_dir() and time.monotonic() < deadline:
+        while not (second / "checkpoints" / "round-000605").is_dir() and time.monotonic() < deadline:
             time.sleep(0.01)
     finally:
         process.kill()
