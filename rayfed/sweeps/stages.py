@@ -63,6 +63,7 @@ class Staged(ABC):
         self.federations: dict[str, Federation] = {}
         self.tried: set[str] = set()  # by this process: what failed before it is tried again
         self.made: dict[str, Trial] = {}
+        self._done: dict[str, Line] = {}  # lines of finished trials, which never change again
         self.on_ray = False
 
     @abstractmethod
@@ -96,12 +97,17 @@ class Staged(ABC):
 
     def ended(self, trial: Trial) -> bool:
         """Whether it has a record; a failed trial counts as ended only once this process has tried it."""
+        if trial.name in self._done:
+            return True
         known = outcome(self.out, trial)
         return known is not None and (known.status != "failed" or trial.name in self.tried)
 
     def line(self, trial: Trial) -> Line:
-        """The trial's line of sweep.jsonl, read anew."""
-        return line_of(self.out, trial, self.sweep)
+        """The trial's line of sweep.jsonl."""
+        line = self._done.get(trial.name) or line_of(self.out, trial, self.sweep)
+        if line["status"] == "done":
+            self._done[trial.name] = line
+        return line
 
     def _to_run(self, trials: Sequence[Trial]) -> list[Trial]:
         todo = to_run(self.out, [trial for trial in trials if trial.name not in self.tried])
