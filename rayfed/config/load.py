@@ -228,7 +228,8 @@ def _suggest(last: int | str, above: Sequence[int | str], section: type[BaseMode
     last = str(last)
     near = difflib.get_close_matches(last, section.model_fields, n=1)
     names = [name for name, _ in walk(root)]
-    far = [name for name in names if name.endswith("." + last)]
+    itself = _dotted([*above, last])  # known where a section of another kind may have it
+    far = [name for name in names if name.endswith("." + last) and name != itself]
     if last in names:
         return f"in YAML every name has a level of its own: {last.replace('.', ': {')}: ...{'}' * last.count('.')}"
     if near:

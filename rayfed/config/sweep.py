@@ -146,7 +146,7 @@ class Sweep(Section):
                     f"{where}: got {shown(space)}, but pbt changes settings within a run's life, which goes for "
                     f"{', '.join(LIVE)}"
                 )
-        if not any("grid" not in space for _, space in self.spaces()) and len(self.labelled()) < 2:
+        if all(key == SEED for key, _ in self.spaces()) and len(self.labelled()) < 2:
             yield (
                 f"sweep.parameters: got {shown(self.parameters)}, but sweep.search={search.kind} needs something to "
                 "choose: choice, uniform or loguniform"

@@ -61,11 +61,12 @@ class OptunaSearch(Staged):
             if len(self.study.asked) == first:
                 self.study.ask(count)
             batch = self.study.asked[first : first + count]
-            known += [trial for own in batch for trial in self.trials(own)]
-            missing = [trial for own in batch for trial in self.trials(own) if not self.ended(trial)]
-            now += missing
             for own in batch:
                 self._check(own)
+            trials = [trial for own in batch for trial in self.trials(own)]
+            known += trials
+            missing = [trial for trial in trials if not self.ended(trial)]
+            now += missing
             if missing and not all(own.number in self.told for own in batch):
                 break
             for own in batch:

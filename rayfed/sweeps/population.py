@@ -60,15 +60,16 @@ class PopulationSearch(Staged):
         ended = None
         while ended is None:
             generation = members[0].generation
+            before = generation <= len(self.told)
+            if before:
+                self._check(members)
             trials = [self.trial(member) for member in members]
             known += trials
             missing = [trial for trial in trials if not self.ended(trial)]
             now += missing
-            if generation <= len(self.told):
-                self._check(members)
-            elif missing:
-                break
-            else:
+            if not before:
+                if missing:
+                    break
                 self.told.append(self._told(members))
             figures = [line["told"] for line in self.told[generation - 1]["members"]]
             if all(figure is None for figure in figures):
@@ -97,13 +98,13 @@ class PopulationSearch(Staged):
 
     def _check(self, members: Sequence[Member]) -> None:
         """UserError where an earlier start of the search came to another generation."""
-        line = self.told[members[0].generation - 1]
-        for member, before in zip(members, line["members"]):
-            if described(member) != {key: value for key, value in before.items() if key != "told"}:
-                raise UserError(
-                    f"--resume: {self.out / SEARCH} has another {member.name} than these settings lead to; resume with "
-                    "the sweep's own sweep.yaml or choose another --out"
-                )
+        generation = members[0].generation
+        before = [{k: v for k, v in one.items() if k != "told"} for one in self.told[generation - 1]["members"]]
+        if before != [described(member) for member in members]:
+            raise UserError(
+                f"--resume: {self.out / SEARCH} has another generation {generation} than these settings lead to; "
+                "resume with the sweep's own sweep.yaml or choose another --out"
+            )
 
     def _told(self, members: Sequence[Member]) -> Line:
         figures = [self.line(self.trial(member)).get("metric") for member in members]
