@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from rayfed.config.sweep import Sweep, load_sweep
 from rayfed.errors import UserError
+from rayfed.sweeps.optimize import OptunaSearch
+from rayfed.sweeps.space import corners
 from rayfed.sweeps.sweep import run_sweep
 from rayfed.tracking import read_metrics
 
@@ -176,3 +179,22 @@ def test_a_directory_of_other_points_is_refused(optuna_file, tmp_path: Path, her
     (out / "search.jsonl").write_text("{")
     with pytest.raises(UserError, match=r"^--resume: .*search.jsonl is damaged"):
         run_sweep(path, out=out, resume=True)
+
+
+def test_the_search_that_comes_with_rayfed_is_right(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("rayfed.sweeps.optimize.check_trials", lambda *_: {})  # data and model are not asked
+    path = Path(__file__).parents[2] / "configs" / "sweeps" / "optuna_accuracy_bytes.yaml"
+    search = OptunaSearch(*load_sweep(path), tmp_path)
+    assert len(search.checked) == 3 * 2**3  # every rank at both ends of the three ranges
+    assert [trial.name[:3] for trial in search.stand().now] == ["001", "002", "003", "004"]
+
+
+def test_of_very_many_combinations_each_value_is_checked_once() -> None:
+    spaces = {f"a{i}": {"choice": [1, 2, 3]} for i in range(6)}
+    search = {"kind": "optuna", "trials": 1}
+    found = [dict(point.overrides) for point in corners(Sweep(parameters=spaces, search=search), {"b": 5})]
+    assert len(found) == 1 + 2 * 6
+    first = dict.fromkeys(spaces, 1) | {"b": 5}
+    assert found[0] == first
+    assert {(key, one[key]) for one in found for key in spaces} == {(key, v) for key in spaces for v in (1, 2, 3)}
+    assert all(sum(one[key] != first[key] for key in first) == 1 for one in found[1:])

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 import rayfed
 from rayfed.config import validate
 from rayfed.config.search import Population
+from rayfed.config.sweep import load_sweep
 from rayfed.errors import UserError
 from rayfed.sweeps.evolve import explore
+from rayfed.sweeps.population import PopulationSearch
 from rayfed.sweeps.sweep import run_sweep
 from rayfed.tracking import read_metrics
 
@@ -171,3 +174,33 @@ def test_a_directory_of_another_population_is_refused(pbt_file, tmp_path: Path, 
     ):
         with pytest.raises(UserError, match=rf"^--resume: .*has another generation {generation} than these settings"):
             run_sweep(path, [other], out=out, resume=True)
+
+
+def test_the_population_that_comes_with_rayfed_is_right(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("rayfed.sweeps.population.check_trials", lambda *_: {})  # data and model are not asked
+    path = Path(__file__).parents[2] / "configs" / "sweeps" / "pbt.yaml"
+    at = PopulationSearch(*load_sweep(path), tmp_path).stand()
+    assert [trial.name for trial in at.now] == [f"g01-m0{m}" for m in range(1, 7)]
+    assert at.stage == "generation 1 of 4"
+
+
+@pytest.mark.slow
+def test_on_ray_the_decisions_are_the_same(sweep_file, tmp_path: Path, here, monkeypatch) -> None:
+    """Optuna and a population, two trials at a time on Ray Tune, against one after the other in this process."""
+    sections = {
+        "optuna": {"search": {"kind": "optuna", "trials": 5, "batch": 2, "startup": 2}, "parameters": SPACES},
+        "pbt": {"search": SEARCH | {"population": 3}, "parameters": SPACES},
+    }
+    files = {}
+    for name, section in sections.items():
+        path = sweep_file(section, server=SERVER)
+        files[name] = path.rename(path.with_name(f"{name}.yaml"))
+        run_sweep(files[name], out=tmp_path / f"{name}-here")
+    monkeypatch.undo()  # Ray Tune itself
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        for name, path in files.items():
+            run_sweep(path, out=tmp_path / name)
+            assert decisions(tmp_path / name) == decisions(tmp_path / f"{name}-here")
+    finally:
+        ray.shutdown()
