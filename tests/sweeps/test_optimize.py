@@ -110,7 +110,12 @@ def test_a_failed_trial_that_succeeds_later_changes_no_point(optuna_file, tmp_pa
     assert [point["point"] for point in points if point["told"] is None] == [2]
     ran = here.ran[:]
     here.ran.clear()
-    monkeypatch.setattr(trials, "run", run)
+
+    def watched(*arguments, **more):
+        assert len((out / "sweep.jsonl").read_text().splitlines()) == 7  # nothing is forgotten meanwhile
+        return run(*arguments, **more)
+
+    monkeypatch.setattr(trials, "run", watched)
     result = run_sweep(path, out=out, resume=True)
     assert here.ran == [[ran[0][1]]]
     assert not result.failed

@@ -152,6 +152,10 @@ SECTIONS = {
         {"search": {"kind": "optuna", "trials": 3}, "parameters": {"wire.up.density": {"uniform": [0.5, 2]}}},
         "wire.up.density: got 2.0, but it should be a number in (0, 1] (trial wire.up.density=2)",
     ),
+    "an end of a case's range that is wrong": (
+        {"search": {"kind": "optuna", "trials": 3}, "cases": {"a": {"wire.up.density": {"uniform": [0.5, 2]}}}},
+        "wire.up.density: got 2.0, but it should be a number in (0, 1] (trial wire.up.density=2)",
+    ),
     "choices that do not go together": (
         {
             "search": {"kind": "optuna", "trials": 3},
