@@ -16,7 +16,7 @@ What can grow: states of factors alone, of `flasc` with a refreshed mask and of 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +55,15 @@ def check_growing(experiment: Experiment) -> None:
         raise UserError("lora.train: got 'head', but sweep.search looks for a rank: all")
     if experiment.eval.early_stop is not None:
         raise UserError("eval.early_stop: got a section, but the probes of sweep.search are of equal length: null")
+
+
+def check_carrying(experiment: Experiment, varied: Iterable[str]) -> None:
+    """UserError where a run with these settings could not be continued under other values of the ``varied`` ones."""
+    method = resolve(experiment).method
+    if isinstance(method, Flasc) and method.mask == "fixed" and any(key.startswith("wire.") for key in varied):
+        raise UserError("method.mask: got 'fixed', but sweep.search changes the density: refresh")
+    if experiment.eval.early_stop is not None:
+        raise UserError("eval.early_stop: got a section, but the members of sweep.search are of equal length: null")
 
 
 def graft(source: Path, folder: Path, experiment: Experiment) -> None:

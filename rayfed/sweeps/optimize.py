@@ -1,9 +1,10 @@
 """Optuna over real runs: a batch of points is a stage (see `rayfed.sweeps.stages`), a point an ordinary run.
 
-A point runs at every seed of the grid of `seed`, or once; Optuna is told the means, or that it failed where any of its
-runs has no figures. Once a batch has ended, search.jsonl holds what was told of it, and that is what a resumed search
-tells again: a failed trial that succeeds when it is tried again is in the table, but the points that were asked for
-after it stay what they were. The points themselves are asked for anew, and must be those of search.jsonl.
+A point runs at every seed of the grid of `seed`, or once; Optuna is told the means, or that it failed, where any of its
+runs has no figures or its settings do not go together. Once a batch has ended, search.jsonl holds what was told of it,
+and that is what a resumed search tells again: a failed trial that succeeds when it is tried again is in the table, but
+the points that were asked for after it stay what they were. The points themselves are asked for anew, and must be those
+of search.jsonl.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class OptunaSearch(Staged):
         experiment = self.checked[0].experiment
         self.source = experiment.data.source
         self.told: dict[int, Line] = {line["point"]: line for line in read_search(out) if "point" in line}
+        self.refused: dict[int, str] = {}  # points whose values are right one by one, but not together, and why
         self.heard = 0  # points that Optuna was told of
         self.study = Study(self.search, sweep, experiment.seed if self.seeds == [None] else settings.get(SEED, 0))
         self.stand()  # the directory was made with these settings, or it is refused
@@ -79,17 +81,21 @@ class OptunaSearch(Staged):
         return Stand(known, now, stage, ended, self._verdict(), lines)
 
     def trials(self, own: Suggestion) -> list[Trial]:
-        """The runs of the point, one a seed; none where an earlier point is the same."""
-        if own.same is not None:
+        """The runs of the point, one a seed; none where an earlier point is the same, or its settings are refused."""
+        if own.same is not None or own.number in self.refused:
             return []
         points = [_seeded(own.point, seed) for seed in self.seeds]
-        return [self.make(fitting(f"{own.number:03d},{spelled(p, self.short)}", p), p) for p in points]
+        try:
+            return [self.make(fitting(f"{own.number:03d},{spelled(p, self.short)}", p), p) for p in points]
+        except UserError as error:
+            self.refused[own.number] = str(error).splitlines()[0]
+            return []
 
     def figures(self, own: Suggestion) -> Figures | None:
         """Means over the seeds, as the directory has them now; None where any run of the point has no metric."""
         trials = self.trials(own if own.same is None else self.study.asked[own.same - 1])
         lines = [self.line(trial) for trial in trials]
-        if any(line.get("metric") is None for line in lines):
+        if not lines or any(line.get("metric") is None for line in lines):
             return None
         metric = mean(line["metric"] for line in lines)
         if self.search.against is None:
@@ -105,6 +111,11 @@ class OptunaSearch(Staged):
                 f"resumed with suggests {_told(own.point.overrides)}; resume with the sweep's own sweep.yaml and the "
                 "optuna it was made with, or choose another --out"
             )
+        if line and line["told"] is not None and list(line["told"]) != self._aims():
+            raise UserError(
+                f"--resume: {self.out / SEARCH} has figures of {' and '.join(line['told'])}, but what it is resumed "
+                f"with compares {' and '.join(self._aims())}; choose another --out"
+            )
 
     def _settle(self, own: Suggestion) -> None:
         """Optuna is told of the point, once; what it was told first is what it is told ever after."""
@@ -117,6 +128,7 @@ class OptunaSearch(Staged):
                 "settings": dict(own.point.overrides),
                 "trials": [trial.name for trial in self.trials(own)],
                 **({"same_as": own.same} if own.same is not None else {}),
+                **({"refused": self.refused[own.number]} if own.number in self.refused else {}),
                 "told": None if figures is None else dict(zip(self._aims(), figures, strict=True)),
             }
         if self.heard < own.number:
@@ -154,7 +166,7 @@ class OptunaSearch(Staged):
     def table(self, trials: Sequence[Trial], lines: Sequence[Line], sweep: Sweep) -> Table:
         """A row a point, in the order of asking, with means over the seeds; the best one and the front are marked."""
         by_name = dict(zip((trial.name for trial in trials), lines, strict=True))
-        shown = [own for own in self.study.asked if own.same is None and self.trials(own)[0].name in by_name]
+        shown = [own for own in self.study.asked if any(trial.name in by_name for trial in self.trials(own))]
         columns = list(dict.fromkeys(key for own in shown for key in own.point.shown))
         report = reported(sweep, self.source)
         measured = [("metric", sweep.metric), *([("report", report)] if report else [])]

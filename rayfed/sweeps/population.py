@@ -20,6 +20,7 @@ from rayfed.config.search import Population
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
 from rayfed.sweeps.evolve import Member, evolve, founders
+from rayfed.sweeps.graft import check_carrying
 from rayfed.sweeps.plan import Trial, check_trials, make_trials
 from rayfed.sweeps.space import Point, corners, text
 from rayfed.sweeps.stages import SEARCH, Staged, Stand, read_search
@@ -43,8 +44,7 @@ class PopulationSearch(Staged):
                 f"server.rounds: got {rounds}, but it should be two or more generations of "
                 f"sweep.search.rounds={self.search.rounds}"
             )
-        if whole.experiment.eval.early_stop is not None:
-            raise UserError("eval.early_stop: got a section, but the members of sweep.search are of equal length: null")
+        check_carrying(whole.experiment, sweep.parameters)
         self.federations = check_trials(self.checked, sweep)
         self.seed, self.cohort = whole.experiment.seed, whole.experiment.server.cohort
         self.source = whole.experiment.data.source
@@ -99,7 +99,13 @@ class PopulationSearch(Staged):
     def _check(self, members: Sequence[Member]) -> None:
         """UserError where an earlier start of the search came to another generation."""
         generation = members[0].generation
-        before = [{k: v for k, v in one.items() if k != "told"} for one in self.told[generation - 1]["members"]]
+        line = self.told[generation - 1]
+        before = [{k: v for k, v in one.items() if k != "told"} for one in line["members"]]
+        if line["metric"] != self.sweep.metric:
+            raise UserError(
+                f"--resume: {self.out / SEARCH} has figures of {line['metric']}, but what it is resumed with compares "
+                f"{self.sweep.metric}; choose another --out"
+            )
         if before != [described(member) for member in members]:
             raise UserError(
                 f"--resume: {self.out / SEARCH} has another generation {generation} than these settings lead to; "
@@ -109,7 +115,7 @@ class PopulationSearch(Staged):
     def _told(self, members: Sequence[Member]) -> Line:
         figures = [self.line(self.trial(member)).get("metric") for member in members]
         told = [described(member) | {"told": figure} for member, figure in zip(members, figures)]
-        return {"generation": members[0].generation, "members": told}
+        return {"generation": members[0].generation, "metric": self.sweep.metric, "members": told}
 
     def _best(self, members: Sequence[Member]) -> Member | None:
         """Of these the one with the best figure, the first of equals; None where there is no figure."""

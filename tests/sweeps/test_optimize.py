@@ -181,6 +181,10 @@ def test_a_directory_of_other_points_is_refused(optuna_file, tmp_path: Path, her
     run_sweep(path, out=out)
     with pytest.raises(UserError, match=r"^--resume: .*search.jsonl has client.lr=.* as point 1, but what it is r"):
         run_sweep(path, ["sweep.parameters.client.lr={loguniform: [0.001, 0.2]}"], out=out, resume=True)
+    with pytest.raises(
+        UserError, match=r"^--resume: .*search.jsonl has figures of eval/gap, but .* eval/gap and bytes"
+    ):
+        run_sweep(path, ["sweep.search.against=bytes/up"], out=out, resume=True)
     (out / "search.jsonl").write_text("{")
     with pytest.raises(UserError, match=r"^--resume: .*search.jsonl is damaged"):
         run_sweep(path, out=out, resume=True)
@@ -194,11 +198,28 @@ def test_the_search_that_comes_with_rayfed_is_right(tmp_path: Path, monkeypatch)
     assert [trial.name[:3] for trial in search.stand().now] == ["001", "002", "003", "004"]
 
 
+def test_a_point_that_is_refused_is_told_as_failed(sweep_file, tmp_path: Path, here, monkeypatch) -> None:
+    """Of very many combinations not all can be checked before the start."""
+    monkeypatch.setattr("rayfed.sweeps.space.MOST", 1)
+    spaces = {"server.cohort": {"choice": [2, 4]}, "partition.clients": {"choice": [6, 3]}}
+    path, out = sweep_file({"search": SEARCH, "parameters": spaces}), tmp_path / "out"
+    result = run_sweep(path, out=out)
+    assert not result.failed
+    *points, _ = decisions(out)
+    wrong = [point for point in points if point["settings"] == {"server.cohort": 4, "partition.clients": 3}]
+    assert wrong
+    assert wrong[0]["refused"].startswith("server.cohort: got 4, but the population has only 3 clients")
+    assert all(point["told"] is None and not point["trials"] for point in wrong)
+    assert all(point["told"] for point in points if point not in wrong)
+    run_sweep(path, out=out, resume=True)
+    assert decisions(out)[:-1] == points
+
+
 def test_of_very_many_combinations_each_value_is_checked_once() -> None:
-    spaces = {f"a{i}": {"choice": [1, 2, 3]} for i in range(6)}
+    spaces = {f"a{i}": {"choice": [1, 2, 3]} for i in range(7)}
     search = {"kind": "optuna", "trials": 1}
     found = [dict(point.overrides) for point in corners(Sweep(parameters=spaces, search=search), {"b": 5})]
-    assert len(found) == 1 + 2 * 6
+    assert len(found) == 1 + 2 * 7
     first = dict.fromkeys(spaces, 1) | {"b": 5}
     assert found[0] == first
     assert {(key, one[key]) for one in found for key in spaces} == {(key, v) for key in spaces for v in (1, 2, 3)}

@@ -174,6 +174,8 @@ def test_a_directory_of_another_population_is_refused(pbt_file, tmp_path: Path, 
     ):
         with pytest.raises(UserError, match=rf"^--resume: .*has another generation {generation} than these settings"):
             run_sweep(path, [other], out=out, resume=True)
+    with pytest.raises(UserError, match=r"^--resume: .*has figures of eval/gap, but .* compares eval/loss; choose"):
+        run_sweep(path, ["sweep.metric=eval/loss"], out=out, resume=True)
 
 
 def test_the_population_that_comes_with_rayfed_is_right(tmp_path: Path, monkeypatch) -> None:

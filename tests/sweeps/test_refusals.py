@@ -294,6 +294,16 @@ def test_what_a_search_cannot_continue(refused, sweep_file, tmp_path: Path, over
     assert refused(path, override, "--out", tmp_path / "out").startswith(line)
 
 
+def test_what_a_population_cannot_change(refused, sweep_file, tmp_path: Path) -> None:
+    density = {"wire.down.density": {"uniform": [0.1, 0.9]}}
+    path = sweep_file({"search": {"kind": "pbt", "rounds": 2}, "parameters": density})
+    fixed = "method={name: flasc, mask: fixed}"
+    said = refused(path, fixed, "--out", tmp_path / "out")
+    assert said == "method.mask: got 'fixed', but sweep.search changes the density: refresh"
+    said = refused(path, "method.name=fedex_lora", "--out", tmp_path / "out")
+    assert said.startswith("wire.down.density: got below 1, but what fedex_lora sends down must arrive whole (trial")
+
+
 def test_stopping_needs_figures_on_the_way(refused, tiny, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(tiny("server.rounds=9", "eval.every=8")))
