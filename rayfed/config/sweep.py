@@ -129,9 +129,8 @@ class Sweep(Section):
                 told = "a section" if name == "stop" else shown(value)
                 yield f"sweep.{name}: got {told}, but sweep.search decides by itself what runs"
         if self.at == "best" and not isinstance(search, Optuna):
-            whose = "a probe's" if isinstance(search, Search) else "a member's"
-            other = "the probe it continues" if isinstance(search, Search) else "the one it continues"
-            yield f"sweep.at: got 'best', but {whose} earlier rounds are those of {other}: last"
+            one = "probe" if isinstance(search, Search) else "member"
+            yield f"sweep.at: got 'best', but a {one}'s earlier rounds are those of the {one} it continues: last"
 
     def _searched(self, search: Optuna | Population) -> Iterator[str]:
         """What is wrong with spaces that are right by themselves, where ``search`` chooses from them."""
@@ -167,8 +166,8 @@ class Sweep(Section):
         yield from ((f"sweep.parameters.{key}", key, space) for key, space in self.parameters.items())
         for label, case in self.labelled():
             if isinstance(case, dict):
-                found = ((f"sweep.cases.{label}.{key}", key, value) for key, value in case.items() if is_space(value))
-                yield from found
+                where = f"sweep.cases.{label}"
+                yield from ((f"{where}.{key}", key, value) for key, value in case.items() if is_space(value))
 
 
 class _File(Section):

@@ -19,7 +19,7 @@ from rayfed import keys
 from rayfed.config.sweep import DRAWN, SEED, Sweep, is_space
 
 CASE = "case"  # the column that holds the labels of cases
-MOST = 1024
+MOST = 1024  # combinations that are all checked before a search starts
 LONGEST = 120  # characters of a trial's name, which is a folder's
 
 

@@ -2,9 +2,9 @@
 
 The sweep's directory holds `sweep.yaml` (as it ran), `trials/NAME/` (each an ordinary run directory) with
 `trials/NAME.json` (how it ended), `sweep.jsonl` (a line a trial) and `table.txt`; a search adds `search.jsonl`
-(its decisions). A sweep may be killed at any moment:
-`resume` repeats no finished trial, continues the others from their own checkpoints, and tries failed ones again. The
-file may have gained or lost trials since; it may not have changed those that are there.
+(its decisions and, for optuna and pbt, the figures that they go by). A sweep may be killed at any moment: `resume`
+repeats no finished trial, continues the others from their own checkpoints, and tries failed ones again. The file may
+have gained or lost trials since; it may not have changed those that are there.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ SECTIONS = {
     ),
     "pbt by an earlier round": (
         {"search": {"kind": "pbt", "rounds": 1}, "parameters": DRAWN, "at": "best"},
-        "sweep.at: got 'best', but a member's earlier rounds are those of the one it continues: last",
+        "sweep.at: got 'best', but a member's earlier rounds are those of the member it continues: last",
     ),
     "generations that do not fill a life": (
         {"search": {"kind": "pbt", "rounds": 3}, "parameters": DRAWN},
