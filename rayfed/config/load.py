@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from rayfed.config.fields import allowed, section_of, walk
+from rayfed.config.fields import allowed, alternatives, kinds_of, section_of, walk
 from rayfed.config.schema import Experiment
 from rayfed.errors import UserError
 
@@ -167,58 +167,76 @@ def _lines(error: ValidationError, settings: dict[str, Any], root: type[BaseMode
     told = set()
     for mistake in error.errors(include_url=False):
         # What follows the field's own name is an item of a list or, in a union, the type that was tried.
-        field, path = _field(mistake["loc"], root)
+        field, path, section = _field(mistake["loc"], root)
         if (path, field is None) not in told:
             told.add((path, field is None))
-            yield _line(path, field, mistake, settings, root)
+            yield _line(path, field, section, mistake, settings, root)
 
 
 def _line(
-    path: Sequence[int | str], field: FieldInfo | None, mistake: Any, settings: Any, root: type[BaseModel]
+    path: Sequence[int | str],
+    field: FieldInfo | None,
+    section: type[BaseModel],
+    mistake: Any,
+    settings: Any,
+    root: type[BaseModel],
 ) -> str:
     if mistake["type"] == "value_error":  # written by the schema itself, already whole
         return str(mistake["ctx"]["error"])
     if field is None:
-        hint = "keys are words" if mistake["type"] == "invalid_key" else _suggest(path, root)
+        hint = "keys are words" if mistake["type"] == "invalid_key" else _suggest(path[-1], path[:-1], section, root)
         return f"{_dotted(path)}: unknown key; {hint}"
+    right = allowed(field)
+    if mistake["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        path, right = (*path, "kind"), alternatives([*kinds_of(field)])
     value = settings
     for part in path:
         if part not in value:
-            return f"{_dotted(path)}: missing, and there is no default; it should be {allowed(field)}"
+            return f"{_dotted(path)}: missing, and there is no default; it should be {right}"
         value = value[part]
-    return f"{_dotted(path)}: got {shown(value)}, but it should be {allowed(field)}"
+    return f"{_dotted(path)}: got {shown(value)}, but it should be {right}"
 
 
-def _field(location: Sequence[int | str], root: type[BaseModel]) -> tuple[FieldInfo | None, tuple[int | str, ...]]:
-    """The field at or around pydantic's location of a mistake, and its path; None and the location if there is none."""
-    model: type[BaseModel] | None = root
-    field = None
+def _field(
+    location: Sequence[int | str], root: type[BaseModel]
+) -> tuple[FieldInfo | None, tuple[int | str, ...], type[BaseModel]]:
+    """The field at or around pydantic's location of a mistake, its path, and the section that it is in.
+
+    None where there is no such field. The path leaves out the kinds of sections, which pydantic's location names.
+    """
+    section: type[BaseModel] = root
+    inner: type[BaseModel] | None = root
+    kinds: dict[str, type[BaseModel]] = {}
+    field: FieldInfo | None = None
+    path: list[int | str] = []
     for depth, part in enumerate(location):
-        if model is None:
-            return field, tuple(location[:depth])
-        field = model.model_fields.get(str(part))
-        if field is None:
+        if part in kinds:
+            inner, kinds = kinds[str(part)], {}
+            continue
+        if inner is None:
             break
-        model = section_of(field)
-    return field, tuple(location)
+        section, field = inner, inner.model_fields.get(str(part))
+        if field is None:
+            return None, (*path, *location[depth:]), section
+        path.append(part)
+        inner, kinds = section_of(field), kinds_of(field)
+    return field, tuple(path), section
 
 
-def _suggest(path: Sequence[int | str], root: type[BaseModel]) -> str:
+def _suggest(last: int | str, above: Sequence[int | str], section: type[BaseModel], root: type[BaseModel]) -> str:
     """What the unknown key may have meant: a key beside it that reads alike, or the same name in another section."""
-    *sections, last = map(str, path)
-    model = root
-    for section in sections:
-        model = section_of(model.model_fields[section]) or model
-    near = difflib.get_close_matches(last, model.model_fields, n=1)
+    last = str(last)
+    near = difflib.get_close_matches(last, section.model_fields, n=1)
     names = [name for name, _ in walk(root)]
-    far = [name for name in names if name.endswith("." + last)]
+    itself = _dotted([*above, last])  # known where a section of another kind may have it
+    far = [name for name in names if name.endswith("." + last) and name != itself]
     if last in names:
         return f"in YAML every name has a level of its own: {last.replace('.', ': {')}: ...{'}' * last.count('.')}"
     if near:
-        return f"did you mean {'.'.join([*sections, near[0]])}? (allowed are {', '.join(model.model_fields)})"
+        return f"did you mean {_dotted([*above, near[0]])}? (allowed are {', '.join(section.model_fields)})"
     if far:
         return f"did you mean {' or '.join(far)}?"
-    return f"allowed are {', '.join(model.model_fields)}"
+    return f"allowed are {', '.join(section.model_fields)}"
 
 
 def _dotted(path: Sequence[int | str]) -> str:

@@ -1,24 +1,42 @@
-"""Two parts of the section `sweep`: what looks for a setting by itself, and what ends hopeless trials early.
+"""Two parts of the section `sweep`: what looks for settings by itself, and what ends hopeless trials early.
 
-Here is what a user may write and how it is checked; what comes of it is in `rayfed.sweeps.walk` and
-`rayfed.sweeps.asha`.
+Here is what a user may write and how it is checked by itself; what comes of it is in `rayfed.sweeps`: `walk` (flasc),
+`suggest` (optuna), `evolve` (pbt) and `asha`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from rayfed.config.schema import Density, NonNegative, Section
 
 Factor = Annotated[int, Field(ge=2)]
 ROUNDED = 1 + 1e-9  # densities are products of floats
-SEARCHED = ("lora.rank", "wire.down.density", "wire.up.density")  # the settings that a search sets
+SEARCHED = ("lora.rank", "wire.down.density", "wire.up.density")  # the settings that FLASC-Search sets
+# What may change between two rounds of one run: no tensor that a checkpoint holds has another shape or meaning by it.
+# Clients' optimizers are fresh in every round; moments of the server's outlast another rate, momentum or decay.
+LIVE = (
+    "client.lr", "client.momentum", "client.eps", "client.weight_decay", "client.clip_norm", "client.batch_size",
+    "client.epochs", "client.steps", "server.lr", "server.momentum", "server.weight_decay", "wire.down.density",
+    "wire.up.density", "lora.dropout",
+)  # fmt: skip
 
 
-class Search(Section):
+class Decider(Section):
+    """What all kinds of searches share."""
+
+    replaces: ClassVar[tuple[str, ...]] = ("samples", "tune", "tune_seeds", "stop")
+    """The settings beside it in the section `sweep` that it leaves no room for."""
+
+    def mistakes(self) -> Iterator[str]:
+        """What is wrong by itself, whatever the other settings: one line each."""
+        yield from ()
+
+
+class Search(Decider):
     """FLASC-Search: from a small rank and density, grow whichever of the two helps more.
 
     A probe trains one configuration for some rounds. All neighbours that a step compares send the same share of
@@ -26,7 +44,7 @@ class Search(Section):
     client-rounds.
     """
 
-    kind: Literal["flasc"] = Field(..., description="`flasc`: FLASC-Search. The only kind.")
+    kind: Literal["flasc"] = Field(..., description="`flasc`: FLASC-Search.")
     rank: PositiveInt = Field(1, description="lora.rank of the first probe.")
     density: Density = Field(1 / 64, description="wire.down.density and wire.up.density of the first probe.")
     factor: Factor = Field(4, description="By how much a step raises the communication, as rank or as density.")
@@ -57,8 +75,9 @@ class Search(Section):
         True, description="Then run what was kept from the start, for server.rounds, with the file's own schedules."
     )
 
+    replaces: ClassVar[tuple[str, ...]] = ("parameters", "cases", *Decider.replaces)
+
     def mistakes(self) -> Iterator[str]:
-        """What is wrong by itself, whatever the other settings: one line each."""
         if self.rank > self.max_rank:
             yield f"sweep.search.rank: got {self.rank}, but no rank may exceed sweep.search.max_rank={self.max_rank}"
         elif self.density > self.max_density:
@@ -72,6 +91,67 @@ class Search(Section):
                 f"{self.rank * self.factor} is above max_rank={self.max_rank} and density "
                 f"{self.density * self.factor:g} above max_density={self.max_density:g}"
             )
+
+
+class Optuna(Decider):
+    """Optuna: every point of `parameters` and `cases` is suggested by what the points before it came to.
+
+    It needs the extra `optuna`. Of grids it takes that of `seed` alone: a point then runs at each of these seeds, and
+    its figures are means over them.
+    """
+
+    kind: Literal["optuna"] = Field(
+        ..., description="`optuna`: points from choice, uniform, loguniform and cases; the extra `optuna`."
+    )
+    trials: PositiveInt = Field(
+        ..., description="Points asked for. One that was asked for before counts, but does not run again."
+    )
+    batch: PositiveInt = Field(
+        4, description="Points asked for at a time: they run side by side, and the next ones know what came of them."
+    )
+    sampler: Literal["tpe", "nsga2", "random"] = Field(
+        "tpe",
+        description="`tpe`: tree-structured Parzen estimator, of all settings together; `nsga2`: genetic, a generation "
+        "is a batch; `random`: learns nothing.",
+    )
+    startup: PositiveInt = Field(10, description="For `tpe`: points drawn at random before the first that is learnt.")
+    against: Literal["bytes/total", "bytes/down", "bytes/up", "params/down", "params/up"] | None = Field(
+        None,
+        description="A second aim: less of it, over all rounds, is better. The table then marks the Pareto front. "
+        "null: the metric alone.",
+    )
+
+    def mistakes(self) -> Iterator[str]:
+        default = type(self).model_fields["startup"].default
+        if self.sampler != "tpe" and self.startup != default:
+            yield f"sweep.search.startup: got {self.startup}, but that belongs to sampler=tpe, not {self.sampler}"
+        if self.sampler == "nsga2" and self.batch < 2:
+            yield f"sweep.search.batch: got {self.batch}, but a batch is a generation of nsga2, and needs 2 or more"
+
+
+class Population(Decider):
+    """Population Based Training (Jaderberg et al., arXiv 1711.09846), all members in step.
+
+    After every generation the worst members go on from the checkpoint of one of the best, with its settings perturbed;
+    the others go on as they were. All members have the file's seed, and rates that are constant within a generation.
+    """
+
+    kind: Literal["pbt"] = Field(..., description="`pbt`: Population Based Training.")
+    population: Annotated[int, Field(ge=2)] = Field(8, description="Members; the first ones' settings are drawn.")
+    rounds: PositiveInt = Field(
+        ..., description="Rounds of a generation. A member's whole life is server.rounds, a multiple of it."
+    )
+    quantile: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        0.25, description="Share of the members that copies, and that is copied from, rounded up; 0: none."
+    )
+    factors: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)] = Field(
+        (0.8, 1.2),
+        description="A copied number is multiplied by one of these, within its limits; a choice moves to a neighbour.",
+    )
+    resample: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.25, description="How often a copied setting is drawn anew instead."
+    )
+    replaces: ClassVar[tuple[str, ...]] = ("cases", *Decider.replaces)
 
 
 class Asha(Section):

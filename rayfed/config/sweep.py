@@ -16,7 +16,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from rayfed.config.load import assign, parse_override, read_settings, shown, validate_as
 from rayfed.config.schema import Names, Section
-from rayfed.config.search import SEARCHED, Asha, Search
+from rayfed.config.search import LIVE, SEARCHED, Asha, Optuna, Population, Search
 from rayfed.errors import UserError
 
 DRAWN = ("choice", "uniform", "loguniform")
@@ -57,18 +57,24 @@ class Sweep(Section):
         description="How many seeds choose the values of `tune`: the first ones of the grid of `seed`. The other seeds "
         "then run with the chosen values only; null: all seeds run everything.",
     )
-    search: Search | None = Field(
-        None, description="Looks for rank and density by itself, in place of `parameters` and `cases`; null: no search."
+    search: Search | Optuna | Population | None = Field(
+        None,
+        discriminator="kind",
+        description="What decides by itself what runs: flasc looks for rank and density, in place of `parameters` and "
+        "`cases`; optuna and pbt choose from their spaces. null: every point, or `samples` draws, of the spaces.",
     )
     stop: Asha | None = Field(None, description="Stops trials early; null: all run to their end.")
     concurrency: PositiveInt | None = Field(None, description="Trials at a time; null: as many as fit.")
 
     @model_validator(mode="after")
     def _spaces_are_whole(self) -> Sweep:
-        if self.search is not None:
-            mistakes = [*self._beside_a_search(), *self.search.mistakes()]
-        else:
+        if self.search is None:
             mistakes = [*self._in_parameters(), *self._in_cases(), *self._in_the_rest()]
+        elif isinstance(self.search, Search):
+            mistakes = [*self._beside(self.search), *self.search.mistakes()]
+        else:
+            spaces = [*self._in_parameters(), *self._in_cases()]
+            mistakes = [*self._beside(self.search), *(spaces or self._searched(self.search)), *self.search.mistakes()]
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
@@ -116,14 +122,34 @@ class Sweep(Section):
             elif self.tune_seeds > len(seeds):
                 yield f"sweep.tune_seeds: got {self.tune_seeds}, but sweep.parameters.seed.grid has {len(seeds)} values"
 
-    def _beside_a_search(self) -> Iterator[str]:
-        for name in ("parameters", "cases", "samples", "tune", "tune_seeds", "stop"):
+    def _beside(self, search: Search | Optuna | Population) -> Iterator[str]:
+        for name in search.replaces:
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
                 told = "a section" if name == "stop" else shown(value)
                 yield f"sweep.{name}: got {told}, but sweep.search decides by itself what runs"
-        if self.at == "best":
-            yield "sweep.at: got 'best', but a probe's earlier rounds are those of the probe it continues: last"
+        if self.at == "best" and not isinstance(search, Optuna):
+            one = "probe" if isinstance(search, Search) else "member"
+            yield f"sweep.at: got 'best', but a {one}'s earlier rounds are those of the {one} it continues: last"
+
+    def _searched(self, search: Optuna | Population) -> Iterator[str]:
+        """What is wrong with spaces that are right by themselves, where ``search`` chooses from them."""
+        optuna = isinstance(search, Optuna)
+        for where, key, space in self._placed():
+            if "grid" in space and not (optuna and where == f"sweep.parameters.{SEED}"):
+                yield f"{where}: got {shown(space)}, but sweep.search={search.kind} takes choice, uniform or loguniform"
+            elif "grid" not in space and key == SEED:
+                yield f"{where}: got {shown(space)}, but a search compares at the same seeds{': a grid' * optuna}"
+            elif not optuna and key not in LIVE:
+                yield (
+                    f"{where}: got {shown(space)}, but pbt changes settings within a run's life, which goes for "
+                    f"{', '.join(LIVE)}"
+                )
+        if all(key == SEED for key, _ in self.spaces()) and len(self.labelled()) < 2:
+            yield (
+                f"sweep.parameters: got {shown(self.parameters)}, but sweep.search={search.kind} needs something to "
+                "choose: choice, uniform or loguniform"
+            )
 
     def labelled(self) -> list[tuple[str, Any]]:
         """(label, overrides) of every case; in a list a case's label is its number."""
@@ -133,10 +159,15 @@ class Sweep(Section):
 
     def spaces(self) -> Iterator[tuple[str, Any]]:
         """(dotted setting, space) of everything that varies on its own, `parameters` first."""
-        yield from self.parameters.items()
-        for _, case in self.labelled():
+        yield from ((key, space) for _, key, space in self._placed())
+
+    def _placed(self) -> Iterator[tuple[str, str, Any]]:
+        """(where it is written, dotted setting, space), in that order."""
+        yield from ((f"sweep.parameters.{key}", key, space) for key, space in self.parameters.items())
+        for label, case in self.labelled():
             if isinstance(case, dict):
-                yield from ((key, value) for key, value in case.items() if is_space(value))
+                where = f"sweep.cases.{label}"
+                yield from ((f"{where}.{key}", key, value) for key, value in case.items() if is_space(value))
 
 
 class _File(Section):
@@ -174,7 +205,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[st
         cases = [case for _, case in sweep.labelled()]
         if (
             key in sweep.parameters
-            or (sweep.search and key in SEARCHED)
+            or (isinstance(sweep.search, Search) and key in SEARCHED)
             or (cases and all(key in case for case in cases))
         ):
             raise UserError(f"{key}: got {override!r}, but the sweep itself sets it, so that would do nothing")

@@ -1,4 +1,8 @@
-"""A run that continues another's checkpoint under a larger rank or other densities: the same model, exactly.
+"""A run that continues another's checkpoint under other settings: the same model, exactly.
+
+Under another rate, density or such (`LIVE` in `rayfed.config.search`) a checkpoint means what it meant: its tensors,
+what single clients keep and who has merged what are taken over bit for bit, whatever the method. Under a larger rank
+they grow.
 
 Growing a layer's pair from rank r to R adds rows to A and zero columns to B, so the new ranks add nothing to the
 product; the rows are those that a run of rank R would have started with. Where the scale alpha / r changes with the
@@ -6,13 +10,13 @@ rank, B takes the ratio: bit for bit where that is a power of two, else to a rou
 moments grow alike: B's by the ratio, second moments by its square, and new entries at what a new run starts from. (An
 adaptive server optimizer takes its next steps at a length of its own: a change of scale is no symmetry of it.)
 
-What can be carried over: states of factors alone, of `flasc` with a refreshed mask and of `fedit`.
+What can grow: states of factors alone, of `flasc` with a refreshed mask and of `fedit`.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +32,9 @@ from rayfed.methods.fedit import FedIT
 from rayfed.methods.flasc import Flasc
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.axes import resolve
+from rayfed.server.memory import ClientStore, digest_of
 
+Tensors = dict[str, Tensor]
 SQUARES = ("v", "exp_avg_sq")  # moments that go with the square of a gradient
 NOTE = "continues.json"  # in the run's directory: which run and round it continues, and that round's digest
 
@@ -51,33 +57,51 @@ def check_growing(experiment: Experiment) -> None:
         raise UserError("eval.early_stop: got a section, but the probes of sweep.search are of equal length: null")
 
 
+def check_carrying(experiment: Experiment, varied: Iterable[str]) -> None:
+    """UserError where a run with these settings could not be continued under other values of the ``varied`` ones."""
+    method = resolve(experiment).method
+    if isinstance(method, Flasc) and method.mask == "fixed" and any(key.startswith("wire.") for key in varied):
+        raise UserError("method.mask: got 'fixed', but sweep.search changes the density: refresh")
+    if experiment.eval.early_stop is not None:
+        raise UserError("eval.early_stop: got a section, but the members of sweep.search are of equal length: null")
+
+
 def graft(source: Path, folder: Path, experiment: Experiment) -> None:
     """Makes ``folder`` a run of ``experiment`` that has done what the finished run in ``source`` has done.
 
-    ``experiment`` differs from the source's settings in rank, densities, rounds and such; `check_growing` holds. The
-    folder gets its config.yaml last: without one it was never made.
+    ``experiment`` differs from the source's settings in `LIVE` ones and server.rounds; or also in rank, where
+    `check_growing` holds. The folder gets its config.yaml last: without one it was never made.
     """
     settings = load_config(source / "config.yaml")
     found = checkpoints.latest(source / "checkpoints", settings.digest())
     if found is None or found.round >= experiment.server.rounds:
         raise UserError(f"{source}: no checkpoint to continue for {experiment.server.rounds} rounds")
-    method, optimizer = checkpoints.load_tensors(source / "checkpoints", found)
-    old = Layout.from_json(found.facts["layout"])
-    start = _fresh(old, method["vector"], experiment)
-    vector = grow(method["vector"], old, start)
-    axes = resolve(experiment)
-    moments = grow_moments(optimizer, old, start, axes.optimizer.eps)
-    made = replace(
-        found,
-        experiment=experiment.digest(),
-        digest=checkpoints.state_digest(found.round, {"vector": vector}, moments),
-        facts={**found.facts, "layout": start.layout.to_json()},
-    )
-    checkpoints.save(folder / "checkpoints", made, {"vector": vector}, moments, experiment.checkpoint.keep)
+    clients = ClientStore(source / "clients").restore(found.clients)
+    method, optimizer = checkpoints.load_tensors(source / "checkpoints", found, digest_of(clients))
+    made = replace(found, experiment=experiment.digest())
+    if any(getattr(settings.lora, field) != getattr(experiment.lora, field) for field in ("rank", "alpha", "rslora")):
+        made, method, optimizer = _grown(made, method, optimizer, experiment)
+    checkpoints.save(folder / "checkpoints", made, method, optimizer, experiment.checkpoint.keep)
+    for kept in clients.values():
+        own = folder / kept.path.relative_to(source)
+        own.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(kept.path, own)
     for name in ("metrics.jsonl", "ledger.parquet"):
         shutil.copyfile(source / name, folder / name)
     write_json(folder / NOTE, {"trial": source.name, "round": found.round, "state/digest": found.digest})
     atomic_write(folder / "config.yaml", dump_config(experiment))
+
+
+def _grown(
+    made: checkpoints.Checkpoint, method: Tensors, optimizer: Tensors, experiment: Experiment
+) -> tuple[checkpoints.Checkpoint, Tensors, Tensors]:
+    """The checkpoint, its method's tensors and its optimizer's, at the rank of ``experiment``."""
+    old = Layout.from_json(made.facts["layout"])
+    start = _fresh(old, method["vector"], experiment)
+    grown = {"vector": grow(method["vector"], old, start)}
+    moments = grow_moments(optimizer, old, start, resolve(experiment).optimizer.eps)
+    digest = checkpoints.state_digest(made.round, grown, moments)
+    return replace(made, digest=digest, facts={**made.facts, "layout": start.layout.to_json()}), grown, moments
 
 
 def grow(vector: Tensor, old: Layout, start: Adapter) -> Tensor:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayfed import keys
-from rayfed.config.sweep import DRAWN, Sweep, is_space
+from rayfed.config.sweep import DRAWN, SEED, Sweep, is_space
 
 CASE = "case"  # the column that holds the labels of cases
+MOST = 1024  # combinations that are all checked before a search starts
 LONGEST = 120  # characters of a trial's name, which is a folder's
 
 
@@ -55,15 +56,41 @@ def _points_of(spaces: Mapping[str, Any], samples: int, seed: int) -> Iterator[d
             yield {key: own[key] for key in spaces}
 
 
+def corners(sweep: Sweep, case: Mapping[str, Any]) -> Iterator[Point]:
+    """The case with every choice and both ends of every range, whatever the seed.
+
+    All combinations, or where they are more than `MOST`, each value once, the first ones of the others beside it.
+    """
+    spaces = {key: space for key, space in sweep.parameters.items() if key != SEED}
+    spaces |= {key: value for key, value in case.items() if is_space(value)}
+    fixed = {key: value for key, value in case.items() if not is_space(value)}
+    ends = {
+        key: space.get("choice") or [number(x) for x in next(iter(space.values()))] for key, space in spaces.items()
+    }
+    crossed = itertools.islice(itertools.product(*ends.values()), MOST + 1)
+    points = [dict(zip(ends, values, strict=True)) for values in crossed]
+    if len(points) > MOST:
+        points = points[:1] + [points[0] | {key: value} for key, values in ends.items() for value in values[1:]]
+    yield from (Point(fixed | chosen, fixed | chosen) for chosen in points)
+
+
 def draw(space: Mapping[str, Any], key: str, seed: int, i: int) -> Any:
-    """Draw ``i`` (from 0) of the setting. Numbers have six digits, so that they can be read and typed again."""
+    """Draw ``i`` (from 0) of the setting."""
+    return value_at(space, float(keys.numpy_rng(seed, "sweep", key, i).random()))
+
+
+def value_at(space: Mapping[str, Any], u: float) -> Any:
+    """The value of a choice, uniform or loguniform at the share ``u``, in [0, 1), of its probability."""
     ((kind, values),) = space.items()
     assert kind in DRAWN
-    u = float(keys.numpy_rng(seed, "sweep", key, i).random())  # in [0, 1)
     if kind == "choice":
         return values[int(u * len(values))]
     low, high = values
-    x = low * math.exp(u * math.log(high / low)) if kind == "loguniform" else low + u * (high - low)
+    return number(low * math.exp(u * math.log(high / low)) if kind == "loguniform" else low + u * (high - low))
+
+
+def number(x: float) -> float:
+    """The number to six digits, so that it can be read and typed again."""
     return float(f"{x:.6g}")
 
 
@@ -71,14 +98,22 @@ def names(points: list[Point]) -> list[str]:
     """A readable name for each point, all different and fit for a folder: `name=fedhl,lr=0.001,seed=0`."""
     columns = list(dict.fromkeys(key for point in points for key in point.shown))
     short = short_names(columns)
-    made = []
-    for point in points:
-        parts = [f"{short[key]}={_word(value)}" for key, value in point.shown.items()]
-        made.append(re.sub(r"[^\w.,=+-]+", "-", ",".join(parts)).strip(".-"))
+    made = [spelled(point, short) for point in points]
     return [
-        name if len(name) <= LONGEST and made.count(name) == 1 else f"{name[: LONGEST - 9]}-{_tag(point)}"
+        fitting(name, point) if made.count(name) == 1 else _tagged(name, point)
         for name, point in zip(made, points, strict=True)
     ]
+
+
+def spelled(point: Point, short: Mapping[str, str]) -> str:
+    """What tells the point apart, in letters that a folder's name may have; ``short``: names of its settings."""
+    parts = [f"{short[key]}={_word(value)}" for key, value in point.shown.items()]
+    return re.sub(r"[^\w.,=+-]+", "-", ",".join(parts)).strip(".-")
+
+
+def fitting(name: str, point: Point) -> str:
+    """The name, cut where it is too long for a folder."""
+    return name if len(name) <= LONGEST else _tagged(name, point)
 
 
 def short_names(columns: list[str]) -> dict[str, str]:
@@ -106,5 +141,6 @@ def _word(value: Any) -> str:
     return hashlib.sha256(text(value).encode()).hexdigest()[:6] if isinstance(value, dict) else text(value)
 
 
-def _tag(point: Point) -> str:
-    return hashlib.sha256(json.dumps(point.overrides, sort_keys=True, default=str).encode()).hexdigest()[:8]
+def _tagged(name: str, point: Point) -> str:
+    tag = hashlib.sha256(json.dumps(point.overrides, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return f"{name[: LONGEST - 9]}-{tag}"

@@ -1,10 +1,10 @@
 """A sweep from its file to its table: every check first, then the trials that have not ended, then what came out.
 
 The sweep's directory holds `sweep.yaml` (as it ran), `trials/NAME/` (each an ordinary run directory) with
-`trials/NAME.json` (how it ended), `sweep.jsonl` (a line a trial) and `table.txt`; a search adds `search.jsonl` (a
-line a decision). A sweep may be killed at any moment:
-`resume` repeats no finished trial, continues the others from their own checkpoints, and tries failed ones again. The
-file may have gained or lost trials since; it may not have changed those that are there.
+`trials/NAME.json` (how it ended), `sweep.jsonl` (a line a trial) and `table.txt`; a search adds `search.jsonl`
+(its decisions and, for optuna and pbt, the figures that they go by). A sweep may be killed at any moment: `resume`
+repeats no finished trial, continues the others from their own checkpoints, and tries failed ones again. The file may
+have gained or lost trials since; it may not have changed those that are there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rayfed.config.load import dump_settings
 from rayfed.config.sweep import Sweep, load_sweep
@@ -22,8 +23,11 @@ from rayfed.engine.run import slug
 from rayfed.errors import RunError, UserError
 from rayfed.files import atomic_write
 from rayfed.sweeps.books import Books, run_trials, to_run
+from rayfed.sweeps.optimize import OptunaSearch
 from rayfed.sweeps.plan import Trial, plan
+from rayfed.sweeps.population import PopulationSearch
 from rayfed.sweeps.search import Search
+from rayfed.sweeps.stages import Staged
 from rayfed.sweeps.table import NOT_CHOSEN, STOPPED, Line, choosing, table_of
 from rayfed.sweeps.trial import locked, outcome
 from rayfed.tasks.federation import Federation
@@ -56,7 +60,7 @@ def run_sweep(
     name = slug(str(settings.get("name", "sweep")))
     out = (Path(out) if out is not None else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     _check_out(out, resume)
-    search = Search(settings, sweep, out) if sweep.search else None
+    search = _searcher(settings, sweep, out)
     trials, federations = ([], {}) if search else plan(settings, sweep)
     for trial in trials:
         outcome(out, trial)  # made with these settings, or refused
@@ -72,6 +76,14 @@ def run_sweep(
         table = books.write()
         view.table(table)
     return SweepResult(out, list(books.lines.values()), table)
+
+
+def _searcher(settings: dict[str, Any], sweep: Sweep, out: Path) -> Staged | None:
+    """What decides by itself what runs, all checked; None where the sweep is a list."""
+    if sweep.search is None:
+        return None
+    searchers: dict[str, type[Staged]] = {"flasc": Search, "optuna": OptunaSearch, "pbt": PopulationSearch}
+    return searchers[sweep.search.kind](settings, sweep, out)
 
 
 def _run_list(

@@ -11,11 +11,13 @@ import rayfed
 from rayfed.config import validate
 from rayfed.config.schema import Server
 from rayfed.lora.adapter import Adapter, LowRank, fresh_adapter, scale_of
+from rayfed.methods import METHODS
 from rayfed.server.optimizers import ServerOptimizer
 from rayfed.sweeps.graft import graft, grow, grow_moments
 from rayfed.tracking import read_metrics
 
 SHAPES = {"a": (6, 10), "b": (9, 4)}
+VOLATILE = ("time/round_s", "time/train_s")
 
 
 def trained(rank: int, scale: float, seed: int = 0) -> Adapter:
@@ -95,11 +97,49 @@ def test_continued_unchanged_it_is_the_unbroken_run(tiny_settings, tmp_path: Pat
     graft(tmp_path / "a", tmp_path / "b", longer)
     rayfed.run(longer, tmp_path / "b", resume=True)
     whole = rayfed.run(longer, tmp_path / "whole")
-    volatile = ("time/round_s", "time/train_s")
     for ours, theirs in zip(read_metrics(tmp_path / "b" / "metrics.jsonl"), whole.metrics, strict=True):
-        assert {k: v for k, v in ours.items() if k not in volatile} == {
-            k: v for k, v in theirs.items() if k not in volatile
+        assert {k: v for k, v in ours.items() if k not in VOLATILE} == {
+            k: v for k, v in theirs.items() if k not in VOLATILE
         }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_continued_at_another_rate_it_is_the_run_whose_rate_changed(tiny_settings, tmp_path: Path, method: str) -> None:
+    """Whatever a method keeps, of its own or for its clients: a warm-up of four rounds is 1/4, 2/4, 3/4 of the rate."""
+    options = {"name": method} | ({"rounds_sparse": 1} if method == "slora" else {})
+    settings = tiny_settings | {"method": options}
+
+    def at(rate: float, rounds: int, **schedule) -> rayfed.Experiment:
+        client = settings["client"] | {"lr": rate, "schedule": schedule}
+        return validate(settings | {"client": client, "server": {"rounds": rounds, "cohort": 3}})
+
+    source = tmp_path / "1"
+    rayfed.run(at(0.02, 1), source)
+    for rounds, rate in ((2, 0.04), (3, 0.06)):
+        folder = tmp_path / str(rounds)
+        folder.mkdir()
+        graft(source, folder, at(rate, rounds))
+        rayfed.run(at(rate, rounds), folder, resume=True)
+        source = folder
+    whole = rayfed.run(at(0.08, 3, warmup=4), tmp_path / "whole").metrics
+    for ours, theirs in zip(read_metrics(source / "metrics.jsonl"), whole, strict=True):
+        assert {k: v for k, v in ours.items() if k not in VOLATILE} == {
+            k: v for k, v in theirs.items() if k not in VOLATILE
+        }
+
+
+def test_continued_at_another_density_it_is_the_run_whose_density_decayed(tiny_settings, tmp_path: Path) -> None:
+    first = experiment(tiny_settings, 1, density=0.5)
+    rayfed.run(first, tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    graft(tmp_path / "a", tmp_path / "b", experiment(tiny_settings, 2, density=0.25))
+    ours = rayfed.run(experiment(tiny_settings, 2, density=0.25), tmp_path / "b", resume=True).metrics
+    falling = {"density": 0.5, "decay": 0.5}
+    whole = experiment(tiny_settings, 2).model_dump(mode="json") | {"wire": {"down": falling, "up": falling}}
+    theirs = rayfed.run(validate(whole), tmp_path / "whole").metrics
+    assert [(r["state/digest"], r["bytes/total"]) for r in ours] == [
+        (r["state/digest"], r["bytes/total"]) for r in theirs
+    ]
 
 
 def test_continued_at_another_rank_it_starts_from_the_same_gap(tiny_settings, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from rayfed.errors import UserError
 from rayfed.sweeps.plan import bundles, fits
 
 RATES = {"client.lr": {"grid": [0.1, 0.2]}}
+DRAWN = {"client.lr": {"loguniform": [0.1, 0.2]}}
 
 
 @pytest.fixture
@@ -93,7 +94,115 @@ SECTIONS = {
     ),
     "a search of another kind": (
         {"search": {"kind": "grid", "rounds": 1}},
-        "sweep.search.kind: got 'grid', but it should be flasc",
+        "sweep.search.kind: got 'grid', but it should be flasc, optuna or pbt",
+    ),
+    "a search without a kind": (
+        {"search": {"rounds": 1}},
+        "sweep.search.kind: missing, and there is no default; it should be flasc, optuna or pbt",
+    ),
+    "a search by its name alone": (
+        {"search": "pbt"},
+        "sweep.search: got 'pbt', but it should be a section whose kind is flasc, optuna or pbt, or null",
+    ),
+    "a setting of another search": (
+        {"search": {"kind": "pbt", "rounds": 1, "trials": 3}, "parameters": DRAWN},
+        "sweep.search.trials: unknown key; allowed are kind, population, rounds, quantile, factors, resample",
+    ),
+    "a search's setting, misspelt": (
+        {"search": {"kind": "optuna", "trials": 3, "bacth": 2}, "parameters": DRAWN},
+        "sweep.search.bacth: unknown key; did you mean sweep.search.batch? (allowed are kind, trials, batch, ",
+    ),
+    "optuna and a grid": (
+        {"search": {"kind": "optuna", "trials": 3}, "parameters": {"client.lr": {"grid": [0.1, 0.2]}}},
+        "sweep.parameters.client.lr: got {'grid': [0.1, 0.2]}, but sweep.search=optuna takes choice, uniform or ",
+    ),
+    "optuna and a grid in a case": (
+        {"search": {"kind": "optuna", "trials": 3}, "cases": {"a": {"lora.rank": {"grid": [1, 2]}}}},
+        "sweep.cases.a.lora.rank: got {'grid': [1, 2]}, but sweep.search=optuna takes choice, uniform or ",
+    ),
+    "optuna and drawn seeds": (
+        {"search": {"kind": "optuna", "trials": 3}, "parameters": {**DRAWN, "seed": {"choice": [1, 2]}}},
+        "sweep.parameters.seed: got {'choice': [1, 2]}, but a search compares at the same seeds: a grid",
+    ),
+    "optuna with nothing to choose": (
+        {"search": {"kind": "optuna", "trials": 3}, "parameters": {"seed": {"grid": [1, 2]}}},
+        "sweep.parameters: got {'seed': {'grid': [...]}}, but sweep.search=optuna needs something to choose: ",
+    ),
+    "optuna and a list of samples": (
+        {"search": {"kind": "optuna", "trials": 3}, "parameters": DRAWN, "samples": 3},
+        "sweep.samples: got 3, but sweep.search decides by itself what runs",
+    ),
+    "optuna and stopping": (
+        {"search": {"kind": "optuna", "trials": 3}, "parameters": DRAWN, "stop": {"kind": "asha", "grace": 1}},
+        "sweep.stop: got a section, but sweep.search decides by itself what runs",
+    ),
+    "optuna against what is no cost": (
+        {"search": {"kind": "optuna", "trials": 3, "against": "time/round_s"}, "parameters": DRAWN},
+        "sweep.search.against: got 'time/round_s', but it should be bytes/total, bytes/down, bytes/up, params/down or ",
+    ),
+    "a start that only tpe has": (
+        {"search": {"kind": "optuna", "trials": 3, "sampler": "random", "startup": 3}, "parameters": DRAWN},
+        "sweep.search.startup: got 3, but that belongs to sampler=tpe, not random",
+    ),
+    "a generation of one": (
+        {"search": {"kind": "optuna", "trials": 3, "sampler": "nsga2", "batch": 1}, "parameters": DRAWN},
+        "sweep.search.batch: got 1, but a batch is a generation of nsga2, and needs 2 or more",
+    ),
+    "an end of a range that is wrong": (
+        {"search": {"kind": "optuna", "trials": 3}, "parameters": {"wire.up.density": {"uniform": [0.5, 2]}}},
+        "wire.up.density: got 2.0, but it should be a number in (0, 1] (trial wire.up.density=2)",
+    ),
+    "an end of a case's range that is wrong": (
+        {"search": {"kind": "optuna", "trials": 3}, "cases": {"a": {"wire.up.density": {"uniform": [0.5, 2]}}}},
+        "wire.up.density: got 2.0, but it should be a number in (0, 1] (trial wire.up.density=2)",
+    ),
+    "choices that do not go together": (
+        {
+            "search": {"kind": "optuna", "trials": 3},
+            "parameters": {
+                "server.optimizer": {"choice": ["fedavg", "sgd"]},
+                "server.lr": {"choice": [None, 0.5]},
+            },
+        },
+        "server.lr: got 0.5, but fedavg has no rate; server.optimizer=sgd has (trial server.optimizer=fedavg, "
+        "server.lr=0.5)",
+    ),
+    "pbt and what cannot change within a run": (
+        {"search": {"kind": "pbt", "rounds": 1}, "parameters": {"lora.rank": {"choice": [1, 2]}}},
+        "sweep.parameters.lora.rank: got {'choice': [1, 2]}, but pbt changes settings within a run's life, which goes "
+        "for client.lr, client.momentum, ",
+    ),
+    "pbt and a grid": (
+        {"search": {"kind": "pbt", "rounds": 1}, "parameters": {"client.lr": {"grid": [0.1, 0.2]}}},
+        "sweep.parameters.client.lr: got {'grid': [0.1, 0.2]}, but sweep.search=pbt takes choice, uniform or ",
+    ),
+    "pbt and seeds": (
+        {"search": {"kind": "pbt", "rounds": 1}, "parameters": {**DRAWN, "seed": {"choice": [0, 1]}}},
+        "sweep.parameters.seed: got {'choice': [0, 1]}, but a search compares at the same seeds",
+    ),
+    "pbt and cases": (
+        {"search": {"kind": "pbt", "rounds": 1}, "parameters": DRAWN, "cases": [{"lora.rank": 1}]},
+        "sweep.cases: got [{'lora.rank': 1}], but sweep.search decides by itself what runs",
+    ),
+    "pbt with nothing to change": (
+        {"search": {"kind": "pbt", "rounds": 1}},
+        "sweep.parameters: got {}, but sweep.search=pbt needs something to choose",
+    ),
+    "pbt by an earlier round": (
+        {"search": {"kind": "pbt", "rounds": 1}, "parameters": DRAWN, "at": "best"},
+        "sweep.at: got 'best', but a member's earlier rounds are those of the member it continues: last",
+    ),
+    "generations that do not fill a life": (
+        {"search": {"kind": "pbt", "rounds": 3}, "parameters": DRAWN},
+        "server.rounds: got 4, but it should be two or more generations of sweep.search.rounds=3",
+    ),
+    "one generation": (
+        {"search": {"kind": "pbt", "rounds": 4}, "parameters": DRAWN},
+        "server.rounds: got 4, but it should be two or more generations of sweep.search.rounds=4",
+    ),
+    "pbt and a wrong choice": (
+        {"search": {"kind": "pbt", "rounds": 2}, "parameters": {"client.steps": {"choice": [2, 1.5]}}},
+        "client.steps: got 1.5, but it should be an integer above 0 or null (trial client.steps=1.5",
     ),
     "a search and a grid": (
         {"search": {"kind": "flasc", "rounds": 1}, "parameters": RATES},
@@ -188,6 +297,16 @@ def test_overrides_reach_the_sweep_and_cannot_be_in_vain(refused, sweep_file, tm
 def test_what_a_search_cannot_continue(refused, sweep_file, tmp_path: Path, override: str, line: str) -> None:
     path = sweep_file({"search": {"kind": "flasc", "rounds": 1, "max_rank": 4}})
     assert refused(path, override, "--out", tmp_path / "out").startswith(line)
+
+
+def test_what_a_population_cannot_change(refused, sweep_file, tmp_path: Path) -> None:
+    density = {"wire.down.density": {"uniform": [0.1, 0.9]}}
+    path = sweep_file({"search": {"kind": "pbt", "rounds": 2}, "parameters": density})
+    fixed = "method={name: flasc, mask: fixed}"
+    said = refused(path, fixed, "--out", tmp_path / "out")
+    assert said == "method.mask: got 'fixed', but sweep.search changes the density: refresh"
+    said = refused(path, "method.name=fedex_lora", "--out", tmp_path / "out")
+    assert said.startswith("wire.down.density: got below 1, but what fedex_lora sends down must arrive whole (trial")
 
 
 def test_stopping_needs_figures_on_the_way(refused, tiny, tmp_path: Path) -> None:

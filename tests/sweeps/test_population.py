@@ -1,0 +1,208 @@
+"""Population Based Training over real runs: exact continuation, decisions by the figures, nothing twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+import rayfed
+from rayfed.config import validate
+from rayfed.config.search import Population
+from rayfed.config.sweep import load_sweep
+from rayfed.errors import UserError
+from rayfed.sweeps.evolve import explore
+from rayfed.sweeps.population import PopulationSearch
+from rayfed.sweeps.sweep import run_sweep
+from rayfed.tracking import read_metrics
+
+SEARCH = {"kind": "pbt", "population": 4, "rounds": 2}
+SPACES = {"client.lr": {"loguniform": [1e-3, 2e-1]}}
+SERVER = {"rounds": 6, "cohort": 2}
+
+
+@pytest.fixture
+def pbt_file(sweep_file) -> Callable[..., Path]:
+    def write(spaces: Any = SPACES, server: Any = SERVER, **more: Any) -> Path:
+        return sweep_file({"search": SEARCH | more, "parameters": spaces}, server=server)
+
+    return write
+
+
+def decisions(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
+
+
+def files(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def last(out: Path, name: str) -> dict[str, Any]:
+    return read_metrics(out / "trials" / name / "metrics.jsonl")[-1]
+
+
+def test_where_nobody_copies_a_member_is_the_unbroken_run(pbt_file, tiny_settings, tmp_path: Path, here) -> None:
+    """Three generations of two rounds are six rounds, to the bit: model, moments of the server's optimizer, bytes."""
+    server = SERVER | {"optimizer": "adamw", "lr": 0.01}
+    out = tmp_path / "out"
+    run_sweep(pbt_file(server=server, quantile=0.0, population=2), out=out)
+    for member in decisions(out)[0]["members"]:
+        name = member["trial"].replace("g01", "g03")
+        settings = tiny_settings | {"server": server} | {"client": tiny_settings["client"] | lr(member)}
+        whole = rayfed.run(validate(settings), tmp_path / name).metrics
+        ours = read_metrics(out / "trials" / name / "metrics.jsonl")
+        assert len(ours) == 6
+        for key in ("state/digest", "bytes/total", "eval/gap"):
+            assert [record[key] for record in ours] == [record[key] for record in whole]
+
+
+def lr(member: dict[str, Any]) -> dict[str, float]:
+    return {"lr": member["settings"]["client.lr"]}
+
+
+def test_a_search_from_its_founders_to_its_best_member(pbt_file, tmp_path: Path, here, monkeypatch) -> None:
+    path, out = pbt_file(), tmp_path / "out"
+    result = run_sweep(path, out=out)
+    assert here.ran == [[f"g0{g}-m0{m}" for m in range(1, 5)] for g in (1, 2, 3)]
+    *generations, end = decisions(out)
+    for before, after in pairwise(generations):
+        told = {member["trial"]: member["told"] for member in before["members"]}
+        assert told == {name: last(out, name)["eval/gap"] for name in told}
+        worst, best = max(told, key=told.__getitem__), min(told, key=told.__getitem__)
+        settings = {member["trial"]: member["settings"] for member in before["members"]}
+        for member, own in zip(after["members"], told, strict=True):
+            number, generation = int(own[-2:]), after["generation"]
+            assert member["from"] == (best if own == worst else own)
+            copied = explore(settings[best], Population(**SEARCH), SPACES, 0, generation, number)
+            assert member["settings"] == (copied if own == worst else settings[own])
+            note = json.loads((out / "trials" / member["trial"] / "continues.json").read_text())
+            assert note["trial"] == member["from"]
+            assert note["state/digest"] == last(out, member["from"])["state/digest"]
+    told = {member["trial"]: member["told"] for member in generations[-1]["members"]}
+    assert (end["best"], end["metric"]) == min(told.items(), key=lambda pair: pair[1])
+    assert (end["rounds"], end["client_rounds"]) == (24, 48)
+    assert [part["rounds"] for part in end["schedule"]] == [[1, 2], [3, 4], [5, 6]]
+    for part, generation in zip(end["schedule"], generations, strict=True):
+        (member,) = [one for one in generation["members"] if one["trial"] == part["trial"]]
+        assert part["client.lr"] == member["settings"]["client.lr"]
+    for part, later in pairwise(end["schedule"]):
+        assert json.loads((out / "trials" / later["trial"] / "continues.json").read_text())["trial"] == part["trial"]
+    assert [row[0] for row in result.table.rows] == [f"g03-m0{m}" for m in range(1, 5)]
+    assert [row[0] for row in result.table.rows if row[-1] == "best"] == [end["best"]]
+
+    before = files(out / "trials")
+    monkeypatch.setitem(sys.modules, "rayfed.sweeps.on_tune", None)
+    again = run_sweep(out / "sweep.yaml", out=out, resume=True)
+    assert (again.lines, again.table, decisions(out)) == (result.lines, result.table, [*generations, end])
+    assert files(out / "trials") == before
+
+
+@pytest.mark.parametrize("done", [1, 4, 6])
+def test_a_killed_search_goes_on_where_it_was(pbt_file, tmp_path: Path, here, monkeypatch, done: int) -> None:
+    from rayfed.sweeps import trial as trials
+
+    path = pbt_file(server={"rounds": 4, "cohort": 2})
+    run_sweep(path, out=tmp_path / "whole")
+    ran = [name for stage in here.ran for name in stage]
+    here.ran.clear()
+    out, run, calls = tmp_path / "out", trials.run, []
+
+    def killed(experiment, *rest, **more):
+        calls.append(experiment.name)
+        if len(calls) > done:
+            raise KeyboardInterrupt
+        return run(experiment, *rest, **more)
+
+    monkeypatch.setattr(trials, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(path, out=out)
+    monkeypatch.setattr(trials, "run", run)
+    before = {name: files(out / "trials" / name) for name in ran[:done]}
+    here.ran.clear()
+    run_sweep(path, out=out, resume=True)
+    assert [name for stage in here.ran for name in stage] == ran[done:]
+    assert before == {name: files(out / "trials" / name) for name in ran[:done]}
+    assert decisions(out) == decisions(tmp_path / "whole")
+
+
+def test_a_failed_member_copies_and_changes_nothing_later(pbt_file, tmp_path: Path, here, monkeypatch) -> None:
+    from rayfed.sweeps import trial as trials
+
+    path, out, run = pbt_file(quantile=0.0), tmp_path / "out", trials.run
+
+    def fails(experiment, *rest, **more):
+        if experiment.name == "g01-m02":
+            raise MemoryError("out of memory")
+        return run(experiment, *rest, **more)
+
+    monkeypatch.setattr(trials, "run", fails)
+    result = run_sweep(path, out=out)
+    assert [line["trial"] for line in result.failed] == ["g01-m02"]
+    told = {member["trial"]: member["told"] for member in decisions(out)[0]["members"]}
+    assert told.pop("g01-m02") is None
+    assert decisions(out)[1]["members"][1]["from"] == min(told, key=told.__getitem__)
+    said = decisions(out)
+    here.ran.clear()
+    monkeypatch.setattr(trials, "run", run)
+    assert not run_sweep(path, out=out, resume=True).failed
+    assert here.ran == [["g01-m02"]]
+    assert decisions(out) == said
+
+
+def test_further_generations_of_the_same_search(pbt_file, tmp_path: Path, here) -> None:
+    path, out = pbt_file(), tmp_path / "out"
+    run_sweep(path, ["server.rounds=4"], out=out)
+    run_sweep(path, out=out, resume=True)
+    assert [stage[0] for stage in here.ran] == ["g01-m01", "g02-m01", "g03-m01"]
+    run_sweep(path, out=tmp_path / "whole")
+    assert decisions(out) == decisions(tmp_path / "whole")
+
+
+def test_a_directory_of_another_population_is_refused(pbt_file, tmp_path: Path, here) -> None:
+    path, out = pbt_file(), tmp_path / "out"
+    run_sweep(path, ["server.rounds=4"], out=out)
+    for generation, other in (
+        (1, "sweep.search.population=5"),
+        (1, "seed=1"),
+        (2, "sweep.search.quantile=0.5"),
+    ):
+        with pytest.raises(UserError, match=rf"^--resume: .*has another generation {generation} than these settings"):
+            run_sweep(path, [other], out=out, resume=True)
+    with pytest.raises(UserError, match=r"^--resume: .*has figures of eval/gap, but .* compares eval/loss; choose"):
+        run_sweep(path, ["sweep.metric=eval/loss"], out=out, resume=True)
+
+
+def test_the_population_that_comes_with_rayfed_is_right(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("rayfed.sweeps.population.check_trials", lambda *_: {})  # data and model are not asked
+    path = Path(__file__).parents[2] / "configs" / "sweeps" / "pbt.yaml"
+    at = PopulationSearch(*load_sweep(path), tmp_path).stand()
+    assert [trial.name for trial in at.now] == [f"g01-m0{m}" for m in range(1, 7)]
+    assert at.stage == "generation 1 of 4"
+
+
+@pytest.mark.slow
+def test_on_ray_the_decisions_are_the_same(sweep_file, tmp_path: Path, here, monkeypatch) -> None:
+    """Optuna and a population, two trials at a time on Ray Tune, against one after the other in this process."""
+    sections = {
+        "optuna": {"search": {"kind": "optuna", "trials": 5, "batch": 2, "startup": 2}, "parameters": SPACES},
+        "pbt": {"search": SEARCH | {"population": 3}, "parameters": SPACES},
+    }
+    files = {}
+    for name, section in sections.items():
+        path = sweep_file(section, server=SERVER)
+        files[name] = path.rename(path.with_name(f"{name}.yaml"))
+        run_sweep(files[name], out=tmp_path / f"{name}-here")
+    monkeypatch.undo()  # Ray Tune itself
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        for name, path in files.items():
+            run_sweep(path, out=tmp_path / name)
+            assert decisions(tmp_path / name) == decisions(tmp_path / f"{name}-here")
+    finally:
+        ray.shutdown()

@@ -1,0 +1,145 @@
+"""Points from Optuna: the same figures give the same points; conditional settings; the Pareto front by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rayfed.config.sweep import Sweep
+from rayfed.errors import UserError
+from rayfed.sweeps.space import Point
+from rayfed.sweeps.suggest import Study, front
+
+SPACES = {
+    "client.lr": {"loguniform": [1e-4, 1e-1]},
+    "lora.rank": {"choice": [1, 2, 4]},
+    "seed": {"grid": [0, 1]},
+}
+CASES = {
+    "sparse": {"method.name": "flasc", "wire.up.density": {"uniform": [0.1, 0.9]}},
+    "fedhl": {"method.name": "fedhl", "method.gamma": {"choice": [1.0, 2.0]}},
+    "plain": {"method.name": "fedit"},
+}
+
+
+def section(parameters: Any = SPACES, cases: Any = CASES, **search: Any) -> Sweep:
+    return Sweep(parameters=parameters, cases=cases, search={"kind": "optuna", "trials": 40, "startup": 5} | search)
+
+
+def hand(point: Point) -> tuple[float, float]:
+    """Stands for a run: best at rate 0.01; costs as much as its rank."""
+    rate, rank = point.overrides["client.lr"], point.overrides["lora.rank"]
+    return -abs(rate - 0.01), rank * (1 + point.overrides.get("wire.up.density", 1.0))
+
+
+def played(sweep: Sweep, batches: int, seed: int = 0, figures: Callable = hand, failed: tuple = ()) -> list[Point]:
+    assert sweep.search is not None
+    study = Study(sweep.search, sweep, seed)
+    aims = 2 if sweep.search.against else 1
+    for _ in range(batches):
+        for own in study.ask(4):
+            if own.number in failed:
+                study.tell(own.number, None)
+        for own in study.asked[-4:]:
+            if own.number not in failed:
+                study.tell(own.number, figures(own.point)[:aims])
+    return [own.point for own in study.asked]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+@pytest.mark.parametrize("against", [None, "bytes/total"])
+def test_the_same_figures_give_the_same_points(sampler: str, against: str | None) -> None:
+    more = {"sampler": sampler, "against": against} | ({} if sampler == "tpe" else {"startup": 10})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        points = played(section(**more), 5)
+        assert played(section(**more), 5) == points
+        assert played(section(**more), 5, seed=1) != points
+        other = played(section(**more), 5, figures=lambda point: (-hand(point)[0], 1.0))
+    # What is learnt, and from where on: the first batches do not know of any figures.
+    same = [a == b for a, b in zip(points, other, strict=True)]
+    assert all(same) == (sampler == "random")
+    assert all(same[:4])
+
+
+def test_what_failed_is_told_too() -> None:
+    assert played(section(), 5, failed=(1, 6)) == played(section(), 5, failed=(1, 6))
+    assert played(section(), 5, failed=(1, 6)) != played(section(), 5)
+
+
+def test_settings_of_a_case_come_with_it_alone() -> None:
+    points = played(section(), 10)
+    found = {point.shown["case"] for point in points}
+    assert found == {"sparse", "fedhl", "plain"}
+    for point in points:
+        case = point.shown["case"]
+        assert point.overrides["method.name"] == CASES[case]["method.name"]
+        assert ("wire.up.density" in point.overrides) == (case == "sparse")
+        assert ("method.gamma" in point.overrides) == (case == "fedhl")
+        assert 1e-4 <= point.overrides["client.lr"] <= 1e-1
+        assert point.overrides["lora.rank"] in (1, 2, 4)
+        assert "seed" not in point.overrides
+        for value in point.overrides.values():
+            assert not isinstance(value, float) or value == float(f"{value:.6g}")
+
+
+def test_a_list_of_cases_is_shown_by_what_it_sets() -> None:
+    points = played(section(cases=[{"method.name": "fedit"}, {"method.name": "rbla", "lora.alpha": 2.0}]), 3)
+    assert {json.dumps({k: v for k, v in point.shown.items() if k not in SPACES}) for point in points} == {
+        '{"method.name": "fedit"}',
+        '{"method.name": "rbla", "lora.alpha": 2.0}',
+    }
+
+
+def test_values_of_a_choice_may_be_anything() -> None:
+    choices = [{"kind": "same"}, [1, 2], None, "x"]
+    points = played(section({"profiles": {"choice": choices}}, None), 5, figures=lambda point: (0.0,))
+    assert all(point.overrides["profiles"] in choices for point in points)
+
+
+def test_a_point_that_was_asked_for_before_is_known() -> None:
+    sweep = section({"lora.rank": {"choice": [1, 2, 4]}}, None)
+    assert sweep.search is not None
+    study = Study(sweep.search, sweep, 0)
+    first: dict[int, int] = {}
+    for own in study.ask(12):
+        rank = own.point.overrides["lora.rank"]
+        assert own.same == first.get(rank)
+        first.setdefault(rank, own.number)
+    assert [own.number for own in study.asked] == list(range(1, 13))
+
+
+def test_the_front() -> None:
+    figures = {
+        1: (0.5, 10.0),
+        2: (0.7, 20.0),
+        3: (0.7, 20.0),  # equals both stay
+        4: (0.6, 20.0),  # 2 is better for as much
+        5: (0.9, 90.0),
+        6: (0.9, 91.0),  # 5 is as good for less
+        7: (0.4, 9.0),
+    }
+    assert front(figures, "max") == [1, 2, 3, 5, 7]
+    assert front(figures, "min") == [7]
+    assert front({1: (0.5,), 2: (0.7,), 3: (0.7,)}, "max") == [2, 3]
+    assert front({}, "max") == []
+
+
+def test_without_optuna_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayfed.sweeps.suggest.find_spec", lambda name: None)
+    sweep = section()
+    assert sweep.search is not None
+    with pytest.raises(UserError, match=r"^sweep.search.kind: got 'optuna', but it is not installed: pip install 'ra"):
+        Study(sweep.search, sweep, 0)
+
+
+def test_nothing_else_loads_optuna() -> None:
+    program = "import sys, rayfed.sweeps.sweep, rayfed.cli; print('optuna' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "False", done.stderr
