@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from rayfed.config.schema import Engine
+from rayfed.config.execution import Engine
 from rayfed.errors import RunError
 
 NO_MORE = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")  # in errors that have no class of their own

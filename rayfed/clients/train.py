@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rayfed import keys
-from rayfed.config.schema import Client
+from rayfed.config.training import Client
 from rayfed.lora.adapter import Layout
 from rayfed.lora.inject import Stack
 from rayfed.lora.stacked import Segment

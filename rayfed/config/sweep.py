@@ -15,8 +15,8 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from rayfed.config.load import assign, parse_override, read_settings, shown, validate_as
-from rayfed.config.schema import Names, Section
 from rayfed.config.search import LIVE, SEARCHED, Asha, Optuna, Population, Search
+from rayfed.config.section import Names, Section
 from rayfed.errors import UserError
 
 DRAWN = ("choice", "uniform", "loguniform")

@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rayfed.config import Experiment
-from rayfed.config.schema import Engine
+from rayfed.config.execution import Engine
 from rayfed.errors import UserError
 
 Bundle = dict[str, float]

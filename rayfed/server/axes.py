@@ -12,7 +12,7 @@ from typing import Literal
 
 from rayfed.clients.profiles import mixed, sparse
 from rayfed.config import Experiment
-from rayfed.config.schema import Schedule
+from rayfed.config.training import Schedule
 from rayfed.errors import UserError
 from rayfed.methods import Method, build
 from rayfed.server.optimizers import ServerOptimizer

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rayfed.config.schema import Server
+from rayfed.config.training import Server
 from rayfed.errors import UserError
 
 RATES = {"fedavg": 1.0, "sgd": 1.0, "fedavgm": 1.0, "fedadam": 1e-3, "adamw": 1e-3}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rayfed.config.schema import Client
+from rayfed.config.training import Client
 from rayfed.methods import Profile
 from rayfed.tasks.federation import Federation
 

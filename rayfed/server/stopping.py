@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rayfed.config.schema import EarlyStop
+from rayfed.config.training import EarlyStop
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rayfed import keys
-from rayfed.config.schema import Data
+from rayfed.config.task import Data
 from rayfed.errors import UserError
 
 SPLITS = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}  # and their names outside

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rayfed.config.schema import Data
+from rayfed.config.task import Data
 from rayfed.errors import UserError, allowed
 from rayfed.tasks.data import SPLITS, Source, Table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rayfed.config.schema import Data
+from rayfed.config.task import Data
 from rayfed.errors import UserError, allowed
 from rayfed.tasks.data import SPLITS, Source, Table
 

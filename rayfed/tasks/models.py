@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rayfed import keys
-from rayfed.config.schema import Model
+from rayfed.config.task import Model
 from rayfed.errors import UserError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from rayfed import keys
-from rayfed.config.schema import Partition
+from rayfed.config.task import Partition
 from rayfed.errors import UserError, allowed
 
 

@@ -15,7 +15,7 @@ from rayfed.tracking.sinks import Fan, Record, RunInfo, Scalar, Sink, Table
 from rayfed.tracking.wandb_sink import WandbSink, wandb_mode
 
 if TYPE_CHECKING:
-    from rayfed.config.schema import Tracking
+    from rayfed.config.execution import Tracking
 
 __all__ = [
     "ConsoleSink",

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from rayfed.errors import allowed
 
 if TYPE_CHECKING:
-    from rayfed.config.schema import Tracking
+    from rayfed.config.execution import Tracking
 
 Mode = Literal["online", "offline", "off"]
 HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # W&B's public service, under both names it has had

@@ -20,7 +20,7 @@ from rayfed.tracking.login import logged_in, wandb_mode
 from rayfed.tracking.sinks import Record, RunInfo, Scalar, Table
 
 if TYPE_CHECKING:
-    from rayfed.config.schema import Tracking
+    from rayfed.config.execution import Tracking
 
 __all__ = ["WandbSink", "wandb_mode"]
 

@@ -26,7 +26,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def base(tiny_bert: Path) -> Callable[[], Any]:
     """base() -> a fresh copy of a frozen, mean-pooled `Base`."""
-    from rayfed.config.schema import Model
+    from rayfed.config.task import Model
     from rayfed.tasks.models import load_base
 
     loaded = load_base(Model(name=str(tiny_bert), pooling="mean"), CLASSES, seed=1)

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from rayfed.clients.train import Member, train_pack
-from rayfed.config.schema import Client
+from rayfed.config.training import Client
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.inject import Stack, head_values
 from rayfed.lora.stacked import layer_shape

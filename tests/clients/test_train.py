@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from rayfed.clients.train import Member, batches, train_pack
-from rayfed.config.schema import Client
+from rayfed.config.training import Client
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.inject import Stack, head_values, match
 from rayfed.tasks.flat import Flat, FlatModel, FlatTokens

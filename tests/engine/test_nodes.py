@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
 import rayfed
-from rayfed.config.schema import Engine
+from rayfed.config.execution import Engine
 from rayfed.engine.placement import _mistake, bundle_of, reserve
 from rayfed.errors import UserError
 

@@ -26,7 +26,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def base(tiny_bert: Path, tiny_gpt2: Path) -> Callable[[str], Any]:
     """base("bert" | "mean" | "gpt2") -> a fresh copy of a frozen `Base`."""
-    from rayfed.config.schema import Model
+    from rayfed.config.task import Model
     from rayfed.tasks.models import load_base
 
     loaded = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rayfed.config.schema import Schedule, Server
+from rayfed.config.training import Schedule, Server
 from rayfed.errors import UserError
 from rayfed.server.axes import rate
 from rayfed.server.optimizers import ServerOptimizer

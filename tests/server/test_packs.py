@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayfed.config.schema import Client
+from rayfed.config.training import Client
 from rayfed.methods import Profile
 from rayfed.server.packs import client_costs, plan_packs
 from rayfed.tasks.federation import form_federation

@@ -9,7 +9,7 @@ import torch
 
 import rayfed
 from rayfed.config import validate
-from rayfed.config.schema import Server
+from rayfed.config.training import Server
 from rayfed.lora.adapter import Adapter, LowRank, fresh_adapter, scale_of
 from rayfed.methods import METHODS
 from rayfed.server.optimizers import ServerOptimizer

@@ -104,7 +104,7 @@ def test_nested_actors_always_fit(cluster, sweep_file, tmp_path: Path) -> None:
 
 
 def local() -> object:
-    from rayfed.config.schema import Engine
+    from rayfed.config.execution import Engine
 
     return Engine(kind="local")
 

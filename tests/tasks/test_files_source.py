@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from rayfed.config.schema import Data
+from rayfed.config.task import Data
 from rayfed.errors import UserError
 from rayfed.tasks.data import TextData, load_data
 from rayfed.tasks.files_source import read_files

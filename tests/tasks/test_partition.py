@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayfed.config.schema import Data, Partition
+from rayfed.config.task import Data, Partition
 from rayfed.errors import UserError
 from rayfed.tasks import partition as module
 from rayfed.tasks.data import load_data

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rayfed.config.schema import Data
+from rayfed.config.task import Data
 from rayfed.errors import UserError
 from rayfed.tasks import stdlib_source
 from rayfed.tasks.data import Source, load_data

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayfed.config.schema import Data
+from rayfed.config.task import Data
 from rayfed.errors import UserError
 from rayfed.tasks.data import TextData, load_data
 

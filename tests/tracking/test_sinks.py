@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rayfed.config.schema import Tracking
+from rayfed.config.execution import Tracking
 from rayfed.tracking import (
     ConsoleSink,
     EventSink,

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from rayfed.config.schema import Tracking
+from rayfed.config.execution import Tracking
 from rayfed.errors import UserError
 from rayfed.tracking import Record, RunInfo, Table, WandbSink, login, open_sinks, wandb_mode, wandb_sink
 
@@ -392,7 +392,7 @@ def test_nothing_can_start_and_the_run_goes_on(tmp_path: Path, monkeypatch: pyte
 def test_a_process_that_forgets_to_close_still_ends(tmp_path: Path) -> None:
     code = (
         "import pathlib, sys\n"
-        "from rayfed.config.schema import Tracking\n"
+        "from rayfed.config.execution import Tracking\n"
         "from rayfed.tracking import RunInfo, WandbSink\n"
         "out = pathlib.Path(sys.argv[1])\n"
         "sink = WandbSink(Tracking(), 'offline', say=lambda text: None)\n"
