@@ -20,7 +20,8 @@ from rayfed.lora.inject import head_values, match, peft_config
 from rayfed.lora.peft_io import peft_settings
 from rayfed.lora.stacked import is_conv1d
 from rayfed.tasks.flat import Flat, Padded, choose
-from rayfed.tasks.models import Base, base_name, base_of, in_dtype, longest_input
+from rayfed.tasks.kept import shared_base
+from rayfed.tasks.models import Base, base_name, in_dtype, longest_input
 from rayfed.tasks.prefix import Prefix, find
 from rayfed.tasks.recompute import layers_of
 
@@ -65,7 +66,7 @@ def draw_blueprint(experiment: Experiment, classes: int) -> Blueprint:
     matches the targets, where the rank exceeds a layer's size, or where `model.dtype`, `engine.padding` or
     `engine.gradient_checkpointing` asks for what the model cannot do.
     """
-    base = base_of(experiment, classes)
+    base = shared_base(experiment, classes)
     if experiment.engine.gradient_checkpointing:
         layers_of(base.model)  # or a refusal
     config = peft_config(experiment, base.heads)

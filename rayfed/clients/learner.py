@@ -44,7 +44,8 @@ from rayfed.methods import Method, build
 from rayfed.methods.base import Base, assemble
 from rayfed.tasks.federation import Federation
 from rayfed.tasks.flat import Flat, FlatModel, FlatTokens
-from rayfed.tasks.models import base_of, in_dtype
+from rayfed.tasks.kept import shared_base
+from rayfed.tasks.models import in_dtype
 from rayfed.tasks.prefix import PrefixedTokens, Skipper
 from rayfed.tasks.recompute import recompute
 from rayfed.tasks.tokens import Tokens
@@ -57,7 +58,7 @@ class Learner:
         self.experiment, self.federation, self.blueprint = experiment, federation, blueprint
         self.method = build(experiment.method.name, **experiment.method.options)
         self.device = torch.device(experiment.engine.device)
-        base = base_of(experiment, len(federation.classes))
+        base = shared_base(experiment, len(federation.classes))
         self.model = in_dtype(base, experiment.model.dtype).to(self.device)
         lora = experiment.lora
         shapes = blueprint.trained_shapes(experiment)

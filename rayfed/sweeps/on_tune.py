@@ -1,9 +1,10 @@
 """The trials on Ray Tune: one process a trial, at once as many as fit.
 
 Tune places the trials, hands a process that is done the next trial (torch and its kin are loaded once a process, the
-data once for all), and starts a trial again whose process died; the trial then continues from its own checkpoint. What
-Tune is not used for: its restore. A sweep is resumed from the trials' directories, see `rayfed.sweeps.trial`. For Tune
-a trial that failed has merely ended; its record says why. A trial that the section `stop` ends gets its record here.
+base model as long as it is the same one, the data once for all), and starts a trial again whose process died; the trial
+then continues from its own checkpoint. What Tune is not used for: its restore. A sweep is resumed from the trials'
+directories, see `rayfed.sweeps.trial`. For Tune a trial that failed has merely ended; its record says why. A trial that
+the section `stop` ends gets its record here.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rayfed.sweeps.asha import scheduler_of
 from rayfed.sweeps.plan import Bundle, Trial, bundles, fits
 from rayfed.sweeps.trial import outcome, settle, settle_stopped, work
 from rayfed.tasks.federation import Federation
+from rayfed.tasks.kept import keep_base
 from rayfed.tracking import Fan, Record, RunInfo, Scalar, Table
 
 SETTINGS = {  # read by Tune where the sweep starts
@@ -128,6 +130,7 @@ def _trainable(
     config: dict[str, Any], trials: Mapping[str, Trial], data: Mapping[str, ray.ObjectRef], out: Path, watched: bool
 ) -> None:
     trial = trials[config["trial"]]
+    keep_base()
     sink = _Reports(trial.experiment.server.rounds) if watched else Fan()
     work(trial, out, ray.get(data[trial.data]), sink)
     tune.report({"ended": 1})

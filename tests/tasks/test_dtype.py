@@ -143,7 +143,7 @@ def test_a_model_that_cannot_compute_in_it_is_refused(tiny, monkeypatch):
     """A layer that the checkpoint lacks belongs to the head, so it stays float32, wherever it stands."""
     model = base_of(tiny(), 4).model
     base = Base(model, ("classifier", "encoder.encoder.layer.0.output.dense"))
-    monkeypatch.setattr("rayfed.clients.blueprint.base_of", lambda *_: base)
+    monkeypatch.setattr("rayfed.clients.blueprint.shared_base", lambda *_: base)
     draw_blueprint(tiny(), 4)
     with pytest.raises(UserError, match=r"^model\.dtype: got 'bfloat16', but '[^\n]*' cannot compute in it [^\n]*$"):
         draw_blueprint(tiny(COARSE), 4)
