@@ -48,11 +48,17 @@ def profile(client: int, examples: int, experiment: Experiment, t: int) -> Profi
     return Profile(
         client=client,
         rank=tier.rank,
-        scale=scale_of(tier.rank, experiment.lora.alpha, experiment.lora.rslora),
+        scale=client_scale(tier.rank, experiment),
         density_down=experiment.wire.down.density_at(t, tier.density_down),
         density_up=experiment.wire.up.density_at(t, tier.density_up),
         examples=examples,
     )
+
+
+def client_scale(rank: int, experiment: Experiment) -> float:
+    """What a client of that rank multiplies B A by; see `profiles.scale`."""
+    lora = experiment.lora
+    return scale_of(lora.rank if experiment.profiles.scale == "server" else rank, lora.alpha, lora.rslora)
 
 
 def mixed(experiment: Experiment) -> bool:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from rayfed.clients.profiles import Tier, tier_mix
+from rayfed.clients.profiles import Tier, client_scale, tier_mix
 from rayfed.config import Experiment
-from rayfed.lora.adapter import Layout, LowRank, flatten_changes, scale_of
+from rayfed.lora.adapter import Layout, LowRank, flatten_changes
 from rayfed.methods import Method, Profile
 from rayfed.server.crew import Crew
 from rayfed.server.downlink import Downlink, Download
@@ -33,7 +33,7 @@ def tier_models(
     models = {}
     for tier in tier_mix(experiment, sizes):
         density = experiment.wire.down.density_at(t, tier.density_down)
-        scale = scale_of(tier.rank, experiment.lora.alpha, experiment.lora.rslora)
+        scale = client_scale(tier.rank, experiment)
         received = downlink.of(Profile(client=-1, rank=tier.rank, scale=scale, density_down=density))
         models[suffix(tier, density)] = received_model(received)
     return models

@@ -356,3 +356,15 @@ def test_a_function_that_is_not_there(path: str, reason: str) -> None:
     with pytest.raises(UserError) as error:
         check_profiles(make("function", function=path))
     assert str(error.value) == f"profiles.function: got {path!r}, but {reason}"
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_scales_follow_the_own_rank_or_the_servers(rslora):
+    def scales(**settings: Any) -> list[float]:
+        experiment = make("tiers", ranks=[2, 4, 16], **settings)
+        experiment = experiment.model_copy(update={"lora": experiment.lora.model_copy(update={"rslora": rslora})})
+        return [profile(client, 5, experiment, 0).scale for client in range(3)]
+
+    power = 0.5 if rslora else 1  # alpha is 8
+    assert scales() == pytest.approx([8 / 2**power, 8 / 4**power, 8 / 16**power])
+    assert scales(scale="server") == pytest.approx([8 / 16**power] * 3)

@@ -13,8 +13,10 @@ from rayfed.server.tiers import tier_models
 from rayfed.tasks.federation import form_federation
 
 
-def test_truncations_differ_and_the_largest_tier_of_fedhl_is_the_best_approximation(tiny, tmp_path):
+@pytest.mark.parametrize("scale", ["own", "server"])
+def test_truncations_differ_and_the_largest_tier_of_fedhl_is_the_best_approximation(tiny, tmp_path, scale):
     overrides = (
+        f"profiles.scale={scale}",
         "method.name=fedhl", "profiles.kind=tiers", "profiles.ranks=[1,2,4]", "eval.tiers=true", "server.rounds=3",
         "client.lr=0.2",
     )  # fmt: skip
