@@ -106,8 +106,8 @@ class Profiles(Section):
     densities_up: Densities | None = Field(None, description="The same for wire.up.density.")
     scale: Literal["own", "server"] = Field(
         "own",
-        description="`own`: a client's change is lora.alpha over its own rank (its root, with rslora) times B A, as PEFT "
-        "has it; `server`: over lora.rank for all, so that one learning rate means the same step on every client.",
+        description="`own`: a client's change is lora.alpha over its own rank (its root, with rslora) times B A, as in "
+        "PEFT; `server`: over lora.rank for all, so that one learning rate means the same step on every client.",
     )
     weights: Weights | None = Field(
         None, description="For `tiers`: their shares of the clients, to any sum; null: client id modulo tiers, no draw."
