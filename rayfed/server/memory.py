@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from rayfed.errors import UserError
@@ -22,27 +23,39 @@ from rayfed.files import atomic_write
 
 
 class Kept(Mapping[str, Tensor]):
-    """One client's tensors, read from their file at every access; equal digests are equal bits."""
+    """One client's tensors, each read from their file when it is asked for; equal digests are equal bits.
+
+    UserError, at the first access, where the file is not the one that was written.
+    """
 
     def __init__(self, path: Path, round: int, digest: str) -> None:
         self.path, self.round, self.digest = path, round, digest
+        self._checked = False
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.load()[name]
+        with self._opened() as file:
+            if name not in file.keys():  # noqa: SIM118 (no mapping)
+                raise KeyError(name)
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.load())
+        with self._opened() as file:
+            return iter(sorted(file.keys()))
 
     def __len__(self) -> int:
-        return len(self.load())
+        with self._opened() as file:
+            return len(file.keys())
 
-    def load(self) -> dict[str, Tensor]:
-        """All tensors. UserError where the file is not the one that was written."""
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
         try:
-            data = self.path.read_bytes()
-            if hashlib.sha256(data).hexdigest() != self.digest:
-                raise ValueError("its bytes are not those that were written")
-            return load(data)
+            if not self._checked:  # once: it takes longer than all the rest, and nobody writes into the file
+                if hashlib.sha256(self.path.read_bytes()).hexdigest() != self.digest:
+                    raise ValueError("its bytes are not those that were written")
+                self._checked = True
+            with safe_open(self.path, framework="pt") as file:
+                yield file
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"--resume: {self.path} is damaged: {error}; start the run anew") from None
 

@@ -41,16 +41,38 @@ def test_a_checkpoint_brings_it_back_and_prunes_the_rest(tmp_path):
     new = store.settle({**old, 1: tensors(2.0)}, 2)
     store.prune([store.to_json(new)])
     restored = store.restore(store.to_json(new))
-    assert dict(restored[1].load()).keys() == {"view", "head"}
+    assert dict(restored[1]).keys() == {"view", "head"}
     assert torch.equal(restored[1]["head"], torch.tensor([2.0]))
     with pytest.raises(UserError, match="missing"):
         store.restore(store.to_json(old))
 
 
-def test_damage_is_found(tmp_path):
+@pytest.mark.parametrize("ask", [dict, len, list, lambda kept: kept["view"], lambda kept: kept.get("view")])
+def test_damage_is_found(tmp_path, ask):
     kept = ClientStore(tmp_path).settle({1: tensors(1.0)}, 1)[1]
     data = bytearray(kept.path.read_bytes())
     data[-1] ^= 1
     kept.path.write_bytes(bytes(data))
     with pytest.raises(UserError, match="damaged"):
-        Kept(kept.path, kept.round, kept.digest).load()
+        ask(Kept(kept.path, kept.round, kept.digest))
+    kept.path.unlink()
+    with pytest.raises(UserError, match="damaged"):
+        ask(Kept(kept.path, kept.round, kept.digest))
+
+
+def test_it_is_a_mapping_whose_file_is_read_through_once(tmp_path, monkeypatch):
+    wanted = tensors(1.0)
+    kept = ClientStore(tmp_path).settle({1: wanted}, 1)[1]
+    whole = []
+    read = type(kept.path).read_bytes
+    monkeypatch.setattr(type(kept.path), "read_bytes", lambda path: whole.append(path) or read(path))
+    assert list(kept) == sorted(wanted)
+    assert len(kept) == len(wanted)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in wanted.items())
+    assert all(torch.equal(kept[name], wanted[name]) for name, tensor in kept.items())
+    assert kept.get("nobody") is None
+    assert "view" in kept
+    assert "nobody" not in kept
+    with pytest.raises(KeyError):
+        kept["nobody"]
+    assert len(whole) == 1
