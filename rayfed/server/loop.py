@@ -178,6 +178,7 @@ class Server:
             "bytes/total": self.ledger.total_bytes,
             "time/round_s": time.perf_counter() - begun,
             "time/train_s": trained - begun,
+            "time/server_s": trained - begun - tally.waited,
             "clients/ok": tally.ok,
             "clients/retried": tally.retried,
             "clients/split": tally.split,

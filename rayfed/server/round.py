@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -12,7 +13,7 @@ from rayfed.config import Experiment
 from rayfed.errors import RunError
 from rayfed.methods import Method, Profile, Update
 from rayfed.server.catchup import CatchUp
-from rayfed.server.crew import Crew, Handle, Task, in_order
+from rayfed.server.crew import Crew, Done, Handle, Task, in_order
 from rayfed.server.diagnostics import Diagnostics
 from rayfed.server.downlink import Downlink
 
@@ -28,6 +29,7 @@ class Tally:
     split: int = 0  # clients whose pack did not fit into memory
     dense: int = 0  # bytes of the same messages, had every entry travelled in fp32
     ranks: dict[int, int] = field(default_factory=dict)  # trained rank -> clients
+    waited: float = 0.0  # seconds in which the server had nothing to do but wait for uploads
 
 
 @dataclass
@@ -50,7 +52,7 @@ def updates(
     """
     tasks = [_task(pack, method, state, t, lr, experiment, downlink) for pack in packs]
     ledger, tally = books.ledger, books.tally
-    for done in in_order(crew.run(tasks)):
+    for done in _waiting(in_order(crew.run(tasks)), tally):
         job, result = cast(TrainJob, tasks[done.index].job), cast(TrainResult, done.result)
         tally.retried += done.retries * len(job.orders)
         tally.split += result.split
@@ -83,6 +85,17 @@ def updates(
             if books.diagnostics is not None:
                 books.diagnostics.see(update, sent.start.base)
             yield update
+
+
+def _waiting(stream: Iterator[Done], tally: Tally) -> Iterator[Done]:
+    """The same, with the time that each took to come added up."""
+    while True:
+        begun = time.perf_counter()
+        done = next(stream, None)
+        tally.waited += time.perf_counter() - begun
+        if done is None:
+            return
+        yield done
 
 
 def _task(

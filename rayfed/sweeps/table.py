@@ -20,7 +20,7 @@ from rayfed.sweeps.trial import outcome, place
 from rayfed.tracking import Table, read_metrics
 
 Line = dict[str, Any]
-TIME = "time/round_s"
+TIME, SERVER_TIME = "time/round_s", "time/server_s"
 UNFINISHED = "unfinished"
 STOPPED = "stopped"  # by the section `stop`: it has not finished, and need not
 NOT_CHOSEN = "not chosen"  # its tuned values lost on the seeds that choose: it need not run
@@ -55,7 +55,7 @@ def reported(sweep: Sweep, source: str) -> str | None:
 
 
 def figures(rounds: Sequence[Mapping[str, Any]], sweep: Sweep, report: str | None) -> Line:
-    """Metric and report at the round that counts, all bytes, the seconds of all rounds.
+    """Metric and report at the round that counts, all bytes, the seconds of all rounds and the server's part of them.
 
     A metric that was not finite when it was last measured is null: no earlier round may speak for a run that diverged.
     """
@@ -72,6 +72,7 @@ def figures(rounds: Sequence[Mapping[str, Any]], sweep: Sweep, report: str | Non
         "report": chosen.get(report) if report else None,
         "bytes": rounds[-1]["bytes/total"] if rounds else None,
         "seconds": sum(r[TIME] for r in rounds),
+        "server_seconds": sum(r.get(SERVER_TIME, 0.0) for r in rounds),
     }
 
 
@@ -166,7 +167,7 @@ def table_of(trials: Sequence[Trial], lines: Sequence[Line], sweep: Sweep) -> Ta
             *(text(group.shared[key]) if key in group.shared else "" for key in columns),
             *(spread(group.mean(figure), group.deviation(figure), key) for figure, key in shown),
             "-" if (size := group.mean("bytes")) is None else f"{size / 1e6:.2f}",
-            "-" if (seconds := group.mean("seconds")) is None else f"{seconds:.1f}",
+            _seconds(group),
             f"{len(group.lines)}/{group.trials}",
             *([", ".join(map(str, group.stopped))] if sweep.stop else []),
         )
@@ -176,11 +177,17 @@ def table_of(trials: Sequence[Trial], lines: Sequence[Line], sweep: Sweep) -> Ta
         *columns,
         *(key for _, key in shown),
         "MB both ways",
-        "seconds",
+        "seconds (the server's own)",
         "trials",
         *(["stopped at round"] if sweep.stop else []),
     )
     return Table(_title(sweep), names, rows)
+
+
+def _seconds(group: Group) -> str:
+    """`138.3 (4.1)`: of all rounds, and the server's own."""
+    whole, server = group.mean("seconds"), group.mean("server_seconds")
+    return "-" if whole is None else f"{whole:.1f}" + ("" if server is None else f" ({server:.1f})")
 
 
 def _title(sweep: Sweep) -> str:

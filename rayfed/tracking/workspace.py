@@ -68,7 +68,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     ),
     "Cohort and time": (
         Curves("Effective cohort", "round", ("clients/ok", "clients/retried", "clients/split")),
-        Curves("Seconds: clients' training, whole round", "round", ("time/train_s", "time/round_s")),
+        Curves("Seconds: server, training, whole round", "round", ("time/server_s", "time/train_s", "time/round_s")),
         Curves("Bytes a round", "round", ("bytes/down", "bytes/up")),
     ),
     "Training": (

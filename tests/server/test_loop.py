@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -22,7 +23,7 @@ from rayfed.tasks.models import load_base
 
 KEYS = {
     "round", "train/loss", "eval/loss", "eval/accuracy", "bytes/down", "bytes/up", "bytes/total", "params/down",
-    "params/up", "time/round_s", "time/train_s", "clients/ok", "clients/retried", "clients/split",
+    "params/up", "time/round_s", "time/train_s", "time/server_s", "clients/ok", "clients/retried", "clients/split",
     "state/digest",
 }  # fmt: skip
 
@@ -50,6 +51,14 @@ def test_every_record_has_the_public_keys(sparse_run):
     assert all(set(record) >= KEYS for record in result.metrics)
     assert [record["eval/accuracy"] is None for record in result.metrics] == [True, False, True, False]
     assert result.metrics[-1]["test/accuracy_masked"] is not None
+
+
+def test_the_servers_seconds_are_those_in_which_it_does_not_wait_for_clients(tiny, tmp_path, monkeypatch):
+    execute = Learner.execute
+    monkeypatch.setattr(Learner, "execute", lambda *given: time.sleep(0.05) or execute(*given))
+    for record in rayfed.run(tiny("eval.every=2"), out=tmp_path / "run").metrics:  # three packs of one client
+        assert record["time/train_s"] - record["time/server_s"] >= 3 * 0.05
+        assert 0 < record["time/server_s"] < record["time/train_s"] <= record["time/round_s"]
 
 
 def test_the_ledger_is_the_sum_of_the_encoded_lengths(sparse_run):

@@ -17,7 +17,7 @@ from rayfed.sweeps.graft import graft, grow, grow_moments
 from rayfed.tracking import read_metrics
 
 SHAPES = {"a": (6, 10), "b": (9, 4)}
-VOLATILE = ("time/round_s", "time/train_s")
+VOLATILE = ("time/round_s", "time/train_s", "time/server_s")
 
 
 def trained(rank: int, scale: float, seed: int = 0) -> Adapter:

@@ -25,7 +25,7 @@ def lines(trials: list[Trial]) -> list[dict[str, Any]]:
     for trial, end in zip(trials, ENDS, strict=True):
         line: dict[str, Any] = {"trial": trial.name, "status": "done" if end else "failed"}
         if end:
-            line |= {"metric": end[0], "report": end[1], "bytes": 2_000_000, "seconds": 3.0}
+            line |= {"metric": end[0], "report": end[1], "bytes": 2_000_000, "seconds": 3.0, "server_seconds": 0.2}
         made.append(line)
     return made
 
@@ -43,14 +43,15 @@ def section(**more: Any) -> Sweep:
 def test_means_and_deviations_over_the_seeds(trials) -> None:
     table = table_of(trials, lines(trials), section())
     assert table.columns == (
-        "method.name", "client.lr", "eval/accuracy", "test/accuracy", "MB both ways", "seconds", "trials",
+        "method.name", "client.lr", "eval/accuracy", "test/accuracy", "MB both ways", "seconds (the server's own)",
+        "trials",
     )  # fmt: skip
     assert table.rows == (
         # mean 55 and deviation sqrt(2 * 5^2 / 1) = 7.07; of the report 85 and 7.07
-        ("fedit", "0.1", "55.00 ± 7.07 %", "85.00 ± 7.07 %", "2.00", "3.0", "2/2"),
-        ("fedit", "0.2", "65.00 ± 7.07 %", "20.00 ± 14.14 %", "2.00", "3.0", "2/2"),
-        ("rbla", "0.1", "30.00 ± 14.14 %", "30.00 ± 14.14 %", "2.00", "3.0", "2/2"),
-        ("rbla", "0.2", "99.00 %", "99.00 %", "2.00", "3.0", "1/2"),
+        ("fedit", "0.1", "55.00 ± 7.07 %", "85.00 ± 7.07 %", "2.00", "3.0 (0.2)", "2/2"),
+        ("fedit", "0.2", "65.00 ± 7.07 %", "20.00 ± 14.14 %", "2.00", "3.0 (0.2)", "2/2"),
+        ("rbla", "0.1", "30.00 ± 14.14 %", "30.00 ± 14.14 %", "2.00", "3.0 (0.2)", "2/2"),
+        ("rbla", "0.2", "99.00 %", "99.00 %", "2.00", "3.0 (0.2)", "1/2"),
     )
 
 
@@ -79,7 +80,14 @@ def test_a_row_without_a_finished_trial_is_shown(trials) -> None:
 
 
 ROUNDS = [
-    {"round": 1, "eval/accuracy": 0.9, "test/accuracy": 0.1, "bytes/total": 10, "time/round_s": 1.0},
+    {
+        "round": 1,
+        "eval/accuracy": 0.9,
+        "test/accuracy": 0.1,
+        "bytes/total": 10,
+        "time/round_s": 1.0,
+        "time/server_s": 0.5,
+    },
     {"round": 2, "eval/accuracy": None, "test/accuracy": None, "bytes/total": 20, "time/round_s": 1.5},
     {"round": 3, "eval/accuracy": 0.7, "test/accuracy": 0.3, "bytes/total": 30, "time/round_s": 1.0},
     {"round": 4, "eval/accuracy": None, "test/accuracy": None, "bytes/total": 40, "time/round_s": 1.0},
@@ -93,7 +101,7 @@ ROUNDS = [
 def test_the_round_that_counts(more: dict, expected: tuple) -> None:
     got = figures(ROUNDS, section(**more), "test/accuracy")
     assert (got["round"], got["metric"], got["report"]) == expected
-    assert (got["bytes"], got["seconds"]) == (40, 4.5)
+    assert (got["bytes"], got["seconds"], got["server_seconds"]) == (40, 4.5, 0.5)
 
 
 def test_an_earlier_round_does_not_speak_for_a_run_that_diverged() -> None:
