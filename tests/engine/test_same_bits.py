@@ -95,6 +95,7 @@ def test_states_that_are_kept_reach_every_worker(tiny, tmp_path, cluster):
     assert [there.summary[key] for key in figures] == [here.summary[key] for key in figures]
 
 
+@pytest.mark.slow
 def test_a_worker_measures_and_the_run_is_the_one_with_the_number(tiny, tmp_path, cluster):
     result = rayfed.run(tiny(*RUN, "engine.kind=ray", "engine.workers=3", "engine.pack=auto"), out=tmp_path / "run")
     size = load_config(result.out / "config.yaml").engine.pack

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from rayfed.clients.profiles import check_profiles
 from rayfed.config.sweep import Sweep, load_sweep
-from rayfed.sweeps.plan import Trial, plan
+from rayfed.server.axes import resolve
+from rayfed.sweeps.plan import Trial, make_trials, plan
+from rayfed.sweeps.space import expand, names
 from rayfed.sweeps.table import figures, spread, table_of
 
 GRID = {
@@ -124,17 +127,12 @@ def test_how_figures_are_written(centre: float | None, deviation: float | None, 
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs" / "sweeps").glob("*.yaml")), ids=str)
-def test_the_sweeps_that_come_with_rayfed_are_right(path: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_the_sweeps_that_come_with_rayfed_are_right(path: Path) -> None:
     """All but what the data and the model say: every trial's fields and combinations."""
-    from rayfed.engine.run import load_config
-    from rayfed.sweeps.plan import _experiment
-    from rayfed.sweeps.space import expand, names
-
     settings, sweep = load_sweep(path)
     points = expand(sweep, 0)
-    for point, name in zip(points, names(points), strict=True):
-        trial = tmp_path / "trial.yaml"
-        from rayfed.config import dump_config
-
-        trial.write_text(dump_config(_experiment(settings, point, "x", name)))
-        load_config(trial)
+    trials = make_trials(settings, points, names(points))
+    assert len(trials) == len(points)
+    for trial in trials:
+        resolve(trial.experiment)
+        check_profiles(trial.experiment)
