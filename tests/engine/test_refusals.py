@@ -87,6 +87,7 @@ def gone(worker):
     return False
 
 
+@pytest.mark.slow
 def test_idle_workers_that_died_together_cost_one_job_one_retry(tiny, cluster, monkeypatch):
     """As when a node is lost between two rounds: the job is not offered to one dead worker after the other."""
     monkeypatch.setattr("rayfed.engine.workers.Worker", Calm)
