@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rayfed.lora.stacked import Segment
-from rayfed.tasks.flat import Flat, FlatModel, made_up
-from rayfed.tasks.tokens import Tokens
+from rayfed.tasks.flat import Flat, FlatModel, FlatTokens, made_up
 
 
 @dataclass(frozen=True)
@@ -36,23 +35,15 @@ class Prefix:
 
 
 @dataclass(frozen=True, eq=False)
-class PrefixedTokens:
-    """Tokens whose batches have no padding, and whose states below the lowest adapter are known."""
+class PrefixedTokens(FlatTokens):
+    """Flat tokens whose states below the lowest adapter are known."""
 
-    tokens: Tokens
     states: np.ndarray  # (all tokens, width) float32, in the order of the tokens
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self.tokens.lengths
-
-    def __len__(self) -> int:
-        return len(self.tokens)
 
     def batch(self, rows: np.ndarray, pad_id: int) -> dict[str, Tensor]:
         """As `Tokens.flat`, with ``states`` (1, tokens, width)."""
         places = self.tokens.places(rows)
-        return {**self.tokens.flat(rows), "states": torch.from_numpy(self.states[places])[None]}
+        return {**super().batch(rows, pad_id), "states": torch.from_numpy(self.states[places])[None]}
 
 
 class Skipper:
