@@ -1,7 +1,10 @@
 """Aggregation: uploads as the driver takes them, from bytes to the next global state, against bare `index_add_`.
 
-The driver's side is its own code: orders, ledger, checks, decode, FLASC's and FedIT's sums, the server's step. The bare
+The driver's side is its own code: orders, ledger, checks, decode, FLASC's and FedIT's sums, the server's step. Clients
+come in packs, summed where they were trained; one row shows packs of one, which the driver decodes itself. The bare
 loop adds the same values at the same indices to one fp32 vector; it decodes nothing and knows no clients.
+
+"worker ms an upload" is what a worker spends on decoding and adding, beside the training that the stub leaves out.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from functools import partial
 
 import torch
 
+from rayfed import wire
 from rayfed.bench.stub import Shape, StubCrew, Upload, forget_peak, make_uploads, memory, settings
-from rayfed.bench.timing import Row, one_thread, paired
+from rayfed.bench.timing import Row, one_thread, paired, timed
 from rayfed.clients.profiles import profile
-from rayfed.methods import Profile
+from rayfed.clients.transfer import Uploadable
+from rayfed.methods import Profile, Summed
 from rayfed.server.axes import resolve
 from rayfed.server.catchup import CatchUp
 from rayfed.server.downlink import Downlink
@@ -21,17 +26,18 @@ from rayfed.server.round import Books, Tally, updates
 from rayfed.wire import Ledger
 
 DENSITY = 1 / 16
+CASES = (("flasc", 32), ("fedit", 32), ("flasc", 1))  # methods, and clients in a pack
 
 
 @one_thread
 def measure(uploads: int = 10_000, shape: Shape | None = None, pairs: int = 3) -> list[Row]:
-    """A round of FLASC and one of FedIT, of so many uploads each."""
+    """A round of FLASC in packs, one of FedIT, and one of FLASC without packs, of so many uploads each."""
     shape = shape or Shape()
     made = make_uploads(shape.entries, DENSITY)
-    return [_method(name, uploads, shape, made, pairs) for name in ("flasc", "fedit")]
+    return [_method(name, uploads, pack, shape, made, pairs) for name, pack in CASES]
 
 
-def _method(name: str, uploads: int, shape: Shape, made: list[Upload], pairs: int) -> Row:
+def _method(name: str, uploads: int, pack: int, shape: Shape, made: list[Upload], pairs: int) -> Row:
     experiment = settings(name, DENSITY, uploads, uploads, rounds=1)
     axes, crew = resolve(experiment), StubCrew(made)
     state = axes.method.init(shape.blueprint().start(experiment), experiment.seed)
@@ -40,7 +46,7 @@ def _method(name: str, uploads: int, shape: Shape, made: list[Upload], pairs: in
     def driver(clients: list[Profile]) -> None:
         downlink = Downlink(axes.method, state, experiment.wire.down.values, crew)
         books = Books(Ledger(), CatchUp(), Tally())
-        packs = [[client] for client in clients]
+        packs = [clients[i : i + pack] for i in range(0, len(clients), pack)]
         stream = updates(axes.method, state, 0, 1.0, packs, axes.weights, experiment, crew, downlink, books)
         axes.method.aggregate(state, stream, axes.optimizer.advance)
 
@@ -58,6 +64,20 @@ def _method(name: str, uploads: int, shape: Shape, made: list[Upload], pairs: in
     driver(clients)
     facts = {"MB at the peak": memory("VmHWM") - before, "allowed": 3 * held + 200, "MB in all": memory("VmHWM")}
     ours = (f"{uploads} uploads of {shape.entries} at 1/16", partial(driver, clients))
-    row = paired(name, ours, ("bare index_add_", bare), pairs, facts)
+    row = paired(f"{name}, packs of {pack}", ours, ("bare index_add_", bare), pairs, facts)
     row.facts["uploads/s"] = uploads / row.seconds_a
+    if pack > 1:
+        row.facts["worker ms an upload"] = 1e3 * _worker_seconds(made)
     return row
+
+
+def _worker_seconds(made: list[Upload]) -> float:
+    """How long it takes to decode an upload and add it to a pack's sum."""
+    n = wire.inspect(made[0].payload).n
+    everything = Uploadable(n, None)
+
+    def added() -> Summed:
+        return Summed.of([(1.0, everything.placed(wire.decode(upload.payload))) for upload in made], n)
+
+    added()
+    return timed(added)[0].wall / len(made)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from rayfed import wire
 from rayfed.clients.blueprint import Blueprint
-from rayfed.clients.jobs import TrainJob, TrainResult
+from rayfed.clients.jobs import Sums, TrainJob, TrainResult
 from rayfed.config import Experiment
+from rayfed.methods import Summed
+from rayfed.methods.base import Sparse
 from rayfed.server.crew import Done, Handle, Task
 from rayfed.tasks.flat import Padded
 
@@ -77,9 +80,18 @@ def settings(method: str, density: float, cohort: int, population: int, rounds: 
 
 @dataclass
 class StubCrew:
-    """Answers every training job with uploads from its list, by client id; there is nothing to evaluate."""
+    """Answers every training job with uploads from its list, by client id; there is nothing to evaluate.
+
+    Where a pack is to be summed, always the sum of the same uploads, made before the clock runs.
+    """
 
     uploads: Sequence[Upload]
+
+    @cached_property
+    def sum(self) -> Summed:
+        """What a worker makes of its pack, whatever its size: to add it costs the driver the same."""
+        n = wire.inspect(self.uploads[0].payload).n
+        return Summed.of([(1.0, Sparse(n, made.indices, made.values)) for made in self.uploads], n)
 
     def put(self, payload: bytes) -> Handle:
         return payload
@@ -90,7 +102,11 @@ class StubCrew:
             orders = task.job.orders
             k, nothing = len(orders), (None,) * len(orders)
             payloads = tuple(self.uploads[order.client % len(self.uploads)].payload for order in orders)
-            yield Done(index, TrainResult(payloads, nothing, (0.0,) * k, (1,) * k, (1,) * k, (RANK,) * k, 0.0))
+            result = TrainResult(payloads, nothing, (0.0,) * k, (1,) * k, (1,) * k, (RANK,) * k, 0.0)
+            if task.job.summed:
+                sums = Sums(replace(self.sum, weight=float(k)), tuple(map(wire.inspect, payloads)))
+                result = replace(result, uploads=(), summed=sums)
+            yield Done(index, result)
 
     def drain_events(self) -> list[str]:
         return []

@@ -14,7 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from rayfed.lora.adapter import Layout
-from rayfed.methods.base import Trainable
+from rayfed.methods.base import Summed, Trainable
+from rayfed.wire import Sizes
 
 SplitName = Literal["train", "validation", "test"]
 
@@ -30,6 +31,7 @@ class Order:
     budget: int  # at most so many entries go up
     density_up: float
     values: str  # number format of its upload
+    weight: float = 1.0  # of its change in the aggregation
     held: int | None = None  # the payload with the entries it holds already
     base: int | None = None  # the payload with the frozen change of its base
     base_layout: Layout | None = None
@@ -37,11 +39,15 @@ class Order:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Train a pack of clients: round t (from 0), learning rate, the orders in pack order."""
+    """Train a pack of clients: round t (from 0), learning rate, the orders in pack order.
+
+    With ``summed`` the uploads stay where they were made, and their sum comes back.
+    """
 
     t: int
     lr: float
     orders: tuple[Order, ...]
+    summed: bool = False
     states: int | None = None  # which of the payloads they are
 
     @property
@@ -50,9 +56,18 @@ class TrainJob:
 
 
 @dataclass(frozen=True)
+class Sums:
+    """The uploads of a pack as one sum, and what each of them held: their bytes are counted as if they had come."""
+
+    sum: Summed
+    sizes: tuple[Sizes, ...]
+
+
+@dataclass(frozen=True)
 class TrainResult:
     """Per order: the encoded upload, the mean training loss over its steps, examples seen and steps done.
 
+    A summed job gives no ``uploads`` but ``summed``.
     ``kept`` holds, encoded, what a client keeps for itself: its personal entries; None where nothing is personal.
     ``split`` counts the clients that did not train in one pack, because memory did not do: all of them or none.
     """
@@ -65,6 +80,7 @@ class TrainResult:
     ranks: tuple[int, ...]  # the largest rank among the layers that the client trained; 0 without adapters
     seconds: float
     split: int = 0
+    summed: Sums | None = None
 
 
 @dataclass(frozen=True)

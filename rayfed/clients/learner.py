@@ -36,12 +36,13 @@ from rayfed.clients.jobs import (
 )
 from rayfed.clients.measure import measure
 from rayfed.clients.train import Member, Trained, train_pack
+from rayfed.clients.transfer import assemble
+from rayfed.clients.uploads import kept, summed, upload
 from rayfed.config import Experiment
-from rayfed.errors import RunError
 from rayfed.lora.inject import Stack, head_layers
 from rayfed.lora.stacked import Segment
-from rayfed.methods import Method, build
-from rayfed.methods.base import Base, assemble
+from rayfed.methods import build
+from rayfed.methods.base import Base
 from rayfed.tasks.federation import Federation
 from rayfed.tasks.flat import Flat, FlatModel, FlatTokens
 from rayfed.tasks.kept import shared_base
@@ -97,19 +98,18 @@ class Learner:
         members = [self._member(order, decoded, bases) for order in job.orders]
         parts = self._parts(members, job, self._data(job, payloads))
         results = [result for part in parts for result in part]
-        uploads, kept = [], []
-        for result, member, order in zip(results, members, job.orders, strict=True):
-            uploads.append(_upload(self.method, result, member, order))
-            kept.append(_kept(result, member, order))
+        trained = list(zip(results, members, job.orders, strict=True))
+        uploads = tuple(upload(self.method, *client) for client in trained)
         return TrainResult(
-            tuple(uploads),
-            tuple(kept),
+            () if job.summed else uploads,
+            tuple(kept(*client) for client in trained),
             tuple(r.loss for r in results),
             tuple(r.examples for r in results),
             tuple(r.steps for r in results),
             tuple(_trained_rank(member) for member in members),
             time.perf_counter() - begun,
             split=len(members) if len(parts) > 1 else 0,
+            summed=summed(uploads, members, job.orders) if job.summed else None,
         )
 
     def _parts(self, members: Sequence[Member], job: TrainJob, data: Any) -> list[list[Trained]]:
@@ -235,34 +235,6 @@ class Learner:
             return model(inputs, self.stack.batch.segments)
         logits: Tensor = self.model(**inputs).logits
         return logits
-
-
-def _upload(method: Method, result: Trained, member: Member, order: Order) -> bytes:
-    """What the client sends: of its changes to the entries that trained, those the method picks.
-
-    Entries outside the support are known to both sides not to have changed, and personal ones stay: neither takes
-    index bits.
-    """
-    uploaded = order.trainable.uploaded(member.layout, member.support)
-    change = (result.vector - member.start) * uploaded
-    if not bool(torch.isfinite(change).all()):
-        raise RunError(
-            f"client {member.client}: training gave values that are not finite; lower client.lr or set client.clip_norm"
-        )
-    values, indices = change[uploaded], None
-    if order.budget < len(values):
-        chosen = method.select(member.start, change, member.layout, order.budget, order.density_up)
-        place = torch.cumsum(uploaded, 0) - 1
-        indices = place[chosen[uploaded[chosen]]]
-    return wire.encode(values, indices=indices, values=order.values)
-
-
-def _kept(result: Trained, member: Member, order: Order) -> bytes | None:
-    """The client's personal entries after training, for the simulation to give back to it; no traffic."""
-    if not order.trainable.personal:
-        return None
-    personal = member.layout.mask(*order.trainable.personal)
-    return wire.encode(result.vector * personal)
 
 
 def _trained_rank(member: Member) -> int:

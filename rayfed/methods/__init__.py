@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rayfed.errors import UserError
-from rayfed.methods.base import Method, Profile, Start, Trainable, Update
+from rayfed.methods.base import Method, Profile, Start, Summed, Trainable, Update
 
 
 @dataclass(frozen=True)
@@ -103,4 +103,4 @@ def _check(field: str, value: Any, hint: Any) -> None:
         raise UserError(f"{field}: got {'null' if value is None else repr(value)}, but it should be {named}")
 
 
-__all__ = ["METHODS", "Card", "Method", "Profile", "Start", "Trainable", "Update", "build"]
+__all__ = ["METHODS", "Card", "Method", "Profile", "Start", "Summed", "Trainable", "Update", "build"]

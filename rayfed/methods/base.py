@@ -7,8 +7,9 @@ knows adapters and client profiles; no Ray, no models, no files. What travels is
    adapter that the client has already (``held``) do not travel; of the others the wire sends the largest, or those of
    ``mask``. The client trains what it decoded.
 2. `select` picks, at the client, which of its changes go up; `trainable` says what trains and what stays personal.
-3. `aggregate` gets start and change of every client as decoded, in cohort order. The server optimizer is an axis of
-   its own, handed over as ``advance``.
+3. `aggregate` gets start and change of every client as decoded, pack after pack. A `linear` method asks for no more
+   than the sum of the weighted changes; the server hands it `Summed` packs, which may come from where they were
+   trained. The server optimizer is an axis of its own, handed over as ``advance``.
 4. `news` is what every client must merge into its base after a round; the server counts it for each client that takes
    part, together with the news of the rounds it missed (or the whole change of the base where that is smaller).
 
@@ -23,11 +24,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, Layout, LowRank
-from rayfed.wire import Payload, top_k
+from rayfed.wire import top_k
 
 Base = Mapping[str, LowRank | Tensor]
 """A frozen change of the base: by layer a low-rank pair or a matrix (out, in), whichever is cheaper."""
@@ -152,11 +154,7 @@ class Update:
 
     def add_to(self, total: Tensor) -> None:
         """Adds ``weight * change`` to ``total`` (n,), float64, in place; the same bits in either form of ``moved``."""
-        if isinstance(self.moved, Sparse):
-            total.scatter_add_(0, self.moved.indices, self.moved.values.double().mul_(self.weight))
-            return
-        for part, moved in zip(total.split(_IN_CACHE), self.moved.split(_IN_CACHE)):
-            part += self.weight * moved.double()
+        add_weighted(total, self.weight, self.moved)
 
     @property
     def trained(self) -> Adapter:
@@ -167,6 +165,28 @@ class Update:
     def sent(self) -> Adapter:
         """The adapter the client started from, as it decoded it."""
         return self.layout.unflatten(self.start)
+
+
+@dataclass(frozen=True)
+class Summed:
+    """The updates of a pack as one addend: ``total`` (n,) = sum_k weight_k change_k, float64; and all weight."""
+
+    weight: float
+    total: np.ndarray
+
+    @classmethod
+    def of(cls, changes: Iterable[tuple[float, Tensor | Sparse]], size: int) -> Summed:
+        """Adds weighted changes of ``size`` entries, in their order; the same bits wherever it is done."""
+        total, weights = torch.zeros(size, dtype=torch.float64), 0.0
+        for weight, moved in changes:
+            add_weighted(total, weight, moved)
+            weights += weight
+        return cls(weights, total.numpy())
+
+    def add_to(self, total: Tensor) -> None:
+        """Adds the sum to ``total`` (n,), float64, in place."""
+        sums = total.numpy()
+        np.add(sums, self.total, out=sums)  # in NumPy: what comes through Ray may only be read, which torch warns of
 
 
 class State(Protocol):
@@ -195,6 +215,7 @@ class Method(Protocol):
     sparse_down: bool  # may downloads be sparse or rounded?
     sparse_up: bool  # may uploads be?
     personal: bool  # does every client get a payload of its own, rather than every tier?
+    linear: bool  # does `aggregate` need only the sum of the weighted changes? Then it takes `Summed` packs as well
 
     def init(self, adapter: Adapter, seed: int) -> Any:
         """The state before round 0. ``adapter``: fresh (B = 0, A random), of the largest rank, with its scale."""
@@ -214,7 +235,8 @@ class Method(Protocol):
         ``change`` (n,) is zero where nothing trained or nothing may be sent; at most ``budget`` indices.
         """
 
-    def aggregate(self, state: Any, updates: Iterable[Update], advance: Advance = ...) -> Any: ...
+    def aggregate(self, state: Any, updates: Iterable[Any], advance: Advance = ...) -> Any:
+        """The next state. ``updates``: `Update`s; where the method is ``linear``, these, `Summed` packs, or both."""
 
     def news(self, state: Any) -> Tensor | None:
         """What every client must receive of the last round to merge it into its base, (m,); None: nothing."""
@@ -237,6 +259,7 @@ class Defaults:
     sparse_down = True
     sparse_up = True
     personal = False
+    linear = False  # also where the sum would do, but is mostly zeros: Fed-SB's cores, S-LoRA's sparse stage
 
     def trainable(self, state: Any, client: Profile) -> Trainable:
         return Trainable()
@@ -248,46 +271,30 @@ class Defaults:
         return None
 
 
-def received(payload: Payload) -> Tensor | None:
-    """Which entries arrived in a payload: boolean (n,), or None where all did."""
-    if payload.indices is None:
-        return None
-    mask = torch.zeros(payload.n, dtype=torch.bool)
-    mask[payload.indices] = True
-    return mask
-
-
-def assemble(layout: Layout, payload: Payload, held: Payload | None) -> tuple[Tensor, Tensor | None]:
-    """What a client starts from (n,), and which entries it has a value for (n,), None: all.
-
-    ``payload`` fills the entries that it does not hold, in their order; ``held`` has the others at their indices.
-    """
-    arrived = received(payload)
-    if held is None:
-        return payload.dense(), arrived
-    start, has = held.dense(), torch.zeros(layout.size, dtype=torch.bool)
-    has[slice(None) if held.indices is None else held.indices] = True
-    travels = ~has
-    start[travels] = payload.dense()
-    has[travels] = True if arrived is None else arrived
-    return start, has
-
-
 def fedavg(name: str, value: Tensor, change: Tensor) -> Tensor:
     """The plainest server step: add the mean change."""
     return value + change
 
 
-def mean_change(updates: Iterable[Update], size: int) -> Tensor:
+def add_weighted(total: Tensor, weight: float, moved: Tensor | Sparse) -> None:
+    """Adds ``weight * moved`` to ``total`` (n,), float64, in place; the same bits in either form."""
+    if isinstance(moved, Sparse):
+        total.scatter_add_(0, moved.indices, moved.values.double().mul_(weight))
+        return
+    for part, values in zip(total.split(_IN_CACHE), moved.split(_IN_CACHE)):
+        part += weight * values.double()
+
+
+def mean_change(updates: Iterable[Update | Summed], size: int) -> Tensor:
     """``sum_k p_k change_k`` as float32 (n,); p_k are the weights scaled to sum 1. Consumes updates one at a time.
 
     Sums in float64, in the order given: memory stays at one vector whatever the cohort, and rounding of the sum is
     below that of its terms.
     """
-    total, weights = torch.zeros(size, dtype=torch.float64), 0.0
+    total, weight = torch.zeros(size, dtype=torch.float64), 0.0
     for update in updates:
         update.add_to(total)
-        weights += update.weight
-    if weights <= 0:
+        weight += update.weight
+    if weight <= 0:
         raise ValueError("no update with a positive weight to aggregate")
-    return (total / weights).float()
+    return (total / weight).float()

@@ -16,3 +16,5 @@ from rayfed.methods.factors import FactorMean
 @dataclass(frozen=True)
 class FedIT(FactorMean):
     """Average the factors, weighted by examples. No options."""
+
+    linear = True

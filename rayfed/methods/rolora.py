@@ -36,6 +36,7 @@ class RoLoRA(FactorMean):
     takes for granted that every client took part in the last round. Default: the count that is true for any cohort."""
 
     sparse_down = False
+    linear = True
 
     def broadcast(self, state: FactorState, client: Profile) -> Start:
         start = super().broadcast(state, client)

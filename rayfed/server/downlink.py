@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rayfed import wire
+from rayfed.clients.transfer import Uploadable, assemble
 from rayfed.errors import RunError
 from rayfed.lora.adapter import Layout, flatten_changes
 from rayfed.methods import Method, Profile, Start, Trainable
-from rayfed.methods.base import Base, Sparse, assemble
+from rayfed.methods.base import Base
 from rayfed.server.crew import Crew, Handle
 
 
@@ -37,39 +39,29 @@ class Download:
     held: Handle | None = None
     base: Handle | None = None
     base_layout: Layout | None = None
-    _asked: list[tuple[Trainable, Uploadable]] = field(default_factory=list, init=False, repr=False, compare=False)
+    _asked: list[tuple[Trainable, int, Uploadable]] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    @cached_property
+    def sizes(self) -> tuple[wire.Sizes, ...]:
+        """What its payloads hold, as their headers say."""
+        return tuple(map(wire.inspect, self.payloads))
 
     def uploadable(self, trainable: Trainable) -> Uploadable:
-        """What a client that starts from this may send up; worked out once for clients that train alike."""
+        """What a client that starts from this may send up."""
+        return self._answer(trainable)[1]
+
+    def budget(self, trainable: Trainable, density: float) -> int:
+        """How many entries it may send: that share of those that could train, had everything arrived."""
+        return wire.keep_count(self._answer(trainable)[0], density)
+
+    def _answer(self, trainable: Trainable) -> tuple[int, Uploadable]:
+        """Worked out once for clients that train alike."""
         if not self._asked or not self._asked[0][0].alike(trainable):
             layout = self.start.layout
             most = int(trainable.uploaded(layout, trainable.whole(layout)).sum())
             mask = trainable.uploaded(layout, trainable.support(layout, self.has))
-            places = None if bool(mask.all()) else mask.nonzero().squeeze(1)
-            self._asked[:] = [(trainable, Uploadable(layout.size, most, places))]
-        return self._asked[0][1]
-
-
-@dataclass(frozen=True)
-class Uploadable:
-    """The entries of an adapter (n,) that a client may send up: ``places`` (m,) int64, rising; None: all.
-
-    ``most``: how many there were, had everything arrived that it is to train.
-    """
-
-    n: int
-    most: int
-    places: Tensor | None
-
-    def placed(self, payload: wire.Payload) -> Tensor | Sparse:
-        """An upload of these entries, as a change of the whole adapter. RunError where it has another length."""
-        candidates = self.n if self.places is None else len(self.places)
-        if payload.n != candidates:
-            raise RunError(f"an upload has {payload.n} entries where {candidates} may be sent")
-        if self.places is None:
-            return payload.values if payload.indices is None else Sparse(self.n, payload.indices, payload.values)
-        places = self.places if payload.indices is None else self.places[payload.indices]
-        return Sparse(self.n, places, payload.values)
+            self._asked[:] = [(trainable, most, Uploadable.of(mask))]
+        return self._asked[0][1:]
 
 
 class Downlink:

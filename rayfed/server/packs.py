@@ -9,6 +9,7 @@ end (Graham's rule: with as many workers as packs, at most 4/3 of the shortest p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -36,10 +37,13 @@ def plan_packs(clients: Sequence[Profile], size: int, costs: np.ndarray) -> list
     count = -(-len(clients) // size)
     packs: list[list[int]] = [[] for _ in range(count)]
     loads = [0.0] * count
+    with_room = [(0.0, p) for p in range(count)]  # a heap: the lightest first, of these the first
     cost = [float(costs[client.client]) for client in clients]
     for i in sorted(range(len(clients)), key=lambda i: -cost[i]):
-        lightest = min((p for p in range(count) if len(packs[p]) < size), key=lambda p: loads[p])
+        _, lightest = heappop(with_room)
         packs[lightest].append(i)
         loads[lightest] += cost[i]
+        if len(packs[lightest]) < size:
+            heappush(with_room, (loads[lightest], lightest))
     order = sorted(range(count), key=lambda p: -loads[p])
     return [[clients[i] for i in sorted(packs[p])] for p in order]

@@ -11,11 +11,11 @@ from rayfed import wire
 from rayfed.clients.jobs import Order, TrainJob, TrainResult
 from rayfed.config import Experiment
 from rayfed.errors import RunError
-from rayfed.methods import Method, Profile, Update
+from rayfed.methods import Method, Profile, Summed, Update
 from rayfed.server.catchup import CatchUp
 from rayfed.server.crew import Crew, Done, Handle, Task, in_order
 from rayfed.server.diagnostics import Diagnostics
-from rayfed.server.downlink import Downlink
+from rayfed.server.downlink import Downlink, Download
 
 
 @dataclass
@@ -42,49 +42,90 @@ class Books:
     diagnostics: Diagnostics | None = None
 
 
+@dataclass(frozen=True)
+class Asking:
+    """What all jobs of a round have in common."""
+
+    t: int
+    lr: float
+    weights: str  # "uniform" or "examples"
+    values: str  # number format of uploads
+    sums: bool  # may packs be summed where they were trained?
+
+
 def updates(
     method: Method, state: Any, t: int, lr: float, packs: Sequence[Sequence[Profile]], weights: str,
     experiment: Experiment, crew: Crew, downlink: Downlink, books: Books,
-) -> Iterator[Update]:  # fmt: skip
+) -> Iterator[Update | Summed]:  # fmt: skip
     """Trains the cohort and yields its updates in the order of the packs, whatever the order of arrival.
 
-    Only one decoded upload is in memory at a time, and only the entries that were sent.
+    A linear method gets each pack as one sum, of which the bits do not depend on who added it up. Only one decoded
+    upload is in memory at a time, and of it only the entries that were sent.
     """
-    tasks = [_task(pack, method, state, t, lr, experiment, downlink) for pack in packs]
+    ask = Asking(t, lr, weights, experiment.wire.up.values, method.linear and books.diagnostics is None)
+    tasks = [_task(pack, method, state, ask, downlink) for pack in packs]
+    for done in _waiting(in_order(crew.run(tasks)), books.tally):
+        pack, job, result = packs[done.index], cast(TrainJob, tasks[done.index].job), cast(TrainResult, done.result)
+        books.tally.retried += done.retries * len(pack)
+        books.tally.split += result.split
+        if result.summed is not None:
+            for i, client in enumerate(pack):
+                _book(t, client, job.orders[i], result, i, downlink, books)
+            yield result.summed.sum
+            continue
+        arrived = (_arrived(t, client, job.orders[i], result, i, downlink, books) for i, client in enumerate(pack))
+        if method.linear and len(pack) > 1:
+            changes = ((update.weight, update.moved) for update in arrived)
+            yield Summed.of(changes, job.orders[0].layout.size)
+        else:
+            yield from arrived
+
+
+def _arrived(
+    t: int, client: Profile, order: Order, result: TrainResult, i: int, downlink: Downlink, books: Books
+) -> Update:
+    """The i-th client's update, written down and decoded."""
+    sent = _book(t, client, order, result, i, downlink, books)
+    kept = result.kept[i]
+    update = Update(
+        client,
+        order.weight,
+        sent.vector,
+        sent.uploadable(order.trainable).placed(wire.decode(result.uploads[i])),
+        order.layout,
+        {"loss": result.losses[i], "examples": result.examples[i], "steps": result.steps[i]},
+        None if kept is None else wire.decode(kept).dense(),
+    )
+    if books.diagnostics is not None:
+        books.diagnostics.see(update, sent.start.base)
+    return update
+
+
+def _book(
+    t: int, client: Profile, order: Order, result: TrainResult, i: int, downlink: Downlink, books: Books
+) -> Download:
+    """Writes down what the i-th client received, sent and did; returns what it had received."""
     ledger, tally = books.ledger, books.tally
-    for done in _waiting(in_order(crew.run(tasks)), tally):
-        job, result = cast(TrainJob, tasks[done.index].job), cast(TrainResult, done.result)
-        tally.retried += done.retries * len(job.orders)
-        tally.split += result.split
-        for i, (client, order) in enumerate(zip(packs[done.index], job.orders, strict=True)):
-            sent = downlink.of(client)
-            downlink.forget(client)
-            missed = books.catchup.collect(client.client)
-            for sizes in missed:
-                ledger.add_sizes(round=t + 1, client=client.client, direction="down", sizes=sizes)
-            for payload in sent.payloads:
-                ledger.add(round=t + 1, client=client.client, direction="down", payload=payload)
-            ledger.add(round=t + 1, client=client.client, direction="up", payload=result.uploads[i])
-            for sizes in (*missed, *map(wire.inspect, (*sent.payloads, result.uploads[i]))):
-                tally.dense += wire.HEADER_BYTES + 4 * sizes.n
-            tally.loss += result.losses[i] * result.examples[i]
-            tally.examples += result.examples[i]
-            tally.ok += 1
-            tally.ranks[result.ranks[i]] = tally.ranks.get(result.ranks[i], 0) + 1
-            _check_rank(client, order, result.ranks[i])
-            kept = result.kept[i]
-            update = Update(
-                client,
-                float(client.examples) if weights == "examples" else 1.0,
-                sent.vector,
-                sent.uploadable(order.trainable).placed(wire.decode(result.uploads[i])),
-                order.layout,
-                {"loss": result.losses[i], "examples": result.examples[i], "steps": result.steps[i]},
-                None if kept is None else wire.decode(kept).dense(),
-            )
-            if books.diagnostics is not None:
-                books.diagnostics.see(update, sent.start.base)
-            yield update
+    sent = downlink.of(client)
+    downlink.forget(client)
+    missed = books.catchup.collect(client.client)
+    for sizes in missed:
+        ledger.add_sizes(round=t + 1, client=client.client, direction="down", sizes=sizes)
+    for payload in sent.payloads:
+        ledger.add(round=t + 1, client=client.client, direction="down", payload=payload)
+    if result.summed is None:
+        up = wire.inspect(result.uploads[i])
+        ledger.add(round=t + 1, client=client.client, direction="up", payload=result.uploads[i])
+    else:
+        up = result.summed.sizes[i]
+        ledger.add_sizes(round=t + 1, client=client.client, direction="up", sizes=up)
+    tally.dense += sum(wire.HEADER_BYTES + 4 * sizes.n for sizes in (*missed, *sent.sizes, up))
+    tally.loss += result.losses[i] * result.examples[i]
+    tally.examples += result.examples[i]
+    tally.ok += 1
+    tally.ranks[result.ranks[i]] = tally.ranks.get(result.ranks[i], 0) + 1
+    _check_rank(client, order, result.ranks[i])
+    return sent
 
 
 def _waiting(stream: Iterator[Done], tally: Tally) -> Iterator[Done]:
@@ -98,9 +139,7 @@ def _waiting(stream: Iterator[Done], tally: Tally) -> Iterator[Done]:
         yield done
 
 
-def _task(
-    pack: Sequence[Profile], method: Method, state: Any, t: int, lr: float, experiment: Experiment, downlink: Downlink
-) -> Task:
+def _task(pack: Sequence[Profile], method: Method, state: Any, ask: Asking, downlink: Downlink) -> Task:
     handles: list[Handle] = []
 
     def place(handle: Handle | None) -> int | None:
@@ -124,15 +163,18 @@ def _task(
                 layout=layout,
                 payload=cast(int, place(sent.handle)),
                 trainable=trainable,
-                budget=wire.keep_count(sent.uploadable(trainable).most, density),
+                budget=sent.budget(trainable, density),
                 density_up=density,
-                values=experiment.wire.up.values,
+                values=ask.values,
+                weight=float(client.examples) if ask.weights == "examples" else 1.0,
                 held=place(sent.held),
                 base=place(sent.base),
                 base_layout=sent.base_layout,
             )
         )
-    return Task(TrainJob(t, lr, tuple(orders)), tuple(handles))
+    # To fetch one dense sum costs about as much as to decode one sparse upload (`rayfed bench aggregate`).
+    summed = ask.sums and len(pack) > 1
+    return Task(TrainJob(ask.t, ask.lr, tuple(orders), summed), tuple(handles))
 
 
 def _check_rank(client: Profile, order: Order, trained: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.methods import Profile, Trainable, Update
+from rayfed.methods import METHODS, Profile, Summed, Trainable, Update, build
 from rayfed.methods.base import Sparse, mean_change
 
 ADAPTER = Adapter({"a": LowRank(torch.zeros(40, 3), torch.zeros(3, 30), 0.5)}, {"head": torch.zeros(1_100, 40)})
@@ -60,3 +60,35 @@ def test_trainables_are_alike_only_if_they_surely_answer_alike():
     ):  # fmt: skip
         assert not plain.alike(other)
     assert not Trainable(entries=entries).alike(Trainable(entries=entries.clone()))
+
+
+def test_a_sum_of_packs_is_the_mean_within_rounding():
+    cohort = [both(0.3, seed, 1.0 + seed)[0] for seed in range(7)]
+    packs = [Summed.of([(u.weight, u.moved) for u in pack], N) for pack in (cohort[:3], cohort[3:])]
+    weights = torch.tensor([u.weight for u in cohort], dtype=torch.float64)
+    dense = (weights[:, None] * torch.stack([u.change.double() for u in cohort])).sum(0) / weights.sum()
+    size = (weights[:, None] * torch.stack([u.change.double().abs() for u in cohort])).sum(0) / weights.sum()
+    assert ((mean_change(packs, N).double() - dense).abs() <= 2**-24 * dense.abs() + 1e-14 * size + 2**-149).all()
+    assert sum(pack.weight for pack in packs) == 28.0
+
+
+def test_a_sum_that_may_only_be_read_is_added(recwarn):
+    pack = Summed.of([(2.0, torch.ones(N))], N)
+    pack.total.flags.writeable = False  # as it comes out of Ray's object store
+    assert torch.equal(mean_change([pack, pack], N), torch.ones(N))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if build(name).linear])
+def test_a_linear_method_asks_for_nothing_but_the_sum(name):
+    """Its next state from sums of packs is that from the updates, to rounding; of whole numbers, to the bit."""
+    method = build(name)
+    state = method.init(ADAPTER, seed=0)
+    cohort = [
+        Update(Profile(k, 3), 1.0 + k % 2, torch.zeros(N), torch.arange(N).remainder(5 + k).float() - 2, LAYOUT)
+        for k in range(6)
+    ]
+    packs = [Summed.of([(u.weight, u.moved) for u in pack], N) for pack in (cohort[:2], cohort[2:])]
+    whole, summed = (method.aggregate(state, iter(stream)) for stream in (cohort, packs))
+    assert not torch.equal(whole.vector, state.vector)
+    assert torch.equal(whole.vector, summed.vector)

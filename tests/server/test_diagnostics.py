@@ -58,3 +58,20 @@ def test_mixed_ranks_scales_and_a_base_against_plain_matrices():
     report = watch.report(Fixed(), None)
     assert report[PRODUCTS] == pytest.approx(float((W - D).norm() / D.norm()), rel=1e-5)
     assert report[MEANS] == pytest.approx(float((W - P).norm() / P.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flasc", "fedit", "rolora"])
+@pytest.mark.parametrize("values", ["fp32", "int8"])
+def test_looking_changes_nothing(tiny, tmp_path, name, values):
+    """With the diagnostics on, the server adds up what the packs' workers add up without: to the bit, byte by byte."""
+    settings = ["server.rounds=2", "server.cohort=7", "engine.pack=3", f"method.name={name}"]
+    settings += [f"wire.up.values={values}"] + ["wire.up.density=0.25"] * (name == "flasc")
+    looks = [
+        rayfed.run(tiny(f"eval.diagnostics={look}", *settings), out=tmp_path / look).metrics
+        for look in ("true", "false")
+    ]
+    for seen, unseen in zip(*looks):
+        assert PRODUCTS in seen
+        assert PRODUCTS not in unseen
+        same = [key for key in unseen if not key.startswith("time/")]
+        assert {key: seen[key] for key in same} == {key: unseen[key] for key in same}

@@ -38,10 +38,13 @@ def test_an_upload_lands_where_it_belongs():
 
 def test_the_budget_counts_what_would_train_had_everything_arrived():
     has = torch.tensor([True, False, False, True, False])
-    found = download(has).uploadable(Trainable(received_only=True))
-    assert (found.most, found.places.tolist()) == (5, [0, 3])
-    personal = download(has).uploadable(Trainable(received_only=True, personal=("B",)))
-    assert (personal.most, personal.places.tolist()) == (3, [0])
+    some = Trainable(received_only=True)
+    assert download(has).budget(some, 1.0) == 5
+    assert download(has).budget(some, 0.4) == 2
+    assert download(has).uploadable(some).places.tolist() == [0, 3]
+    personal = Trainable(received_only=True, personal=("B",))
+    assert download(has).budget(personal, 1.0) == 3
+    assert download(has).uploadable(personal).places.tolist() == [0]
 
 
 def test_the_answer_is_kept_for_the_next_client_that_trains_alike():
