@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rayfed import wire
 from rayfed.clients.blueprint import Blueprint
-from rayfed.clients.jobs import Sums, TrainJob, TrainResult
+from rayfed.clients.jobs import TrainJob, TrainResult
 from rayfed.config import Experiment
 from rayfed.methods import Summed
 from rayfed.methods.base import Sparse
@@ -102,10 +102,11 @@ class StubCrew:
             orders = task.job.orders
             k, nothing = len(orders), (None,) * len(orders)
             payloads = tuple(self.uploads[order.client % len(self.uploads)].payload for order in orders)
-            result = TrainResult(payloads, nothing, (0.0,) * k, (1,) * k, (1,) * k, (RANK,) * k, 0.0)
-            if task.job.summed:
-                sums = Sums(replace(self.sum, weight=float(k)), tuple(map(wire.inspect, payloads)))
-                result = replace(result, uploads=(), summed=sums)
+            sizes = tuple(map(wire.inspect, payloads))
+            sums = (replace(self.sum, weight=float(k)),) if task.job.summed else ()
+            result = TrainResult(
+                () if sums else payloads, nothing, (0.0,) * k, (1,) * k, (1,) * k, (RANK,) * k, 0.0, (k,), sizes, sums
+            )
             yield Done(index, result)
 
     def drain_events(self) -> list[str]:

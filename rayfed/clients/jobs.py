@@ -56,20 +56,12 @@ class TrainJob:
 
 
 @dataclass(frozen=True)
-class Sums:
-    """The uploads of a pack as one sum, and what each of them held: their bytes are counted as if they had come."""
-
-    sum: Summed
-    sizes: tuple[Sizes, ...]
-
-
-@dataclass(frozen=True)
 class TrainResult:
     """Per order: the encoded upload, the mean training loss over its steps, examples seen and steps done.
 
-    A summed job gives no ``uploads`` but ``summed``.
     ``kept`` holds, encoded, what a client keeps for itself: its personal entries; None where nothing is personal.
-    ``split`` counts the clients that did not train in one pack, because memory did not do: all of them or none.
+    ``sizes`` says what each upload held. A summed job gives ``summed``, a sum for every part, in place of uploads: they
+    are counted as if they had come.
     """
 
     uploads: tuple[bytes, ...]
@@ -79,8 +71,9 @@ class TrainResult:
     steps: tuple[int, ...]
     ranks: tuple[int, ...]  # the largest rank among the layers that the client trained; 0 without adapters
     seconds: float
-    split: int = 0
-    summed: Sums | None = None
+    parts: tuple[int, ...]  # how many clients trained together, in order: the pack, or less where memory did not do
+    sizes: tuple[Sizes, ...]
+    summed: tuple[Summed, ...] = ()
 
 
 @dataclass(frozen=True)

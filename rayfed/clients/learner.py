@@ -7,7 +7,7 @@ any learner may do any job, and a job that is done twice gives the same bits.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ from rayfed.clients.jobs import (
 from rayfed.clients.measure import measure
 from rayfed.clients.train import Member, Trained, train_pack
 from rayfed.clients.transfer import assemble
-from rayfed.clients.uploads import kept, summed, upload
+from rayfed.clients.uploads import kept, sums, upload
 from rayfed.config import Experiment
 from rayfed.lora.inject import Stack, head_layers
 from rayfed.lora.stacked import Segment
@@ -96,43 +96,31 @@ class Learner:
         decoded = [wire.decode(payload) for payload in payloads[: job.states]]  # a tier's clients share theirs
         bases: dict[int, Base] = {}
         members = [self._member(order, decoded, bases) for order in job.orders]
-        parts = self._parts(members, job, self._data(job, payloads))
+        data = self._data(job, payloads)
+
+        def train(pack: Sequence[Member]) -> list[Trained]:
+            return train_pack(
+                self.stack, self.forward, data, self.federation.pad_id, pack,
+                self.experiment.client, lr=job.lr, t=job.t, seed=self.experiment.seed, device=self.device,
+            )  # fmt: skip
+
+        parts = memory.by_halves(members, train, self.device, lambda m: f"client {m.client}: training it alone")
         results = [result for part in parts for result in part]
-        trained = list(zip(results, members, job.orders, strict=True))
-        uploads = tuple(upload(self.method, *client) for client in trained)
+        clients = list(zip(results, members, job.orders, strict=True))
+        uploads = tuple(upload(self.method, *client) for client in clients)
+        sizes = tuple(map(len, parts))
         return TrainResult(
             () if job.summed else uploads,
-            tuple(kept(*client) for client in trained),
+            tuple(kept(*client) for client in clients),
             tuple(r.loss for r in results),
             tuple(r.examples for r in results),
             tuple(r.steps for r in results),
             tuple(_trained_rank(member) for member in members),
             time.perf_counter() - begun,
-            split=len(members) if len(parts) > 1 else 0,
-            summed=summed(uploads, members, job.orders) if job.summed else None,
+            sizes,
+            tuple(map(wire.inspect, uploads)),
+            sums(uploads, members, job.orders, sizes) if job.summed else (),
         )
-
-    def _parts(self, members: Sequence[Member], job: TrainJob, data: Any) -> list[list[Trained]]:
-        """The results of the pack, or of its parts where memory does not do: then each half starts anew, and so on.
-
-        The rule is fixed (halves in the pack's order; of an odd number, the first half is the larger), so the bits are
-        those of a plan with these parts as its packs.
-        """
-        try:
-            whole = train_pack(
-                self.stack, self.forward, data, self.federation.pad_id, members,
-                self.experiment.client, lr=job.lr, t=job.t, seed=self.experiment.seed, device=self.device,
-            )  # fmt: skip
-            return [whole]
-        except (RuntimeError, MemoryError) as error:
-            if not memory.ran_out(error):
-                raise
-        # Behind the error, nothing refers to what was half trained any more.
-        if len(members) == 1:
-            raise memory.too_little(members[0].client, self.device)
-        memory.let_go(self.device)
-        middle = -(-len(members) // 2)
-        return self._parts(members[:middle], job, data) + self._parts(members[middle:], job, data)
 
     def _member(self, order: Order, decoded: Sequence[wire.Payload], bases: dict[int, Base]) -> Member:
         payload = decoded[order.payload]
@@ -163,9 +151,11 @@ class Learner:
         self.stack.load(0, adapter, job.layout.matrices(vector))
         loss, classes = 0.0, len(self.federation.classes)
         correct, count = torch.zeros(classes, dtype=torch.int64), torch.zeros(classes, dtype=torch.int64)
-        for inputs, labels, segment in self._batches(job, self._data(job, payloads), job.classes):
-            with self.stack.batch.of([segment]):
-                logits = self.forward(inputs).float()
+
+        def logits_of(inputs: dict[str, Tensor], segment: Segment) -> Tensor:
+            return self.forward(inputs).float()
+
+        for logits, labels in self._each_batch(job, self._data(job, payloads), logits_of, job.classes):
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="none").double().sum())
             correct += torch.bincount(labels[logits.argmax(-1) == labels].cpu(), minlength=classes)
             count += torch.bincount(labels.cpu(), minlength=classes)
@@ -174,36 +164,40 @@ class Learner:
     @torch.no_grad()
     def _features(self, job: FeatureJob, payloads: Sequence[Any]) -> FeatureResult:
         seen: list[Tensor] = []
-        features, labels = [], []
         hooks = [
             layer.register_forward_pre_hook(lambda _module, args: seen.append(args[0].float().cpu()))
             for layer in self.head
         ]
         for lora in self.stack.lora.values():  # the base alone: no adapter
             lora.load(0, None)
+
+        def features_of(inputs: dict[str, Tensor], segment: Segment) -> Tensor:
+            seen.clear()
+            self.forward(inputs)
+            states = seen[0]  # what reaches the head first; deeper layers of the head are untrained
+            if states.ndim == 3:  # GPT-2's head sees every token, and the last real one decides
+                assert segment.lengths is not None
+                last = (torch.tensor(segment.lengths) - 1).clamp(max=states.shape[1] - 1)  # flat: it sees one only
+                states = states[torch.arange(len(states)), last]
+            return states
+
         try:
-            for inputs, batch_labels, segment in self._batches(job, self._data(job, payloads)):
-                with self.stack.batch.of([segment]):
-                    self.forward(inputs)
-                states = seen[0]  # what reaches the head first; deeper layers of the head are untrained
-                seen.clear()
-                if states.ndim == 3:  # GPT-2's head sees every token, and the last real one decides
-                    assert segment.lengths is not None
-                    last = (torch.tensor(segment.lengths) - 1).clamp(max=states.shape[1] - 1)  # flat: it sees one only
-                    states = states[torch.arange(len(states)), last]
-                features.append(states)
-                labels.append(batch_labels.cpu())
+            found = list(self._each_batch(job, self._data(job, payloads), features_of))
         finally:
             for hook in hooks:
                 hook.remove()
-        return FeatureResult(torch.cat(features), torch.cat(labels))
+        states, labels = zip(*found)
+        return FeatureResult(torch.cat(states), torch.cat(labels).cpu())
 
+    @torch.no_grad()
     def _states(self, job: StatesJob) -> StatesResult:
-        assert self.skipper is not None
-        found = []
-        for inputs, _, segment in self._batches(job, self.data[job.split]):
-            with self.stack.batch.of([segment]):
-                found.append(self.skipper.states_of(inputs, [segment]).float().cpu())
+        skipper = self.skipper
+        assert skipper is not None
+
+        def states_of(inputs: dict[str, Tensor], segment: Segment) -> Tensor:
+            return skipper.states_of(inputs, [segment]).float().cpu()
+
+        found = [states for states, _ in self._each_batch(job, self.data[job.split], states_of)]
         return StatesResult(torch.cat(found).numpy())
 
     def _data(self, job: Reading, payloads: Sequence[Any]) -> Any:
@@ -211,19 +205,27 @@ class Learner:
         data = self.data[job.split]
         return data if job.states is None else PrefixedTokens(data.tokens, payloads[job.states])
 
-    def _batches(
-        self, job: EvalJob | FeatureJob | StatesJob, tokens: Any, classes: Sequence[int] | None = None
-    ) -> Iterator[tuple[dict[str, Tensor], Tensor, Segment]]:
+    def _each_batch(
+        self, job: EvalJob | FeatureJob | StatesJob, tokens: Any, work: Callable[[dict[str, Tensor], Segment], Tensor],
+        classes: Sequence[int] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+        """What ``work`` makes of each batch of the job's rows, with its labels; a batch that does not fit is halved."""
         size = self.experiment.eval.batch_size
         rows = self.by_length[job.split][job.start : job.stop]
         if classes is not None:
             rows = rows[np.isin(getattr(self.federation, job.split).labels[rows], classes)]
-        for i in range(0, len(rows), size):
-            chosen = rows[i : i + size]
-            batch = tokens.batch(chosen, self.federation.pad_id)
+
+        def done(chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+            batch = tokens.batch(np.asarray(chosen), self.federation.pad_id)
             inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
             labels = inputs.pop("labels")
-            yield inputs, labels, Segment(0, len(chosen), lengths=tokens.lengths[chosen].tolist())
+            segment = Segment(0, len(chosen), lengths=tokens.lengths[chosen].tolist())
+            with self.stack.batch.of([segment]):
+                return work(inputs, segment), labels
+
+        for i in range(0, len(rows), size):
+            chosen = rows[i : i + size].tolist()
+            yield from memory.by_halves(chosen, done, self.device, lambda row: f"{job.split} row {row}: evaluating it")
 
     def _laid(self, split: Any) -> Any:
         return FlatTokens(split) if self.flat is not None and isinstance(split, Tokens) else split

@@ -54,7 +54,7 @@ def measure(learner: Learner, clients: Sequence[int], sizes: Sequence[int], room
             if not memory.ran_out(error):
                 raise
             if size == sizes[0]:
-                raise memory.too_little(clients[0], device) from None
+                raise memory.too_little(f"client {clients[0]}: training it alone", device) from None
             return
         tokens = sum(
             int(data.lengths[batch].sum())

@@ -1,4 +1,4 @@
-"""The memory of the device on which clients train: whether it ran out, how much is taken at the peak, how much is free.
+"""The memory of the device on which clients train: what to do when it runs out, how much is taken, how much is free.
 
 On a GPU torch's own allocator counts. On a CPU it is the process's resident memory. Linux alone can forget its peak, so
 that a lower one is seen after it; elsewhere the peak is that of the process's whole life, and so rather too high.
@@ -11,13 +11,18 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from rayfed.config.execution import Engine
 from rayfed.errors import RunError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 NO_MORE = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")  # in errors that have no class of their own
 STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -31,11 +36,35 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in NO_MORE)
 
 
-def too_little(client: int, device: torch.device) -> RunError:
-    """What to say where a pack of one does not fit."""
+def by_halves(
+    items: Sequence[T], work: Callable[[Sequence[T]], R], device: torch.device, alone: Callable[[T], str]
+) -> list[R]:
+    """What ``work`` makes of all items; where memory does not do, of each half, and so on: one result a part.
+
+    The rule is fixed (halves in order; of an odd number, the first is the larger), so the bits are those of a plan with
+    these parts.
+
+    Raises:
+        RunError: one item is too much; ``alone`` says which.
+    """
+    try:
+        return [work(items)]
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+    # Behind the error, nothing refers to what was half done any more.
+    if len(items) == 1:
+        raise too_little(alone(items[0]), device)
+    let_go(device)
+    middle = -(-len(items) // 2)
+    return [result for part in (items[:middle], items[middle:]) for result in by_halves(part, work, device, alone)]
+
+
+def too_little(what: str, device: torch.device) -> RunError:
+    """What to say where the smallest part does not fit."""
     return RunError(
-        f"client {client}: training it alone needs more memory than {device} has; lower client.batch_size or "
-        "data.max_tokens, or set engine.gradient_checkpointing"
+        f"{what} needs more memory than {device} has; lower client.batch_size or data.max_tokens, or set "
+        "engine.gradient_checkpointing"
     )
 
 

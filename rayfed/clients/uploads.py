@@ -7,11 +7,12 @@ or server adds them up; it only saves the driver the work.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 
 from rayfed import wire
-from rayfed.clients.jobs import Order, Sums
+from rayfed.clients.jobs import Order
 from rayfed.clients.train import Member, Trained
 from rayfed.clients.transfer import Uploadable
 from rayfed.errors import RunError
@@ -38,13 +39,16 @@ def upload(method: Method, result: Trained, member: Member, order: Order) -> byt
     return wire.encode(values, indices=indices, values=order.values)
 
 
-def summed(uploads: Sequence[bytes], members: Sequence[Member], orders: Sequence[Order]) -> Sums:
-    """The uploads of a pack as one sum, and what each of them held."""
+def sums(
+    uploads: Sequence[bytes], members: Sequence[Member], orders: Sequence[Order], sizes: Sequence[int]
+) -> tuple[Summed, ...]:
+    """The uploads of a pack, summed up by its parts of these sizes."""
     changes = []
     for payload, member, order in zip(uploads, members, orders, strict=True):
         places = Uploadable.of(order.trainable.uploaded(member.layout, member.support))
         changes.append((order.weight, places.placed(wire.decode(payload))))
-    return Sums(Summed.of(changes, members[0].layout.size), tuple(map(wire.inspect, uploads)))
+    stream, n = iter(changes), members[0].layout.size
+    return tuple(Summed.of(islice(stream, size), n) for size in sizes)
 
 
 def kept(result: Trained, member: Member, order: Order) -> bytes | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, cast
 
 from rayfed import wire
@@ -67,16 +68,16 @@ def updates(
     for done in _waiting(in_order(crew.run(tasks)), books.tally):
         pack, job, result = packs[done.index], cast(TrainJob, tasks[done.index].job), cast(TrainResult, done.result)
         books.tally.retried += done.retries * len(pack)
-        books.tally.split += result.split
-        if result.summed is not None:
-            for i, client in enumerate(pack):
-                _book(t, client, job.orders[i], result, i, downlink, books)
-            yield result.summed.sum
-            continue
-        arrived = (_arrived(t, client, job.orders[i], result, i, downlink, books) for i, client in enumerate(pack))
-        if method.linear and len(pack) > 1:
+        if len(result.parts) > 1:
+            books.tally.split += len(pack)
+        arrived = (_arrived(t, *client, result, i, downlink, books) for i, client in enumerate(zip(pack, job.orders)))
+        if job.summed:
+            for i, client in enumerate(zip(pack, job.orders)):
+                _book(t, *client, result, i, downlink, books)
+            yield from result.summed
+        elif method.linear and len(pack) > 1:
             changes = ((update.weight, update.moved) for update in arrived)
-            yield Summed.of(changes, job.orders[0].layout.size)
+            yield from (Summed.of(islice(changes, part), job.orders[0].layout.size) for part in result.parts)
         else:
             yield from arrived
 
@@ -113,13 +114,11 @@ def _book(
         ledger.add_sizes(round=t + 1, client=client.client, direction="down", sizes=sizes)
     for payload in sent.payloads:
         ledger.add(round=t + 1, client=client.client, direction="down", payload=payload)
-    if result.summed is None:
-        up = wire.inspect(result.uploads[i])
+    if result.uploads:
         ledger.add(round=t + 1, client=client.client, direction="up", payload=result.uploads[i])
     else:
-        up = result.summed.sizes[i]
-        ledger.add_sizes(round=t + 1, client=client.client, direction="up", sizes=up)
-    tally.dense += sum(wire.HEADER_BYTES + 4 * sizes.n for sizes in (*missed, *sent.sizes, up))
+        ledger.add_sizes(round=t + 1, client=client.client, direction="up", sizes=result.sizes[i])
+    tally.dense += sum(wire.HEADER_BYTES + 4 * sizes.n for sizes in (*missed, *sent.sizes, result.sizes[i]))
     tally.loss += result.losses[i] * result.examples[i]
     tally.examples += result.examples[i]
     tally.ok += 1

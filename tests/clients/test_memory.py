@@ -88,6 +88,50 @@ def test_a_client_that_does_not_fit_alone_ends_the_run(tiny, tmp_path, small_mem
         rayfed.run(tiny(*RUN), out=tmp_path / "run")
 
 
+def test_a_batch_that_does_not_fit_is_evaluated_by_halves(tiny, tmp_path, monkeypatch):
+    """Loss to rounding, accuracy exactly; what the controls see of the frozen base as well."""
+    settings = ("engine.padding=batch", "eval.controls=true", "client.batch_size=4")
+    whole = rayfed.run(tiny(*settings), out=tmp_path / "whole").metrics[-1]
+    forward, rows = learner.Learner.forward, []
+
+    def small(self, inputs):
+        (rows_of_batch,) = {len(tensor) for tensor in inputs.values()}
+        if rows_of_batch > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        rows.append(rows_of_batch)
+        return forward(self, inputs)
+
+    monkeypatch.setattr(learner.Learner, "forward", small)
+    run = rayfed.run(tiny(*settings), out=tmp_path / "parts")
+    assert max(rows) > 2
+    for key in ("eval/loss", "test/loss", "eval/accuracy", "test/accuracy"):
+        assert run.metrics[-1][key] == pytest.approx(whole[key], rel=1e-5 if "loss" in key else 0)
+
+    def none(self, inputs):
+        if not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, inputs)
+
+    monkeypatch.setattr(learner.Learner, "forward", none)
+    with pytest.raises(RunError, match=r"validation row \d+: evaluating it needs more memory than cpu has; lower"):
+        rayfed.run(tiny(*settings), out=tmp_path / "none")
+
+
+def test_halves_are_a_fixed_rule():
+    tried = []
+
+    def work(items):
+        tried.append(list(items))
+        if len(items) > 2:
+            raise MemoryError
+        return sum(items)
+
+    assert memory.by_halves([1, 2, 3, 4, 5], work, CPU, str) == [3, 3, 9]
+    assert tried == [[1, 2, 3, 4, 5], [1, 2, 3], [1, 2], [3], [4, 5]]
+    with pytest.raises(ZeroDivisionError):  # not a matter of memory
+        memory.by_halves([1, 0], lambda items: 1 // items[1], CPU, str)
+
+
 def test_without_linuxs_account_the_peak_is_the_whole_lifes(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "STATUS", tmp_path / "none")
     monkeypatch.setattr(memory, "FORGET", tmp_path / "none" / "either")
