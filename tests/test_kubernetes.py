@@ -125,7 +125,7 @@ def test_the_command_is_one_that_rayfed_takes_and_fits_the_pods(manifest: Any) -
     (workers,) = cluster["workerGroupSpecs"]
     (worker,) = workers["template"]["spec"]["containers"]
     limits = worker["resources"]["limits"]
-    on_gpu = int(1 / engine.gpus_per_worker) * int(limits["nvidia.com/gpu"])
+    on_gpu = int(1 / engine.gpus) * int(limits["nvidia.com/gpu"])
     on_cpu = int(int(limits["cpu"]) / engine.cpus_per_worker)
     assert engine.workers == workers["replicas"] * min(on_gpu, on_cpu)
     (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]

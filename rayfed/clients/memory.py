@@ -98,8 +98,8 @@ def free(engine: Engine) -> int:
     if engine.device == "cuda":
         nobodys, _ = torch.cuda.mem_get_info()
         own = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        shared = engine.kind == "ray" and engine.gpus_per_worker < 1
-        return int((nobodys + own) * (engine.gpus_per_worker if shared else 1))
+        shared = engine.kind == "ray" and engine.gpus < 1
+        return int((nobodys + own) * (engine.gpus if shared else 1))
     return _free_on_this_machine() // (engine.workers if engine.kind == "ray" else 1)
 
 

@@ -15,7 +15,11 @@ class Engine(Section):
     kind: Literal["ray", "local"] = Field("ray", description="`ray`: actors; `local`: in this process, same bits.")
     workers: PositiveInt = Field(2, description="Worker actors.")
     cpus_per_worker: NonNegative = Field(1.0, description="Ray CPUs a worker holds; may be a fraction.")
-    gpus_per_worker: NonNegative = Field(0.0, description="Ray GPUs a worker holds: a fraction of one, or whole ones.")
+    gpus_per_worker: NonNegative | Literal["auto"] = Field(
+        "auto",
+        description="Ray GPUs a worker holds: a fraction of one, or whole ones. auto: with device=cuda an equal share "
+        "of the cluster's, at most one, and in a sweep one; on a CPU none. `pack: auto` fits packs to that share.",
+    )
     threads: PositiveInt = Field(
         1, description="Torch threads per worker; CPU kernels sum in an order that follows it."
     )
@@ -41,7 +45,7 @@ class Engine(Section):
         "every text and kept in Ray's object store, if the run needs them twice or more: of at most so many GB. 0: "
         "never.",
     )
-    device: Literal["cpu", "cuda"] = Field("cpu", description="Where clients train; `cuda` needs gpus_per_worker > 0.")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where clients train.")
     placement: Literal["spread", "pack"] = Field(
         "spread", description="Workers on as many of the cluster's nodes as there are, or on as few as hold them."
     )
@@ -55,14 +59,19 @@ class Engine(Section):
 
     @model_validator(mode="after")
     def _amounts_that_ray_takes(self) -> Engine:
-        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
-            raise ValueError(
-                f"engine.gpus_per_worker: got {self.gpus_per_worker}, but above 1 Ray takes whole GPUs only"
-            )
-        for field in ("cpus_per_worker", "gpus_per_worker"):
-            if 0 < getattr(self, field) < 1e-4:
-                raise ValueError(f"engine.{field}: got {getattr(self, field)}, but Ray takes 0 or at least 0.0001")
+        if self.gpus > 1 and not self.gpus.is_integer():
+            raise ValueError(f"engine.gpus_per_worker: got {self.gpus}, but above 1 Ray takes whole GPUs only")
+        for field, amount in (("cpus_per_worker", self.cpus_per_worker), ("gpus_per_worker", self.gpus)):
+            if 0 < amount < 1e-4:
+                raise ValueError(f"engine.{field}: got {amount}, but Ray takes 0 or at least 0.0001")
         return self
+
+    @property
+    def gpus(self) -> float:
+        """`gpus_per_worker` as a number; auto, before the cluster is known: a whole GPU where one is needed."""
+        if self.gpus_per_worker == "auto":
+            return 1.0 if self.device == "cuda" else 0.0
+        return self.gpus_per_worker
 
 
 class Tracking(Section):

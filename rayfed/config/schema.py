@@ -73,7 +73,7 @@ class Experiment(Section):
             raise ValueError("data.client: got null, but partition.kind=natural needs the column that names the client")
         if self.lora.train == "head" and self.model.head == "frozen":
             raise ValueError("lora.train: got 'head', but model.head=frozen leaves nothing to train; all is allowed")
-        if self.engine.kind == "ray" and self.engine.device == "cuda" and self.engine.gpus_per_worker == 0:
+        if self.engine.kind == "ray" and self.engine.device == "cuda" and not self.engine.gpus:
             raise ValueError("engine.gpus_per_worker: got 0, but engine.device=cuda needs more than 0")
         if self.eval.early_stop and self.data.source == "stdlib" and self.data.validation == 0:
             raise ValueError("data.validation: got 0, but eval.early_stop needs a validation split")
@@ -127,6 +127,10 @@ class Experiment(Section):
     def with_pack(self, size: int) -> Experiment:
         """The same run with packs of that size."""
         return self.model_copy(update={"engine": self.engine.model_copy(update={"pack": size})})
+
+    def with_gpus(self, share: float) -> Experiment:
+        """The same run with workers that hold that share of a GPU each."""
+        return self.model_copy(update={"engine": self.engine.model_copy(update={"gpus_per_worker": share})})
 
     def digest(self) -> str:
         """SHA-256 (first 16 hex digits) of the settings that decide the result; see the module docstring."""

@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from rayfed.clients.blueprint import Blueprint
 from rayfed.config import Experiment
-from rayfed.engine.placement import beside_the_starting_process, check_places
+from rayfed.engine.placement import beside_the_starting_process, check_places, with_shares
 from rayfed.engine.workers import RayCrew
 from rayfed.errors import RunError, UserError
 from rayfed.server.loop import Server
@@ -92,6 +92,7 @@ def run_on_ray(
     if ours:
         _start(experiment)
     try:
+        experiment = with_shares(experiment)
         waiting = check_places(experiment)
         if waiting:
             console.event(waiting)
@@ -122,6 +123,7 @@ def stepwise(experiment: Experiment, federation: Federation, blueprint: Blueprin
     """A server in this process with Ray workers, for whoever steps through its rounds, as benchmarks do."""
     _start(experiment)
     try:
+        experiment = with_shares(experiment)
         crew = RayCrew(experiment, ray.put(federation), blueprint)
         yield Server(experiment, federation, blueprint, crew, out, Fan(), resume=False)
         crew.close()

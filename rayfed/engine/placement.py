@@ -24,7 +24,7 @@ Bundle = dict[str, float]
 
 def bundle_of(engine: Engine) -> Bundle:
     """What one worker holds; empty where it asks for nothing."""
-    asked = {"CPU": engine.cpus_per_worker, "GPU": engine.gpus_per_worker}
+    asked = {"CPU": engine.cpus_per_worker, "GPU": engine.gpus}
     return {name: amount for name, amount in asked.items() if amount}
 
 
@@ -54,6 +54,30 @@ def beside_the_starting_process() -> Any:
     if group is not None:
         return PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def with_shares(experiment: Experiment) -> Experiment:
+    """The settings with `engine.gpus_per_worker: auto` as a number: an equal share of the GPUs that the cluster has.
+
+    A trial of a sweep has its places already. UserError where the share cannot be known, for there is no GPU yet.
+    """
+    engine = experiment.engine
+    if engine.gpus_per_worker != "auto" or ray.util.get_current_placement_group() is not None:
+        return experiment
+    if engine.device == "cpu":
+        return experiment.with_gpus(0.0)
+    have = sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
+    if not have:
+        allowed = (
+            "a number is needed until its nodes are there" if engine.wait_for_nodes else "Ray has no GPUs to share"
+        )
+        raise UserError(f"engine.gpus_per_worker: got 'auto', but {allowed}")
+    return experiment.with_gpus(share(have, engine.workers))
+
+
+def share(gpus: float, workers: int) -> float:
+    """The largest share of one GPU that so many workers can each have, in steps that Ray knows (1/10000)."""
+    return math.floor(1e4 / math.ceil(workers / gpus)) / 1e4
 
 
 def check_places(experiment: Experiment) -> str | None:

@@ -42,7 +42,7 @@ class Worker:
 
 
 class RayCrew:
-    """`engine.workers` actors, each holding `cpus_per_worker` CPUs and `gpus_per_worker` GPUs."""
+    """`engine.workers` actors, each holding `cpus_per_worker` CPUs and `gpus` GPUs."""
 
     def __init__(self, experiment: Experiment, federation: ray.ObjectRef, blueprint: Blueprint) -> None:
         self.experiment, self.federation, self.blueprint = experiment, federation, ray.put(blueprint)
@@ -101,7 +101,7 @@ class RayCrew:
 
     def _hire(self) -> None:
         engine = self.experiment.engine
-        actor = ray.remote(num_cpus=engine.cpus_per_worker, num_gpus=engine.gpus_per_worker)(Worker)
+        actor = ray.remote(num_cpus=engine.cpus_per_worker, num_gpus=engine.gpus)(Worker)
         placed = actor.options(scheduling_strategy=in_group(self.group))
         worker = placed.remote(self.experiment, self.federation, self.blueprint)
         self._await(worker)

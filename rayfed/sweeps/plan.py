@@ -87,9 +87,9 @@ def bundles(experiment: Experiment) -> list[Bundle]:
     """What a trial asks of Ray: its own process first, then, where the engine is Ray, one bundle a worker."""
     engine = experiment.engine
     if engine.kind == "local":
-        gpus = {"GPU": engine.gpus_per_worker} if engine.device == "cuda" else {}
+        gpus = {"GPU": engine.gpus} if engine.device == "cuda" else {}
         return [{"CPU": float(engine.threads), **gpus}]
-    worker = {name: each for name, each in (("CPU", engine.cpus_per_worker), ("GPU", engine.gpus_per_worker)) if each}
+    worker = {name: each for name, each in (("CPU", engine.cpus_per_worker), ("GPU", engine.gpus)) if each}
     return [{"CPU": 1.0}, *(dict(worker) for _ in range(engine.workers) if worker)]
 
 
@@ -201,7 +201,7 @@ def _check_stop(sweep: Sweep, experiment: Experiment) -> None:
 def _check_data(trial: Trial, sweep: Sweep, federations: dict[str, Federation], models: set[str]) -> None:
     experiment = trial.experiment
     engine = experiment.engine
-    if engine.kind == "local" and engine.device == "cuda" and not engine.gpus_per_worker:
+    if engine.kind == "local" and engine.device == "cuda" and not engine.gpus:
         raise UserError("engine.gpus_per_worker: got 0, but in a sweep it says how much of a GPU each trial holds")
     model = json.dumps(experiment.model_dump(mode="json", exclude=NO_MATTER_OF_MODEL))
     federation = check(experiment, federations.get(trial.data), base=model not in models)

@@ -229,7 +229,7 @@ def test_a_source_has_its_own_settings_and_no_others(data: dict[str, Any], line:
             "data.client: got null, but partition.kind=natural needs the column that names the client",
         ),
         (
-            {"engine": {"device": "cuda"}},
+            {"engine": {"device": "cuda", "gpus_per_worker": 0}},
             "engine.gpus_per_worker: got 0, but engine.device=cuda needs more than 0",
         ),
         (

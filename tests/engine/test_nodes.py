@@ -16,7 +16,7 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 
 import rayfed
 from rayfed.config.execution import Engine
-from rayfed.engine.placement import _mistake, bundle_of, reserve
+from rayfed.engine.placement import _mistake, bundle_of, reserve, share, with_shares
 from rayfed.errors import UserError
 
 RUN = ("wire.up.density=0.25", "server.rounds=30", "server.cohort=4", "eval.every=30")
@@ -152,6 +152,42 @@ def test_a_cluster_that_has_yet_to_grow(tiny: Any, tmp_path: Any, nodes: Cluster
 )
 def test_what_never_fits_is_known_by_the_nodes(engine: Engine, room: Any, mistake: str | None) -> None:
     assert _mistake(engine, room) == mistake
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "each"),
+    [(1, 1, 1), (1, 2, 0.5), (1, 3, 0.3333), (2, 3, 0.5), (8, 8, 1), (8, 5, 1), (3, 8, 0.3333)],
+)
+def test_workers_share_the_gpus_there_are(gpus: int, workers: int, each: float) -> None:
+    assert share(gpus, workers) == each
+    engine = Engine(workers=workers, gpus_per_worker=each, cpus_per_worker=0)
+    assert _mistake(engine, [{"GPU": float(gpus)}]) is None
+    assert _mistake(engine, [{"GPU": 1.0}] * gpus) is None
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus", "each"),
+    [(["device=cuda", "workers=3"], 2, 0.5), (["device=cuda", "gpus_per_worker=0.1"], 2, 0.1), ([], 2, 0)],
+)
+def test_the_run_gets_the_share_as_a_number(
+    tiny: Any, monkeypatch: Any, engine: list[str], gpus: int, each: float
+) -> None:
+    has = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": float(gpus)}}, {"Alive": False, "Resources": {"GPU": 9.0}}]
+    monkeypatch.setattr("ray.nodes", lambda: has)
+    monkeypatch.setattr("ray.util.get_current_placement_group", lambda: None)
+    experiment = tiny("engine.kind=ray", *(f"engine.{setting}" for setting in engine))
+    assert with_shares(experiment).engine.gpus_per_worker == each
+    assert with_shares(experiment).digest() == experiment.digest()
+
+
+@pytest.mark.parametrize(
+    ("waits", "says"), [("false", "Ray has no GPUs to share"), ("true", "a number is needed until")]
+)
+def test_no_gpu_has_no_shares(tiny: Any, monkeypatch: Any, waits: str, says: str) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
+    monkeypatch.setattr("ray.util.get_current_placement_group", lambda: None)
+    with pytest.raises(UserError, match=rf"^engine.gpus_per_worker: got 'auto', but {says}[^\n]*$"):
+        with_shares(tiny("engine.kind=ray", "engine.device=cuda", f"engine.wait_for_nodes={waits}"))
 
 
 def test_a_worker_holds_what_the_settings_say() -> None:

@@ -357,6 +357,8 @@ def test_what_a_trial_asks_of_ray() -> None:
     assert bundles(settings("engine.kind=local", "engine.threads=2")) == [{"CPU": 2}]
     local = settings("engine.kind=local", "engine.device=cuda", "engine.gpus_per_worker=0.25")
     assert bundles(local) == [{"CPU": 1, "GPU": 0.25}]
+    assert bundles(settings("engine.kind=local", "engine.device=cuda")) == [{"CPU": 1, "GPU": 1}]
+    assert bundles(settings("engine.workers=2", "engine.device=cuda")) == [{"CPU": 1}] + 2 * [{"CPU": 1, "GPU": 1}]
     ray = settings("engine.workers=3", "engine.cpus_per_worker=0.5", "engine.gpus_per_worker=1")
     assert bundles(ray) == [{"CPU": 1}] + 3 * [{"CPU": 0.5, "GPU": 1}]
     assert bundles(settings("engine.cpus_per_worker=0")) == [{"CPU": 1}]  # Ray takes no empty bundle
@@ -378,6 +380,6 @@ def test_trials_on_a_gpu_say_how_they_share_it(sweep_file, monkeypatch) -> None:
     from rayfed.sweeps.plan import plan
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    path = sweep_file({"parameters": RATES}, engine={"device": "cuda"})
+    path = sweep_file({"parameters": RATES}, engine={"device": "cuda", "gpus_per_worker": 0})
     with pytest.raises(UserError, match=r"^engine.gpus_per_worker: got 0, but in a sweep it says how much of a GPU"):
         plan(*load_sweep(path))
