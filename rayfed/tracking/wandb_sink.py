@@ -3,6 +3,9 @@
 Nothing that W&B does may change a run. Whatever it raises is told once, as an event, and the run goes on without it; a
 start that fails online is tried again offline. The step is the round, so what a resumed run repeats lands where it was.
 `<out>/wandb-run.json` remembers the run's id for the next start in the same directory.
+
+A killed process takes with it what W&B had not written or sent yet. So a resumed run logs the rounds before it again,
+from `metrics.jsonl`: offline all of them, which makes the newest folder whole by itself, online those that W&B lacks.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rayfed.files import write_json
+from rayfed.tracking.jsonl import read_metrics
 from rayfed.tracking.login import logged_in, wandb_mode
 from rayfed.tracking.sinks import Record, RunInfo, Scalar, Table
 
@@ -55,8 +59,7 @@ class WandbSink:
     def round(self, record: Record) -> None:
         """Logs what was measured."""
         if self._run is not None:
-            values = _present(record)
-            self._attempt("log", lambda: self._run.log(values, step=values["round"], commit=True))
+            self._attempt("log", lambda: self._log(record))
 
     def event(self, text: str) -> None:
         """Events are in `events.log`; a W&B alert would mail them to people."""
@@ -105,6 +108,13 @@ class WandbSink:
         folder = Path(self._run.dir).parent
         where = self._run.url if mode == "online" else f"offline in {folder}; upload it with `wandb sync {folder}`"
         self._say(f"wandb: {where}")
+        for record in _earlier(info):
+            if record["round"] >= self._run.step:  # W&B has the steps below
+                self._log(record)
+
+    def _log(self, record: Record) -> None:
+        values = _present(record)
+        self._run.log(values, step=values["round"], commit=True)
 
     def _init(self, info: RunInfo, mode: str, run_id: str) -> Any:
         import wandb
@@ -144,6 +154,13 @@ class WandbSink:
             artifact = wandb.Artifact(f"adapter-{self._run.id}", type="model", metadata=facts)
             artifact.add_dir(str(folder), policy="immutable")
             self._run.log_artifact(artifact)
+
+
+def _earlier(info: RunInfo) -> list[dict[str, Any]]:
+    """The rounds before a resumed run's first one."""
+    path = info.out / "metrics.jsonl"
+    known = read_metrics(path) if info.start and path.is_file() else []
+    return [record for record in known if record["round"] <= info.start]
 
 
 def _run_id(info: RunInfo, fresh: bool = False) -> str:

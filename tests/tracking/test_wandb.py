@@ -10,14 +10,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
 
 from rayfed.config.execution import Tracking
 from rayfed.errors import UserError
-from rayfed.tracking import Record, RunInfo, Table, WandbSink, login, open_sinks, wandb_mode, wandb_sink
+from rayfed.tracking import Fan, JsonlSink, Record, RunInfo, Table, WandbSink, login, open_sinks, wandb_mode, wandb_sink
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 
@@ -188,7 +188,7 @@ def play(out: Path, first: int, last: int, done: bool = True) -> list[str]:
     settings = Tracking(wandb="offline", project="p", group="g", tags=("a", "b"))
 
     def body() -> None:
-        sink = WandbSink(settings, "offline", say=said.append)
+        sink = Fan(JsonlSink(out / "metrics.jsonl"), WandbSink(settings, "offline", say=said.append))
         sink.start(info(out, start=first - 1))
         assert helpers(), "no helper process: then this test could not see one stay either"
         for number in range(first, last + 1):
@@ -252,15 +252,41 @@ def test_the_adapter_is_an_artifact_of_the_run(tmp_path: Path, wish: bool) -> No
         assert "artifact" not in run
 
 
-def test_resume_continues_the_same_run_at_the_next_step(tmp_path: Path) -> None:
+def test_the_newest_part_of_a_resumed_run_is_whole(tmp_path: Path) -> None:
+    """What the first process logged may have died with it, so the second logs it again."""
     out = tmp_path / "out"
     play(out, 1, 3, done=False)
     play(out, 3, 5)  # a checkpoint older than the last logged round: round 3 is made again
     before, after = runs(out)
     assert before["id"] == after["id"] == json.loads((out / "wandb-run.json").read_text())["id"]
     assert before["history"] == rows(1, 3)
-    assert after["history"] == rows(3, 5)
+    assert after["history"] == rows(1, 5)
     assert (before["exit"], after["exit"]) == (1, 0)
+
+
+def test_a_resumed_run_online_logs_what_wandb_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Run:
+        step, dir, url = 3, str(tmp_path / "files"), "https://wandb.example.org/run"
+        logged: ClassVar[list[int]] = []
+
+        def define_metric(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def log(self, values: dict[str, Any], step: int, commit: bool) -> None:
+            assert step == values["round"]
+            self.logged.append(step)
+
+    monkeypatch.setattr(WandbSink, "_init", lambda *args: Run())
+    monkeypatch.setattr(wandb_sink, "logged_in", lambda: True)
+    before = JsonlSink(tmp_path / "metrics.jsonl")
+    before.start(info(tmp_path))
+    for number in range(1, 6):
+        before.round(record(number))
+    before.close()
+    sink = WandbSink(Tracking(), "online", say=[].append)
+    sink.start(info(tmp_path, start=4))
+    sink.round(record(5))
+    assert Run.logged == [3, 4, 5]
 
 
 def test_other_settings_in_the_same_directory_are_another_run(tmp_path: Path) -> None:
