@@ -35,7 +35,7 @@ from rayfed.clients.jobs import (
     TrainResult,
 )
 from rayfed.clients.measure import measure
-from rayfed.clients.train import Member, Trained, train_pack
+from rayfed.clients.train import Member, Trained, on_device, train_pack
 from rayfed.clients.transfer import assemble
 from rayfed.clients.uploads import kept, sums, upload
 from rayfed.config import Experiment
@@ -216,8 +216,7 @@ class Learner:
             rows = rows[np.isin(getattr(self.federation, job.split).labels[rows], classes)]
 
         def done(chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-            batch = tokens.batch(np.asarray(chosen), self.federation.pad_id)
-            inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            inputs = on_device(tokens.batch(np.asarray(chosen), self.federation.pad_id), self.device)
             labels = inputs.pop("labels")
             segment = Segment(0, len(chosen), lengths=tokens.lengths[chosen].tolist())
             with self.stack.batch.of([segment]):

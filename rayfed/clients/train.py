@@ -67,6 +67,13 @@ class Trained:
     steps: int
 
 
+def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The batch on the device. A GPU copies it by itself, from pinned memory, while this process goes on."""
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
 def train_pack(
     stack: Stack, forward: Forward, data: Rows, pad_id: int, members: Sequence[Member], settings: Client, *,
     lr: float, t: int, seed: int, device: torch.device,
@@ -84,7 +91,7 @@ def train_pack(
     # A payload so sparse that nothing arrived can leave nothing to train: the clients then measure their loss only.
     optimizer = _optimizer(parameters.groups(lr), settings) if parameters.trained else None
     losses = [torch.zeros((), dtype=torch.float64, device=device) for _ in members]
-    results: dict[int, Trained] = {}
+    finished: dict[int, Tensor] = {}  # on the device until all are done: the host need not wait for any one client
     lengths = data.lengths
     for step in range(max(len(plan) for plan in plans)):
         active = [slot for slot, plan in enumerate(plans) if step < len(plan)]
@@ -97,8 +104,7 @@ def train_pack(
             )
             for s in active
         ]
-        batch = data.batch(np.concatenate([plans[s][step] for s in active]), pad_id)
-        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        inputs = on_device(data.batch(np.concatenate([plans[s][step] for s in active]), pad_id), device)
         labels = inputs.pop("labels")
         with stack.batch.of(segments):
             each = row_losses(forward(inputs).float(), labels)
@@ -116,13 +122,11 @@ def train_pack(
         for slot, mean in zip(active, means, strict=True):
             losses[slot] += mean.detach().double()
             if step + 1 == len(plans[slot]):
-                results[slot] = Trained(
-                    stack.read(slot, members[slot].layout),
-                    float(losses[slot]) / len(plans[slot]),
-                    sum(map(len, plans[slot])),
-                    len(plans[slot]),
-                )
-    return [results[slot] for slot in range(len(members))]
+                finished[slot] = stack.read(slot, members[slot].layout)
+    return [
+        Trained(finished[slot].cpu(), float(losses[slot]) / len(plan), sum(map(len, plan)), len(plan))
+        for slot, plan in enumerate(plans)
+    ]
 
 
 def batches(rows: np.ndarray, settings: Client, seed: int, t: int, client: int) -> list[np.ndarray]:

@@ -169,8 +169,13 @@ class Stack:
 
     @torch.no_grad()
     def read(self, slot: int, layout: Layout) -> Tensor:
-        """The slot's entries as a flat float32 vector (n,) on the CPU, a copy."""
-        return self._gather(slot, layout, {(n, p): t for n, p, t in self.tensors()})
+        """The slot's entries as a flat float32 vector (n,), a copy on the stack's own device."""
+        tensors = {(name, part): parameter for name, part, parameter in self.tensors()}
+        vector = torch.empty(layout.size, device=next(iter(tensors.values())).device)
+        for e in layout.entries:
+            owned = self.crop(tensors[e.name, e.part][slot], e.part, e.shape)
+            vector[e.start : e.start + e.numel] = owned.reshape(-1)
+        return vector
 
     def crop(self, tensor: Tensor, part: str, shape: Sequence[int]) -> Tensor:
         """The corner of a slot's padded tensor that a client of smaller rank owns, as a view."""
@@ -179,13 +184,6 @@ class Stack:
         if part == "R":
             return tensor[: shape[0], : shape[1]]
         return tensor[:, : shape[1]] if part == "B" else tensor
-
-    def _gather(self, slot: int, layout: Layout, tensors: dict[tuple[str, str], nn.Parameter]) -> Tensor:
-        vector = torch.empty(layout.size)
-        for e in layout.entries:
-            owned = self.crop(tensors[e.name, e.part][slot], e.part, e.shape)
-            vector[e.start : e.start + e.numel] = owned.reshape(-1)
-        return vector
 
 
 def head_layers(model: nn.Module, head: Sequence[str]) -> dict[str, nn.Linear]:

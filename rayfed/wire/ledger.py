@@ -111,10 +111,12 @@ class Ledger:
 
     def write(self, path: Path) -> None:
         """Writes the table as Parquet (zstd), whole or not at all."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         with atomic_path(Path(path)) as temporary:
             pq.write_table(self.table(), temporary, compression="zstd")
+        pa.default_memory_pool().release_unused()  # else the process keeps what the longest table took
 
     @classmethod
     def read(cls, path: Path, up_to_round: int | None = None) -> Ledger:
