@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from wandb_files import runs
 
 import rayfed
 from rayfed.config.sweep import load_sweep
@@ -46,9 +47,12 @@ def statuses(out: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_a_killed_sweep_resumes_and_a_failing_trial_stops_no_other(sweep_file, tmp_path: Path) -> None:
     """kill -9 during the third trial: `--resume` leaves the first alone, continues the third, does the fourth."""
-    path, out = sweep_file(SWEEP, server={"rounds": 1200}, checkpoint={"every": 5}), tmp_path / "out"
+    tracking = {"wandb": "offline", "artifact": False}
+    path = sweep_file(SWEEP, server={"rounds": 1200}, checkpoint={"every": 5}, tracking=tracking)
+    out = tmp_path / "out"
     command = [sys.executable, "-m", "rayfed", "sweep", str(path), "--out", str(out)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment["WANDB_MODE"] = "offline"
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     third = out / "trials" / "lr=0.05"
     try:
@@ -68,9 +72,12 @@ def test_a_killed_sweep_resumes_and_a_failing_trial_stops_no_other(sweep_file, t
     }
     assert "resume after round" in (third / "events.log").read_text()
     trials, _ = planned(path)
-    assert len(read_metrics(third / "metrics.jsonl")) == 1200
+    rounds = read_metrics(third / "metrics.jsonl")
+    assert [record["round"] for record in rounds] == list(range(1, 1201))
+    tracked = runs(third)[-1]["history"]  # whole, whatever the killed process took with it
+    assert [row["state/digest"] for row in tracked] == [record["state/digest"] for record in rounds]
     alone = rayfed.run(trials[2].experiment, tmp_path / "alone")
-    assert read_metrics(third / "metrics.jsonl")[-1]["state/digest"] == alone.metrics[-1]["state/digest"]
+    assert rounds[-1]["state/digest"] == alone.metrics[-1]["state/digest"]
     lines = [json.loads(line) for line in (out / "sweep.jsonl").read_text().splitlines()]
     (failed,) = [line for line in lines if line["status"] == "failed"]
     assert "training gave values that are not finite" in failed["error"]
