@@ -20,8 +20,9 @@ import rayfed
 from rayfed.config import dump_config, load_config
 from rayfed.tracking import read_metrics
 
-# Evaluated at the end only: whoever is killed before was training.
-RUN = ("wire.down.density=0.25", "wire.up.density=0.25", "server.rounds=8", "server.cohort=5", "eval.every=8")
+# Evaluated at the end only: whoever is killed before was training. Packs of two come back as sums.
+SPARSE = ("wire.down.density=0.25", "wire.up.density=0.25")
+RUN = (*SPARSE, "server.rounds=8", "server.cohort=5", "eval.every=8", "engine.pack=2")
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes through /proc")
