@@ -54,6 +54,16 @@ class Asking:
     sums: bool  # may packs be summed where they were trained?
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """One client's part of a result: its place in the pack, and what it was asked."""
+
+    client: Profile
+    order: Order
+    result: TrainResult
+    i: int
+
+
 def updates(
     method: Method, state: Any, t: int, lr: float, packs: Sequence[Sequence[Profile]], weights: str,
     experiment: Experiment, crew: Crew, downlink: Downlink, books: Books,
@@ -66,30 +76,29 @@ def updates(
     ask = Asking(t, lr, weights, experiment.wire.up.values, method.linear and books.diagnostics is None)
     tasks = [_task(pack, method, state, ask, downlink) for pack in packs]
     for done in _waiting(in_order(crew.run(tasks)), books.tally):
-        pack, job, result = packs[done.index], cast(TrainJob, tasks[done.index].job), cast(TrainResult, done.result)
+        job, result = cast(TrainJob, tasks[done.index].job), cast(TrainResult, done.result)
+        pack = [Arrival(*client, result, i) for i, client in enumerate(zip(packs[done.index], job.orders, strict=True))]
         books.tally.retried += done.retries * len(pack)
-        if len(result.parts) > 1:
-            books.tally.split += len(pack)
-        arrived = (_arrived(t, *client, result, i, downlink, books) for i, client in enumerate(zip(pack, job.orders)))
+        books.tally.split += len(pack) if len(result.parts) > 1 else 0
         if job.summed:
-            for i, client in enumerate(zip(pack, job.orders)):
-                _book(t, *client, result, i, downlink, books)
+            for arrival in pack:
+                _book(arrival, t, downlink, books)
             yield from result.summed
         elif method.linear and len(pack) > 1:
-            changes = ((update.weight, update.moved) for update in arrived)
+            came = (_update(arrival, t, downlink, books) for arrival in pack)
+            changes = ((update.weight, update.moved) for update in came)
             yield from (Summed.of(islice(changes, part), job.orders[0].layout.size) for part in result.parts)
         else:
-            yield from arrived
+            yield from (_update(arrival, t, downlink, books) for arrival in pack)
 
 
-def _arrived(
-    t: int, client: Profile, order: Order, result: TrainResult, i: int, downlink: Downlink, books: Books
-) -> Update:
-    """The i-th client's update, written down and decoded."""
-    sent = _book(t, client, order, result, i, downlink, books)
+def _update(arrival: Arrival, t: int, downlink: Downlink, books: Books) -> Update:
+    """What one client sent, written down and decoded."""
+    sent = _book(arrival, t, downlink, books)
+    order, result, i = arrival.order, arrival.result, arrival.i
     kept = result.kept[i]
     update = Update(
-        client,
+        arrival.client,
         order.weight,
         sent.vector,
         sent.uploadable(order.trainable).placed(wire.decode(result.uploads[i])),
@@ -102,11 +111,10 @@ def _arrived(
     return update
 
 
-def _book(
-    t: int, client: Profile, order: Order, result: TrainResult, i: int, downlink: Downlink, books: Books
-) -> Download:
-    """Writes down what the i-th client received, sent and did; returns what it had received."""
+def _book(arrival: Arrival, t: int, downlink: Downlink, books: Books) -> Download:
+    """Writes down what one client received, sent and did; returns what it had received."""
     ledger, tally = books.ledger, books.tally
+    client, result, i = arrival.client, arrival.result, arrival.i
     sent = downlink.of(client)
     downlink.forget(client)
     missed = books.catchup.collect(client.client)
@@ -123,7 +131,7 @@ def _book(
     tally.examples += result.examples[i]
     tally.ok += 1
     tally.ranks[result.ranks[i]] = tally.ranks.get(result.ranks[i], 0) + 1
-    _check_rank(client, order, result.ranks[i])
+    _check_rank(client, arrival.order, result.ranks[i])
     return sent
 
 
