@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from rayfed import wire
 from rayfed.clients.jobs import Order
@@ -17,6 +18,7 @@ from rayfed.clients.train import Member, Trained
 from rayfed.clients.transfer import Uploadable
 from rayfed.errors import RunError
 from rayfed.methods import Method, Summed
+from rayfed.methods.base import Sparse
 
 
 def upload(method: Method, result: Trained, member: Member, order: Order) -> bytes:
@@ -43,12 +45,13 @@ def sums(
     uploads: Sequence[bytes], members: Sequence[Member], orders: Sequence[Order], sizes: Sequence[int]
 ) -> tuple[Summed, ...]:
     """The uploads of a pack, summed up by its parts of these sizes."""
-    changes = []
-    for payload, member, order in zip(uploads, members, orders, strict=True):
+
+    def change(payload: bytes, member: Member, order: Order) -> tuple[float, Tensor | Sparse]:
         places = Uploadable.of(order.trainable.uploaded(member.layout, member.support))
-        changes.append((order.weight, places.placed(wire.decode(payload))))
-    stream, n = iter(changes), members[0].layout.size
-    return tuple(Summed.of(islice(stream, size), n) for size in sizes)
+        return order.weight, places.placed(wire.decode(payload))
+
+    changes = map(change, uploads, members, orders)  # one at a time: of all, only the sum is in memory
+    return tuple(Summed.of(islice(changes, size), members[0].layout.size) for size in sizes)
 
 
 def kept(result: Trained, member: Member, order: Order) -> bytes | None:
