@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ray_heads import RAY, TOKEN, WITH_TOKEN, Head, environment, started_head
 
 import rayfed
 from rayfed.cli import main, submit
@@ -137,65 +132,16 @@ def test_where_nobody_answers_says_so(config: str, capsys: pytest.CaptureFixture
 
 # On a head of its own, with token authentication
 
-TOKEN = "rayfed-test-token-0123456789"
-RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
-
-def environment(**more: str) -> dict[str, str]:
-    """Of this process, without what names another cluster or token."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") or "USAGE" in name}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"  # `rayfed` is found there
-    root = str(Path(rayfed.__file__).parents[1])
-    return {**kept, "PATH": path, "PYTHONPATH": root, **more}
-
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[str]:
-    """The dashboard's URL of a Ray head that asks for TOKEN; stopped with all its processes at the end."""
-    folder = tempfile.mkdtemp(prefix="rf-", dir="/tmp")  # sockets in it need a short path
-    gcs, dashboard, client, agent = free_ports(4)
-    secret = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN, HOME=folder)
-    process = subprocess.Popen(
-        [
-            RAY, "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1", f"--port={gcs}",
-            f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--temp-dir={folder}",
-            f"--dashboard-agent-listen-port={agent}", "--object-store-memory=100000000", "--disable-usage-stats",
-        ],
-        env=secret, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{dashboard}"
-    try:
-        deadline = time.monotonic() + 120
-        while subprocess.run([RAY, "job", "list", "--address", url], env=secret, capture_output=True).returncode:
-            assert process.poll() is None, "the head ended"
-            assert time.monotonic() < deadline, "the head does not answer"
-        yield url
-    finally:
-        process.send_signal(signal.SIGTERM)  # `ray start --block` then ends what it started
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)
+def head() -> Iterator[Head]:
+    with started_head() as head:
+        yield head
 
 
 def rayfed_here(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rayfed", *words]
     return subprocess.run(command, env=environment(**more), capture_output=True, text=True, timeout=240)
-
-
-WITH_TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
 
 
 def digests(out: Path) -> list[Any]:
@@ -212,9 +158,9 @@ def digests(out: Path) -> list[Any]:
     ids=["no token", "a wrong token"],
 )
 def test_a_head_that_asks_for_its_token_is_told_of_in_one_line(
-    head: str, config: str, tokens: dict[str, str], line: str
+    head: Head, config: str, tokens: dict[str, str], line: str
 ) -> None:
-    done = rayfed_here("submit", config, "--address", head, **tokens)
+    done = rayfed_here("submit", config, "--address", head.url, **tokens)
     assert done.returncode == 2
     (said,) = [said for said in done.stderr.splitlines() if said.startswith("rayfed:")]
     assert line in said
@@ -222,10 +168,10 @@ def test_a_head_that_asks_for_its_token_is_told_of_in_one_line(
 
 
 @pytest.mark.slow
-def test_a_submitted_run_gives_the_bits_of_a_run_here(head: str, config: str, tmp_path: Path) -> None:
+def test_a_submitted_run_gives_the_bits_of_a_run_here(head: Head, config: str, tmp_path: Path) -> None:
     here = rayfed.run(rayfed.load_config(config, ["engine.kind=local", "tracking.console=off"]), out=tmp_path / "here")
     there = tmp_path / "there"
-    done = rayfed_here("submit", config, "--address", head, "--out", str(there), "--follow", **WITH_TOKEN)
+    done = rayfed_here("submit", config, "--address", head.url, "--out", str(there), "--follow", **WITH_TOKEN)
     assert done.returncode == 0, done.stdout + done.stderr
     assert digests(there) == [record["state/digest"] for record in here.metrics]
     assert f"run directory {there}" in done.stdout  # the job's own words
@@ -236,21 +182,21 @@ def test_a_submitted_run_gives_the_bits_of_a_run_here(head: str, config: str, tm
         shown = subprocess.run(command, shell=True, env=secret, capture_output=True, text=True, timeout=120)
         assert expected in shown.stdout + shown.stderr
         assert job in command
-    assert stop == f"ray job stop --address {head} {job}"
+    assert stop == f"ray job stop --address {head.url} {job}"
     assert TOKEN not in done.stdout + done.stderr
 
 
 @pytest.mark.slow
-def test_a_failed_job_that_is_followed_is_a_failure_here(head: str, config: str) -> None:
+def test_a_failed_job_that_is_followed_is_a_failure_here(head: Head, config: str) -> None:
     words = ["data.source=files", "data.client=owner", "data.path=/nowhere", "lora.target_modules=[query]"]
-    done = rayfed_here("submit", config, *words, "--address", head, "--follow", **WITH_TOKEN)
+    done = rayfed_here("submit", config, *words, "--address", head.url, "--follow", **WITH_TOKEN)
     assert done.returncode == 1
     assert "data.path: got '/nowhere', but there is no such file or folder" in done.stdout
     assert re.search(r"^rayfed: job \S+ ended as FAILED: ", done.stderr, re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_plain_ray_job_submit_with_a_working_directory(head: str, config: str, tmp_path: Path) -> None:
+def test_plain_ray_job_submit_with_a_working_directory(head: Head, config: str, tmp_path: Path) -> None:
     """As README has it: the repository's folder travels, without what .gitignore names; sweeps too."""
     folder = tmp_path / "project"
     folder.mkdir()
@@ -259,7 +205,7 @@ def test_plain_ray_job_submit_with_a_working_directory(head: str, config: str, t
     (folder / "sweep.yaml").write_text(yaml.safe_dump({**SETTINGS, "engine": {"kind": "local"}, "sweep": sweep}))
     out = tmp_path / "out"
     done = subprocess.run(
-        [RAY, "job", "submit", "--address", head, "--working-dir", str(folder), "--",
+        [RAY, "job", "submit", "--address", head.url, "--working-dir", str(folder), "--",
          "rayfed", "sweep", "sweep.yaml", "--out", str(out)],
         env=environment(**WITH_TOKEN), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
