@@ -104,11 +104,10 @@ class Learner:
                 self.experiment.client, lr=job.lr, t=job.t, seed=self.experiment.seed, device=self.device,
             )  # fmt: skip
 
-        parts = memory.by_halves(members, train, self.device, lambda m: f"client {m.client}: training it alone")
-        results = [result for part in parts for result in part]
+        trained = memory.by_halves(members, train, self.device, lambda m: f"client {m.client}: training it alone")
+        results, parts = [result for part in trained for result in part], tuple(map(len, trained))
         clients = list(zip(results, members, job.orders, strict=True))
         uploads = tuple(upload(self.method, *client) for client in clients)
-        sizes = tuple(map(len, parts))
         return TrainResult(
             () if job.summed else uploads,
             tuple(kept(*client) for client in clients),
@@ -117,9 +116,9 @@ class Learner:
             tuple(r.steps for r in results),
             tuple(_trained_rank(member) for member in members),
             time.perf_counter() - begun,
-            sizes,
+            parts,
             tuple(map(wire.inspect, uploads)),
-            sums(uploads, members, job.orders, sizes) if job.summed else (),
+            sums(uploads, members, job.orders, parts) if job.summed else (),
         )
 
     def _member(self, order: Order, decoded: Sequence[wire.Payload], bases: dict[int, Base]) -> Member:

@@ -42,16 +42,16 @@ def upload(method: Method, result: Trained, member: Member, order: Order) -> byt
 
 
 def sums(
-    uploads: Sequence[bytes], members: Sequence[Member], orders: Sequence[Order], sizes: Sequence[int]
+    uploads: Sequence[bytes], members: Sequence[Member], orders: Sequence[Order], parts: Sequence[int]
 ) -> tuple[Summed, ...]:
-    """The uploads of a pack, summed up by its parts of these sizes."""
+    """The uploads of a pack, summed up by its parts of so many clients."""
 
     def change(payload: bytes, member: Member, order: Order) -> tuple[float, Tensor | Sparse]:
         places = Uploadable.of(order.trainable.uploaded(member.layout, member.support))
         return order.weight, places.placed(wire.decode(payload))
 
     changes = map(change, uploads, members, orders)  # one at a time: of all, only the sum is in memory
-    return tuple(Summed.of(islice(changes, size), members[0].layout.size) for size in sizes)
+    return tuple(Summed.of(islice(changes, part), members[0].layout.size) for part in parts)
 
 
 def kept(result: Trained, member: Member, order: Order) -> bytes | None:
