@@ -17,6 +17,7 @@ from rayfed.errors import UserError
 BENCHMARKS = {
     "aggregate": "rayfed.bench.aggregate:measure",
     "algebra": "rayfed.bench.algebra:measure",
+    "compiled": "rayfed.bench.compiled:measure",
     "round": "rayfed.bench.round:measure",
     "scale": "rayfed.bench.scale:measure",
     "train": "rayfed.bench.train:measure",
