@@ -6,8 +6,9 @@ then continues from its own checkpoint. What Tune is not used for: its restore. 
 directories, see `rayfed.sweeps.trial`. For Tune a trial that failed has merely ended; its record says why. A trial that
 the section `stop` ends gets its record here.
 
-Nor is Ray's W&B integration used: `WandbLoggerCallback` knows what is reported to Tune, not the run, and starts a restored
-trial's W&B run with ``resume=False``. A trial is tracked by its own sink, as every run, and goes on in its own W&B run.
+Nor is Ray's W&B integration used: `WandbLoggerCallback` knows what is reported to Tune, not the run, and starts a
+restored trial's W&B run with ``resume=False``. A trial is tracked by its own sink, as every run, and goes on in its own
+W&B run.
 """
 
 from __future__ import annotations
