@@ -9,24 +9,14 @@ from typing import Any
 import fsspec
 import pytest
 import yaml
+from small_runs import LOWRANK
 
 import rayfed
 from rayfed.cli import main
 from rayfed.errors import UserError
 from rayfed.tracking import read_metrics
 
-SETTINGS: dict[str, Any] = {
-    "name": "tiny",
-    "data": {"source": "lowrank"},
-    "problem": {"outputs": 6, "inputs": 6, "true_rank": 3, "rows": 8},
-    "partition": {"kind": "natural", "clients": 6},
-    "lora": {"rank": 2, "alpha": 2, "target_modules": ["layer"]},
-    "method": {"name": "fedit"},
-    "client": {"lr": 0.05, "momentum": 0.0, "batch_size": 8, "steps": 2},
-    "server": {"rounds": 6, "cohort": 2},
-    "engine": {"kind": "local"},
-    "tracking": {"console": "off", "wandb": "off"},
-}
+SETTINGS: dict[str, Any] = {**LOWRANK, "server": {"rounds": 6, "cohort": 2}}
 URI = "memory://bucket/runs/one"
 HERE = Path("runs/memory-bucket-runs-one")
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from ray_heads import RAY, TOKEN, WITH_TOKEN, Head, environment, started_head
+from small_runs import LOWRANK
 
 import rayfed
 from rayfed.cli import main, submit
@@ -21,13 +22,8 @@ from rayfed.errors import UserError
 from rayfed.tracking import read_metrics
 
 SETTINGS: dict[str, Any] = {
+    **LOWRANK,
     "name": "tiny job",
-    "data": {"source": "lowrank"},
-    "problem": {"outputs": 6, "inputs": 6, "true_rank": 3, "rows": 8},
-    "partition": {"kind": "natural", "clients": 6},
-    "lora": {"rank": 2, "alpha": 2, "target_modules": ["layer"]},
-    "method": {"name": "fedit"},
-    "client": {"lr": 0.05, "momentum": 0.0, "batch_size": 8, "steps": 2},
     "server": {"rounds": 3, "cohort": 2},
     "engine": {"workers": 2},
     "tracking": {"wandb": "off"},

@@ -6,8 +6,7 @@ import json
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,13 @@ import psutil
 import pytest
 import yaml
 from ray_heads import RAY, WITH_TOKEN, Head, environment, joined, started_head
+from small_runs import LOWRANK, wait_for
 
 import rayfed
 from rayfed.tracking import read_metrics
 
 SETTINGS: dict[str, Any] = {
-    "name": "tiny job",
-    "data": {"source": "lowrank"},
-    "problem": {"outputs": 6, "inputs": 6, "true_rank": 3, "rows": 8},
-    "partition": {"kind": "natural", "clients": 6},
-    "lora": {"rank": 2, "alpha": 2, "target_modules": ["layer"]},
-    "method": {"name": "fedit"},
-    "client": {"lr": 0.05, "momentum": 0.0, "batch_size": 8, "steps": 2},
+    **LOWRANK,
     "server": {"rounds": 2000, "cohort": 2},
     "engine": {"workers": 2, "placement": "spread"},
     "checkpoint": {"every": 500},
@@ -59,15 +53,6 @@ def job(head: Head, folder: Path, *words: str) -> subprocess.Popen[str]:
 def finished(process: subprocess.Popen[str]) -> None:
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.005)
-    return False
 
 
 def a_client_trains_on(node: subprocess.Popen[bytes]) -> bool:

@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
+from small_runs import wait_for
 
 import rayfed
 from rayfed.config import dump_config, load_config
@@ -49,15 +48,6 @@ def digests_of(out: Path) -> list[str]:
 def rounds_done(out: Path) -> int:
     path = out / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 180) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.005)
-    return False
 
 
 def kill_a_training_worker() -> bool:

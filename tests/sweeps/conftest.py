@@ -11,22 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+from small_runs import LOWRANK
 
 from rayfed.sweeps.trial import work
 from rayfed.tracking import Fan
-
-SETTINGS: dict[str, Any] = {
-    "name": "tiny",
-    "data": {"source": "lowrank"},
-    "problem": {"outputs": 6, "inputs": 6, "true_rank": 3, "rows": 8},
-    "partition": {"kind": "natural", "clients": 6},
-    "lora": {"rank": 2, "alpha": 2, "target_modules": ["layer"]},
-    "method": {"name": "fedit"},
-    "client": {"lr": 0.05, "momentum": 0.0, "batch_size": 8, "steps": 2},
-    "server": {"rounds": 4, "cohort": 2},
-    "engine": {"kind": "local"},
-    "tracking": {"console": "off", "wandb": "off"},
-}
 
 
 class HereInOrder:
@@ -57,7 +45,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> HereInOrder:
 @pytest.fixture
 def tiny_settings() -> dict[str, Any]:
     """The settings without a sweep, fresh."""
-    return copy.deepcopy(SETTINGS)
+    return copy.deepcopy(LOWRANK)
 
 
 @pytest.fixture
@@ -65,7 +53,7 @@ def sweep_file(tmp_path: Path) -> Callable[..., Path]:
     """sweep_file({"parameters": ...}, server={"rounds": 9}) -> a file with that section `sweep` and those settings."""
 
     def write(sweep: Any, **sections: Any) -> Path:
-        settings = dict(SETTINGS)
+        settings = dict(LOWRANK)
         for name, value in sections.items():
             settings[name] = {**settings[name], **value} if isinstance(settings.get(name), dict) else value
         if isinstance(sweep, dict) and "metric" not in sweep:

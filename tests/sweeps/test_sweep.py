@@ -6,12 +6,11 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import ray
+from small_runs import wait_for
 from wandb_files import runs
 
 import rayfed
@@ -28,15 +27,6 @@ SWEEP = {"parameters": {"client.lr": {"grid": [0.02, 1e30, 0.05, 0.1]}}, "concur
 
 def planned(path: Path, *overrides: str) -> tuple[list[Trial], dict]:
     return plan(*load_sweep(path, overrides))
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def statuses(out: Path) -> dict[str, str]:
