@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rayfed"
 
 FLOORS = (
-    ("errors", "keys", "files"),
+    ("errors", "keys", "files", "devices"),
     ("config",),
     ("tracking",),
     ("lora",),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rayfed.bench.timing import Row, paired
 from rayfed.clients.train import Member, train_pack
 from rayfed.config import validate
+from rayfed.engine.setup import prepare_gpu
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, fresh_adapter
 from rayfed.lora.inject import Stack, head_values
@@ -56,6 +57,8 @@ def measure(
         raise UserError("device: got 'cuda', but torch finds no GPU here; allowed is cpu")
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype: got {dtype!r}, but allowed are float32 and bfloat16")
+    if device == "cuda":
+        prepare_gpu(deterministic=True)  # as a run does
     place = torch.device(device)
     peak = _matmul_rate(place, getattr(torch, dtype))
     return [_row(shape, size, batch, place, dtype, peak, pairs) for shape in shapes for size in packs]
@@ -63,7 +66,7 @@ def measure(
 
 def _row(name: str, size: int, batch: int, device: torch.device, dtype: str, peak: float, pairs: int) -> Row:
     shape = SHAPES[name]
-    together, alone = (_Bench(shape, slots, batch, device, dtype) for slots in (size, 1))
+    together, alone = (_Bench(shape, batch, device, dtype) for _ in range(2))
     row = paired(
         f"{name}, {batch} rows of {shape.tokens} tokens",
         (f"a pack of {size}", lambda: together.train([range(size)])),
@@ -82,9 +85,9 @@ def _row(name: str, size: int, batch: int, device: torch.device, dtype: str, pea
 
 
 class _Bench:
-    """One model with room for ``slots`` clients, and the data of all of them."""
+    """One model and the data of all its clients."""
 
-    def __init__(self, shape: Shape, slots: int, batch: int, device: torch.device, dtype: str) -> None:
+    def __init__(self, shape: Shape, batch: int, device: torch.device, dtype: str) -> None:
         torch.manual_seed(0)
         base = Base(shape.build().eval(), (shape.head,))
         self.model = in_dtype(base, dtype).to(device)
@@ -93,7 +96,7 @@ class _Bench:
         shapes = {name: found for name, found in linear.items() if name.endswith(shape.targets)}
         head = head_values(self.model, [shape.head])
         self.adapter: Adapter = fresh_adapter(shapes, head, RANK, 1.0, seed=0)
-        self.stack = Stack(self.model, shapes, [shape.head], slots, RANK, 0.0)
+        self.stack = Stack(self.model, shapes, [shape.head])
         self.rows = _Rows(shape, batch, getattr(torch, dtype))
         self.device, self.batch = device, batch
         self.settings = validate({"client": {"batch_size": batch, "steps": STEPS}}).client

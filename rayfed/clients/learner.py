@@ -39,8 +39,10 @@ from rayfed.clients.train import Member, Trained, on_device, train_pack
 from rayfed.clients.transfer import assemble
 from rayfed.clients.uploads import kept, sums, upload
 from rayfed.config import Experiment
+from rayfed.devices import sent
+from rayfed.errors import RunError
+from rayfed.lora.batch import Segment
 from rayfed.lora.inject import Stack, head_layers
-from rayfed.lora.stacked import Segment
 from rayfed.methods import build
 from rayfed.methods.base import Base
 from rayfed.tasks.federation import Federation
@@ -61,11 +63,10 @@ class Learner:
         self.device = torch.device(experiment.engine.device)
         base = shared_base(experiment, len(federation.classes))
         self.model = in_dtype(base, experiment.model.dtype).to(self.device)
-        lora = experiment.lora
         shapes = blueprint.trained_shapes(experiment)
-        self.stack = Stack(self.model, shapes, base.head, 1, lora.rank, lora.dropout)  # every pack makes its own room
+        self.stack = Stack(self.model, shapes, base.head, experiment.lora.dropout)
         if experiment.engine.gradient_checkpointing:
-            recompute(self.model, self.stack.batch)
+            recompute(self.model)
         self.head = list((self.stack.head or head_layers(self.model, base.frozen_head)).values())
         how = blueprint.padding
         self.flat = FlatModel(self.model, how) if isinstance(how, Flat) else None
@@ -77,7 +78,20 @@ class Learner:
         self.by_length = {name: np.argsort(split.lengths, kind="stable") for name, split in splits.items()}
 
     def execute(self, job: Job, payloads: Sequence[Any]) -> Result:
-        """Does one job. Its type decides the result's: train, evaluate, features, states, measure."""
+        """Does one job. Its type decides the result's: train, evaluate, features, states, measure.
+
+        RunError where the memory does not do, or no algorithm that always gives the same bits.
+        """
+        try:
+            return self._execute(job, payloads)
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            raise RunError(
+                f"engine.deterministic: got true, but {str(error).splitlines()[0]}; false goes on without equal bits"
+            ) from None
+
+    def _execute(self, job: Job, payloads: Sequence[Any]) -> Result:
         if isinstance(job, TrainJob):
             return self._train(job, payloads)
         if isinstance(job, EvalJob):
@@ -146,19 +160,22 @@ class Learner:
     def _evaluate(self, job: EvalJob, payloads: Sequence[Any]) -> EvalResult:
         vector = wire.decode(payloads[0]).dense()
         adapter = job.layout.unflatten(vector)
-        self.stack.fit([adapter])
-        self.stack.load(0, adapter, job.layout.matrices(vector))
-        loss, classes = 0.0, len(self.federation.classes)
-        correct, count = torch.zeros(classes, dtype=torch.int64), torch.zeros(classes, dtype=torch.int64)
+        self.stack.load([adapter], [job.layout.matrices(vector)])
+        classes = len(self.federation.classes)
 
         def logits_of(inputs: dict[str, Tensor], segment: Segment) -> Tensor:
             return self.forward(inputs).float()
 
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        seen, right = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.bool, device=self.device)]
         for logits, labels in self._each_batch(job, self._data(job, payloads), logits_of, job.classes):
-            loss += float(nn.functional.cross_entropy(logits, labels, reduction="none").double().sum())
-            correct += torch.bincount(labels[logits.argmax(-1) == labels].cpu(), minlength=classes)
-            count += torch.bincount(labels.cpu(), minlength=classes)
-        return EvalResult(loss, correct, count)
+            there = sent(labels, self.device)
+            loss += nn.functional.cross_entropy(logits, there, reduction="none").double().sum()
+            seen.append(labels)
+            right.append(logits.argmax(-1) == there)
+        labels, hits = torch.cat(seen), torch.cat(right).cpu()  # the device is waited for once
+        count = torch.bincount(labels, minlength=classes)
+        return EvalResult(float(loss), torch.bincount(labels[hits], minlength=classes), count)
 
     @torch.no_grad()
     def _features(self, job: FeatureJob, payloads: Sequence[Any]) -> FeatureResult:
@@ -168,7 +185,7 @@ class Learner:
             for layer in self.head
         ]
         for lora in self.stack.lora.values():  # the base alone: no adapter
-            lora.load(0, None)
+            lora.load([None])
 
         def features_of(inputs: dict[str, Tensor], segment: Segment) -> Tensor:
             seen.clear()
@@ -186,7 +203,7 @@ class Learner:
             for hook in hooks:
                 hook.remove()
         states, labels = zip(*found)
-        return FeatureResult(torch.cat(states), torch.cat(labels).cpu())
+        return FeatureResult(torch.cat(states), torch.cat(labels))
 
     @torch.no_grad()
     def _states(self, job: StatesJob) -> StatesResult:
@@ -208,15 +225,16 @@ class Learner:
         self, job: EvalJob | FeatureJob | StatesJob, tokens: Any, work: Callable[[dict[str, Tensor], Segment], Tensor],
         classes: Sequence[int] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-        """What ``work`` makes of each batch of the job's rows, with its labels; a batch that does not fit is halved."""
+        """What ``work`` makes of each batch of the job's rows, and its labels; a batch that does not fit is halved."""
         size = self.experiment.eval.batch_size
         rows = self.by_length[job.split][job.start : job.stop]
         if classes is not None:
             rows = rows[np.isin(getattr(self.federation, job.split).labels[rows], classes)]
 
         def done(chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-            inputs = on_device(tokens.batch(np.asarray(chosen), self.federation.pad_id), self.device)
-            labels = inputs.pop("labels")
+            batch = tokens.batch(np.asarray(chosen), self.federation.pad_id)
+            labels = batch.pop("labels")
+            inputs = on_device(batch, self.device)
             segment = Segment(0, len(chosen), lengths=tokens.lengths[chosen].tolist())
             with self.stack.batch.of([segment]):
                 return work(inputs, segment), labels
@@ -239,6 +257,8 @@ class Learner:
 
 def _trained_rank(member: Member) -> int:
     """The largest number of ranks, over the layers, in which this client had anything to train."""
+    if bool(member.support.all()):
+        return max((entry.shape[0] for entry in member.layout.entries if entry.part == "A"), default=0)
     alive: dict[str, Tensor] = {}
     for entry in member.layout.entries:
         if entry.part in ("A", "B", "R"):

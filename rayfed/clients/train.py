@@ -2,9 +2,9 @@
 
 What holds for every client, whoever shares its pack: its batches are its own in its own order; its loss is the mean
 over its own rows (losses are summed over clients, so no gradient is rescaled); its gradient is clipped by its own norm;
-its dropout has its own generator and covers its own tokens; and after its last step it is out of the batch and its
-result is taken at once, so moments and weight decay cannot move it any more. Entries that do not train keep the bits
-they were decoded to.
+its dropout is keyed by itself and by its own tokens; and after its last step it is out of the batch and its result is
+taken down at once, so moments and weight decay cannot move it any more. Entries that do not train keep the bits they
+were decoded to.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from rayfed import keys
 from rayfed.config.training import Client
+from rayfed.devices import sent
 from rayfed.lora.adapter import Layout
+from rayfed.lora.batch import Segment
 from rayfed.lora.inject import Stack
-from rayfed.lora.stacked import Segment
 from rayfed.methods.base import Base, Tail
 
 
@@ -68,10 +69,8 @@ class Trained:
 
 
 def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The batch on the device. A GPU copies it by itself, from pinned memory, while this process goes on."""
-    if device.type != "cuda":
-        return {name: tensor.to(device) for name, tensor in batch.items()}
-    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+    """The batch on the device."""
+    return {name: sent(tensor, device) for name, tensor in batch.items()}
 
 
 def train_pack(
@@ -80,18 +79,15 @@ def train_pack(
 ) -> list[Trained]:  # fmt: skip
     """Trains the members for one round ``t`` and returns their results in the order given.
 
-    The stack gets as many slots as there are members. The result is a function of the arguments alone.
+    The stack gets as many slots as there are members. The result is a function of the arguments alone. On a GPU nothing
+    here waits for it before the last step, and a step starts as many kernels for many members as for two.
     """
     plans = [batches(m.rows, settings, seed, t, m.client) for m in members]
-    adapters = [member.layout.unflatten(member.start) for member in members]
-    stack.fit(adapters)
-    for slot, (member, adapter) in enumerate(zip(members, adapters)):
-        stack.load(slot, adapter, member.base)
+    stack.load([m.layout.unflatten(m.start) for m in members], [m.base for m in members])
     parameters = _Parameters(stack, members)
     # A payload so sparse that nothing arrived can leave nothing to train: the clients then measure their loss only.
     optimizer = _optimizer(parameters.groups(lr), settings) if parameters.trained else None
-    losses = [torch.zeros((), dtype=torch.float64, device=device) for _ in members]
-    finished: dict[int, Tensor] = {}  # on the device until all are done: the host need not wait for any one client
+    losses = torch.zeros(len(members), dtype=torch.float64, device=device)
     lengths = data.lengths
     for step in range(max(len(plan) for plan in plans)):
         active = [slot for slot, plan in enumerate(plans) if step < len(plan)]
@@ -99,7 +95,7 @@ def train_pack(
             Segment(
                 s,
                 len(plans[s][step]),
-                keys.torch_rng(seed, "dropout", t, members[s].client, step) if stack.dropout else None,
+                keys.derive(seed, "dropout", t, members[s].client, step) if stack.dropout else None,
                 lengths[plans[s][step]].tolist(),
             )
             for s in active
@@ -108,24 +104,25 @@ def train_pack(
         labels = inputs.pop("labels")
         with stack.batch.of(segments):
             each = row_losses(forward(inputs).float(), labels)
-            means = [rows.mean() for rows in each.split([s.rows for s in segments])]
+            shares = stack.batch.shares(each)
+            means = shares.grid(each[:, None]).sum((1, 2)) / shares.counts(each)
+            losses += shares.into(means.detach().double(), len(members))
             if optimizer is not None:
                 optimizer.zero_grad(set_to_none=True)
                 tails = [tail_loss(stack, s, tail) for s in active if (tail := members[s].tail) is not None]
-                torch.stack([*means, *tails]).sum().backward()
+                torch.stack([means.sum(), *tails]).sum().backward()
         if optimizer is not None:
             parameters.mask_gradients()
             if settings.clip_norm is not None:
                 parameters.clip(settings.clip_norm)
             optimizer.step()
             parameters.restore()
-        for slot, mean in zip(active, means, strict=True):
-            losses[slot] += mean.detach().double()
-            if step + 1 == len(plans[slot]):
-                finished[slot] = stack.read(slot, members[slot].layout)
+        if ended := [slot for slot in active if step + 1 == len(plans[slot])]:
+            stack.keep(ended)
+    vectors = stack.read([member.layout for member in members])
     return [
-        Trained(finished[slot].cpu(), float(losses[slot]) / len(plan), sum(map(len, plan)), len(plan))
-        for slot, plan in enumerate(plans)
+        Trained(vector, loss / len(plan), sum(map(len, plan)), len(plan))
+        for vector, loss, plan in zip(vectors, losses.tolist(), plans, strict=True)
     ]
 
 
@@ -170,26 +167,27 @@ class _Parameters:
 
     def __init__(self, stack: Stack, members: Sequence[Member]) -> None:
         places = [{(e.name, e.part): e for e in member.layout.entries} for member in members]
+        whole = [bool(member.support.all()) for member in members]
         self.rates = members[0].rates
         self.trained: list[nn.Parameter] = []
         self.parts: list[str] = []
         self.partial: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # parameter, mask, start: entries to hold still
         for name, part, parameter in stack.tensors():
-            mask = torch.ones_like(parameter, dtype=torch.bool)  # padding and empty slots have no gradient anyway
-            supports = []
-            for slot, member in enumerate(members):
-                if (name, part) not in places[slot]:
-                    continue  # a layer that only the frozen base changes
-                entry = places[slot][name, part]
-                supports.append(member.support[entry.start : entry.start + entry.numel])
-                stack.crop(mask[slot], part, entry.shape).copy_(supports[-1].view(entry.shape))
+            supports = {
+                slot: member.support[entry.start : entry.start + entry.numel].view(entry.shape)
+                for slot, member in enumerate(members)
+                if (entry := places[slot].get((name, part))) is not None  # or a layer that only the frozen base changes
+            }
             # Without this, a head-only client would still pay for the way back through the whole model.
-            parameter.requires_grad_(any(bool(support.any()) for support in supports))
+            parameter.requires_grad_(any(whole[slot] or bool(held.any()) for slot, held in supports.items()))
             if parameter.requires_grad:
                 self.trained.append(parameter)
                 self.parts.append(part)
-                if not all(bool(support.all()) for support in supports):
-                    self.partial.append((parameter, mask, parameter.detach().clone()))
+                if not all(whole[slot] or bool(held.all()) for slot, held in supports.items()):
+                    mask = torch.ones(parameter.shape, dtype=torch.bool)  # padding and empty slots have no gradient
+                    for slot, held in supports.items():
+                        stack.crop(mask[slot], part, held.shape).copy_(held)
+                    self.partial.append((parameter, sent(mask, parameter.device), parameter.detach().clone()))
 
     def groups(self, lr: float) -> list[dict[str, object]]:
         """The optimizer's parameter groups: one, or one a part where parts have rates of their own."""

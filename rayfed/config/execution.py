@@ -46,6 +46,11 @@ class Engine(Section):
         "never.",
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where clients train.")
+    deterministic: bool = Field(
+        True,
+        description="On a GPU: only algorithms that give the same bits every time; an operation that has none ends "
+        "the run. false: whatever is fastest.",
+    )
     placement: Literal["spread", "pack"] = Field(
         "spread", description="Workers on as many of the cluster's nodes as there are, or on as few as hold them."
     )

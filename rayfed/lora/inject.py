@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from rayfed.devices import sent
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, Layout, LowRank
-from rayfed.lora.stacked import Batch, StackedLinear, StackedLora, layer_shape
+from rayfed.lora.batch import Batch
+from rayfed.lora.stacked import StackedLinear, StackedLora, layer_shape
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -108,23 +110,21 @@ class Stack:
     must be made of nn.Linear layers (others hold no parameters), else UserError. ``shapes`` names the adapted layers.
     """
 
-    def __init__(
-        self, model: nn.Module, shapes: Iterable[str], head: Sequence[str], slots: int, rank: int,
-        dropout: float,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, shapes: Iterable[str], head: Sequence[str], dropout: float = 0.0) -> None:
         model.requires_grad_(False)
         self.batch = Batch()
         self.lora: dict[str, StackedLora] = {}
         self.head: dict[str, StackedLinear] = {}
         for name in shapes:
-            layer = StackedLora(model.get_submodule(name), self.batch, slots, rank, dropout)
+            layer = StackedLora(model.get_submodule(name), self.batch, dropout, name)
             _replace(model, name, layer)
             self.lora[name] = layer
         for name, linear in head_layers(model, head).items():
-            stacked = StackedLinear(linear, self.batch, slots)
+            stacked = StackedLinear(linear, self.batch)
             _replace(model, name, stacked)
             self.head[name] = stacked
-        self.slots, self.dropout = slots, dropout
+        self.dropout = dropout
+        self._kept: dict[tuple[str, str], Tensor] = {}
 
     def tensors(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """(name, part, stacked parameter (K, ...)) for every trainable tensor; names as in `Layout`."""
@@ -138,44 +138,49 @@ class Stack:
             if linear.bias_KO is not None:
                 yield f"{name}.bias", "head", linear.bias_KO
 
-    def fit(self, adapters: Sequence[Adapter]) -> None:
-        """Makes room for exactly these adapters: a slot for each, in every layer as wide as the widest of its pairs.
+    @torch.no_grad()
+    def load(self, adapters: Sequence[Adapter], bases: Sequence[Mapping[str, LowRank | Tensor]] = ()) -> None:
+        """Makes a slot for every adapter, over its frozen change of the base; what was there before is gone.
 
-        Bits and memory must follow the pack alone, not the packs before it.
+        In every layer a slot is as wide as the widest of its pairs. An adapter may leave a layer out that has a frozen
+        change. KeyError for unknown names, and for layers with neither.
         """
-        self.slots = len(adapters)
+        below = bases or [{}] * len(adapters)
+        for adapter, base in zip(adapters, below, strict=True):
+            named = set(adapter.layers) | set(base)
+            if named != set(self.lora):
+                raise KeyError(f"the adapter's layers are not the model's: {sorted(named ^ set(self.lora))}")
         for name, layer in self.lora.items():
-            pairs = [a.layers[name] for a in adapters if name in a.layers]
-            core = any(pair.R is not None for pair in pairs)
-            layer.fit(self.slots, max((pair.rank for pair in pairs), default=1), core)
-        for linear in self.head.values():
-            linear.fit(self.slots)
+            layer.load([a.layers.get(name) for a in adapters], [base.get(name) for base in below])
+        for name, linear in self.head.items():
+            biases = [a.head[f"{name}.bias"] for a in adapters] if linear.bias_KO is not None else []
+            linear.load([a.head[f"{name}.weight"] for a in adapters], biases)
+        self._kept = {}
 
     @torch.no_grad()
-    def load(self, slot: int, adapter: Adapter, base: Mapping[str, LowRank | Tensor] | None = None) -> None:
-        """Puts an adapter, over a frozen change of the base, into a slot. Its ranks may be smaller than the stack's.
+    def keep(self, slots: Sequence[int]) -> None:
+        """Takes down what these slots hold now, for `read`: what trains on beside them changes it no more.
 
-        A layer may have a pair, a frozen change, or both. KeyError for unknown names and for layers with neither.
+        However many slots these are, they cost a few operations for every tensor, and wait for none of them.
         """
-        base = base or {}
-        named = set(adapter.layers) | set(base)
-        if named != set(self.lora):
-            raise KeyError(f"the adapter's layers are not the model's: {sorted(named ^ set(self.lora))}")
-        for name in named:
-            self.lora[name].load(slot, adapter.layers.get(name), base.get(name))
         for name, part, parameter in self.tensors():
-            if part == "head":
-                parameter[slot] = adapter.head[name]
+            kept = self._kept.get((name, part))
+            if len(slots) == len(parameter):
+                self._kept[name, part] = parameter.detach().clone()
+                continue
+            if kept is None:
+                kept = self._kept[name, part] = torch.zeros_like(parameter)
+            index = sent(torch.tensor(slots), parameter.device)
+            kept.index_copy_(0, index, parameter.index_select(0, index))
 
-    @torch.no_grad()
-    def read(self, slot: int, layout: Layout) -> Tensor:
-        """The slot's entries as a flat float32 vector (n,), a copy on the stack's own device."""
-        tensors = {(name, part): parameter for name, part, parameter in self.tensors()}
-        vector = torch.empty(layout.size, device=next(iter(tensors.values())).device)
-        for e in layout.entries:
-            owned = self.crop(tensors[e.name, e.part][slot], e.part, e.shape)
-            vector[e.start : e.start + e.numel] = owned.reshape(-1)
-        return vector
+    def read(self, layouts: Sequence[Layout]) -> list[Tensor]:
+        """What every slot held when it was kept, as flat vectors (n,) on the CPU; it is let go of."""
+        kept = {place: tensor.to("cpu") for place, tensor in self._kept.items()}
+        self._kept = {}
+        return [
+            torch.cat([self.crop(kept[e.name, e.part][k], e.part, e.shape).reshape(-1) for e in layout.entries])
+            for k, layout in enumerate(layouts)
+        ]
 
     def crop(self, tensor: Tensor, part: str, shape: Sequence[int]) -> Tensor:
         """The corner of a slot's padded tensor that a client of smaller rank owns, as a view."""

@@ -7,70 +7,88 @@ For the rows of slot k, with u their (dropped-out) input, x the input itself and
     z = s_k u A_k^T,  h = s_k dy B_k
     dB_k = dy^T z,   dA_k = h^T u,   du = h A_k,   dx = dy F_k,   dy passes through
 
-The scale stands on the narrow side: r columns to multiply instead of out. Products are accumulated in place, so a layer
-makes no temporary as large as its output; autograd's own way through the same equations makes several. Where all slots
-have equally many rows (images, padded texts, full batches of a regression), each line above is one batched product.
+The scale stands on the narrow side: r columns to multiply instead of out. Nothing as wide as the layer is made that
+could be added in place; autograd's own way through the same equations makes several such temporaries. A batch whose
+runs are taken together (`Shares.together`) needs as many products for K slots as for one: each line above is batched.
+
+Shape suffixes: K runs, C entries of the longest; R largest rank, I layer input, O layer output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rayfed.devices import sent
 from rayfed.lora.adapter import LowRank
+from rayfed.lora.batch import Shares
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Rows (or, without padding, tokens) ``start`` to ``stop`` of the batch, which pass through one slot."""
+@dataclass
+class Fixed:
+    """What does not train in a layer's slots: their scales, and the frozen changes of their base (None: no change)."""
 
-    slot: int
-    start: int
-    stop: int
-    scale: float
-    frozen: LowRank | Tensor | None = None
+    scales: list[float]
+    frozen: list[LowRank | Tensor | None]
+    _tensors: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+
+    def scales_as(self, like: Tensor) -> Tensor:
+        """The scales, (slots, 1, 1), in the type and on the device of ``like``."""
+        if like.dtype not in self._tensors:
+            made = torch.tensor(self.scales, dtype=like.dtype).view(-1, 1, 1)
+            self._tensors[like.dtype] = sent(made, like.device)
+        return self._tensors[like.dtype]
+
+    def changes(self, shares: Shares, each: int) -> Iterator[tuple[slice, LowRank | Tensor]]:
+        """The frozen changes and the rows they apply to; neighbours with the same change come as one."""
+        if not any(change is not None for change in self.frozen):
+            return
+        ends = [0, *accumulate(each * size for size in shares.sizes)]
+        for _, run in groupby(range(len(shares.slots)), lambda i: id(self.frozen[shares.slots[i]])):
+            first, *rest = run
+            change = self.frozen[shares.slots[first]]
+            if change is not None:
+                yield slice(ends[first], ends[(rest or [first])[-1] + 1]), change
 
 
-def change(y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, pieces: Sequence[Piece]) -> Tensor:
-    """``y`` plus the change, in place. y (rows, ..., O); x and u (rows, ..., I); the pieces cover all rows in order.
-
-    Tokens end to end, (1, tokens, O), are covered by pieces that count tokens.
-    """
-    result: Tensor = _Change.apply(y.contiguous(), x, u, A_KRI, B_KOR, pieces)
+def change(y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, shares: Shares, fixed: Fixed) -> Tensor:
+    """``y`` plus the change, in place. y (rows, ..., O); x and u (rows, ..., I), or tokens as ``shares`` has them."""
+    result: Tensor = _Change.apply(y.contiguous(), x, u, A_KRI, B_KOR, shares, fixed)
     return result
 
 
 class _Change(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, pieces: Sequence[Piece]
+        ctx: Any, y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, shares: Shares, fixed: Fixed
     ) -> Tensor:
         flat_y, flat_x, flat_u = (t.reshape(-1, t.shape[-1]) for t in (y, x, u.to(A_KRI.dtype)))
-        each = flat_y.shape[0] // pieces[-1].stop  # rows of the flat form per row that the pieces count
-        slots = _alike(pieces)
-        narrow = []
-        if slots is not None:
-            K, scales = len(pieces), _scales(pieces, A_KRI)
-            z_KTR = torch.bmm(flat_u.view(K, -1, flat_u.shape[-1]), A_KRI[slots].mT).mul_(scales)
-            _add(flat_y.view(K, -1, flat_y.shape[-1]), z_KTR, B_KOR[slots].mT)
-            narrow.append(z_KTR)
-        for piece in pieces:
-            rows = slice(each * piece.start, each * piece.stop)
-            if slots is None:
-                z = (flat_u[rows] @ A_KRI[piece.slot].T).mul_(piece.scale)
-                _add(flat_y[rows], z, B_KOR[piece.slot].T)
+        each = len(flat_y) // shares.count  # rows of the flat form per row, or token, that is shared out
+        if shares.together:
+            z_KCR = torch.bmm(shares.grid(flat_u), shares.of(A_KRI).mT).mul_(shares.of(fixed.scales_as(A_KRI)))
+            if shares.even:
+                _add(shares.grid(flat_y), z_KCR, shares.of(B_KOR).mT)
+            else:
+                flat_y += shares.row(torch.bmm(z_KCR, shares.of(B_KOR).mT))
+            narrow = [z_KCR]
+        else:
+            narrow = []
+            for k, rows in _rows(shares, each):
+                z = (flat_u[rows] @ A_KRI[k].T).mul_(fixed.scales[k])
+                _add(flat_y[rows], z, B_KOR[k].T)
                 narrow.append(z)
-            if isinstance(piece.frozen, LowRank):
-                A, B, scale = piece.frozen.A, piece.frozen.B, piece.frozen.scale
-                _add(flat_y[rows], (flat_x[rows].to(A.dtype) @ A.T).mul_(scale), B.T)
-            elif piece.frozen is not None:
-                _add(flat_y[rows], flat_x[rows], piece.frozen.T)
+        for rows, frozen in fixed.changes(shares, each):
+            if isinstance(frozen, LowRank):
+                _add(flat_y[rows], (flat_x[rows].to(frozen.A.dtype) @ frozen.A.T).mul_(frozen.scale), frozen.B.T)
+            else:
+                _add(flat_y[rows], flat_x[rows], frozen.T)
         ctx.save_for_backward(u, A_KRI, B_KOR, *narrow)
-        ctx.pieces, ctx.slots, ctx.each, ctx.x_shape = pieces, slots, each, x.shape
+        ctx.shares, ctx.fixed, ctx.each, ctx.x_shape = shares, fixed, each, x.shape
         ctx.mark_dirty(y)
         return y
 
@@ -78,57 +96,70 @@ class _Change(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         u, A_KRI, B_KOR, *narrow = ctx.saved_tensors
-        _, need_x, need_u, need_A, need_B, _ = ctx.needs_input_grad
+        shares, fixed = ctx.shares, ctx.fixed
+        _, need_x, *needs, _, _ = ctx.needs_input_grad
         flat_dy = dy.reshape(-1, dy.shape[-1])
-        wide = flat_dy.to(A_KRI.dtype)
-        flat_u = u.to(A_KRI.dtype).reshape(-1, u.shape[-1])
-        dA = torch.zeros_like(A_KRI) if need_A else None
-        dB = torch.zeros_like(B_KOR) if need_B else None
-        du = flat_u.new_empty(flat_u.shape) if need_u else None
+        wide, flat_u = flat_dy.to(A_KRI.dtype), u.to(A_KRI.dtype).reshape(-1, u.shape[-1])
+        way_back = _together if shares.together else _one_by_one
+        du, dA, dB = way_back(wide, flat_u, A_KRI, B_KOR, narrow, shares, fixed, needs)
         dx = None
-        if need_x and any(piece.frozen is not None for piece in ctx.pieces):
-            dx = flat_dy.new_zeros(len(flat_dy), u.shape[-1])
-        slots = ctx.slots
-        if slots is not None:
-            K = len(ctx.pieces)
-            dy_KTO, u_KTI = wide.view(K, -1, wide.shape[-1]), flat_u.view(K, -1, flat_u.shape[-1])
-            if dB is not None:
-                dB[slots] = torch.bmm(dy_KTO.mT, narrow[0])
-            if dA is not None or du is not None:
-                h_KTR = torch.bmm(dy_KTO, B_KOR[slots]).mul_(_scales(ctx.pieces, A_KRI))
-                if dA is not None:
-                    dA[slots] = torch.bmm(h_KTR.mT, u_KTI)
-                if du is not None:
-                    torch.bmm(h_KTR, A_KRI[slots], out=du.view(K, -1, du.shape[-1]))
-        for i, piece in enumerate(ctx.pieces):
-            rows = slice(ctx.each * piece.start, ctx.each * piece.stop)
-            if slots is None and dB is not None:
-                dB[piece.slot] += wide[rows].T @ narrow[i]
-            if slots is None and (dA is not None or du is not None):
-                h = (wide[rows] @ B_KOR[piece.slot]).mul_(piece.scale)
-                if dA is not None:
-                    dA[piece.slot] += h.T @ flat_u[rows]
-                if du is not None:
-                    torch.mm(h, A_KRI[piece.slot], out=du[rows])
-            if dx is not None and isinstance(piece.frozen, LowRank):
-                _add(dx[rows], (wide[rows] @ piece.frozen.B).mul_(piece.frozen.scale), piece.frozen.A)
-            elif dx is not None and piece.frozen is not None:
-                _add(dx[rows], flat_dy[rows], piece.frozen)
+        for rows, frozen in fixed.changes(shares, ctx.each) if need_x else ():
+            dx = flat_dy.new_zeros(len(flat_dy), u.shape[-1]) if dx is None else dx
+            if isinstance(frozen, LowRank):
+                _add(dx[rows], (wide[rows] @ frozen.B).mul_(frozen.scale), frozen.A)
+            else:
+                _add(dx[rows], flat_dy[rows], frozen)
         du_shaped = None if du is None else du.to(u.dtype).view(u.shape)
-        return dy, None if dx is None else dx.view(ctx.x_shape), du_shaped, dA, dB, None
+        return dy, None if dx is None else dx.view(ctx.x_shape), du_shaped, dA, dB, None, None
 
 
-def _alike(pieces: Sequence[Piece]) -> slice | list[int] | None:
-    """The index of the slots, if they are several, each with a piece of its own, and all pieces have as many rows."""
-    slots = [piece.slot for piece in pieces]
-    if len(slots) < 2 or len(set(slots)) < len(slots) or len({piece.stop - piece.start for piece in pieces}) > 1:
-        return None
-    return slice(slots[0], slots[-1] + 1) if slots == list(range(slots[0], slots[-1] + 1)) else slots  # a view
+Found = tuple[Tensor | None, Tensor | None, Tensor | None]  # du, dA, dB
 
 
-def _scales(pieces: Sequence[Piece], like: Tensor) -> Tensor:
-    """The pieces' scales, (K, 1, 1)."""
-    return torch.tensor([piece.scale for piece in pieces], dtype=like.dtype, device=like.device).view(-1, 1, 1)
+def _together(
+    dy: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, narrow: list[Tensor], shares: Shares, fixed: Fixed,
+    needs: list[bool],
+) -> Found:  # fmt: skip
+    need_u, need_A, need_B = needs
+    du, dA, dB = None, None, None
+    dy_KCO = shares.grid(dy)
+    if need_B:
+        dB = shares.into(torch.bmm(dy_KCO.mT, narrow[0]), len(B_KOR))
+    if need_A or need_u:
+        h_KCR = torch.bmm(dy_KCO, shares.of(B_KOR)).mul_(shares.of(fixed.scales_as(A_KRI)))
+        if need_A:
+            dA = shares.into(torch.bmm(h_KCR.mT, shares.grid(u)), len(A_KRI))
+        if need_u:
+            du = shares.row(torch.bmm(h_KCR, shares.of(A_KRI)))
+    return du, dA, dB
+
+
+def _one_by_one(
+    dy: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, narrow: list[Tensor], shares: Shares, fixed: Fixed,
+    needs: list[bool],
+) -> Found:  # fmt: skip
+    need_u, need_A, need_B = needs
+    du = torch.empty_like(u) if need_u else None
+    dA = torch.zeros_like(A_KRI) if need_A else None
+    dB = torch.zeros_like(B_KOR) if need_B else None
+    for z, (k, rows) in zip(narrow, _rows(shares, len(u) // shares.count), strict=True):
+        if dB is not None:
+            torch.mm(dy[rows].T, z, out=dB[k])
+        if dA is not None or du is not None:
+            h = (dy[rows] @ B_KOR[k]).mul_(fixed.scales[k])
+            if dA is not None:
+                torch.mm(h.T, u[rows], out=dA[k])
+            if du is not None:
+                torch.mm(h, A_KRI[k], out=du[rows])
+    return du, dA, dB
+
+
+def _rows(shares: Shares, each: int) -> Iterator[tuple[int, slice]]:
+    """Each slot and its rows of the flat form."""
+    start = 0
+    for slot, size in zip(shares.slots, shares.sizes):
+        yield slot, slice(start, start + each * size)
+        start += each * size
 
 
 def _add(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -1,169 +1,115 @@
 """Stacked layers: the adapters and heads of K clients over one frozen model, in one forward pass.
 
-The rows of a batch belong to clients in consecutive segments, and each segment passes through its own client's factors.
-Rows lie one below the other in the first dimension, padded to one length, or their tokens lie end to end without any
-padding (`rayfed.tasks.flat`); a layer tells which from the shape. K = 1 is a pack of one: there is no second path.
-Ranks may differ; shorter pairs are padded with zeros on both sides, where gradients are zero, so it stays zero.
+The rows of a batch belong to clients in consecutive runs (`rayfed.lora.batch`), and each run passes through its own
+client's factors. K = 1 is a pack of one: there is no second path. Ranks may differ; shorter pairs are padded with zeros
+on both sides, where gradients are zero, so it stays zero.
 
-Shape suffixes: K slots of the pack, R largest rank, I layer input, O layer output, T tokens of the batch.
+Shape suffixes: K slots of the pack, R largest rank, I layer input, O layer output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from rayfed.devices import sent
 from rayfed.lora.adapter import LowRank
-from rayfed.lora.kernel import Piece, change
-
-
-@dataclass
-class Segment:
-    """Consecutive rows of the batch that belong to one slot.
-
-    `rng` draws its dropout (None: no dropout). `lengths` are its rows' tokens: in a padded batch nothing is drawn for
-    what lies behind the longest of them (None: no position is padding); without padding they say where a row ends.
-    """
-
-    slot: int
-    rows: int
-    rng: torch.Generator | None = None
-    lengths: Sequence[int] | None = None
-
-    @cached_property
-    def longest(self) -> int | None:
-        return max(self.lengths) if self.lengths is not None else None
-
-    @cached_property
-    def tokens(self) -> int:
-        """Tokens of all rows; one each where they have no lengths."""
-        return sum(self.lengths) if self.lengths is not None else self.rows
-
-
-@dataclass
-class Batch:
-    """Who owns the rows of the batch now passing through the model; shared by all stacked layers of a model."""
-
-    segments: Sequence[Segment] = field(default_factory=list)
-
-    @contextmanager
-    def of(self, segments: Sequence[Segment]) -> Iterator[None]:
-        self.segments = segments
-        try:
-            yield
-        finally:
-            self.segments = []
-
-    def split(self, x: Tensor) -> list[tuple[Segment, Tensor]]:
-        """The segments with their part of x: its rows (rows, ..., I), or its tokens (tokens, I) if they lie end to end.
-
-        Fails where rows are not what the segments announced.
-        """
-        rows = sum(s.rows for s in self.segments)
-        if x.shape[0] == rows:  # padded, or one vector a row
-            return list(zip(self.segments, x.split([s.rows for s in self.segments]), strict=True))
-        x_TI = x.reshape(-1, x.shape[-1])
-        tokens = sum(s.tokens for s in self.segments)
-        if len(x_TI) != tokens or x.shape[0] not in (1, tokens):
-            raise ValueError(
-                f"the batch has {x.shape[0]} rows, its segments {rows} of {tokens} tokens: rows stay whole and in order"
-            )
-        return list(zip(self.segments, x_TI.split([s.tokens for s in self.segments]), strict=True))
+from rayfed.lora.batch import Batch
+from rayfed.lora.dropout import dropped, feature_keys
+from rayfed.lora.kernel import Fixed, change
 
 
 class StackedLora(nn.Module):
-    """A frozen linear layer plus, for each slot, ``scale * B A`` of its input and a frozen change of the base."""
+    """A frozen linear layer plus, for each slot, ``scale * B A`` of its input and a frozen change of the base.
 
-    def __init__(self, base: nn.Module, batch: Batch, slots: int, rank: int, dropout: float) -> None:
+    Its slots are those last loaded; there are none before. ``name`` keys its dropout.
+    """
+
+    def __init__(self, base: nn.Module, batch: Batch, dropout: float = 0.0, name: str = "") -> None:
         super().__init__()
         outer, inner = layer_shape(base)
-        device = next(base.parameters()).device
+        self.device = next(base.parameters()).device
         self.base, self.batch, self.dropout = base, batch, dropout
-        self.A_KRI = nn.Parameter(torch.zeros(slots, rank, inner, device=device))
-        self.B_KOR = nn.Parameter(torch.zeros(slots, outer, rank, device=device))
+        self.A_KRI = nn.Parameter(torch.zeros(0, 1, inner))
+        self.B_KOR = nn.Parameter(torch.zeros(0, outer, 1))
         self.R_KRR: nn.Parameter | None = None  # the core between B and A, where a method has one
-        self.scales = [0.0] * slots
-        self.frozen: list[LowRank | Tensor | None] = [None] * slots
+        self.fixed = Fixed([], [])
+        self.features_I = sent(feature_keys(name, inner), self.device) if dropout else None
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        pieces, inputs, start = [], [], 0
-        for segment, rows in self.batch.split(x):
-            k, stop = segment.slot, start + len(rows)
-            pieces.append(Piece(k, start, stop, self.scales[k], self.frozen[k]))
-            inputs.append(_dropped(rows, self.dropout, segment) if self._drops(segment) else rows)
-            start = stop
-        u = torch.cat(inputs) if any(map(self._drops, self.batch.segments)) else x
+        shares = self.batch.shares(x)
+        keys = shares.keys(x.shape[:-1]) if self.features_I is not None else None
+        u = x if keys is None or self.features_I is None else dropped(x, self.dropout, keys, self.features_I)
         B_KOR = self.B_KOR if self.R_KRR is None else self.B_KOR @ self.R_KRR
-        return change(y, x, u, self.A_KRI, B_KOR, pieces)
-
-    def _drops(self, segment: Segment) -> bool:
-        return self.dropout > 0 and segment.rng is not None
-
-    def fit(self, slots: int, rank: int, core: bool = False) -> None:
-        """Room for exactly so many pairs of at most this rank, with a core or without; empty where that is new."""
-        *held, inner = self.A_KRI.shape
-        if [slots, rank] != held or core != (self.R_KRR is not None):
-            self.R_KRR = nn.Parameter(self.A_KRI.new_zeros(slots, rank, rank)) if core else None
-            self.A_KRI = nn.Parameter(self.A_KRI.new_zeros(slots, rank, inner))
-            self.B_KOR = nn.Parameter(self.B_KOR.new_zeros(slots, self.B_KOR.shape[1], rank))
-            self.scales = [0.0] * slots
-            self.frozen = [None] * slots
+        return change(y, x, u, self.A_KRI, B_KOR, shares, self.fixed)
 
     @torch.no_grad()
-    def load(self, slot: int, pair: LowRank | None, frozen: LowRank | Tensor | None = None) -> None:
-        """Puts a pair, and a frozen change of the base beneath it, into a slot; None: no change."""
-        self.A_KRI[slot].zero_()
-        self.B_KOR[slot].zero_()
-        device = self.A_KRI.device
+    def load(self, pairs: Sequence[LowRank | None], frozen: Sequence[LowRank | Tensor | None] = ()) -> None:
+        """Makes a slot for every pair (None: no change), as wide as the widest of them; what was there before is gone.
+
+        ``frozen`` holds the frozen change of the base beneath each pair, or nothing. Bits and memory follow what is
+        loaded alone.
+        """
+        slots, rank = len(pairs), max((pair.rank for pair in pairs if pair is not None), default=1)
+        A_KRI = torch.zeros(slots, rank, self.A_KRI.shape[2], dtype=self.A_KRI.dtype)
+        B_KOR = torch.zeros(slots, self.B_KOR.shape[1], rank, dtype=self.B_KOR.dtype)
+        R_KRR = torch.zeros(slots, rank, rank, dtype=self.A_KRI.dtype)
+        for k, pair in enumerate(pairs):
+            if pair is not None:
+                A_KRI[k, : pair.rank], B_KOR[k, :, : pair.rank] = pair.A, pair.B
+                if pair.R is not None:
+                    R_KRR[k, : pair.rank, : pair.rank] = pair.R
+        cores = {pair.R is not None for pair in pairs if pair is not None}
+        if len(cores) > 1:
+            raise ValueError("pairs with a core and pairs without one do not fit into one stack")
+        self.A_KRI, self.B_KOR = (nn.Parameter(sent(t, self.device)) for t in (A_KRI, B_KOR))
+        self.R_KRR = nn.Parameter(sent(R_KRR, self.device)) if True in cores else None
+        there: dict[int, LowRank | Tensor | None] = {}  # clients that share a change share it on the device, too
+        for below in frozen:
+            if id(below) not in there:
+                there[id(below)] = self._there(below)
+        beneath = [there[id(below)] for below in frozen] or [None] * slots
+        self.fixed = Fixed([0.0 if pair is None else pair.scale for pair in pairs], beneath)
+
+    def _there(self, frozen: LowRank | Tensor | None) -> LowRank | Tensor | None:
         if isinstance(frozen, LowRank):
-            frozen = LowRank(frozen.B.to(device), frozen.A.to(device), frozen.scale)
-        self.frozen[slot] = frozen.to(device) if isinstance(frozen, Tensor) else frozen
-        if pair is None:
-            self.scales[slot] = 0.0
-            return
-        if pair.rank > self.A_KRI.shape[1]:
-            raise ValueError(f"rank {pair.rank} does not fit a stack of rank {self.A_KRI.shape[1]}")
-        if self.R_KRR is not None:
-            self.R_KRR[slot].zero_()
-            if pair.R is not None:
-                self.R_KRR[slot][: pair.rank, : pair.rank] = pair.R
-        elif pair.R is not None:
-            raise ValueError("a pair with a core does not fit a stack without one")
-        self.A_KRI[slot][: pair.rank] = pair.A
-        self.B_KOR[slot][:, : pair.rank] = pair.B
-        self.scales[slot] = pair.scale
+            return LowRank(sent(frozen.B, self.device), sent(frozen.A, self.device), frozen.scale)
+        return None if frozen is None else sent(frozen, self.device)
 
 
 class StackedLinear(nn.Module):
-    """A linear layer of the head that every slot trains in full."""
+    """A linear layer of the head that every slot trains in full. Its slots are those last loaded."""
 
-    def __init__(self, layer: nn.Linear, batch: Batch, slots: int) -> None:
+    def __init__(self, layer: nn.Linear, batch: Batch) -> None:
         super().__init__()
         self.batch = batch
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight_KOI = nn.Parameter(layer.weight.detach().float().repeat(slots, 1, 1))
-        bias = layer.bias
-        self.bias_KO = nn.Parameter(bias.detach().float().repeat(slots, 1)) if bias is not None else None
+        self.device = layer.weight.device
+        self.weight_KOI = nn.Parameter(layer.weight.detach().float()[None])
+        self.bias_KO = nn.Parameter(layer.bias.detach().float()[None]) if layer.bias is not None else None
 
-    def fit(self, slots: int) -> None:
-        """Room for exactly so many clients; empty where that is new."""
-        if slots != len(self.weight_KOI):
-            self.weight_KOI = nn.Parameter(self.weight_KOI.new_zeros(slots, *self.weight_KOI.shape[1:]))
-            if self.bias_KO is not None:
-                self.bias_KO = nn.Parameter(self.bias_KO.new_zeros(slots, *self.bias_KO.shape[1:]))
+    @torch.no_grad()
+    def load(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> None:
+        """Makes a slot for every weight (out, in), with its bias (out,) where the layer has one."""
+        self.weight_KOI = nn.Parameter(sent(torch.stack(list(weights)).to(self.weight_KOI.dtype), self.device))
+        if self.bias_KO is not None:
+            self.bias_KO = nn.Parameter(sent(torch.stack(list(biases)).to(self.bias_KO.dtype), self.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs = []
-        for segment, rows in self.batch.split(x):
-            bias = self.bias_KO[segment.slot] if self.bias_KO is not None else None
-            outputs.append(nn.functional.linear(rows.to(self.weight_KOI.dtype), self.weight_KOI[segment.slot], bias))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        shares, x = self.batch.shares(x), x.to(self.weight_KOI.dtype)
+        if shares.together:
+            y_KCO = torch.bmm(shares.grid(x.reshape(-1, x.shape[-1])), shares.of(self.weight_KOI).mT)
+            if self.bias_KO is not None:
+                y_KCO = y_KCO + shares.of(self.bias_KO)[:, None]
+            y = shares.row(y_KCO)
+        else:
+            biases = [None] * len(self.weight_KOI) if self.bias_KO is None else list(self.bias_KO)
+            runs = zip(shares.slots, shares.each(x))
+            y = torch.cat([nn.functional.linear(run, self.weight_KOI[k], biases[k]) for k, run in runs])
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int]:
@@ -179,11 +125,3 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
 def is_conv1d(layer: nn.Module) -> bool:
     """GPT-2's Conv1D: a linear layer whose weight is stored (in, out). Told by name: no transformers here."""
     return type(layer).__name__ == "Conv1D" and getattr(layer, "weight", torch.empty(0)).ndim == 2
-
-
-def _dropped(rows: Tensor, rate: float, segment: Segment) -> Tensor:
-    """Inverted dropout with the segment's own generator and shape, so that neighbours in the pack change nothing."""
-    keep = torch.ones(rows.shape, dtype=torch.bool)
-    own = keep[:, : segment.longest] if rows.ndim > 2 else keep  # (rows, tokens, I), or no padding: (_, I)
-    own.copy_(torch.rand(own.shape, generator=segment.rng) >= rate)
-    return rows * keep.to(rows.device) / (1 - rate)

@@ -21,8 +21,8 @@ from rayfed.clients.profiles import profile
 from rayfed.clients.train import Member, train_pack
 from rayfed.config import Experiment
 from rayfed.lora.adapter import Adapter
+from rayfed.lora.batch import Segment
 from rayfed.lora.inject import Stack
-from rayfed.lora.stacked import Segment
 from rayfed.methods import Update
 from rayfed.methods.fedit import FedIT
 from rayfed.server.axes import rate, resolve
@@ -76,7 +76,7 @@ def _same_rounds(
     classes, width = head[f"{name}.weight"].shape
     model = nn.Module()
     model.add_module("head", nn.Linear(width, classes, bias=f"{name}.bias" in head))
-    stack = Stack(model, (), ["head"], slots=1, rank=1, dropout=0.0)
+    stack = Stack(model, (), ["head"])
     start = Adapter({}, {key.replace(name, "head", 1): tensor for key, tensor in head.items()})
     axes, method = resolve(experiment), FedIT()
     state = method.init(start, experiment.seed)
@@ -100,7 +100,7 @@ def _same_rounds(
             change = trained.vector - state.vector
             updates.append(Update(profile(c, len(rows), experiment, t), weight, state.vector, change, state.layout))
         state = method.aggregate(state, updates, axes.optimizer.advance)
-    stack.load(0, state.layout.unflatten(state.vector))
+    stack.load([state.layout.unflatten(state.vector)])
     with torch.no_grad(), stack.batch.of([Segment(0, len(test.labels))]):
         right = logits({"features": test.features}).argmax(-1) == test.labels
     return float(right.double().mean())

@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayfed.devices import sent
+from rayfed.lora.grid import Grid
+
 NAME = "rayfed_flat"  # under which transformers knows `attend`; no mask is registered with it, so none is made
 TILE = 64  # tokens; a longer text is a tile of its own
 LONG = 128  # tokens; with a longer text, scores take more memory than they save time
@@ -34,7 +37,8 @@ class Laid:
         self.device = device
         self.lengths = [length for lengths in clients for length in lengths]
         self.longest = max(self.lengths)
-        self.tiles = [tile for lengths in clients for tile in _tiles(lengths)]
+        room = TILE if device.type == "cpu" else max(TILE, self.longest)  # a grid is as wide as its longest tile anyway
+        self.tiles = [tile for lengths in clients for tile in _tiles(lengths, room)]
         self.sizes = [sum(tile) for tile in self.tiles]
         self._kept: dict[Any, Any] = {}
 
@@ -56,30 +60,26 @@ class Laid:
     def ends(self) -> Tensor:
         """(texts + 1,) int32: where the texts start and end, from 0 to T."""
         sizes = torch.tensor([0, *self.lengths], dtype=torch.int32)
-        return self._once("ends", lambda: sizes.cumsum(0, dtype=torch.int32).to(self.device))
+        return self._once("ends", lambda: sent(sizes.cumsum(0, dtype=torch.int32), self.device))
 
-    def grid(self, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The tiles as one batch: which token stands where (N * C,), where each token stands (T,), who sees whom.
+    def texts(self) -> Grid:
+        """The texts side by side."""
+        grid: Grid = self._once("texts", lambda: Grid(self.lengths, self.device))
+        return grid
 
-        The last is (N, 1, C, C), True where seen. A tile's free places repeat its own first token and see each other.
-        """
-        return self._once(("grid", causal), lambda: self._grid(causal))
+    def grid(self, causal: bool) -> tuple[Grid, Tensor]:
+        """The tiles as one batch, and who sees whom: (N, 1, C, C), True where seen. Free places see each other."""
+        grid = self._once("grid", lambda: Grid(self.sizes, self.device))
+        return grid, self._once(("seen", causal), lambda: sent(self._seen(causal), self.device))
 
-    def _grid(self, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-        width, start = max(self.sizes), 0
-        tokens, places, texts = [], [], []
-        for i, (tile, size) in enumerate(zip(self.tiles, self.sizes)):
-            free = width - size
-            tokens.append(torch.cat([torch.arange(start, start + size), torch.full((free,), start)]))
-            places.append(torch.arange(size) + i * width)
-            texts.append(torch.cat([_owners(tile), torch.full((free,), len(tile))]))
-            start += size
-        owners = torch.stack(texts)
+    def _seen(self, causal: bool) -> Tensor:
+        width = max(self.sizes)
+        owners = torch.stack([
+            torch.cat([_owners(tile), torch.full((width - size,), len(tile))])
+            for tile, size in zip(self.tiles, self.sizes)
+        ])  # fmt: skip
         seen = owners[:, None, :, None] == owners[:, None, None, :]
-        if causal:
-            seen = seen & torch.ones(width, width, dtype=torch.bool).tril()
-        found = torch.cat(tokens), torch.cat(places), seen
-        return tuple(t.to(self.device) for t in found)  # type: ignore[return-value]
+        return seen & torch.ones(width, width, dtype=torch.bool).tril() if causal else seen
 
     def _mask(self, tile: Sequence[int], causal: bool, dtype: torch.dtype) -> Tensor | None:
         if len(tile) == 1 and (not causal or tile[0] > LONG):
@@ -88,7 +88,7 @@ class Laid:
         hidden = owners[:, None] != owners
         if causal:
             hidden |= torch.ones_like(hidden).triu(1)
-        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf).to(self.device)
+        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._kept:
@@ -181,16 +181,16 @@ def _by_tile(query: Tensor, key: Tensor, value: Tensor, laid: Laid, causal: bool
 
 def _gridded(query: Tensor, key: Tensor, value: Tensor, laid: Laid, causal: bool, scale: float) -> Tensor:
     """All tiles in one call, padded to the largest: few kernels, for a device that is slow to start one."""
-    tokens, places, seen = laid.grid(causal)
+    grid, seen = laid.grid(causal)
 
     def tile(x: Tensor) -> Tensor:  # (1, H, T, D) -> (N, H, C, D)
-        picked = _every_head(x, query)[0].transpose(0, 1).index_select(0, tokens)
-        return picked.view(len(laid.tiles), -1, *picked.shape[1:]).transpose(1, 2)
+        spread = grid.spread(_every_head(x, query)[0].transpose(0, 1))
+        return spread.view(grid.lines, grid.longest, *spread.shape[1:]).transpose(1, 2)
 
     y_NHCD = nn.functional.scaled_dot_product_attention(
         tile(query), tile(key), tile(value), attn_mask=seen, scale=scale
     )
-    return y_NHCD.transpose(1, 2).flatten(0, 1).index_select(0, places)[None]
+    return grid.gather(y_NHCD.transpose(1, 2).flatten(0, 1))[None]
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, laid: Laid, causal: bool, scale: float) -> Tensor:
@@ -219,14 +219,14 @@ def _owners(tile: Sequence[int]) -> Tensor:
     return torch.repeat_interleave(torch.tensor(tile))
 
 
-def _tiles(lengths: Sequence[int]) -> list[list[int]]:
-    """Neighbouring texts together, up to TILE tokens; a longer text alone."""
+def _tiles(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Neighbouring texts together, up to so many tokens; a longer text alone."""
     tiles: list[list[int]] = []
-    room = 0
+    left = 0
     for length in lengths:
-        if length > room or length > TILE:
+        if length > left or length > room:
             tiles.append([])
-            room = TILE
+            left = room
         tiles[-1].append(length)
-        room -= length
+        left -= length
     return tiles

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rayfed.lora.stacked import Segment
+from rayfed.lora.batch import Segment
 from rayfed.tasks.attention import NAME, Laid, attend
 from rayfed.tasks.models import MeanPooledClassifier, quiet, widened
 from rayfed.tasks.tokens import Tokens
@@ -83,6 +83,10 @@ class FlatModel:
             self.encoder.set_attn_implementation(NAME)
         if self._before[1]:
             self.config.use_cache = False  # decoders would copy all keys and values for the sake of a next token
+        # Some look at every batch's ids, and on a GPU wait for them, to warn of padding without a mask: here is none.
+        self._warns = hasattr(self.encoder, "warn_if_padding_and_no_attention_mask")
+        if self._warns:
+            self.encoder.warn_if_padding_and_no_attention_mask = lambda *args: None
         self._hooks = [
             self.encoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.encoder.register_forward_hook(self._leave),
@@ -105,6 +109,8 @@ class FlatModel:
         """Makes the model again what it was."""
         for hook in self._hooks:
             hook.remove()
+        if self._warns:
+            del self.encoder.warn_if_padding_and_no_attention_mask  # its class has its own
         implementation, cache = self._before
         with quiet():
             self.encoder.set_attn_implementation(implementation)
@@ -154,7 +160,10 @@ class _Row:
         return states_TD.index_select(0, self.places)[:, None]
 
     def _padded(self, x: Tensor, value: float) -> Tensor:
-        return nn.utils.rnn.pad_sequence(list(x.split(self.laid.lengths)), batch_first=True, padding_value=value)
+        """(tokens, ...) -> (texts, longest, ...)."""
+        texts = self.laid.texts()
+        padded = texts.spread(x).view(texts.lines, texts.longest, *x.shape[1:])
+        return padded.masked_fill(texts.free.view(*padded.shape[:2]), value) if value else padded
 
 
 def choose(model: nn.Module, longest: int) -> Flat | Padded:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rayfed.lora.stacked import Segment
+from rayfed.lora.batch import Segment
 from rayfed.tasks.flat import Flat, FlatModel, FlatTokens, made_up
 
 

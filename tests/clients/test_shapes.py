@@ -102,9 +102,9 @@ def model_of(build):
 def train(build, members, settings, dtype="float32", again=False):
     model, head, shapes = model_of(build)
     in_dtype(Base(model, (head,)), dtype)
-    stack = Stack(model, shapes, [head], len(members), 4, dropout=0.2)
+    stack = Stack(model, shapes, [head], dropout=0.2)
     if again:
-        recompute(model, stack.batch)
+        recompute(model)
     results = train_pack(
         stack, lambda inputs: model(**inputs).logits, Rows(build is vit), 0, members, settings, lr=settings.lr, t=3,
         seed=1, device=torch.device("cpu"),

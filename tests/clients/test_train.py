@@ -36,11 +36,12 @@ def settings_of(options, **more):
 
 @pytest.fixture(params=["padded", "flat"])
 def lab(request, base, tokens):
-    """Makes members with random starts and trains packs of them, each on a fresh copy of the base.
+    """Every claim holds for padded batches and for batches of real tokens only."""
+    return lab_with(base, tokens, request.param == "flat")
 
-    Every claim holds for padded batches and for batches of real tokens only.
-    """
-    flat = request.param == "flat"
+
+def lab_with(base, tokens, flat):
+    """Makes members with random starts and trains packs of them, each on a fresh copy of the base."""
     shapes = match(base().model, config_for(base(), 1), base().head)
     head = head_values(base().model, base().head)
 
@@ -57,16 +58,16 @@ def lab(request, base, tokens):
         support = torch.ones(layout.size, dtype=torch.bool) if support is None else support(layout)
         return Member(client, layout, adapter.flatten(), support, np.asarray(rows))
 
-    def stack_of(slots, rank=4, dropout=0.0):
+    def stack_of(dropout=0.0):
         fresh = base()
-        stack = Stack(fresh.model, shapes, fresh.head, slots, rank, dropout)
+        stack = Stack(fresh.model, shapes, fresh.head, dropout)
         if flat:
             model = FlatModel(fresh.model, Flat("mean"))
             return SimpleNamespace(stack=stack, forward=lambda inputs: model(inputs, stack.batch.segments))
         return SimpleNamespace(stack=stack, forward=lambda inputs: fresh.model(**inputs).logits)
 
     def train(members, settings, dropout=0.0, t=ROUND, seed=BASE_SEED, on=None, lr=None):
-        on = on or stack_of(len(members), max(m.layout.entries[0].shape[0] for m in members), dropout)
+        on = on or stack_of(dropout)
         return train_pack(
             on.stack, on.forward, FlatTokens(tokens) if flat else tokens, 0, members, settings,
             lr=lr or LR[settings.optimizer], t=t, seed=seed, device=torch.device("cpu"),
@@ -178,7 +179,7 @@ def test_a_client_that_diverges_does_not_harm_its_neighbours(lab):
 
 def test_the_same_arguments_give_the_same_bits_whatever_was_trained_before(lab):
     settings = settings_of(ADAMW, clip_norm=0.5)
-    on = lab.stack_of(3, dropout=0.2)
+    on = lab.stack_of(dropout=0.2)
     pair = [lab.member(1, range(0, 9), rank=2), lab.member(2, range(30, 36), rank=1)]
     first = lab.train(pair, settings, on=on)
     before = [m.start.clone() for m in pair]
@@ -239,7 +240,7 @@ def test_a_part_trains_alone(lab, options, part):
 
 @pytest.mark.parametrize("rank", [2, 4])
 def test_head_only_training_does_not_go_back_through_the_model(lab, rank):
-    on = lab.stack_of(2, rank=4)
+    on = lab.stack_of()
     member = lab.member(1, range(4), rank, support=lambda layout: layout.mask("head"))
     lab.train([member], settings_of(SGD), on=on)
     assert all((p.grad is not None) == (part == "head") for _, part, p in on.stack.tensors())
@@ -269,6 +270,15 @@ def test_dropout_changes_with_client_round_and_seed(lab):
     for changed in (change(other, 0.3), change(member, 0.3, t=6), change(member, 0.3, seed=12)):
         assert (changed - reference).norm() > 0.05 * reference.norm()
     assert torch.equal(change(member, 0.3), reference)
+
+
+def test_dropout_is_the_same_with_padding_and_without(base, tokens):
+    settings = settings_of(ADAMW, clip_norm=0.5)
+    labs = [lab_with(base, tokens, flat) for flat in (False, True)]
+    members = [labs[0].member(3, range(0, 7), rank=1), labs[0].member(4, range(45, 60), rank=4)]
+    padded, flat = (lab.train(members, settings, dropout=0.3) for lab in labs)
+    for member, a, b in zip(members, padded, flat):
+        assert_same_training(a.vector, b.vector, member, 1e-4)
 
 
 def test_dropout_changes_with_the_step(lab):

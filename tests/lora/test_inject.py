@@ -9,8 +9,9 @@ from torch import nn
 
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, LowRank
+from rayfed.lora.batch import Batch, Segment
 from rayfed.lora.inject import Stack, head_layers, head_values, match, peft_config
-from rayfed.lora.stacked import Batch, Segment, StackedLinear, StackedLora, layer_shape
+from rayfed.lora.stacked import StackedLinear, StackedLora, layer_shape
 
 BERT_REGEX = r".*layer\.1\.(attention\.self\.key|output\.dense)"
 GPT2_REGEX = r"transformer\.h\.0\.(attn\.c_attn|mlp\.c_fc)"
@@ -32,16 +33,17 @@ def adapted_by_peft(model, config) -> list[str]:
     return [name for name, module in wrapped.named_modules() if hasattr(module, "lora_A")]
 
 
-def stacked(base, shapes, adapters, rank=None):
+def stacked(base, shapes, adapters):
     """The base with the adapters in slots 0, 1, ... of a stack."""
-    stack = Stack(base.model, shapes, base.head, len(adapters), rank or max(r.rank for r in ranks(adapters)), 0.0)
-    for slot, adapter in enumerate(adapters):
-        stack.load(slot, adapter)
+    stack = Stack(base.model, shapes, base.head)
+    stack.load(adapters)
     return stack
 
 
-def ranks(adapters):
-    return [next(iter(adapter.layers.values())) for adapter in adapters]
+def held(stack, adapters):
+    """What the slots hold now, as vectors."""
+    stack.keep(range(len(adapters)))
+    return stack.read([adapter.layout for adapter in adapters])
 
 
 def forward(base, stack, inputs, segments):
@@ -135,7 +137,7 @@ def test_logits_and_gradients_are_those_of_peft(base, inputs, random_adapter, pe
 
 def test_nothing_but_the_stack_trains(base):
     fresh = base("mean")
-    stack = Stack(fresh.model, match(fresh.model, config_for(fresh, ["query"]), fresh.head), fresh.head, 2, 2, 0.0)
+    stack = Stack(fresh.model, match(fresh.model, config_for(fresh, ["query"]), fresh.head), fresh.head)
     trained = {id(parameter) for _, _, parameter in stack.tensors()}
     assert {id(p) for p in fresh.model.parameters() if p.requires_grad} == trained
 
@@ -179,14 +181,14 @@ def test_an_adapter_in_one_slot_does_not_touch_another(base, inputs, random_adap
     segments = [Segment(0, 4), Segment(1, 2)]
     with torch.no_grad():
         before = forward(fresh, stack, inputs, segments)
-        stack.load(1, third)
+        stack.load([first, third])
         after = forward(fresh, stack, inputs, segments)
         turned = forward(fresh, stack, inputs, [Segment(1, 4), Segment(0, 2)])
     assert torch.equal(after[:4], before[:4])
     assert not torch.allclose(after[4:], before[4:], atol=1e-3)
     assert not torch.allclose(turned[:4], before[:4], atol=1e-3)
-    assert torch.equal(stack.read(0, first.layout), first.flatten())
-    assert torch.equal(stack.read(1, third.layout), third.flatten())
+    for found, adapter in zip(held(stack, [first, third]), (first, third)):
+        assert torch.equal(found, adapter.flatten())
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
@@ -196,8 +198,7 @@ def test_padding_stays_zero_while_training(base, inputs, random_adapter, optimiz
     head = head_values(fresh.model, fresh.head)
     adapters = [random_adapter(shapes, head, rank, 1.0, seed=rank) for rank in (1, 4, 2)]
     stack = stacked(fresh, shapes, [adapters[1]] * 3)  # a slot is used again: what lay there before must be gone
-    for slot, adapter in enumerate(adapters):
-        stack.load(slot, adapter)
+    stack.load(adapters)
     steps = optimizer([p for _, _, p in stack.tensors()], lr=0.05, weight_decay=0.1)
     for _ in range(3):
         steps.zero_grad()
@@ -209,12 +210,12 @@ def test_padding_stays_zero_while_training(base, inputs, random_adapter, optimiz
             assert not layer.A_KRI[slot, rank:].any()
             assert not layer.B_KOR[slot, :, rank:].any()
             assert layer.A_KRI[slot, :rank].all()
-    assert not torch.allclose(stack.read(0, adapters[0].layout), adapters[0].flatten(), atol=1e-3)
+    assert not torch.allclose(held(stack, adapters)[0], adapters[0].flatten(), atol=1e-3)
 
 
 def test_rows_that_no_segment_owns_are_refused(base, inputs):
     fresh = base("mean")
-    stack = Stack(fresh.model, match(fresh.model, config_for(fresh, ["query"]), fresh.head), fresh.head, 1, 2, 0.0)
+    stack = Stack(fresh.model, match(fresh.model, config_for(fresh, ["query"]), fresh.head), fresh.head)
     with pytest.raises(ValueError, match="the batch has 6 rows, its segments 5"):
         forward(fresh, stack, inputs, [Segment(0, 5)])
     with pytest.raises(ValueError, match="the batch has 6 rows, its segments 0"):
@@ -225,12 +226,10 @@ def test_adapters_that_do_not_fit_the_stack_are_refused(base, random_adapter):
     fresh = base("mean")
     shapes = match(fresh.model, config_for(fresh, ["query", "value"]), fresh.head)
     head = head_values(fresh.model, fresh.head)
-    stack = Stack(fresh.model, shapes, fresh.head, 1, 2, 0.0)
-    with pytest.raises(ValueError, match="rank 3 does not fit a stack of rank 2"):
-        stack.load(0, random_adapter(shapes, head, 3, 1.0, seed=0))
+    stack = Stack(fresh.model, shapes, fresh.head)
     fewer = dict(list(shapes.items())[1:])
     with pytest.raises(KeyError, match="the adapter's layers are not the model's"):
-        stack.load(0, random_adapter(fewer, head, 2, 1.0, seed=0))
+        stack.load([random_adapter(fewer, head, 2, 1.0, seed=0)])
 
 
 def test_a_target_that_matches_nothing_lists_the_linear_layers(base):
@@ -282,7 +281,7 @@ def test_a_rank_above_a_layers_size_is_refused(base, kind, most):
 def test_a_head_that_is_not_made_of_linear_layers_is_refused(head):
     model = nn.ModuleDict({"body": nn.Linear(4, 4), "classifier": head})
     with pytest.raises(UserError, match=r"model\.name: the head classifier.* is a (Conv2d|LayerNorm), but only heads"):
-        Stack(model, {"body": (4, 4)}, ("classifier",), 1, 2, 0.0)
+        Stack(model, {"body": (4, 4)}, ("classifier",))
 
 
 def test_heads_of_several_linear_layers_are_found_by_full_name():
@@ -294,9 +293,9 @@ def test_heads_of_several_linear_layers_are_found_by_full_name():
     }  # fmt: skip
     values["score.0.bias"].fill_(9)
     assert not (model["score"][0].bias == 9).any()
-    stack = Stack(model, {}, ("score",), 2, 1, 0.0)
+    stack = Stack(model, {}, ("score",))
     assert {name for name, _, _ in stack.tensors()} == set(values)
-    stack.load(1, Adapter({}, values))
+    stack.load([Adapter({}, {n: 0 * t for n, t in values.items()}), Adapter({}, values)])
     with stack.batch.of([Segment(1, 2)]):
         out = model["score"](torch.ones(2, 4))
     expected = torch.tanh(torch.ones(2, 4) @ values["score.0.weight"].T + 9) @ values["score.2.weight"].T
@@ -317,18 +316,14 @@ def test_the_runs_settings_in_pefts_words(tiny):
 # The stacked layers on their own.
 
 
-def drawn_with(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def test_dropout_is_inverted_hits_the_adapter_only_and_is_off_without_a_generator():
+def test_dropout_is_inverted_hits_the_adapter_only_and_is_off_without_a_key():
     base = nn.Linear(1000, 1000, bias=False)
     batch = Batch()
-    layer = StackedLora(base, batch, slots=1, rank=1000, dropout=0.25)
+    layer = StackedLora(base, batch, dropout=0.25)
     eye = torch.eye(1000)
-    layer.load(0, LowRank(eye, eye, 1.0))
+    layer.load([LowRank(eye, eye, 1.0)])
     x = torch.ones(4, 1000)
-    with torch.no_grad(), batch.of([Segment(0, 4, drawn_with(0))]):
+    with torch.no_grad(), batch.of([Segment(0, 4, key=0)]):
         change = layer(x) - base(x)
     values = change.flatten()
     kept = values > 0.5
@@ -341,16 +336,15 @@ def test_dropout_is_inverted_hits_the_adapter_only_and_is_off_without_a_generato
 
 def test_dropout_on_a_texts_own_tokens_does_not_depend_on_padding_or_neighbours():
     batch = Batch()
-    layer = StackedLora(nn.Linear(8, 8), batch, slots=2, rank=8, dropout=0.5)
-    for slot in range(2):
-        layer.load(slot, LowRank(torch.eye(8), torch.eye(8), 1.0))
+    layer = StackedLora(nn.Linear(8, 8), batch, dropout=0.5)
+    layer.load([LowRank(torch.eye(8), torch.eye(8), 1.0)] * 2)
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
     padded = torch.cat([x, torch.zeros(2, 4, 8)], dim=1)
     beside = torch.cat([torch.ones(3, 7, 8), padded])
     with torch.no_grad():
-        with batch.of([Segment(0, 2, drawn_with(9), [3, 2])]):
+        with batch.of([Segment(0, 2, 9, [3, 2])]):
             alone, pooled = layer(x), layer(x[:, 0])
-        with batch.of([Segment(1, 3, drawn_with(4), [7, 7, 1]), Segment(0, 2, drawn_with(9), [3, 2])]):
+        with batch.of([Segment(1, 3, 4, [7, 7, 1]), Segment(0, 2, 9, [3, 2])]):
             packed, packed_pooled = layer(beside), layer(beside[:, 0])
     torch.testing.assert_close(packed[3:, :3], alone)
     torch.testing.assert_close(packed_pooled[3:], pooled)
@@ -360,7 +354,8 @@ def test_dropout_on_a_texts_own_tokens_does_not_depend_on_padding_or_neighbours(
 def test_a_head_without_a_bias_has_none_in_any_slot():
     batch = Batch()
     linear = nn.Linear(4, 3, bias=False)
-    layer = StackedLinear(linear, batch, 2)
+    layer = StackedLinear(linear, batch)
+    layer.load([torch.zeros(3, 4), linear.weight])
     assert layer.bias_KO is None
     with batch.of([Segment(1, 5)]):
         torch.testing.assert_close(layer(torch.ones(5, 4)), linear(torch.ones(5, 4)))
@@ -369,11 +364,10 @@ def test_a_head_without_a_bias_has_none_in_any_slot():
 def test_rows_may_lie_end_to_end_without_padding():
     """Two clients, texts of 3 and 2 tokens, and of 4: the layer computes per token what it computes padded."""
     batch = Batch()
-    layer = StackedLora(nn.Linear(8, 8), batch, slots=2, rank=8, dropout=0.5)
-    for slot in range(2):
-        layer.load(slot, LowRank((slot + 1) * torch.eye(8), torch.eye(8), 1.0))
-    x = torch.randn(1, 9, 8, generator=drawn_with(1))
-    alone, packed = (lambda: Segment(0, 2, drawn_with(9), [3, 2])), (lambda: Segment(1, 1, drawn_with(4), [4]))
+    layer = StackedLora(nn.Linear(8, 8), batch, dropout=0.5)
+    layer.load([LowRank((slot + 1) * torch.eye(8), torch.eye(8), 1.0) for slot in range(2)])
+    x = torch.randn(1, 9, 8, generator=torch.Generator().manual_seed(1))
+    alone, packed = (lambda: Segment(0, 2, 9, [3, 2])), (lambda: Segment(1, 1, 4, [4]))
     with torch.no_grad():
         with batch.of([alone()]):
             own, pooled = layer(x[:, :5]), layer(x[0, :2])

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from rayfed.lora.adapter import Adapter, LowRank
+from rayfed.lora.batch import Segment
 from rayfed.lora.inject import Stack, head_values, match
 from rayfed.lora.peft_io import load_peft, peft_settings, save_peft
-from rayfed.lora.stacked import Segment
 
 CLASSES = 4
 TARGETS = {"bert": ["query", "output.dense"], "mean": ["query", "intermediate.dense"], "gpt2": ["c_attn", "c_fc"]}
@@ -43,8 +43,8 @@ def saved(base, inputs, random_adapter, tmp_path):
         shapes = match(fresh.model, copy.deepcopy(config), fresh.head)
         scale = 5 / 2**0.5 if rslora else 5 / 2
         adapter = random_adapter(shapes, head_values(fresh.model, fresh.head), 2, scale, seed=3)
-        stack = Stack(fresh.model, shapes, fresh.head, 1, 2, 0.0)
-        stack.load(0, adapter)
+        stack = Stack(fresh.model, shapes, fresh.head)
+        stack.load([adapter])
         with torch.no_grad(), stack.batch.of([Segment(0, 6)]):
             logits = fresh.model(**inputs).logits
         save(tmp_path / "adapter", adapter, config, "the-base", kind == "gpt2")

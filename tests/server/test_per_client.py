@@ -9,8 +9,8 @@ import torch
 import rayfed
 from rayfed.clients.blueprint import draw_blueprint
 from rayfed.engine.local import LocalCrew
+from rayfed.lora.batch import Segment
 from rayfed.lora.inject import Stack
-from rayfed.lora.stacked import Segment
 from rayfed.methods import build
 from rayfed.server import per_client
 from rayfed.server.per_client import client_accuracies
@@ -37,11 +37,10 @@ def predictions(experiment, federation, adapters):
     """Each adapter's predictions on the test split, one text at a time."""
     base = base_of(experiment, len(federation.classes))
     shapes = draw_blueprint(experiment, len(federation.classes)).shapes
-    stack = Stack(base.model, shapes, base.head, 1, experiment.lora.rank, 0.0)
+    stack = Stack(base.model, shapes, base.head)
     found = []
     for adapter in adapters:
-        stack.fit([adapter])
-        stack.load(0, adapter, {})
+        stack.load([adapter])
         found.append(np.zeros(len(federation.test), np.int64))
         for row in range(len(federation.test)):
             batch = federation.test.batch(np.array([row]), federation.pad_id)

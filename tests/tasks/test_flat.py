@@ -9,8 +9,9 @@ import transformers
 from torch import nn
 
 from rayfed.lora.adapter import Adapter, LowRank
+from rayfed.lora.batch import Segment
 from rayfed.lora.inject import Stack, head_layers, head_values
-from rayfed.lora.stacked import Segment, layer_shape
+from rayfed.lora.stacked import layer_shape
 from rayfed.tasks.flat import Flat, FlatModel, FlatTokens, Padded, choose
 from rayfed.tasks.models import MeanPooledClassifier
 from rayfed.tasks.tokens import Tokens
@@ -80,14 +81,16 @@ def stacked(kind):
         if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and name not in inside
     }
     values = head_values(model, head)
-    stack = Stack(model, shapes, head, slots=3, rank=2, dropout=0.0)
+    stack = Stack(model, shapes, head)
     g = torch.Generator().manual_seed(6)
-    for slot in range(3):
+    adapters = []
+    for _ in range(3):
         layers = {
             name: LowRank(0.1 * torch.randn(out, 2, generator=g), 0.2 * torch.randn(2, inner, generator=g), 1.5)
             for name, (out, inner) in shapes.items()
         }
-        stack.load(slot, Adapter(layers, {n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in values.items()}))
+        adapters.append(Adapter(layers, {n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in values.items()}))
+    stack.load(adapters)
     return model, stack
 
 

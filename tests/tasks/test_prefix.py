@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from rayfed.lora.stacked import Segment
+from rayfed.lora.batch import Segment
 from rayfed.tasks.flat import Flat, FlatModel, choose
 from rayfed.tasks.models import MeanPooledClassifier
 from rayfed.tasks.prefix import Prefix, PrefixedTokens, Skipper, find

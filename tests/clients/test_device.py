@@ -1,0 +1,154 @@
+"""What training asks of a GPU, without one: nothing waits, nothing is mixed, and neighbours start no kernels.
+
+See `device_watch`: these tests compute nothing. That the numbers are right, the same code shows on a CPU.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from device_watch import DEVICE, Watch
+
+from rayfed.clients.jobs import EvalJob
+from rayfed.clients.learner import Learner
+from rayfed.clients.train import Member, train_pack
+from rayfed.config.training import Client
+from rayfed.lora.adapter import fresh_adapter
+from rayfed.lora.inject import Stack, head_values
+from rayfed.lora.stacked import layer_shape
+from rayfed.tasks.flat import Flat, FlatModel, FlatTokens
+from rayfed.tasks.tokens import Tokens
+
+CLASSES, ROWS, BATCH = 4, 24, 4
+SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+TEXT = {"num_labels": CLASSES, "vocab_size": 60, "pad_token_id": 0}
+
+
+def bert():
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT, **SIZE))
+
+
+def gpt2():
+    config = transformers.GPT2Config(**TEXT, n_embd=32, n_layer=2, n_head=2, use_cache=False)
+    return transformers.GPT2ForSequenceClassification(config)
+
+
+def llama():
+    config = transformers.LlamaConfig(**TEXT, **SIZE, num_key_value_heads=1, use_cache=False)
+    return transformers.LlamaForSequenceClassification(config)
+
+
+def vit():
+    config = transformers.ViTConfig(**SIZE, num_labels=CLASSES, image_size=32, patch_size=16)
+    return transformers.ViTForImageClassification(config)
+
+
+KINDS = {  # how it runs (None: rows of one length), its head, the layers that get adapters
+    bert: (Flat("first"), "classifier", ("query", "value", "intermediate.dense")),
+    gpt2: (Flat("last"), "score", ("c_attn", "c_fc")),
+    llama: (Flat("last"), "score", ("q_proj", "v_proj")),
+    vit: (None, "classifier", ("q_proj", "v_proj")),
+}
+
+
+class Images:
+    """Random pictures, all of one size."""
+
+    def __init__(self, count):
+        self.count, self.lengths = count, np.full(count, 5)
+
+    def batch(self, rows, pad_id):
+        g = torch.Generator().manual_seed(int(rows[0]))
+        return {
+            "pixel_values": torch.randn(len(rows), 3, 32, 32, generator=g),
+            "labels": torch.arange(len(rows)) % CLASSES,
+        }
+
+
+def texts(count):
+    """Texts of 2 to 12 tokens: no two clients have equally many."""
+    draw = np.random.default_rng(3)
+    offsets = np.concatenate([[0], np.cumsum(draw.integers(2, 13, count))])
+    return FlatTokens(Tokens(draw.integers(1, 60, offsets[-1]).astype(np.int32), offsets, draw.integers(0, 4, count)))
+
+
+def watched(build, clients, *, ranks=(4,), steps=(2,), dropout=0.0, support=1.0, optimizer="adamw", dtype=None):
+    """Trains so many clients on the stand-in, with the ranks and steps in turn, and returns what the watch saw."""
+    torch.manual_seed(0)
+    how, head, targets = KINDS[build]
+    model = build().eval()
+    model = (model.to(dtype) if dtype else model).to(DEVICE)
+    layers = {name: layer_shape(module) for name, module in model.named_modules() if name.endswith(targets)}
+    values = {name: torch.zeros(t.shape) for name, t in head_values(build(), [head]).items()}
+    stack = Stack(model, layers, [head], dropout)
+    flat = FlatModel(model, how) if how else None
+
+    def forward(inputs):
+        if flat is not None:
+            return flat(inputs, stack.batch.segments)
+        return model(**{name: t.to(dtype) if dtype else t for name, t in inputs.items()}).logits
+
+    members = []
+    for client in range(clients):
+        adapter = fresh_adapter(layers, values, ranks[client % len(ranks)], 1.0, seed=client)
+        trains = torch.rand(adapter.layout.size, generator=torch.Generator().manual_seed(client)) < support
+        rows = np.arange(client * ROWS, client * ROWS + BATCH * steps[client % len(steps)])
+        members.append(Member(client, adapter.layout, adapter.flatten(), trains, rows))
+    settings = Client(batch_size=BATCH, clip_norm=1.0, optimizer=optimizer, weight_decay=0.1)
+    watch = Watch()
+    data = (Images if build is vit else texts)(clients * ROWS)
+    with watch:
+        train_pack(stack, forward, data, 0, members, settings, lr=0.1, t=0, seed=0, device=DEVICE)
+    tensors = sum(1 for _ in stack.tensors())
+    return watch, tensors
+
+
+@pytest.mark.parametrize("case", [{}, {"dropout": 0.1, "dtype": torch.bfloat16}], ids=["plain", "dropout, bf16"])
+@pytest.mark.parametrize("build", KINDS, ids=lambda build: build.__name__)
+def test_more_clients_start_no_more_kernels(build, case):
+    few, _ = watched(build, 3, ranks=(4, 2), steps=(1,), **case)
+    many, _ = watched(build, 11, ranks=(4, 2), steps=(1,), **case)
+    assert sum(few.kernels.values()) > 200
+    assert few.kernels == many.kernels
+
+
+@pytest.mark.parametrize(
+    "case", [{}, {"steps": (1, 3, 2), "support": 0.5, "optimizer": "sgd"}], ids=["plain", "ragged"]
+)
+@pytest.mark.parametrize("build", KINDS, ids=lambda build: build.__name__)
+def test_nothing_waits_for_the_device_but_the_results_at_the_end(build, case):
+    for clients in (2, 5):
+        watch, tensors = watched(build, clients, ranks=(4, 1), **case)
+        assert watch.waits == {"_to_copy": tensors + 1}  # and the losses
+        assert not watch.mixed
+
+
+def test_clients_that_end_at_different_steps_cost_kernels_by_the_step_not_by_the_client():
+    few, _ = watched(bert, 6, steps=(1, 2, 3))
+    many, _ = watched(bert, 12, steps=(1, 2, 3))
+    assert few.kernels == many.kernels
+
+
+def test_an_evaluation_waits_once_however_many_its_batches(tiny):
+    from rayfed import wire
+    from rayfed.clients.blueprint import draw_blueprint
+    from rayfed.lora.adapter import Adapter, LowRank
+    from rayfed.tasks.federation import form_federation
+
+    experiment = tiny("eval.batch_size=4")
+    federation = form_federation(experiment)
+    blueprint = draw_blueprint(experiment, len(federation.classes))
+    engine = experiment.engine.model_copy(update={"device": "meta"})
+    learner = Learner(experiment.model_copy(update={"engine": engine}), federation, blueprint)
+    layers = {n: LowRank(torch.ones(o, 2), torch.ones(2, i), 1.0) for n, (o, i) in blueprint.shapes.items()}
+    adapter = Adapter(layers, blueprint.head)
+    payload, found = wire.encode(adapter.flatten()), []
+    for rows in (8, 40):
+        with Watch() as watch:
+            learner.execute(EvalJob("test", 0, rows, adapter.layout), [payload])
+        found.append(watch.waits)
+        assert not watch.mixed
+    assert found[0] == found[1]
+    assert sum(found[0].values()) == 2

@@ -1,0 +1,55 @@
+"""A device that need not be there: torch's `meta` device stands in for a GPU, and a watch sees what is asked of it.
+
+Nothing is computed on it, so this shows no number; it shows what a GPU would be slow at, or refuse: operations that mix
+its tensors with the CPU's, copies that this process waits for, and how many kernels are started.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+DEVICE = torch.device("meta")
+VIEWS = {  # what only looks at memory in another way
+    "view", "_unsafe_view", "_reshape_alias", "expand", "permute", "transpose", "t", "slice", "select", "split",
+    "split_with_sizes", "unsqueeze", "squeeze", "as_strided", "detach", "alias", "unbind",
+}  # fmt: skip
+
+
+class Watch(TorchDispatchMode):
+    """Counts, by operation: ``kernels`` started, ``waits`` for the device, and what ``mixed`` both devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
+        self.mixed: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__.split(".")[0]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        # A GPU's kernels take numbers that the CPU holds, as tensors without dimensions, along.
+        devices = {t.device.type for t in tensors if t.ndim or t.device.type != "cpu"}
+        if name == "_local_scalar_dense" and devices == {"meta"}:
+            self.waits[name] += 1
+            return 1.0 if tensors[0].dtype.is_floating_point else 1
+        if name == "_to_copy" and devices == {"meta"} and _target(kwargs) == "cpu":
+            self.waits[name] += 1
+            return torch.ones(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype)
+        if name == "_to_copy" and devices == {"cpu"} and _target(kwargs) == "meta" and not kwargs.get("non_blocking"):
+            self.waits[name] += 1
+        if devices == {"cpu", "meta"}:
+            self.mixed[name] += 1
+        if "meta" in devices and name not in VIEWS:
+            self.kernels[name] += 1
+        return func(*args, **kwargs)
+
+
+def _target(kwargs: dict[str, Any]) -> str | None:
+    device = kwargs.get("device")
+    return None if device is None else torch.device(device).type
