@@ -120,7 +120,7 @@ def attend(
         if laid.longest > LONG:
             return _by_tile(query, key, value, laid, causal, scale), None
         return _Tiles.apply(query, key, value, laid.sizes, laid.masks(causal, query.dtype), scale), None
-    if query.dtype in (torch.float16, torch.bfloat16):
+    if _flash_takes(query):
         return _varlen(query, key, value, laid, causal, scale), None
     return _gridded(query, key, value, laid, causal, scale), None
 
@@ -194,11 +194,9 @@ def _gridded(query: Tensor, key: Tensor, value: Tensor, laid: Laid, causal: bool
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, laid: Laid, causal: bool, scale: float) -> Tensor:
-    """The kernel made for it, where torch has it: flash attention by cumulative lengths, in 16 bits on a GPU only."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return _gridded(query, key, value, laid, causal, scale)
+    """The kernel made for it: flash attention by cumulative lengths."""
+    from torch.nn.attention.varlen import varlen_attn
+
     q_THD, k_THD, v_THD = (
         t[0].transpose(0, 1).contiguous() for t in (query, _every_head(key, query), _every_head(value, query))
     )
@@ -206,6 +204,13 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, laid: Laid, causal: bool,
     ends, longest = laid.ends(), laid.longest
     y_THD: Any = varlen_attn(q_THD, k_THD, v_THD, ends, ends, longest, longest, scale=scale, window_size=window)
     return y_THD[None]
+
+
+def _flash_takes(query: Tensor) -> bool:
+    """16 bits, heads of a width that it knows, and a GPU from Ampere on."""
+    if query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] % 8 or query.shape[-1] > 256:
+        return False
+    return query.device.type != "cuda" or torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _every_head(x: Tensor, query: Tensor) -> Tensor:
