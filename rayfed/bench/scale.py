@@ -10,7 +10,6 @@ whoever takes part: they are most of what a small cohort costs.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from pathlib import Path
 
@@ -75,7 +74,9 @@ def _cohort(size: int, population: int, rounds: int, shape: Shape) -> Row:
         sinks.close()
     row.facts["ms a client"] = 1e3 * row.seconds_a / size
     row.facts["ms a client, cpu"] = 1e3 * (row.cpu_a or row.seconds_a) / size
-    row.facts["MB after round 2"] = resident[min(1, rounds - 1)]
+    early = resident[min(3, rounds) - 1]
+    row.facts["MB after round 3"] = early
     row.facts[f"after {rounds}"] = resident[-1]
-    row.facts["most"] = max(resident, default=math.nan)
+    row.facts["times that"] = resident[-1] / early
+    row.facts["most"] = max(resident)
     return row

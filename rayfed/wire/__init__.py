@@ -1,6 +1,6 @@
 """What passes between server and client: which entries travel, as which bytes, and how many of them there were.
 
-Nothing else in rayfed makes these bytes. Pure tensor code: no Ray, no models, no I/O but the ledger's file.
+Nothing else in rayfed makes these bytes. Pure tensor code: no Ray, no models, no I/O but the ledger's files.
 """
 
 from rayfed.wire.codec import HEADER_BYTES, Payload, Sizes, WireError, decode, encode, inspect

@@ -1,21 +1,24 @@
 """The ledger: what travelled between server and clients, one row per payload.
 
 Promises: ``bytes`` is ``len()`` of the payload, header, indices and values together; ``values`` is the number of
-entries that travelled, the figure papers quote as parameters sent. A row takes some 60 bytes of memory, totals are kept
-as rows come, and the table is ordered by round, client and direction: one file, whatever the order of arrival.
+entries that travelled, the figure papers quote as parameters sent. Totals are kept as rows come. The table is ordered
+by round, client and direction: one file, whatever the order of arrival. Memory does not grow with the rows: beyond a
+bound they wait in a temporary file (`rows`), and the ledger's file is written and read in parts, as its row groups are.
+What stays of a round is its totals.
 """
 
 from __future__ import annotations
 
-from array import array
+from collections.abc import Iterator
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from rayfed.files import atomic_path
 from rayfed.wire.codec import Sizes, inspect
+from rayfed.wire.rows import COLUMNS, ROW, Block, Rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,30 +27,24 @@ Direction = Literal["down", "up"]
 DIRECTIONS: tuple[Direction, ...] = ("down", "up")
 """``down``: server to client; ``up``: client to server."""
 
-_COLUMNS = {
-    "round": "i",
-    "client": "q",
-    "direction": "b",  # position in DIRECTIONS
-    "bytes": "q",
-    "values": "q",
-    "bytes_header": "q",
-    "bytes_indices": "q",
-    "bytes_values": "q",
-}
+GROUP_ROWS = 65_536
+"""Rows of a row group of the file, at most, unless a single round has more."""
+
 _TOTALS = ("bytes/down", "bytes/up", "params/down", "params/up")
+_NOTHING: Block = np.empty(0, ROW)
 
 
 class Ledger:
     """What travelled in a run so far. Adding a row and asking for totals take constant time, however long the run."""
 
     def __init__(self) -> None:
-        self._columns = {name: array(code) for name, code in _COLUMNS.items()}
-        self._by_round: dict[int, list[int]] = {}  # round -> the four totals, in the order of _TOTALS
-        self._whole = [0, 0, 0, 0]
+        self._rows = Rows()
+        self._by_round: dict[int, list[int]] = {}  # round -> the four totals, in the order of _TOTALS, and its rows
+        self._whole = [0, 0, 0, 0, 0]
 
     def __len__(self) -> int:
         """Payloads that travelled."""
-        return len(self._columns["round"])
+        return self._whole[4]
 
     def add(self, *, round: int, client: int, direction: Direction, payload: bytes | memoryview) -> None:
         """Records one payload. A broadcast to ten clients is ten rows: each client downloads it.
@@ -72,11 +69,11 @@ class Ledger:
             raise ValueError(f"round, client: got {round}, {client}, but they are kept as 31 and 64-bit integers")
         way, whole = DIRECTIONS.index(direction), sizes.bytes_header + sizes.bytes_indices + sizes.bytes_values
         row = (round, client, way, whole, sizes.count, sizes.bytes_header, sizes.bytes_indices, sizes.bytes_values)
-        for column, value in zip(self._columns.values(), row, strict=True):
-            column.append(value)
-        for totals in (self._by_round.setdefault(round, [0, 0, 0, 0]), self._whole):
+        self._rows.add(row)
+        for totals in (self._by_round.setdefault(round, [0, 0, 0, 0, 0]), self._whole):
             totals[way] += whole
             totals[2 + way] += sizes.count
+            totals[4] += 1
 
     def totals(self, round: int | None = None) -> dict[str, int]:
         """What travelled in one round, or in the whole run when ``round`` is None.
@@ -85,8 +82,8 @@ class Ledger:
             ``bytes/down``, ``bytes/up`` (serialised) and ``params/down``, ``params/up`` (entries that travelled);
             zeros for a round in which nothing did.
         """
-        numbers = self._whole if round is None else self._by_round.get(round, [0, 0, 0, 0])
-        return dict(zip(_TOTALS, numbers, strict=True))
+        numbers = self._whole if round is None else self._by_round.get(round, [0, 0, 0, 0, 0])
+        return dict(zip(_TOTALS, numbers[:4], strict=True))
 
     @property
     def total_bytes(self) -> int:
@@ -101,22 +98,21 @@ class Ledger:
         """
         import pyarrow as pa
 
-        columns = {name: _numpy(column) for name, column in self._columns.items()}
-        order = np.lexsort(list(columns.values())[::-1])  # lexsort's last key comes first
-        columns = {name: column[order] for name, column in columns.items()}
-        arrays: dict[str, pa.Array] = {name: pa.array(column) for name, column in columns.items()}
-        codes = pa.array(columns["direction"].astype(np.int32))
-        arrays["direction"] = pa.DictionaryArray.from_arrays(codes, pa.array(DIRECTIONS))
-        return pa.table(arrays)
+        return pa.concat_tables([_table(_NOTHING), *self._parts()])
 
-    def write(self, path: Path) -> None:
-        """Writes the table as Parquet (zstd), whole or not at all."""
+    def write(self, path: Path, up_to_round: int | None = None) -> None:
+        """Writes the table as Parquet (zstd), whole or not at all; without the rounds after ``up_to_round``."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         with atomic_path(Path(path)) as temporary:
-            pq.write_table(self.table(), temporary, compression="zstd")
-        pa.default_memory_pool().release_unused()  # else the process keeps what the longest table took
+            schema = _table(_NOTHING).schema
+            # In a large cohort ids hardly repeat: their dictionary would double the file.
+            repeating = [name for name in schema.names if name != "client"]
+            with pq.ParquetWriter(temporary, schema, compression="zstd", use_dictionary=repeating) as writer:
+                for part in self._parts(up_to_round):
+                    writer.write_table(part)
+        pa.default_memory_pool().release_unused()  # else the process keeps what the largest part took
 
     @classmethod
     def read(cls, path: Path, up_to_round: int | None = None) -> Ledger:
@@ -130,34 +126,58 @@ class Ledger:
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        table = pq.ParquetFile(path).read()
-        missing = [name for name in _COLUMNS if name not in table.column_names]
-        if missing:
-            raise ValueError(f"{path}: not a ledger, columns {', '.join(missing)} are missing")
-        ways = pc.index_in(table["direction"].cast(pa.string()), pa.array(DIRECTIONS))
-        if ways.null_count:
-            raise ValueError(f"{path}: a direction is neither {' nor '.join(DIRECTIONS)}")
-        columns = {name: (ways if name == "direction" else table[name]).to_numpy() for name in _COLUMNS}
-        if up_to_round is not None:
-            kept = columns["round"] <= up_to_round
-            columns = {name: column[kept] for name, column in columns.items()}
         ledger = cls()
-        for name, column in ledger._columns.items():
-            column.frombytes(columns[name].astype(column.typecode).tobytes())
-        ledger._recount()
+        with pq.ParquetFile(path) as file:
+            missing = [name for name in COLUMNS if name not in file.schema_arrow.names]
+            if missing:
+                raise ValueError(f"{path}: not a ledger, columns {', '.join(missing)} are missing")
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group)
+                ways = pc.index_in(table["direction"].cast(pa.string()), pa.array(DIRECTIONS))
+                if ways.null_count:
+                    raise ValueError(f"{path}: a direction is neither {' nor '.join(DIRECTIONS)}")
+                rows = np.empty(len(table), ROW)
+                for name in COLUMNS:
+                    rows[name] = (ways if name == "direction" else table[name]).to_numpy()
+                ledger._extend(rows if up_to_round is None else rows[rows["round"] <= up_to_round])
         return ledger
 
-    def _recount(self) -> None:
-        """Rebuilds the totals from the columns."""
-        columns = {name: _numpy(column) for name, column in self._columns.items()}
-        rounds, at = np.unique(columns["round"], return_inverse=True)
-        counts = np.zeros((rounds.size, 4), np.int64)
-        np.add.at(counts, (at, columns["direction"]), columns["bytes"])
-        np.add.at(counts, (at, columns["direction"] + np.int8(2)), columns["values"])
-        self._by_round = {int(r): [int(c) for c in row] for r, row in zip(rounds, counts, strict=True)}
-        self._whole = [int(c) for c in counts.sum(axis=0)]
+    def _parts(self, up_to_round: int | None = None) -> Iterator[pa.Table]:
+        """The table in parts of whole rounds: as many as `GROUP_ROWS` allows, and at least one."""
+        rounds: list[int] = []
+        count = 0
+        for round in sorted(self._by_round):
+            if up_to_round is not None and round > up_to_round:
+                break
+            more = self._by_round[round][4]
+            if rounds and count + more > GROUP_ROWS:
+                yield _table(self._rows.between(rounds[0], rounds[-1]))
+                rounds, count = [], 0
+            rounds.append(round)
+            count += more
+        if rounds:
+            yield _table(self._rows.between(rounds[0], rounds[-1]))
+
+    def _extend(self, rows: Block) -> None:
+        """Adds rows whose totals are still to be counted."""
+        self._rows.extend(rows)
+        rounds, at = np.unique(rows["round"], return_inverse=True)
+        counts = np.zeros((rounds.size, 5), np.int64)
+        np.add.at(counts, (at, rows["direction"]), rows["bytes"])
+        np.add.at(counts, (at, rows["direction"] + np.int8(2)), rows["values"])
+        counts[:, 4] = np.bincount(at, minlength=rounds.size)
+        for round, more in zip(rounds.tolist(), counts.tolist(), strict=True):
+            for totals in (self._by_round.setdefault(round, [0, 0, 0, 0, 0]), self._whole):
+                totals[:] = map(add, totals, more)
 
 
-def _numpy(column: array[int]) -> npt.NDArray[np.signedinteger]:
-    """A copy: an array whose buffer NumPy still holds cannot grow."""
-    return np.array(column, dtype=column.typecode)
+def _table(rows: Block) -> pa.Table:
+    """The rows in the ledger's order, as its columns."""
+    import pyarrow as pa
+
+    columns = {name: np.ascontiguousarray(rows[name]) for name in COLUMNS}
+    order = np.lexsort(list(columns.values())[::-1])  # lexsort's last key comes first
+    arrays: dict[str, pa.Array] = {name: pa.array(column[order]) for name, column in columns.items()}
+    codes = arrays["direction"].cast(pa.int32())
+    arrays["direction"] = pa.DictionaryArray.from_arrays(codes, pa.array(DIRECTIONS))
+    return pa.table(arrays)

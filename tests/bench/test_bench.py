@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import cycle
 
 import pytest
 import torch
@@ -132,6 +133,14 @@ def test_scale_runs_whole_rounds_of_a_large_population():
     assert [row.name for row in rows] == ["cohort 10 of 5000", "cohort 30 of 5000", "cohort 30 of 5000"]
     assert rows[-1].a == f"a round, adapter of {SMALL.entries}"
     assert all(row.facts["ms a client"] > 0 and row.facts["ms a client, cpu"] > 0 for row in rows)
+
+
+def test_scale_compares_the_memory_of_the_last_round_with_that_of_the_third(monkeypatch):
+    sizes = cycle([100.0, 150.0, 200.0, 900.0, 250.0])
+    monkeypatch.setattr(scale, "memory", lambda name: next(sizes))
+    for row in scale.measure(cohorts=(10,), population=100, rounds=5, large=SMALL):
+        facts = {"MB after round 3": 200.0, "after 5": 250.0, "times that": 1.25, "most": 900.0}
+        assert facts.items() <= row.facts.items()
 
 
 def test_sizes_come_from_the_command_line(capsys, tmp_path, monkeypatch):
