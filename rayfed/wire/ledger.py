@@ -93,8 +93,10 @@ class Ledger:
         """Bytes of the whole run, both ways."""
         return self._whole[0] + self._whole[1]
 
-    def table(self) -> pa.Table:
+    def table(self, up_to_round: int | None = None) -> pa.Table:
         """All rows as an Arrow table, ordered by round, client, direction (down first), then by the other columns.
+
+        With ``up_to_round`` those of later rounds are left out.
 
         Columns: round int32, client int64, direction (dictionary of strings), and bytes, values, bytes_header,
         bytes_indices, bytes_values, all int64.
@@ -102,6 +104,9 @@ class Ledger:
         import pyarrow as pa
 
         columns = {name: _numpy(column) for name, column in self._columns.items()}
+        if up_to_round is not None:
+            kept = columns["round"] <= up_to_round
+            columns = {name: column[kept] for name, column in columns.items()}
         order = np.lexsort(list(columns.values())[::-1])  # lexsort's last key comes first
         columns = {name: column[order] for name, column in columns.items()}
         arrays: dict[str, pa.Array] = {name: pa.array(column) for name, column in columns.items()}
@@ -109,13 +114,13 @@ class Ledger:
         arrays["direction"] = pa.DictionaryArray.from_arrays(codes, pa.array(DIRECTIONS))
         return pa.table(arrays)
 
-    def write(self, path: Path) -> None:
-        """Writes the table as Parquet (zstd), whole or not at all."""
+    def write(self, path: Path, up_to_round: int | None = None) -> None:
+        """Writes the table as Parquet (zstd), whole or not at all; with ``up_to_round`` without later rounds' rows."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         with atomic_path(Path(path)) as temporary:
-            pq.write_table(self.table(), temporary, compression="zstd")
+            pq.write_table(self.table(up_to_round), temporary, compression="zstd")
         pa.default_memory_pool().release_unused()  # else the process keeps what the longest table took
 
     @classmethod
