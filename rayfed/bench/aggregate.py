@@ -47,7 +47,7 @@ def _method(name: str, uploads: int, pack: int, shape: Shape, made: list[Upload]
         downlink = Downlink(axes.method, state, experiment.wire.down.values, crew)
         books = Books(Ledger(), CatchUp(), Tally())
         packs = [clients[i : i + pack] for i in range(0, len(clients), pack)]
-        stream = updates(axes.method, state, 0, 1.0, packs, axes.weights, experiment, crew, downlink, books)
+        stream = updates(axes.method, state, 0, 1.0, packs, axes.weights, experiment, crew.run, downlink, books)
         axes.method.aggregate(state, stream, axes.optimizer.advance)
 
     def bare() -> None:

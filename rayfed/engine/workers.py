@@ -76,8 +76,9 @@ class RayCrew:
                 result = ray.get(ready)
             except LOST as error:
                 retries[index] += 1
+                self._dismiss(worker)  # first: whoever runs other tasks after an error finds only workers that live
                 self._check_retries(retries[index], error)
-                self._replace(worker)
+                self._hire_another()
                 queue.appendleft(index)
                 while idle:  # a lost node takes several: who is idle has to show that it is there
                     self._await(idle.popleft())
@@ -117,7 +118,8 @@ class RayCrew:
             ray.get(ready)
         except LOST as error:
             if known:
-                self._replace(worker)
+                self._dismiss(worker)
+                self._hire_another()
                 return []
             self.failed_starts += 1
             if self.failed_starts > self.experiment.engine.retries:
@@ -130,9 +132,11 @@ class RayCrew:
             self.workers.append(worker)
         return [worker]
 
-    def _replace(self, dead: Any) -> None:
+    def _dismiss(self, dead: Any) -> None:
         ray.kill(dead)  # where only its result was lost it lives, and would keep its place
         self.workers.remove(dead)
+
+    def _hire_another(self) -> None:
         self._hire()
         self.events.append("a worker died; a new one takes its place and its clients are trained again")
 

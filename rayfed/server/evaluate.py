@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from rayfed import wire
-from rayfed.clients.jobs import EvalJob, EvalResult, FeatureJob, FeatureResult, SplitName
+from rayfed.clients.jobs import EvalJob, EvalResult, FeatureJob, FeatureResult, Result, SplitName
 from rayfed.lora.adapter import Layout
 from rayfed.server.control import FeatureRows
-from rayfed.server.crew import Crew, Task, in_order
+from rayfed.server.crew import Crew, Task, results
 from rayfed.tasks.federation import Federation
 
 BATCHES_PER_JOB = 4  # small enough to share a split among workers, large enough to pay for the trip
@@ -35,59 +35,71 @@ class Measured:
     count: Tensor
 
 
-def evaluate(
-    crew: Crew, federation: Federation, models: Mapping[str, tuple[Tensor, Layout]], splits: Sequence[SplitName],
-    batch_size: int,
-) -> dict[str, float | None]:  # fmt: skip
-    """Loss (mean cross-entropy, nats) and accuracy (0 to 1) of each model on each split.
+Slot = tuple[str, SplitName]
+"""A model, by the suffix of its metrics' names ("" or "_masked"), and a split."""
 
-    ``models`` maps a suffix of the metric names ("" or "_masked") to a flat vector (n,) and its layout. Keys are
-    `eval/loss`, `eval/accuracy` for the validation split and `test/...`; None for a split without rows.
-    """
-    measured = measure(crew, federation, models, splits, batch_size)
-    metrics: dict[str, float | None] = {}
-    for suffix in models:
-        for split in splits:
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is to be measured: tasks for a crew, to be done whenever it suits; what they find is told afterwards."""
+
+    tasks: tuple[Task, ...] = ()
+    slots: tuple[Slot, ...] = ()  # of each task
+    asked: tuple[Slot, ...] = ()  # all of them, those of splits without rows too
+
+    @classmethod
+    def of(
+        cls, crew: Crew, federation: Federation, models: Mapping[str, tuple[Tensor, Layout]],
+        splits: Sequence[SplitName], batch_size: int, classes: tuple[int, ...] | None = None,
+    ) -> Evaluation:  # fmt: skip
+        """Every model on every split; with ``classes``, on the rows of these classes alone.
+
+        ``models`` maps a suffix to a flat vector (n,) and its layout. The vectors reach the workers losslessly and are
+        no client traffic.
+        """
+        tasks: list[Task] = []
+        slots: list[Slot] = []
+        for suffix, (vector, layout) in models.items():
+            handle = crew.put(wire.encode(vector))
+            for split in splits:
+                for start, stop in spans(len(getattr(federation, split)), batch_size):
+                    tasks.append(Task(EvalJob(split, start, stop, layout, classes), (handle,)))
+                    slots.append((suffix, split))
+        return cls(tuple(tasks), tuple(slots), tuple((suffix, split) for suffix in models for split in splits))
+
+    def sums(self, results: Sequence[Result]) -> dict[Slot, Measured]:
+        """The sums of each model on each split that has rows; ``results`` in the order of the tasks."""
+        found: dict[Slot, list[EvalResult]] = {}
+        for slot, result in zip(self.slots, results, strict=True):
+            found.setdefault(slot, []).append(cast(EvalResult, result))
+        return {
+            slot: Measured(
+                sum(r.loss for r in parts),
+                torch.stack([r.correct for r in parts]).sum(0),
+                torch.stack([r.count for r in parts]).sum(0),
+            )
+            for slot, parts in found.items()
+        }
+
+    def metrics(self, results: Sequence[Result]) -> dict[str, float | None]:
+        """Loss (mean cross-entropy, nats) and accuracy (0 to 1) of each model on each split.
+
+        Keys are `eval/loss`, `eval/accuracy` for the validation split and `test/...`; None for a split without rows.
+        """
+        measured = self.sums(results)
+        metrics: dict[str, float | None] = {}
+        for suffix, split in self.asked:
             prefix = "eval" if split == "validation" else split
             found = measured.get((suffix, split))
             count = int(found.count.sum()) if found else 0
             metrics[f"{prefix}/loss{suffix}"] = found.loss / count if found and count else None
             metrics[f"{prefix}/accuracy{suffix}"] = int(found.correct.sum()) / count if found and count else None
-    return metrics
-
-
-def measure(
-    crew: Crew, federation: Federation, models: Mapping[str, tuple[Tensor, Layout]], splits: Sequence[SplitName],
-    batch_size: int, classes: tuple[int, ...] | None = None,
-) -> dict[tuple[str, SplitName], Measured]:  # fmt: skip
-    """The sums of each model on each split that has rows; with ``classes``, over the rows of these classes alone.
-
-    The vectors reach the workers losslessly and are no client traffic.
-    """
-    tasks: list[Task] = []
-    slots: list[tuple[str, SplitName]] = []
-    for suffix, (vector, layout) in models.items():
-        handle = crew.put(wire.encode(vector))
-        for split in splits:
-            for start, stop in spans(len(getattr(federation, split)), batch_size):
-                tasks.append(Task(EvalJob(split, start, stop, layout, classes), (handle,)))
-                slots.append((suffix, split))
-    sums: dict[tuple[str, SplitName], list[EvalResult]] = {}
-    for done in in_order(crew.run(tasks)):
-        sums.setdefault(slots[done.index], []).append(cast(EvalResult, done.result))
-    return {
-        slot: Measured(
-            sum(r.loss for r in results),
-            torch.stack([r.correct for r in results]).sum(0),
-            torch.stack([r.count for r in results]).sum(0),
-        )
-        for slot, results in sums.items()
-    }
+        return metrics
 
 
 def features(crew: Crew, federation: Federation, split: SplitName, batch_size: int) -> FeatureRows:
     """The frozen base's features of a split, in the split's own order of rows."""
     tasks = [Task(FeatureJob(split, *span)) for span in spans(len(getattr(federation, split)), batch_size)]
-    results = [cast(FeatureResult, done.result) for done in in_order(crew.run(tasks))]
+    found = [cast(FeatureResult, result) for result in results(crew.run(tasks))]
     place = np.argsort(np.argsort(getattr(federation, split).lengths, kind="stable"))  # jobs count by length
-    return FeatureRows(torch.cat([r.features for r in results])[place], torch.cat([r.labels for r in results])[place])
+    return FeatureRows(torch.cat([r.features for r in found])[place], torch.cat([r.labels for r in found])[place])

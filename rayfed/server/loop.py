@@ -3,48 +3,49 @@
 The server owns the global state; it asks a `Crew` to train and evaluate and never looks at who did it. What a run
 leaves in its directory is written here or by the sinks it is given, always in this order: the round's metrics, the
 ledger, then the checkpoint that vouches for both. So a checkpoint never promises what is not on the disk.
+
+Where the next round does not depend on it, a round is evaluated beside the next one's training, by workers that have no
+clients left, and written down once the next is trained. Every figure is the one that evaluating at once gives, but for
+the times. `time/round_s` is the time from a round's begin to the next one's, so the rounds add up to the run: the work
+of evaluating and writing down is in the round that it is done in. `time/train_s` is what it takes from the draw of the
+cohort to the next state, and `time/server_s` that without the waiting for clients.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from rayfed import wire
 from rayfed.clients.blueprint import Blueprint
+from rayfed.clients.jobs import Result
 from rayfed.clients.profiles import describe, profile, rank_mix
 from rayfed.config import Experiment, dump_config
 from rayfed.files import atomic_write, write_json
-from rayfed.lora.adapter import Layout, LowRank, flatten_changes
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.axes import rate, resolve
 from rayfed.server.catchup import CatchUp
+from rayfed.server.checkpoint import Checkpoint, Snapshot
 from rayfed.server.control import Controls, measure_controls
-from rayfed.server.crew import Crew
+from rayfed.server.crew import Beside, Crew, Task, results
 from rayfed.server.diagnostics import Diagnostics
 from rayfed.server.downlink import Downlink
-from rayfed.server.evaluate import evaluate, features
+from rayfed.server.evaluate import Evaluation, features
 from rayfed.server.export import export
 from rayfed.server.memory import ClientStore, digest_of
 from rayfed.server.pack_size import measured_choice
 from rayfed.server.packs import client_costs, plan_packs
-from rayfed.server.per_client import client_metrics
+from rayfed.server.questions import changes, questions
 from rayfed.server.round import Books, Tally, updates
 from rayfed.server.sampling import cohort
 from rayfed.server.states import informed
 from rayfed.server.stopping import Progress
 from rayfed.server.summary import closing_table, summarize
-from rayfed.server.tiers import tier_models
+from rayfed.server.trained import Record, Trained
 from rayfed.tasks.federation import Federation
-from rayfed.tasks.lowrank import Problem, loss, share
 from rayfed.tracking import RunInfo, Sink
-
-Record = dict[str, Any]
 
 
 class Server:
@@ -68,6 +69,7 @@ class Server:
         self.progress = Progress()
         self.ledger, self.catchup = wire.Ledger(), CatchUp()
         self.store = ClientStore(out / "clients")
+        self.overlap = experiment.engine.kind == "ray"  # in one process nobody idles, and each record comes sooner
         self.costs = client_costs(federation, experiment.client)
         found = checkpoints.latest(self.folder, self.settings_digest) if resume else None
         if found is None:
@@ -119,32 +121,73 @@ class Server:
         if kept:
             self.sinks.event(kept)
         told = False
-        while self.done < self.experiment.server.rounds and not self.progress.stopped:
-            record = self._round(self.done)
-            self.done += 1
+        for trained in self._evaluated():
+            record = trained.record
+            self.done = record["round"]
+            self.progress.see(self.done, record, self.experiment.eval.early_stop)
+            self.progress.dense_bytes += trained.dense
             self.sinks.round(record)
             for text in self.crew.drain_events():
                 self.sinks.event(text)
             if record["clients/split"] and not told:
                 told = True
                 self.sinks.event("some packs do not fit into memory and are split; a smaller engine.pack saves the try")
-            last = self.done == self.experiment.server.rounds or self.progress.stopped
-            if last or self.done % self.experiment.checkpoint.every == 0:
-                self._checkpoint(record["state/digest"])
+            if self.progress.stopped or self._due(self.done):
+                self._write(trained.snapshot or self._snapshot(trained))
             yield record
 
     def finish(self) -> Record:
         """Exports the adapter, closes the books, tells the sinks; returns the summary."""
         head = {**self.blueprint.frozen_head, **self.axes.method.head(self.state)}
         classes = self.federation.classes
-        exported = export(self.out, self._changes(), head, self.blueprint, self.experiment, classes)
+        model = changes(self.axes.method, self.state)
+        exported = export(self.out, model, head, self.blueprint, self.experiment, classes)
         controls = self._controls() if self.experiment.eval.controls else None
         summary = summarize(self.progress, self.ledger, self.done, controls)
         summary |= exported
         self.sinks.finish(summary, closing_table(self.experiment, summary))
         return summary
 
-    def _round(self, t: int) -> Record:
+    def _evaluated(self) -> Iterator[Trained]:
+        """Trains the rounds that are left and yields each when its figures are there: at once, or after the next."""
+        owed: Trained | None = None
+        begun = time.perf_counter()
+        for t in range(self.done, self.experiment.server.rounds):
+            if self.progress.stopped:
+                return
+            try:
+                trained, answers = self._round(t, owed.evaluation.tasks if owed else ())
+            except Exception as failure:
+                if owed:
+                    yield self._in_spite_of(failure, owed)
+                raise
+            if owed:
+                yield owed.evaluated(answers)
+            waits = self._may_wait(t, trained.evaluation)
+            if not waits:
+                trained = trained.evaluated(results(self.crew.run(trained.evaluation.tasks)))
+            elif self._due(t + 1):
+                trained = replace(trained, snapshot=self._snapshot(trained, kept=True))
+            now = time.perf_counter()
+            trained.record["time/round_s"], begun = now - begun, now
+            if not waits:
+                yield trained
+            owed = trained if waits else None
+
+    def _in_spite_of(self, failure: Exception, owed: Trained) -> Trained:
+        """Evaluates a round though the next one failed: a run that fails there every time still comes this far."""
+        try:
+            return owed.evaluated(results(self.crew.run(owed.evaluation.tasks)))
+        except Exception:
+            raise failure from None
+
+    def _may_wait(self, t: int, evaluation: Evaluation) -> bool:
+        """May round ``t`` be evaluated beside the next one's training? Not where that depends on what is found."""
+        last = t + 1 == self.experiment.server.rounds
+        return self.overlap and bool(evaluation.tasks) and not last and self.experiment.eval.early_stop is None
+
+    def _round(self, t: int, further: Sequence[Task]) -> tuple[Trained, list[Result]]:
+        """Trains round ``t`` (from 0). Workers with no clients left do ``further``, whose results come second."""
         begun = time.perf_counter()
         experiment, axes = self.experiment, self.axes
         total = experiment.server.rounds
@@ -158,27 +201,27 @@ class Server:
         books = Books(self.ledger, self.catchup, Tally(), watch)
         assert experiment.engine.pack != "auto"
         packs = plan_packs(clients, experiment.engine.pack, self.costs)
-        stream = updates(axes.method, self.state, t, lr, packs, axes.weights, experiment, self.crew, downlink, books)
+        crew = Beside(self.crew, further)
+        stream = updates(axes.method, self.state, t, lr, packs, axes.weights, experiment, crew.run, downlink, books)
         state = axes.method.aggregate(self.state, stream, axes.optimizer.advance)
         self.state = replace(state, clients=self.store.settle(state.clients, t + 1)) if state.clients else state
         self.catchup.publish(axes.method.news(self.state), self.blueprint.entries)
-        trained = time.perf_counter()
-        metrics = self._evaluate(t, downlink)
-        self.progress.see(t + 1, metrics, experiment.eval.early_stop)
+        seconds = time.perf_counter() - begun
+        answers = crew.rest()
+        known, evaluation = questions(axes.method, self.state, experiment, self.federation, t, downlink, self.crew)
         tally = books.tally
-        self.progress.dense_bytes += tally.dense
         digest = checkpoints.state_digest(
             t + 1, self.state.tensors(), axes.optimizer.state, digest_of(self.state.clients)
         )
-        return {
+        record = {
             "round": t + 1,
             "train/loss": tally.loss / tally.examples,
-            **metrics,
+            **known,
             **self.ledger.totals(t + 1),
             "bytes/total": self.ledger.total_bytes,
-            "time/round_s": time.perf_counter() - begun,
-            "time/train_s": trained - begun,
-            "time/server_s": trained - begun - tally.waited,
+            "time/round_s": None,  # not yet
+            "time/train_s": seconds,
+            "time/server_s": seconds - tally.waited,
             "clients/ok": tally.ok,
             "clients/retried": tally.retried,
             "clients/split": tally.split,
@@ -187,66 +230,37 @@ class Server:
             **(watch.report(axes.method, self.state) if watch else {}),
             "state/digest": digest,
         }
+        return Trained(record, evaluation, tally.dense), answers
 
-    def _evaluate(self, t: int, downlink: Downlink) -> dict[str, float | None]:
-        """The dense global model, and the sparse one under the mask its clients were sent at the round's start."""
-        settings = self.experiment.eval
-        if self.federation.problem is not None:
-            return self._measure(self.federation.problem)
-        names = [f"{s}/{m}{x}" for s in ("eval", "test") for m in ("loss", "accuracy") for x in ("", "_masked")]
-        metrics: dict[str, float | None] = dict.fromkeys(names)
-        if (t + 1) % settings.every and t + 1 < self.experiment.server.rounds:
-            return metrics
-        vector, layout = self._model()
-        models = {"": (vector, layout)}
-        sent = downlink.first
-        # Where clients of a round receive different adapters, none of them is "the sparse model".
-        if (
-            settings.masked
-            and sent
-            and sent.has is not None
-            and sent.start.layout == layout
-            and sent.start.held is None
-        ):
-            models["_masked"] = vector * sent.has, layout
-        if settings.tiers:
-            sizes = self.federation.sizes
-            models |= tier_models(self.axes.method, self.state, self.experiment, sizes, t, self.crew)
-        metrics |= evaluate(self.crew, self.federation, models, ("validation", "test"), settings.batch_size)
-        if settings.clients:
-            method, state = self.axes.method, self.state
-            metrics |= client_metrics(method, state, self.experiment, self.federation, t, self.crew)
-        return metrics
+    def _due(self, round: int) -> bool:
+        """Is there to be a checkpoint after ``round`` (from 1)?"""
+        return round == self.experiment.server.rounds or round % self.experiment.checkpoint.every == 0
 
-    def _measure(self, problem: Problem) -> dict[str, float | None]:
-        """Where the answer is known: F(W) and the share of the initial gap F(0) - F(W*) that is left."""
-        (change,) = self._changes().values()
-        W = (change.dense() if isinstance(change, LowRank) else change).double().numpy()
-        return {"eval/loss": loss(problem, W), "eval/gap": share(problem, W)}
+    def _snapshot(self, trained: Trained, kept: bool = False) -> Snapshot:
+        """The newest round's checkpoint, but for what is told at its end: `Progress`.
 
-    def _model(self) -> tuple[Tensor, Layout]:
-        """The global model: every layer's change and the head, as one vector with its layout."""
-        return flatten_changes(self._changes(), self.axes.method.head(self.state))
-
-    def _changes(self) -> dict[str, LowRank | Tensor]:
-        method = self.axes.method
-        return {name: method.delta(self.state, name) for name in method.layers(self.state)}
-
-    def _checkpoint(self, digest: str) -> None:
-        self.ledger.write(self.out / "ledger.parquet")
-        record = checkpoints.Checkpoint(
-            self.done,
+        What is ``kept`` while the next round trains is a copy where that changes things in place.
+        """
+        state, moments = self.state, self.axes.optimizer.state
+        if kept:
+            moments = {name: tensor.clone() for name, tensor in moments.items()}
+        checkpoint = Checkpoint(
+            trained.record["round"],
             self.settings_digest,
-            digest,
-            self.state.facts(),
-            self.progress.to_json(),
-            self.catchup.to_json(),
-            self.store.to_json(self.state.clients),
+            trained.record["state/digest"],
+            state.facts(),
+            catchup=self.catchup.to_json(),
+            clients=self.store.to_json(state.clients),
         )
+        return Snapshot(checkpoint, state.tensors(), moments)
+
+    def _write(self, snapshot: Snapshot) -> None:
+        checkpoint = replace(snapshot.checkpoint, progress=self.progress.to_json())
+        self.ledger.write(self.out / "ledger.parquet", up_to_round=checkpoint.round)
         keep = self.experiment.checkpoint.keep
-        checkpoints.save(self.folder, record, self.state.tensors(), self.axes.optimizer.state, keep)
-        if self.state.clients:
-            self.store.prune(checkpoints.client_rows(self.folder))
+        checkpoints.save(self.folder, checkpoint, snapshot.method, snapshot.optimizer, keep)
+        if checkpoint.clients:
+            self.store.prune(checkpoints.client_rows(self.folder), checkpoint.round)
 
     def _controls(self) -> Controls:
         size = self.experiment.eval.batch_size

@@ -91,11 +91,15 @@ class ClientStore:
                 raise UserError(f"--resume: {kept.path} is missing; start the run anew")
         return found
 
-    def prune(self, named: list[list[list[Any]]]) -> None:
-        """Removes the files that none of these checkpoints' rows name."""
+    def prune(self, named: list[list[list[Any]]], up_to_round: int) -> None:
+        """Removes the files of rounds up to that one which none of these checkpoints' rows name.
+
+        Later files wait for their checkpoint: a round may be trained before the one before it has its own.
+        """
         wanted = {self._path(int(client), int(round)) for rows in named for client, round, _ in rows}
         for path in self.folder.glob("*/round-*.safetensors"):
-            if path not in wanted and re.fullmatch(r"\d+", path.parent.name):
+            found = re.fullmatch(r"\d+/round-(\d+)\.safetensors", path.relative_to(self.folder).as_posix())
+            if found and int(found[1]) <= up_to_round and path not in wanted:
                 path.unlink()
 
     def _path(self, client: int, round: int) -> Path:

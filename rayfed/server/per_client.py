@@ -18,9 +18,9 @@ import numpy as np
 from rayfed.clients.profiles import profile
 from rayfed.config import Experiment
 from rayfed.methods import Method
-from rayfed.server.crew import Crew
+from rayfed.server.crew import Crew, results
 from rayfed.server.downlink import Downlink
-from rayfed.server.evaluate import measure
+from rayfed.server.evaluate import Evaluation
 from rayfed.server.tiers import received_model
 from rayfed.tasks.federation import Federation
 from rayfed.tasks.tokens import Tokens
@@ -61,7 +61,8 @@ def client_accuracies(
         wanted = tuple(sorted({int(y) for held in counts for y in np.flatnonzero(held)}))
         models = {"": received_model(downlink.of(first))}
         downlink.forget(first)
-        found = measure(crew, federation, models, ("test",), experiment.eval.batch_size, wanted)["", "test"]
+        evaluation = Evaluation.of(crew, federation, models, ("test",), experiment.eval.batch_size, wanted)
+        found = evaluation.sums(results(crew.run(evaluation.tasks)))["", "test"]
         correct, count = found.correct.numpy(), found.count.numpy()
         for client, held in zip(clients, counts, strict=True):
             weights = held * (count[: len(held)] > 0)

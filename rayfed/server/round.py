@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, cast
@@ -14,7 +14,7 @@ from rayfed.config import Experiment
 from rayfed.errors import RunError
 from rayfed.methods import Method, Profile, Summed, Update
 from rayfed.server.catchup import CatchUp
-from rayfed.server.crew import Crew, Done, Handle, Task, in_order
+from rayfed.server.crew import Done, Handle, Task, in_order
 from rayfed.server.diagnostics import Diagnostics
 from rayfed.server.downlink import Downlink, Download
 
@@ -66,7 +66,7 @@ class Arrival:
 
 def updates(
     method: Method, state: Any, t: int, lr: float, packs: Sequence[Sequence[Profile]], weights: str,
-    experiment: Experiment, crew: Crew, downlink: Downlink, books: Books,
+    experiment: Experiment, run: Callable[[Sequence[Task]], Iterator[Done]], downlink: Downlink, books: Books,
 ) -> Iterator[Update | Summed]:  # fmt: skip
     """Trains the cohort and yields its updates in the order of the packs, whatever the order of arrival.
 
@@ -75,7 +75,7 @@ def updates(
     """
     ask = Asking(t, lr, weights, experiment.wire.up.values, method.linear and books.diagnostics is None)
     tasks = [_task(pack, method, state, ask, downlink) for pack in packs]
-    for done in _waiting(in_order(crew.run(tasks)), books.tally):
+    for done in _waiting(in_order(run(tasks)), books.tally):
         job, result = cast(TrainJob, tasks[done.index].job), cast(TrainResult, done.result)
         pack = [Arrival(*client, result, i) for i, client in enumerate(zip(packs[done.index], job.orders, strict=True))]
         books.tally.retried += done.retries * len(pack)

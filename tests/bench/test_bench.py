@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
-from rayfed.bench import BENCHMARKS, aggregate, algebra, bare, compiled, find, scale, train, wire
+from rayfed.bench import BENCHMARKS, aggregate, algebra, bare, compiled, find, overlap, scale, train, wire
 from rayfed.bench.round import compare
 from rayfed.bench.stub import Shape, make_uploads
 from rayfed.bench.timing import paired, table, write
@@ -28,7 +28,7 @@ from rayfed.tasks.models import base_of
 def test_every_benchmark_is_there():
     assert all(callable(find(name)) for name in BENCHMARKS)
     with pytest.raises(
-        UserError, match="bench: got 'algebr', but there are aggregate, algebra, compiled, round, scale, t"
+        UserError, match="bench: got 'algebr', but there are aggregate, algebra, compiled, overlap, round, s"
     ):
         find("algebr")
 
@@ -92,6 +92,13 @@ def test_a_round_and_the_bare_loop_arrive_at_the_same_weights(tiny):
     rows = compare("tiny", experiment)
     assert [row.b for row in rows] == ["bare loop, padded to 16", "bare loop, padded to the longest"]
     assert all(0 < row.facts["difference"] < 1e-4 for row in rows)
+
+
+@pytest.mark.slow
+def test_runs_evaluated_beside_training_and_at_once_are_the_same_runs(tiny):
+    row = overlap.compare(tiny("engine.kind=ray", "engine.pack=2", "server.rounds=3"), pairs=1)
+    assert row.facts["same"]
+    assert (row.name, row.a, row.b) == ("3 rounds, packs of 2", "evaluated beside training", "evaluated at once")
 
 
 SMALL = Shape(layers=3, width=50)

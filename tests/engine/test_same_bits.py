@@ -16,8 +16,15 @@ import ray
 from small_runs import wait_for
 
 import rayfed
+from rayfed.clients.blueprint import draw_blueprint
+from rayfed.clients.jobs import TrainJob
 from rayfed.config import dump_config, load_config
-from rayfed.tracking import read_metrics
+from rayfed.engine.workers import RayCrew, Worker
+from rayfed.errors import RunError
+from rayfed.server import checkpoint as checkpoints
+from rayfed.server.loop import Server
+from rayfed.tasks.federation import form_federation
+from rayfed.tracking import Fan, read_metrics
 
 # Evaluated at the end only: whoever is killed before was training. Packs of two come back as sums.
 SPARSE = ("wire.down.density=0.25", "wire.up.density=0.25")
@@ -111,6 +118,59 @@ def test_a_killed_worker_costs_a_retry_and_nothing_else(tiny, tmp_path, cluster,
     assert digests_of(out) == digests
     assert sum(record["clients/retried"] for record in result.metrics) > 0
     assert "a worker died" in (out / "events.log").read_text()
+
+
+EVALUATED = (*SPARSE, "server.rounds=4", "server.cohort=5", "engine.pack=2", "eval.batch_size=4")
+
+
+def served(experiment, out: Path, federation, crew) -> list[dict]:
+    """The records of a server in this process, without times."""
+    blueprint = draw_blueprint(experiment, len(federation.classes))
+    server = Server(
+        experiment, federation, blueprint, crew(experiment, ray.put(federation), blueprint), out, Fan(), False
+    )
+    try:
+        return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in server.rounds()]
+    finally:
+        server.crew.close()
+
+
+def test_workers_that_die_evaluating_beside_training_change_no_figure(tiny, tmp_path, cluster):
+    """All of them are killed each time when the last pack of a round is there and evaluation has begun."""
+    struck = []
+
+    class Striking(RayCrew):
+        def run(self, tasks):
+            training = sum(isinstance(task.job, TrainJob) for task in tasks)
+            left, beside = training, 0 < training < len(tasks)
+            for done in super().run(tasks):
+                yield done
+                left -= done.index < training
+                if beside and left == 0:
+                    beside = False
+                    struck.append(len(tasks) - training)
+                    for worker in self.workers:
+                        ray.kill(worker)
+
+    federation = form_federation(tiny(*EVALUATED))
+    here = rayfed.run(tiny(*EVALUATED), out=tmp_path / "here").metrics
+    there = served(tiny(*EVALUATED, "engine.kind=ray"), tmp_path / "there", federation, Striking)
+    assert len(struck) == 3  # after rounds 1, 2 and 3; the last is evaluated alone
+    assert there == [{k: v for k, v in record.items() if not k.startswith("time/")} for record in here]
+
+
+def test_a_pack_that_kills_its_worker_leaves_the_round_before_it(tiny, tmp_path, cluster, monkeypatch):
+    class Mortal(Worker):
+        def execute(self, job, *payloads):
+            if isinstance(job, TrainJob) and job.t == 2 and len(job.orders) == 1:  # one of three packs
+                os._exit(1)
+            return super().execute(job, *payloads)
+
+    monkeypatch.setattr("rayfed.engine.workers.Worker", Mortal)
+    experiment, out = tiny(*EVALUATED, "engine.kind=ray", "engine.workers=3", "engine.retries=0"), tmp_path / "run"
+    with pytest.raises(RunError, match="because its worker died"):
+        served(experiment, out, form_federation(experiment), RayCrew)
+    assert checkpoints.latest(out / "checkpoints", experiment.digest()).round == 2
 
 
 @pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.slow)])
