@@ -100,12 +100,17 @@ def plan(experiment: Experiment, federation: Federation, blueprint: Blueprint) -
 
 def packs(experiment: Experiment, federation: Federation, blueprint: Blueprint) -> Iterator[Line]:
     """Time of a client's step and memory by pack size, and what `engine.pack: auto` would make of them."""
+    import torch
+
     from rayfed.clients import memory
     from rayfed.clients.learner import Learner
     from rayfed.clients.measure import measure
     from rayfed.engine.setup import prepare_process
     from rayfed.server.pack_size import choose, measure_job, workers_of
 
+    engine = experiment.engine
+    if engine.device == "cuda" and engine.kind == "ray" and engine.gpus_per_worker == "auto":
+        experiment = experiment.with_gpus(torch.cuda.device_count())  # as a run would on this machine alone
     prepare_process(experiment)
     learner, job = Learner(experiment, federation, blueprint), measure_job(experiment, federation)
     room, workers = memory.free(experiment.engine), workers_of(experiment)

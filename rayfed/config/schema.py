@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -128,8 +129,12 @@ class Experiment(Section):
         """The same run with packs of that size."""
         return self.model_copy(update={"engine": self.engine.model_copy(update={"pack": size})})
 
-    def with_gpus(self, share: float) -> Experiment:
-        """The same run with workers that hold that share of a GPU each."""
+    def with_gpus(self, gpus: float) -> Experiment:
+        """The same run with so many GPUs for all workers: for each the largest share of one that all of them can have.
+
+        In steps that Ray knows (1/10000), and at most a whole one.
+        """
+        share = math.floor(1e4 / math.ceil(self.engine.workers / gpus)) / 1e4 if gpus else 0.0
         return self.model_copy(update={"engine": self.engine.model_copy(update={"gpus_per_worker": share})})
 
     def digest(self) -> str:

@@ -72,12 +72,7 @@ def with_shares(experiment: Experiment) -> Experiment:
             "a number is needed until its nodes are there" if engine.wait_for_nodes else "Ray has no GPUs to share"
         )
         raise UserError(f"engine.gpus_per_worker: got 'auto', but {allowed}")
-    return experiment.with_gpus(share(have, engine.workers))
-
-
-def share(gpus: float, workers: int) -> float:
-    """The largest share of one GPU that so many workers can each have, in steps that Ray knows (1/10000)."""
-    return math.floor(1e4 / math.ceil(workers / gpus)) / 1e4
+    return experiment.with_gpus(have)
 
 
 def check_places(experiment: Experiment) -> str | None:

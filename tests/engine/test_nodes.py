@@ -16,7 +16,7 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 
 import rayfed
 from rayfed.config.execution import Engine
-from rayfed.engine.placement import _mistake, bundle_of, reserve, share, with_shares
+from rayfed.engine.placement import _mistake, bundle_of, reserve, with_shares
 from rayfed.errors import UserError
 
 RUN = ("wire.up.density=0.25", "server.rounds=30", "server.cohort=4", "eval.every=30")
@@ -158,9 +158,9 @@ def test_what_never_fits_is_known_by_the_nodes(engine: Engine, room: Any, mistak
     ("gpus", "workers", "each"),
     [(1, 1, 1), (1, 2, 0.5), (1, 3, 0.3333), (2, 3, 0.5), (8, 8, 1), (8, 5, 1), (3, 8, 0.3333)],
 )
-def test_workers_share_the_gpus_there_are(gpus: int, workers: int, each: float) -> None:
-    assert share(gpus, workers) == each
-    engine = Engine(workers=workers, gpus_per_worker=each, cpus_per_worker=0)
+def test_workers_share_the_gpus_there_are(tiny: Any, gpus: int, workers: int, each: float) -> None:
+    engine = tiny(f"engine.workers={workers}", "engine.cpus_per_worker=0").with_gpus(gpus).engine
+    assert engine.gpus_per_worker == each
     assert _mistake(engine, [{"GPU": float(gpus)}]) is None
     assert _mistake(engine, [{"GPU": 1.0}] * gpus) is None
 
