@@ -351,6 +351,13 @@ def test_dropout_on_a_texts_own_tokens_does_not_depend_on_padding_or_neighbours(
     assert not torch.allclose(alone, x + layer.base(x))
 
 
+def test_every_layer_drops_entries_of_its_own(base):
+    fresh = base("mean")
+    shapes = match(fresh.model, config_for(fresh, ["query", "value"]), fresh.head)
+    stack = Stack(fresh.model, shapes, fresh.head, dropout=0.5)
+    assert len(stack.lora) == len({tuple(layer.features_I.tolist()) for layer in stack.lora.values()}) == 4
+
+
 def test_a_head_without_a_bias_has_none_in_any_slot():
     batch = Batch()
     linear = nn.Linear(4, 3, bias=False)
