@@ -50,10 +50,12 @@ def test_an_empty_file_is_all_defaults(empty: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_the_configs_that_come_with_rayfed_load(path: Path) -> None:
+def test_the_configs_that_come_with_rayfed_load_and_are_what_they_resolve_to(path: Path, tmp_path: Path) -> None:
     import rayfed
 
-    rayfed.load_config(path)  # method and axes included
+    experiment = rayfed.load_config(path)  # method and axes included
+    (tmp_path / "config.yaml").write_text(dump_config(experiment), encoding="utf-8")
+    assert rayfed.load_config(tmp_path / "config.yaml") == experiment
 
 
 @pytest.mark.parametrize(
