@@ -65,6 +65,12 @@ def test_what_is_shared_out_comes_back(slots, sizes, wide):
     assert not back[left_out].any()
 
 
+def test_slots_may_come_in_any_order():
+    shares = Shares([Segment(slot, 1) for slot in (2, 0, 1)], False, CPU)
+    stacked = drawn(3, 2)
+    assert torch.equal(shares.into(shares.of(stacked), 3), stacked)
+
+
 def test_a_cpu_takes_ragged_runs_one_by_one_and_a_gpu_never():
     runs = {"alone": [4], "even": [2, 2], "ragged": [1, 3]}
 
