@@ -27,7 +27,7 @@ SHORT = {"eval.every": 1, "server.rounds": 5, "data.examples": 2000, "partition.
 
 
 def measure(**overrides: Any) -> list[Row]:
-    """MiniLM, evaluated every round: in packs of 5, one for each of two workers, and of 4, of which one has two.
+    """MiniLM, evaluated every round: in packs of 5, one for each of two workers, and of 4, three for the two.
 
     ``overrides`` change the settings, by dotted keys.
     """

@@ -45,10 +45,10 @@ def dying_in_round(number: int) -> Callable[..., Any]:
 
     real = Server._round
 
-    def round_or_death(self: Server, t: int) -> Any:
+    def round_or_death(self: Server, t: int, *beside: Any) -> Any:
         if t + 1 == number:
             raise MemoryError("no room")
-        return real(self, t)
+        return real(self, t, *beside)
 
     return round_or_death
 

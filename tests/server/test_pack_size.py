@@ -102,10 +102,10 @@ def chosen(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("auto") / "run"
     real = Server._round
 
-    def stopped(self, t):
+    def stopped(self, t, *beside):
         if t == 1:
             raise RunError("stopped")
-        return real(self, t)
+        return real(self, t, *beside)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Server, "_round", stopped)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -91,8 +93,8 @@ def test_every_clients_own_model_on_data_like_its_own(tiny, tmp_path, seen, meth
 
 def test_clients_of_a_tier_share_its_model(tiny, tmp_path, seen, monkeypatch):
     measured = []
-    measure = per_client.measure
-    monkeypatch.setattr(per_client, "measure", lambda *a: measured.append(a[2]) or measure(*a))
+    of = per_client.Evaluation.of
+    monkeypatch.setattr(per_client, "Evaluation", SimpleNamespace(of=lambda *a: measured.append(a[2]) or of(*a)))
     overrides = ("method.name=flexlora", "profiles.kind=tiers", "profiles.ranks=[1,4]", "server.rounds=1")
     rayfed.run(tiny(*SETTINGS, *overrides), out=tmp_path / "run")
     assert len(measured) == 2
