@@ -135,6 +135,7 @@ def served(experiment, out: Path, federation, crew) -> list[dict]:
         server.crew.close()
 
 
+@pytest.mark.slow
 def test_workers_that_die_evaluating_beside_training_change_no_figure(tiny, tmp_path, cluster):
     """All of them are killed each time when the last pack of a round is there and evaluation has begun."""
     struck = []
@@ -159,6 +160,7 @@ def test_workers_that_die_evaluating_beside_training_change_no_figure(tiny, tmp_
     assert there == [{k: v for k, v in record.items() if not k.startswith("time/")} for record in here]
 
 
+@pytest.mark.slow
 def test_a_pack_that_kills_its_worker_leaves_the_round_before_it(tiny, tmp_path, cluster, monkeypatch):
     class Mortal(Worker):
         def execute(self, job, *payloads):
