@@ -4,12 +4,18 @@ A is a whole round on Ray: downlink, training, wire, aggregation, books, checkpo
 is encoded, counted or written there. B has as many processes as A has workers, with one thread each, and its clients
 are dealt out as alike as packs are. Every round is run by all of them in turn, from the same weights; as everything is
 sent dense, both must arrive at the same weights, and `difference` says how nearly they do (relative, the largest).
+
+Where A's seconds go, medians of the rounds: `s in packs`, a worker's share of what its packs took themselves (decode,
+train, encode); `s waiting besides`, what the server waited longer than that (Ray, and one worker for the other); `s on
+the server` until it has the next state; `s for the books`, all that follows.
 """
 
 from __future__ import annotations
 
 import copy
+import statistics
 import tempfile
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +23,12 @@ from typing import Any
 from rayfed.bench.bare import BareLoop
 from rayfed.bench.timing import Row, Times, compared, timed
 from rayfed.clients.blueprint import draw_blueprint
+from rayfed.clients.jobs import TrainResult
 from rayfed.clients.profiles import profile
 from rayfed.config import Experiment, validate
 from rayfed.config.load import assign
 from rayfed.engine.driver import stepwise
+from rayfed.server.crew import Crew, Done, Handle, Task
 from rayfed.server.loop import Server
 from rayfed.server.packs import plan_packs
 from rayfed.server.sampling import cohort
@@ -63,16 +71,20 @@ def compare(name: str, experiment: Experiment) -> list[Row]:
     paddings = {f"to {experiment.data.max_tokens}": experiment.data.max_tokens, "to the longest": None}
     ours: list[Times] = []
     theirs: dict[str, list[Times]] = {padding: [] for padding in paddings}
-    difference = 0.0
+    difference, where = 0.0, []
     with (
         tempfile.TemporaryDirectory() as folder,
         stepwise(experiment, federation, blueprint, Path(folder)) as server,
         BareLoop(experiment, federation, server.state.layout) as bare,
     ):
+        server.crew = crew = _Clocked(server.crew)
         rounds = server.rounds()
         for t in range(experiment.server.rounds - 1):
             before = server.state.vector
-            ours.append(timed(partial(next, rounds))[0])
+            crew.seconds = 0.0
+            mine, record = timed(partial(next, rounds))
+            ours.append(mine)
+            where.append(_where(mine.wall, record, crew.seconds / experiment.engine.workers))
             clients = _dealt(experiment, federation, server, t)
             for padding, pad_to in paddings.items():
                 seconds, after = timed(partial(bare.train, before, t, clients, pad_to))
@@ -84,9 +96,42 @@ def compare(name: str, experiment: Experiment) -> list[Row]:
     rows = []
     for padding, measured in theirs.items():
         row = compared(name, a, f"bare loop, padded {padding}", ours[1:], measured[1:], elsewhere=True)
-        row.facts.update({"share of its time": 1 / row.ratio, "difference": difference})
+        medians = {name: statistics.median(part[name] for part in where[1:]) for name in where[0]}
+        row.facts.update({"share of its time": 1 / row.ratio, "difference": difference, **medians})
         rows.append(row)
     return rows
+
+
+def _where(seconds: float, record: dict[str, Any], packs: float) -> dict[str, float]:
+    """What a round of so many seconds went to; a worker spent ``packs`` of them on its packs."""
+    waited = record["time/train_s"] - record["time/server_s"]
+    return {
+        "s in packs": packs,
+        "s waiting besides": waited - packs,
+        "s on the server": record["time/server_s"],
+        "s for the books": seconds - record["time/train_s"],
+    }
+
+
+class _Clocked:
+    """A crew of which the seconds that packs took on their workers are added up."""
+
+    def __init__(self, crew: Crew) -> None:
+        self.crew, self.seconds = crew, 0.0
+
+    def put(self, payload: Any) -> Handle:
+        return self.crew.put(payload)
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[Done]:
+        for done in self.crew.run(tasks):
+            self.seconds += done.result.seconds if isinstance(done.result, TrainResult) else 0.0
+            yield done
+
+    def drain_events(self) -> list[str]:
+        return self.crew.drain_events()
+
+    def close(self) -> None:
+        self.crew.close()
 
 
 def _dealt(experiment: Experiment, federation: Federation, server: Server, t: int) -> list[list[int]]:

@@ -92,6 +92,8 @@ def test_a_round_and_the_bare_loop_arrive_at_the_same_weights(tiny):
     rows = compare("tiny", experiment)
     assert [row.b for row in rows] == ["bare loop, padded to 16", "bare loop, padded to the longest"]
     assert all(0 < row.facts["difference"] < 1e-4 for row in rows)
+    parts = [row.facts[f"s {part}"] for row in rows for part in ("in packs", "on the server", "for the books")]
+    assert 0 < min(parts) < max(parts) < 10
 
 
 @pytest.mark.slow
