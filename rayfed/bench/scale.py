@@ -3,8 +3,8 @@
 Whole rounds of the server's own loop: the draw, profiles, orders, ledger, decode, aggregation, metrics, checkpoint. The
 clients answer at once, so all of it is overhead. Against it: a bare loop of `index_add_` over the same uploads.
 
-The adapter is small (60,000 entries), so that the clients' own cost shows; one more row has the 600,000 entries of
-`bench aggregate`, which measures what grows with the adapter. The state's digest and checkpoint are paid once a round,
+The adapter is small (60,000 entries), so that the clients' own cost shows; two more rows have the 600,000 entries of
+`bench aggregate`, which measures what grows with the adapter: decoded by the server, and in packs that come as sums. The state's digest and checkpoint are paid once a round,
 whoever takes part: they are most of what a small cohort costs.
 """
 
@@ -25,6 +25,7 @@ from rayfed.tracking import open_sinks
 
 DENSITY = 1 / 16
 COHORTS = (10, 100, 1_000, 10_000)
+PACK = 32
 SMALL, LARGE = Shape(layers=10, width=188), Shape()
 
 
@@ -32,10 +33,11 @@ SMALL, LARGE = Shape(layers=10, width=188), Shape()
 def measure(
     cohorts: tuple[int, ...] = COHORTS, population: int = 1_000_000, rounds: int = 20, large: Shape = LARGE
 ) -> list[Row]:
-    """So many rounds of FLASC for each size of cohort; and for one of up to 1,000, of the large adapter."""
-    cases = [(size, SMALL) for size in cohorts]
-    cases.append((min(1_000, max(cohorts)), large))
-    return [_cohort(size, population, rounds, shape) for size, shape in cases]
+    """So many rounds of FLASC for each size of cohort; and of the large adapter for one of up to 1,000, also in packs."""
+    cases = [(size, SMALL, 1) for size in cohorts]
+    some = min(1_000, max(cohorts))
+    cases += [(some, large, 1), (some, large, PACK)]
+    return [_cohort(size, population, rounds, shape, pack) for size, shape, pack in cases]
 
 
 def one_row_each(population: int) -> Federation:
@@ -46,8 +48,8 @@ def one_row_each(population: int) -> Federation:
     return Federation(rows, nothing, nothing, ("a", "b"), each[:-1], each, pad_id=0)
 
 
-def _cohort(size: int, population: int, rounds: int, shape: Shape) -> Row:
-    experiment = settings("flasc", DENSITY, size, population, rounds)
+def _cohort(size: int, population: int, rounds: int, shape: Shape, pack: int) -> Row:
+    experiment = settings("flasc", DENSITY, size, population, rounds).with_pack(pack)
     made = make_uploads(shape.entries, DENSITY)
     resident: list[float] = []
 
@@ -69,7 +71,7 @@ def _cohort(size: int, population: int, rounds: int, shape: Shape) -> Row:
             next(stream)
             resident.append(memory("VmRSS"))
 
-        ours = (f"a round, adapter of {shape.entries}", one)
+        ours = (f"a round, adapter of {shape.entries}, packs of {pack}", one)
         row = paired(f"cohort {size} of {population}", ours, ("bare index_add_", bare), rounds - 1)
         sinks.close()
     row.facts["ms a client"] = 1e3 * row.seconds_a / size

@@ -139,8 +139,8 @@ def test_aggregate_runs_the_drivers_own_code():
 
 def test_scale_runs_whole_rounds_of_a_large_population():
     rows = scale.measure(cohorts=(10, 30), population=5_000, rounds=3, large=SMALL)
-    assert [row.name for row in rows] == ["cohort 10 of 5000", "cohort 30 of 5000", "cohort 30 of 5000"]
-    assert rows[-1].a == f"a round, adapter of {SMALL.entries}"
+    assert [row.name for row in rows] == [f"cohort {size} of 5000" for size in (10, 30, 30, 30)]
+    assert [row.a for row in rows[2:]] == [f"a round, adapter of {SMALL.entries}, packs of {pack}" for pack in (1, 32)]
     assert all(row.facts["ms a client"] > 0 and row.facts["ms a client, cpu"] > 0 for row in rows)
 
 
