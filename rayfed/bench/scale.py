@@ -4,8 +4,8 @@ Whole rounds of the server's own loop: the draw, profiles, orders, ledger, decod
 clients answer at once, so all of it is overhead. Against it: a bare loop of `index_add_` over the same uploads.
 
 The adapter is small (60,000 entries), so that the clients' own cost shows; two more rows have the 600,000 entries of
-`bench aggregate`, which measures what grows with the adapter: decoded by the server, and in packs that come as sums. The state's digest and checkpoint are paid once a round,
-whoever takes part: they are most of what a small cohort costs.
+`bench aggregate`, which measures what grows with the adapter: decoded by the server, and in packs that come as sums.
+The state's digest and checkpoint are paid once a round, whoever takes part: they are most of what a small cohort costs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SMALL, LARGE = Shape(layers=10, width=188), Shape()
 def measure(
     cohorts: tuple[int, ...] = COHORTS, population: int = 1_000_000, rounds: int = 20, large: Shape = LARGE
 ) -> list[Row]:
-    """So many rounds of FLASC for each size of cohort; and of the large adapter for one of up to 1,000, also in packs."""
+    """So many rounds of FLASC for each size of cohort; and for one of up to 1,000 of the large adapter, twice."""
     cases = [(size, SMALL, 1) for size in cohorts]
     some = min(1_000, max(cohorts))
     cases += [(some, large, 1), (some, large, PACK)]
