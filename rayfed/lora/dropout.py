@@ -5,8 +5,7 @@ feature's key of its layer's name and its number. So the mask is the same on eve
 beside any neighbours, and when a layer is computed anew; nothing has to be drawn in order. A module that a model passes
 through twice drops the same entries both times.
 
-The hash mixes in 32 bits what the keys, each mixed in 64, bring: two multiplications and a shift an entry, about two
-thirds of the time that torch's generator takes on a CPU.
+The hash mixes in 32 bits what the keys, each mixed in 64, bring: two multiplications and a shift an entry.
 """
 
 from __future__ import annotations
