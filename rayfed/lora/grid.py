@@ -28,12 +28,12 @@ class Grid:
 
     def spread(self, x: Tensor) -> Tensor:
         """(entries, ...) -> (lines * longest, ...), zeros in the free places."""
-        result: Tensor = _Spread.apply(x, self)
+        result: Tensor = _Move.apply(x, self, True)
         return result
 
     def gather(self, x: Tensor) -> Tensor:
         """(lines * longest, ...) -> (entries, ...); what is in the free places counts for nothing."""
-        result: Tensor = _Gather.apply(x, self)
+        result: Tensor = _Move.apply(x, self, False)
         return result
 
     def _spread(self, x: Tensor) -> Tensor:
@@ -44,25 +44,15 @@ class Grid:
         return x.index_select(0, self.places)
 
 
-class _Spread(torch.autograd.Function):
+class _Move(torch.autograd.Function):
+    """One way forward (``spread``, or gather), the other way back."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
-        ctx.grid = grid
-        return grid._spread(x)
+    def forward(ctx: Any, x: Tensor, grid: Grid, spread: bool) -> Tensor:
+        ctx.grid, ctx.spread = grid, spread
+        return grid._spread(x) if spread else grid._gather(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return ctx.grid._gather(dy), None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
-        ctx.grid = grid
-        return grid._gather(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return ctx.grid._spread(dy), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.grid._gather(dy) if ctx.spread else ctx.grid._spread(dy), None, None
