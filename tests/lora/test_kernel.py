@@ -131,7 +131,7 @@ def test_a_frozen_change_is_a_changed_weight():
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
 
 
-def test_clients_over_the_same_change_of_the_base_take_it_in_one_product(monkeypatch):
+def test_clients_over_the_same_change_of_the_base_take_it_in_one_product():
     """As many products as changes that differ, and what came as one tensor stays one."""
     layer = torch.nn.Linear(IN, OUT)
     stacked = StackedLora(layer, Batch())
