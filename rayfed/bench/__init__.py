@@ -17,8 +17,6 @@ from rayfed.errors import UserError
 BENCHMARKS = {
     "aggregate": "rayfed.bench.aggregate:measure",
     "algebra": "rayfed.bench.algebra:measure",
-    "compiled": "rayfed.bench.compiled:measure",
-    "overlap": "rayfed.bench.overlap:measure",
     "round": "rayfed.bench.round:measure",
     "scale": "rayfed.bench.scale:measure",
     "train": "rayfed.bench.train:measure",
@@ -36,7 +34,7 @@ def find(name: str) -> Callable[..., list[Row]]:
 
 
 def run(name: str, given: Mapping[str, Any]) -> list[Row]:
-    """Runs it with the arguments given (`uploads`, `packs`, ...; for `round` and `overlap`, dotted settings of a run).
+    """Runs it with the arguments given (`uploads`, `packs`, ...; for `round`, dotted settings of a run).
 
     UserError for a benchmark or an argument that there is not, or a value that is not of the default's kind.
     """

@@ -71,12 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_command(commands)
 
     bench = commands.add_parser("bench", help="measure what is fast, against what, on this machine")
-    bench.add_argument(
-        "name", metavar="NAME", help="which benchmark: aggregate, algebra, compiled, overlap, round, ..."
-    )
+    bench.add_argument("name", metavar="NAME", help="which benchmark: aggregate, algebra, round, ...")
     bench.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE",
-        help="its sizes, such as uploads=2000 or packs=[1,8]; for round and overlap, settings of a run",
+        help="its sizes, such as uploads=2000 or packs=[1,8]; for round, settings of a run",
     )  # fmt: skip
     bench.add_argument("--json", metavar="FILE", help="also write the figures and the machine to FILE")
     bench.set_defaults(action=_bench)

@@ -82,7 +82,6 @@ def plan(experiment: Experiment, federation: Federation, blueprint: Blueprint) -
     """What the run would do."""
     from rayfed import wire
     from rayfed.clients.profiles import describe, rank_mix
-    from rayfed.server.states import kept
 
     sizes, entries = federation.sizes, blueprint.start(experiment).layout.size
     yield "digest", experiment.digest()
@@ -92,10 +91,6 @@ def plan(experiment: Experiment, federation: Federation, blueprint: Blueprint) -
     yield "trained", f"{entries} entries on {blueprint.parameters} frozen ones"
     yield "a dense message", f"{(wire.HEADER_BYTES + 4 * entries) / 1e6:.2f} MB each way at rank {experiment.lora.rank}"
     yield "padding", str(blueprint.padding)
-    if blueprint.prefix:
-        outputs = kept(experiment, federation, blueprint)
-        told = ", ".join(f"{split} ({size / 1e6:.0f} MB)" for split, size in outputs.items())
-        yield "frozen blocks", f"the first {blueprint.prefix.count}; outputs kept: {told or 'none'}"
 
 
 def packs(experiment: Experiment, federation: Federation, blueprint: Blueprint) -> Iterator[Line]:

@@ -22,7 +22,6 @@ from rayfed.lora.stacked import is_conv1d
 from rayfed.tasks.flat import Flat, Padded, choose
 from rayfed.tasks.kept import shared_base
 from rayfed.tasks.models import Base, base_name, in_dtype, longest_input
-from rayfed.tasks.prefix import Prefix, find
 from rayfed.tasks.recompute import layers_of
 
 
@@ -36,7 +35,6 @@ class Blueprint:
     peft: Mapping[str, Any]  # the content of adapter_config.json
     parameters: int  # of the base model, its head included
     padding: Flat | Padded  # how texts are laid into batches
-    prefix: Prefix | None = None  # frozen blocks below all adapters, where their states may be kept
 
     @property
     def entries(self) -> int:
@@ -72,15 +70,13 @@ def draw_blueprint(experiment: Experiment, classes: int) -> Blueprint:
     config = peft_config(experiment, base.heads)
     shapes = match(base.model, config, base.heads)
     conv1d = any(is_conv1d(base.model.get_submodule(name)) for name in shapes)
-    padding = _padding(experiment, base.model)
     blueprint = Blueprint(
         shapes,
         head_values(base.model, base.head),
         head_values(base.model, base.frozen_head),
         peft_settings(config, shapes, base=base_name(experiment), conv1d=conv1d),
         sum(p.numel() for p in base.model.parameters()),
-        padding,
-        find(base.model, shapes, padding) if experiment.engine.cache_gb and isinstance(padding, Flat) else None,
+        _padding(experiment, base.model),
     )
     if experiment.model.dtype != "float32":
         _check_dtype(experiment, base)

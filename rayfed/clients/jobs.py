@@ -1,8 +1,7 @@
 """What the server asks of a worker, and what comes back: plain values that any process can be sent.
 
 Vectors travel beside a job as payloads, ``bytes`` made by `wire`; a job names them by position. Some are traffic (what
-a client downloads); others stand for what it holds already, and only the simulation moves them. The last payload may be
-an array, ``states``: what leaves the frozen blocks below all adapters, for every token of the split that the job reads.
+a client downloads); others stand for what it holds already, and only the simulation moves them.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 from torch import Tensor
 
 from rayfed.lora.adapter import Layout
@@ -48,11 +46,6 @@ class TrainJob:
     lr: float
     orders: tuple[Order, ...]
     summed: bool = False
-    states: int | None = None  # which of the payloads they are
-
-    @property
-    def split(self) -> SplitName:
-        return "train"
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,6 @@ class EvalJob:
     stop: int
     layout: Layout
     classes: tuple[int, ...] | None = None  # null: all
-    states: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +96,6 @@ class FeatureJob:
     split: SplitName
     start: int
     stop: int
-    states: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,22 +104,6 @@ class FeatureResult:
 
     features: Tensor  # (rows, width) float32
     labels: Tensor  # (rows,) int64
-
-
-@dataclass(frozen=True)
-class StatesJob:
-    """What leaves the frozen blocks for rows start to stop of a split, in order of length."""
-
-    split: SplitName
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class StatesResult:
-    """The states of all tokens, text by text."""
-
-    states: np.ndarray  # (tokens, width) float32
 
 
 @dataclass(frozen=True)
@@ -157,6 +132,5 @@ class MeasureResult:
     memory: int
 
 
-Reading = TrainJob | EvalJob | FeatureJob  # those that the states of a split can come with
-Job = Reading | StatesJob | MeasureJob
-Result = TrainResult | EvalResult | FeatureResult | StatesResult | MeasureResult
+Job = TrainJob | EvalJob | FeatureJob | MeasureJob
+Result = TrainResult | EvalResult | FeatureResult | MeasureResult

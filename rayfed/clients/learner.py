@@ -26,11 +26,8 @@ from rayfed.clients.jobs import (
     MeasureJob,
     MeasureResult,
     Order,
-    Reading,
     Result,
     SplitName,
-    StatesJob,
-    StatesResult,
     TrainJob,
     TrainResult,
 )
@@ -49,7 +46,6 @@ from rayfed.tasks.federation import Federation
 from rayfed.tasks.flat import Flat, FlatModel, FlatTokens
 from rayfed.tasks.kept import shared_base
 from rayfed.tasks.models import in_dtype
-from rayfed.tasks.prefix import PrefixedTokens, Skipper
 from rayfed.tasks.recompute import recompute
 from rayfed.tasks.tokens import Tokens
 
@@ -70,7 +66,6 @@ class Learner:
         self.head = list((self.stack.head or head_layers(self.model, base.frozen_head)).values())
         how = blueprint.padding
         self.flat = FlatModel(self.model, how) if isinstance(how, Flat) else None
-        self.skipper = Skipper(self.flat, blueprint.prefix) if self.flat is not None and blueprint.prefix else None
         splits: dict[SplitName, Any] = {
             "train": federation.train, "validation": federation.validation, "test": federation.test,
         }  # fmt: skip
@@ -78,7 +73,7 @@ class Learner:
         self.by_length = {name: np.argsort(split.lengths, kind="stable") for name, split in splits.items()}
 
     def execute(self, job: Job, payloads: Sequence[Any]) -> Result:
-        """Does one job. Its type decides the result's: train, evaluate, features, states, measure.
+        """Does one job. Its type decides the result's: train, evaluate, features, measure.
 
         RunError where the memory does not do, or no algorithm that always gives the same bits.
         """
@@ -97,9 +92,7 @@ class Learner:
         if isinstance(job, EvalJob):
             return self._evaluate(job, payloads)
         if isinstance(job, FeatureJob):
-            return self._features(job, payloads)
-        if isinstance(job, StatesJob):
-            return self._states(job)
+            return self._features(job)
         if isinstance(job, MeasureJob):
             room = memory.free(self.experiment.engine)
             return MeasureResult(tuple(measure(self, job.clients, job.sizes, room)), room)
@@ -107,10 +100,10 @@ class Learner:
 
     def _train(self, job: TrainJob, payloads: Sequence[Any]) -> TrainResult:
         begun = time.perf_counter()
-        decoded = [wire.decode(payload) for payload in payloads[: job.states]]  # a tier's clients share theirs
+        decoded = [wire.decode(payload) for payload in payloads]  # a tier's clients share theirs
         bases: dict[int, Base] = {}
         members = [self._member(order, decoded, bases) for order in job.orders]
-        data = self._data(job, payloads)
+        data = self.data["train"]
 
         def train(pack: Sequence[Member]) -> list[Trained]:
             return train_pack(
@@ -168,7 +161,7 @@ class Learner:
 
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         seen, right = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.bool, device=self.device)]
-        for logits, labels in self._each_batch(job, self._data(job, payloads), logits_of, job.classes):
+        for logits, labels in self._each_batch(job, self.data[job.split], logits_of, job.classes):
             there = sent(labels, self.device)
             loss += nn.functional.cross_entropy(logits, there, reduction="none").double().sum()
             seen.append(labels)
@@ -178,7 +171,7 @@ class Learner:
         return EvalResult(float(loss), torch.bincount(labels[hits], minlength=classes), count)
 
     @torch.no_grad()
-    def _features(self, job: FeatureJob, payloads: Sequence[Any]) -> FeatureResult:
+    def _features(self, job: FeatureJob) -> FeatureResult:
         seen: list[Tensor] = []
         hooks = [
             layer.register_forward_pre_hook(lambda _module, args: seen.append(args[0].float().cpu()))
@@ -198,31 +191,15 @@ class Learner:
             return states
 
         try:
-            found = list(self._each_batch(job, self._data(job, payloads), features_of))
+            found = list(self._each_batch(job, self.data[job.split], features_of))
         finally:
             for hook in hooks:
                 hook.remove()
         states, labels = zip(*found)
         return FeatureResult(torch.cat(states), torch.cat(labels))
 
-    @torch.no_grad()
-    def _states(self, job: StatesJob) -> StatesResult:
-        skipper = self.skipper
-        assert skipper is not None
-
-        def states_of(inputs: dict[str, Tensor], segment: Segment) -> Tensor:
-            return skipper.states_of(inputs, [segment]).float().cpu()
-
-        found = [states for states, _ in self._each_batch(job, self.data[job.split], states_of)]
-        return StatesResult(torch.cat(found).numpy())
-
-    def _data(self, job: Reading, payloads: Sequence[Any]) -> Any:
-        """The split that the job reads, with the states that came with it."""
-        data = self.data[job.split]
-        return data if job.states is None else PrefixedTokens(data.tokens, payloads[job.states])
-
     def _each_batch(
-        self, job: EvalJob | FeatureJob | StatesJob, tokens: Any, work: Callable[[dict[str, Tensor], Segment], Tensor],
+        self, job: EvalJob | FeatureJob, tokens: Any, work: Callable[[dict[str, Tensor], Segment], Tensor],
         classes: Sequence[int] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
         """What ``work`` makes of each batch of the job's rows, and its labels; a batch that does not fit is halved."""
@@ -248,9 +225,8 @@ class Learner:
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (rows, classes) of a batch, while the stack holds its segments; with padding or without."""
-        model = self.skipper or self.flat
-        if model is not None:
-            return model(inputs, self.stack.batch.segments)
+        if self.flat is not None:
+            return self.flat(inputs, self.stack.batch.segments)
         logits: Tensor = self.model(**inputs).logits
         return logits
 

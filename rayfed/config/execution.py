@@ -10,7 +10,7 @@ from rayfed.config.section import Names, NonNegative, Section
 
 
 class Engine(Section):
-    """Where clients train. `pack`, `threads`, `padding` and `cache_gb` decide bits (rounding); the rest does not."""
+    """Where clients train. `pack`, `threads` and `padding` decide bits (rounding); the rest does not."""
 
     kind: Literal["ray", "local"] = Field("ray", description="`ray`: actors; `local`: in this process, same bits.")
     workers: PositiveInt = Field(2, description="Worker actors.")
@@ -38,12 +38,6 @@ class Engine(Section):
         "auto",
         description="batch: texts are padded to the longest of their batch. never: a batch is one row of real tokens; "
         "refused where the model cannot take it. auto: never where the model can, else batch.",
-    )
-    cache_gb: NonNegative = Field(
-        1.0,
-        description="Where the lowest blocks of a text model have no adapters, their outputs are computed once for "
-        "every text and kept in Ray's object store, if the run needs them twice or more: of at most so many GB. 0: "
-        "never.",
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where clients train.")
     deterministic: bool = Field(

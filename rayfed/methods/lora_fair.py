@@ -8,17 +8,12 @@
 With lam = 0 the product is the exact mean D, projected on the row space of Abar; with a large lam it is FedIT's. All
 clients have one rank r, and so one scale s; traffic is FedIT's, r (in + out) entries a layer both ways.
 
-``solver=closed`` solves that r x r system; ``iterative`` takes gradient steps on half the objective, from dB = 0,
-
-    dB <- dB + rate ((D / s - (Bbar + dB) Abar) Abar^T - lam dB)
-
-by default at the inverse of the largest curvature, ``1 / (||Abar Abar^T|| + lam)``, at which they always approach the
-closed form. A sparse or rounded download leaves nothing out of the means: they are the server's values plus the mean
+A sparse or rounded download leaves nothing out of the means: they are the server's values plus the mean
 changes, and what the wire kept back is put back into D. The correction re-factors the model each round, so momentum has
 no meaning: the server step is the plain one.
 
 Objective and closed form come from a collection, the scale made explicit by us; the paper's own text was not at hand,
-so the gradient steps, their rate and lam's default are ours.
+so lam's default is ours.
 """
 
 from __future__ import annotations
@@ -26,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -45,22 +39,12 @@ class LoRAFAIR(FactorMean):
 
     lam: float = 0.01
     """Weight of ``||dB||^2``; 0 or more. Abar Abar^T starts near a third of the identity. The default is ours."""
-    solver: Literal["closed", "iterative"] = "closed"
-    """The minimum itself, or gradient steps towards it."""
-    steps: int = 100
-    """Gradient steps of the iterative solver; 1 or more."""
-    rate: float | None = None
-    """Their rate, over 0; None: the inverse of the largest curvature, which is always stable."""
 
     optimizers = ("fedavg",)
 
     def __post_init__(self) -> None:
         if not 0 <= self.lam < math.inf:
             raise allowed("method.lam", self.lam, "it must be 0 or more, and finite")
-        if self.steps < 1:
-            raise allowed("method.steps", self.steps, "it must be 1 or more")
-        if self.rate is not None and not 0 < self.rate < math.inf:
-            raise allowed("method.rate", self.rate, "it must be over 0 and finite, or null")
 
     def aggregate(self, state: FactorState, updates: Iterable[Update], advance: Advance = fedavg) -> FactorState:
         products, total = WeightedSum(), torch.zeros(state.layout.size, dtype=torch.float64)
@@ -88,14 +72,7 @@ class LoRAFAIR(FactorMean):
         gram = A @ A.T
         ridge = gram + self.lam * torch.eye(mean.rank, dtype=gram.dtype)
         residual = target - B @ gram  # (D / s - Bbar Abar) Abar^T
-        if self.solver == "closed":
-            dB = residual @ torch.linalg.pinv(ridge, hermitian=True)
-        else:
-            largest = float(torch.linalg.matrix_norm(ridge, 2))
-            rate = self.rate if self.rate is not None else 1 / largest if largest else 0.0
-            dB = torch.zeros_like(B)
-            for _ in range(self.steps):
-                dB += rate * (residual - dB @ ridge)
+        dB = residual @ torch.linalg.pinv(ridge, hermitian=True)
         energy = norm(D) ** 2
 
         def gap(B: Tensor) -> float:

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -39,14 +39,6 @@ class Checkpoint:
     catchup: dict[str, Any] = field(default_factory=dict)
     clients: list[list[Any]] = field(default_factory=list)
     version: int = VERSION
-
-
-class Snapshot(NamedTuple):
-    """A checkpoint that is not written yet: its JSON part, the method's tensors, the server optimizer's moments."""
-
-    checkpoint: Checkpoint
-    method: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor]
 
 
 def state_digest(round: int, method: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], clients: str = "") -> str:

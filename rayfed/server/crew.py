@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Protocol
 
 from rayfed.clients.jobs import Job, Result
@@ -60,20 +59,3 @@ def in_order(done: Iterator[Done]) -> Iterator[Done]:
 def results(done: Iterator[Done]) -> list[Result]:
     """All results, in the order of the tasks."""
     return [item.result for item in in_order(done)]
-
-
-class Beside:
-    """A crew's next `run` with further tasks behind its own: who has nothing else left to do takes those."""
-
-    def __init__(self, crew: Crew, further: Sequence[Task]) -> None:
-        self.crew, self.further = crew, further
-        self._stream: Iterator[Done] = iter(())
-
-    def run(self, tasks: Sequence[Task]) -> Iterator[Done]:
-        """The results of ``tasks`` alone, in their order."""
-        self._stream = in_order(self.crew.run([*tasks, *self.further]))
-        return islice(self._stream, len(tasks))
-
-    def rest(self) -> list[Result]:
-        """The results of the further tasks, once all of `run` were taken; waits for those that are not there yet."""
-        return [item.result for item in self._stream]

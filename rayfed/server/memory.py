@@ -8,7 +8,6 @@ checkpoint names the files it needs; those that no kept checkpoint names are rem
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,15 +90,11 @@ class ClientStore:
                 raise UserError(f"--resume: {kept.path} is missing; start the run anew")
         return found
 
-    def prune(self, named: list[list[list[Any]]], up_to_round: int) -> None:
-        """Removes the files of rounds up to that one which none of these checkpoints' rows name.
-
-        Later files wait for their checkpoint: a round may be trained before the one before it has its own.
-        """
+    def prune(self, named: list[list[list[Any]]]) -> None:
+        """Removes the files that none of these checkpoints' rows name."""
         wanted = {self._path(int(client), int(round)) for rows in named for client, round, _ in rows}
         for path in self.folder.glob("*/round-*.safetensors"):
-            found = re.fullmatch(r"\d+/round-(\d+)\.safetensors", path.relative_to(self.folder).as_posix())
-            if found and int(found[1]) <= up_to_round and path not in wanted:
+            if path not in wanted:
                 path.unlink()
 
     def _path(self, client: int, round: int) -> Path:

@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
-from rayfed.bench import BENCHMARKS, aggregate, algebra, bare, compiled, find, overlap, scale, train, wire
+from rayfed.bench import BENCHMARKS, aggregate, algebra, bare, find, scale, train, wire
 from rayfed.bench.round import compare
 from rayfed.bench.stub import Shape, make_uploads
 from rayfed.bench.timing import paired, table, write
@@ -27,9 +27,7 @@ from rayfed.tasks.models import base_of
 
 def test_every_benchmark_is_there():
     assert all(callable(find(name)) for name in BENCHMARKS)
-    with pytest.raises(
-        UserError, match="bench: got 'algebr', but there are aggregate, algebra, compiled, overlap, round, s"
-    ):
+    with pytest.raises(UserError, match="bench: got 'algebr', but there are aggregate, algebra, round, s"):
         find("algebr")
 
 
@@ -94,13 +92,6 @@ def test_a_round_and_the_bare_loop_arrive_at_the_same_weights(tiny):
     assert all(0 < row.facts["difference"] < 1e-4 for row in rows)
     parts = [row.facts[f"s {part}"] for row in rows for part in ("in packs", "on the server", "for the books")]
     assert 0 < min(parts) < max(parts) < 10
-
-
-@pytest.mark.slow
-def test_runs_evaluated_beside_training_and_at_once_are_the_same_runs(tiny):
-    row = overlap.compare(tiny("engine.kind=ray", "engine.pack=2", "server.rounds=3"), pairs=1)
-    assert row.facts["same"]
-    assert (row.name, row.a, row.b) == ("3 rounds, packs of 2", "evaluated beside training", "evaluated at once")
 
 
 SMALL = Shape(layers=3, width=50)
@@ -175,30 +166,6 @@ def test_what_a_benchmark_does_not_take_is_one_line(capsys, arguments, line):
     err = capsys.readouterr().err
     assert err.startswith(f"rayfed: {line}")
     assert err.count("\n") == 1
-
-
-def test_compiled_and_eager_do_the_same_work(monkeypatch):
-    done = []
-
-    def compile(block, dynamic):
-        assert dynamic
-        return lambda x: done.append(tuple(x.shape)) or block(x)
-
-    monkeypatch.setattr(torch, "compile", compile)
-    (row,) = compiled.measure(tokens=[7], width=8, pairs=2)
-    assert set(done) == {(200, 8), (333, 8), (500, 8), (7, 8)}
-    assert (row.name, row.a, row.b) == ("7 tokens, 8 wide", "compiled", "eager")
-    assert row.facts["seconds to compile"] > 0
-
-    def broken(block, dynamic):
-        def call(x):
-            raise RuntimeError("no C++ compiler\nwas found")
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(UserError, match=r"^bench compiled: torch.compile does not work here \(no C\+\+ compiler\)$"):
-        compiled.measure()
 
 
 def test_train_counts_clients_and_tokens(monkeypatch):

@@ -78,15 +78,6 @@ def test_padding_says_why(config: Path, capsys) -> None:
     assert told(capsys.readouterr().out)["padding"] == "to the longest of a batch (engine.padding=batch)"
 
 
-def test_outputs_of_frozen_blocks(config: Path, capsys) -> None:
-    assert main(["doctor", str(config), "lora.layers_to_transform=[1]"]) == 0
-    line = told(capsys.readouterr().out)["frozen blocks"]
-    assert line.startswith("the first 1; outputs kept: ")
-    assert "test (" in line
-    assert main(["doctor", str(config), "lora.layers_to_transform=[1]", "engine.cache_gb=0.0"]) == 0
-    assert "frozen blocks" not in told(capsys.readouterr().out)
-
-
 def test_what_a_run_would_refuse_is_refused(config: Path, capsys) -> None:
     assert main(["doctor", str(config), "method.name=fedit"]) == 2
     err = capsys.readouterr().err
