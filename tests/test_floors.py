@@ -39,7 +39,7 @@ NOT_IN = {
 
 
 def part_of(module: str) -> str:
-    """The part of ``rayfed.lora.stacked`` is ``lora``; of ``rayfed`` itself, ``__init__``."""
+    """The part of ``rayfed.lora.packed.layers`` is ``lora``; of ``rayfed`` itself, ``__init__``."""
     pieces = module.split(".")
     return pieces[1] if len(pieces) > 1 else "__init__"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rayfed import keys
+from rayfed import seeding as keys
 from rayfed.errors import RunError, UserError, allowed
 from rayfed.files import atomic_path, atomic_write, write_json
 

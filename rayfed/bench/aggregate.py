@@ -16,13 +16,13 @@ import torch
 from rayfed import wire
 from rayfed.bench.stub import Shape, StubCrew, Upload, forget_peak, make_uploads, memory, settings
 from rayfed.bench.timing import Row, one_thread, paired, timed
-from rayfed.clients.profiles import profile
 from rayfed.clients.transfer import Uploadable
 from rayfed.methods import Profile, Summed
+from rayfed.profiles.client_profiles import profile
 from rayfed.server.axes import resolve
-from rayfed.server.catchup import CatchUp
+from rayfed.server.base_updates import CatchUp
 from rayfed.server.downlink import Downlink
-from rayfed.server.round import Books, Tally, updates
+from rayfed.server.star import Books, Tally, updates
 from rayfed.wire import Ledger
 
 DENSITY = 1 / 16

@@ -7,9 +7,9 @@ import torch
 from rayfed.bench.timing import Row, paired
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import distance, factors, stack, svd, top_svd
+from rayfed.methods._truncation import decomposed
 from rayfed.methods.base import Profile, Update
 from rayfed.methods.fedhl import FedHL
-from rayfed.methods.truncation import decomposed
 
 
 def measure(size: int = 4096, layers: int = 24, width: int = 768) -> list[Row]:

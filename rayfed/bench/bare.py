@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rayfed.clients.train import batches
+from rayfed.clients.local_training import batches
 from rayfed.config import Experiment
 from rayfed.lora.adapter import Layout
-from rayfed.lora.inject import peft_config
+from rayfed.lora.packed.stack import peft_config
 from rayfed.tasks.federation import Federation
-from rayfed.tasks.models import base_of
+from rayfed.tasks.models.base import base_of
 
 
 class BareLoop:

@@ -22,17 +22,17 @@ from typing import Any
 
 from rayfed.bench.bare import BareLoop
 from rayfed.bench.timing import Row, Times, compared, timed
-from rayfed.clients.blueprint import draw_blueprint
-from rayfed.clients.jobs import TrainResult
-from rayfed.clients.profiles import profile
+from rayfed.clients.messages import TrainResult
 from rayfed.config import Experiment, validate
 from rayfed.config.load import assign
 from rayfed.engine.driver import stepwise
-from rayfed.server.crew import Crew, Done, Handle, Task
+from rayfed.profiles.client_profiles import profile
+from rayfed.server.executor import Crew, Done, Handle, Task
 from rayfed.server.loop import Server
 from rayfed.server.packs import plan_packs
 from rayfed.server.sampling import cohort
 from rayfed.tasks.federation import Federation, form_federation
+from rayfed.tasks.models.spec import draw_blueprint
 
 SETTINGS: dict[str, Any] = {
     "name": "bench-round",
@@ -147,7 +147,7 @@ def _small_bert(folder: Path, experiment: Experiment) -> str:
     """A BERT of 2 layers, 128 wide, with random weights and the tokenizer of the experiment's model."""
     from transformers import BertConfig, BertModel
 
-    from rayfed.tasks.models import load_tokenizer, quiet
+    from rayfed.tasks.models.base import load_tokenizer, quiet
 
     tokenizer = load_tokenizer(experiment.model)
     config = BertConfig(

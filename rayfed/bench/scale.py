@@ -20,7 +20,7 @@ from rayfed.bench.stub import Shape, StubCrew, make_uploads, memory, settings
 from rayfed.bench.timing import Row, one_thread, paired
 from rayfed.server.loop import Server
 from rayfed.tasks.federation import Federation
-from rayfed.tasks.regression import Regression
+from rayfed.tasks.known_answer.regression import Regression
 from rayfed.tracking import open_sinks
 
 DENSITY = 1 / 16

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from rayfed import wire
-from rayfed.clients.blueprint import Blueprint
-from rayfed.clients.jobs import TrainJob, TrainResult
+from rayfed.clients.messages import TrainJob, TrainResult
 from rayfed.config import Experiment
 from rayfed.methods import Summed
 from rayfed.methods.base import Sparse
-from rayfed.server.crew import Done, Handle, Task
-from rayfed.tasks.flat import Padded
+from rayfed.server.executor import Done, Handle, Task
+from rayfed.tasks.models.spec import Blueprint
+from rayfed.tasks.models.unpadded import Padded
 
 RANK = 16
 DISTINCT = 16  # uploads that differ: more than a core's cache holds

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from rayfed.bench.timing import Row, paired
-from rayfed.clients.train import Member, train_pack
+from rayfed.clients.local_training import Member, train_pack
 from rayfed.config import validate
 from rayfed.engine.setup import prepare_gpu
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, fresh_adapter
-from rayfed.lora.inject import Stack, head_values
-from rayfed.lora.stacked import layer_shape
-from rayfed.tasks.models import Base, in_dtype
+from rayfed.lora.packed.layers import layer_shape
+from rayfed.lora.packed.stack import Stack, head_values
+from rayfed.tasks.models.base import Base, in_dtype
 
 CLASSES, RANK, STEPS = 10, 16, 3
 

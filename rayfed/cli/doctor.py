@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rayfed.clients.blueprint import Blueprint
     from rayfed.config import Experiment
     from rayfed.tasks.federation import Federation
+    from rayfed.tasks.models.spec import Blueprint
 
 Line = tuple[str, str]
 
@@ -42,8 +42,8 @@ def _doctor(options: argparse.Namespace) -> None:
     if options.config is None:
         return
     from rayfed import load_config
-    from rayfed.clients.blueprint import draw_blueprint
-    from rayfed.engine.run import check
+    from rayfed.api import check
+    from rayfed.tasks.models.spec import draw_blueprint
 
     experiment = load_config(options.config, options.overrides)
     federation = check(experiment, base=False)
@@ -81,7 +81,7 @@ def machine() -> Iterator[Line]:
 def plan(experiment: Experiment, federation: Federation, blueprint: Blueprint) -> Iterator[Line]:
     """What the run would do."""
     from rayfed import wire
-    from rayfed.clients.profiles import describe, rank_mix
+    from rayfed.profiles.client_profiles import describe, rank_mix
 
     sizes, entries = federation.sizes, blueprint.start(experiment).layout.size
     yield "digest", experiment.digest()
@@ -97,9 +97,9 @@ def packs(experiment: Experiment, federation: Federation, blueprint: Blueprint) 
     """Time of a client's step and memory by pack size, and what `engine.pack: auto` would make of them."""
     import torch
 
-    from rayfed.clients import memory
-    from rayfed.clients.learner import Learner
-    from rayfed.clients.measure import measure
+    from rayfed.clients import device_memory as memory
+    from rayfed.clients.pack_timing import measure
+    from rayfed.clients.trainer import Learner
     from rayfed.engine.setup import prepare_process
     from rayfed.server.pack_size import choose, measure_job, workers_of
 
@@ -153,6 +153,6 @@ def _token() -> str:
 
 
 def _logged_in() -> bool:
-    from rayfed.tracking.login import logged_in
+    from rayfed.tracking.wandb_login import logged_in
 
     return logged_in()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from rayfed.config import Experiment
-from rayfed.config.fields import allowed, walk
+from rayfed.config.describe import allowed, walk
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
 

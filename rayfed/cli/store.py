@@ -44,7 +44,7 @@ def folder_for(uri: str, resume: bool) -> Iterator[Path]:
     UserError, before anything else is done, where nothing can be written there, or where something is and ``resume``
     is not set. RunError where the copy fails at the end; the folder then stays.
     """
-    from rayfed.engine.run import slug
+    from rayfed.api import slug
 
     place = _Place(uri)
     there = place.files()

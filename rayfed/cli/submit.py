@@ -125,9 +125,9 @@ def plan(
 def _settings(config: str, overrides: Sequence[str]) -> tuple[str, str, str, dict[str, str | None]]:
     """(command, name, digest, the settings that may name local places), after every check that needs no data."""
     import rayfed
+    from rayfed.api import slug
     from rayfed.config.load import read_settings
     from rayfed.config.sweep import load_sweep
-    from rayfed.engine.run import slug
 
     if "sweep" in read_settings(config) or any(override.startswith("sweep.") for override in overrides):
         settings, _ = load_sweep(config, overrides)  # its trials are checked where their data are

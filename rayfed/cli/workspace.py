@@ -27,7 +27,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _workspace(options: argparse.Namespace) -> None:
     from rayfed.files import write_json
-    from rayfed.tracking.login import logged_in
+    from rayfed.tracking.wandb_login import logged_in
     from rayfed.tracking.workspace import build, definition
 
     if options.save and not options.entity:

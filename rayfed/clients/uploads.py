@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rayfed import wire
-from rayfed.clients.jobs import Order
-from rayfed.clients.train import Member, Trained
+from rayfed.clients.local_training import Member, Trained
+from rayfed.clients.messages import Order
 from rayfed.clients.transfer import Uploadable
 from rayfed.errors import RunError
 from rayfed.methods import Method, Summed

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from rayfed.config.section import Names, NonNegative, Section
+from rayfed.config.types import Names, NonNegative, Section
 
 
 class Engine(Section):

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from rayfed.config.fields import allowed, alternatives, kinds_of, section_of, walk
+from rayfed.config.describe import allowed, alternatives, kinds_of, section_of, walk
 from rayfed.config.schema import Experiment
 from rayfed.errors import UserError
 

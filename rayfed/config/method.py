@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from rayfed.config.section import (
+from rayfed.config.types import (
     Densities,
     Density,
     Indices,

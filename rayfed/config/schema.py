@@ -16,9 +16,9 @@ from pydantic import Field, model_validator
 
 from rayfed.config.execution import Checkpoint, Engine, Export, Tracking
 from rayfed.config.method import Lora, Method, Profiles, Wire
-from rayfed.config.section import Section, section
 from rayfed.config.task import Data, Model, Partition, Problem
 from rayfed.config.training import Client, Eval, Server
+from rayfed.config.types import Section, section
 
 WHERE_AND_HOW = {  # settings that decide where a run executes and who watches it, never what comes out
     "name": None,

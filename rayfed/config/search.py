@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from rayfed.config.section import Density, NonNegative, Section
+from rayfed.config.types import Density, NonNegative, Section
 
 Factor = Annotated[int, Field(ge=2)]
 ROUNDED = 1 + 1e-9  # densities are products of floats

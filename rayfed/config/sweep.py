@@ -16,7 +16,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from rayfed.config.load import assign, parse_override, read_settings, shown, validate_as
 from rayfed.config.search import LIVE, SEARCHED, Asha, Optuna, Population, Search
-from rayfed.config.section import Names, Section
+from rayfed.config.types import Names, Section
 from rayfed.errors import UserError
 
 DRAWN = ("choice", "uniform", "loguniform")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from rayfed.config.section import NonNegative, Section, Share
+from rayfed.config.types import NonNegative, Section, Share
 
 
 class Data(Section):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from rayfed.config.section import Betas, NonNegative, Section, Share, section
+from rayfed.config.types import Betas, NonNegative, Section, Share, section
 
 
 class Schedule(Section):

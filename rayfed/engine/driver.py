@@ -17,13 +17,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from rayfed.clients.blueprint import Blueprint
 from rayfed.config import Experiment
 from rayfed.engine.placement import beside_the_starting_process, check_places, with_shares
-from rayfed.engine.workers import RayCrew
+from rayfed.engine.ray_executor import RayCrew
 from rayfed.errors import RunError, UserError
 from rayfed.server.loop import Server
 from rayfed.tasks.federation import Federation
+from rayfed.tasks.models.spec import Blueprint
 from rayfed.tracking import Fan, Record, RunInfo, Sink, Table, open_sinks
 
 Message = tuple[str, tuple[Any, ...]]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayfed.keys import torch_rng
+from rayfed.seeding import torch_rng
 
 PARTS = ("A", "B", "R", "head", "W")
 

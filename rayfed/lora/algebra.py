@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from rayfed.errors import RunError
-from rayfed.keys import torch_rng
 from rayfed.lora.adapter import LowRank
+from rayfed.seeding import torch_rng
 
 Split = Literal["b", "sqrt"]
 

@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rayfed.keys import torch_rng
 from rayfed.lora.adapter import Adapter, LowRank
+from rayfed.methods._state import Global, Layered, advance_head
 from rayfed.methods.base import Advance, Profile, Start, Trainable, Update, fedavg, mean_change
-from rayfed.methods.state import Global, Layered, advance_head
+from rayfed.seeding import torch_rng
 
 
 @dataclass(frozen=True)

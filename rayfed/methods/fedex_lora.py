@@ -27,9 +27,9 @@ from torch import Tensor
 from rayfed.errors import allowed
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import add, norm, stack, truncate
+from rayfed.methods._state import Global, Layered, advance_head, pairs
 from rayfed.methods.base import Advance, Profile, Start, Update, fedavg, mean_change
 from rayfed.methods.flora import flat, ranks_report
-from rayfed.methods.state import Global, Layered, advance_head, pairs
 
 
 @dataclass(frozen=True)

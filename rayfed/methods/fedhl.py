@@ -33,9 +33,9 @@ from torch import Tensor
 
 from rayfed.errors import allowed
 from rayfed.lora.adapter import Adapter
+from rayfed.methods._state import Global, WeightedSum, advance_head, learned
+from rayfed.methods._truncation import Truncating, decomposed, truncation_report
 from rayfed.methods.base import Advance, Update, fedavg
-from rayfed.methods.state import Global, WeightedSum, advance_head, learned
-from rayfed.methods.truncation import Truncating, decomposed, truncation_report
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rayfed.methods.factors import FactorMean
+from rayfed.methods._factor_mean import FactorMean
 
 
 @dataclass(frozen=True)

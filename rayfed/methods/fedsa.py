@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, Entry, LowRank
+from rayfed.methods._factor_mean import FactorMean, FactorState
 from rayfed.methods.base import Advance, Profile, Start, Trainable, Update, fedavg, mean_change
-from rayfed.methods.factors import FactorMean, FactorState
 
 PERSONAL = ("B", "head")
 

@@ -40,8 +40,8 @@ from torch import Tensor
 
 from rayfed.errors import RunError, UserError
 from rayfed.lora.adapter import Adapter, Layout, LowRank
+from rayfed.methods._factor_mean import FactorMean, FactorState
 from rayfed.methods.base import Advance, Profile, Start, Update, fedavg
-from rayfed.methods.factors import FactorMean, FactorState
 from rayfed.methods.rolora import trained_factor
 from rayfed.wire import keep_count, top_k
 

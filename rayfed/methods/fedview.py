@@ -44,11 +44,11 @@ import torch
 from torch import Tensor
 
 from rayfed.errors import allowed
-from rayfed.keys import torch_rng
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import add, norm, top_svd
+from rayfed.methods._state import Global, Layered, WeightedSum, advance_head, learned
 from rayfed.methods.base import Advance, Base, Profile, Start, Update, fedavg
-from rayfed.methods.state import Global, Layered, WeightedSum, advance_head, learned
+from rayfed.seeding import torch_rng
 
 ROW = 1 / math.sqrt(3)  # a row of in entries uniform in +-1/sqrt(in) has this norm, in the mean square
 TINY = 1e-6  # a singular value under this share of ||W|| + ||V_k|| is rounding error of float32

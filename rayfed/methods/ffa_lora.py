@@ -26,8 +26,8 @@ from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import rescale
+from rayfed.methods._state import Global, Layered, WeightedSum, advance_head, first_ranks, pairs
 from rayfed.methods.base import Advance, Profile, Start, Trainable, Update, fedavg
-from rayfed.methods.state import Global, Layered, WeightedSum, advance_head, first_ranks, pairs
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from rayfed.methods._factor_mean import FactorMean, FactorState
 from rayfed.methods.base import Advance, Profile, Start, Trainable, Update, fedavg
-from rayfed.methods.factors import FactorMean, FactorState
 from rayfed.wire import top_mask
 
 

@@ -21,9 +21,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from rayfed.lora.adapter import Adapter
+from rayfed.methods._state import Global, WeightedSum, advance_head
+from rayfed.methods._truncation import Meant, Truncating, decomposed, truncation_report
 from rayfed.methods.base import Advance, Update, fedavg
-from rayfed.methods.state import Global, WeightedSum, advance_head
-from rayfed.methods.truncation import Meant, Truncating, decomposed, truncation_report
 
 
 @dataclass(frozen=True)

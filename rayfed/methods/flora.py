@@ -24,11 +24,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rayfed.keys import torch_rng
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import add, stack
+from rayfed.methods._state import Global, Layered, WeightedSum, advance_head
 from rayfed.methods.base import Advance, Profile, Start, Update, fedavg
-from rayfed.methods.state import Global, Layered, WeightedSum, advance_head
+from rayfed.seeding import torch_rng
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ product a round, were there no training; `RBLA` divides by q_j instead. An index
 Plain zero padding, which other papers compare with as HetLoRA, is ``weighting=given regularizer=0 prune=false``; the
 defaults are the full method. With pruning each client has a rank of its own, kept between rounds, and gets a payload of
 its own. A pruned client keeps its scale: dropping ranks must not rescale those that stay. How factors are cut out and
-how scales count says `rayfed.methods.nested`. Traffic is r_k (in + out) entries a layer both ways.
+how scales count says `rayfed.methods._nested_ranks`. Traffic is r_k (in + out) entries a layer both ways.
 
 The equations come from a collection; the paper's own text was not at hand. Left open there, decided here: the
 regulariser's default weight; one rank for all layers of a client, and so one tail, summed over them; a new rank counts
@@ -34,9 +34,9 @@ import torch
 from rayfed.errors import allowed
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import norm, revive
+from rayfed.methods._nested_ranks import IndexSums, Nested
+from rayfed.methods._state import Global, advance_head, pairs
 from rayfed.methods.base import Advance, Profile, Tail, Trainable, Update, fedavg
-from rayfed.methods.nested import IndexSums, Nested
-from rayfed.methods.state import Global, advance_head, pairs
 
 NOTHING = 1e-12  # added to every norm: equal weights where no client has a product yet
 

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, Layout
+from rayfed.methods._factor_mean import FactorState
 from rayfed.methods.base import Advance, Profile, Trainable, Update, fedavg
-from rayfed.methods.factors import FactorState
 from rayfed.methods.rolora import RoLoRA
 from rayfed.wire import top_k
 

@@ -28,9 +28,9 @@ from torch import Tensor
 from rayfed.errors import allowed
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import norm
+from rayfed.methods._factor_mean import FactorMean, FactorState
+from rayfed.methods._state import Change, WeightedSum, returned
 from rayfed.methods.base import Advance, Update, fedavg
-from rayfed.methods.factors import FactorMean, FactorState
-from rayfed.methods.state import Change, WeightedSum, returned
 
 
 @dataclass(frozen=True)

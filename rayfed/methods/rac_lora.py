@@ -25,10 +25,10 @@ from torch import Tensor
 from rayfed.errors import allowed
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import add
+from rayfed.methods._state import Global, pairs
 from rayfed.methods.base import Advance, Profile, Start, Update, fedavg
 from rayfed.methods.ffa_lora import FFALoRA
 from rayfed.methods.flora import fresh_A
-from rayfed.methods.state import Global, pairs
 
 
 @dataclass(frozen=True)

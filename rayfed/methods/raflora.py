@@ -23,9 +23,9 @@ from typing import Literal
 import torch
 
 from rayfed.lora.adapter import Adapter, LowRank
+from rayfed.methods._state import Global, WeightedSum, advance_head
+from rayfed.methods._truncation import Meant, Truncating, decomposed, spectrum, truncation_report
 from rayfed.methods.base import Advance, Update, fedavg
-from rayfed.methods.state import Global, WeightedSum, advance_head
-from rayfed.methods.truncation import Meant, Truncating, decomposed, spectrum, truncation_report
 
 
 @dataclass(frozen=True)

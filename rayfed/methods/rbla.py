@@ -6,7 +6,7 @@ With q_j the weight of this round's clients of rank j or more,
 
 so that a client's missing ranks do not pull the global ones to zero, as zero padding does (`HetLoRA`). It is a mean of
 factors, not of products. Traffic is r_k (in + out) entries a layer both ways; how a client is cut out of the global
-factors, and how its scale counts, says `rayfed.methods.nested`. The server step may have a rate; momentum would move
+factors, and how its scale counts, says `rayfed.methods._nested_ranks`. The server step may have a rate; momentum would move
 ranks that nobody has. No options. The equation comes from a collection; the paper's own text was not at hand.
 """
 
@@ -16,9 +16,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from rayfed.lora.adapter import LowRank
+from rayfed.methods._nested_ranks import IndexSums, Nested
+from rayfed.methods._state import Global, advance_head, pairs
 from rayfed.methods.base import Advance, Update, fedavg
-from rayfed.methods.nested import IndexSums, Nested
-from rayfed.methods.state import Global, advance_head, pairs
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from rayfed.methods._factor_mean import FactorMean, FactorState
 from rayfed.methods.base import Advance, Profile, Start, Trainable, Update, fedavg, mean_change
-from rayfed.methods.factors import FactorMean, FactorState
 
 
 @dataclass(frozen=True)

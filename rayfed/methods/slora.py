@@ -33,11 +33,11 @@ import torch
 from torch import Tensor
 
 from rayfed.errors import UserError
-from rayfed.keys import torch_rng
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import factors, norm, pad, svd, tail_energy
+from rayfed.methods._state import Change, Global, Layered, first_ranks
 from rayfed.methods.base import Advance, Profile, Start, Trainable, Update, fedavg, mean_change
-from rayfed.methods.state import Change, Global, Layered, first_ranks
+from rayfed.seeding import torch_rng
 from rayfed.wire import keep_count
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rayfed.reports.compare import Comparison
 from rayfed.reports.curves import Looks
-from rayfed.reports.grid import Grid
+from rayfed.reports.heat_map import Grid
 from rayfed.reports.plots import blank, legend, luminance, percent_axis, plain_axis
 from rayfed.reports.style import PAPER, SERIES
 from rayfed.reports.table import Ledgers, rank_shares, share

@@ -10,7 +10,7 @@ from typing import Any
 from rayfed.reports import bars, curves
 from rayfed.reports.compare import Comparison
 from rayfed.reports.curves import Looks, X
-from rayfed.reports.grid import grids
+from rayfed.reports.heat_map import grids
 from rayfed.reports.runs import Run
 from rayfed.reports.table import Ledgers, rank_shares, share
 from rayfed.reports.traffic import DIRECTIONS, Link

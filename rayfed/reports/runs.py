@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfed.config import Experiment
-from rayfed.config.fields import walk
+from rayfed.config.describe import walk
 from rayfed.config.load import read_settings
 from rayfed.config.schema import WHERE_AND_HOW
 from rayfed.errors import UserError

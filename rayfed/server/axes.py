@@ -10,11 +10,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from rayfed.clients.profiles import mixed, sparse
 from rayfed.config import Experiment
 from rayfed.config.training import Schedule
 from rayfed.errors import UserError
 from rayfed.methods import Method, build
+from rayfed.profiles.client_profiles import mixed, sparse
 from rayfed.server.optimizers import ServerOptimizer
 
 

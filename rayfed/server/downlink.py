@@ -21,7 +21,7 @@ from rayfed.errors import RunError
 from rayfed.lora.adapter import Layout, flatten_changes
 from rayfed.methods import Method, Profile, Start, Trainable
 from rayfed.methods.base import Base
-from rayfed.server.crew import Crew, Handle
+from rayfed.server.executor import Crew, Handle
 
 
 @dataclass(frozen=True)

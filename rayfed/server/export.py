@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rayfed.clients.blueprint import Blueprint
 from rayfed.config import Experiment
 from rayfed.files import atomic_path
 from rayfed.lora.adapter import Adapter, LowRank, scale_of
 from rayfed.lora.algebra import factors as of_rank
 from rayfed.lora.algebra import norm, pad, rescale, svd, tail_energy
-from rayfed.lora.peft_io import save_peft
-from rayfed.lora.stacked import is_conv1d
-from rayfed.tasks.models import base_of, in_dtype, load_tokenizer
+from rayfed.lora.packed.layers import is_conv1d
+from rayfed.lora.peft import save_peft
+from rayfed.tasks.models.base import base_of, in_dtype, load_tokenizer
+from rayfed.tasks.models.spec import Blueprint
 
 Changes = Mapping[str, LowRank | Tensor]
 

@@ -17,29 +17,29 @@ from pathlib import Path
 from typing import Any
 
 from rayfed import wire
-from rayfed.clients.blueprint import Blueprint
-from rayfed.clients.profiles import describe, profile, rank_mix
 from rayfed.config import Experiment, dump_config
 from rayfed.files import atomic_write, write_json
+from rayfed.profiles.client_profiles import describe, profile, rank_mix
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.axes import rate, resolve
-from rayfed.server.catchup import CatchUp
+from rayfed.server.base_updates import CatchUp
 from rayfed.server.checkpoint import Checkpoint
-from rayfed.server.control import Controls, measure_controls
-from rayfed.server.crew import Crew, results
-from rayfed.server.diagnostics import Diagnostics
+from rayfed.server.client_state import ClientStore, digest_of
 from rayfed.server.downlink import Downlink
-from rayfed.server.evaluate import features
+from rayfed.server.evaluation.baselines import Controls, measure_controls
+from rayfed.server.evaluation.diagnostics import Diagnostics
+from rayfed.server.evaluation.evaluate import features
+from rayfed.server.evaluation.targets import changes, questions
+from rayfed.server.executor import Crew, results
 from rayfed.server.export import export
-from rayfed.server.memory import ClientStore, digest_of
 from rayfed.server.pack_size import measured_choice
 from rayfed.server.packs import client_costs, plan_packs
-from rayfed.server.questions import changes, questions
-from rayfed.server.round import Books, Tally, updates
 from rayfed.server.sampling import cohort
+from rayfed.server.star import Books, Tally, updates
 from rayfed.server.stopping import Progress
 from rayfed.server.summary import closing_table, summarize
 from rayfed.tasks.federation import Federation
+from rayfed.tasks.models.spec import Blueprint
 from rayfed.tracking import RunInfo, Sink
 
 Record = dict[str, Any]

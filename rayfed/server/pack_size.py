@@ -1,7 +1,7 @@
 """`engine.pack: auto`: how many clients train together, chosen once, before the first round, from measurements.
 
 A step of a pack with x tokens is taken to last a + b x seconds and to need c + d x bytes; the lines are fitted to what
-`rayfed.clients.measure` finds on a worker. Then, for packs of k clients,
+`rayfed.clients.pack_timing` finds on a worker. Then, for packs of k clients,
 
     packs = ceil(cohort / k),  round = ceil(packs / workers) (a + b tokens cohort / packs)      (up to a factor: steps)
 
@@ -19,10 +19,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from rayfed.clients.jobs import Measured, MeasureJob, MeasureResult
-from rayfed.clients.measure import PAYS
+from rayfed.clients.messages import Measured, MeasureJob, MeasureResult
+from rayfed.clients.pack_timing import PAYS
 from rayfed.config import Experiment
-from rayfed.server.crew import Crew, Task
+from rayfed.server.executor import Crew, Task
 from rayfed.server.packs import client_costs
 from rayfed.server.sampling import cohort
 from rayfed.tasks.federation import Federation

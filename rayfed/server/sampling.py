@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rayfed import keys
+from rayfed import seeding as keys
 
 
 def cohort(holders: np.ndarray, count: int, seed: int, t: int) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rayfed import wire
 from rayfed.config import Experiment
-from rayfed.server.control import Controls
+from rayfed.server.evaluation.baselines import Controls
 from rayfed.server.stopping import Progress
 from rayfed.tracking import Table
 

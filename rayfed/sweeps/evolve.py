@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayfed import keys
+from rayfed import seeding as keys
 from rayfed.config.search import Population
 from rayfed.sweeps.space import draw, number, value_at
 

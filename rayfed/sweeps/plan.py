@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rayfed.api import check, federation_key
 from rayfed.config import Experiment, validate
 from rayfed.config.load import assign
 from rayfed.config.sweep import SEED, Sweep
-from rayfed.engine.run import check, federation_key
 from rayfed.errors import UserError
 from rayfed.sweeps.space import Point, expand, names, text
 from rayfed.tasks.federation import Federation
@@ -36,7 +36,7 @@ NAMED = 3  # trials that a refusal lists by their overrides
 class Trial:
     """One run of a sweep. ``shown`` is what tells it apart; ``data`` names the federation it trains on.
 
-    ``continues``: the trial whose last checkpoint it starts from, see `rayfed.sweeps.graft`; None: from nothing.
+    ``continues``: the trial whose last checkpoint it starts from, see `rayfed.sweeps.warm_start`; None: from nothing.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Population Based Training over real runs: a generation is a stage (see `rayfed.sweeps.stages`).
 
 A member of a generation is a run directory of its own, `g03-m05`, that starts from the last checkpoint of whom it
-continues (`continues.json` there says whom, see `rayfed.sweeps.graft`); its metrics and bytes include those rounds. All
+continues (`continues.json` there says whom, see `rayfed.sweeps.warm_start`); its metrics and bytes include those rounds. All
 have the file's seed: the same data, cohorts and starts, so that settings are compared and nothing else. Schedules are
 constant (after the file's own warm-up): it is the population that changes rates.
 
@@ -20,11 +20,11 @@ from rayfed.config.search import Population
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
 from rayfed.sweeps.evolve import Member, evolve, founders
-from rayfed.sweeps.graft import check_carrying
 from rayfed.sweeps.plan import Trial, check_trials, make_trials
 from rayfed.sweeps.space import Point, corners, text
 from rayfed.sweeps.stages import SEARCH, Staged, Stand, read_search
 from rayfed.sweeps.table import Line, reported, spread
+from rayfed.sweeps.warm_start import check_carrying
 from rayfed.tracking import Table
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rayfed import keys
+from rayfed import seeding as keys
 from rayfed.config.sweep import DRAWN, SEED, Sweep, is_space
 
 CASE = "case"  # the column that holds the labels of cases

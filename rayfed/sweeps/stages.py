@@ -20,7 +20,7 @@ from typing import Any
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
 from rayfed.files import atomic_write
-from rayfed.sweeps.books import Books, run_trials, to_run
+from rayfed.sweeps.log import Books, run_trials, to_run
 from rayfed.sweeps.plan import Trial, check_trials, make_trials
 from rayfed.sweeps.space import Point
 from rayfed.sweeps.table import Line, line_of

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from rayfed import keys
+from rayfed import seeding as keys
 from rayfed.config.search import Optuna
 from rayfed.config.sweep import SEED, Sweep, is_space
 from rayfed.errors import UserError

@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rayfed.api import slug
 from rayfed.config.load import dump_settings
 from rayfed.config.sweep import Sweep, load_sweep
-from rayfed.engine.run import slug
 from rayfed.errors import RunError, UserError
 from rayfed.files import atomic_write
-from rayfed.sweeps.books import Books, run_trials, to_run
+from rayfed.sweeps.flasc_search import Search
+from rayfed.sweeps.log import Books, run_trials, to_run
 from rayfed.sweeps.optimize import OptunaSearch
 from rayfed.sweeps.plan import Trial, plan
 from rayfed.sweeps.population import PopulationSearch
-from rayfed.sweeps.search import Search
 from rayfed.sweeps.stages import Staged
 from rayfed.sweeps.table import NOT_CHOSEN, STOPPED, Line, choosing, table_of
 from rayfed.sweeps.trial import locked, outcome

@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rayfed.api import run
 from rayfed.config import load_config
-from rayfed.engine.run import run
 from rayfed.errors import RunError, UserError
 from rayfed.files import write_json
-from rayfed.sweeps.graft import graft
 from rayfed.sweeps.plan import Trial
+from rayfed.sweeps.warm_start import graft
 from rayfed.tasks.federation import Federation
 from rayfed.tracking import Sink
 

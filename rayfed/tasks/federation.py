@@ -12,9 +12,9 @@ import numpy as np
 
 from rayfed.config import Experiment
 from rayfed.errors import UserError
-from rayfed.tasks.lowrank import Problem
-from rayfed.tasks.regression import Regression, problem_of
-from rayfed.tasks.tokens import Tokens
+from rayfed.tasks.data.tokens import Tokens
+from rayfed.tasks.known_answer.problem import Problem
+from rayfed.tasks.known_answer.regression import Regression, problem_of
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ def form_federation(experiment: Experiment) -> Federation:
     """Loads, partitions and tokenises the run's data. UserError for whatever is wrong with it or too little of it."""
     if experiment.data.source == "lowrank":
         return _known_answer(experiment)
-    from rayfed.tasks.data import load_data
-    from rayfed.tasks.models import load_tokenizer, longest_input
-    from rayfed.tasks.partition import partition
-    from rayfed.tasks.tokens import tokenize
+    from rayfed.tasks.data.dataset import load_data
+    from rayfed.tasks.data.partition import partition
+    from rayfed.tasks.data.tokens import tokenize
+    from rayfed.tasks.models.base import load_tokenizer, longest_input
 
     data = load_data(experiment.data, experiment.seed)
     parts = partition(data.train.labels, data.train.owners, experiment.partition, experiment.seed)

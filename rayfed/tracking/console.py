@@ -196,7 +196,7 @@ def _view(mode: str, stream: TextIO) -> View | None:
     if mode == "off":
         return None
     if mode == "rich" or (mode == "auto" and stream.isatty() and os.environ.get("TERM") != "dumb"):
-        from rayfed.tracking.bar import RichView  # rich takes a while to load, and jobs elsewhere never need it
+        from rayfed.tracking.progress import RichView  # rich takes a while to load, and jobs elsewhere never need it
 
         return RichView(stream)
     return PlainView(stream)

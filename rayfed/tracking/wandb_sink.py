@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rayfed.files import write_json
 from rayfed.tracking.jsonl import read_metrics
-from rayfed.tracking.login import logged_in, wandb_mode
 from rayfed.tracking.sinks import Record, RunInfo, Scalar, Table
+from rayfed.tracking.wandb_login import logged_in, wandb_mode
 
 if TYPE_CHECKING:
     from rayfed.config.execution import Tracking

@@ -16,13 +16,13 @@ from rayfed.bench.round import compare
 from rayfed.bench.stub import Shape, make_uploads
 from rayfed.bench.timing import paired, table, write
 from rayfed.cli import main
-from rayfed.clients.blueprint import draw_blueprint
-from rayfed.clients.learner import Learner
-from rayfed.clients.train import Member, train_pack
+from rayfed.clients.local_training import Member, train_pack
+from rayfed.clients.trainer import Learner
 from rayfed.errors import UserError
-from rayfed.lora.inject import peft_config
+from rayfed.lora.packed.stack import peft_config
 from rayfed.tasks.federation import form_federation
-from rayfed.tasks.models import base_of
+from rayfed.tasks.models.base import base_of
+from rayfed.tasks.models.spec import draw_blueprint
 
 
 def test_every_benchmark_is_there():

@@ -12,7 +12,7 @@ import pytest
 import rayfed
 from rayfed.cli import main
 from rayfed.config import Experiment
-from rayfed.config.fields import walk
+from rayfed.config.describe import walk
 from rayfed.errors import RunError, UserError
 from rayfed.methods import METHODS
 

@@ -35,7 +35,7 @@ def config(tiny: Callable[..., rayfed.Experiment], tmp_path: Path) -> Path:
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever imports Ray, or what needs it, fails."""
-    for module in ("ray", "rayfed.engine.driver", "rayfed.engine.workers"):
+    for module in ("ray", "rayfed.engine.driver", "rayfed.engine.ray_executor"):
         monkeypatch.setitem(sys.modules, module, None)
 
 

@@ -27,7 +27,7 @@ def one_thread() -> Iterator[None]:
 def base(tiny_bert: Path) -> Callable[[], Any]:
     """base() -> a fresh copy of a frozen, mean-pooled `Base`."""
     from rayfed.config.task import Model
-    from rayfed.tasks.models import load_base
+    from rayfed.tasks.models.base import load_base
 
     loaded = load_base(Model(name=str(tiny_bert), pooling="mean"), CLASSES, seed=1)
     return lambda: copy.deepcopy(loaded)
@@ -38,7 +38,7 @@ def tokens() -> Any:
     """60 texts of 2 to 12 tokens; the longest belong to the last rows."""
     import numpy as np
 
-    from rayfed.tasks.tokens import Tokens
+    from rayfed.tasks.data.tokens import Tokens
 
     draw = np.random.default_rng(3)
     lengths = np.sort(draw.integers(2, 13, 60))

@@ -11,15 +11,15 @@ import torch
 import transformers
 from device_watch import DEVICE, Watch
 
-from rayfed.clients.jobs import EvalJob
-from rayfed.clients.learner import Learner
-from rayfed.clients.train import Member, train_pack
+from rayfed.clients.local_training import Member, train_pack
+from rayfed.clients.messages import EvalJob
+from rayfed.clients.trainer import Learner
 from rayfed.config.training import Client
 from rayfed.lora.adapter import fresh_adapter
-from rayfed.lora.inject import Stack, head_values
-from rayfed.lora.stacked import layer_shape
-from rayfed.tasks.flat import Flat, FlatModel, FlatTokens
-from rayfed.tasks.tokens import Tokens
+from rayfed.lora.packed.layers import layer_shape
+from rayfed.lora.packed.stack import Stack, head_values
+from rayfed.tasks.data.tokens import Tokens
+from rayfed.tasks.models.unpadded import Flat, FlatModel, FlatTokens
 
 CLASSES, ROWS, BATCH = 4, 24, 4
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -133,9 +133,9 @@ def test_clients_that_end_at_different_steps_cost_kernels_by_the_step_not_by_the
 
 def test_an_evaluation_waits_once_however_many_its_batches(tiny):
     from rayfed import wire
-    from rayfed.clients.blueprint import draw_blueprint
     from rayfed.lora.adapter import Adapter, LowRank
     from rayfed.tasks.federation import form_federation
+    from rayfed.tasks.models.spec import draw_blueprint
 
     experiment = tiny("eval.batch_size=4")
     federation = form_federation(experiment)

@@ -13,13 +13,13 @@ import pytest
 import torch
 import transformers
 
-from rayfed.clients.train import Member, train_pack
+from rayfed.clients.local_training import Member, train_pack
 from rayfed.config.training import Client
 from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.lora.inject import Stack, head_values
-from rayfed.lora.stacked import layer_shape
-from rayfed.tasks.models import Base, in_dtype
-from rayfed.tasks.recompute import recompute
+from rayfed.lora.packed.layers import layer_shape
+from rayfed.lora.packed.stack import Stack, head_values
+from rayfed.tasks.models.base import Base, in_dtype
+from rayfed.tasks.models.checkpointing import recompute
 
 CLASSES = 3
 COMMON = {"num_labels": CLASSES, "initializer_range": 0.2}

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rayfed.config import Experiment, dump_config, load_config
-from rayfed.config.fields import walk
+from rayfed.config.describe import walk
 from rayfed.errors import UserError
 
 ROOT = Path(__file__).parents[2]

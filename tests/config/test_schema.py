@@ -10,8 +10,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from rayfed.config import Experiment, validate
-from rayfed.config.fields import allowed, section_of, walk
-from rayfed.config.section import Section
+from rayfed.config.describe import allowed, section_of, walk
+from rayfed.config.types import Section
 from rayfed.errors import UserError
 
 WHERE_AND_HOW = {  # cannot change the result, so not in the digest; all else is

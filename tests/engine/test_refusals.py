@@ -6,9 +6,9 @@ from ray.exceptions import RayActorError
 
 import rayfed
 from rayfed.engine.driver import Outbox
-from rayfed.engine.workers import RayCrew
+from rayfed.engine.ray_executor import RayCrew
 from rayfed.errors import RunError, UserError
-from rayfed.server.crew import Task
+from rayfed.server.executor import Task
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ class Doomed:
 
 
 def test_a_job_that_kills_every_worker_ends_the_run(tiny, cluster, monkeypatch):
-    monkeypatch.setattr("rayfed.engine.workers.Worker", Doomed)
+    monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Doomed)
     crew = RayCrew(tiny("engine.workers=1", "engine.retries=1"), ray.put(None), None)
     with pytest.raises(RunError, match="failed 2 times because its worker died"):
         list(crew.run([Task(None)]))
@@ -62,7 +62,7 @@ class Stillborn:
 
 
 def test_workers_that_never_start_end_the_run(tiny, cluster, monkeypatch):
-    monkeypatch.setattr("rayfed.engine.workers.Worker", Stillborn)
+    monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Stillborn)
     crew = RayCrew(tiny("engine.workers=1", "engine.retries=1"), ray.put(None), None)
     with pytest.raises(RunError, match="workers died 2 times before their first job: OSError: no such weights"):
         list(crew.run([Task(None)]))
@@ -90,7 +90,7 @@ def gone(worker):
 @pytest.mark.slow
 def test_idle_workers_that_died_together_cost_one_job_one_retry(tiny, cluster, monkeypatch):
     """As when a node is lost between two rounds: the job is not offered to one dead worker after the other."""
-    monkeypatch.setattr("rayfed.engine.workers.Worker", Calm)
+    monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Calm)
     crew = RayCrew(tiny("engine.workers=4", "engine.cpus_per_worker=0.25", "engine.retries=1"), ray.put(None), None)
     while crew.coming:
         assert [done.result for done in crew.run([Task(None)])] == ["done"]

@@ -16,14 +16,14 @@ import ray
 from small_runs import wait_for
 
 import rayfed
-from rayfed.clients.blueprint import draw_blueprint
-from rayfed.clients.jobs import TrainJob
+from rayfed.clients.messages import TrainJob
 from rayfed.config import dump_config, load_config
-from rayfed.engine.workers import RayCrew, Worker
+from rayfed.engine.ray_executor import RayCrew, Worker
 from rayfed.errors import RunError
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.loop import Server
 from rayfed.tasks.federation import form_federation
+from rayfed.tasks.models.spec import draw_blueprint
 from rayfed.tracking import Fan, read_metrics
 
 # Evaluated at the end only: whoever is killed before was training. Packs of two come back as sums.
@@ -168,7 +168,7 @@ def test_a_pack_that_kills_its_worker_leaves_the_round_before_it(tiny, tmp_path,
                 os._exit(1)
             return super().execute(job, *payloads)
 
-    monkeypatch.setattr("rayfed.engine.workers.Worker", Mortal)
+    monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Mortal)
     experiment, out = tiny(*EVALUATED, "engine.kind=ray", "engine.workers=3", "engine.retries=0"), tmp_path / "run"
     with pytest.raises(RunError, match="because its worker died"):
         served(experiment, out, form_federation(experiment), RayCrew)

@@ -27,7 +27,7 @@ def one_thread() -> Iterator[None]:
 def base(tiny_bert: Path, tiny_gpt2: Path) -> Callable[[str], Any]:
     """base("bert" | "mean" | "gpt2") -> a fresh copy of a frozen `Base`."""
     from rayfed.config.task import Model
-    from rayfed.tasks.models import load_base
+    from rayfed.tasks.models.base import load_base
 
     loaded = {
         "bert": load_base(Model(name=str(tiny_bert), pooling="stock"), CLASSES, seed=1),

@@ -14,14 +14,14 @@ import torch
 from peft import get_peft_model
 
 import rayfed
-from rayfed.clients.blueprint import Blueprint, draw_blueprint
-from rayfed.clients.train import batches
+from rayfed.clients.local_training import batches
 from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.lora.inject import peft_config
+from rayfed.lora.packed.stack import peft_config
 from rayfed.server.checkpoint import latest, load_tensors
 from rayfed.server.sampling import cohort
 from rayfed.tasks.federation import form_federation
-from rayfed.tasks.models import load_base
+from rayfed.tasks.models.base import load_base
+from rayfed.tasks.models.spec import Blueprint, draw_blueprint
 
 ROUNDS = 5
 

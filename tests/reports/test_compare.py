@@ -14,7 +14,7 @@ from rayfed import wire
 from rayfed.errors import UserError
 from rayfed.reports import read, summary
 from rayfed.reports.compare import curve
-from rayfed.reports.grid import grids
+from rayfed.reports.heat_map import grids
 from rayfed.reports.table import differing, front, rank_shares
 from rayfed.tracking import read_metrics
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rayfed.clients.blueprint import Blueprint, draw_blueprint
 from rayfed.lora.adapter import LowRank
 from rayfed.server.export import as_adapter, export
-from rayfed.tasks.models import load_base
+from rayfed.tasks.models.base import load_base
+from rayfed.tasks.models.spec import Blueprint, draw_blueprint
 
 
 @pytest.fixture

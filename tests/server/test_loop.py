@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 import rayfed
 from rayfed import wire
-from rayfed.clients.learner import Learner
+from rayfed.clients.trainer import Learner
 from rayfed.errors import RunError, UserError
 from rayfed.server import checkpoint as checkpoints
-from rayfed.server.crew import Done, in_order
+from rayfed.server.executor import Done, in_order
 from rayfed.tasks.federation import form_federation
-from rayfed.tasks.models import load_base
+from rayfed.tasks.models.base import load_base
 
 KEYS = {
     "round", "train/loss", "eval/loss", "eval/accuracy", "bytes/down", "bytes/up", "bytes/total", "params/down",
@@ -110,9 +110,9 @@ def test_the_masked_figures_are_of_the_model_under_the_rounds_first_mask(tiny, t
     folder = result.out / "checkpoints"
     before, after = (load_file(folder / f"round-00000{r}" / "state.safetensors")["method.vector"] for r in (1, 2))
     layout = checkpoints.latest(folder, experiment.digest()).facts["layout"]
-    from rayfed.clients.blueprint import draw_blueprint
-    from rayfed.clients.jobs import EvalJob
+    from rayfed.clients.messages import EvalJob
     from rayfed.lora.adapter import Layout
+    from rayfed.tasks.models.spec import draw_blueprint
 
     federation = form_federation(experiment)
     learner = Learner(experiment, federation, draw_blueprint(experiment, len(federation.classes)))

@@ -10,17 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rayfed
-from rayfed.clients.blueprint import draw_blueprint
-from rayfed.clients.jobs import Measured
-from rayfed.clients.measure import measure, train_pack
+from rayfed.clients.messages import Measured
+from rayfed.clients.pack_timing import measure, train_pack
 from rayfed.config import load_config
-from rayfed.engine.local import LocalCrew
+from rayfed.engine.local_executor import LocalCrew
 from rayfed.errors import RunError, UserError
 from rayfed.server.loop import Server
 from rayfed.server.pack_size import Line, choose, line, measure_job, sizes_to_measure
 from rayfed.server.packs import client_costs
 from rayfed.server.sampling import cohort
 from rayfed.tasks.federation import form_federation
+from rayfed.tasks.models.spec import draw_blueprint
 
 PLENTY = 10**9
 
@@ -146,7 +146,7 @@ def test_a_worker_that_has_no_room_for_a_client_is_said_in_one_line(tiny, tmp_pa
     def train_pack(*_, **__):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("rayfed.clients.measure.train_pack", train_pack)
+    monkeypatch.setattr("rayfed.clients.pack_timing.train_pack", train_pack)
     with pytest.raises(RunError, match=r"^client \d+: training it alone needs more memory than cpu has; lower [^\n]*$"):
         rayfed.run(tiny(*RUN, "engine.pack=auto"), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -166,7 +166,7 @@ def test_measuring_ends_where_memory_does(tiny):
         return train_pack(stack, forward, data, pad_id, members, *rest, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rayfed.clients.measure.train_pack", small)
+        patch.setattr("rayfed.clients.pack_timing.train_pack", small)
         assert [m.size for m in measure(crew.learner, job.clients, job.sizes, PLENTY)] == [1, 2]
         assert tried == [1] * 4 + [2] * 4 + [4]
     assert [m.size for m in measure(crew.learner, job.clients, job.sizes, -1)] == [1]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from rayfed.clients.profiles import check_profiles
 from rayfed.config.sweep import Sweep, load_sweep
+from rayfed.profiles.client_profiles import check_profiles
 from rayfed.server.axes import resolve
 from rayfed.sweeps.plan import Trial, make_trials, plan
 from rayfed.sweeps.space import expand, names

