@@ -18,7 +18,7 @@ from rayfed.tracking import Fan, RunInfo, Sink, Table, open_console, open_sinks
 
 if TYPE_CHECKING:
     from rayfed.tasks.federation import Federation
-    from rayfed.tasks.models.spec import Blueprint
+    from rayfed.tasks.models.spec import ModelSpec
 
 # Sections that no part of a federation depends on (but for server.cohort and eval.early_stop, see `federation_key`).
 NO_MATTER_OF_DATA = (
@@ -79,18 +79,18 @@ def run(
         )
     out = Path(out) if out is not None else Path("runs") / f"{slug(experiment.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
     experiment = _check_out(out, experiment, resume)
-    from rayfed.tasks.models.spec import draw_blueprint
+    from rayfed.tasks.models.spec import describe_model
 
     federation = _formed(experiment, federation)
-    blueprint = draw_blueprint(experiment, len(federation.classes))
+    model_spec = describe_model(experiment, len(federation.classes))
     console = _Kept(Fan(open_console(experiment.tracking), *([sink] if sink else [])))
     try:
         if experiment.engine.kind == "ray":
             from rayfed.engine.driver import run_on_ray
 
-            run_on_ray(experiment, federation, blueprint, out, resume, console)
+            run_on_ray(experiment, federation, model_spec, out, resume, console)
         else:
-            _run_here(experiment, federation, blueprint, out, resume, console)
+            _run_here(experiment, federation, model_spec, out, resume, console)
     finally:
         console.close()
     return RunResult(out, console.summary)
@@ -105,9 +105,9 @@ def check(experiment: Experiment, federation: Federation | None = None, base: bo
     _check_device(experiment)
     federation = _formed(experiment, federation)
     if base:
-        from rayfed.tasks.models.spec import draw_blueprint
+        from rayfed.tasks.models.spec import describe_model
 
-        draw_blueprint(experiment, len(federation.classes))
+        describe_model(experiment, len(federation.classes))
     return federation
 
 
@@ -128,21 +128,21 @@ def _formed(experiment: Experiment, federation: Federation | None) -> Federation
 
 
 def _run_here(
-    experiment: Experiment, federation: Federation, blueprint: Blueprint, out: Path, resume: bool, console: Sink
+    experiment: Experiment, federation: Federation, model_spec: ModelSpec, out: Path, resume: bool, console: Sink
 ) -> None:
-    from rayfed.engine.local_executor import LocalCrew
+    from rayfed.engine.local_executor import LocalExecutor
     from rayfed.server.loop import Server
 
     sinks = Fan(open_sinks(experiment.tracking, out), console)
-    crew = LocalCrew(experiment, federation, blueprint)
+    executor = LocalExecutor(experiment, federation, model_spec)
     try:
-        server = Server(experiment, federation, blueprint, crew, out, sinks, resume)
+        server = Server(experiment, federation, model_spec, executor, out, sinks, resume)
         for _ in server.rounds():
             pass
         server.finish()
     finally:
         sinks.close()
-        crew.close()
+        executor.close()
 
 
 def slug(name: str) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Part = int | str
 
 
-def derive(seed: int, purpose: str, *parts: Part) -> int:
+def derive_seed(seed: int, purpose: str, *parts: Part) -> int:
     """A 63-bit key for one draw: SHA-256 of the run seed, the purpose and the parts that name the draw.
 
     ``parts`` may be integers (round, client, step) or strings (layer names); 1 and "1" give different keys.
@@ -31,11 +31,11 @@ def derive(seed: int, purpose: str, *parts: Part) -> int:
 
 def numpy_rng(seed: int, purpose: str, *parts: Part) -> np.random.Generator:
     """A NumPy generator (PCG64) for the named draw."""
-    return np.random.Generator(np.random.PCG64(derive(seed, purpose, *parts)))
+    return np.random.Generator(np.random.PCG64(derive_seed(seed, purpose, *parts)))
 
 
 def torch_rng(seed: int, purpose: str, *parts: Part) -> torch.Generator:
     """A CPU torch generator for the named draw. Drawing on the CPU keeps the bits equal on every device."""
     import torch
 
-    return torch.Generator().manual_seed(derive(seed, purpose, *parts))
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, *parts))

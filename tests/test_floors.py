@@ -13,16 +13,19 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rayfed"
 
 FLOORS = (
-    ("errors", "keys", "files", "devices"),
+    ("errors", "seeding", "files", "device", "storage", "plugins"),
     ("config",),
     ("tracking",),
     ("lora",),
     ("tasks",),
     ("wire",),
+    ("profiles", "channels"),
+    ("objectives", "weighting"),
     ("methods",),
     ("clients",),
     ("server",),
     ("engine",),
+    ("api",),
     ("sweeps", "reports", "bench"),
     ("cli",),
 )

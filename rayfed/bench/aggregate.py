@@ -14,15 +14,15 @@ from functools import partial
 import torch
 
 from rayfed import wire
-from rayfed.bench.stub import Shape, StubCrew, Upload, forget_peak, make_uploads, memory, settings
+from rayfed.bench.stub import Shape, StubExecutor, Upload, forget_peak, make_uploads, memory, settings
 from rayfed.bench.timing import Row, one_thread, paired, timed
 from rayfed.clients.transfer import Uploadable
-from rayfed.methods import Profile, Summed
+from rayfed.methods import PackSum, Profile
 from rayfed.profiles.client_profiles import profile
 from rayfed.server.axes import resolve
-from rayfed.server.base_updates import CatchUp
+from rayfed.server.base_updates import BaseUpdates
 from rayfed.server.downlink import Downlink
-from rayfed.server.star import Books, Tally, updates
+from rayfed.server.star import RoundLog, RoundStats, updates
 from rayfed.wire import Ledger
 
 DENSITY = 1 / 16
@@ -39,15 +39,15 @@ def measure(uploads: int = 10_000, shape: Shape | None = None, pairs: int = 3) -
 
 def _method(name: str, uploads: int, pack: int, shape: Shape, made: list[Upload], pairs: int) -> Row:
     experiment = settings(name, DENSITY, uploads, uploads, rounds=1)
-    axes, crew = resolve(experiment), StubCrew(made)
-    state = axes.method.init(shape.blueprint().start(experiment), experiment.seed)
+    axes, executor = resolve(experiment), StubExecutor(made)
+    state = axes.method.init(shape.model_spec().start(experiment), experiment.seed)
     clients = [profile(k, 1, experiment, 0) for k in range(uploads)]
 
     def driver(clients: list[Profile]) -> None:
-        downlink = Downlink(axes.method, state, experiment.wire.down.values, crew)
-        books = Books(Ledger(), CatchUp(), Tally())
+        downlink = Downlink(axes.method, state, experiment.wire.down.values, executor)
+        books = RoundLog(Ledger(), BaseUpdates(), RoundStats())
         packs = [clients[i : i + pack] for i in range(0, len(clients), pack)]
-        stream = updates(axes.method, state, 0, 1.0, packs, axes.weights, experiment, crew.run, downlink, books)
+        stream = updates(axes.method, state, 0, 1.0, packs, axes.weights, experiment, executor.run, downlink, books)
         axes.method.aggregate(state, stream, axes.optimizer.advance)
 
     def bare() -> None:
@@ -76,8 +76,8 @@ def _worker_seconds(made: list[Upload]) -> float:
     n = wire.inspect(made[0].payload).n
     everything = Uploadable(n, None)
 
-    def added() -> Summed:
-        return Summed.of([(1.0, everything.placed(wire.decode(upload.payload))) for upload in made], n)
+    def added() -> PackSum:
+        return PackSum.of([(1.0, everything.placed(wire.decode(upload.payload))) for upload in made], n)
 
     added()
     return timed(added)[0].wall / len(made)

@@ -27,12 +27,11 @@ from rayfed.config import Experiment, validate
 from rayfed.config.load import assign
 from rayfed.engine.driver import stepwise
 from rayfed.profiles.client_profiles import profile
-from rayfed.server.executor import Crew, Done, Handle, Task
+from rayfed.server.executor import Executor, Handle, Submission, SubmissionResult
 from rayfed.server.loop import Server
-from rayfed.server.packs import plan_packs
-from rayfed.server.sampling import cohort
+from rayfed.server.sampling import cohort, plan_packs
 from rayfed.tasks.federation import Federation, form_federation
-from rayfed.tasks.models.spec import draw_blueprint
+from rayfed.tasks.models.spec import describe_model
 
 SETTINGS: dict[str, Any] = {
     "name": "bench-round",
@@ -67,24 +66,24 @@ def measure(**overrides: Any) -> list[Row]:
 def compare(name: str, experiment: Experiment) -> list[Row]:
     """One row for each padding of the bare loop: to `data.max_tokens`, and to the longest of a batch."""
     federation = form_federation(experiment)
-    blueprint = draw_blueprint(experiment, len(federation.classes))
+    model_spec = describe_model(experiment, len(federation.classes))
     paddings = {f"to {experiment.data.max_tokens}": experiment.data.max_tokens, "to the longest": None}
     ours: list[Times] = []
     theirs: dict[str, list[Times]] = {padding: [] for padding in paddings}
     difference, where = 0.0, []
     with (
         tempfile.TemporaryDirectory() as folder,
-        stepwise(experiment, federation, blueprint, Path(folder)) as server,
+        stepwise(experiment, federation, model_spec, Path(folder)) as server,
         BareLoop(experiment, federation, server.state.layout) as bare,
     ):
-        server.crew = crew = _Clocked(server.crew)
+        server.executor = executor = _Clocked(server.executor)
         rounds = server.rounds()
         for t in range(experiment.server.rounds - 1):
             before = server.state.vector
-            crew.seconds = 0.0
+            executor.seconds = 0.0
             mine, record = timed(partial(next, rounds))
             ours.append(mine)
-            where.append(_where(mine.wall, record, crew.seconds / experiment.engine.workers))
+            where.append(_where(mine.wall, record, executor.seconds / experiment.engine.workers))
             clients = _dealt(experiment, federation, server, t)
             for padding, pad_to in paddings.items():
                 seconds, after = timed(partial(bare.train, before, t, clients, pad_to))
@@ -114,24 +113,24 @@ def _where(seconds: float, record: dict[str, Any], packs: float) -> dict[str, fl
 
 
 class _Clocked:
-    """A crew of which the seconds that packs took on their workers are added up."""
+    """A executor of which the seconds that packs took on their workers are added up."""
 
-    def __init__(self, crew: Crew) -> None:
-        self.crew, self.seconds = crew, 0.0
+    def __init__(self, executor: Executor) -> None:
+        self.executor, self.seconds = executor, 0.0
 
     def put(self, payload: Any) -> Handle:
-        return self.crew.put(payload)
+        return self.executor.put(payload)
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Done]:
-        for done in self.crew.run(tasks):
+    def run(self, tasks: Sequence[Submission]) -> Iterator[SubmissionResult]:
+        for done in self.executor.run(tasks):
             self.seconds += done.result.seconds if isinstance(done.result, TrainResult) else 0.0
             yield done
 
     def drain_events(self) -> list[str]:
-        return self.crew.drain_events()
+        return self.executor.drain_events()
 
     def close(self) -> None:
-        self.crew.close()
+        self.executor.close()
 
 
 def _dealt(experiment: Experiment, federation: Federation, server: Server, t: int) -> list[list[int]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rayfed.bench.stub import Shape, StubCrew, make_uploads, memory, settings
+from rayfed.bench.stub import Shape, StubExecutor, make_uploads, memory, settings
 from rayfed.bench.timing import Row, one_thread, paired
 from rayfed.server.loop import Server
 from rayfed.tasks.federation import Federation
@@ -63,7 +63,7 @@ def _cohort(size: int, population: int, rounds: int, shape: Shape, pack: int) ->
         out = Path(folder)
         sinks = open_sinks(experiment.tracking, out)
         server = Server(
-            experiment, one_row_each(population), shape.blueprint(), StubCrew(made), out, sinks, resume=False
+            experiment, one_row_each(population), shape.model_spec(), StubExecutor(made), out, sinks, resume=False
         )
         stream = server.rounds()
 

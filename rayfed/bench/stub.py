@@ -17,10 +17,10 @@ from torch import Tensor
 from rayfed import wire
 from rayfed.clients.messages import TrainJob, TrainResult
 from rayfed.config import Experiment
-from rayfed.methods import Summed
+from rayfed.methods import PackSum
 from rayfed.methods.base import Sparse
-from rayfed.server.executor import Done, Handle, Task
-from rayfed.tasks.models.spec import Blueprint
+from rayfed.server.executor import Handle, Submission, SubmissionResult
+from rayfed.tasks.models.spec import ModelSpec
 from rayfed.tasks.models.unpadded import Padded
 
 RANK = 16
@@ -39,10 +39,10 @@ class Shape:
         """Entries of the adapter."""
         return 2 * RANK * self.layers * self.width
 
-    def blueprint(self) -> Blueprint:
+    def model_spec(self) -> ModelSpec:
         """As if a model had been looked at; there is no head."""
         shapes = {f"layer{i:03}": (self.width, self.width) for i in range(self.layers)}
-        return Blueprint(shapes, {}, {}, {}, 0, Padded("nothing trains"))
+        return ModelSpec(shapes, {}, {}, {}, 0, Padded("nothing trains"))
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def settings(method: str, density: float, cohort: int, population: int, rounds: 
 
 
 @dataclass
-class StubCrew:
+class StubExecutor:
     """Answers every training job with uploads from its list, by client id; there is nothing to evaluate.
 
     Where a pack is to be summed, always the sum of the same uploads, made before the clock runs.
@@ -88,15 +88,15 @@ class StubCrew:
     uploads: Sequence[Upload]
 
     @cached_property
-    def sum(self) -> Summed:
+    def sum(self) -> PackSum:
         """What a worker makes of its pack, whatever its size: to add it costs the driver the same."""
         n = wire.inspect(self.uploads[0].payload).n
-        return Summed.of([(1.0, Sparse(n, made.indices, made.values)) for made in self.uploads], n)
+        return PackSum.of([(1.0, Sparse(n, made.indices, made.values)) for made in self.uploads], n)
 
     def put(self, payload: bytes) -> Handle:
         return payload
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Done]:
+    def run(self, tasks: Sequence[Submission]) -> Iterator[SubmissionResult]:
         for index, task in enumerate(tasks):
             assert isinstance(task.job, TrainJob)  # there are no rows to evaluate on
             orders = task.job.orders
@@ -107,7 +107,7 @@ class StubCrew:
             result = TrainResult(
                 () if sums else payloads, nothing, (0.0,) * k, (1,) * k, (1,) * k, (RANK,) * k, 0.0, (k,), sizes, sums
             )
-            yield Done(index, result)
+            yield SubmissionResult(index, result)
 
     def drain_events(self) -> list[str]:
         return []

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from rayfed.bench.timing import Row, paired
-from rayfed.clients.local_training import Member, train_pack
+from rayfed.clients.local_training import PackMember, train_pack
 from rayfed.config import validate
 from rayfed.engine.setup import prepare_gpu
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, fresh_adapter
 from rayfed.lora.packed.layers import layer_shape
 from rayfed.lora.packed.stack import Stack, head_values
-from rayfed.tasks.models.base import Base, in_dtype
+from rayfed.tasks.models.base import FrozenBase, in_dtype
 
 CLASSES, RANK, STEPS = 10, 16, 3
 
@@ -89,7 +89,7 @@ class _Bench:
 
     def __init__(self, shape: Shape, batch: int, device: torch.device, dtype: str) -> None:
         torch.manual_seed(0)
-        base = Base(shape.build().eval(), (shape.head,))
+        base = FrozenBase(shape.build().eval(), (shape.head,))
         self.model = in_dtype(base, dtype).to(device)
         linear = {name: found for name, module in self.model.named_modules() if (found := _linear(module))}
         self.weights = sum(out * inner for name, (out, inner) in linear.items() if not name.startswith(shape.head))
@@ -106,7 +106,7 @@ class _Bench:
         everything = torch.ones(layout.size, dtype=torch.bool)
         own = np.arange(STEPS * self.batch)
         for pack in packs:
-            members = [Member(client, layout, vector, everything, own) for client in pack]
+            members = [PackMember(client, layout, vector, everything, own) for client in pack]
             train_pack(
                 self.stack, lambda inputs: self.model(**inputs).logits, self.rows, 0, members, self.settings, lr=1e-3,
                 t=0, seed=0, device=self.device,

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rayfed.config import Experiment
     from rayfed.tasks.federation import Federation
-    from rayfed.tasks.models.spec import Blueprint
+    from rayfed.tasks.models.spec import ModelSpec
 
-Line = tuple[str, str]
+Fact = tuple[str, str]
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,18 +43,18 @@ def _doctor(options: argparse.Namespace) -> None:
         return
     from rayfed import load_config
     from rayfed.api import check
-    from rayfed.tasks.models.spec import draw_blueprint
+    from rayfed.tasks.models.spec import describe_model
 
     experiment = load_config(options.config, options.overrides)
     federation = check(experiment, base=False)
-    blueprint = draw_blueprint(experiment, len(federation.classes))
-    _tell(options.config, plan(experiment, federation, blueprint))
+    model_spec = describe_model(experiment, len(federation.classes))
+    _tell(options.config, plan(experiment, federation, model_spec))
     print(f"\npacks, on {experiment.engine.device} with {experiment.engine.threads} thread(s)")
-    for label, text in packs(experiment, federation, blueprint):
+    for label, text in packs(experiment, federation, model_spec):
         print(f"  {label:<22}{text}", flush=True)
 
 
-def machine() -> Iterator[Line]:
+def machine() -> Iterator[Fact]:
     """What there is, and what is missing with how to get it."""
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -78,54 +78,54 @@ def machine() -> Iterator[Line]:
         yield use, "yes" if find_spec(module) else f"no: pip install 'rayfed[{extra}]'"
 
 
-def plan(experiment: Experiment, federation: Federation, blueprint: Blueprint) -> Iterator[Line]:
+def plan(experiment: Experiment, federation: Federation, model_spec: ModelSpec) -> Iterator[Fact]:
     """What the run would do."""
     from rayfed import wire
     from rayfed.profiles.client_profiles import describe, rank_mix
 
-    sizes, entries = federation.sizes, blueprint.start(experiment).layout.size
+    sizes, entries = federation.sizes, model_spec.start(experiment).layout.size
     yield "digest", experiment.digest()
     yield "clients", f"{federation.clients}, of which {len(federation.holders)} hold {int(sizes.sum())} rows"
     yield "a round", f"{experiment.server.cohort} clients, {experiment.server.rounds} rounds"
     yield "ranks", describe(rank_mix(experiment, sizes))
-    yield "trained", f"{entries} entries on {blueprint.parameters} frozen ones"
+    yield "trained", f"{entries} entries on {model_spec.parameters} frozen ones"
     yield "a dense message", f"{(wire.HEADER_BYTES + 4 * entries) / 1e6:.2f} MB each way at rank {experiment.lora.rank}"
-    yield "padding", str(blueprint.padding)
+    yield "padding", str(model_spec.padding)
 
 
-def packs(experiment: Experiment, federation: Federation, blueprint: Blueprint) -> Iterator[Line]:
+def packs(experiment: Experiment, federation: Federation, model_spec: ModelSpec) -> Iterator[Fact]:
     """Time of a client's step and memory by pack size, and what `engine.pack: auto` would make of them."""
     import torch
 
-    from rayfed.clients import device_memory as memory
+    from rayfed.clients import device_memory
     from rayfed.clients.pack_timing import measure
-    from rayfed.clients.trainer import Learner
+    from rayfed.clients.trainer import Trainer
     from rayfed.engine.setup import prepare_process
-    from rayfed.server.pack_size import choose, measure_job, workers_of
+    from rayfed.server.pack_size import choose_size, measure_job, workers_of
 
     engine = experiment.engine
     if engine.device == "cuda" and engine.kind == "ray" and engine.gpus_per_worker == "auto":
         experiment = experiment.with_gpus(torch.cuda.device_count())  # as a run would on this machine alone
     prepare_process(experiment)
-    learner, job = Learner(experiment, federation, blueprint), measure_job(experiment, federation)
-    room, workers = memory.free(experiment.engine), workers_of(experiment)
+    trainer, job = Trainer(experiment, federation, model_spec), measure_job(experiment, federation)
+    room, workers = device_memory.free(experiment.engine), workers_of(experiment)
     found = []
-    for m in measure(learner, job.clients, job.sizes, room):
+    for m in measure(trainer, job.clients, job.sizes, room):
         found.append(m)
         yield f"{m.size} at a time", f"{1e3 * m.seconds / m.size:.1f} ms a client and step, {m.bytes / 2**20:.0f} MiB"
-    choice = choose(found, experiment.server.cohort, workers, room)
+    choice = choose_size(found, experiment.server.cohort, workers, room)
     yield "a step takes", choice.time_model()
     yield "and needs", choice.memory_model()
     yield "engine.pack=auto", f"{choice.size}, for {choice.cohort} clients a round and {workers} pack(s) at a time"
 
 
-def _tell(title: str, lines: Iterator[Line]) -> None:
+def _tell(title: str, lines: Iterator[Fact]) -> None:
     print(title)
     for label, text in lines:
         print(f"  {label:<22}{text}")
 
 
-def _devices() -> Iterator[Line]:
+def _devices() -> Iterator[Fact]:
     if find_spec("torch") is None:
         return
     import torch

@@ -36,7 +36,7 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in NO_MORE)
 
 
-def by_halves(
+def in_halves(
     items: Sequence[T], work: Callable[[Sequence[T]], R], device: torch.device, alone: Callable[[T], str]
 ) -> list[R]:
     """What ``work`` makes of all items; where memory does not do, of each half, and so on: one result a part.
@@ -57,7 +57,7 @@ def by_halves(
         raise too_little(alone(items[0]), device)
     let_go(device)
     middle = -(-len(items) // 2)
-    return [result for part in (items[:middle], items[middle:]) for result in by_halves(part, work, device, alone)]
+    return [result for part in (items[:middle], items[middle:]) for result in in_halves(part, work, device, alone)]
 
 
 def too_little(what: str, device: torch.device) -> RunError:

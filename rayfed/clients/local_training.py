@@ -1,6 +1,6 @@
 """Local training of a pack: K clients, each from its own start, on its own data, in shared forward and backward passes.
 
-What holds for every client, whoever shares its pack: its batches are its own in its own order; its loss is the mean
+What holds for every client, whoever runs its pack: its batches are its own in its own order; its loss is the mean
 over its own rows (losses are summed over clients, so no gradient is rescaled); its gradient is clipped by its own norm;
 its dropout is keyed by itself and by its own tokens; and after its last step it is out of the batch and its result is
 taken down at once, so moments and weight decay cannot move it any more. Entries that do not train keep the bits they
@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rayfed import seeding as keys
+from rayfed import seeding
 from rayfed.config.training import Client
-from rayfed.device import sent
+from rayfed.device import to_device
 from rayfed.lora.adapter import Layout
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack
-from rayfed.methods.base import Base, Tail
+from rayfed.methods.base import BaseChange, Tail
 
 
 class Forward(Protocol):
@@ -42,7 +42,7 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
-class Member:
+class PackMember:
     """One client of a pack: ``start`` (n,) as decoded, ``support`` (n,) which entries train, its training rows.
 
     ``base`` lies frozen under its adapter; ``rates`` are factors on the learning rate by part, equal in a pack.
@@ -53,13 +53,13 @@ class Member:
     start: Tensor
     support: Tensor
     rows: np.ndarray
-    base: Base = field(default_factory=dict)
+    base: BaseChange = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
     tail: Tail | None = None
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedClient:
     """One client's result: its entries (n,) after training, mean loss over steps, examples seen, steps done."""
 
     vector: Tensor
@@ -70,13 +70,13 @@ class Trained:
 
 def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The batch on the device."""
-    return {name: sent(tensor, device) for name, tensor in batch.items()}
+    return {name: to_device(tensor, device) for name, tensor in batch.items()}
 
 
 def train_pack(
-    stack: Stack, forward: Forward, data: Rows, pad_id: int, members: Sequence[Member], settings: Client, *,
+    stack: Stack, forward: Forward, data: Rows, pad_id: int, members: Sequence[PackMember], settings: Client, *,
     lr: float, t: int, seed: int, device: torch.device,
-) -> list[Trained]:  # fmt: skip
+) -> list[TrainedClient]:  # fmt: skip
     """Trains the members for one round ``t`` and returns their results in the order given.
 
     The stack gets as many slots as there are members. The result is a function of the arguments alone. On a GPU nothing
@@ -95,18 +95,18 @@ def train_pack(
             Segment(
                 s,
                 len(plans[s][step]),
-                keys.derive(seed, "dropout", t, members[s].client, step) if stack.dropout else None,
+                seeding.derive_seed(seed, "dropout", t, members[s].client, step) if stack.dropout else None,
                 lengths[plans[s][step]].tolist(),
             )
             for s in active
         ]
         inputs = on_device(data.batch(np.concatenate([plans[s][step] for s in active]), pad_id), device)
         labels = inputs.pop("labels")
-        with stack.batch.of(segments):
+        with stack.batch.using(segments):
             each = row_losses(forward(inputs).float(), labels)
-            shares = stack.batch.shares(each)
-            means = shares.grid(each[:, None]).sum((1, 2)) / shares.counts(each)
-            losses += shares.into(means.detach().double(), len(members))
+            runs = stack.batch.segments_of(each)
+            means = runs.grid(each[:, None]).sum((1, 2)) / runs.counts(each)
+            losses += runs.into(means.detach().double(), len(members))
             if optimizer is not None:
                 optimizer.zero_grad(set_to_none=True)
                 tails = [tail_loss(stack, s, tail) for s in active if (tail := members[s].tail) is not None]
@@ -118,10 +118,10 @@ def train_pack(
             optimizer.step()
             parameters.restore()
         if ended := [slot for slot in active if step + 1 == len(plans[slot])]:
-            stack.keep(ended)
+            stack.snapshot(ended)
     vectors = stack.read([member.layout for member in members])
     return [
-        Trained(vector, loss / len(plan), sum(map(len, plan)), len(plan))
+        TrainedClient(vector, loss / len(plan), sum(map(len, plan)), len(plan))
         for vector, loss, plan in zip(vectors, losses.tolist(), plans, strict=True)
     ]
 
@@ -132,7 +132,7 @@ def batches(rows: np.ndarray, settings: Client, seed: int, t: int, client: int) 
     wanted = settings.steps if settings.steps is not None else -(-len(rows) // settings.batch_size) * settings.epochs
     epoch = 0
     while len(plan) < wanted:
-        order = rows[keys.numpy_rng(seed, "batches", t, client, epoch).permutation(len(rows))]
+        order = rows[seeding.numpy_rng(seed, "batches", t, client, epoch).permutation(len(rows))]
         plan += [order[i : i + settings.batch_size] for i in range(0, len(order), settings.batch_size)]
         epoch += 1
     return plan[:wanted]
@@ -165,7 +165,7 @@ def _optimizer(groups: list[dict[str, object]], settings: Client) -> torch.optim
 class _Parameters:
     """The stack's parameters during one round: which entries train, and per-client views of their gradients."""
 
-    def __init__(self, stack: Stack, members: Sequence[Member]) -> None:
+    def __init__(self, stack: Stack, members: Sequence[PackMember]) -> None:
         places = [{(e.name, e.part): e for e in member.layout.entries} for member in members]
         whole = [bool(member.support.all()) for member in members]
         self.rates = members[0].rates
@@ -187,7 +187,7 @@ class _Parameters:
                     mask = torch.ones(parameter.shape, dtype=torch.bool)  # padding and empty slots have no gradient
                     for slot, held in supports.items():
                         stack.crop(mask[slot], part, held.shape).copy_(held)
-                    self.partial.append((parameter, sent(mask, parameter.device), parameter.detach().clone()))
+                    self.partial.append((parameter, to_device(mask, parameter.device), parameter.detach().clone()))
 
     def groups(self, lr: float) -> list[dict[str, object]]:
         """The optimizer's parameter groups: one, or one a part where parts have rates of their own."""

@@ -12,14 +12,14 @@ from typing import Literal
 from torch import Tensor
 
 from rayfed.lora.adapter import Layout
-from rayfed.methods.base import Summed, Trainable
+from rayfed.methods.base import PackSum, Trainable
 from rayfed.wire import Sizes
 
 SplitName = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
-class Order:
+class ClientOrder:
     """One client's part of a training job."""
 
     client: int
@@ -30,7 +30,7 @@ class Order:
     density_up: float
     values: str  # number format of its upload
     weight: float = 1.0  # of its change in the aggregation
-    held: int | None = None  # the payload with the entries it holds already
+    known: int | None = None  # the payload with the entries it holds already
     base: int | None = None  # the payload with the frozen change of its base
     base_layout: Layout | None = None
 
@@ -44,7 +44,7 @@ class TrainJob:
 
     t: int
     lr: float
-    orders: tuple[Order, ...]
+    orders: tuple[ClientOrder, ...]
     summed: bool = False
 
 
@@ -52,13 +52,13 @@ class TrainJob:
 class TrainResult:
     """Per order: the encoded upload, the mean training loss over its steps, examples seen and steps done.
 
-    ``kept`` holds, encoded, what a client keeps for itself: its personal entries; None where nothing is personal.
+    ``personal_values`` holds, encoded, what a client keeps for itself: its personal entries; None where nothing is personal.
     ``sizes`` says what each upload held. A summed job gives ``summed``, a sum for every part, in place of uploads: they
     are counted as if they had come.
     """
 
     uploads: tuple[bytes, ...]
-    kept: tuple[bytes | None, ...]
+    personal: tuple[bytes | None, ...]
     losses: tuple[float, ...]
     examples: tuple[int, ...]
     steps: tuple[int, ...]
@@ -66,7 +66,7 @@ class TrainResult:
     seconds: float
     parts: tuple[int, ...]  # how many clients trained together, in order: the pack, or less where memory did not do
     sizes: tuple[Sizes, ...]
-    summed: tuple[Summed, ...] = ()
+    summed: tuple[PackSum, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class MeasureJob:
 
 
 @dataclass(frozen=True)
-class Measured:
+class PackTiming:
     """A pack of so many clients: tokens and seconds of a step, and the bytes that training it needs at the peak."""
 
     size: int
@@ -128,7 +128,7 @@ class Measured:
 class MeasureResult:
     """The sizes that fit and seemed to pay, and the bytes that the worker may take for its packs."""
 
-    measured: tuple[Measured, ...]
+    measured: tuple[PackTiming, ...]
     memory: int
 
 

@@ -13,56 +13,56 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rayfed.clients import device_memory as memory
-from rayfed.clients.local_training import Member, batches, train_pack
-from rayfed.clients.messages import Measured
+from rayfed.clients import device_memory
+from rayfed.clients.local_training import PackMember, batches, train_pack
+from rayfed.clients.messages import PackTiming
 
 if TYPE_CHECKING:
-    from rayfed.clients.trainer import Learner
+    from rayfed.clients.trainer import Trainer
 
 STEPS, TIMES = 2, 3
 PAYS = 0.03  # a larger pack pays if it saves at least this share of the time
 
 
-def measure(learner: Learner, clients: Sequence[int], sizes: Sequence[int], room: int) -> Iterator[Measured]:
+def measure(trainer: Trainer, clients: Sequence[int], sizes: Sequence[int], room: int) -> Iterator[PackTiming]:
     """Packs of the first so many ``clients``, for each of the ascending ``sizes``, as far as ``room`` bytes go.
 
     RunError where not even the first size fits.
     """
-    experiment, device, data = learner.experiment, learner.device, learner.data["train"]
+    experiment, device, data = trainer.experiment, trainer.device, trainer.data["train"]
     settings = experiment.client.model_copy(update={"steps": STEPS})
-    start = learner.blueprint.start(experiment)
+    start = trainer.model_spec.start(experiment)
     vector, everything = start.flatten(), torch.ones(start.layout.size, dtype=torch.bool)
-    rows = {client: learner.federation.rows_of(client) for client in clients}
+    rows = {client: trainer.federation.rows_of(client) for client in clients}
 
     def train(size: int) -> float:
-        members = [Member(c, start.layout, vector, everything, rows[c]) for c in clients[:size]]
+        members = [PackMember(c, start.layout, vector, everything, rows[c]) for c in clients[:size]]
         begun = time.perf_counter()
         train_pack(
-            learner.stack, learner.forward, data, learner.federation.pad_id, members, settings, lr=settings.lr, t=0,
+            trainer.stack, trainer.forward, data, trainer.federation.pad_id, members, settings, lr=settings.lr, t=0,
             seed=experiment.seed, device=device,
         )  # fmt: skip
         return time.perf_counter() - begun
 
-    held, dull, last = memory.forget_peak(device), 0, float("inf")
+    held, dull, last = device_memory.forget_peak(device), 0, float("inf")
     for size in sizes:
-        memory.forget_peak(device)
+        device_memory.forget_peak(device)
         try:
             train(size)
             seconds = min(train(size) for _ in range(TIMES)) / STEPS
         except (RuntimeError, MemoryError) as error:
-            if not memory.ran_out(error):
+            if not device_memory.ran_out(error):
                 raise
             if size == sizes[0]:
-                raise memory.too_little(f"client {clients[0]}: training it alone", device) from None
+                raise device_memory.too_little(f"client {clients[0]}: training it alone", device) from None
             return
         tokens = sum(
             int(data.lengths[batch].sum())
             for c in clients[:size]
             for batch in batches(rows[c], settings, experiment.seed, 0, c)
         )
-        taken = max(memory.peak(device) - held, 0)
-        yield Measured(size, tokens / STEPS, seconds, taken)
+        taken = max(device_memory.peak(device) - held, 0)
+        yield PackTiming(size, tokens / STEPS, seconds, taken)
         dull = dull + 1 if seconds / size > (1 - PAYS) * last else 0
         last = seconds / size
         if dull == 2 or 2 * taken > room:

@@ -1,7 +1,7 @@
-"""A learner: one process's copy of the frozen base, its stack, and the data; it does whatever job it is handed.
+"""A trainer: one process's copy of the frozen base, its stack, and the data; it does whatever job it is handed.
 
-A learner keeps nothing between jobs: the result of a job is a function of the job, its payloads and the settings. So
-any learner may do any job, and a job that is done twice gives the same bits.
+A trainer keeps nothing between jobs: the result of a job is a function of the job, its payloads and the settings. So
+any trainer may do any job, and a job that is done twice gives the same bits.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from rayfed import wire
-from rayfed.clients import device_memory as memory
-from rayfed.clients.local_training import Member, Trained, on_device, train_pack
+from rayfed.clients import device_memory
+from rayfed.clients.local_training import PackMember, TrainedClient, on_device, train_pack
 from rayfed.clients.messages import (
+    ClientOrder,
     EvalJob,
     EvalResult,
     FeatureJob,
@@ -25,51 +26,49 @@ from rayfed.clients.messages import (
     Job,
     MeasureJob,
     MeasureResult,
-    Order,
     Result,
     SplitName,
     TrainJob,
     TrainResult,
 )
 from rayfed.clients.pack_timing import measure
-from rayfed.clients.transfer import assemble
-from rayfed.clients.uploads import kept, sums, upload
+from rayfed.clients.transfer import assemble, kept, sums, upload
 from rayfed.config import Experiment
-from rayfed.device import sent
+from rayfed.device import to_device
 from rayfed.errors import RunError
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_layers
 from rayfed.methods import build
-from rayfed.methods.base import Base
+from rayfed.methods.base import BaseChange
 from rayfed.tasks.data.tokens import Tokens
 from rayfed.tasks.federation import Federation
 from rayfed.tasks.models.base import in_dtype
 from rayfed.tasks.models.cache import shared_base
-from rayfed.tasks.models.checkpointing import recompute
-from rayfed.tasks.models.spec import Blueprint
-from rayfed.tasks.models.unpadded import Flat, FlatModel, FlatTokens
+from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
+from rayfed.tasks.models.spec import ModelSpec
+from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel, UnpaddedTokens
 
 
-class Learner:
+class Trainer:
     """Loads the base model of ``experiment`` once, then `execute`s jobs on it."""
 
-    def __init__(self, experiment: Experiment, federation: Federation, blueprint: Blueprint) -> None:
-        self.experiment, self.federation, self.blueprint = experiment, federation, blueprint
+    def __init__(self, experiment: Experiment, federation: Federation, model_spec: ModelSpec) -> None:
+        self.experiment, self.federation, self.model_spec = experiment, federation, model_spec
         self.method = build(experiment.method.name, **experiment.method.options)
         self.device = torch.device(experiment.engine.device)
         base = shared_base(experiment, len(federation.classes))
         self.model = in_dtype(base, experiment.model.dtype).to(self.device)
-        shapes = blueprint.trained_shapes(experiment)
+        shapes = model_spec.trained_shapes(experiment)
         self.stack = Stack(self.model, shapes, base.head, experiment.lora.dropout)
         if experiment.engine.gradient_checkpointing:
-            recompute(self.model)
+            enable_gradient_checkpointing(self.model)
         self.head = list((self.stack.head or head_layers(self.model, base.frozen_head)).values())
-        how = blueprint.padding
-        self.flat = FlatModel(self.model, how) if isinstance(how, Flat) else None
+        how = model_spec.padding
+        self.unpadded_model = UnpaddedModel(self.model, how) if isinstance(how, Unpadded) else None
         splits: dict[SplitName, Any] = {
             "train": federation.train, "validation": federation.validation, "test": federation.test,
         }  # fmt: skip
-        self.data: dict[SplitName, Any] = {name: self._laid(split) for name, split in splits.items()}
+        self.data: dict[SplitName, Any] = {name: self._token_places(split) for name, split in splits.items()}
         self.by_length = {name: np.argsort(split.lengths, kind="stable") for name, split in splits.items()}
 
     def execute(self, job: Job, payloads: Sequence[Any]) -> Result:
@@ -94,24 +93,26 @@ class Learner:
         if isinstance(job, FeatureJob):
             return self._features(job)
         if isinstance(job, MeasureJob):
-            room = memory.free(self.experiment.engine)
+            room = device_memory.free(self.experiment.engine)
             return MeasureResult(tuple(measure(self, job.clients, job.sizes, room)), room)
         raise TypeError(f"no such job: {type(job).__name__}")
 
     def _train(self, job: TrainJob, payloads: Sequence[Any]) -> TrainResult:
         begun = time.perf_counter()
         decoded = [wire.decode(payload) for payload in payloads]  # a tier's clients share theirs
-        bases: dict[int, Base] = {}
+        bases: dict[int, BaseChange] = {}
         members = [self._member(order, decoded, bases) for order in job.orders]
         data = self.data["train"]
 
-        def train(pack: Sequence[Member]) -> list[Trained]:
+        def train(pack: Sequence[PackMember]) -> list[TrainedClient]:
             return train_pack(
                 self.stack, self.forward, data, self.federation.pad_id, pack,
                 self.experiment.client, lr=job.lr, t=job.t, seed=self.experiment.seed, device=self.device,
             )  # fmt: skip
 
-        trained = memory.by_halves(members, train, self.device, lambda m: f"client {m.client}: training it alone")
+        trained = device_memory.in_halves(
+            members, train, self.device, lambda m: f"client {m.client}: training it alone"
+        )
         results, parts = [result for part in trained for result in part], tuple(map(len, trained))
         clients = list(zip(results, members, job.orders, strict=True))
         uploads = tuple(upload(self.method, *client) for client in clients)
@@ -128,9 +129,9 @@ class Learner:
             sums(uploads, members, job.orders, parts) if job.summed else (),
         )
 
-    def _member(self, order: Order, decoded: Sequence[wire.Payload], bases: dict[int, Base]) -> Member:
+    def _member(self, order: ClientOrder, decoded: Sequence[wire.Payload], bases: dict[int, BaseChange]) -> PackMember:
         payload = decoded[order.payload]
-        start, has = assemble(order.layout, payload, None if order.held is None else decoded[order.held])
+        start, has = assemble(order.layout, payload, None if order.known is None else decoded[order.known])
         if order.base is not None and order.base not in bases:
             assert order.base_layout is not None
             vector = decoded[order.base].dense()
@@ -138,7 +139,7 @@ class Learner:
                 **order.base_layout.unflatten(vector).layers,
                 **order.base_layout.matrices(vector),
             }
-        return Member(
+        return PackMember(
             order.client,
             order.layout,
             start,
@@ -162,7 +163,7 @@ class Learner:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         seen, right = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.bool, device=self.device)]
         for logits, labels in self._each_batch(job, self.data[job.split], logits_of, job.classes):
-            there = sent(labels, self.device)
+            there = to_device(labels, self.device)
             loss += nn.functional.cross_entropy(logits, there, reduction="none").double().sum()
             seen.append(labels)
             right.append(logits.argmax(-1) == there)
@@ -213,25 +214,27 @@ class Learner:
             labels = batch.pop("labels")
             inputs = on_device(batch, self.device)
             segment = Segment(0, len(chosen), lengths=tokens.lengths[chosen].tolist())
-            with self.stack.batch.of([segment]):
+            with self.stack.batch.using([segment]):
                 return work(inputs, segment), labels
 
         for i in range(0, len(rows), size):
             chosen = rows[i : i + size].tolist()
-            yield from memory.by_halves(chosen, done, self.device, lambda row: f"{job.split} row {row}: evaluating it")
+            yield from device_memory.in_halves(
+                chosen, done, self.device, lambda row: f"{job.split} row {row}: evaluating it"
+            )
 
-    def _laid(self, split: Any) -> Any:
-        return FlatTokens(split) if self.flat is not None and isinstance(split, Tokens) else split
+    def _token_places(self, split: Any) -> Any:
+        return UnpaddedTokens(split) if self.unpadded_model is not None and isinstance(split, Tokens) else split
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits (rows, classes) of a batch, while the stack holds its segments; with padding or without."""
-        if self.flat is not None:
-            return self.flat(inputs, self.stack.batch.segments)
+        if self.unpadded_model is not None:
+            return self.unpadded_model(inputs, self.stack.batch.segments)
         logits: Tensor = self.model(**inputs).logits
         return logits
 
 
-def _trained_rank(member: Member) -> int:
+def _trained_rank(member: PackMember) -> int:
     """The largest number of ranks, over the layers, in which this client had anything to train."""
     if bool(member.support.all()):
         return max((entry.shape[0] for entry in member.layout.entries if entry.part == "A"), default=0)

@@ -1,18 +1,25 @@
-"""Both ends of the wire, as server and client understand them alike: what a download fills, where an upload belongs.
+"""Both ends of the wire: what a download fills, what an upload holds, and how uploads of a pack are summed.
 
-Neither carries more than the other side cannot know: a download leaves out what the client holds, an upload what cannot
-have changed or stays personal. Both sides work that out from the same order, so no index bits are spent on it.
+No message carries what the other side knows. A download leaves out the entries that the client has already; an upload
+leaves out the entries that cannot have changed or that stay personal. Both sides derive these entries from the same
+`ClientOrder`, so no index bits are spent on them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from rayfed import wire
+from rayfed.clients.local_training import PackMember, TrainedClient
+from rayfed.clients.messages import ClientOrder
 from rayfed.errors import RunError
 from rayfed.lora.adapter import Layout
+from rayfed.methods import Method, PackSum
 from rayfed.methods.base import Sparse
 from rayfed.wire import Payload
 
@@ -63,3 +70,44 @@ def assemble(layout: Layout, payload: Payload, held: Payload | None) -> tuple[Te
     start[travels] = payload.dense()
     has[travels] = True if arrived is None else arrived
     return start, has
+
+
+def upload(method: Method, result: TrainedClient, member: PackMember, order: ClientOrder) -> bytes:
+    """What the client sends: of its changes to the entries that trained, those the method picks.
+
+    Entries outside the support are known to both sides not to have changed, and personal ones stay: neither takes
+    index bits.
+    """
+    uploaded = order.trainable.uploaded(member.layout, member.support)
+    change = (result.vector - member.start) * uploaded
+    if not bool(torch.isfinite(change).all()):
+        raise RunError(
+            f"client {member.client}: training gave values that are not finite; lower client.lr or set client.clip_norm"
+        )
+    values, indices = change[uploaded], None
+    if order.budget < len(values):
+        chosen = method.select(member.start, change, member.layout, order.budget, order.density_up)
+        place = torch.cumsum(uploaded, 0) - 1
+        indices = place[chosen[uploaded[chosen]]]
+    return wire.encode(values, indices=indices, values=order.values)
+
+
+def sums(
+    uploads: Sequence[bytes], members: Sequence[PackMember], orders: Sequence[ClientOrder], parts: Sequence[int]
+) -> tuple[PackSum, ...]:
+    """The uploads of a pack, summed up by its parts of so many clients."""
+
+    def change(payload: bytes, member: PackMember, order: ClientOrder) -> tuple[float, Tensor | Sparse]:
+        places = Uploadable.of(order.trainable.uploaded(member.layout, member.support))
+        return order.weight, places.placed(wire.decode(payload))
+
+    changes = map(change, uploads, members, orders)  # one at a time: of all, only the sum is in memory
+    return tuple(PackSum.of(islice(changes, part), members[0].layout.size) for part in parts)
+
+
+def kept(result: TrainedClient, member: PackMember, order: ClientOrder) -> bytes | None:
+    """The client's personal entries after training, for the simulation to give back to it; no traffic."""
+    if not order.trainable.personal:
+        return None
+    personal = member.layout.mask(*order.trainable.personal)
+    return wire.encode(result.vector * personal)

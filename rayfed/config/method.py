@@ -110,7 +110,8 @@ class Profiles(Section):
         "PEFT; `server`: over lora.rank for all, so that one learning rate means the same step on every client.",
     )
     weights: Weights | None = Field(
-        None, description="For `tiers`: their shares of the clients, to any sum; null: client id modulo tiers, no draw."
+        None,
+        description="For `tiers`: their shares of the clients, to any sum; null: client id modulo tiers, no draw.",
     )
     exponent: Annotated[float, Field(ge=-10, le=10)] = Field(
         1.0,

@@ -15,7 +15,7 @@ from rayfed.config.types import Density, NonNegative, Section
 
 Factor = Annotated[int, Field(ge=2)]
 ROUNDED = 1 + 1e-9  # densities are products of floats
-SEARCHED = ("lora.rank", "wire.down.density", "wire.up.density")  # the settings that FLASC-Search sets
+SEARCHED = ("lora.rank", "wire.down.density", "wire.up.density")  # the settings that FLASC-FlascSearch sets
 # What may change between two rounds of one run: no tensor that a checkpoint holds has another shape or meaning by it.
 # Clients' optimizers are fresh in every round; moments of the server's outlast another rate, momentum or decay.
 LIVE = (
@@ -36,15 +36,15 @@ class Decider(Section):
         yield from ()
 
 
-class Search(Decider):
-    """FLASC-Search: from a small rank and density, grow whichever of the two helps more.
+class FlascSearch(Decider):
+    """FLASC-FlascSearch: from a small rank and density, grow whichever of the two helps more.
 
     A probe trains one configuration for some rounds. All neighbours that a step compares send the same share of
     `factor` times what the kept configuration sends. Client work is counted in rounds: times server.cohort, in
     client-rounds.
     """
 
-    kind: Literal["flasc"] = Field(..., description="`flasc`: FLASC-Search.")
+    kind: Literal["flasc"] = Field(..., description="`flasc`: FLASC-FlascSearch.")
     rank: PositiveInt = Field(1, description="lora.rank of the first probe.")
     density: Density = Field(1 / 64, description="wire.down.density and wire.up.density of the first probe.")
     factor: Factor = Field(4, description="By how much a step raises the communication, as rank or as density.")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from rayfed.config.load import assign, parse_override, read_settings, shown, validate_as
-from rayfed.config.search import LIVE, SEARCHED, Asha, Optuna, Population, Search
+from rayfed.config.search import LIVE, SEARCHED, Asha, FlascSearch, Optuna, Population
 from rayfed.config.types import Names, Section
 from rayfed.errors import UserError
 
@@ -57,7 +57,7 @@ class Sweep(Section):
         description="How many seeds choose the values of `tune`: the first ones of the grid of `seed`. The other seeds "
         "then run with the chosen values only; null: all seeds run everything.",
     )
-    search: Search | Optuna | Population | None = Field(
+    search: FlascSearch | Optuna | Population | None = Field(
         None,
         discriminator="kind",
         description="What decides by itself what runs: flasc looks for rank and density, in place of `parameters` and "
@@ -70,7 +70,7 @@ class Sweep(Section):
     def _spaces_are_whole(self) -> Sweep:
         if self.search is None:
             mistakes = [*self._in_parameters(), *self._in_cases(), *self._in_the_rest()]
-        elif isinstance(self.search, Search):
+        elif isinstance(self.search, FlascSearch):
             mistakes = [*self._beside(self.search), *self.search.mistakes()]
         else:
             spaces = [*self._in_parameters(), *self._in_cases()]
@@ -122,14 +122,14 @@ class Sweep(Section):
             elif self.tune_seeds > len(seeds):
                 yield f"sweep.tune_seeds: got {self.tune_seeds}, but sweep.parameters.seed.grid has {len(seeds)} values"
 
-    def _beside(self, search: Search | Optuna | Population) -> Iterator[str]:
+    def _beside(self, search: FlascSearch | Optuna | Population) -> Iterator[str]:
         for name in search.replaces:
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
                 told = "a section" if name == "stop" else shown(value)
                 yield f"sweep.{name}: got {told}, but sweep.search decides by itself what runs"
         if self.at == "best" and not isinstance(search, Optuna):
-            one = "probe" if isinstance(search, Search) else "member"
+            one = "probe" if isinstance(search, FlascSearch) else "member"
             yield f"sweep.at: got 'best', but a {one}'s earlier rounds are those of the {one} it continues: last"
 
     def _searched(self, search: Optuna | Population) -> Iterator[str]:
@@ -205,7 +205,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[st
         cases = [case for _, case in sweep.labelled()]
         if (
             key in sweep.parameters
-            or (isinstance(sweep.search, Search) and key in SEARCHED)
+            or (isinstance(sweep.search, FlascSearch) and key in SEARCHED)
             or (cases and all(key in case for case in cases))
         ):
             raise UserError(f"{key}: got {override!r}, but the sweep itself sets it, so that would do nothing")

@@ -19,11 +19,11 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from rayfed.config import Experiment
 from rayfed.engine.placement import beside_the_starting_process, check_places, with_shares
-from rayfed.engine.ray_executor import RayCrew
+from rayfed.engine.ray_executor import RayExecutor
 from rayfed.errors import RunError, UserError
 from rayfed.server.loop import Server
 from rayfed.tasks.federation import Federation
-from rayfed.tasks.models.spec import Blueprint
+from rayfed.tasks.models.spec import ModelSpec
 from rayfed.tracking import Fan, Record, RunInfo, Sink, Table, open_sinks
 
 Message = tuple[str, tuple[Any, ...]]
@@ -59,16 +59,16 @@ class Driver:
     """The actor. `run` yields the calls that a sink in the starting process should get."""
 
     def run(
-        self, experiment: Experiment, federation: list[ray.ObjectRef], blueprint: Blueprint, out: Path, resume: bool
+        self, experiment: Experiment, federation: list[ray.ObjectRef], model_spec: ModelSpec, out: Path, resume: bool
     ) -> Iterator[Message]:
         import torch
 
         torch.set_num_threads(1)  # the driver's own sums are element-wise; its cores belong to the workers
         outbox = Outbox()
         sinks = Fan(open_sinks(experiment.tracking, out), outbox)
-        crew = RayCrew(experiment, federation[0], blueprint)
+        executor = RayExecutor(experiment, federation[0], model_spec)
         try:
-            server = Server(experiment, ray.get(federation[0]), blueprint, crew, out, sinks, resume)
+            server = Server(experiment, ray.get(federation[0]), model_spec, executor, out, sinks, resume)
             for _ in server.rounds():
                 for message in outbox.drain():  # not `yield from`: Ray resumes with send()
                     yield message
@@ -77,11 +77,11 @@ class Driver:
                 yield message
         finally:
             sinks.close()
-            crew.close()
+            executor.close()
 
 
 def run_on_ray(
-    experiment: Experiment, federation: Federation, blueprint: Blueprint, out: Path, resume: bool, console: Sink
+    experiment: Experiment, federation: Federation, model_spec: ModelSpec, out: Path, resume: bool, console: Sink
 ) -> None:
     """Starts (or joins) Ray, runs the experiment on it, and shows ``console`` what happens.
 
@@ -102,7 +102,7 @@ def run_on_ray(
             # In a list, Ray passes the reference on instead of the data.
             data = [ray.put(federation)]
             stream = driver.run.options(num_returns="streaming").remote(
-                experiment, data, blueprint, out.resolve(), resume
+                experiment, data, model_spec, out.resolve(), resume
             )
             for message in stream:
                 name, arguments = ray.get(message)
@@ -119,14 +119,14 @@ def run_on_ray(
 
 
 @contextmanager
-def stepwise(experiment: Experiment, federation: Federation, blueprint: Blueprint, out: Path) -> Iterator[Server]:
+def stepwise(experiment: Experiment, federation: Federation, model_spec: ModelSpec, out: Path) -> Iterator[Server]:
     """A server in this process with Ray workers, for whoever steps through its rounds, as benchmarks do."""
     _start(experiment)
     try:
         experiment = with_shares(experiment)
-        crew = RayCrew(experiment, ray.put(federation), blueprint)
-        yield Server(experiment, federation, blueprint, crew, out, Fan(), resume=False)
-        crew.close()
+        executor = RayExecutor(experiment, ray.put(federation), model_spec)
+        yield Server(experiment, federation, model_spec, executor, out, Fan(), resume=False)
+        executor.close()
     finally:
         ray.shutdown()
 

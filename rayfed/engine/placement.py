@@ -2,7 +2,7 @@
 
 The driver is not in the group: it stays beside the process that started the run, where the run directory is, and holds
 no resources. On a cluster whose head has no GPU that is a CPU node. When a node of the group is lost, Ray finds its
-bundles another place as soon as there is one; what the run does meanwhile is the crew's business.
+bundles another place as soon as there is one; what the run does meanwhile is the executor's business.
 """
 
 from __future__ import annotations

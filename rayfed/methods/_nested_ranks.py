@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import rescale
-from rayfed.methods._state import Global, Layered, WeightedSum, first_ranks, pairs
+from rayfed.methods._state import Global, Layered, ProductMean, first_ranks, pairs
 from rayfed.methods.base import Profile, Start, Update
 
 
@@ -45,7 +45,7 @@ class Nested(Layered):
         return state.layers[layer]
 
 
-class IndexSums:
+class RankwiseMean:
     """Weighted sums of the clients' changes, rank by rank, and the weight of those who own each rank."""
 
     def __init__(self, state: Global) -> None:
@@ -57,7 +57,7 @@ class IndexSums:
             self._B[name] = torch.zeros(pair.B.shape, dtype=torch.float64)
             self._A[name] = torch.zeros(pair.A.shape, dtype=torch.float64)
             self._owned[name] = torch.zeros(pair.rank, dtype=torch.float64)
-        self._heads = WeightedSum()
+        self._heads = ProductMean()
 
     def add(self, weight: float, update: Update) -> None:
         change = update.layout.unflatten(update.change)

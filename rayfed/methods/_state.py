@@ -1,7 +1,7 @@
 """The state of methods that think layer by layer, and the sums they aggregate with.
 
 `Global` holds the global model as products (a low-rank pair or a matrix per layer), the head, and what a method keeps
-beside them. `WeightedSum` adds up adapters of any ranks one at a time: exact sums of products, never means of factors,
+beside them. `ProductMean` adds up adapters of any ranks one at a time: exact sums of products, never means of factors,
 factored as long as that is the smaller form.
 """
 
@@ -98,7 +98,7 @@ class Layered(Defaults):
         return tuple(sorted(state.layers or state.base))
 
 
-class WeightedSum:
+class ProductMean:
     """``sum_k w_k s_k B_k A_k`` by layer and ``sum_k w_k head_k``, added up one client at a time.
 
     A layer stays factored while the ranks so far are below min(out, in), then turns into one float64 matrix: memory
@@ -186,7 +186,7 @@ def pairs(state: Global) -> dict[str, LowRank]:
     return layers
 
 
-def learned(update: Update) -> dict[str, LowRank]:
+def product_change(update: Update) -> dict[str, LowRank]:
     """What a client's training changed of each layer's product, ``s (B_k A_k - B A)``, as a pair of twice the rank.
 
     ``[dB | B] [A_k; dA]`` subtracts no products: it is exactly 0 where nothing moved.
@@ -198,7 +198,7 @@ def learned(update: Update) -> dict[str, LowRank]:
     }
 
 
-def returned(update: Update, meant: Start) -> dict[str, LowRank]:
+def trained_product(update: Update, meant: Start) -> dict[str, LowRank]:
     """A client's product of each layer: what it trained, had it started from all that it was ``meant`` to get.
 
     That is its trained pair where everything arrived. Where the wire kept entries back or rounded them, it is what was
@@ -207,5 +207,5 @@ def returned(update: Update, meant: Start) -> dict[str, LowRank]:
     """
     if torch.equal(update.start, meant.vector):
         return dict(update.trained.layers)
-    gains, starts = learned(update), meant.layout.unflatten(meant.vector).layers
+    gains, starts = product_change(update), meant.layout.unflatten(meant.vector).layers
     return {name: stack([starts[name], gains[name]], [1.0, 1.0]) for name in gains}

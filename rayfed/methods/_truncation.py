@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import Spectrum, Split, factors, norm, pad, svd, tail_energy, top_svd
-from rayfed.methods._state import Change, Global, Layered, returned
+from rayfed.methods._state import Change, Global, Layered, trained_product
 from rayfed.methods.base import Profile, Start, Update
 
 NOISE = 1e-6  # a singular value under this share of the first is rounding error of float32
@@ -63,12 +63,12 @@ class Meant:
         self._method, self._state = method, state
         self._starts: dict[tuple[int, float], Start] = {}
 
-    def returned(self, update: Update) -> dict[str, LowRank]:
+    def trained_product(self, update: Update) -> dict[str, LowRank]:
         """The client's products, by layer; see `rayfed.methods._state.returned`."""
         key = (update.client.rank, update.client.scale)
         if key not in self._starts:
             self._starts[key] = self._method.broadcast(self._state, update.client)
-        return returned(update, self._starts[key])
+        return trained_product(update, self._starts[key])
 
 
 def decomposed(state: Global, layers: Mapping[str, Change], passes: int = 4) -> Global:

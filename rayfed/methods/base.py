@@ -4,11 +4,11 @@ A method decides what is sent to each client, which entries train, and how uploa
 knows adapters and client profiles; no Ray, no models, no files. What travels is decided around it:
 
 1. `broadcast` says where a client starts: its adapter, and the frozen change of the base beneath it. Entries of the
-   adapter that the client has already (``held``) do not travel; of the others the wire sends the largest, or those of
+   adapter that the client has already (``known``) do not travel; of the others the wire sends the largest, or those of
    ``mask``. The client trains what it decoded.
 2. `select` picks, at the client, which of its changes go up; `trainable` says what trains and what stays personal.
-3. `aggregate` gets start and change of every client as decoded, pack after pack. A `linear` method asks for no more
-   than the sum of the weighted changes; the server hands it `Summed` packs, which may come from where they were
+3. `aggregate` gets start and change of every client as decoded, pack after pack. A `sum_in_worker` method asks for no more
+   than the sum of the weighted changes; the server hands it `PackSum` packs, which may come from where they were
    trained. The server optimizer is an axis of its own, handed over as ``advance``.
 4. `news` is what every client must merge into its base after a round; the server counts it for each client that takes
    part, together with the news of the rounds it missed (or the whole change of the base where that is smaller).
@@ -31,7 +31,7 @@ from torch import Tensor
 from rayfed.lora.adapter import Adapter, Layout, LowRank
 from rayfed.wire import top_k
 
-Base = Mapping[str, LowRank | Tensor]
+BaseChange = Mapping[str, LowRank | Tensor]
 """A frozen change of the base: by layer a low-rank pair or a matrix (out, in), whichever is cheaper."""
 
 Advance = Callable[[str, Tensor, Tensor], Tensor]
@@ -62,18 +62,18 @@ class Start:
     """Where a client starts, before the wire: a flat vector (n,) with its layout, over a frozen change of the base.
 
     ``mask`` (n,) names the entries to send; None leaves the choice to the wire (the largest by magnitude). With
-    ``dense`` everything travels this round, both ways, whatever the client's densities. ``held`` (n,) marks entries
+    ``dense`` everything travels this round, both ways, whatever the client's densities. ``known`` (n,) marks entries
     that never travel, since the client has them: drawn from a seed it knows, or its own from an earlier round.
-    ``also`` (m,) travels beside the adapter, whole. ``base`` is the change of the base that the client has by then.
+    ``extra`` (m,) travels beside the adapter, whole. ``base`` is the change of the base that the client has by then.
     """
 
     vector: Tensor
     layout: Layout
     mask: Tensor | None = None
     dense: bool = False
-    held: Tensor | None = None
-    also: Tensor | None = None
-    base: Base = field(default_factory=dict)
+    known: Tensor | None = None
+    extra: Tensor | None = None
+    base: BaseChange = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ class Trainable:
     parts: tuple[str, ...] = ("A", "B", "head")
     received_only: bool = False  # only entries that arrived in the payload, or were held
     entries: Tensor | None = None
-    personal: tuple[str, ...] = ()  # parts that train and are never uploaded: they come back as `Update.kept`
+    personal: tuple[
+        str, ...
+    ] = ()  # parts that train and are never uploaded: they come back as `Update.personal_values`
     rates: Mapping[str, float] = field(default_factory=dict)  # part -> factor on the client's learning rate
     tail: Tail | None = None
 
@@ -112,7 +114,7 @@ class Trainable:
         """Boolean (n,): the entries of ``support`` that may be sent up."""
         return support & ~layout.mask(*self.personal) if self.personal else support
 
-    def alike(self, other: Trainable) -> bool:
+    def same_support(self, other: Trainable) -> bool:
         """Do the three above surely answer the same? Given ``entries`` are compared by identity."""
         mine, others = ((t.parts, t.received_only, t.personal) for t in (self, other))
         return mine == others and self.entries is other.entries
@@ -133,28 +135,28 @@ class Sparse:
 
 @dataclass(frozen=True)
 class Update:
-    """What came back from one client, as decoded: ``start`` (n,) it trained from, and how it ``moved`` (n,).
+    """What came back from one client, as decoded: ``start`` (n,) it trained from, and how it ``sparse_change`` (n,).
 
     A method reads ``change``, or adds the change to a sum by ``add_to``, which costs as much as was sent.
-    ``kept`` (n,): its trained values in the personal parts, zeros elsewhere; None where nothing is personal.
+    ``personal_values`` (n,): its trained values in the personal parts, zeros elsewhere; None where nothing is personal.
     """
 
     client: Profile
     weight: float
     start: Tensor
-    moved: Tensor | Sparse
+    sparse_change: Tensor | Sparse
     layout: Layout
     stats: Mapping[str, float] = field(default_factory=dict)
-    kept: Tensor | None = None
+    personal_values: Tensor | None = None
 
     @cached_property
     def change(self) -> Tensor:
         """The change it made (n,), float32."""
-        return self.moved.dense() if isinstance(self.moved, Sparse) else self.moved
+        return self.sparse_change.dense() if isinstance(self.sparse_change, Sparse) else self.sparse_change
 
     def add_to(self, total: Tensor) -> None:
-        """Adds ``weight * change`` to ``total`` (n,), float64, in place; the same bits in either form of ``moved``."""
-        add_weighted(total, self.weight, self.moved)
+        """Adds ``weight * change`` to ``total`` (n,), float64, in place; the same bits in either form of ``sparse_change``."""
+        add_weighted(total, self.weight, self.sparse_change)
 
     @property
     def trained(self) -> Adapter:
@@ -168,14 +170,14 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Summed:
+class PackSum:
     """The updates of a pack as one addend: ``total`` (n,) = sum_k weight_k change_k, float64; and all weight."""
 
     weight: float
     total: np.ndarray
 
     @classmethod
-    def of(cls, changes: Iterable[tuple[float, Tensor | Sparse]], size: int) -> Summed:
+    def of(cls, changes: Iterable[tuple[float, Tensor | Sparse]], size: int) -> PackSum:
         """Adds weighted changes of ``size`` entries, in their order; the same bits wherever it is done."""
         total, weights = torch.zeros(size, dtype=torch.float64), 0.0
         for weight, moved in changes:
@@ -215,7 +217,9 @@ class Method(Protocol):
     sparse_down: bool  # may downloads be sparse or rounded?
     sparse_up: bool  # may uploads be?
     personal: bool  # does every client get a payload of its own, rather than every tier?
-    linear: bool  # does `aggregate` need only the sum of the weighted changes? Then it takes `Summed` packs as well
+    sum_in_worker: (
+        bool  # does `aggregate` need only the sum of the weighted changes? Then it takes `PackSum` packs as well
+    )
 
     def init(self, adapter: Adapter, seed: int) -> Any:
         """The state before round 0. ``adapter``: fresh (B = 0, A random), of the largest rank, with its scale."""
@@ -236,9 +240,9 @@ class Method(Protocol):
         """
 
     def aggregate(self, state: Any, updates: Iterable[Any], advance: Advance = ...) -> Any:
-        """The next state. ``updates``: `Update`s; where the method is ``linear``, these, `Summed` packs, or both."""
+        """The next state. ``updates``: `Update`s; where the method is ``sum_in_worker``, these, `PackSum` packs, or both."""
 
-    def news(self, state: Any) -> Tensor | None:
+    def base_update(self, state: Any) -> Tensor | None:
         """What every client must receive of the last round to merge it into its base, (m,); None: nothing."""
 
     def delta(self, state: Any, layer: str) -> LowRank | Tensor:
@@ -259,7 +263,7 @@ class Defaults:
     sparse_down = True
     sparse_up = True
     personal = False
-    linear = False  # also where the sum would do, but is mostly zeros: Fed-SB's cores, S-LoRA's sparse stage
+    sum_in_worker = False  # also where the sum would do, but is mostly zeros: Fed-SB's cores, S-LoRA's sparse stage
 
     def trainable(self, state: Any, client: Profile) -> Trainable:
         return Trainable()
@@ -267,7 +271,7 @@ class Defaults:
     def select(self, start: Tensor, change: Tensor, layout: Layout, budget: int, density: float) -> Tensor:
         return top_k(change, budget)
 
-    def news(self, state: Any) -> Tensor | None:
+    def base_update(self, state: Any) -> Tensor | None:
         return None
 
 
@@ -285,7 +289,7 @@ def add_weighted(total: Tensor, weight: float, moved: Tensor | Sparse) -> None:
         part += weight * values.double()
 
 
-def mean_change(updates: Iterable[Update | Summed], size: int) -> Tensor:
+def mean_change(updates: Iterable[Update | PackSum], size: int) -> Tensor:
     """``sum_k p_k change_k`` as float32 (n,); p_k are the weights scaled to sum 1. Consumes updates one at a time.
 
     Sums in float64, in the order given: memory stays at one vector whatever the cohort, and rounding of the sum is

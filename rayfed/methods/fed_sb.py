@@ -48,7 +48,7 @@ class FedSB(Layered):
 
     def broadcast(self, state: Global, client: Profile) -> Start:
         adapter = Adapter({name: _with_core(state, name) for name in state.layers}, state.head)
-        return Start(adapter.flatten(), adapter.layout, held=adapter.layout.mask("A", "B"), base=state.base)
+        return Start(adapter.flatten(), adapter.layout, known=adapter.layout.mask("A", "B"), base=state.base)
 
     def trainable(self, state: Global, client: Profile) -> Trainable:
         return Trainable(parts=("R", "head"))

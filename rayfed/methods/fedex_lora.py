@@ -84,7 +84,7 @@ class FedExLoRA(Layered):
         # Row by row in memory, as clients decode it: their merge then has the server's bits.
         return LowRank(cut.B.float().contiguous(), cut.A.float().contiguous(), 1.0)
 
-    def news(self, state: Global) -> Tensor | None:
+    def base_update(self, state: Global) -> Tensor | None:
         return state.extras.get("news")
 
     def delta(self, state: Global, layer: str) -> Tensor:

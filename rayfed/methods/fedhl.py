@@ -33,7 +33,7 @@ from torch import Tensor
 
 from rayfed.errors import allowed
 from rayfed.lora.adapter import Adapter
-from rayfed.methods._state import Global, WeightedSum, advance_head, learned
+from rayfed.methods._state import Global, ProductMean, advance_head, product_change
 from rayfed.methods._truncation import Truncating, decomposed, truncation_report
 from rayfed.methods.base import Advance, Update, fedavg
 
@@ -67,12 +67,12 @@ class FedHL(Truncating):
         return decomposed(start, {name: pair.dense() for name, pair in adapter.layers.items()})
 
     def aggregate(self, state: Global, updates: Iterable[Update], advance: Advance = fedavg) -> Global:
-        total, weights, ranks = WeightedSum(), [], []
+        total, weights, ranks = ProductMean(), [], []
         for update in updates:
             ranks.append(update.client.rank)
             weights.append(self._weight(state, update))
             total.add(weights[-1], Adapter({}, update.layout.unflatten(update.change).head))
-            for name, pair in learned(update).items():
+            for name, pair in product_change(update).items():
                 total.add_pair(name, weights[-1], pair)
         layers = {}
         for name, W in state.layers.items():

@@ -17,4 +17,4 @@ from rayfed.methods._factor_mean import FactorMean
 class FedIT(FactorMean):
     """Average the factors, weighted by examples. No options."""
 
-    linear = True
+    sum_in_worker = True

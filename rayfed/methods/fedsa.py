@@ -36,7 +36,7 @@ class FedSA(FactorMean):
     personal = True
 
     def broadcast(self, state: FactorState, client: Profile) -> Start:
-        return Start(_own(state, client.client), state.layout, held=state.layout.mask(*PERSONAL))
+        return Start(_own(state, client.client), state.layout, known=state.layout.mask(*PERSONAL))
 
     def trainable(self, state: FactorState, client: Profile) -> Trainable:
         return Trainable(personal=PERSONAL)
@@ -75,10 +75,10 @@ def _own(state: FactorState, client: int) -> Tensor:
 def _keeping(updates: Iterable[Update], clients: dict[int, Mapping[str, Tensor]]) -> Iterator[Update]:
     """The same updates; what each client keeps goes into ``clients``, copied out of the update's storage."""
     for update in updates:
-        if update.kept is None:
+        if update.personal_values is None:
             raise ValueError(f"the update of client {update.client.client} lacks its personal parts")
         clients[update.client.client] = {
-            _key(entry): update.kept[entry.start : entry.start + entry.numel].view(entry.shape).clone()
+            _key(entry): update.personal_values[entry.start : entry.start + entry.numel].view(entry.shape).clone()
             for entry in update.layout.entries
             if entry.part in PERSONAL
         }

@@ -70,7 +70,7 @@ class FedSRD(FactorMean):
         start = super().broadcast(state, client)
         if client.client not in state.clients:
             return start
-        return replace(start, held=state.extras["changed"] <= state.clients[client.client]["seen"])
+        return replace(start, known=state.extras["changed"] <= state.clients[client.client]["seen"])
 
     def select(self, start: Tensor, change: Tensor, layout: Layout, budget: int, density: float) -> Tensor:
         score = importance(layout.unflatten(start), layout.unflatten(start + change), change)

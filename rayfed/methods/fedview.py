@@ -25,7 +25,7 @@ change of W is a dense matrix in a fixed gauge: momentum and adaptive server opt
 
 A rank whose S_j is rounding error (round 0; a view that is up to date) starts at B = 0 and a random row of A instead.
 Random rows are drawn from (run seed, layer, round, client). The rows of `fresh` and `half` are known before anything
-is sent and never travel, nor does the B = 0 beside them; their part of C_k travels in ``Start.also``, whole, and is
+is sent and never travel, nor does the B = 0 beside them; their part of C_k travels in ``Start.extra``, whole, and is
 merged. A row that stands in for a rounding error travels, since the client cannot know that it is one.
 
 The method is this project's own: derived and piloted here. A client's view is what its own weights are, so it
@@ -46,8 +46,8 @@ from torch import Tensor
 from rayfed.errors import allowed
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import add, norm, top_svd
-from rayfed.methods._state import Global, Layered, WeightedSum, advance_head, learned
-from rayfed.methods.base import Advance, Base, Profile, Start, Update, fedavg
+from rayfed.methods._state import Global, Layered, ProductMean, advance_head, product_change
+from rayfed.methods.base import Advance, BaseChange, Profile, Start, Update, fedavg
 from rayfed.seeding import torch_rng
 
 ROW = 1 / math.sqrt(3)  # a row of in entries uniform in +-1/sqrt(in) has this norm, in the mean square
@@ -87,11 +87,11 @@ class FedView(Layered):
         adapter = Adapter(begin, state.head)
         if begun == client.rank:
             return Start(adapter.flatten(), adapter.layout, base=view)
-        base: Base = {name: add(view[name], pair) if view else pair for name, pair in merge.items()}
+        base: BaseChange = {name: add(view[name], pair) if view else pair for name, pair in merge.items()}
         known = {name: _fresh_ranks(pair, begun) for name, pair in begin.items()}
         held = Adapter(known, {name: torch.zeros_like(tensor) for name, tensor in state.head.items()})
         also = Adapter(merge, {}).flatten()
-        return Start(adapter.flatten(), adapter.layout, held=held.flatten().bool(), also=also, base=base)
+        return Start(adapter.flatten(), adapter.layout, known=held.flatten().bool(), extra=also, base=base)
 
     def _correct(
         self, state: Global, client: Profile, name: str, view: Tensor | None, begun: int
@@ -117,13 +117,13 @@ class FedView(Layered):
         return LowRank(B, A, client.scale), merge
 
     def aggregate(self, state: Global, updates: Iterable[Update], advance: Advance = fedavg) -> Global:
-        total = WeightedSum()
+        total = ProductMean()
         clients = dict(state.clients)
         behind: list[float] = []
         for update in updates:
             client, sent = update.client, update.sent
             total.add(update.weight, Adapter({}, update.layout.unflatten(update.change).head))
-            for name, pair in learned(update).items():
+            for name, pair in product_change(update).items():
                 total.add_pair(name, update.weight, pair)
             base = clients.get(client.client, {}) if self.start == "correction" else self.broadcast(state, client).base
             clients[client.client] = {name: _plus(base.get(name), pair) for name, pair in sent.layers.items()}

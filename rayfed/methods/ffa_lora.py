@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import rescale
-from rayfed.methods._state import Global, Layered, WeightedSum, advance_head, first_ranks, pairs
+from rayfed.methods._state import Global, Layered, ProductMean, advance_head, first_ranks, pairs
 from rayfed.methods.base import Advance, Profile, Start, Trainable, Update, fedavg
 
 
@@ -46,13 +46,13 @@ class FFALoRA(Layered):
             for name, pair in pairs(state).items()
         }
         adapter = Adapter(layers, state.head)
-        return Start(adapter.flatten(), adapter.layout, held=adapter.layout.mask("A"))
+        return Start(adapter.flatten(), adapter.layout, known=adapter.layout.mask("A"))
 
     def trainable(self, state: Global, client: Profile) -> Trainable:
         return Trainable(parts=("B", "head"))
 
     def aggregate(self, state: Global, updates: Iterable[Update], advance: Advance = fedavg) -> Global:
-        now, heads = pairs(state), WeightedSum()
+        now, heads = pairs(state), ProductMean()
         sums = {name: torch.zeros(pair.B.shape, dtype=torch.float64) for name, pair in now.items()}
         for update in updates:
             change = update.layout.unflatten(update.change)

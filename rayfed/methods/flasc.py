@@ -38,7 +38,7 @@ class Flasc(FactorMean):
 
     weights = "uniform"
     optimizer = "adamw"
-    linear = True
+    sum_in_worker = True
 
     def broadcast(self, state: FactorState, client: Profile) -> Start:
         start = super().broadcast(state, client)

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from rayfed.lora.adapter import Adapter
-from rayfed.methods._state import Global, WeightedSum, advance_head
+from rayfed.methods._state import Global, ProductMean, advance_head
 from rayfed.methods._truncation import Meant, Truncating, decomposed, truncation_report
 from rayfed.methods.base import Advance, Update, fedavg
 
@@ -31,11 +31,11 @@ class FlexLoRA(Truncating):
     """The mean of products, redistributed by SVD. No options."""
 
     def aggregate(self, state: Global, updates: Iterable[Update], advance: Advance = fedavg) -> Global:
-        total, meant, ranks = WeightedSum(), Meant(self, state), []
+        total, meant, ranks = ProductMean(), Meant(self, state), []
         for update in updates:
             ranks.append(update.client.rank)
             total.add(update.weight, Adapter({}, update.layout.unflatten(update.change).head))
-            for name, pair in meant.returned(update).items():
+            for name, pair in meant.trained_product(update).items():
                 total.add_pair(name, update.weight, pair)
         head = advance_head(state.head, total.head(), advance)
         state = replace(state, head=head, rounds=state.rounds + 1, report=truncation_report(state, ranks))

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import add, stack
-from rayfed.methods._state import Global, Layered, WeightedSum, advance_head
+from rayfed.methods._state import Global, Layered, ProductMean, advance_head
 from rayfed.methods.base import Advance, Profile, Start, Update, fedavg
 from rayfed.seeding import torch_rng
 
@@ -50,11 +50,11 @@ class FLoRA(Layered):
             A = fresh_A(state.notes["seed"], name, state.rounds, state.notes["rank"], inner)[: client.rank]
             layers[name] = LowRank(torch.zeros(out, client.rank), A, client.scale)
         adapter = Adapter(layers, state.head)
-        return Start(adapter.flatten(), adapter.layout, held=adapter.layout.mask("A", "B"), base=state.base)
+        return Start(adapter.flatten(), adapter.layout, known=adapter.layout.mask("A", "B"), base=state.base)
 
     def aggregate(self, state: Global, updates: Iterable[Update], advance: Advance = fedavg) -> Global:
         """Holds the factors of the whole cohort: they are the news."""
-        heads, weights = WeightedSum(), []
+        heads, weights = ProductMean(), []
         pairs: dict[str, list[LowRank]] = {name: [] for name in state.base}
         for update in updates:
             heads.add(update.weight, Adapter({}, update.layout.unflatten(update.change).head))
@@ -82,7 +82,7 @@ class FLoRA(Layered):
         """The news: R is the same for all layers, so its length tells it."""
         return flat(factors)
 
-    def news(self, state: Global) -> Tensor | None:
+    def base_update(self, state: Global) -> Tensor | None:
         return state.extras.get("news")
 
     def delta(self, state: Global, layer: str) -> Tensor:

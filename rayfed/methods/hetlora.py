@@ -34,7 +34,7 @@ import torch
 from rayfed.errors import allowed
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import norm, revive
-from rayfed.methods._nested_ranks import IndexSums, Nested
+from rayfed.methods._nested_ranks import Nested, RankwiseMean
 from rayfed.methods._state import Global, advance_head, pairs
 from rayfed.methods.base import Advance, Profile, Tail, Trainable, Update, fedavg
 
@@ -75,7 +75,7 @@ class HetLoRA(Nested):
         return Trainable(tail=Tail(self.regularizer, keep) if self.regularizer and keep < rank else None)
 
     def aggregate(self, state: Global, updates: Iterable[Update], advance: Advance = fedavg) -> Global:
-        sums, weights, ranks, clients = IndexSums(state), [], [], dict(state.clients)
+        sums, weights, ranks, clients = RankwiseMean(state), [], [], dict(state.clients)
         for update in updates:
             weights.append(self._weight(update))
             sums.add(weights[-1], update)

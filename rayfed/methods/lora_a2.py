@@ -45,7 +45,7 @@ class LoRAA2(RoLoRA):
     """How the head counts in a sparse upload: its largest entries up to its share of the budget, or whole before any
     rank. Default: share, for a large head would leave no room for ranks."""
 
-    linear = False  # it counts the ranks that each client sent
+    sum_in_worker = False  # it counts the ranks that each client sent
 
     def __post_init__(self) -> None:
         if not 0 < self.rate_B < float("inf"):

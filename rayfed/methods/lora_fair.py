@@ -29,7 +29,7 @@ from rayfed.errors import allowed
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import norm
 from rayfed.methods._factor_mean import FactorMean, FactorState
-from rayfed.methods._state import Change, WeightedSum, returned
+from rayfed.methods._state import Change, ProductMean, trained_product
 from rayfed.methods.base import Advance, Update, fedavg
 
 
@@ -47,11 +47,11 @@ class LoRAFAIR(FactorMean):
             raise allowed("method.lam", self.lam, "it must be 0 or more, and finite")
 
     def aggregate(self, state: FactorState, updates: Iterable[Update], advance: Advance = fedavg) -> FactorState:
-        products, total = WeightedSum(), torch.zeros(state.layout.size, dtype=torch.float64)
+        products, total = ProductMean(), torch.zeros(state.layout.size, dtype=torch.float64)
         for update in updates:
             meant = self.broadcast(state, update.client)
             update.add_to(total)
-            products.add(update.weight, Adapter(returned(update, meant), {}))
+            products.add(update.weight, Adapter(trained_product(update, meant), {}))
         if products.weight <= 0:
             raise ValueError("no update with a positive weight to aggregate")
         vector = advance("vector", state.vector, (total / products.weight).float())

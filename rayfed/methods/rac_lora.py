@@ -51,7 +51,7 @@ class RACLoRA(FFALoRA):
     def broadcast(self, state: Global, client: Profile) -> Start:
         start = super().broadcast(state, client)
         known = ("A", "B") if state.rounds % self.block_rounds == 0 else ("A",)
-        return replace(start, held=start.layout.mask(*known), base=state.base)
+        return replace(start, known=start.layout.mask(*known), base=state.base)
 
     def aggregate(self, state: Global, updates: Iterable[Update], advance: Advance = fedavg) -> Global:
         state = replace(super().aggregate(state, updates, advance), extras={})
@@ -67,7 +67,7 @@ class RACLoRA(FFALoRA):
             layers[name] = LowRank(torch.zeros_like(pair.B), A, pair.scale)
         return replace(state, layers=layers, base=base, extras={"news": torch.cat(news) if news else torch.zeros(0)})
 
-    def news(self, state: Global) -> Tensor | None:
+    def base_update(self, state: Global) -> Tensor | None:
         return state.extras.get("news")
 
     def delta(self, state: Global, layer: str) -> Tensor:

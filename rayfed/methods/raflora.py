@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 
 from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.methods._state import Global, WeightedSum, advance_head
+from rayfed.methods._state import Global, ProductMean, advance_head
 from rayfed.methods._truncation import Meant, Truncating, decomposed, spectrum, truncation_report
 from rayfed.methods.base import Advance, Update, fedavg
 
@@ -44,11 +44,11 @@ class RaFLoRA(Truncating):
         for rank, weight in zip(ranks, weights):
             owned[:rank] += weight / whole
 
-        total, meant = WeightedSum(), Meant(self, state)
+        total, meant = ProductMean(), Meant(self, state)
         for update, rank, weight in zip(cohort, ranks, weights):
             share = weight / whole
             total.add(share, Adapter({}, update.layout.unflatten(update.change).head))
-            for name, pair in meant.returned(update).items():
+            for name, pair in meant.trained_product(update).items():
                 # One column of B for each rank, or as many again where the wire kept something back.
                 column = (share / owned[:rank]).float().repeat(pair.rank // rank)
                 total.add_pair(name, 1.0, replace(pair, B=pair.B * column))

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from rayfed.lora.adapter import LowRank
-from rayfed.methods._nested_ranks import IndexSums, Nested
+from rayfed.methods._nested_ranks import Nested, RankwiseMean
 from rayfed.methods._state import Global, advance_head, pairs
 from rayfed.methods.base import Advance, Update, fedavg
 
@@ -28,7 +28,7 @@ class RBLA(Nested):
     optimizers = ("fedavg", "sgd")
 
     def aggregate(self, state: Global, updates: Iterable[Update], advance: Advance = fedavg) -> Global:
-        sums = IndexSums(state)
+        sums = RankwiseMean(state)
         for update in updates:
             sums.add(update.weight, update)
         head = advance_head(state.head, sums.head(), advance)

@@ -36,14 +36,14 @@ class RoLoRA(FactorMean):
     takes for granted that every client took part in the last round. Default: the count that is true for any cohort."""
 
     sparse_down = False
-    linear = True
+    sum_in_worker = True
 
     def broadcast(self, state: FactorState, client: Profile) -> Start:
         start = super().broadcast(state, client)
         if self.down == "all" or state.rounds == 0:
             return start
         # The last round trained the other factor: the one that trains now is as the client knows it.
-        return replace(start, held=state.layout.mask(trained_factor(state)))
+        return replace(start, known=state.layout.mask(trained_factor(state)))
 
     def trainable(self, state: FactorState, client: Profile) -> Trainable:
         return Trainable(parts=(trained_factor(state), "head"))

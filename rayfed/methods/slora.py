@@ -75,7 +75,7 @@ class SLoRA(Layered):
     def broadcast(self, state: Global, client: Profile) -> Start:
         adapter = _adapter(state)
         held = ~_on_mask(state) if self._sparse(state) else None
-        return Start(adapter.flatten(), adapter.layout, held=held)
+        return Start(adapter.flatten(), adapter.layout, known=held)
 
     def trainable(self, state: Global, client: Profile) -> Trainable:
         return Trainable(entries=_on_mask(state)) if self._sparse(state) else Trainable()

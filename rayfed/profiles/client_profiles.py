@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from rayfed import seeding as keys
+from rayfed import seeding
 from rayfed.config import Experiment
 from rayfed.errors import UserError, allowed
 from rayfed.lora.adapter import scale_of
@@ -190,7 +190,7 @@ def _u(seed: int, client: int) -> float:
 
     It is at most 1 - 2^-53, so its product with a positive x stays below x after rounding.
     """
-    return ((keys.derive(seed, "profile", client) >> 11) + 0.5) * 2.0**-52
+    return ((seeding.derive_seed(seed, "profile", client) >> 11) + 0.5) * 2.0**-52
 
 
 def _looked_at(sizes: np.ndarray, seed: int) -> np.ndarray:
@@ -198,7 +198,7 @@ def _looked_at(sizes: np.ndarray, seed: int) -> np.ndarray:
     holders = np.flatnonzero(sizes)
     if len(holders) <= LOOKED_AT:
         return holders
-    return keys.numpy_rng(seed, "profile.mix").choice(holders, LOOKED_AT, replace=False)
+    return seeding.numpy_rng(seed, "profile.mix").choice(holders, LOOKED_AT, replace=False)
 
 
 def _mean(mix: Mapping[int, int]) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rayfed.reports.compare import Comparison
 from rayfed.reports.curves import Looks
-from rayfed.reports.heat_map import Grid
+from rayfed.reports.heat_map import HeatMap
 from rayfed.reports.plots import blank, legend, luminance, percent_axis, plain_axis
 from rayfed.reports.style import PAPER, SERIES
 from rayfed.reports.table import Ledgers, rank_shares, share
@@ -78,7 +78,7 @@ def ranks(looks: Looks) -> Any:
     return figure
 
 
-def heat_map(comparison: Comparison, grid: Grid) -> Any:
+def heat_map(comparison: Comparison, grid: HeatMap) -> Any:
     """The figure and the bytes of every cell; the lighter, the better."""
     import numpy as np
     from matplotlib import colormaps

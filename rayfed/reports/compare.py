@@ -63,7 +63,7 @@ class Reading:
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class RunGroup:
     """Runs that differ in their seed alone. Means are over ``counted``: those that came to their end, if any did."""
 
     label: str
@@ -102,20 +102,20 @@ class Comparison:
     """Everything a report shows. ``differing``: dotted setting -> its value in each group, None where it has none."""
 
     measure: Measure
-    groups: tuple[Group, ...]
+    groups: tuple[RunGroup, ...]
     target: float | None
     given_target: bool
     differing: Mapping[str, tuple[Any, ...]]
     notes: tuple[str, ...]
 
     @property
-    def ranked(self) -> list[Group]:
+    def ranked(self) -> list[RunGroup]:
         """Groups from the best figure that chooses to the worst; those without one last."""
         sign = 1 if self.measure.falls else -1
         return sorted(self.groups, key=lambda g: (g.score is None, sign * (g.score or 0.0)))
 
     @property
-    def front(self) -> list[Group]:
+    def front(self) -> list[RunGroup]:
         """Groups that no other beats in both the figure that chooses and the bytes to it, fewest bytes first."""
         points = [(g, g.mean(lambda r: r.bytes_then), g.score) for g in self.groups]
         known = [(g, size, score) for g, size, score in points if size is not None and score is not None]
@@ -149,7 +149,7 @@ def compare(runs: Sequence[Run], notes: Sequence[str] = (), target: float | None
     counted = [tuple(run for run in group if run.finished) or tuple(group) for group in members]
     goal = default_target(measure, counted) if target is None else target
     groups = tuple(
-        Group(label, tuple(group), whole, tuple(read(run, measure, goal) for run in whole))
+        RunGroup(label, tuple(group), whole, tuple(read(run, measure, goal) for run in whole))
         for label, group, whole in zip(labels, members, counted)
     )
     said = (*notes, *left_out, *_unfinished(groups))
@@ -225,7 +225,7 @@ def curve(runs: Sequence[Run], key: str, x: Callable[[Run], Mapping[int, float]]
     )
 
 
-def _unfinished(groups: Sequence[Group]) -> Iterator[str]:
+def _unfinished(groups: Sequence[RunGroup]) -> Iterator[str]:
     for group in groups:
         if len(group.counted) < len(group.runs):
             out = ", ".join(f"seed {run.seed}" for run in group.runs if run not in group.counted)

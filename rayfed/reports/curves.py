@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from statistics import mean
 from typing import Any
 
-from rayfed.reports.compare import GAP, Comparison, Curve, Group, curve
+from rayfed.reports.compare import GAP, Comparison, Curve, RunGroup, curve
 from rayfed.reports.plots import blank, legend, percent_axis, plain_axis
 from rayfed.reports.runs import Run
 from rayfed.reports.style import DASHES, INK, MARKERS, MUTED, PAPER, SERIES, Look
 
 FEW = 12  # points that get markers
 WIDE = 6.0  # largest over smallest traffic above which bytes are on a log axis
-Looks = Mapping[Group, Look]
+Looks = Mapping[RunGroup, Look]
 X = Callable[[Run], Mapping[int, float]]
 
 

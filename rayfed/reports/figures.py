@@ -10,7 +10,7 @@ from typing import Any
 from rayfed.reports import bars, curves
 from rayfed.reports.compare import Comparison
 from rayfed.reports.curves import Looks, X
-from rayfed.reports.heat_map import grids
+from rayfed.reports.heat_map import heat_maps
 from rayfed.reports.runs import Run
 from rayfed.reports.table import Ledgers, rank_shares, share
 from rayfed.reports.traffic import DIRECTIONS, Link
@@ -126,7 +126,7 @@ def _curves(comparison: Comparison, ledgers: Ledgers, looks: Looks, link: Link |
 def _grids(comparison: Comparison) -> Iterator[Plot]:
     measure = comparison.measure
     what = "test accuracy at the best round on validation" if measure.report else measure.label
-    for grid in grids(comparison):
+    for grid in heat_maps(comparison):
         among = ", ".join(grid.chosen_among)
         kept = f" In each cell the best {among}, by {measure.label}." if among else ""
         name, title = "density-rank", "Density and rank"

@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rayfed.reports.compare import Comparison, Group
+from rayfed.reports.compare import Comparison, RunGroup
 from rayfed.reports.labels import in_order, spelled
 
 RANK, DOWN, UP, METHOD = "lora.rank", "wire.down.density", "wire.up.density", "method.name"
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
+class HeatMap:
     """One method's map. ``cells``: (place in ``densities``, place in ``ranks``) -> the group there."""
 
     method: str | None
     axis: str
     densities: Sequence[str]
     ranks: Sequence[str]
-    cells: Mapping[tuple[int, int], Group]
+    cells: Mapping[tuple[int, int], RunGroup]
     chosen_among: Sequence[str]  # settings that vary within a cell, of which the best on validation is shown
 
 
-def grids(comparison: Comparison) -> list[Grid]:
+def heat_maps(comparison: Comparison) -> list[HeatMap]:
     """A map for each method, where rank and density both vary; none otherwise."""
     differing = comparison.differing
     ways = [key for key in (DOWN, UP) if key in differing]
@@ -42,7 +42,7 @@ def grids(comparison: Comparison) -> list[Grid]:
         ranks = in_order([group.settings[RANK] for group in own])
         if len(pairs) < 2 or len(ranks) < 2:
             continue
-        cells: dict[tuple[int, int], Group] = {}
+        cells: dict[tuple[int, int], RunGroup] = {}
         for group in reversed([group for group in comparison.ranked if group in own]):  # the best stays
             place = pairs.index([group.settings[key] for key in ways]), ranks.index(group.settings[RANK])
             cells[place] = group
@@ -52,5 +52,5 @@ def grids(comparison: Comparison) -> list[Grid]:
         ]
         labels = [" / ".join(map(spelled, pair)) for pair in pairs]
         name = method if len(methods) > 1 else None
-        found.append(Grid(name, axis, labels, [spelled(rank) for rank in ranks], cells, chosen))
+        found.append(HeatMap(name, axis, labels, [spelled(rank) for rank in ranks], cells, chosen))
     return found

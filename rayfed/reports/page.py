@@ -7,7 +7,7 @@ from xml.sax.saxutils import escape
 
 from rayfed import __version__
 from rayfed.reports import table
-from rayfed.reports.compare import Comparison, Group
+from rayfed.reports.compare import Comparison, RunGroup
 from rayfed.reports.curves import Looks
 from rayfed.reports.figures import Plot
 from rayfed.reports.labels import printable
@@ -144,7 +144,7 @@ def _lead(comparison: Comparison) -> Iterable[str]:
         yield f'<p class="lead">{_text(words)}</p>'
 
 
-def _bytes(group: Group) -> float:
+def _bytes(group: RunGroup) -> float:
     return group.target_bytes or 0.0
 
 

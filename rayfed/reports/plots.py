@@ -121,7 +121,7 @@ def swatch(color: str, dash: str, marker: str | None) -> str:
 
 
 def percent_axis(axis: Any, log: bool = False) -> None:
-    """Shares as percent."""
+    """Segments as percent."""
     from matplotlib.ticker import FuncFormatter
 
     if log:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rayfed.reports.compare import Group
+from rayfed.reports.compare import RunGroup
 
 INK, GRID, MUTED, PAPER = ("ink", "#1d2530"), ("grid", "#d5dae1"), ("muted", "#a3abb6"), ("paper", "#ffffff")
 SERIES = (  # told apart by colour-blind readers too, and at least 3:1 on the paper; then the same for the dark page
@@ -34,7 +34,7 @@ class Look:
     marker: str
 
 
-def looks(groups: Sequence[Group], ranked: Sequence[Group]) -> dict[Group, Look]:
+def looks(groups: Sequence[RunGroup], ranked: Sequence[RunGroup]) -> dict[RunGroup, Look]:
     """A look for each group, or where there are too many, for the best of them; the others stay grey and nameless."""
     best = set(ranked[:SHOWN])
     own = [group for group in groups if group in best]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from rayfed.reports.compare import Comparison, Group, Measure, Reading
+from rayfed.reports.compare import Comparison, Measure, Reading, RunGroup
 from rayfed.reports.labels import spelled
 from rayfed.reports.runs import Run
 from rayfed.reports.traffic import DIRECTIONS, PARTS, Traffic
@@ -24,7 +24,7 @@ def summary(comparison: Comparison, brief: bool = False) -> Table:
     """
     measure, groups = comparison.measure, comparison.groups
     seeds = any(len(group.runs) > 1 for group in groups)
-    columns: list[tuple[str, Callable[[Group], str]]] = [("", lambda g: g.label)]
+    columns: list[tuple[str, Callable[[RunGroup], str]]] = [("", lambda g: g.label)]
     if seeds:
         columns.append(("seeds", lambda g: _share(len(g.counted), len(g.runs))))
     columns.append(("rounds", lambda g: _numbers(g, [run.rounds[-1]["round"] for run in g.counted])))
@@ -103,7 +103,7 @@ def mix(comparison: Comparison) -> Table:
     return Table("Ranks, as a share of all client rounds, and densities", columns, tuple(rows))
 
 
-def rank_shares(group: Group) -> dict[int, float]:
+def rank_shares(group: RunGroup) -> dict[int, float]:
     """Rank -> its share of the client rounds; where no ranks are counted, all clients have the server's."""
     prefix = "clients/rank_"
     counts: dict[int, float] = {}
@@ -154,7 +154,7 @@ def _value(reading: Reading) -> float | None:
     return reading.value
 
 
-def _spread(group: Group, measure: Measure, figure: Figure) -> str:
+def _spread(group: RunGroup, measure: Measure, figure: Figure) -> str:
     """`81.2 ± 0.4 %`, with how many seeds it is of where not all have it."""
     centre = group.mean(figure)
     if centre is None:
@@ -163,14 +163,14 @@ def _spread(group: Group, measure: Measure, figure: Figure) -> str:
     return share(centre, measure, group.deviation(figure)) + (f" ({few}/{all_})" if few < all_ else "")
 
 
-def _to_target(group: Group) -> str:
+def _to_target(group: RunGroup) -> str:
     if group.target_bytes is not None:
         return megabytes(group.target_bytes)
     reached = len(group.values(lambda r: r.target_bytes))
     return f"{reached}/{len(group.readings)} reached it" if reached else "not reached"
 
 
-def _numbers(group: Group, numbers: Sequence[int | None]) -> str:
+def _numbers(group: RunGroup, numbers: Sequence[int | None]) -> str:
     """`20`, or `18 to 20` where the seeds differ."""
     known = [number for number in numbers if number is not None]
     if not known:
@@ -190,7 +190,7 @@ def _entries(ledgers: Sequence[Traffic], way: str) -> str:
     return f"{middle:,.0f}" if low == high else f"{middle:,.0f} ({low:,.0f} to {high:,.0f})"
 
 
-def _density(group: Group, way: str) -> str:
+def _density(group: RunGroup, way: str) -> str:
     """As it is set: per tier where tiers have their own, with its decay."""
     settings = group.settings
     own = settings.get(f"profiles.densities_{way}")

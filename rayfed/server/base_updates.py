@@ -14,7 +14,7 @@ from torch import Tensor
 from rayfed import wire
 
 
-class CatchUp:
+class BaseUpdates:
     """Who has merged what. ``whole`` is the number of entries of the whole change of the base."""
 
     def __init__(self) -> None:
@@ -47,13 +47,13 @@ class CatchUp:
         }
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> CatchUp:
+    def from_json(cls, value: dict[str, Any]) -> BaseUpdates:
         """The state that `to_json` wrote; an empty mapping gives a fresh one."""
-        catchup = cls()
-        catchup.sizes = [wire.Sizes(*sizes) for sizes in value.get("sizes", [])]
-        catchup.seen = {int(client): int(count) for client, count in value.get("seen", [])}
-        catchup.whole = int(value.get("whole", 0))
-        return catchup
+        base_updates = cls()
+        base_updates.sizes = [wire.Sizes(*sizes) for sizes in value.get("sizes", [])]
+        base_updates.seen = {int(client): int(count) for client, count in value.get("seen", [])}
+        base_updates.whole = int(value.get("whole", 0))
+        return base_updates
 
 
 def _length(sizes: wire.Sizes) -> int:

@@ -36,7 +36,7 @@ class Checkpoint:
     digest: str
     facts: dict[str, Any] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
-    catchup: dict[str, Any] = field(default_factory=dict)
+    base_updates: dict[str, Any] = field(default_factory=dict)
     clients: list[list[Any]] = field(default_factory=list)
     version: int = VERSION
 

@@ -1,7 +1,7 @@
 """What single clients keep between rounds, off the heap: one safetensors file per client and change.
 
 A method's state maps client ids to tensors. After every round `settle` writes what is new to
-`clients/<client>/round-<t>.safetensors` and puts in its place a `Kept`, which reads the file when it is asked. A
+`clients/<client>/round-<t>.safetensors` and puts in its place a `StoredTensors`, which reads the file when it is asked. A
 checkpoint names the files it needs; those that no kept checkpoint names are removed.
 """
 
@@ -21,7 +21,7 @@ from rayfed.errors import UserError
 from rayfed.files import atomic_write
 
 
-class Kept(Mapping[str, Tensor]):
+class StoredTensors(Mapping[str, Tensor]):
     """One client's tensors, each read from their file when it is asked for; equal digests are equal bits.
 
     UserError, at the first access, where the file is not the one that was written.
@@ -65,26 +65,26 @@ class ClientStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def settle(self, clients: Mapping[int, Mapping[str, Tensor]], round: int) -> dict[int, Kept]:
+    def save(self, clients: Mapping[int, Mapping[str, Tensor]], round: int) -> dict[int, StoredTensors]:
         """Writes what is not yet on the disk and returns the same mapping, backed by files."""
-        settled: dict[int, Kept] = {}
+        settled: dict[int, StoredTensors] = {}
         for client, tensors in clients.items():
-            if isinstance(tensors, Kept):
+            if isinstance(tensors, StoredTensors):
                 settled[client] = tensors
                 continue
             data = save({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())})
             path = self._path(client, round)
             atomic_write(path, data)
-            settled[client] = Kept(path, round, hashlib.sha256(data).hexdigest())
+            settled[client] = StoredTensors(path, round, hashlib.sha256(data).hexdigest())
         return settled
 
     def to_json(self, clients: Mapping[int, Mapping[str, Tensor]]) -> list[list[Any]]:
         """[client, round, digest] of every client, for a checkpoint."""
         return [[client, kept.round, kept.digest] for client, kept in _kept(clients)]
 
-    def restore(self, rows: list[list[Any]]) -> dict[int, Kept]:
+    def restore(self, rows: list[list[Any]]) -> dict[int, StoredTensors]:
         """The mapping that `to_json` described; UserError where a file is missing."""
-        found = {int(c): Kept(self._path(int(c), int(r)), int(r), str(digest)) for c, r, digest in rows}
+        found = {int(c): StoredTensors(self._path(int(c), int(r)), int(r), str(digest)) for c, r, digest in rows}
         for kept in found.values():
             if not kept.path.exists():
                 raise UserError(f"--resume: {kept.path} is missing; start the run anew")
@@ -109,7 +109,7 @@ def digest_of(clients: Mapping[int, Mapping[str, Tensor]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _kept(clients: Mapping[int, Mapping[str, Tensor]]) -> Iterator[tuple[int, Kept]]:
+def _kept(clients: Mapping[int, Mapping[str, Tensor]]) -> Iterator[tuple[int, StoredTensors]]:
     for client, tensors in clients.items():
-        assert isinstance(tensors, Kept), "settle the clients first"
+        assert isinstance(tensors, StoredTensors), "settle the clients first"
         yield client, tensors

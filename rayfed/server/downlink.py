@@ -18,10 +18,10 @@ from torch import Tensor
 from rayfed import wire
 from rayfed.clients.transfer import Uploadable, assemble
 from rayfed.errors import RunError
-from rayfed.lora.adapter import Layout, flatten_changes
+from rayfed.lora.adapter import Layout, LowRank, flatten_changes
 from rayfed.methods import Method, Profile, Start, Trainable
-from rayfed.methods.base import Base
-from rayfed.server.executor import Crew, Handle
+from rayfed.methods.base import BaseChange
+from rayfed.server.executor import Executor, Handle
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Download:
     handle: Handle  # of the adapter's payload
     vector: Tensor
     has: Tensor | None
-    held: Handle | None = None
+    known: Handle | None = None
     base: Handle | None = None
     base_layout: Layout | None = None
     _asked: list[tuple[Trainable, int, Uploadable]] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -56,7 +56,7 @@ class Download:
 
     def _answer(self, trainable: Trainable) -> tuple[int, Uploadable]:
         """Worked out once for clients that train alike."""
-        if not self._asked or not self._asked[0][0].alike(trainable):
+        if not self._asked or not self._asked[0][0].same_support(trainable):
             layout = self.start.layout
             most = int(trainable.uploaded(layout, trainable.whole(layout)).sum())
             mask = trainable.uploaded(layout, trainable.support(layout, self.has))
@@ -67,11 +67,11 @@ class Download:
 class Downlink:
     """The downloads of one round, made on demand."""
 
-    def __init__(self, method: Method, state: Any, values: str, crew: Crew) -> None:
-        self.method, self.state, self.values, self.crew = method, state, values, crew
+    def __init__(self, method: Method, state: Any, values: str, executor: Executor) -> None:
+        self.method, self.state, self.values, self.executor = method, state, values, executor
         self.first: Download | None = None
         self._made: dict[Hashable, Download] = {}
-        self._bases: dict[int, tuple[Base, Handle, Layout]] = {}  # by identity; the base is kept alive beside it
+        self._bases: dict[int, tuple[BaseChange, Handle, Layout]] = {}  # by identity; the base is kept alive beside it
 
     def of(self, client: Profile) -> Download:
         """The client's download. RunError where the global state is no longer finite."""
@@ -90,31 +90,42 @@ class Downlink:
         start = self.method.broadcast(self.state, client)
         if not bool(torch.isfinite(start.vector).all()):
             raise RunError("the global adapter has values that are not finite; lower server.lr or client.lr")
-        travels = slice(None) if start.held is None else ~start.held
+        travels = slice(None) if start.known is None else ~start.known
         vector = start.vector[travels]
         mask = None if start.mask is None else start.mask[travels]
         if mask is None and not start.dense and client.density_down < 1:
             mask = wire.top_mask(vector, client.density_down)
         payload = wire.encode(vector, indices=None if mask is None else mask.nonzero().squeeze(1), values=self.values)
         held, held_bytes = None, None
-        if start.held is not None:
-            held_bytes = wire.encode(start.vector, indices=start.held.nonzero().squeeze(1))
-            held = self.crew.put(held_bytes)
+        if start.known is not None:
+            held_bytes = wire.encode(start.vector, indices=start.known.nonzero().squeeze(1))
+            held = self.executor.put(held_bytes)
         decoded, has = assemble(
             start.layout, wire.decode(payload), None if held_bytes is None else wire.decode(held_bytes)
         )
-        also = () if start.also is None else (wire.encode(start.also),)
+        also = () if start.extra is None else (wire.encode(start.extra),)
         base, base_layout = self._base(start.base)
-        return Download(start, (payload, *also), self.crew.put(payload), decoded, has, held, base, base_layout)
+        return Download(start, (payload, *also), self.executor.put(payload), decoded, has, held, base, base_layout)
 
-    def _base(self, base: Base) -> tuple[Handle | None, Layout | None]:
+    def _base(self, base: BaseChange) -> tuple[Handle | None, Layout | None]:
         if not base:
             return None, None
         if id(base) in self._bases:
             _, handle, layout = self._bases[id(base)]
             return handle, layout
         vector, layout = flatten_changes(base)
-        handle = self.crew.put(wire.encode(vector))
+        handle = self.executor.put(wire.encode(vector))
         if not self.method.personal:  # a client's own base is nobody else's
             self._bases[id(base)] = base, handle, layout
         return handle, layout
+
+
+def received_model(received: Download) -> tuple[Tensor, Layout]:
+    """What a client that was sent this has: its start adapter over its base, as one vector (n,) with its layout."""
+    adapter = received.start.layout.unflatten(received.vector)
+    changes: dict[str, LowRank | Tensor] = {name: pair.folded() for name, pair in adapter.layers.items()}
+    for name, below in received.start.base.items():
+        under = below.dense() if isinstance(below, LowRank) else below
+        above = changes.get(name)
+        changes[name] = under + above.dense() if isinstance(above, LowRank) else under
+    return flatten_changes(changes, adapter.head)

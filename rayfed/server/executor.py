@@ -9,11 +9,11 @@ from typing import Any, Protocol
 from rayfed.clients.messages import Job, Result
 
 Handle = Any
-"""What `Crew.put` returns: stands for a payload that every worker can read."""
+"""What `Executor.put` returns: stands for a payload that every worker can read."""
 
 
 @dataclass(frozen=True)
-class Task:
+class Submission:
     """One job and the payloads it needs."""
 
     job: Job
@@ -21,7 +21,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Done:
+class SubmissionResult:
     """A finished task: its place in the list, its result, how often it had to be started anew."""
 
     index: int
@@ -29,13 +29,13 @@ class Done:
     retries: int = 0
 
 
-class Crew(Protocol):
+class Executor(Protocol):
     """Does tasks in whatever order suits it; a task's result never depends on who did it or when."""
 
     def put(self, payload: Any) -> Handle:
         """Makes a payload (bytes, or an array) readable by all workers; transported once however many tasks name it."""
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[Done]:
+    def run(self, tasks: Sequence[Submission]) -> Iterator[SubmissionResult]:
         """Yields each task's result as it arrives. RunError where a task cannot be done."""
 
     def drain_events(self) -> list[str]:
@@ -45,9 +45,9 @@ class Crew(Protocol):
     def close(self) -> None: ...
 
 
-def in_order(done: Iterator[Done]) -> Iterator[Done]:
+def in_order(done: Iterator[SubmissionResult]) -> Iterator[SubmissionResult]:
     """The same results in the order of the tasks, each as soon as all before it are there."""
-    waiting: dict[int, Done] = {}
+    waiting: dict[int, SubmissionResult] = {}
     following = 0
     for item in done:
         waiting[item.index] = item
@@ -56,6 +56,6 @@ def in_order(done: Iterator[Done]) -> Iterator[Done]:
             following += 1
 
 
-def results(done: Iterator[Done]) -> list[Result]:
+def results(done: Iterator[SubmissionResult]) -> list[Result]:
     """All results, in the order of the tasks."""
     return [item.result for item in in_order(done)]

@@ -23,13 +23,13 @@ from rayfed.lora.algebra import norm, pad, rescale, svd, tail_energy
 from rayfed.lora.packed.layers import is_conv1d
 from rayfed.lora.peft import save_peft
 from rayfed.tasks.models.base import base_of, in_dtype, load_tokenizer
-from rayfed.tasks.models.spec import Blueprint
+from rayfed.tasks.models.spec import ModelSpec
 
 Changes = Mapping[str, LowRank | Tensor]
 
 
 def export(
-    out: Path, changes: Changes, head: Mapping[str, Tensor], blueprint: Blueprint, experiment: Experiment,
+    out: Path, changes: Changes, head: Mapping[str, Tensor], model_spec: ModelSpec, experiment: Experiment,
     classes: tuple[str, ...],
 ) -> dict[str, float | str]:  # fmt: skip
     """Writes `adapter/`, and `merged/` where asked for, both float32.
@@ -38,8 +38,8 @@ def export(
     """
     rank = experiment.export.adapter_rank or experiment.lora.rank
     alpha = experiment.lora.alpha
-    adapter, lost = as_adapter(changes, head, blueprint, experiment, rank)
-    settings = {**blueprint.peft, "r": rank, "lora_alpha": alpha}
+    adapter, lost = as_adapter(changes, head, model_spec, experiment, rank)
+    settings = {**model_spec.peft, "r": rank, "lora_alpha": alpha}
     save_peft(out / "adapter", adapter, settings, {"classes.json": json.dumps(list(classes), indent=2) + "\n"})
     if experiment.export.merged:
         _save_merged(out / "merged", changes, head, experiment, len(classes))
@@ -47,11 +47,11 @@ def export(
 
 
 def as_adapter(
-    changes: Changes, head: Mapping[str, Tensor], blueprint: Blueprint, experiment: Experiment, rank: int
+    changes: Changes, head: Mapping[str, Tensor], model_spec: ModelSpec, experiment: Experiment, rank: int
 ) -> tuple[Adapter, float]:
     """An adapter of one rank and PEFT's scale with a pair for every layer, and the share of the energy it lost."""
     scale = scale_of(rank, experiment.lora.alpha, experiment.lora.rslora)
-    fresh = blueprint.fresh(rank, experiment)
+    fresh = model_spec.fresh(rank, experiment)
     layers, lost, total = {}, 0.0, 0.0
     for name, start in fresh.layers.items():
         change = changes.get(name, start)  # a layer that does not train has a fresh pair, which changes nothing

@@ -1,6 +1,6 @@
 """The rounds of a run, from the first cohort to the exported adapter, one record a round.
 
-The server owns the global state; it asks a `Crew` to train and evaluate and never looks at who did it. What a run
+The server owns the global state; it asks a `Executor` to train and evaluate and never looks at who did it. What a run
 leaves in its directory is written here or by the sinks it is given, always in this order: the round's metrics, the
 ledger, then the checkpoint that vouches for both. So a checkpoint never promises what is not on the disk.
 
@@ -22,24 +22,22 @@ from rayfed.files import atomic_write, write_json
 from rayfed.profiles.client_profiles import describe, profile, rank_mix
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.axes import rate, resolve
-from rayfed.server.base_updates import CatchUp
+from rayfed.server.base_updates import BaseUpdates
 from rayfed.server.checkpoint import Checkpoint
 from rayfed.server.client_state import ClientStore, digest_of
 from rayfed.server.downlink import Downlink
 from rayfed.server.evaluation.baselines import Controls, measure_controls
 from rayfed.server.evaluation.diagnostics import Diagnostics
 from rayfed.server.evaluation.evaluate import features
-from rayfed.server.evaluation.targets import changes, questions
-from rayfed.server.executor import Crew, results
+from rayfed.server.evaluation.targets import changes, evaluation_targets
+from rayfed.server.executor import Executor, results
 from rayfed.server.export import export
 from rayfed.server.pack_size import measured_choice
-from rayfed.server.packs import client_costs, plan_packs
-from rayfed.server.sampling import cohort
-from rayfed.server.star import Books, Tally, updates
-from rayfed.server.stopping import Progress
-from rayfed.server.summary import closing_table, summarize
+from rayfed.server.sampling import client_costs, cohort, plan_packs
+from rayfed.server.star import RoundLog, RoundStats, updates
+from rayfed.server.summary import Progress, closing_table, summarize
 from rayfed.tasks.federation import Federation
-from rayfed.tasks.models.spec import Blueprint
+from rayfed.tasks.models.spec import ModelSpec
 from rayfed.tracking import RunInfo, Sink
 
 Record = dict[str, Any]
@@ -49,22 +47,22 @@ class Server:
     """Runs one experiment. Iterate `rounds()` to the end, then call `finish()`."""
 
     def __init__(
-        self, experiment: Experiment, federation: Federation, blueprint: Blueprint, crew: Crew, out: Path, sinks: Sink,
+        self, experiment: Experiment, federation: Federation, model_spec: ModelSpec, executor: Executor, out: Path, sinks: Sink,
         resume: bool,
     ) -> None:  # fmt: skip
         self.choice = None
         if experiment.engine.pack == "auto":
-            self.choice = measured_choice(experiment, federation, crew)
+            self.choice = measured_choice(experiment, federation, executor)
             experiment = experiment.with_pack(self.choice.size)
-        self.experiment, self.federation, self.blueprint = experiment, federation, blueprint
-        self.crew, self.out, self.sinks = crew, out, sinks
+        self.experiment, self.federation, self.model_spec = experiment, federation, model_spec
+        self.executor, self.out, self.sinks = executor, out, sinks
         self.axes = resolve(experiment)
         self.settings_digest = experiment.digest()
         self.folder = out / "checkpoints"
-        start = blueprint.start(experiment)
+        start = model_spec.start(experiment)
         self.layout = start.layout
         self.progress = Progress()
-        self.ledger, self.catchup = wire.Ledger(), CatchUp()
+        self.ledger, self.base_updates = wire.Ledger(), BaseUpdates()
         self.store = ClientStore(out / "clients")
         self.costs = client_costs(federation, experiment.client)
         found = checkpoints.latest(self.folder, self.settings_digest) if resume else None
@@ -77,7 +75,7 @@ class Server:
             self.state = self.axes.method.restore(method, found.facts, clients)
             self.axes.optimizer.load(optimizer)
             self.progress = Progress(**found.progress)
-            self.catchup = CatchUp.from_json(found.catchup)
+            self.base_updates = BaseUpdates.from_json(found.base_updates)
             self.done = found.round
             self.ledger = wire.Ledger.read(out / "ledger.parquet", up_to_round=self.done)
 
@@ -89,9 +87,9 @@ class Server:
             "clients without data": int((sizes == 0).sum()),
             "training rows": int(sizes.sum()),
             "trainable parameters": self.layout.size,
-            "frozen parameters": self.blueprint.parameters,
+            "frozen parameters": self.model_spec.parameters,
             "base in": self.experiment.model.dtype,
-            "padding": str(self.blueprint.padding),
+            "padding": str(self.model_spec.padding),
             "ranks": describe(rank_mix(self.experiment, sizes)),
         }
         return RunInfo(
@@ -122,7 +120,7 @@ class Server:
             self.progress.see(self.done, record, self.experiment.eval.early_stop)
             self.progress.dense_bytes += dense
             self.sinks.round(record)
-            for text in self.crew.drain_events():
+            for text in self.executor.drain_events():
                 self.sinks.event(text)
             if record["clients/split"] and not told:
                 told = True
@@ -132,11 +130,11 @@ class Server:
             yield record
 
     def finish(self) -> Record:
-        """Exports the adapter, closes the books, tells the sinks; returns the summary."""
-        head = {**self.blueprint.frozen_head, **self.axes.method.head(self.state)}
+        """Exports the adapter, closes the log, tells the sinks; returns the summary."""
+        head = {**self.model_spec.frozen_head, **self.axes.method.head(self.state)}
         classes = self.federation.classes
         model = changes(self.axes.method, self.state)
-        exported = export(self.out, model, head, self.blueprint, self.experiment, classes)
+        exported = export(self.out, model, head, self.model_spec, self.experiment, classes)
         controls = self._controls() if self.experiment.eval.controls else None
         summary = summarize(self.progress, self.ledger, self.done, controls)
         summary |= exported
@@ -153,43 +151,45 @@ class Server:
         sizes = self.federation.sizes
         drawn = cohort(self.federation.holders, experiment.server.cohort, experiment.seed, t)
         clients = [profile(c, int(sizes[c]), experiment, t) for c in drawn]
-        downlink = Downlink(axes.method, self.state, experiment.wire.down.values, self.crew)
+        downlink = Downlink(axes.method, self.state, experiment.wire.down.values, self.executor)
         watch = Diagnostics() if experiment.eval.diagnostics else None
-        books = Books(self.ledger, self.catchup, Tally(), watch)
+        log = RoundLog(self.ledger, self.base_updates, RoundStats(), watch)
         assert experiment.engine.pack != "auto"
         packs = plan_packs(clients, experiment.engine.pack, self.costs)
         stream = updates(
-            axes.method, self.state, t, lr, packs, axes.weights, experiment, self.crew.run, downlink, books
+            axes.method, self.state, t, lr, packs, axes.weights, experiment, self.executor.run, downlink, log
         )
         state = axes.method.aggregate(self.state, stream, axes.optimizer.advance)
-        self.state = replace(state, clients=self.store.settle(state.clients, t + 1)) if state.clients else state
-        self.catchup.publish(axes.method.news(self.state), self.blueprint.entries)
+        self.state = replace(state, clients=self.store.save(state.clients, t + 1)) if state.clients else state
+        self.base_updates.publish(axes.method.base_update(self.state), self.model_spec.entries)
         seconds = time.perf_counter() - begun
-        known, evaluation = questions(axes.method, self.state, experiment, self.federation, t, downlink, self.crew)
-        found = evaluation.metrics(results(self.crew.run(evaluation.tasks)))
-        tally = books.tally
+        known, evaluation = evaluation_targets(
+            axes.method, self.state, experiment, self.federation, t, downlink, self.executor
+        )
+        found = evaluation.metrics(results(self.executor.run(evaluation.tasks)))
+        stats = log.stats
         digest = checkpoints.state_digest(
             t + 1, self.state.tensors(), axes.optimizer.state, digest_of(self.state.clients)
         )
         record = {
             "round": t + 1,
-            "train/loss": tally.loss / tally.examples,
+            "train/loss": stats.loss / stats.examples,
             **known,
             **found,
             **self.ledger.totals(t + 1),
             "bytes/total": self.ledger.total_bytes,
             "time/round_s": time.perf_counter() - begun,
             "time/train_s": seconds,
-            "time/server_s": seconds - tally.waited,
-            "clients/ok": tally.ok,
-            "clients/retried": tally.retried,
-            "clients/split": tally.split,
-            **{f"clients/rank_{rank}": count for rank, count in sorted(tally.ranks.items())},
+            "time/server_s": seconds - stats.waited,
+            "clients/ok": stats.ok,
+            "clients/retried": stats.retried,
+            "clients/split": stats.split,
+            **{f"clients/rank_{rank}": count for rank, count in sorted(stats.ranks.items())},
             **{f"method/{name}": value for name, value in self.state.report.items()},
             **(watch.report(axes.method, self.state) if watch else {}),
             "state/digest": digest,
         }
-        return record, tally.dense
+        return record, stats.dense
 
     def _due(self, round: int) -> bool:
         """Is there to be a checkpoint after ``round`` (from 1)?"""
@@ -203,7 +203,7 @@ class Server:
             digest,
             self.state.facts(),
             self.progress.to_json(),
-            self.catchup.to_json(),
+            self.base_updates.to_json(),
             self.store.to_json(self.state.clients),
         )
         self.ledger.write(self.out / "ledger.parquet", up_to_round=self.done)
@@ -214,9 +214,9 @@ class Server:
 
     def _controls(self) -> Controls:
         size = self.experiment.eval.batch_size
-        train, test = (features(self.crew, self.federation, split, size) for split in ("train", "test"))
+        train, test = (features(self.executor, self.federation, split, size) for split in ("train", "test"))
         validation = None
         if len(self.federation.validation):
-            validation = features(self.crew, self.federation, "validation", size)
-        head = self.blueprint.head
+            validation = features(self.executor, self.federation, "validation", size)
+        head = self.model_spec.head
         return measure_controls(self.experiment, self.federation, head, train, validation, test, self.done)

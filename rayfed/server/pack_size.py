@@ -19,12 +19,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from rayfed.clients.messages import Measured, MeasureJob, MeasureResult
+from rayfed.clients.messages import MeasureJob, MeasureResult, PackTiming
 from rayfed.clients.pack_timing import PAYS
 from rayfed.config import Experiment
-from rayfed.server.executor import Crew, Task
-from rayfed.server.packs import client_costs
-from rayfed.server.sampling import cohort
+from rayfed.server.executor import Executor, Submission
+from rayfed.server.sampling import client_costs, cohort
 from rayfed.tasks.federation import Federation
 
 LARGEST = 64  # clients of the largest pack that is measured
@@ -32,7 +31,7 @@ SHARE = 0.8  # of the memory that is free: later rounds have longer texts
 
 
 @dataclass(frozen=True)
-class Line:
+class LinearFit:
     """``fixed + slope x``."""
 
     fixed: float
@@ -51,9 +50,9 @@ class Choice:
     workers: int
     memory: int  # bytes that are free for one worker
     tokens: float
-    seconds: Line
-    bytes: Line
-    measured: tuple[Measured, ...]
+    seconds: LinearFit
+    bytes: LinearFit
+    measured: tuple[PackTiming, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `pack.json` holds them."""
@@ -83,20 +82,20 @@ def measure_job(experiment: Experiment, federation: Federation) -> MeasureJob:
     return MeasureJob(tuple(sorted(map(int, drawn), key=lambda c: (-tokens[c], c))[: sizes[-1]]), sizes)
 
 
-def measured_choice(experiment: Experiment, federation: Federation, crew: Crew) -> Choice:
+def measured_choice(experiment: Experiment, federation: Federation, executor: Executor) -> Choice:
     """Has a worker measure, and chooses. RunError where not even one client fits into its memory."""
-    (done,) = crew.run([Task(measure_job(experiment, federation))])
+    (done,) = executor.run([Submission(measure_job(experiment, federation))])
     found = cast(MeasureResult, done.result)
-    return choose(found.measured, experiment.server.cohort, workers_of(experiment), found.memory)
+    return choose_size(found.measured, experiment.server.cohort, workers_of(experiment), found.memory)
 
 
-def choose(measured: Sequence[Measured], cohort: int, workers: int, memory: int) -> Choice:
+def choose_size(measured: Sequence[PackTiming], cohort: int, workers: int, memory: int) -> Choice:
     """The choice for rounds of ``cohort`` clients on ``workers`` that have ``memory`` bytes each; see the module."""
     x = [m.tokens for m in measured]
     seconds, space = line(x, [m.seconds for m in measured]), line(x, [m.bytes for m in measured])
     # No measurement may lie above: what is needed must not be guessed too low.
     missing = max(m.bytes - space.at(m.tokens) for m in measured)
-    space = Line(space.fixed + max(missing, 0.0), space.slope)
+    space = LinearFit(space.fixed + max(missing, 0.0), space.slope)
     tokens = max(m.tokens / m.size for m in measured)
 
     def length(size: int) -> float:
@@ -110,16 +109,16 @@ def choose(measured: Sequence[Measured], cohort: int, workers: int, memory: int)
     return Choice(size, cohort, workers, memory, tokens, seconds, space, tuple(measured))
 
 
-def line(x: Sequence[float], y: Sequence[float]) -> Line:
+def line(x: Sequence[float], y: Sequence[float]) -> LinearFit:
     """The line with the least squared relative errors whose two numbers are not negative; through 0 for one point."""
     one = 1 / np.maximum(np.asarray(y, dtype=float), 1e-12)
     run = np.asarray(x, dtype=float) * one
     fixed, slope = np.linalg.lstsq(np.stack([one, run], 1), np.ones(len(one)), rcond=None)[0]
     if len(one) == 1 or fixed < 0:
-        return Line(0.0, float(run.sum() / run.dot(run)))
+        return LinearFit(0.0, float(run.sum() / run.dot(run)))
     if slope < 0:
-        return Line(float(one.sum() / one.dot(one)), 0.0)
-    return Line(float(fixed), float(slope))
+        return LinearFit(float(one.sum() / one.dot(one)), 0.0)
+    return LinearFit(float(fixed), float(slope))
 
 
 def workers_of(experiment: Experiment) -> int:

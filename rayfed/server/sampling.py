@@ -1,10 +1,23 @@
-"""Who takes part: the cohort of a round."""
+"""The clients of a round: who takes part (the cohort), and who trains together (the packs).
+
+Packs decide bits, because they decide the order of sums. So the plan of packs is a function of the settings and the data
+alone, never of the worker that is idle. A client's cost is the number of tokens on which it trains in a round. The clients
+are dealt out in order of falling cost, each to the cheapest pack that has room. So packs cost about the same, and no worker
+is left with the longest pack at the end (Graham's rule: with as many workers as packs, a round takes at most 4/3 of the
+shortest possible time, if no pack fills up).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from heapq import heappop, heappush
+
 import numpy as np
 
-from rayfed import seeding as keys
+from rayfed import seeding
+from rayfed.config.training import Client
+from rayfed.methods import Profile
+from rayfed.tasks.federation import Federation
 
 
 def cohort(holders: np.ndarray, count: int, seed: int, t: int) -> list[int]:
@@ -15,5 +28,36 @@ def cohort(holders: np.ndarray, count: int, seed: int, t: int) -> list[int]:
     """
     if count > len(holders):
         raise ValueError(f"cannot draw {count} clients from {len(holders)} that hold data")
-    drawn: list[int] = keys.numpy_rng(seed, "cohort", t).choice(holders, size=count, replace=False).tolist()
+    drawn: list[int] = seeding.numpy_rng(seed, "cohort", t).choice(holders, size=count, replace=False).tolist()
     return drawn
+
+
+def client_costs(federation: Federation, settings: Client) -> np.ndarray:
+    """Tokens that each client trains on in a round, (clients,) float64; 0 for clients without data."""
+    sizes = federation.sizes
+    held = np.concatenate([[0], np.cumsum(federation.train.lengths[federation.rows], dtype=np.float64)])
+    tokens = held[federation.starts[1:]] - held[federation.starts[:-1]]
+    if settings.steps is None:
+        return tokens * settings.epochs
+    mean = tokens / np.maximum(sizes, 1)
+    return settings.steps * np.minimum(settings.batch_size, sizes) * mean
+
+
+def plan_packs(clients: Sequence[Profile], size: int, costs: np.ndarray) -> list[list[Profile]]:
+    """The cohort in packs of at most ``size`` clients, as few as can be, the costliest first.
+
+    ``costs`` (clients of the population,) are `client_costs`. In a pack, clients stand as they do in the cohort.
+    """
+    count = -(-len(clients) // size)
+    packs: list[list[int]] = [[] for _ in range(count)]
+    loads = [0.0] * count
+    with_room = [(0.0, p) for p in range(count)]  # a heap: the lightest first, of these the first
+    cost = [float(costs[client.client]) for client in clients]
+    for i in sorted(range(len(clients)), key=lambda i: -cost[i]):
+        _, lightest = heappop(with_room)
+        packs[lightest].append(i)
+        loads[lightest] += cost[i]
+        if len(packs[lightest]) < size:
+            heappush(with_room, (loads[lightest], lightest))
+    order = sorted(range(count), key=lambda p: -loads[p])
+    return [[clients[i] for i in sorted(packs[p])] for p in order]

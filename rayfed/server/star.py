@@ -9,18 +9,18 @@ from itertools import islice
 from typing import Any, cast
 
 from rayfed import wire
-from rayfed.clients.messages import Order, TrainJob, TrainResult
+from rayfed.clients.messages import ClientOrder, TrainJob, TrainResult
 from rayfed.config import Experiment
 from rayfed.errors import RunError
-from rayfed.methods import Method, Profile, Summed, Update
-from rayfed.server.base_updates import CatchUp
+from rayfed.methods import Method, PackSum, Profile, Update
+from rayfed.server.base_updates import BaseUpdates
 from rayfed.server.downlink import Downlink, Download
 from rayfed.server.evaluation.diagnostics import Diagnostics
-from rayfed.server.executor import Done, Handle, Task, in_order
+from rayfed.server.executor import Handle, Submission, SubmissionResult, in_order
 
 
 @dataclass
-class Tally:
+class RoundStats:
     """What a round adds up to while its uploads stream in."""
 
     loss: float = 0.0  # sum over clients of mean loss times examples
@@ -34,17 +34,17 @@ class Tally:
 
 
 @dataclass
-class Books:
+class RoundLog:
     """Where a round writes down what travelled and what happened."""
 
     ledger: wire.Ledger
-    catchup: CatchUp
-    tally: Tally
+    base_updates: BaseUpdates
+    stats: RoundStats
     diagnostics: Diagnostics | None = None
 
 
 @dataclass(frozen=True)
-class Asking:
+class RoundRequest:
     """What all jobs of a round have in common."""
 
     t: int
@@ -55,48 +55,50 @@ class Asking:
 
 
 @dataclass(frozen=True)
-class Arrival:
+class ClientResult:
     """One client's part of a result: its place in the pack, and what it was asked."""
 
     client: Profile
-    order: Order
+    order: ClientOrder
     result: TrainResult
     i: int
 
 
 def updates(
     method: Method, state: Any, t: int, lr: float, packs: Sequence[Sequence[Profile]], weights: str,
-    experiment: Experiment, run: Callable[[Sequence[Task]], Iterator[Done]], downlink: Downlink, books: Books,
-) -> Iterator[Update | Summed]:  # fmt: skip
+    experiment: Experiment, run: Callable[[Sequence[Submission]], Iterator[SubmissionResult]], downlink: Downlink, log: RoundLog,
+) -> Iterator[Update | PackSum]:  # fmt: skip
     """Trains the cohort and yields its updates in the order of the packs, whatever the order of arrival.
 
     A linear method gets each pack as one sum, of which the bits do not depend on who added it up. Only one decoded
     upload is in memory at a time, and of it only the entries that were sent.
     """
-    ask = Asking(t, lr, weights, experiment.wire.up.values, method.linear and books.diagnostics is None)
+    ask = RoundRequest(t, lr, weights, experiment.wire.up.values, method.sum_in_worker and log.diagnostics is None)
     tasks = [_task(pack, method, state, ask, downlink) for pack in packs]
-    for done in _waiting(in_order(run(tasks)), books.tally):
+    for done in _waiting(in_order(run(tasks)), log.stats):
         job, result = cast(TrainJob, tasks[done.index].job), cast(TrainResult, done.result)
-        pack = [Arrival(*client, result, i) for i, client in enumerate(zip(packs[done.index], job.orders, strict=True))]
-        books.tally.retried += done.retries * len(pack)
-        books.tally.split += len(pack) if len(result.parts) > 1 else 0
+        pack = [
+            ClientResult(*client, result, i) for i, client in enumerate(zip(packs[done.index], job.orders, strict=True))
+        ]
+        log.stats.retried += done.retries * len(pack)
+        log.stats.split += len(pack) if len(result.parts) > 1 else 0
         if job.summed:
             for arrival in pack:
-                _book(arrival, t, downlink, books)
+                _book(arrival, t, downlink, log)
             yield from result.summed
-        elif method.linear and len(pack) > 1:
-            came = (_update(arrival, t, downlink, books) for arrival in pack)
-            changes = ((update.weight, update.moved) for update in came)
-            yield from (Summed.of(islice(changes, part), job.orders[0].layout.size) for part in result.parts)
+        elif method.sum_in_worker and len(pack) > 1:
+            came = (_update(arrival, t, downlink, log) for arrival in pack)
+            changes = ((update.weight, update.sparse_change) for update in came)
+            yield from (PackSum.of(islice(changes, part), job.orders[0].layout.size) for part in result.parts)
         else:
-            yield from (_update(arrival, t, downlink, books) for arrival in pack)
+            yield from (_update(arrival, t, downlink, log) for arrival in pack)
 
 
-def _update(arrival: Arrival, t: int, downlink: Downlink, books: Books) -> Update:
+def _update(arrival: ClientResult, t: int, downlink: Downlink, log: RoundLog) -> Update:
     """What one client sent, written down and decoded."""
-    sent = _book(arrival, t, downlink, books)
+    sent = _book(arrival, t, downlink, log)
     order, result, i = arrival.order, arrival.result, arrival.i
-    kept = result.kept[i]
+    kept = result.personal[i]
     update = Update(
         arrival.client,
         order.weight,
@@ -106,18 +108,18 @@ def _update(arrival: Arrival, t: int, downlink: Downlink, books: Books) -> Updat
         {"loss": result.losses[i], "examples": result.examples[i], "steps": result.steps[i]},
         None if kept is None else wire.decode(kept).dense(),
     )
-    if books.diagnostics is not None:
-        books.diagnostics.see(update, sent.start.base)
+    if log.diagnostics is not None:
+        log.diagnostics.see(update, sent.start.base)
     return update
 
 
-def _book(arrival: Arrival, t: int, downlink: Downlink, books: Books) -> Download:
+def _book(arrival: ClientResult, t: int, downlink: Downlink, log: RoundLog) -> Download:
     """Writes down what one client received, sent and did; returns what it had received."""
-    ledger, tally = books.ledger, books.tally
+    ledger, stats = log.ledger, log.stats
     client, result, i = arrival.client, arrival.result, arrival.i
     sent = downlink.of(client)
     downlink.forget(client)
-    missed = books.catchup.collect(client.client)
+    missed = log.base_updates.collect(client.client)
     for sizes in missed:
         ledger.add_sizes(round=t + 1, client=client.client, direction="down", sizes=sizes)
     for payload in sent.payloads:
@@ -126,27 +128,27 @@ def _book(arrival: Arrival, t: int, downlink: Downlink, books: Books) -> Downloa
         ledger.add(round=t + 1, client=client.client, direction="up", payload=result.uploads[i])
     else:
         ledger.add_sizes(round=t + 1, client=client.client, direction="up", sizes=result.sizes[i])
-    tally.dense += sum(wire.HEADER_BYTES + 4 * sizes.n for sizes in (*missed, *sent.sizes, result.sizes[i]))
-    tally.loss += result.losses[i] * result.examples[i]
-    tally.examples += result.examples[i]
-    tally.ok += 1
-    tally.ranks[result.ranks[i]] = tally.ranks.get(result.ranks[i], 0) + 1
+    stats.dense += sum(wire.HEADER_BYTES + 4 * sizes.n for sizes in (*missed, *sent.sizes, result.sizes[i]))
+    stats.loss += result.losses[i] * result.examples[i]
+    stats.examples += result.examples[i]
+    stats.ok += 1
+    stats.ranks[result.ranks[i]] = stats.ranks.get(result.ranks[i], 0) + 1
     _check_rank(client, arrival.order, result.ranks[i])
     return sent
 
 
-def _waiting(stream: Iterator[Done], tally: Tally) -> Iterator[Done]:
+def _waiting(stream: Iterator[SubmissionResult], stats: RoundStats) -> Iterator[SubmissionResult]:
     """The same, with the time that each took to come added up."""
     while True:
         begun = time.perf_counter()
         done = next(stream, None)
-        tally.waited += time.perf_counter() - begun
+        stats.waited += time.perf_counter() - begun
         if done is None:
             return
         yield done
 
 
-def _task(pack: Sequence[Profile], method: Method, state: Any, ask: Asking, downlink: Downlink) -> Task:
+def _task(pack: Sequence[Profile], method: Method, state: Any, ask: RoundRequest, downlink: Downlink) -> Submission:
     handles: list[Handle] = []
 
     def place(handle: Handle | None) -> int | None:
@@ -165,7 +167,7 @@ def _task(pack: Sequence[Profile], method: Method, state: Any, ask: Asking, down
         layout = sent.start.layout
         density = 1.0 if sent.start.dense else client.density_up
         orders.append(
-            Order(
+            ClientOrder(
                 client=client.client,
                 layout=layout,
                 payload=cast(int, place(sent.handle)),
@@ -174,17 +176,17 @@ def _task(pack: Sequence[Profile], method: Method, state: Any, ask: Asking, down
                 density_up=density,
                 values=ask.values,
                 weight=float(client.examples) if ask.weights == "examples" else 1.0,
-                held=place(sent.held),
+                known=place(sent.known),
                 base=place(sent.base),
                 base_layout=sent.base_layout,
             )
         )
     # To fetch one dense sum costs about as much as to decode one sparse upload (`rayfed bench aggregate`).
     summed = ask.sums and len(pack) > 1
-    return Task(TrainJob(ask.t, ask.lr, tuple(orders), summed), tuple(handles))
+    return Submission(TrainJob(ask.t, ask.lr, tuple(orders), summed), tuple(handles))
 
 
-def _check_rank(client: Profile, order: Order, trained: int) -> None:
+def _check_rank(client: Profile, order: ClientOrder, trained: int) -> None:
     """The rank that really trained must be the rank that was sent: a mix that is not applied is worth nothing."""
     sent = max((entry.shape[0] for entry in order.layout.entries if entry.part == "A"), default=0)
     partly = order.trainable.entries is not None or order.trainable.received_only

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayfed import seeding as keys
+from rayfed import seeding
 from rayfed.config.search import Population
 from rayfed.sweeps.space import draw, number, value_at
 
@@ -85,7 +85,7 @@ def explore(
     """The settings of a member that has copied ``settings``, in the generation that begins."""
     found = {}
     for key, space in spaces.items():
-        rng = keys.numpy_rng(seed, "sweep.pbt.explore", generation, member, key)
+        rng = seeding.numpy_rng(seed, "sweep.pbt.explore", generation, member, key)
         anew, where, factor = (float(u) for u in rng.random(3))
         ((kind, values),) = space.items()
         if anew < search.resample:
@@ -103,7 +103,7 @@ def explore(
 def _copy(
     own: Member, best: Sequence[Member], generation: int, search: Population, spaces: Spaces, seed: int
 ) -> Member:
-    drawn = keys.numpy_rng(seed, "sweep.pbt.exploit", generation, own.number).integers(len(best))
+    drawn = seeding.numpy_rng(seed, "sweep.pbt.exploit", generation, own.number).integers(len(best))
     parent = best[int(drawn)]
     return Member(
         generation, own.number, explore(parent.settings, search, spaces, seed, generation, own.number), parent

@@ -18,20 +18,20 @@ from rayfed.errors import UserError
 from rayfed.sweeps.flasc_steps import Probe, Walk, decision, described, neighbours, walk
 from rayfed.sweeps.plan import Trial, check_trials
 from rayfed.sweeps.space import Point
-from rayfed.sweeps.stages import Staged, Stand
-from rayfed.sweeps.table import Line, reported, spread
+from rayfed.sweeps.stages import SearchState, StagedSearch
+from rayfed.sweeps.table import TrialRow, reported, spread
 from rayfed.sweeps.warm_start import check_growing
 from rayfed.tracking import Table
 
 FINAL = "final"
 
 
-class Search(Staged):
+class FlascSearchRun(StagedSearch):
     """Plans, checks and runs the search of a sweep in the directory ``out``. UserError where something is wrong."""
 
     def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
         super().__init__(settings, sweep, out)
-        assert isinstance(sweep.search, kinds.Search)
+        assert isinstance(sweep.search, kinds.FlascSearch)
         search = self.search = sweep.search
         first = Probe(("start",), search.rank, search.density, search.density, search.rounds)
         largest = first
@@ -82,13 +82,13 @@ class Search(Staged):
         """The search as far as the directories tell it."""
         return walk(self.search, self.sweep.mode, self.metric, self.reserve)
 
-    def stand(self) -> Stand:
+    def stand(self) -> SearchState:
         at = self.walk()
         trials = [self.trial(probe) for probe in at.probes]
         lines = [decision(number, step, self.metric) for number, step in enumerate(at.steps, 1)]
         last = []
         if at.ended:
-            final: Line = {}
+            final: TrialRow = {}
             if self.search.final:
                 trials.append(self.final(at.kept))
                 final = self.line(trials[-1])
@@ -99,9 +99,9 @@ class Search(Staged):
                 | {"rounds": rounds, "client_rounds": rounds * self.cohort, "final": final.get("metric")}
             )
         now = [self.trial(probe) for probe in at.now]
-        return Stand(trials, now, f"step {_number(at)}", at.ended, _verdict(at), lines, last)
+        return SearchState(trials, now, f"step {_number(at)}", at.ended, _verdict(at), lines, last)
 
-    def table(self, trials: Sequence[Trial], lines: Sequence[Line], sweep: Sweep) -> Table:
+    def table(self, trials: Sequence[Trial], lines: Sequence[TrialRow], sweep: Sweep) -> Table:
         """A row a probe, in the order of the steps, and the final run; MB are those of the row's own rounds."""
         at = self.walk()
         report = reported(sweep, self.source)

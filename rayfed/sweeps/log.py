@@ -10,17 +10,17 @@ from typing import Any
 from rayfed.config.sweep import Sweep
 from rayfed.files import atomic_write
 from rayfed.sweeps.plan import Trial
-from rayfed.sweeps.table import NOT_CHOSEN, STOPPED, UNFINISHED, Line, chosen, line_of, spread, table_of
+from rayfed.sweeps.table import NOT_CHOSEN, STOPPED, UNFINISHED, TrialRow, chosen, line_of, spread, table_of
 from rayfed.sweeps.trial import outcome, record_of
 from rayfed.tasks.federation import Federation
 from rayfed.tracking import Table
 from rayfed.tracking.console import PlainView
 from rayfed.tracking.jsonl import to_line
 
-Tabulate = Callable[[Sequence[Trial], Sequence[Line], Sweep], Table]
+Tabulate = Callable[[Sequence[Trial], Sequence[TrialRow], Sweep], Table]
 
 
-class Books:
+class SweepLog:
     """A line for each trial that is known, and the table of them; says what happened. A listener of `run_on_tune`."""
 
     def __init__(
@@ -28,7 +28,7 @@ class Books:
     ) -> None:
         self.out, self.sweep, self.view, self.tabulate = out, sweep, view, tabulate
         self.trials: dict[str, Trial] = {}
-        self.lines: dict[str, Line] = {}
+        self.lines: dict[str, TrialRow] = {}
         self.know(trials)
 
     def know(self, trials: Sequence[Trial]) -> None:
@@ -80,7 +80,7 @@ def to_run(out: Path, trials: Sequence[Trial]) -> list[Trial]:
 
 
 def run_trials(
-    trials: Sequence[Trial], sweep: Sweep, out: Path, federations: Mapping[str, Federation], books: Books
+    trials: Sequence[Trial], sweep: Sweep, out: Path, federations: Mapping[str, Federation], books: SweepLog
 ) -> None:
     """Runs them on Ray Tune; without any, Ray is not even loaded."""
     if trials:

@@ -19,14 +19,14 @@ from rayfed.config.sweep import SEED, Sweep
 from rayfed.errors import UserError
 from rayfed.sweeps.plan import Trial, check_trials, make_trials
 from rayfed.sweeps.space import CASE, Point, corners, fitting, short_names, spelled, text
-from rayfed.sweeps.stages import SEARCH, Staged, Stand, read_search
+from rayfed.sweeps.stages import SEARCH, SearchState, StagedSearch, read_search
 from rayfed.sweeps.suggest import Figures, Study, Suggestion, check_installed, front
-from rayfed.sweeps.table import Line, groups, reported, spread
+from rayfed.sweeps.table import TrialRow, groups, reported, spread
 from rayfed.sweeps.trial import place
 from rayfed.tracking import Table, read_metrics
 
 
-class OptunaSearch(Staged):
+class OptunaSearch(StagedSearch):
     """Plans, checks and runs the search of a sweep in the directory ``out``. UserError where something is wrong."""
 
     def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
@@ -41,7 +41,7 @@ class OptunaSearch(Staged):
         self.federations = check_trials(self.checked, sweep)
         experiment = self.checked[0].experiment
         self.source = experiment.data.source
-        self.told: dict[int, Line] = {line["point"]: line for line in read_search(out) if "point" in line}
+        self.told: dict[int, TrialRow] = {line["point"]: line for line in read_search(out) if "point" in line}
         self.refused: dict[int, str] = {}  # points whose values are right one by one, but not together, and why
         self.heard = 0  # points that Optuna was told of
         self.study = Study(self.search, sweep, experiment.seed if self.seeds == [None] else settings.get(SEED, 0))
@@ -54,7 +54,7 @@ class OptunaSearch(Staged):
         seeded += [_seeded(points[0], seed) for seed in self.seeds[1:]]
         return make_trials(self.settings, seeded, ["check"] * len(seeded))
 
-    def stand(self) -> Stand:
+    def stand(self) -> SearchState:
         known: list[Trial] = []
         now: list[Trial] = []
         total, size = self.search.trials, self.search.batch
@@ -78,7 +78,7 @@ class OptunaSearch(Staged):
         lines = [self.told[one] for one in sorted(self.told)]
         if ended:
             lines.append({"ended": ended, **self._found()})
-        return Stand(known, now, stage, ended, self._verdict(), lines)
+        return SearchState(known, now, stage, ended, self._verdict(), lines)
 
     def trials(self, own: Suggestion) -> list[Trial]:
         """The runs of the point, one a seed; none where an earlier point is the same, or its settings are refused."""
@@ -138,7 +138,7 @@ class OptunaSearch(Staged):
     def _aims(self) -> list[str]:
         return [self.sweep.metric, *([self.search.against] if self.search.against else [])]
 
-    def _figures_of(self, line: Line) -> Figures | None:
+    def _figures_of(self, line: TrialRow) -> Figures | None:
         return None if line["told"] is None else tuple(line["told"][key] for key in self._aims())
 
     def _found(self) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class OptunaSearch(Staged):
             return best
         return f"{best}; against {self.search.against} the front is {', '.join(f'{one:03d}' for one in found['front'])}"
 
-    def table(self, trials: Sequence[Trial], lines: Sequence[Line], sweep: Sweep) -> Table:
+    def table(self, trials: Sequence[Trial], lines: Sequence[TrialRow], sweep: Sweep) -> Table:
         """A row a point, in the order of asking, with means over the seeds; the best one and the front are marked."""
         by_name = dict(zip((trial.name for trial in trials), lines, strict=True))
         shown = [own for own in self.study.asked if any(trial.name in by_name for trial in self.trials(own))]

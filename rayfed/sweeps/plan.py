@@ -47,7 +47,7 @@ class Trial:
     continues: str | None = None
 
 
-def plan(settings: dict[str, Any], sweep: Sweep) -> tuple[list[Trial], dict[str, Federation]]:
+def plan_trials(settings: dict[str, Any], sweep: Sweep) -> tuple[list[Trial], dict[str, Federation]]:
     """(the trials, the federations they name). UserError, one line a mistake and its trials, where any is wrong."""
     seed = settings.get(SEED, 0)
     points = expand(sweep, seed if isinstance(seed, int) else 0)

@@ -22,13 +22,13 @@ from rayfed.errors import UserError
 from rayfed.sweeps.evolve import Member, evolve, founders
 from rayfed.sweeps.plan import Trial, check_trials, make_trials
 from rayfed.sweeps.space import Point, corners, text
-from rayfed.sweeps.stages import SEARCH, Staged, Stand, read_search
-from rayfed.sweeps.table import Line, reported, spread
+from rayfed.sweeps.stages import SEARCH, SearchState, StagedSearch, read_search
+from rayfed.sweeps.table import TrialRow, reported, spread
 from rayfed.sweeps.warm_start import check_carrying
 from rayfed.tracking import Table
 
 
-class PopulationSearch(Staged):
+class PopulationSearch(StagedSearch):
     """Plans, checks and runs the search of a sweep in the directory ``out``. UserError where something is wrong."""
 
     def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
@@ -49,11 +49,11 @@ class PopulationSearch(Staged):
         self.seed, self.cohort = whole.experiment.seed, whole.experiment.server.cohort
         self.source = whole.experiment.data.source
         self.generations = rounds // self.search.rounds
-        self.told: list[Line] = [line for line in read_search(out) if "generation" in line]
+        self.told: list[TrialRow] = [line for line in read_search(out) if "generation" in line]
         self.members: list[Member] = []  # the newest generation
         self.stand()  # the directory was made with these settings, or it is refused
 
-    def stand(self) -> Stand:
+    def stand(self) -> SearchState:
         known: list[Trial] = []
         now: list[Trial] = []
         members = founders(self.search, self.sweep.parameters, self.seed)
@@ -85,7 +85,7 @@ class PopulationSearch(Staged):
             lines.append(self._found(members) | {"ended": ended, **self._work(len(known))})
         self.members = members
         stage = f"generation {members[0].generation} of {self.generations}"
-        return Stand(known, now, stage, ended, self._verdict(members), lines)
+        return SearchState(known, now, stage, ended, self._verdict(members), lines)
 
     def trial(self, member: Member) -> Trial:
         """The member's trial: as many rounds as it and those in its line have, together."""
@@ -112,7 +112,7 @@ class PopulationSearch(Staged):
                 "resume with the sweep's own sweep.yaml or choose another --out"
             )
 
-    def _told(self, members: Sequence[Member]) -> Line:
+    def _told(self, members: Sequence[Member]) -> TrialRow:
         figures = [self.line(self.trial(member)).get("metric") for member in members]
         told = [described(member) | {"told": figure} for member, figure in zip(members, figures)]
         return {"generation": members[0].generation, "metric": self.sweep.metric, "members": told}
@@ -124,7 +124,7 @@ class PopulationSearch(Staged):
         finite = [(sign * figure, member) for member, figure in zip(members, figures) if figure is not None]
         return max(finite, key=lambda pair: pair[0], default=(0, None))[1]
 
-    def _found(self, members: Sequence[Member]) -> Line:
+    def _found(self, members: Sequence[Member]) -> TrialRow:
         """The best member, and which settings it had in which rounds."""
         best = self._best(members)
         if best is None:
@@ -136,7 +136,7 @@ class PopulationSearch(Staged):
         ]
         return {"best": best.name, "metric": self.line(self.trial(best)).get("metric"), "schedule": schedule}
 
-    def _work(self, trials: int) -> Line:
+    def _work(self, trials: int) -> TrialRow:
         rounds = trials * self.search.rounds
         return {"rounds": rounds, "client_rounds": rounds * self.cohort}
 
@@ -148,7 +148,7 @@ class PopulationSearch(Staged):
             self.line(self.trial(best)).get("metric"), None, self.sweep.metric
         )
 
-    def table(self, trials: Sequence[Trial], lines: Sequence[Line], sweep: Sweep) -> Table:
+    def table(self, trials: Sequence[Trial], lines: Sequence[TrialRow], sweep: Sweep) -> Table:
         """A row a member of the newest generation, with the settings it and those it continues had, in that order."""
         by_name = dict(zip((trial.name for trial in trials), lines, strict=True))
         report = reported(sweep, self.source)

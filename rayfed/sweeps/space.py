@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rayfed import seeding as keys
+from rayfed import seeding
 from rayfed.config.sweep import DRAWN, SEED, Sweep, is_space
 
 CASE = "case"  # the column that holds the labels of cases
@@ -76,7 +76,7 @@ def corners(sweep: Sweep, case: Mapping[str, Any]) -> Iterator[Point]:
 
 def draw(space: Mapping[str, Any], key: str, seed: int, i: int) -> Any:
     """Draw ``i`` (from 0) of the setting."""
-    return value_at(space, float(keys.numpy_rng(seed, "sweep", key, i).random()))
+    return value_at(space, float(seeding.numpy_rng(seed, "sweep", key, i).random()))
 
 
 def value_at(space: Mapping[str, Any], u: float) -> Any:

@@ -1,7 +1,7 @@
 """What every search has in common: trials in stages on Ray Tune, decisions replayed from the sweep's directory.
 
 Why stages and no searcher or scheduler of Tune's: these wait where a stage ends anyway, and they have a memory of their
-own, where here the directory is the truth. A search says where it stands (`Stand`), as a function of its settings and
+own, where here the directory is the truth. A search says where it stands (`SearchState`), as a function of its settings and
 of what is on the disk; what is missing of the stage that is under way runs, and it is asked again. So nothing depends
 on which trial ended first, and a search that was killed comes to the same decisions and repeats no finished trial. The
 price is that every stage starts its trials' processes anew (Ray itself only once).
@@ -20,10 +20,10 @@ from typing import Any
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
 from rayfed.files import atomic_write
-from rayfed.sweeps.log import Books, run_trials, to_run
+from rayfed.sweeps.log import SweepLog, run_trials, to_run
 from rayfed.sweeps.plan import Trial, check_trials, make_trials
 from rayfed.sweeps.space import Point
-from rayfed.sweeps.table import Line, line_of
+from rayfed.sweeps.table import TrialRow, line_of
 from rayfed.sweeps.trial import outcome
 from rayfed.tasks.federation import Federation
 from rayfed.tracking import Table
@@ -33,7 +33,7 @@ SEARCH = "search.jsonl"
 
 
 @dataclass(frozen=True)
-class Stand:
+class SearchState:
     """How far a search has come.
 
     ``trials``: all that are known, in order. ``now``: those of the stage under way, ended or not; ``stage`` is what it
@@ -50,7 +50,7 @@ class Stand:
     last: Sequence[Trial] = ()
 
 
-class Staged(ABC):
+class StagedSearch(ABC):
     """A search of a sweep in the directory ``out``: `stand` and `table` are its own, the rest is the same for all.
 
     Whoever derives from it checks its settings when it is made (UserError before anything starts) and leaves in
@@ -63,18 +63,18 @@ class Staged(ABC):
         self.federations: dict[str, Federation] = {}
         self.tried: set[str] = set()  # by this process: what failed before it is tried again
         self.made: dict[str, Trial] = {}
-        self._done: dict[str, Line] = {}  # lines of finished trials, which never change again
+        self._done: dict[str, TrialRow] = {}  # lines of finished trials, which never change again
         self.on_ray = False
 
     @abstractmethod
-    def stand(self) -> Stand:
+    def stand(self) -> SearchState:
         """The search as far as the directory tells it."""
 
     @abstractmethod
-    def table(self, trials: Sequence[Trial], lines: Sequence[Line], sweep: Sweep) -> Table:
+    def table(self, trials: Sequence[Trial], lines: Sequence[TrialRow], sweep: Sweep) -> Table:
         """The table of the sweep; ``lines`` are the trials' lines of sweep.jsonl."""
 
-    def run(self, books: Books) -> None:
+    def run(self, books: SweepLog) -> None:
         """Runs what is missing, stage by stage, to the end of the search."""
         with ExitStack() as ray:
             while (at := self._write(books)).ended is None:
@@ -102,7 +102,7 @@ class Staged(ABC):
         known = outcome(self.out, trial)
         return known is not None and (known.status != "failed" or trial.name in self.tried)
 
-    def line(self, trial: Trial) -> Line:
+    def line(self, trial: Trial) -> TrialRow:
         """The trial's line of sweep.jsonl."""
         line = self._done.get(trial.name) or line_of(self.out, trial, self.sweep)
         if line["status"] == "done":
@@ -114,7 +114,7 @@ class Staged(ABC):
         self.tried |= {trial.name for trial in todo}
         return todo
 
-    def _run(self, trials: Sequence[Trial], books: Books, ray: ExitStack) -> None:
+    def _run(self, trials: Sequence[Trial], books: SweepLog, ray: ExitStack) -> None:
         new = [trial for trial in trials if trial.data not in self.federations]
         if new:  # data that a drawn setting decides
             self.federations |= check_trials(new, self.sweep)
@@ -125,7 +125,7 @@ class Staged(ABC):
             self.on_ray = True
         run_trials(trials, self.sweep, self.out, self.federations, books)
 
-    def _write(self, books: Books) -> Stand:
+    def _write(self, books: SweepLog) -> SearchState:
         """Brings the books and search.jsonl up to date with the directories."""
         at = self.stand()
         books.know(at.trials)

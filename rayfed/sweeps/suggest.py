@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from rayfed import seeding as keys
+from rayfed import seeding
 from rayfed.config.search import Optuna
 from rayfed.config.sweep import SEED, Sweep, is_space
 from rayfed.errors import UserError
@@ -54,7 +54,7 @@ class Study:
         self._first: dict[str, int] = {}  # settings -> the number of the point that had them first
         less, more = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
         directions = [more if sweep.mode == "max" else less, *([less] if search.against else [])]
-        key = keys.derive(seed, "sweep.optuna") % 2**32
+        key = seeding.derive_seed(seed, "sweep.optuna") % 2**32
         self._study = optuna.create_study(directions=directions, sampler=_sampler(search, key))
 
     def ask(self, count: int) -> list[Suggestion]:

@@ -22,13 +22,13 @@ from rayfed.config.load import dump_settings
 from rayfed.config.sweep import Sweep, load_sweep
 from rayfed.errors import RunError, UserError
 from rayfed.files import atomic_write
-from rayfed.sweeps.flasc_search import Search
-from rayfed.sweeps.log import Books, run_trials, to_run
+from rayfed.sweeps.flasc_search import FlascSearchRun
+from rayfed.sweeps.log import SweepLog, run_trials, to_run
 from rayfed.sweeps.optimize import OptunaSearch
-from rayfed.sweeps.plan import Trial, plan
+from rayfed.sweeps.plan import Trial, plan_trials
 from rayfed.sweeps.population import PopulationSearch
-from rayfed.sweeps.stages import Staged
-from rayfed.sweeps.table import NOT_CHOSEN, STOPPED, Line, choosing, table_of
+from rayfed.sweeps.stages import StagedSearch
+from rayfed.sweeps.table import NOT_CHOSEN, STOPPED, TrialRow, choosing, table_of
 from rayfed.sweeps.trial import locked, outcome
 from rayfed.tasks.federation import Federation
 from rayfed.tracking import Table
@@ -40,11 +40,11 @@ class SweepResult:
     """A finished sweep: its directory, a line a trial (as in sweep.jsonl), the table."""
 
     out: Path
-    lines: list[Line]
+    lines: list[TrialRow]
     table: Table
 
     @property
-    def failed(self) -> list[Line]:
+    def failed(self) -> list[TrialRow]:
         return [line for line in self.lines if line["status"] not in ("done", NOT_CHOSEN, STOPPED)]
 
 
@@ -61,14 +61,14 @@ def run_sweep(
     out = (Path(out) if out is not None else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
     _check_out(out, resume)
     search = _searcher(settings, sweep, out)
-    trials, federations = ([], {}) if search else plan(settings, sweep)
+    trials, federations = ([], {}) if search else plan_trials(settings, sweep)
     for trial in trials:
         outcome(out, trial)  # made with these settings, or refused
     with locked(out, f"--out: {out} is in use by another sweep", wait=False):
         atomic_write(out / "sweep.yaml", dump_settings({**settings, "sweep": sweep.model_dump(mode="json")}))
         console = (settings.get("tracking") or {}).get("console") != "off"
         view = PlainView(sys.stdout if console else io.StringIO())
-        books = Books(out, trials, sweep, view, search.table if search else table_of)
+        books = SweepLog(out, trials, sweep, view, search.table if search else table_of)
         if search:
             search.run(books)
         else:
@@ -78,16 +78,20 @@ def run_sweep(
     return SweepResult(out, list(books.lines.values()), table)
 
 
-def _searcher(settings: dict[str, Any], sweep: Sweep, out: Path) -> Staged | None:
+def _searcher(settings: dict[str, Any], sweep: Sweep, out: Path) -> StagedSearch | None:
     """What decides by itself what runs, all checked; None where the sweep is a list."""
     if sweep.search is None:
         return None
-    searchers: dict[str, type[Staged]] = {"flasc": Search, "optuna": OptunaSearch, "pbt": PopulationSearch}
+    searchers: dict[str, type[StagedSearch]] = {
+        "flasc": FlascSearchRun,
+        "optuna": OptunaSearch,
+        "pbt": PopulationSearch,
+    }
     return searchers[sweep.search.kind](settings, sweep, out)
 
 
 def _run_list(
-    trials: Sequence[Trial], sweep: Sweep, out: Path, federations: Mapping[str, Federation], books: Books
+    trials: Sequence[Trial], sweep: Sweep, out: Path, federations: Mapping[str, Federation], books: SweepLog
 ) -> None:
     """The trials of a fixed list: all of them, or in two steps where the first seeds choose what the others run."""
     first = choosing(trials, sweep)

@@ -19,7 +19,7 @@ from rayfed.sweeps.space import text
 from rayfed.sweeps.trial import outcome, place
 from rayfed.tracking import Table, read_metrics
 
-Line = dict[str, Any]
+TrialRow = dict[str, Any]
 TIME, SERVER_TIME = "time/round_s", "time/server_s"
 UNFINISHED = "unfinished"
 STOPPED = "stopped"  # by the section `stop`: it has not finished, and need not
@@ -27,10 +27,10 @@ NOT_CHOSEN = "not chosen"  # its tuned values lost on the seeds that choose: it 
 PERCENT = ("accuracy", "accuracy_masked", "accuracy_clients", "gap")
 
 
-def line_of(out: Path, trial: Trial, sweep: Sweep) -> Line:
+def line_of(out: Path, trial: Trial, sweep: Sweep) -> TrialRow:
     """The trial's line in sweep.jsonl: overrides, status, the figures that the table is made of, the run's summary."""
     ended = outcome(out, trial)
-    line: Line = {
+    line: TrialRow = {
         "trial": trial.name,
         "overrides": dict(trial.overrides),
         "status": ended.status if ended else UNFINISHED,
@@ -54,7 +54,7 @@ def reported(sweep: Sweep, source: str) -> str | None:
     return sweep.metric.replace("eval/", "test/", 1)
 
 
-def figures(rounds: Sequence[Mapping[str, Any]], sweep: Sweep, report: str | None) -> Line:
+def figures(rounds: Sequence[Mapping[str, Any]], sweep: Sweep, report: str | None) -> TrialRow:
     """Metric and report at the round that counts, all bytes, the seconds of all rounds and the server's part of them.
 
     A metric that was not finite when it was last measured is null: no earlier round may speak for a run that diverged.
@@ -81,7 +81,7 @@ def _diverged(record: Mapping[str, Any], key: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Group:
+class TrialGroup:
     """The trials that differ in their seed alone: what they share, and the lines of those that count.
 
     ``stopped``: the rounds after which others were stopped.
@@ -89,7 +89,7 @@ class Group:
 
     shared: dict[str, Any]
     trials: int
-    lines: list[Line]
+    lines: list[TrialRow]
     stopped: list[int]
 
     def mean(self, figure: str) -> float | None:
@@ -102,16 +102,16 @@ class Group:
         return stdev(values) if len(values) > 1 else None
 
 
-def groups(trials: Sequence[Trial], lines: Sequence[Line]) -> list[Group]:
+def groups(trials: Sequence[Trial], lines: Sequence[TrialRow]) -> list[TrialGroup]:
     """One group for each setting but the seed, in the order of the trials."""
-    found: dict[str, Group] = {}
+    found: dict[str, TrialGroup] = {}
     for trial, line in zip(trials, lines, strict=True):
         shared = unseeded(trial)
         name = repr(shared)
-        group = found.get(name, Group(shared, 0, [], []))
+        group = found.get(name, TrialGroup(shared, 0, [], []))
         counts = [line] if line.get("metric") is not None else []  # done, and did not diverge
         stopped = [line["stopped"]["round"]] if line["status"] == STOPPED else []
-        found[name] = Group(shared, group.trials + 1, [*group.lines, *counts], [*group.stopped, *stopped])
+        found[name] = TrialGroup(shared, group.trials + 1, [*group.lines, *counts], [*group.stopped, *stopped])
     return list(found.values())
 
 
@@ -123,7 +123,7 @@ def choosing(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
     return [trial for trial in trials if trial.overrides[SEED] in first]
 
 
-def chosen(trials: Sequence[Trial], lines: Mapping[str, Line], sweep: Sweep) -> list[Trial]:
+def chosen(trials: Sequence[Trial], lines: Mapping[str, TrialRow], sweep: Sweep) -> list[Trial]:
     """All seeds' trials with the best tuned values, in their order; without `tune`, all trials."""
     if not sweep.tune:
         return list(trials)
@@ -138,13 +138,13 @@ def unseeded(trial: Trial) -> dict[str, Any]:
     return {key: value for key, value in trial.shown.items() if key != SEED}
 
 
-def best_of(found: Iterable[Group], tune: Sequence[str], mode: str) -> list[Group]:
+def best_of(found: Iterable[TrialGroup], tune: Sequence[str], mode: str) -> list[TrialGroup]:
     """Of the groups that differ in tuned settings alone, the one with the best mean metric.
 
     One with fewer trials that count never beats one with more: what fails or diverges at some seeds is no choice.
     """
     sign = 1 if mode == "max" else -1
-    best: dict[str, tuple[tuple[int, float], Group]] = {}
+    best: dict[str, tuple[tuple[int, float], TrialGroup]] = {}
     for group in found:
         rest = repr({key: value for key, value in group.shared.items() if key not in tune})
         metric = group.mean("metric")
@@ -154,7 +154,7 @@ def best_of(found: Iterable[Group], tune: Sequence[str], mode: str) -> list[Grou
     return [group for _, group in best.values()]
 
 
-def table_of(trials: Sequence[Trial], lines: Sequence[Line], sweep: Sweep) -> Table:
+def table_of(trials: Sequence[Trial], lines: Sequence[TrialRow], sweep: Sweep) -> Table:
     """The table; with `tune`, only the best of each row's tuned settings."""
     by_name = dict(zip((trial.name for trial in trials), lines, strict=True))
     shown_trials = chosen(trials, by_name, sweep)
@@ -184,7 +184,7 @@ def table_of(trials: Sequence[Trial], lines: Sequence[Line], sweep: Sweep) -> Ta
     return Table(_title(sweep), names, rows)
 
 
-def _seconds(group: Group) -> str:
+def _seconds(group: TrialGroup) -> str:
     """`138.3 (4.1)`: of all rounds, and the server's own."""
     whole, server = group.mean("seconds"), group.mean("server_seconds")
     return "-" if whole is None else f"{whole:.1f}" + ("" if server is None else f" ({server:.1f})")

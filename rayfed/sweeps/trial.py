@@ -23,7 +23,7 @@ from rayfed.config import load_config
 from rayfed.errors import RunError, UserError
 from rayfed.files import write_json
 from rayfed.sweeps.plan import Trial
-from rayfed.sweeps.warm_start import graft
+from rayfed.sweeps.warm_start import warm_start
 from rayfed.tasks.federation import Federation
 from rayfed.tracking import Sink
 
@@ -91,7 +91,7 @@ def work(trial: Trial, out: Path, federation: Federation, sink: Sink) -> None:
             _empty(folder)
         try:
             if trial.continues and not (folder / "config.yaml").is_file():
-                graft(folder.with_name(trial.continues), folder, trial.experiment)
+                warm_start(folder.with_name(trial.continues), folder, trial.experiment)
             result = run(trial.experiment, folder, resume=True, sink=sink, federation=federation)
         except Exception as error:
             settle(out, trial, in_one_line(error))

@@ -66,7 +66,7 @@ def check_carrying(experiment: Experiment, varied: Iterable[str]) -> None:
         raise UserError("eval.early_stop: got a section, but the members of sweep.search are of equal length: null")
 
 
-def graft(source: Path, folder: Path, experiment: Experiment) -> None:
+def warm_start(source: Path, folder: Path, experiment: Experiment) -> None:
     """Makes ``folder`` a run of ``experiment`` that has done what the finished run in ``source`` has done.
 
     ``experiment`` differs from the source's settings in `LIVE` ones and server.rounds; or also in rank, where

@@ -16,13 +16,13 @@ from rayfed.bench.round import compare
 from rayfed.bench.stub import Shape, make_uploads
 from rayfed.bench.timing import paired, table, write
 from rayfed.cli import main
-from rayfed.clients.local_training import Member, train_pack
-from rayfed.clients.trainer import Learner
+from rayfed.clients.local_training import PackMember, train_pack
+from rayfed.clients.trainer import Trainer
 from rayfed.errors import UserError
 from rayfed.lora.packed.stack import peft_config
 from rayfed.tasks.federation import form_federation
 from rayfed.tasks.models.base import base_of
-from rayfed.tasks.models.spec import draw_blueprint
+from rayfed.tasks.models.spec import describe_model
 
 
 def test_every_benchmark_is_there():
@@ -62,14 +62,14 @@ def test_algebra_is_exact_where_it_says_so(tmp_path):
 def test_the_bare_loop_trains_a_client_as_rayfed_does(tiny):
     experiment = tiny("data.max_tokens=16")
     federation = form_federation(experiment)
-    blueprint = draw_blueprint(experiment, len(federation.classes))
-    start, client = blueprint.start(experiment), int(federation.sizes.argmax())
+    model_spec = describe_model(experiment, len(federation.classes))
+    start, client = model_spec.start(experiment), int(federation.sizes.argmax())
     vector, rows = start.flatten(), federation.rows_of(client)
-    learner = Learner(experiment, federation, blueprint)
+    trainer = Trainer(experiment, federation, model_spec)
     everything = torch.ones(len(vector), dtype=torch.bool)
     (mine,) = train_pack(
-        learner.stack, learner.forward, learner.data["train"], federation.pad_id,
-        [Member(client, start.layout, vector, everything, rows)], experiment.client, lr=experiment.client.lr, t=0,
+        trainer.stack, trainer.forward, trainer.data["train"], federation.pad_id,
+        [PackMember(client, start.layout, vector, everything, rows)], experiment.client, lr=experiment.client.lr, t=0,
         seed=experiment.seed, device=torch.device("cpu"),
     )  # fmt: skip
     base = base_of(experiment, len(federation.classes))

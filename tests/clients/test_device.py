@@ -11,15 +11,15 @@ import torch
 import transformers
 from device_watch import DEVICE, Watch
 
-from rayfed.clients.local_training import Member, train_pack
+from rayfed.clients.local_training import PackMember, train_pack
 from rayfed.clients.messages import EvalJob
-from rayfed.clients.trainer import Learner
+from rayfed.clients.trainer import Trainer
 from rayfed.config.training import Client
 from rayfed.lora.adapter import fresh_adapter
 from rayfed.lora.packed.layers import layer_shape
 from rayfed.lora.packed.stack import Stack, head_values
 from rayfed.tasks.data.tokens import Tokens
-from rayfed.tasks.models.unpadded import Flat, FlatModel, FlatTokens
+from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel, UnpaddedTokens
 
 CLASSES, ROWS, BATCH = 4, 24, 4
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -46,9 +46,9 @@ def vit():
 
 
 KINDS = {  # how it runs (None: rows of one length), its head, the layers that get adapters
-    bert: (Flat("first"), "classifier", ("query", "value", "intermediate.dense")),
-    gpt2: (Flat("last"), "score", ("c_attn", "c_fc")),
-    llama: (Flat("last"), "score", ("q_proj", "v_proj")),
+    bert: (Unpadded("first"), "classifier", ("query", "value", "intermediate.dense")),
+    gpt2: (Unpadded("last"), "score", ("c_attn", "c_fc")),
+    llama: (Unpadded("last"), "score", ("q_proj", "v_proj")),
     vit: (None, "classifier", ("q_proj", "v_proj")),
 }
 
@@ -71,7 +71,9 @@ def texts(count):
     """Texts of 2 to 12 tokens: no two clients have equally many."""
     draw = np.random.default_rng(3)
     offsets = np.concatenate([[0], np.cumsum(draw.integers(2, 13, count))])
-    return FlatTokens(Tokens(draw.integers(1, 60, offsets[-1]).astype(np.int32), offsets, draw.integers(0, 4, count)))
+    return UnpaddedTokens(
+        Tokens(draw.integers(1, 60, offsets[-1]).astype(np.int32), offsets, draw.integers(0, 4, count))
+    )
 
 
 def watched(build, clients, *, ranks=(4,), steps=(2,), dropout=0.0, support=1.0, optimizer="adamw", dtype=None):
@@ -83,7 +85,7 @@ def watched(build, clients, *, ranks=(4,), steps=(2,), dropout=0.0, support=1.0,
     layers = {name: layer_shape(module) for name, module in model.named_modules() if name.endswith(targets)}
     values = {name: torch.zeros(t.shape) for name, t in head_values(build(), [head]).items()}
     stack = Stack(model, layers, [head], dropout)
-    flat = FlatModel(model, how) if how else None
+    flat = UnpaddedModel(model, how) if how else None
 
     def forward(inputs):
         if flat is not None:
@@ -95,7 +97,7 @@ def watched(build, clients, *, ranks=(4,), steps=(2,), dropout=0.0, support=1.0,
         adapter = fresh_adapter(layers, values, ranks[client % len(ranks)], 1.0, seed=client)
         trains = torch.rand(adapter.layout.size, generator=torch.Generator().manual_seed(client)) < support
         rows = np.arange(client * ROWS, client * ROWS + BATCH * steps[client % len(steps)])
-        members.append(Member(client, adapter.layout, adapter.flatten(), trains, rows))
+        members.append(PackMember(client, adapter.layout, adapter.flatten(), trains, rows))
     settings = Client(batch_size=BATCH, clip_norm=1.0, optimizer=optimizer, weight_decay=0.1)
     watch = Watch()
     data = (Images if build is vit else texts)(clients * ROWS)
@@ -135,19 +137,19 @@ def test_an_evaluation_waits_once_however_many_its_batches(tiny):
     from rayfed import wire
     from rayfed.lora.adapter import Adapter, LowRank
     from rayfed.tasks.federation import form_federation
-    from rayfed.tasks.models.spec import draw_blueprint
+    from rayfed.tasks.models.spec import describe_model
 
     experiment = tiny("eval.batch_size=4")
     federation = form_federation(experiment)
-    blueprint = draw_blueprint(experiment, len(federation.classes))
+    model_spec = describe_model(experiment, len(federation.classes))
     engine = experiment.engine.model_copy(update={"device": "meta"})
-    learner = Learner(experiment.model_copy(update={"engine": engine}), federation, blueprint)
-    layers = {n: LowRank(torch.ones(o, 2), torch.ones(2, i), 1.0) for n, (o, i) in blueprint.shapes.items()}
-    adapter = Adapter(layers, blueprint.head)
+    trainer = Trainer(experiment.model_copy(update={"engine": engine}), federation, model_spec)
+    layers = {n: LowRank(torch.ones(o, 2), torch.ones(2, i), 1.0) for n, (o, i) in model_spec.shapes.items()}
+    adapter = Adapter(layers, model_spec.head)
     payload, found = wire.encode(adapter.flatten()), []
     for rows in (8, 40):
         with Watch() as watch:
-            learner.execute(EvalJob("test", 0, rows, adapter.layout), [payload])
+            trainer.execute(EvalJob("test", 0, rows, adapter.layout), [payload])
         found.append(watch.waits)
         assert not watch.mixed
     assert found[0] == found[1]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import rayfed
-from rayfed.clients import device_memory as memory
-from rayfed.clients import trainer as learner
+from rayfed.clients import device_memory
+from rayfed.clients import trainer as trainer
 from rayfed.errors import RunError
 
 CPU = torch.device("cpu")
@@ -19,32 +19,32 @@ RUN = ("engine.pack=5", "server.cohort=5", "client.momentum=0.9", "lora.dropout=
 def test_what_torch_raises_where_memory_does_not_do():
     with pytest.raises(RuntimeError) as error:
         torch.empty(10**15)
-    assert memory.ran_out(error.value)
-    assert memory.ran_out(torch.OutOfMemoryError("CUDA out of memory"))
-    assert not memory.ran_out(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not memory.ran_out(RunError("client 3: training gave values that are not finite"))
+    assert device_memory.ran_out(error.value)
+    assert device_memory.ran_out(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not device_memory.ran_out(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not device_memory.ran_out(RunError("client 3: training gave values that are not finite"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a peak")
 def test_a_peak_is_seen_forgotten_and_seen_again():
     size = 1 << 27
     for _ in range(2):
-        held = memory.forget_peak(CPU)
+        held = device_memory.forget_peak(CPU)
         torch.ones(size, dtype=torch.uint8)
-        assert 0.9 * size < memory.peak(CPU) - held < 1.5 * size  # the kernel counts in batches
-    held = memory.forget_peak(CPU)
-    assert memory.peak(CPU) - held < size / 2
+        assert 0.9 * size < device_memory.peak(CPU) - held < 1.5 * size  # the kernel counts in batches
+    held = device_memory.forget_peak(CPU)
+    assert device_memory.peak(CPU) - held < size / 2
 
 
 def test_workers_share_what_is_free(tiny):
-    alone = memory.free(tiny().engine)
-    assert 0 < memory.free(tiny("engine.kind=ray", "engine.workers=4").engine) < alone / 2
+    alone = device_memory.free(tiny().engine)
+    assert 0 < device_memory.free(tiny("engine.kind=ray", "engine.workers=4").engine) < alone / 2
 
 
 @pytest.fixture
 def small_memory(monkeypatch):
     """small_memory(2): packs of more than two clients run out of it at their second batch; counts the tries."""
-    real, tried = learner.train_pack, []
+    real, tried = trainer.train_pack, []
 
     def limit(most):
         def train_pack(stack, forward, data, pad_id, members, settings, **named):
@@ -59,7 +59,7 @@ def small_memory(monkeypatch):
             tried.append(len(members))
             return real(stack, checked, data, pad_id, members, settings, **named)
 
-        monkeypatch.setattr(learner, "train_pack", train_pack)
+        monkeypatch.setattr(trainer, "train_pack", train_pack)
         return tried
 
     return limit
@@ -93,7 +93,7 @@ def test_a_batch_that_does_not_fit_is_evaluated_by_halves(tiny, tmp_path, monkey
     """Loss to rounding, accuracy exactly; what the controls see of the frozen base as well."""
     settings = ("engine.padding=batch", "eval.controls=true", "client.batch_size=4")
     whole = rayfed.run(tiny(*settings), out=tmp_path / "whole").metrics[-1]
-    forward, rows = learner.Learner.forward, []
+    forward, rows = trainer.Trainer.forward, []
 
     def small(self, inputs):
         (rows_of_batch,) = {len(tensor) for tensor in inputs.values()}
@@ -102,8 +102,10 @@ def test_a_batch_that_does_not_fit_is_evaluated_by_halves(tiny, tmp_path, monkey
         rows.append(rows_of_batch)
         return forward(self, inputs)
 
-    monkeypatch.setattr(learner.Learner, "forward", small)
-    monkeypatch.setattr(memory, "let_go", lambda device: None)  # nothing really ran out, and it takes a second or so
+    monkeypatch.setattr(trainer.Trainer, "forward", small)
+    monkeypatch.setattr(
+        device_memory, "let_go", lambda device: None
+    )  # nothing really ran out, and it takes a second or so
     run = rayfed.run(tiny(*settings), out=tmp_path / "parts")
     assert max(rows) > 2
     for key in ("eval/loss", "test/loss", "eval/accuracy", "test/accuracy"):
@@ -114,7 +116,7 @@ def test_a_batch_that_does_not_fit_is_evaluated_by_halves(tiny, tmp_path, monkey
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, inputs)
 
-    monkeypatch.setattr(learner.Learner, "forward", none)
+    monkeypatch.setattr(trainer.Trainer, "forward", none)
     with pytest.raises(RunError, match=r"validation row \d+: evaluating it needs more memory than cpu has; lower"):
         rayfed.run(tiny(*settings), out=tmp_path / "none")
 
@@ -128,25 +130,25 @@ def test_halves_are_a_fixed_rule():
             raise MemoryError
         return sum(items)
 
-    assert memory.by_halves([1, 2, 3, 4, 5], work, CPU, str) == [3, 3, 9]
+    assert device_memory.in_halves([1, 2, 3, 4, 5], work, CPU, str) == [3, 3, 9]
     assert tried == [[1, 2, 3, 4, 5], [1, 2, 3], [1, 2], [3], [4, 5]]
     with pytest.raises(ZeroDivisionError):  # not a matter of memory
-        memory.by_halves([1, 0], lambda items: 1 // items[1], CPU, str)
+        device_memory.in_halves([1, 0], lambda items: 1 // items[1], CPU, str)
 
 
 def test_without_linuxs_account_the_peak_is_the_whole_lifes(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "STATUS", tmp_path / "none")
-    monkeypatch.setattr(memory, "FORGET", tmp_path / "none" / "either")
-    held = memory.forget_peak(CPU)
+    monkeypatch.setattr(device_memory, "STATUS", tmp_path / "none")
+    monkeypatch.setattr(device_memory, "FORGET", tmp_path / "none" / "either")
+    held = device_memory.forget_peak(CPU)
     torch.ones(1 << 28, dtype=torch.uint8)
-    assert memory.peak(CPU) >= held > 0
+    assert device_memory.peak(CPU) >= held > 0
 
 
 def test_a_containers_limit_counts(monkeypatch, tmp_path, tiny):
     (tmp_path / "max").write_text("5000000\n")
     (tmp_path / "current").write_text("2000000\n")
-    monkeypatch.setattr(memory, "LIMIT", tmp_path / "max")
-    monkeypatch.setattr(memory, "USED", tmp_path / "current")
-    assert memory.free(tiny().engine) == 3_000_000
+    monkeypatch.setattr(device_memory, "LIMIT", tmp_path / "max")
+    monkeypatch.setattr(device_memory, "USED", tmp_path / "current")
+    assert device_memory.free(tiny().engine) == 3_000_000
     (tmp_path / "max").write_text("max\n")
-    assert memory.free(tiny().engine) > 3_000_000
+    assert device_memory.free(tiny().engine) > 3_000_000

@@ -11,11 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from rayfed.clients.local_training import Member, batches, train_pack
+from rayfed.clients.local_training import PackMember, batches, train_pack
 from rayfed.config.training import Client
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.packed.stack import Stack, head_values, match
-from rayfed.tasks.models.unpadded import Flat, FlatModel, FlatTokens
+from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel, UnpaddedTokens
 
 TARGETS = ["query", "value", "intermediate.dense"]
 SGD = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.02}
@@ -56,20 +56,20 @@ def lab_with(base, tokens, flat):
         adapter = Adapter(layers, {n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in head.items()})
         layout = adapter.layout
         support = torch.ones(layout.size, dtype=torch.bool) if support is None else support(layout)
-        return Member(client, layout, adapter.flatten(), support, np.asarray(rows))
+        return PackMember(client, layout, adapter.flatten(), support, np.asarray(rows))
 
     def stack_of(dropout=0.0):
         fresh = base()
         stack = Stack(fresh.model, shapes, fresh.head, dropout)
         if flat:
-            model = FlatModel(fresh.model, Flat("mean"))
+            model = UnpaddedModel(fresh.model, Unpadded("mean"))
             return SimpleNamespace(stack=stack, forward=lambda inputs: model(inputs, stack.batch.segments))
         return SimpleNamespace(stack=stack, forward=lambda inputs: fresh.model(**inputs).logits)
 
     def train(members, settings, dropout=0.0, t=ROUND, seed=BASE_SEED, on=None, lr=None):
         on = on or stack_of(dropout)
         return train_pack(
-            on.stack, on.forward, FlatTokens(tokens) if flat else tokens, 0, members, settings,
+            on.stack, on.forward, UnpaddedTokens(tokens) if flat else tokens, 0, members, settings,
             lr=lr or LR[settings.optimizer], t=t, seed=seed, device=torch.device("cpu"),
         )  # fmt: skip
 
@@ -258,7 +258,7 @@ def test_a_client_with_nothing_to_train_measures_its_loss(lab):
 def test_dropout_changes_with_client_round_and_seed(lab):
     settings = settings_of(SGD, steps=1)
     member = lab.member(1, [50, 50, 50, 50])  # one text, so that the order of the batch changes nothing
-    other = Member(2, member.layout, member.start, member.support, member.rows)
+    other = PackMember(2, member.layout, member.start, member.support, member.rows)
 
     def change(m, dropout, **named):
         return lab.train([m], settings, dropout, **named)[0].vector - m.start

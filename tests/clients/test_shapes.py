@@ -13,13 +13,13 @@ import pytest
 import torch
 import transformers
 
-from rayfed.clients.local_training import Member, train_pack
+from rayfed.clients.local_training import PackMember, train_pack
 from rayfed.config.training import Client
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.packed.layers import layer_shape
 from rayfed.lora.packed.stack import Stack, head_values
-from rayfed.tasks.models.base import Base, in_dtype
-from rayfed.tasks.models.checkpointing import recompute
+from rayfed.tasks.models.base import FrozenBase, in_dtype
+from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
 
 CLASSES = 3
 COMMON = {"num_labels": CLASSES, "initializer_range": 0.2}
@@ -101,10 +101,10 @@ def model_of(build):
 
 def train(build, members, settings, dtype="float32", again=False):
     model, head, shapes = model_of(build)
-    in_dtype(Base(model, (head,)), dtype)
+    in_dtype(FrozenBase(model, (head,)), dtype)
     stack = Stack(model, shapes, [head], dropout=0.2)
     if again:
-        recompute(model)
+        enable_gradient_checkpointing(model)
     results = train_pack(
         stack, lambda inputs: model(**inputs).logits, Rows(build is vit), 0, members, settings, lr=settings.lr, t=3,
         seed=1, device=torch.device("cpu"),
@@ -121,7 +121,7 @@ def member(build, client, rank, rows):
     }
     adapter = Adapter(layers, head_values(model, [head]))
     everything = torch.ones(adapter.layout.size, dtype=torch.bool)
-    return Member(client, adapter.layout, adapter.flatten(), everything, np.asarray(rows))
+    return PackMember(client, adapter.layout, adapter.flatten(), everything, np.asarray(rows))
 
 
 def pack_of(build):

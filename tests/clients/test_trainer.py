@@ -1,4 +1,4 @@
-"""Jobs in, results out: what is uploaded, what evaluation sums, and that a learner keeps nothing between jobs."""
+"""Jobs in, results out: what is uploaded, what evaluation sums, and that a trainer keeps nothing between jobs."""
 
 import itertools
 
@@ -8,15 +8,15 @@ from torch import nn
 
 from rayfed import wire
 from rayfed.clients.local_training import batches
-from rayfed.clients.messages import EvalJob, FeatureJob, Order, TrainJob
-from rayfed.clients.trainer import Learner
+from rayfed.clients.messages import ClientOrder, EvalJob, FeatureJob, TrainJob
+from rayfed.clients.trainer import Trainer
 from rayfed.errors import RunError, UserError
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.methods.base import Trainable
 from rayfed.tasks.federation import form_federation
 from rayfed.tasks.models.base import load_base
-from rayfed.tasks.models.spec import draw_blueprint
-from rayfed.tasks.models.unpadded import Flat, Padded
+from rayfed.tasks.models.spec import describe_model
+from rayfed.tasks.models.unpadded import Padded, Unpadded
 
 RANK = 4
 CLIENTS = (2, 5, 7)
@@ -33,36 +33,36 @@ def federation(experiment):
 
 
 @pytest.fixture(scope="module")
-def learner(experiment, federation):
-    return Learner(experiment, federation, draw_blueprint(experiment, len(federation.classes)))
+def trainer(experiment, federation):
+    return Trainer(experiment, federation, describe_model(experiment, len(federation.classes)))
 
 
 @pytest.fixture(scope="module")
-def blueprint(experiment, federation):
-    return draw_blueprint(experiment, len(federation.classes))
+def model_spec(experiment, federation):
+    return describe_model(experiment, len(federation.classes))
 
 
 @pytest.fixture(scope="module")
-def adapter(blueprint):
+def adapter(model_spec):
     """A global model away from its start: B and A random, the head moved."""
-    return random_adapter(blueprint, seed=4)
+    return random_adapter(model_spec, seed=4)
 
 
-def random_adapter(blueprint, seed):
+def random_adapter(model_spec, seed):
     g = torch.Generator().manual_seed(seed)
     layers = {
         name: LowRank(0.1 * torch.randn(out, RANK, generator=g), 0.2 * torch.randn(RANK, inner, generator=g), 2.0)
-        for name, (out, inner) in blueprint.shapes.items()
+        for name, (out, inner) in model_spec.shapes.items()
     }
-    head = {n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in blueprint.head.items()}
+    head = {n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in model_spec.head.items()}
     return Adapter(layers, head)
 
 
-def train(learner, adapter, payload, density=1.0, trainable=None, lr=0.05, clients=CLIENTS):
+def train(trainer, adapter, payload, density=1.0, trainable=None, lr=0.05, clients=CLIENTS):
     layout, trainable = adapter.layout, trainable or Trainable()
     budget = wire.keep_count(layout.size, density)
-    orders = tuple(Order(client, layout, 0, trainable, budget, density, "fp32") for client in clients)
-    return learner.execute(TrainJob(0, lr, orders), [payload])
+    orders = tuple(ClientOrder(client, layout, 0, trainable, budget, density, "fp32") for client in clients)
+    return trainer.execute(TrainJob(0, lr, orders), [payload])
 
 
 def largest(change: torch.Tensor, count: int) -> list[int]:
@@ -70,91 +70,91 @@ def largest(change: torch.Tensor, count: int) -> list[int]:
     return sorted(sorted(range(len(change)), key=lambda i: (-abs(float(change[i])), i))[:count])
 
 
-def test_a_dense_upload_is_the_whole_change_without_indices(learner, federation, adapter):
-    result = train(learner, adapter, wire.encode(adapter.flatten()))
+def test_a_dense_upload_is_the_whole_change_without_indices(trainer, federation, adapter):
+    result = train(trainer, adapter, wire.encode(adapter.flatten()))
     for client, upload, examples, steps in zip(CLIENTS, result.uploads, result.examples, result.steps):
         payload = wire.decode(upload)
         assert payload.indices is None
         assert payload.n == payload.count == adapter.layout.size
         assert (payload.values != 0).float().mean() > 0.99
         assert examples == len(federation.rows_of(client))
-        assert steps == len(batches(federation.rows_of(client), learner.experiment.client, 0, 0, client))
+        assert steps == len(batches(federation.rows_of(client), trainer.experiment.client, 0, 0, client))
     assert len(set(result.uploads)) == len(CLIENTS)
-    still = train(learner, adapter, wire.encode(adapter.flatten()), lr=1e-12)  # the change, not the trained values
+    still = train(trainer, adapter, wire.encode(adapter.flatten()), lr=1e-12)  # the change, not the trained values
     assert all(wire.decode(upload).values.abs().max() < 1e-6 for upload in still.uploads)
 
 
 @pytest.mark.parametrize("density", [0.3, 0.011])
-def test_an_upload_is_the_budgets_largest_changes(learner, adapter, density):
+def test_an_upload_is_the_budgets_largest_changes(trainer, adapter, density):
     payload = wire.encode(adapter.flatten())
-    dense = [wire.decode(upload).dense() for upload in train(learner, adapter, payload).uploads]
-    for change, upload in zip(dense, train(learner, adapter, payload, density).uploads):
+    dense = [wire.decode(upload).dense() for upload in train(trainer, adapter, payload).uploads]
+    for change, upload in zip(dense, train(trainer, adapter, payload, density).uploads):
         sparse = wire.decode(upload)
         assert sparse.count == int(density * adapter.layout.size)
         assert sparse.indices.tolist() == largest(change, sparse.count)
         assert torch.equal(sparse.values, change[sparse.indices])
 
 
-def test_entries_that_cannot_have_changed_take_no_index_bytes(learner, adapter):
+def test_entries_that_cannot_have_changed_take_no_index_bytes(trainer, adapter):
     """Only received entries train: a client that sends all of them sends their values and nothing else."""
     vector = adapter.flatten()
     arrived = wire.top_k(vector, adapter.layout.size // 2)
     payload = wire.encode(vector, indices=arrived)
     only = Trainable(received_only=True)
-    for upload in train(learner, adapter, payload, 0.5, only).uploads:
+    for upload in train(trainer, adapter, payload, 0.5, only).uploads:
         got = wire.decode(upload)
         assert got.n == got.count == len(arrived)
         assert got.indices is None
         assert got.bytes_indices == 0
     # A smaller budget is a share of the whole adapter, not of what arrived.
-    every = [wire.decode(upload).dense() for upload in train(learner, adapter, payload, 1.0, only).uploads]
-    for change, upload in zip(every, train(learner, adapter, payload, 0.1, only).uploads):
+    every = [wire.decode(upload).dense() for upload in train(trainer, adapter, payload, 1.0, only).uploads]
+    for change, upload in zip(every, train(trainer, adapter, payload, 0.1, only).uploads):
         got = wire.decode(upload)
         assert got.n == len(arrived)
         assert got.count == int(0.1 * adapter.layout.size)
         assert got.indices.tolist() == largest(change, got.count)
 
 
-def test_training_starts_from_what_was_decoded(learner, adapter):
+def test_training_starts_from_what_was_decoded(trainer, adapter):
     """Entries that did not arrive start at zero and train: the dense local training of FLASC."""
     vector = adapter.flatten()
     arrived = wire.top_k(vector, adapter.layout.size // 2)
     masked = torch.zeros_like(vector)
     masked[arrived] = vector[arrived]
-    sparse = train(learner, adapter, wire.encode(vector, indices=arrived))
-    assert sparse.uploads == train(learner, adapter, wire.encode(masked)).uploads
-    assert sparse.uploads != train(learner, adapter, wire.encode(vector)).uploads
+    sparse = train(trainer, adapter, wire.encode(vector, indices=arrived))
+    assert sparse.uploads == train(trainer, adapter, wire.encode(masked)).uploads
+    assert sparse.uploads != train(trainer, adapter, wire.encode(vector)).uploads
 
 
-def test_parts_that_do_not_train_do_not_travel(learner, adapter):
+def test_parts_that_do_not_train_do_not_travel(trainer, adapter):
     layout = adapter.layout
-    (upload,) = train(learner, adapter, wire.encode(adapter.flatten()), 1.0, Trainable(("B",)), clients=(2,)).uploads
+    (upload,) = train(trainer, adapter, wire.encode(adapter.flatten()), 1.0, Trainable(("B",)), clients=(2,)).uploads
     assert wire.decode(upload).n == int(layout.mask("B").sum())
 
 
-def test_a_payload_in_which_nothing_arrived_gives_an_empty_upload(learner, adapter):
+def test_a_payload_in_which_nothing_arrived_gives_an_empty_upload(trainer, adapter):
     nothing = wire.encode(adapter.flatten(), indices=torch.zeros(0, dtype=torch.int64))
-    result = train(learner, adapter, nothing, 1.0, Trainable(received_only=True))
+    result = train(trainer, adapter, nothing, 1.0, Trainable(received_only=True))
     assert all(wire.decode(upload).n == 0 for upload in result.uploads)
     assert all(loss > 0 for loss in result.losses)
 
 
-def test_training_that_diverges_names_the_client(learner, adapter):
+def test_training_that_diverges_names_the_client(trainer, adapter):
     with pytest.raises(RunError, match=r"client 5: training gave values that are not finite; lower client\.lr"):
-        train(learner, adapter, wire.encode(adapter.flatten()), lr=1e30, clients=(5,))
+        train(trainer, adapter, wire.encode(adapter.flatten()), lr=1e30, clients=(5,))
 
 
-def test_a_job_done_twice_gives_the_same_bytes(learner, blueprint, adapter):
+def test_a_job_done_twice_gives_the_same_bytes(trainer, model_spec, adapter):
     payload = wire.encode(adapter.flatten())
-    first = train(learner, adapter, payload, 0.3)
-    train(learner, adapter, wire.encode(random_adapter(blueprint, seed=9).flatten()), clients=(1, 3))
-    learner.execute(EvalJob("test", 0, 10, adapter.layout), [payload])
-    again = train(learner, adapter, payload, 0.3)
+    first = train(trainer, adapter, payload, 0.3)
+    train(trainer, adapter, wire.encode(random_adapter(model_spec, seed=9).flatten()), clients=(1, 3))
+    trainer.execute(EvalJob("test", 0, 10, adapter.layout), [payload])
+    again = train(trainer, adapter, payload, 0.3)
     assert again.uploads == first.uploads
     assert (again.losses, again.examples, again.steps) == (first.losses, first.examples, first.steps)
 
 
-def test_every_order_starts_from_its_own_payload_and_layout(learner, adapter):
+def test_every_order_starts_from_its_own_payload_and_layout(trainer, adapter):
     """Two tiers of rank in one pack: each upload is what the client sends when its tier is alone."""
     small = Adapter(
         {n: LowRank(p.B[:, :1].clone(), p.A[:1].clone(), 8.0) for n, p in adapter.layers.items()}, adapter.head
@@ -162,16 +162,16 @@ def test_every_order_starts_from_its_own_payload_and_layout(learner, adapter):
     payloads = [wire.encode(adapter.flatten()), wire.encode(small.flatten())]
     layouts = (adapter.layout, small.layout)
     orders = tuple(
-        Order(client, layouts[tier], tier, Trainable(), layouts[tier].size, 1.0, "fp32")
+        ClientOrder(client, layouts[tier], tier, Trainable(), layouts[tier].size, 1.0, "fp32")
         for client, tier in ((2, 1), (5, 0), (7, 1))
     )
-    result = learner.execute(TrainJob(0, 0.05, orders), payloads)
+    result = trainer.execute(TrainJob(0, 0.05, orders), payloads)
     assert [wire.inspect(upload).n for upload in result.uploads] == [
         small.layout.size, adapter.layout.size, small.layout.size
     ]  # fmt: skip
     for order, upload in zip(orders, result.uploads):
         tier = (adapter, small)[order.payload]
-        (alone,) = train(learner, tier, payloads[order.payload], clients=(order.client,)).uploads
+        (alone,) = train(trainer, tier, payloads[order.payload], clients=(order.client,)).uploads
         a, b = wire.decode(upload).values, wire.decode(alone).values
         assert (a - b).norm() <= 1e-4 * b.norm()
 
@@ -198,14 +198,14 @@ def one_by_one(experiment, federation, split, change):
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_evaluation_sums_are_those_of_a_plain_loop(experiment, federation, learner, adapter, split):
+def test_evaluation_sums_are_those_of_a_plain_loop(experiment, federation, trainer, adapter, split):
     def merge(model):
         for name, pair in adapter.layers.items():
             model.get_submodule(name).weight += pair.dense()
         model.load_state_dict(adapter.head, strict=False)
 
     losses, hits, _ = one_by_one(experiment, federation, split, merge)
-    result = learner.execute(EvalJob(split, 0, len(losses), adapter.layout), [wire.encode(adapter.flatten())])
+    result = trainer.execute(EvalJob(split, 0, len(losses), adapter.layout), [wire.encode(adapter.flatten())])
     labels = torch.tensor(getattr(federation, split).labels)
     assert result.count.tolist() == [int((labels == y).sum()) for y in range(len(federation.classes))]
     assert result.correct.tolist() == [
@@ -215,24 +215,24 @@ def test_evaluation_sums_are_those_of_a_plain_loop(experiment, federation, learn
     assert result.loss == pytest.approx(sum(losses), rel=1e-5)
 
 
-def test_evaluation_of_some_classes_is_that_of_their_rows(federation, learner, adapter):
+def test_evaluation_of_some_classes_is_that_of_their_rows(federation, trainer, adapter):
     payload, rows = wire.encode(adapter.flatten()), len(federation.test)
-    whole = learner.execute(EvalJob("test", 0, rows, adapter.layout), [payload])
-    some = learner.execute(EvalJob("test", 0, rows, adapter.layout, classes=(1, 3)), [payload])
-    rest = learner.execute(EvalJob("test", 0, rows, adapter.layout, classes=(0, 2)), [payload])
+    whole = trainer.execute(EvalJob("test", 0, rows, adapter.layout), [payload])
+    some = trainer.execute(EvalJob("test", 0, rows, adapter.layout, classes=(1, 3)), [payload])
+    rest = trainer.execute(EvalJob("test", 0, rows, adapter.layout, classes=(0, 2)), [payload])
     assert some.count.tolist() == [0, int(whole.count[1]), 0, int(whole.count[3])]
     assert torch.equal(some.correct + rest.correct, whole.correct)
     assert some.loss + rest.loss == pytest.approx(whole.loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("cuts", [(30,), (16, 32, 48), (1, 2, 3, 59), ()], ids=str)
-def test_evaluation_may_be_split_anyhow(federation, learner, adapter, cuts):
+def test_evaluation_may_be_split_anyhow(federation, trainer, adapter, cuts):
     payload = wire.encode(adapter.flatten())
     rows = len(federation.test)
-    whole = learner.execute(EvalJob("test", 0, rows, adapter.layout), [payload])
+    whole = trainer.execute(EvalJob("test", 0, rows, adapter.layout), [payload])
     edges = (0, *cuts, rows)
     parts = [
-        learner.execute(EvalJob("test", start, stop, adapter.layout), [payload])
+        trainer.execute(EvalJob("test", start, stop, adapter.layout), [payload])
         for start, stop in itertools.pairwise(edges)
     ]
     assert torch.equal(sum(p.count for p in parts), whole.count)
@@ -241,13 +241,13 @@ def test_evaluation_may_be_split_anyhow(federation, learner, adapter, cuts):
     assert sum(p.loss for p in parts) == pytest.approx(whole.loss, rel=1e-6)
 
 
-def test_features_are_the_bases_own_whatever_adapter_was_loaded(experiment, federation, learner, adapter):
+def test_features_are_the_bases_own_whatever_adapter_was_loaded(experiment, federation, trainer, adapter):
     _, _, expected = one_by_one(experiment, federation, "test", lambda model: None)
-    order = learner.by_length["test"]
-    before = learner.execute(FeatureJob("test", 0, len(order)), [])
-    train(learner, adapter, wire.encode(adapter.flatten()))
-    learner.execute(EvalJob("test", 0, 20, adapter.layout), [wire.encode(adapter.flatten())])
-    after = learner.execute(FeatureJob("test", 0, len(order)), [])
+    order = trainer.by_length["test"]
+    before = trainer.execute(FeatureJob("test", 0, len(order)), [])
+    train(trainer, adapter, wire.encode(adapter.flatten()))
+    trainer.execute(EvalJob("test", 0, 20, adapter.layout), [wire.encode(adapter.flatten())])
+    after = trainer.execute(FeatureJob("test", 0, len(order)), [])
     assert torch.equal(before.features, after.features)
     assert torch.equal(before.labels, after.labels)
     assert before.labels.tolist() == federation.test.labels[order].tolist()
@@ -262,11 +262,11 @@ def test_features_of_a_model_whose_head_sees_every_token_are_those_of_the_last(t
         f"engine.padding={padding}",
     )  # fmt: skip
     federation = form_federation(settings)
-    learner = Learner(settings, federation, draw_blueprint(settings, len(federation.classes)))
-    result = learner.execute(FeatureJob("test", 0, 12), [])
+    trainer = Trainer(settings, federation, describe_model(settings, len(federation.classes)))
+    result = trainer.execute(FeatureJob("test", 0, 12), [])
     assert result.features.shape == (12, 32)
     model = load_base(settings.model, len(federation.classes), settings.seed).model
-    rows = learner.by_length["test"][:12]
+    rows = trainer.by_length["test"][:12]
     lengths = federation.test.lengths[rows]
     assert len(set(lengths[:4])) + len(set(lengths[4:8])) > 2  # there is padding
     for row, features in zip(rows, result.features):
@@ -277,29 +277,31 @@ def test_features_of_a_model_whose_head_sees_every_token_are_those_of_the_last(t
 
 
 def test_a_blueprint_describes_what_is_trained(experiment, tiny_bert):
-    blueprint = draw_blueprint(experiment, 4)
-    assert {name: tuple(t.shape) for name, t in blueprint.head.items()} == {
+    model_spec = describe_model(experiment, 4)
+    assert {name: tuple(t.shape) for name, t in model_spec.head.items()} == {
         "classifier.weight": (4, 32), "classifier.bias": (4,),
     }  # fmt: skip
-    assert list(blueprint.shapes.values()) == [(32, 32)] * 4
-    assert blueprint.peft["fan_in_fan_out"] is False
-    assert blueprint.peft["modules_to_save"] == ["classifier"]
-    assert blueprint.peft["base_model_name_or_path"] == str(tiny_bert)
+    assert list(model_spec.shapes.values()) == [(32, 32)] * 4
+    assert model_spec.peft["fan_in_fan_out"] is False
+    assert model_spec.peft["modules_to_save"] == ["classifier"]
+    assert model_spec.peft["base_model_name_or_path"] == str(tiny_bert)
     whole = load_base(experiment.model, 4, experiment.seed).model
-    assert blueprint.parameters == sum(p.numel() for p in whole.parameters())
+    assert model_spec.parameters == sum(p.numel() for p in whole.parameters())
 
 
 def test_the_blueprint_decides_about_padding(tiny):
-    assert draw_blueprint(tiny(), 4).padding == draw_blueprint(tiny("engine.padding=never"), 4).padding == Flat("mean")
-    assert draw_blueprint(tiny("model.pooling=stock"), 4).padding == Flat("first")
-    assert draw_blueprint(tiny("engine.padding=batch"), 4).padding == Padded("engine.padding=batch")
+    assert (
+        describe_model(tiny(), 4).padding == describe_model(tiny("engine.padding=never"), 4).padding == Unpadded("mean")
+    )
+    assert describe_model(tiny("model.pooling=stock"), 4).padding == Unpadded("first")
+    assert describe_model(tiny("engine.padding=batch"), 4).padding == Padded("engine.padding=batch")
 
 
 def test_padding_that_a_model_needs_cannot_be_forbidden(tiny, monkeypatch):
     monkeypatch.setattr("rayfed.tasks.models.spec.choose", lambda model, longest: Padded(f"{longest} tokens"))
-    assert draw_blueprint(tiny("data.max_tokens=20"), 4).padding == Padded("20 tokens")
+    assert describe_model(tiny("data.max_tokens=20"), 4).padding == Padded("20 tokens")
     with pytest.raises(UserError) as refusal:
-        draw_blueprint(tiny("data.max_tokens=100", "engine.padding=never"), 4)
+        describe_model(tiny("data.max_tokens=100", "engine.padding=never"), 4)
     assert str(refusal.value) == (
         "engine.padding: got 'never', but this model needs padding (64 tokens); allowed are auto and batch"
     )  # 64: it has no more positions
@@ -311,11 +313,11 @@ def test_padding_changes_uploads_by_rounding_only(tiny):
     for padding in ("never", "batch"):
         settings = tiny("engine.pack=3", f"engine.padding={padding}")
         federation = form_federation(settings)
-        drawn = draw_blueprint(settings, len(federation.classes))
-        learner = Learner(settings, federation, drawn)
+        drawn = describe_model(settings, len(federation.classes))
+        trainer = Trainer(settings, federation, drawn)
         adapter = random_adapter(drawn, seed=4)
         clients = [int(c) for c in federation.sizes.nonzero()[0][:3]]
-        result = train(learner, adapter, wire.encode(adapter.flatten()), clients=clients)
+        result = train(trainer, adapter, wire.encode(adapter.flatten()), clients=clients)
         results.append([wire.decode(upload).values for upload in result.uploads])
     for flat, padded in zip(*results):
         assert not torch.equal(flat, padded)  # they were computed in two ways

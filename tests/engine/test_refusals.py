@@ -6,9 +6,9 @@ from ray.exceptions import RayActorError
 
 import rayfed
 from rayfed.engine.driver import Outbox
-from rayfed.engine.ray_executor import RayCrew
+from rayfed.engine.ray_executor import RayExecutor
 from rayfed.errors import RunError, UserError
-from rayfed.server.executor import Task
+from rayfed.server.executor import Submission
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,12 @@ class Doomed:
 
 def test_a_job_that_kills_every_worker_ends_the_run(tiny, cluster, monkeypatch):
     monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Doomed)
-    crew = RayCrew(tiny("engine.workers=1", "engine.retries=1"), ray.put(None), None)
+    executor = RayExecutor(tiny("engine.workers=1", "engine.retries=1"), ray.put(None), None)
     with pytest.raises(RunError, match="failed 2 times because its worker died"):
-        list(crew.run([Task(None)]))
-    assert len(crew.drain_events()) == 1
-    assert crew.drain_events() == []
-    crew.close()
+        list(executor.run([Submission(None)]))
+    assert len(executor.drain_events()) == 1
+    assert executor.drain_events() == []
+    executor.close()
 
 
 class Stillborn:
@@ -63,10 +63,10 @@ class Stillborn:
 
 def test_workers_that_never_start_end_the_run(tiny, cluster, monkeypatch):
     monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Stillborn)
-    crew = RayCrew(tiny("engine.workers=1", "engine.retries=1"), ray.put(None), None)
+    executor = RayExecutor(tiny("engine.workers=1", "engine.retries=1"), ray.put(None), None)
     with pytest.raises(RunError, match="workers died 2 times before their first job: OSError: no such weights"):
-        list(crew.run([Task(None)]))
-    crew.close()
+        list(executor.run([Submission(None)]))
+    executor.close()
 
 
 class Calm:
@@ -91,16 +91,18 @@ def gone(worker):
 def test_idle_workers_that_died_together_cost_one_job_one_retry(tiny, cluster, monkeypatch):
     """As when a node is lost between two rounds: the job is not offered to one dead worker after the other."""
     monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Calm)
-    crew = RayCrew(tiny("engine.workers=4", "engine.cpus_per_worker=0.25", "engine.retries=1"), ray.put(None), None)
-    while crew.coming:
-        assert [done.result for done in crew.run([Task(None)])] == ["done"]
-    for worker in crew.workers:
+    executor = RayExecutor(
+        tiny("engine.workers=4", "engine.cpus_per_worker=0.25", "engine.retries=1"), ray.put(None), None
+    )
+    while executor.coming:
+        assert [done.result for done in executor.run([Submission(None)])] == ["done"]
+    for worker in executor.workers:
         ray.kill(worker)
         while not gone(worker):  # a kill takes a moment
             pass
-    (done,) = crew.run([Task(None)])
+    (done,) = executor.run([Submission(None)])
     assert (done.result, done.retries) == ("done", 1)
-    crew.close()
+    executor.close()
 
 
 def test_the_outbox_repeats_every_call_in_order():

@@ -18,12 +18,12 @@ from small_runs import wait_for
 import rayfed
 from rayfed.clients.messages import TrainJob
 from rayfed.config import dump_config, load_config
-from rayfed.engine.ray_executor import RayCrew, Worker
+from rayfed.engine.ray_executor import RayExecutor, Worker
 from rayfed.errors import RunError
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.loop import Server
 from rayfed.tasks.federation import form_federation
-from rayfed.tasks.models.spec import draw_blueprint
+from rayfed.tasks.models.spec import describe_model
 from rayfed.tracking import Fan, read_metrics
 
 # Evaluated at the end only: whoever is killed before was training. Packs of two come back as sums.
@@ -82,16 +82,6 @@ def test_any_number_of_ray_workers(tiny, tmp_path, cluster, digests, workers):
     assert all(record["clients/retried"] == 0 for record in result.metrics)
 
 
-def test_states_that_are_kept_reach_every_worker(tiny, tmp_path, cluster):
-    upper = (*RUN, "lora.layers_to_transform=[1]", "eval.controls=true")
-    here = rayfed.run(tiny(*upper), out=tmp_path / "here")
-    there = rayfed.run(tiny(*upper, "engine.kind=ray"), out=tmp_path / "there")
-    assert "outputs are kept" in (there.out / "events.log").read_text()
-    assert digests_of(there.out) == digests_of(here.out)
-    figures = ("head_only/test_accuracy", "head_only/test_accuracy_central")
-    assert [there.summary[key] for key in figures] == [here.summary[key] for key in figures]
-
-
 @pytest.mark.slow
 def test_a_worker_measures_and_the_run_is_the_one_with_the_number(tiny, tmp_path, cluster):
     result = rayfed.run(tiny(*RUN, "engine.kind=ray", "engine.workers=3", "engine.pack=auto"), out=tmp_path / "run")
@@ -123,16 +113,16 @@ def test_a_killed_worker_costs_a_retry_and_nothing_else(tiny, tmp_path, cluster,
 EVALUATED = (*SPARSE, "server.rounds=4", "server.cohort=5", "engine.pack=2", "eval.batch_size=4")
 
 
-def served(experiment, out: Path, federation, crew) -> list[dict]:
+def served(experiment, out: Path, federation, executor) -> list[dict]:
     """The records of a server in this process, without times."""
-    blueprint = draw_blueprint(experiment, len(federation.classes))
+    model_spec = describe_model(experiment, len(federation.classes))
     server = Server(
-        experiment, federation, blueprint, crew(experiment, ray.put(federation), blueprint), out, Fan(), False
+        experiment, federation, model_spec, executor(experiment, ray.put(federation), model_spec), out, Fan(), False
     )
     try:
         return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in server.rounds()]
     finally:
-        server.crew.close()
+        server.executor.close()
 
 
 @pytest.mark.slow
@@ -140,7 +130,7 @@ def test_workers_that_die_evaluating_beside_training_change_no_figure(tiny, tmp_
     """All of them are killed each time when the last pack of a round is there and evaluation has begun."""
     struck = []
 
-    class Striking(RayCrew):
+    class Striking(RayExecutor):
         def run(self, tasks):
             training = sum(isinstance(task.job, TrainJob) for task in tasks)
             left, beside = training, 0 < training < len(tasks)
@@ -171,7 +161,7 @@ def test_a_pack_that_kills_its_worker_leaves_the_round_before_it(tiny, tmp_path,
     monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Mortal)
     experiment, out = tiny(*EVALUATED, "engine.kind=ray", "engine.workers=3", "engine.retries=0"), tmp_path / "run"
     with pytest.raises(RunError, match="because its worker died"):
-        served(experiment, out, form_federation(experiment), RayCrew)
+        served(experiment, out, form_federation(experiment), RayExecutor)
     assert checkpoints.latest(out / "checkpoints", experiment.digest()).round == 2
 
 

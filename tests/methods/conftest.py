@@ -19,7 +19,7 @@ from rayfed.methods.base import Profile, Start, Update, fedavg
 def decoded(start: Start, density: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(what the client has to start from, which entries it has a value for): held entries are always there."""
     n = start.layout.size
-    held = start.held if start.held is not None else torch.zeros(n, dtype=torch.bool)
+    held = start.known if start.known is not None else torch.zeros(n, dtype=torch.bool)
     travels = (~held).nonzero().squeeze(1)
     if start.dense or (start.mask is None and density == 1):
         chosen = travels

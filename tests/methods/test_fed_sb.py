@@ -57,7 +57,7 @@ def test_only_cores_and_the_head_travel_and_train(play):
     method = build("fed_sb")
     state = method.init(fresh(), seed=1)
     start = method.broadcast(state, clients(1.0)[0])
-    assert int((~start.held).sum()) == 2 * 9 + 15
+    assert int((~start.known).sum()) == 2 * 9 + 15
     _, (update,) = play(method, state, clients(1.0), trained)
     moved = {
         entry.part

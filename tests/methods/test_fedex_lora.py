@@ -87,11 +87,11 @@ def test_nothing_is_lost(play, random_adapter):
 def test_base_is_the_sum_of_the_news(play, random_adapter, rank_cap):
     method, train = FedExLoRA(rank_cap=rank_cap), training(4)
     state = method.init(begun(random_adapter, False), seed=7)
-    assert method.news(state) is None
+    assert method.base_update(state) is None
     for cohort in COHORTS:
         before = {name: W.clone() for name, W in state.base.items()}
         state, _ = play(method, state, cohort, train)
-        news, rank = method.news(state), min(2 * (len(cohort) - 1), rank_cap or 100)
+        news, rank = method.base_update(state), min(2 * (len(cohort) - 1), rank_cap or 100)
         assert news.shape == (rank * sum(out + inner for out, inner in SHAPES.values()),)
         at = 0
         for name in sorted(SHAPES):

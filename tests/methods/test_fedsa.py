@@ -79,7 +79,7 @@ def test_nothing_leaks_from_client_to_client(play, random_adapter):
     later, _ = play(method, state, [Profile(1, 2, 4.0)], noise(1))
     again = method.broadcast(later, Profile(0, 2, 4.0))
     assert torch.equal(again.vector[mine], starts[0][mine])
-    assert torch.equal(again.held, mine)
+    assert torch.equal(again.known, mine)
     again.vector.fill_(7.0)  # storage of its own: writing into a start reaches no state
     assert torch.equal(method.broadcast(later, Profile(0, 2, 4.0)).vector[mine], starts[0][mine])
     assert torch.equal(later.vector[mine], first[mine])

@@ -123,11 +123,11 @@ def test_a_client_has_whatever_does_not_travel(play, random_adapter):
         for client in cohort:
             start = method.broadcast(state, client)
             if client.client not in memory:
-                assert start.held is None
+                assert start.known is None
             else:
                 known = memory[client.client]
-                assert torch.equal(start.vector[start.held], known[start.held])
-                assert torch.equal(~start.held, start.vector != known)  # by chance no entry came back to its value
+                assert torch.equal(start.vector[start.known], known[start.known])
+                assert torch.equal(~start.known, start.vector != known)  # by chance no entry came back to its value
             memory[client.client] = start.vector
         before = state.vector
         state, _ = play(method, state, cohort, noise(t))
@@ -171,7 +171,7 @@ def test_restored_state_goes_on_with_the_same_bits(play, random_adapter):
     ends = [play(method, s, COHORTS[2], noise(1))[0] for s in (state, again)]
     for name, tensor in ends[0].tensors().items():
         assert torch.equal(tensor, ends[1].tensors()[name])
-    assert torch.equal(method.broadcast(ends[0], COHORTS[0][0]).held, method.broadcast(ends[1], COHORTS[0][0]).held)
+    assert torch.equal(method.broadcast(ends[0], COHORTS[0][0]).known, method.broadcast(ends[1], COHORTS[0][0]).known)
 
 
 def test_options_and_weights_out_of_range_are_refused(play, random_adapter):

@@ -155,19 +155,19 @@ def test_only_what_a_client_cannot_know_travels(play, random_adapter, start) -> 
     state = method.init(random_adapter(SHAPES, 4, 1.0, 0), seed=0)
     state, _ = play(method, state, [client(0, 4)], noise)
     sent = method.broadcast(state, client(0, 4))
-    travels = sent.layout.size if sent.held is None else int((~sent.held).sum())
-    travels += 0 if sent.also is None else len(sent.also)
+    travels = sent.layout.size if sent.known is None else int((~sent.known).sum())
+    travels += 0 if sent.extra is None else len(sent.extra)
     assert travels == 15 + 4 * sum(out + inner for out, inner in SHAPES.values())
     if start != "correction":  # V_k and what travelled give the base
         rank = {"half": 2, "fresh": 4}[start]
         rest = iter(
-            sent.also.split([n for name in sorted(SHAPES) for n in (rank * SHAPES[name][1], rank * SHAPES[name][0])])
+            sent.extra.split([n for name in sorted(SHAPES) for n in (rank * SHAPES[name][1], rank * SHAPES[name][0])])
         )
         for name in sorted(SHAPES):
             A, B = next(rest).view(rank, -1), next(rest).view(-1, rank)
             assert relative(sent.base[name], (state.clients[0][name] + B @ A).double()) < 1e-6
     again = method.broadcast(replace(state, rounds=state.rounds + 1), client(0, 4))
-    known = torch.zeros(sent.layout.size, dtype=torch.bool) if sent.held is None else sent.held & (sent.vector != 0)
+    known = torch.zeros(sent.layout.size, dtype=torch.bool) if sent.known is None else sent.known & (sent.vector != 0)
     assert not torch.equal(again.vector[known], sent.vector[known]) or not known.any()  # drawn anew each round
 
 

@@ -55,7 +55,7 @@ def test_ranks_are_nested_and_alive(random_adapter):
     state = method.init(start, seed=7)
     for rank, scale in ((1, 8.0), (2, 4.0), (4, 2.0), (2, 0.3)):
         sent = method.broadcast(state, Profile(0, rank, scale))
-        assert torch.equal(sent.held, sent.layout.mask("A"))
+        assert torch.equal(sent.known, sent.layout.mask("A"))
         for name, pair in sent.layout.unflatten(sent.vector).layers.items():
             whole = start.layers[name]
             assert pair.scale == scale

@@ -21,7 +21,7 @@ from rayfed.server.checkpoint import latest, load_tensors
 from rayfed.server.sampling import cohort
 from rayfed.tasks.federation import form_federation
 from rayfed.tasks.models.base import load_base
-from rayfed.tasks.models.spec import Blueprint, draw_blueprint
+from rayfed.tasks.models.spec import ModelSpec, describe_model
 
 ROUNDS = 5
 
@@ -39,7 +39,7 @@ class PeftClient:
 
     def __init__(self, experiment, federation):
         base = load_base(experiment.model, len(federation.classes), experiment.seed)
-        self.start = draw_blueprint(experiment, len(federation.classes)).start(experiment)
+        self.start = describe_model(experiment, len(federation.classes)).start(experiment)
         self.model = get_peft_model(base.model, peft_config(experiment, base.head)).eval()
         named = dict(self.model.named_parameters())
         self.parameters = []
@@ -121,8 +121,8 @@ def test_all_rounds_agree_with_the_reference(tiny, tmp_path, monkeypatch, densit
         f"server.rounds={ROUNDS}", f"server.optimizer={optimizer}", f"eval.every={ROUNDS}",
         f"wire.down.density={density}", f"wire.up.density={density}",
     )  # fmt: skip
-    fresh = Blueprint.start
-    monkeypatch.setattr(Blueprint, "start", lambda *arguments: random_start(fresh(*arguments)))
+    fresh = ModelSpec.start
+    monkeypatch.setattr(ModelSpec, "start", lambda *arguments: random_start(fresh(*arguments)))
     ours = run(experiment, tmp_path / "run")
     start = random_start(PeftClient(experiment, form_federation(experiment)).start)
     theirs = reference(experiment, start)

@@ -38,11 +38,11 @@ def test_base_gains_the_mean_of_products_and_nothing_is_lost(play, random_adapte
 def test_base_is_the_sum_of_the_news(play, random_adapter):
     method, train = FLoRA(), training(3)
     state = method.init(begun(random_adapter, False), seed=7)
-    assert method.news(state) is None
+    assert method.base_update(state) is None
     for cohort in COHORTS:
         before = {name: W.clone() for name, W in state.base.items()}
         state, _ = play(method, state, cohort, train)
-        news, R = method.news(state), sum(client.rank for client in cohort)
+        news, R = method.base_update(state), sum(client.rank for client in cohort)
         assert news.shape == (R * sum(out + inner for out, inner in SHAPES.values()),)
         assert news.dtype == torch.float32
         at = 0
@@ -81,7 +81,7 @@ def test_start_is_fresh_nested_alive_and_known(play, random_adapter):
             assert torch.equal(pair.A, A[:rank])
             assert bool((pair.A.norm(dim=1) > 0).all())
             assert not pair.B.any()
-    assert torch.equal(starts[2].held, ~starts[2].layout.mask("head"))
+    assert torch.equal(starts[2].known, ~starts[2].layout.mask("head"))
     assert starts[2].base is state.base
 
 
@@ -89,7 +89,7 @@ def test_restored_state_goes_on_to_the_same_bits(play, random_adapter):
     method = FLoRA()
     state, _ = play(method, method.init(begun(random_adapter, False), seed=7), COHORTS[0], training(4))
     again = method.restore(state.tensors(), json.loads(json.dumps(state.facts())), state.clients)
-    assert torch.equal(method.news(again), method.news(state))
+    assert torch.equal(method.base_update(again), method.base_update(state))
     assert method.layers(again) == method.layers(state)
     one, _ = play(method, state, COHORTS[1], training(5))
     two, _ = play(method, again, COHORTS[1], training(5))

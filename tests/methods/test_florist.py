@@ -52,18 +52,18 @@ def test_base_gains_the_leading_part_of_the_mean(play, random_adapter, tau):
             p, kept = cut_by_energy(D, tau)
             W[name] += kept
             assert relative(method.delta(state, name), W[name]) < 1e-6
-            assert tau == 1 or method.news(state)[i] == p  # at 1, singular values of rounding may come along
+            assert tau == 1 or method.base_update(state)[i] == p  # at 1, singular values of rounding may come along
             assert tau < 1 or np.allclose(kept, D)
 
 
 def test_base_is_the_sum_of_the_news(play, random_adapter):
     method, train = FLoRIST(tau=0.9), training(3)
     state = method.init(random_adapter(SHAPES, 4, 2.0, seed=1), seed=7)
-    assert method.news(state) is None
+    assert method.base_update(state) is None
     for cohort in COHORTS:
         before = {name: W.clone() for name, W in state.base.items()}
         state, _ = play(method, state, cohort, train)
-        news = method.news(state)
+        news = method.base_update(state)
         ranks, rest = news[: len(SHAPES)].int().tolist(), news[len(SHAPES) :]
         for name, p in zip(sorted(SHAPES), ranks):
             out, inner = SHAPES[name]
@@ -77,7 +77,7 @@ def test_a_small_share_of_energy_sends_less(play, random_adapter):
     for tau in (0.5, 0.99, 1.0):
         method = FLoRIST(tau=tau)
         state, _ = play(method, method.init(random_adapter(SHAPES, 4, 2.0, seed=1), seed=7), COHORTS[0], training(4))
-        sizes.append(method.news(state).numel())
+        sizes.append(method.base_update(state).numel())
     assert sizes[0] < sizes[1] < sizes[2]
 
 
@@ -86,7 +86,7 @@ def test_without_local_training_nothing_moves_and_nothing_is_sent(play, random_a
     first = method.init(random_adapter(SHAPES, 4, 2.0, seed=1), seed=7)
     state, _ = play(method, first, COHORTS[0])
     assert all(torch.equal(method.delta(state, name), method.delta(first, name)) for name in SHAPES)
-    assert torch.equal(method.news(state), torch.zeros(len(SHAPES)))
+    assert torch.equal(method.base_update(state), torch.zeros(len(SHAPES)))
     state, _ = play(method, state, COHORTS[1], training(5))
     assert all(not torch.equal(method.delta(state, name), method.delta(first, name)) for name in SHAPES)
 

@@ -55,15 +55,15 @@ def test_a_block_of_one_round_merges_the_mean_of_products(play, random_adapter):
 def test_blocks_open_afresh_and_close_with_news(play, random_adapter, block_rounds):
     method, train = RACLoRA(block_rounds=block_rounds), training(4)
     state = method.init(begun(random_adapter, False), seed=7)
-    assert method.news(state) is None
+    assert method.base_update(state) is None
     for t, cohort in enumerate(COHORTS, start=1):
         before = state
         start = method.broadcast(before, Profile(0, 2, 4.0))
         opening = (t - 1) % block_rounds == 0
-        assert torch.equal(start.held, start.layout.mask("A", "B") if opening else start.layout.mask("A"))
+        assert torch.equal(start.known, start.layout.mask("A", "B") if opening else start.layout.mask("A"))
         assert start.base is before.base
         state, _ = play(method, before, cohort, train)
-        news = method.news(state)
+        news = method.base_update(state)
         if t % block_rounds:
             assert news is None
             assert all(torch.equal(state.base[name], before.base[name]) for name in SHAPES)

@@ -92,14 +92,14 @@ def test_nobody_learns_nothing_moves(play, random_adapter):
 def test_what_does_not_travel_is_what_the_client_has(play, random_adapter):
     method, everybody = RoLoRA(down="changed"), COHORTS[2]
     state = start_state(method, random_adapter, zero_B=True)
-    assert method.broadcast(state, everybody[0]).held is None
+    assert method.broadcast(state, everybody[0]).known is None
     for t in range(4):
         has = state.vector
         state, _ = play(method, state, everybody, noise(t))
         start = method.broadcast(state, everybody[0])
-        assert torch.equal(start.vector[start.held], has[start.held])
-        assert torch.equal(~start.held, state.layout.mask("BA"[t % 2], "head"))
-    assert RoLoRA().broadcast(state, everybody[0]).held is None
+        assert torch.equal(start.vector[start.known], has[start.known])
+        assert torch.equal(~start.known, state.layout.mask("BA"[t % 2], "head"))
+    assert RoLoRA().broadcast(state, everybody[0]).known is None
 
 
 def test_restored_state_goes_on_with_the_same_bits(play, random_adapter):

@@ -83,7 +83,7 @@ def test_stage_one_moves_the_mask_only_and_only_the_mask_travels(play, random_ad
     state = begin(method, random_adapter)
     start = method.broadcast(state, COHORTS[0][0])
     trains = method.trainable(state, COHORTS[0][0]).whole(start.layout)
-    assert torch.equal(trains, ~start.held)
+    assert torch.equal(trains, ~start.known)
     assert int(trains.sum()) == int(0.4 * 35) + int(0.4 * 36) + 15
     adapter = start.layout.unflatten(start.vector)
     assert [adapter.layers[name].rank for name in SHAPES] == [5, 4]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.methods import METHODS, Profile, Summed, Trainable, Update, build
+from rayfed.methods import METHODS, PackSum, Profile, Trainable, Update, build
 from rayfed.methods.base import Sparse, mean_change
 
 ADAPTER = Adapter({"a": LowRank(torch.zeros(40, 3), torch.zeros(3, 30), 0.5)}, {"head": torch.zeros(1_100, 40)})
@@ -53,18 +53,18 @@ def test_both_forms_add_the_same_bits(density):
 def test_trainables_are_alike_only_if_they_surely_answer_alike():
     entries = torch.ones(N, dtype=torch.bool)
     plain = Trainable()
-    assert plain.alike(Trainable(rates={"A": 0.5}))  # a rate changes no choice
-    assert Trainable(entries=entries).alike(Trainable(entries=entries))
+    assert plain.same_support(Trainable(rates={"A": 0.5}))  # a rate changes no choice
+    assert Trainable(entries=entries).same_support(Trainable(entries=entries))
     for other in (
         Trainable(parts=("B",)), Trainable(received_only=True), Trainable(personal=("B",)), Trainable(entries=entries),
     ):  # fmt: skip
-        assert not plain.alike(other)
-    assert not Trainable(entries=entries).alike(Trainable(entries=entries.clone()))
+        assert not plain.same_support(other)
+    assert not Trainable(entries=entries).same_support(Trainable(entries=entries.clone()))
 
 
 def test_a_sum_of_packs_is_the_mean_within_rounding():
     cohort = [both(0.3, seed, 1.0 + seed)[0] for seed in range(7)]
-    packs = [Summed.of([(u.weight, u.moved) for u in pack], N) for pack in (cohort[:3], cohort[3:])]
+    packs = [PackSum.of([(u.weight, u.sparse_change) for u in pack], N) for pack in (cohort[:3], cohort[3:])]
     weights = torch.tensor([u.weight for u in cohort], dtype=torch.float64)
     dense = (weights[:, None] * torch.stack([u.change.double() for u in cohort])).sum(0) / weights.sum()
     size = (weights[:, None] * torch.stack([u.change.double().abs() for u in cohort])).sum(0) / weights.sum()
@@ -73,13 +73,13 @@ def test_a_sum_of_packs_is_the_mean_within_rounding():
 
 
 def test_a_sum_that_may_only_be_read_is_added(recwarn):
-    pack = Summed.of([(2.0, torch.ones(N))], N)
+    pack = PackSum.of([(2.0, torch.ones(N))], N)
     pack.total.flags.writeable = False  # as it comes out of Ray's object store
     assert torch.equal(mean_change([pack, pack], N), torch.ones(N))
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if build(name).linear])
+@pytest.mark.parametrize("name", [name for name in METHODS if build(name).sum_in_worker])
 def test_a_linear_method_asks_for_nothing_but_the_sum(name):
     """Its next state from sums of packs is that from the updates, to rounding; of whole numbers, to the bit."""
     method = build(name)
@@ -88,7 +88,7 @@ def test_a_linear_method_asks_for_nothing_but_the_sum(name):
         Update(Profile(k, 3), 1.0 + k % 2, torch.zeros(N), torch.arange(N).remainder(5 + k).float() - 2, LAYOUT)
         for k in range(6)
     ]
-    packs = [Summed.of([(u.weight, u.moved) for u in pack], N) for pack in (cohort[:2], cohort[2:])]
+    packs = [PackSum.of([(u.weight, u.sparse_change) for u in pack], N) for pack in (cohort[:2], cohort[2:])]
     whole, summed = (method.aggregate(state, iter(stream)) for stream in (cohort, packs))
     assert not torch.equal(whole.vector, state.vector)
     assert torch.equal(whole.vector, summed.vector)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import rayfed
-from rayfed.methods import METHODS, Card, build
+from rayfed.methods import METHODS, MethodInfo, build
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -24,7 +24,7 @@ def fedmedian(monkeypatch):
     module = types.ModuleType("rayfed.methods.fedmedian")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(source, "fedmedian.py", "exec"), module.__dict__)
-    registered = eval("{" + line + "}", {"Card": Card})
+    registered = eval("{" + line + "}", {"MethodInfo": MethodInfo})
     for name, card in registered.items():
         monkeypatch.setitem(METHODS, name, card)
     return build(*registered)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayfed import seeding as keys
+from rayfed import seeding
 from rayfed.config import Experiment, dump_config, load_config, validate
 from rayfed.errors import UserError
 from rayfed.profiles import client_profiles as module
@@ -193,7 +193,7 @@ def test_a_normal_law_of_one_rank() -> None:
 
 def test_the_rarest_draws_stay_in_range(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, end in ((0, 0), (2**63 - 1, -1)):
-        monkeypatch.setattr(keys, "derive", lambda *parts, key=key: key)
+        monkeypatch.setattr(seeding, "derive_seed", lambda *parts, key=key: key)
         assert 0 < module._u(0, 0) < 1
         assert profile(0, 1, make("uniform", rank=1000, low=3), 0).rank == (3, 1000)[end]
         assert profile(0, 1, make("normal", rank=1000, low=3), 0).rank == (3, 1000)[end]

@@ -14,7 +14,7 @@ from rayfed import wire
 from rayfed.errors import UserError
 from rayfed.reports import read, summary
 from rayfed.reports.compare import curve
-from rayfed.reports.heat_map import grids
+from rayfed.reports.heat_map import heat_maps
 from rayfed.reports.table import differing, front, rank_shares
 from rayfed.tracking import read_metrics
 
@@ -280,13 +280,13 @@ def test_a_map_has_the_best_on_validation_in_each_cell(write_run: Write) -> None
     ):  # fmt: skip
         overrides = f"wire.down.density={density}", f"wire.up.density={density}", f"lora.rank={rank}", f"client.lr={lr}"
         folders.append(write_run(f"r{len(folders)}", *overrides, eval=[value], test=[1 - value]))
-    (grid,) = grids(read(folders))
+    (grid,) = heat_maps(read(folders))
     assert (grid.axis, grid.densities, grid.ranks) == ("density, both ways", ["0.0625", "0.25"], ["4", "16"])
     assert {place: group.score for place, group in grid.cells.items()} == {
         (0, 0): 0.3, (0, 1): 0.4, (1, 0): 0.6, (1, 1): 0.8,
     }  # fmt: skip
     assert grid.chosen_among == ["client.lr"]
-    assert grids(read(folders[:2])) == []  # one density
+    assert heat_maps(read(folders[:2])) == []  # one density
 
 
 def test_ranks_are_shares_of_all_client_rounds(write_run: Write) -> None:

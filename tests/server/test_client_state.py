@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rayfed.errors import UserError
-from rayfed.server.client_state import ClientStore, Kept, digest_of
+from rayfed.server.client_state import ClientStore, StoredTensors, digest_of
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
@@ -15,8 +15,8 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
 
 def test_only_what_is_new_is_written(tmp_path):
     store = ClientStore(tmp_path)
-    first = store.settle({7: tensors(1.0), 2: tensors(2.0)}, 1)
-    second = store.settle({**first, 7: tensors(3.0)}, 2)
+    first = store.save({7: tensors(1.0), 2: tensors(2.0)}, 1)
+    second = store.save({**first, 7: tensors(3.0)}, 2)
     assert second[2] is first[2]
     assert torch.equal(second[7]["view"], tensors(3.0)["view"])
     assert torch.equal(first[7]["view"], tensors(1.0)["view"])
@@ -28,17 +28,17 @@ def test_only_what_is_new_is_written(tmp_path):
 
 
 def test_equal_bits_have_equal_digests(tmp_path):
-    one = ClientStore(tmp_path / "one").settle({1: tensors(1.0), 2: tensors(2.0)}, 1)
-    other = ClientStore(tmp_path / "other").settle({2: tensors(2.0), 1: tensors(1.0)}, 1)
-    changed = ClientStore(tmp_path / "changed").settle({1: tensors(1.0), 2: tensors(2.5)}, 1)
+    one = ClientStore(tmp_path / "one").save({1: tensors(1.0), 2: tensors(2.0)}, 1)
+    other = ClientStore(tmp_path / "other").save({2: tensors(2.0), 1: tensors(1.0)}, 1)
+    changed = ClientStore(tmp_path / "changed").save({1: tensors(1.0), 2: tensors(2.5)}, 1)
     assert digest_of(one) == digest_of(other) != digest_of(changed)
     assert digest_of({}) == ""
 
 
 def test_a_checkpoint_brings_it_back_and_prunes_the_rest(tmp_path):
     store = ClientStore(tmp_path)
-    old = store.settle({1: tensors(1.0)}, 1)
-    new = store.settle({**old, 1: tensors(2.0)}, 2)
+    old = store.save({1: tensors(1.0)}, 1)
+    new = store.save({**old, 1: tensors(2.0)}, 2)
     store.prune([store.to_json(new)])
     restored = store.restore(store.to_json(new))
     assert dict(restored[1]).keys() == {"view", "head"}
@@ -49,20 +49,20 @@ def test_a_checkpoint_brings_it_back_and_prunes_the_rest(tmp_path):
 
 @pytest.mark.parametrize("ask", [dict, len, list, lambda kept: kept["view"], lambda kept: kept.get("view")])
 def test_damage_is_found(tmp_path, ask):
-    kept = ClientStore(tmp_path).settle({1: tensors(1.0)}, 1)[1]
+    kept = ClientStore(tmp_path).save({1: tensors(1.0)}, 1)[1]
     data = bytearray(kept.path.read_bytes())
     data[-1] ^= 1
     kept.path.write_bytes(bytes(data))
     with pytest.raises(UserError, match="damaged"):
-        ask(Kept(kept.path, kept.round, kept.digest))
+        ask(StoredTensors(kept.path, kept.round, kept.digest))
     kept.path.unlink()
     with pytest.raises(UserError, match="damaged"):
-        ask(Kept(kept.path, kept.round, kept.digest))
+        ask(StoredTensors(kept.path, kept.round, kept.digest))
 
 
 def test_it_is_a_mapping_whose_file_is_read_through_once(tmp_path, monkeypatch):
     wanted = tensors(1.0)
-    kept = ClientStore(tmp_path).settle({1: wanted}, 1)[1]
+    kept = ClientStore(tmp_path).save({1: wanted}, 1)[1]
     whole = []
     read = type(kept.path).read_bytes
     monkeypatch.setattr(type(kept.path), "read_bytes", lambda path: whole.append(path) or read(path))

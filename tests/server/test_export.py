@@ -8,35 +8,35 @@ import torch
 from rayfed.lora.adapter import LowRank
 from rayfed.server.export import as_adapter, export
 from rayfed.tasks.models.base import load_base
-from rayfed.tasks.models.spec import Blueprint, draw_blueprint
+from rayfed.tasks.models.spec import ModelSpec, describe_model
 
 
 @pytest.fixture
-def blueprint(tiny) -> Blueprint:
-    return draw_blueprint(tiny(), 4)
+def model_spec(tiny) -> ModelSpec:
+    return describe_model(tiny(), 4)
 
 
-def changes_of(blueprint, rank, scale=1.0):
+def changes_of(model_spec, rank, scale=1.0):
     g = torch.Generator().manual_seed(0)
     return {
         name: LowRank(torch.randn(out, rank, generator=g), torch.randn(rank, inner, generator=g), scale)
-        for name, (out, inner) in blueprint.shapes.items()
+        for name, (out, inner) in model_spec.shapes.items()
     }
 
 
 @pytest.mark.parametrize("rank", [1, 3, 4])
-def test_what_fits_is_exact_whatever_its_scale(tiny, blueprint, rank):
-    changes = changes_of(blueprint, rank, scale=0.3)
-    adapter, lost = as_adapter(changes, blueprint.head, blueprint, tiny(), 4)
+def test_what_fits_is_exact_whatever_its_scale(tiny, model_spec, rank):
+    changes = changes_of(model_spec, rank, scale=0.3)
+    adapter, lost = as_adapter(changes, model_spec.head, model_spec, tiny(), 4)
     assert lost == 0.0
     for name, pair in adapter.layers.items():
         assert (pair.rank, pair.scale) == (4, 2.0)
         torch.testing.assert_close(pair.dense(), changes[name].dense(), rtol=1e-5, atol=1e-5)
 
 
-def test_what_does_not_fit_is_cut_to_the_best_of_the_rank_and_the_loss_is_stated(tiny, blueprint):
-    changes = {name: pair.dense() for name, pair in changes_of(blueprint, 9).items()}
-    adapter, lost = as_adapter(changes, blueprint.head, blueprint, tiny(), 4)
+def test_what_does_not_fit_is_cut_to_the_best_of_the_rank_and_the_loss_is_stated(tiny, model_spec):
+    changes = {name: pair.dense() for name, pair in changes_of(model_spec, 9).items()}
+    adapter, lost = as_adapter(changes, model_spec.head, model_spec, tiny(), 4)
     missing = total = 0.0
     for name, matrix in changes.items():
         U, S, Vh = torch.linalg.svd(matrix.double())
@@ -47,11 +47,11 @@ def test_what_does_not_fit_is_cut_to_the_best_of_the_rank_and_the_loss_is_stated
     assert lost == pytest.approx(missing / total, rel=1e-6)
 
 
-def test_peft_loads_an_adapter_of_another_rank(tiny, blueprint, tmp_path):
+def test_peft_loads_an_adapter_of_another_rank(tiny, model_spec, tmp_path):
     from peft import PeftModel
 
-    experiment, changes = tiny("export.adapter_rank=6"), changes_of(blueprint, 6)
-    facts = export(tmp_path, changes, blueprint.head, blueprint, experiment, ("a", "b", "c", "d"))
+    experiment, changes = tiny("export.adapter_rank=6"), changes_of(model_spec, 6)
+    facts = export(tmp_path, changes, model_spec.head, model_spec, experiment, ("a", "b", "c", "d"))
     assert facts == {"export/rank": 6, "export/lost_energy": 0.0, "export/base_dtype": "float32"}
     base = load_base(experiment.model, 4, experiment.seed)
     model = PeftModel.from_pretrained(base.model, str(tmp_path / "adapter"))
@@ -68,9 +68,9 @@ def test_merged_weights_load_with_transformers_alone(tiny, tiny_gpt2, tmp_path, 
     if kind == "gpt2":  # Conv1D keeps its weights transposed
         overrides += [f"model.name={tiny_gpt2}", "lora.target_modules=[c_attn]"]
     experiment = tiny(*overrides)
-    blueprint = draw_blueprint(experiment, 4)
-    changes = {name: pair.dense() for name, pair in changes_of(blueprint, 9).items()}
-    export(tmp_path, changes, blueprint.head, blueprint, experiment, ("a", "b", "c", "d"))
+    model_spec = describe_model(experiment, 4)
+    changes = {name: pair.dense() for name, pair in changes_of(model_spec, 9).items()}
+    export(tmp_path, changes, model_spec.head, model_spec, experiment, ("a", "b", "c", "d"))
     base = load_base(experiment.model, 4, experiment.seed).model
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     for name, matrix in changes.items():

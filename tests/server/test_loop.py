@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 import rayfed
 from rayfed import wire
-from rayfed.clients.trainer import Learner
+from rayfed.clients.trainer import Trainer
 from rayfed.errors import RunError, UserError
 from rayfed.server import checkpoint as checkpoints
-from rayfed.server.executor import Done, in_order
+from rayfed.server.executor import SubmissionResult, in_order
 from rayfed.tasks.federation import form_federation
 from rayfed.tasks.models.base import load_base
 
@@ -54,8 +54,8 @@ def test_every_record_has_the_public_keys(sparse_run):
 
 
 def test_the_servers_seconds_are_those_in_which_it_does_not_wait_for_clients(tiny, tmp_path, monkeypatch):
-    execute = Learner.execute
-    monkeypatch.setattr(Learner, "execute", lambda *given: time.sleep(0.05) or execute(*given))
+    execute = Trainer.execute
+    monkeypatch.setattr(Trainer, "execute", lambda *given: time.sleep(0.05) or execute(*given))
     for record in rayfed.run(tiny("eval.every=2"), out=tmp_path / "run").metrics:  # three packs of one client
         assert record["time/train_s"] - record["time/server_s"] >= 3 * 0.05
         assert 0 < record["time/server_s"] < record["time/train_s"] <= record["time/round_s"]
@@ -112,12 +112,12 @@ def test_the_masked_figures_are_of_the_model_under_the_rounds_first_mask(tiny, t
     layout = checkpoints.latest(folder, experiment.digest()).facts["layout"]
     from rayfed.clients.messages import EvalJob
     from rayfed.lora.adapter import Layout
-    from rayfed.tasks.models.spec import draw_blueprint
+    from rayfed.tasks.models.spec import describe_model
 
     federation = form_federation(experiment)
-    learner = Learner(experiment, federation, draw_blueprint(experiment, len(federation.classes)))
+    trainer = Trainer(experiment, federation, describe_model(experiment, len(federation.classes)))
     job = EvalJob("test", 0, len(federation.test), Layout.from_json(layout))
-    masked = learner.execute(job, [wire.encode(after * wire.top_mask(before, 0.1))])
+    masked = trainer.execute(job, [wire.encode(after * wire.top_mask(before, 0.1))])
     assert masked.loss / int(masked.count.sum()) == pytest.approx(result.metrics[-1]["test/loss_masked"], rel=1e-6)
     assert result.metrics[-1]["test/loss_masked"] != result.metrics[-1]["test/loss"]
 
@@ -288,7 +288,7 @@ def test_results_are_put_in_order_as_soon_as_they_can_be():
     def arrivals():
         for index in (2, 0, 1, 4, 3):
             taken.append(index)
-            yield Done(index, None)  # type: ignore[arg-type]
+            yield SubmissionResult(index, None)  # type: ignore[arg-type]
 
     seen = [(done.index, len(taken)) for done in in_order(arrivals())]
     assert [index for index, _ in seen] == [0, 1, 2, 3, 4]

@@ -10,28 +10,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rayfed
-from rayfed.clients.messages import Measured
+from rayfed.clients.messages import PackTiming
 from rayfed.clients.pack_timing import measure, train_pack
 from rayfed.config import load_config
-from rayfed.engine.local_executor import LocalCrew
+from rayfed.engine.local_executor import LocalExecutor
 from rayfed.errors import RunError, UserError
 from rayfed.server.loop import Server
-from rayfed.server.pack_size import Line, choose, line, measure_job, sizes_to_measure
-from rayfed.server.packs import client_costs
-from rayfed.server.sampling import cohort
+from rayfed.server.pack_size import LinearFit, choose_size, line, measure_job, sizes_to_measure
+from rayfed.server.sampling import client_costs, cohort
 from rayfed.tasks.federation import form_federation
-from rayfed.tasks.models.spec import draw_blueprint
+from rayfed.tasks.models.spec import describe_model
 
 PLENTY = 10**9
 
 
 def measured(sizes, fixed, each, taken=lambda k: 1):
     """Steps of ``fixed + each k`` seconds; a client has 10 tokens."""
-    return [Measured(k, 10.0 * k, fixed + each * k, taken(k)) for k in sizes]
+    return [PackTiming(k, 10.0 * k, fixed + each * k, taken(k)) for k in sizes]
 
 
 def size_of(fixed, each, cohort=12, workers=1, sizes=(1, 2, 4, 8, 12), memory=PLENTY, taken=lambda k: 1):
-    return choose(measured(sizes, fixed, each, taken), cohort, workers, memory).size
+    return choose_size(measured(sizes, fixed, each, taken), cohort, workers, memory).size
 
 
 def test_the_size_by_hand():
@@ -54,14 +53,14 @@ def test_memory_limits_the_size():
     assert size_of(4, 1, memory=(100 + 50 * 12) * 10 // 8, taken=taken) == 12
     assert size_of(4, 1, memory=(100 + 50 * 5) * 10 // 8, taken=taken) == 4  # 5 fit; 3 packs either way
     assert size_of(4, 1, memory=10, taken=taken) == 1
-    uneven = [Measured(1, 10, 5, 100), Measured(2, 20, 6, 400), Measured(3, 30, 7, 300)]
-    bytes_ = choose(uneven, 3, 1, PLENTY).bytes
+    uneven = [PackTiming(1, 10, 5, 100), PackTiming(2, 20, 6, 400), PackTiming(3, 30, 7, 300)]
+    bytes_ = choose_size(uneven, 3, 1, PLENTY).bytes
     assert all(bytes_.at(m.tokens) >= m.bytes * (1 - 1e-12) for m in uneven)
 
 
 def test_a_line_by_hand():
-    assert line([10], [5]) == Line(0.0, 0.5)
-    assert line([10, 20, 40], [7, 9, 13]) == Line(pytest.approx(5), pytest.approx(0.2))
+    assert line([10], [5]) == LinearFit(0.0, 0.5)
+    assert line([10, 20, 40], [7, 9, 13]) == LinearFit(pytest.approx(5), pytest.approx(0.2))
     assert line([10, 20], [1, 4]).fixed == 0  # its own would be negative
     assert line([10, 20], [4, 4 - 1e-3]).slope == 0
     assert line([10, 20], [0, 0]).at(30) == pytest.approx(0, abs=1e-9)
@@ -72,11 +71,11 @@ def test_a_line_by_hand():
     st.integers(1, 300), st.integers(1, 20), st.integers(0, 10**10),
 )  # fmt: skip
 def test_any_measurements_give_a_size_that_leaves_nobody_idle(found, cohort, workers, memory):
-    sizes = [Measured(k, 7.0 * k, seconds, taken) for k, seconds, taken in found]
-    chosen = choose(sizes, cohort, workers, memory)
+    sizes = [PackTiming(k, 7.0 * k, seconds, taken) for k, seconds, taken in found]
+    chosen = choose_size(sizes, cohort, workers, memory)
     assert 1 <= chosen.size <= min(-(-cohort // workers), max(k for k, *_ in found))
     assert min(chosen.seconds.fixed, chosen.seconds.slope, chosen.bytes.fixed, chosen.bytes.slope) >= 0
-    assert choose(sizes, cohort, workers, memory) == chosen
+    assert choose_size(sizes, cohort, workers, memory) == chosen
 
 
 def test_what_is_measured(tiny):
@@ -117,11 +116,11 @@ def chosen(tiny, tmp_path_factory):
 def test_the_number_is_written_down_with_what_it_was_chosen_from(chosen):
     out, size = chosen
     record = json.loads((out / "pack.json").read_text())
-    found = [Measured(**m) for m in record["measured"]]
+    found = [PackTiming(**m) for m in record["measured"]]
     assert [m.size for m in found][:2] == [1, 2]
     assert all(m.seconds > 0 and m.bytes >= 0 for m in found)
     assert (record["cohort"], record["workers"]) == (4, 1)
-    again = choose(found, record["cohort"], record["workers"], record["memory"])
+    again = choose_size(found, record["cohort"], record["workers"], record["memory"])
     assert size == record["size"] == again.size
     assert json.loads(json.dumps(again.to_json())) == record
     assert f"engine.pack=auto: packs of {size} (a step: " in (out / "events.log").read_text()
@@ -155,7 +154,7 @@ def test_a_worker_that_has_no_room_for_a_client_is_said_in_one_line(tiny, tmp_pa
 def test_measuring_ends_where_memory_does(tiny):
     experiment = tiny(*RUN, "engine.pack=auto", "server.cohort=6")
     federation = form_federation(experiment)
-    crew = LocalCrew(experiment, federation, draw_blueprint(experiment, len(federation.classes)))
+    executor = LocalExecutor(experiment, federation, describe_model(experiment, len(federation.classes)))
     job = measure_job(experiment, federation)
     tried = []
 
@@ -167,8 +166,8 @@ def test_measuring_ends_where_memory_does(tiny):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rayfed.clients.pack_timing.train_pack", small)
-        assert [m.size for m in measure(crew.learner, job.clients, job.sizes, PLENTY)] == [1, 2]
+        assert [m.size for m in measure(executor.trainer, job.clients, job.sizes, PLENTY)] == [1, 2]
         assert tried == [1] * 4 + [2] * 4 + [4]
-    assert [m.size for m in measure(crew.learner, job.clients, job.sizes, -1)] == [1]
+    assert [m.size for m in measure(executor.trainer, job.clients, job.sizes, -1)] == [1]
     assert job.sizes == (1, 2, 4, 6)
-    crew.close()
+    executor.close()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rayfed.config.training import Client
 from rayfed.methods import Profile
-from rayfed.server.packs import client_costs, plan_packs
+from rayfed.server.sampling import client_costs, plan_packs
 from rayfed.tasks.federation import form_federation
 
 

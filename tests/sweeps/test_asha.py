@@ -12,7 +12,7 @@ import ray
 from rayfed.config.search import Asha
 from rayfed.config.sweep import Sweep, load_sweep
 from rayfed.sweeps.asha import Halving, scheduler_of, shown
-from rayfed.sweeps.plan import Trial, plan
+from rayfed.sweeps.plan import Trial, plan_trials
 from rayfed.sweeps.sweep import run_sweep
 from rayfed.sweeps.table import line_of, table_of
 from rayfed.sweeps.trial import outcome, place, record_of, settle_stopped, work
@@ -79,7 +79,7 @@ def test_a_resumed_sweep_compares_with_what_was_there_before() -> None:
 
 def planned(path: Path) -> tuple[list[Trial], dict, Sweep]:
     settings, sweep = load_sweep(path)
-    return *plan(settings, sweep), sweep
+    return *plan_trials(settings, sweep), sweep
 
 
 def test_what_a_directory_vouches_for(sweep_file, tmp_path: Path) -> None:

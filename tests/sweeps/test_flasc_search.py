@@ -16,7 +16,7 @@ import pytest
 import rayfed
 from rayfed.config import load_config
 from rayfed.config.sweep import load_sweep
-from rayfed.sweeps.flasc_search import Search
+from rayfed.sweeps.flasc_search import FlascSearchRun
 from rayfed.sweeps.flasc_steps import walk
 from rayfed.sweeps.sweep import run_sweep
 from rayfed.tracking import read_metrics
@@ -137,7 +137,7 @@ def test_the_search_that_comes_with_rayfed_fits_its_budget(tmp_path: Path, monke
     """Every path through it: at most the nine probes of two rounds and the final nine that its file speaks of."""
     monkeypatch.setattr("rayfed.sweeps.flasc_search.check_trials", lambda *_: {})  # data and model are not asked
     path = Path(__file__).parents[2] / "configs" / "sweeps" / "flasc_search.yaml"
-    search = Search(*load_sweep(path), tmp_path)
+    search = FlascSearchRun(*load_sweep(path), tmp_path)
     assert (search.reserve, search.search.budget) == (9, 27)
     for prefer in ("rank", "density"):
         at = walk(search.search, "max", lambda probe: len(probe.path) + 0.5 * (probe.path[-1] == prefer), 9)  # noqa: B023

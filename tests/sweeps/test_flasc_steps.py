@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from rayfed.config.search import Search
+from rayfed.config.search import FlascSearch
 from rayfed.sweeps.flasc_steps import Probe, decision, neighbours, walk
 
 
-def search(**more) -> Search:
-    return Search(**({"kind": "flasc", "rank": 1, "density": 0.25, "factor": 2, "max_rank": 4, "rounds": 3} | more))
+def search(**more) -> FlascSearch:
+    return FlascSearch(
+        **({"kind": "flasc", "rank": 1, "density": 0.25, "factor": 2, "max_rank": 4, "rounds": 3} | more)
+    )
 
 
 def probe(rank: int, down: float, up: float) -> Probe:

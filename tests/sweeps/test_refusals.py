@@ -377,9 +377,9 @@ def test_which_trials_can_ever_run() -> None:
 
 def test_trials_on_a_gpu_say_how_they_share_it(sweep_file, monkeypatch) -> None:
     from rayfed.config.sweep import load_sweep
-    from rayfed.sweeps.plan import plan
+    from rayfed.sweeps.plan import plan_trials
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     path = sweep_file({"parameters": RATES}, engine={"device": "cuda", "gpus_per_worker": 0})
     with pytest.raises(UserError, match=r"^engine.gpus_per_worker: got 0, but in a sweep it says how much of a GPU"):
-        plan(*load_sweep(path))
+        plan_trials(*load_sweep(path))

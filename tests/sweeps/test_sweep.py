@@ -16,7 +16,7 @@ from wandb_files import runs
 import rayfed
 from rayfed.config.sweep import load_sweep
 from rayfed.errors import RunError, UserError
-from rayfed.sweeps.plan import Trial, plan
+from rayfed.sweeps.plan import Trial, plan_trials
 from rayfed.sweeps.sweep import run_sweep
 from rayfed.sweeps.trial import in_one_line, locked, outcome, place, record_of, work
 from rayfed.tracking import Fan, read_metrics
@@ -26,7 +26,7 @@ SWEEP = {"parameters": {"client.lr": {"grid": [0.02, 1e30, 0.05, 0.1]}}, "concur
 
 
 def planned(path: Path, *overrides: str) -> tuple[list[Trial], dict]:
-    return plan(*load_sweep(path, overrides))
+    return plan_trials(*load_sweep(path, overrides))
 
 
 def statuses(out: Path) -> dict[str, str]:

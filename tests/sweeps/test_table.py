@@ -10,7 +10,7 @@ import pytest
 from rayfed.config.sweep import Sweep, load_sweep
 from rayfed.profiles.client_profiles import check_profiles
 from rayfed.server.axes import resolve
-from rayfed.sweeps.plan import Trial, make_trials, plan
+from rayfed.sweeps.plan import Trial, make_trials, plan_trials
 from rayfed.sweeps.space import expand, names
 from rayfed.sweeps.table import figures, spread, table_of
 
@@ -36,7 +36,7 @@ def lines(trials: list[Trial]) -> list[dict[str, Any]]:
 @pytest.fixture
 def trials(sweep_file) -> list[Trial]:
     settings, sweep = load_sweep(sweep_file({"parameters": GRID}))
-    return plan(settings, sweep)[0]
+    return plan_trials(settings, sweep)[0]
 
 
 def section(**more: Any) -> Sweep:

@@ -13,7 +13,7 @@ from rayfed.config.training import Server
 from rayfed.lora.adapter import Adapter, LowRank, fresh_adapter, scale_of
 from rayfed.methods import METHODS
 from rayfed.server.optimizers import ServerOptimizer
-from rayfed.sweeps.warm_start import graft, grow, grow_moments
+from rayfed.sweeps.warm_start import grow, grow_moments, warm_start
 from rayfed.tracking import read_metrics
 
 SHAPES = {"a": (6, 10), "b": (9, 4)}
@@ -94,7 +94,7 @@ def test_continued_unchanged_it_is_the_unbroken_run(tiny_settings, tmp_path: Pat
     rayfed.run(experiment(tiny_settings, 3, **server), tmp_path / "a")
     longer = experiment(tiny_settings, 6, **server)
     (tmp_path / "b").mkdir()
-    graft(tmp_path / "a", tmp_path / "b", longer)
+    warm_start(tmp_path / "a", tmp_path / "b", longer)
     rayfed.run(longer, tmp_path / "b", resume=True)
     whole = rayfed.run(longer, tmp_path / "whole")
     for ours, theirs in zip(read_metrics(tmp_path / "b" / "metrics.jsonl"), whole.metrics, strict=True):
@@ -118,7 +118,7 @@ def test_continued_at_another_rate_it_is_the_run_whose_rate_changed(tiny_setting
     for rounds, rate in ((2, 0.04), (3, 0.06)):
         folder = tmp_path / str(rounds)
         folder.mkdir()
-        graft(source, folder, at(rate, rounds))
+        warm_start(source, folder, at(rate, rounds))
         rayfed.run(at(rate, rounds), folder, resume=True)
         source = folder
     whole = rayfed.run(at(0.08, 3, warmup=4), tmp_path / "whole").metrics
@@ -132,7 +132,7 @@ def test_continued_at_another_density_it_is_the_run_whose_density_decayed(tiny_s
     first = experiment(tiny_settings, 1, density=0.5)
     rayfed.run(first, tmp_path / "a")
     (tmp_path / "b").mkdir()
-    graft(tmp_path / "a", tmp_path / "b", experiment(tiny_settings, 2, density=0.25))
+    warm_start(tmp_path / "a", tmp_path / "b", experiment(tiny_settings, 2, density=0.25))
     ours = rayfed.run(experiment(tiny_settings, 2, density=0.25), tmp_path / "b", resume=True).metrics
     falling = {"density": 0.5, "decay": 0.5}
     whole = experiment(tiny_settings, 2).model_dump(mode="json") | {"wire": {"down": falling, "up": falling}}
@@ -148,7 +148,7 @@ def test_continued_at_another_rank_it_starts_from_the_same_gap(tiny_settings, tm
     still = tiny_settings | {"client": {"lr": 1e-30, "momentum": 0.0, "batch_size": 8, "steps": 1}}
     grown = experiment(still, 4, rank=4, density=1.0, optimizer="fedavg")
     (tmp_path / "b").mkdir()
-    graft(tmp_path / "a", tmp_path / "b", grown)
+    warm_start(tmp_path / "a", tmp_path / "b", grown)
     last = rayfed.run(grown, tmp_path / "b", resume=True).metrics
     assert [record["round"] for record in last] == [1, 2, 3, 4]
     assert last[3]["eval/gap"] == pytest.approx(first.metrics[-1]["eval/gap"], rel=1e-6)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayfed import seeding as keys
+from rayfed import seeding
 
 # Constants of the 32-bit finaliser "lowbias32" (Wellons 2018), as signed numbers; the second is below.
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
@@ -25,7 +25,7 @@ FIRST, SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
 def token_keys(client: int, lengths: Sequence[int]) -> np.ndarray:
     """(sum of lengths,) int32: a key for every token of a client's batch, row by row.
 
-    ``client`` is what `keys.derive` gave for this client, round and step: 63 bits; ``lengths`` are its rows' tokens.
+    ``client`` is what `seeding.derive_seed` gave for this client, round and step: 63 bits; ``lengths`` are its rows' tokens.
     """
     counts = np.asarray(lengths, np.int64)
     ends = np.cumsum(counts)
@@ -36,7 +36,7 @@ def token_keys(client: int, lengths: Sequence[int]) -> np.ndarray:
 
 def feature_keys(layer: str, width: int) -> Tensor:
     """(width,) int32: a key for every input feature of the layer of this name."""
-    start = np.uint64(keys.derive(0, "dropout.features", layer))
+    start = np.uint64(seeding.derive_seed(0, "dropout.features", layer))
     return torch.from_numpy(_upper(_mixed(start + np.arange(width, dtype=np.uint64))))
 
 

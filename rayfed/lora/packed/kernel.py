@@ -9,7 +9,7 @@ For the rows of slot k, with u their (dropped-out) input, x the input itself and
 
 The scale stands on the narrow side: r columns to multiply instead of out. Nothing as wide as the layer is made that
 could be added in place; autograd's own way through the same equations makes several such temporaries. A batch whose
-runs are taken together (`Shares.together`) needs as many products for K slots as for one: each line above is batched.
+runs are taken together (`Segments.batched`) needs as many products for K slots as for one: each line above is batched.
 
 Shape suffixes: K runs, C entries of the longest; R largest rank, I layer input, O layer output.
 """
@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayfed.device import sent
+from rayfed.device import to_device
 from rayfed.lora.adapter import LowRank
-from rayfed.lora.packed.segments import Shares
+from rayfed.lora.packed.segments import Segments
 
 
 @dataclass
@@ -41,54 +41,54 @@ class Fixed:
         """The scales, (slots, 1, 1), in the type and on the device of ``like``."""
         if like.dtype not in self._tensors:
             made = torch.tensor(self.scales, dtype=like.dtype).view(-1, 1, 1)
-            self._tensors[like.dtype] = sent(made, like.device)
+            self._tensors[like.dtype] = to_device(made, like.device)
         return self._tensors[like.dtype]
 
-    def changes(self, shares: Shares, each: int) -> Iterator[tuple[slice, LowRank | Tensor]]:
+    def changes(self, runs: Segments, each: int) -> Iterator[tuple[slice, LowRank | Tensor]]:
         """The frozen changes and the rows they apply to; neighbours with the same change come as one."""
         if not any(change is not None for change in self.frozen):
             return
-        ends = [0, *accumulate(each * size for size in shares.sizes)]
-        for _, run in groupby(range(len(shares.slots)), lambda i: id(self.frozen[shares.slots[i]])):
+        ends = [0, *accumulate(each * size for size in runs.sizes)]
+        for _, run in groupby(range(len(runs.slots)), lambda i: id(self.frozen[runs.slots[i]])):
             first, *rest = run
-            change = self.frozen[shares.slots[first]]
+            change = self.frozen[runs.slots[first]]
             if change is not None:
                 yield slice(ends[first], ends[(rest or [first])[-1] + 1]), change
 
 
-def change(y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, shares: Shares, fixed: Fixed) -> Tensor:
-    """``y`` plus the change, in place. y (rows, ..., O); x and u (rows, ..., I), or tokens as ``shares`` has them."""
-    result: Tensor = _Change.apply(y.contiguous(), x, u, A_KRI, B_KOR, shares, fixed)
+def change(y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, runs: Segments, fixed: Fixed) -> Tensor:
+    """``y`` plus the change, in place. y (rows, ..., O); x and u (rows, ..., I), or tokens as ``runs`` has them."""
+    result: Tensor = _Change.apply(y.contiguous(), x, u, A_KRI, B_KOR, runs, fixed)
     return result
 
 
 class _Change(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, shares: Shares, fixed: Fixed
+        ctx: Any, y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, runs: Segments, fixed: Fixed
     ) -> Tensor:
         flat_y, flat_x, flat_u = (t.reshape(-1, t.shape[-1]) for t in (y, x, u.to(A_KRI.dtype)))
-        each = len(flat_y) // shares.count  # rows of the flat form per row, or token, that is shared out
-        if shares.together:
-            z_KCR = torch.bmm(shares.grid(flat_u), shares.of(A_KRI).mT).mul_(shares.of(fixed.scales_as(A_KRI)))
-            if shares.even:
-                _add(shares.grid(flat_y), z_KCR, shares.of(B_KOR).mT)
+        each = len(flat_y) // runs.count  # rows of the flat form per row, or token, that is shared out
+        if runs.batched:
+            z_KCR = torch.bmm(runs.grid(flat_u), runs.of(A_KRI).mT).mul_(runs.of(fixed.scales_as(A_KRI)))
+            if runs.even:
+                _add(runs.grid(flat_y), z_KCR, runs.of(B_KOR).mT)
             else:
-                flat_y += shares.row(torch.bmm(z_KCR, shares.of(B_KOR).mT))
+                flat_y += runs.row(torch.bmm(z_KCR, runs.of(B_KOR).mT))
             narrow = [z_KCR]
         else:
             narrow = []
-            for k, rows in _rows(shares, each):
+            for k, rows in _rows(runs, each):
                 z = (flat_u[rows] @ A_KRI[k].T).mul_(fixed.scales[k])
                 _add(flat_y[rows], z, B_KOR[k].T)
                 narrow.append(z)
-        for rows, frozen in fixed.changes(shares, each):
+        for rows, frozen in fixed.changes(runs, each):
             if isinstance(frozen, LowRank):
                 _add(flat_y[rows], (flat_x[rows].to(frozen.A.dtype) @ frozen.A.T).mul_(frozen.scale), frozen.B.T)
             else:
                 _add(flat_y[rows], flat_x[rows], frozen.T)
         ctx.save_for_backward(u, A_KRI, B_KOR, *narrow)
-        ctx.shares, ctx.fixed, ctx.each, ctx.x_shape = shares, fixed, each, x.shape
+        ctx.runs, ctx.fixed, ctx.each, ctx.x_shape = runs, fixed, each, x.shape
         ctx.mark_dirty(y)
         return y
 
@@ -96,14 +96,14 @@ class _Change(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         u, A_KRI, B_KOR, *narrow = ctx.saved_tensors
-        shares, fixed = ctx.shares, ctx.fixed
+        runs, fixed = ctx.runs, ctx.fixed
         _, need_x, *needs, _, _ = ctx.needs_input_grad
         flat_dy = dy.reshape(-1, dy.shape[-1])
         wide, flat_u = flat_dy.to(A_KRI.dtype), u.to(A_KRI.dtype).reshape(-1, u.shape[-1])
-        way_back = _together if shares.together else _one_by_one
-        du, dA, dB = way_back(wide, flat_u, A_KRI, B_KOR, narrow, shares, fixed, needs)
+        way_back = _batched if runs.batched else _one_by_one
+        du, dA, dB = way_back(wide, flat_u, A_KRI, B_KOR, narrow, runs, fixed, needs)
         dx = None
-        for rows, frozen in fixed.changes(shares, ctx.each) if need_x else ():
+        for rows, frozen in fixed.changes(runs, ctx.each) if need_x else ():
             dx = flat_dy.new_zeros(len(flat_dy), u.shape[-1]) if dx is None else dx
             if isinstance(frozen, LowRank):
                 _add(dx[rows], (wide[rows] @ frozen.B).mul_(frozen.scale), frozen.A)
@@ -116,33 +116,33 @@ class _Change(torch.autograd.Function):
 Found = tuple[Tensor | None, Tensor | None, Tensor | None]  # du, dA, dB
 
 
-def _together(
-    dy: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, narrow: list[Tensor], shares: Shares, fixed: Fixed,
+def _batched(
+    dy: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, narrow: list[Tensor], runs: Segments, fixed: Fixed,
     needs: list[bool],
 ) -> Found:  # fmt: skip
     need_u, need_A, need_B = needs
     du, dA, dB = None, None, None
-    dy_KCO = shares.grid(dy)
+    dy_KCO = runs.grid(dy)
     if need_B:
-        dB = shares.into(torch.bmm(dy_KCO.mT, narrow[0]), len(B_KOR))
+        dB = runs.into(torch.bmm(dy_KCO.mT, narrow[0]), len(B_KOR))
     if need_A or need_u:
-        h_KCR = torch.bmm(dy_KCO, shares.of(B_KOR)).mul_(shares.of(fixed.scales_as(A_KRI)))
+        h_KCR = torch.bmm(dy_KCO, runs.of(B_KOR)).mul_(runs.of(fixed.scales_as(A_KRI)))
         if need_A:
-            dA = shares.into(torch.bmm(h_KCR.mT, shares.grid(u)), len(A_KRI))
+            dA = runs.into(torch.bmm(h_KCR.mT, runs.grid(u)), len(A_KRI))
         if need_u:
-            du = shares.row(torch.bmm(h_KCR, shares.of(A_KRI)))
+            du = runs.row(torch.bmm(h_KCR, runs.of(A_KRI)))
     return du, dA, dB
 
 
 def _one_by_one(
-    dy: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, narrow: list[Tensor], shares: Shares, fixed: Fixed,
+    dy: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, narrow: list[Tensor], runs: Segments, fixed: Fixed,
     needs: list[bool],
 ) -> Found:  # fmt: skip
     need_u, need_A, need_B = needs
     du = torch.empty_like(u) if need_u else None
     dA = torch.zeros_like(A_KRI) if need_A else None
     dB = torch.zeros_like(B_KOR) if need_B else None
-    for z, (k, rows) in zip(narrow, _rows(shares, len(u) // shares.count), strict=True):
+    for z, (k, rows) in zip(narrow, _rows(runs, len(u) // runs.count), strict=True):
         if dB is not None:
             torch.mm(dy[rows].T, z, out=dB[k])
         if dA is not None or du is not None:
@@ -154,10 +154,10 @@ def _one_by_one(
     return du, dA, dB
 
 
-def _rows(shares: Shares, each: int) -> Iterator[tuple[int, slice]]:
+def _rows(runs: Segments, each: int) -> Iterator[tuple[int, slice]]:
     """Each slot and its rows of the flat form."""
     start = 0
-    for slot, size in zip(shares.slots, shares.sizes):
+    for slot, size in zip(runs.slots, runs.sizes):
         yield slot, slice(start, start + each * size)
         start += each * size
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rayfed.device import sent
+from rayfed.device import to_device
 from rayfed.lora.adapter import LowRank
 from rayfed.lora.packed.dropout import dropped, feature_keys
 from rayfed.lora.packed.kernel import Fixed, change
@@ -36,15 +36,15 @@ class StackedLora(nn.Module):
         self.B_KOR = nn.Parameter(torch.zeros(0, outer, 1))
         self.R_KRR: nn.Parameter | None = None  # the core between B and A, where a method has one
         self.fixed = Fixed([], [])
-        self.features_I = sent(feature_keys(name, inner), self.device) if dropout else None
+        self.features_I = to_device(feature_keys(name, inner), self.device) if dropout else None
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        shares = self.batch.shares(x)
-        keys = shares.keys(x.shape[:-1]) if self.features_I is not None else None
+        runs = self.batch.segments_of(x)
+        keys = runs.keys(x.shape[:-1]) if self.features_I is not None else None
         u = x if keys is None or self.features_I is None else dropped(x, self.dropout, keys, self.features_I)
         B_KOR = self.B_KOR if self.R_KRR is None else self.B_KOR @ self.R_KRR
-        return change(y, x, u, self.A_KRI, B_KOR, shares, self.fixed)
+        return change(y, x, u, self.A_KRI, B_KOR, runs, self.fixed)
 
     @torch.no_grad()
     def load(self, pairs: Sequence[LowRank | None], frozen: Sequence[LowRank | Tensor | None] = ()) -> None:
@@ -65,8 +65,8 @@ class StackedLora(nn.Module):
         cores = {pair.R is not None for pair in pairs if pair is not None}
         if len(cores) > 1:
             raise ValueError("pairs with a core and pairs without one do not fit into one stack")
-        self.A_KRI, self.B_KOR = (nn.Parameter(sent(t, self.device)) for t in (A_KRI, B_KOR))
-        self.R_KRR = nn.Parameter(sent(R_KRR, self.device)) if True in cores else None
+        self.A_KRI, self.B_KOR = (nn.Parameter(to_device(t, self.device)) for t in (A_KRI, B_KOR))
+        self.R_KRR = nn.Parameter(to_device(R_KRR, self.device)) if True in cores else None
         there: dict[int, LowRank | Tensor | None] = {}  # clients that share a change share it on the device, too
         for below in frozen:
             if id(below) not in there:
@@ -76,8 +76,8 @@ class StackedLora(nn.Module):
 
     def _there(self, frozen: LowRank | Tensor | None) -> LowRank | Tensor | None:
         if isinstance(frozen, LowRank):
-            return LowRank(sent(frozen.B, self.device), sent(frozen.A, self.device), frozen.scale)
-        return None if frozen is None else sent(frozen, self.device)
+            return LowRank(to_device(frozen.B, self.device), to_device(frozen.A, self.device), frozen.scale)
+        return None if frozen is None else to_device(frozen, self.device)
 
 
 class StackedLinear(nn.Module):
@@ -94,21 +94,21 @@ class StackedLinear(nn.Module):
     @torch.no_grad()
     def load(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> None:
         """Makes a slot for every weight (out, in), with its bias (out,) where the layer has one."""
-        self.weight_KOI = nn.Parameter(sent(torch.stack(list(weights)).to(self.weight_KOI.dtype), self.device))
+        self.weight_KOI = nn.Parameter(to_device(torch.stack(list(weights)).to(self.weight_KOI.dtype), self.device))
         if self.bias_KO is not None:
-            self.bias_KO = nn.Parameter(sent(torch.stack(list(biases)).to(self.bias_KO.dtype), self.device))
+            self.bias_KO = nn.Parameter(to_device(torch.stack(list(biases)).to(self.bias_KO.dtype), self.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        shares, x = self.batch.shares(x), x.to(self.weight_KOI.dtype)
-        if shares.together:
-            y_KCO = torch.bmm(shares.grid(x.reshape(-1, x.shape[-1])), shares.of(self.weight_KOI).mT)
+        runs, x = self.batch.segments_of(x), x.to(self.weight_KOI.dtype)
+        if runs.batched:
+            y_KCO = torch.bmm(runs.grid(x.reshape(-1, x.shape[-1])), runs.of(self.weight_KOI).mT)
             if self.bias_KO is not None:
-                y_KCO = y_KCO + shares.of(self.bias_KO)[:, None]
-            y = shares.row(y_KCO)
+                y_KCO = y_KCO + runs.of(self.bias_KO)[:, None]
+            y = runs.row(y_KCO)
         else:
             biases = [None] * len(self.weight_KOI) if self.bias_KO is None else list(self.bias_KO)
-            runs = zip(shares.slots, shares.each(x))
-            y = torch.cat([nn.functional.linear(run, self.weight_KOI[k], biases[k]) for k, run in runs])
+            parts = zip(runs.slots, runs.each(x))
+            y = torch.cat([nn.functional.linear(part, self.weight_KOI[k], biases[k]) for k, part in parts])
         return y.view(*x.shape[:-1], self.out_features)
 
 

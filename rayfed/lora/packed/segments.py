@@ -2,7 +2,7 @@
 
 Rows lie one below the other in the first dimension, padded to one length, or their tokens lie end to end without any
 padding (`rayfed.tasks.models.unpadded`); which of the two, a tensor's shape tells. What layers need to know about either is found
-once a batch and kept in a `Shares`.
+once a batch and kept in a `Segments`.
 
 Shape suffixes: K runs, each of a slot of its own; C entries of the longest run.
 """
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayfed.device import sent
+from rayfed.device import to_device
 from rayfed.lora.packed.dropout import token_keys
-from rayfed.lora.packed.ragged import Grid
+from rayfed.lora.packed.ragged import RaggedIndex
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,17 @@ class Batch:
 
     def __init__(self) -> None:
         self.segments: Sequence[Segment] = []
-        self._shares: dict[bool, Shares] = {}
+        self._segments: dict[bool, Segments] = {}
 
     @contextmanager
-    def of(self, segments: Sequence[Segment]) -> Iterator[None]:
-        self.segments, self._shares = segments, {}
+    def using(self, segments: Sequence[Segment]) -> Iterator[None]:
+        self.segments, self._segments = segments, {}
         try:
             yield
         finally:
-            self.segments, self._shares = [], {}
+            self.segments, self._segments = [], {}
 
-    def shares(self, x: Tensor) -> Shares:
+    def segments_of(self, x: Tensor) -> Segments:
         """How ``x`` is shared out: by rows (rows, ..., I), or by tokens (1, tokens, I) or (tokens, I), end to end.
 
         ValueError where rows are not what the segments announced.
@@ -70,15 +70,15 @@ class Batch:
                     f"the batch has {x.shape[0]} rows, its segments {rows} of {tokens} tokens: "
                     "rows stay whole and in order"
                 )
-        if flat not in self._shares:
-            self._shares[flat] = Shares(self.segments, flat, x.device)
-        return self._shares[flat]
+        if flat not in self._segments:
+            self._segments[flat] = Segments(self.segments, flat, x.device)
+        return self._segments[flat]
 
 
-class Shares:
+class Segments:
     """Runs of rows (``flat``: of tokens), each of a slot of its own, in the order of the batch.
 
-    ``together``: the runs are computed in one product for all, side by side in a grid. That pays where they are equally
+    ``batched``: the runs are computed in one product for all, side by side in a grid. That pays where they are equally
     long, and on a device that is slow to start a product always; a CPU takes runs of different length one by one.
     """
 
@@ -88,7 +88,7 @@ class Shares:
         self.sizes = [s.tokens if flat else s.rows for s in segments]
         self.count = sum(self.sizes)
         self.even = len(set(self.sizes)) == 1
-        self.together = device.type != "cpu" or (self.even and len(segments) > 1)
+        self.batched = device.type != "cpu" or (self.even and len(segments) > 1)
         self._keys: dict[tuple[int, ...], Tensor] = {}
 
     def each(self, x: Tensor) -> list[Tensor]:
@@ -98,14 +98,14 @@ class Shares:
     def grid(self, x: Tensor) -> Tensor:
         """(count * m, I) -> (K, C * m, I): the runs side by side, zeros behind the shorter ones; a view where even."""
         K, width = len(self.slots), x.shape[-1]
-        return (x if self.even else self._grid.spread(x.reshape(self.count, -1))).view(K, -1, width)
+        return (x if self.even else self._grid.pad(x.reshape(self.count, -1))).view(K, -1, width)
 
     def row(self, grid: Tensor) -> Tensor:
         """`grid` turned back: (K, C * m, I) -> (count * m, I)."""
         width = grid.shape[-1]
         if self.even:
             return grid.reshape(-1, width)
-        return self._grid.gather(grid.reshape(self._grid.lines * self._grid.longest, -1)).view(-1, width)
+        return self._grid.unpad(grid.reshape(self._grid.lines * self._grid.longest, -1)).view(-1, width)
 
     def of(self, stacked: Tensor) -> Tensor:
         """The runs' slots of something stacked (slots, ...): (K, ...), a view where the slots follow each other."""
@@ -142,8 +142,8 @@ class Shares:
         return self._sent(torch.tensor(self.slots))
 
     @cached_property
-    def _grid(self) -> Grid:
-        return Grid(self.sizes, self.device)
+    def _grid(self) -> RaggedIndex:
+        return RaggedIndex(self.sizes, self.device)
 
     def _sent(self, tensor: Tensor) -> Tensor:
-        return sent(tensor, self.device)
+        return to_device(tensor, self.device)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rayfed.device import sent
+from rayfed.device import to_device
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, Layout, LowRank
 from rayfed.lora.packed.layers import StackedLinear, StackedLora, layer_shape
@@ -124,7 +124,7 @@ class Stack:
             _replace(model, name, stacked)
             self.head[name] = stacked
         self.dropout = dropout
-        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._snapshots: dict[tuple[str, str], Tensor] = {}
 
     def tensors(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """(name, part, stacked parameter (K, ...)) for every trainable tensor; names as in `Layout`."""
@@ -155,28 +155,28 @@ class Stack:
         for name, linear in self.head.items():
             biases = [a.head[f"{name}.bias"] for a in adapters] if linear.bias_KO is not None else []
             linear.load([a.head[f"{name}.weight"] for a in adapters], biases)
-        self._kept = {}
+        self._snapshots = {}
 
     @torch.no_grad()
-    def keep(self, slots: Sequence[int]) -> None:
+    def snapshot(self, slots: Sequence[int]) -> None:
         """Takes down what these slots hold now, for `read`: what trains on beside them changes it no more.
 
         However many slots these are, they cost a few operations for every tensor, and wait for none of them.
         """
         for name, part, parameter in self.tensors():
-            kept = self._kept.get((name, part))
+            kept = self._snapshots.get((name, part))
             if len(slots) == len(parameter):
-                self._kept[name, part] = parameter.detach().clone()
+                self._snapshots[name, part] = parameter.detach().clone()
                 continue
             if kept is None:
-                kept = self._kept[name, part] = torch.zeros_like(parameter)
-            index = sent(torch.tensor(slots), parameter.device)
+                kept = self._snapshots[name, part] = torch.zeros_like(parameter)
+            index = to_device(torch.tensor(slots), parameter.device)
             kept.index_copy_(0, index, parameter.index_select(0, index))
 
     def read(self, layouts: Sequence[Layout]) -> list[Tensor]:
         """What every slot held when it was kept, as flat vectors (n,) on the CPU; it is let go of."""
-        kept = {place: tensor.to("cpu") for place, tensor in self._kept.items()}
-        self._kept = {}
+        kept = {place: tensor.to("cpu") for place, tensor in self._snapshots.items()}
+        self._snapshots = {}
         return [
             torch.cat([self.crop(kept[e.name, e.part][k], e.part, e.shape).reshape(-1) for e in layout.entries])
             for k, layout in enumerate(layouts)

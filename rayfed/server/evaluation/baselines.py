@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rayfed.clients.local_training import Member, train_pack
+from rayfed.clients.local_training import PackMember, train_pack
 from rayfed.config import Experiment
 from rayfed.lora.adapter import Adapter
 from rayfed.lora.packed.segments import Segment
@@ -93,7 +93,7 @@ def _same_rounds(
         for c in cohort(federation.holders, experiment.server.cohort, experiment.seed, t):
             rows = federation.rows_of(c)
             (trained,) = train_pack(
-                stack, logits, train, 0, [Member(c, state.layout, state.vector, everything, rows)], experiment.client,
+                stack, logits, train, 0, [PackMember(c, state.layout, state.vector, everything, rows)], experiment.client,
                 lr=lr, t=t, seed=experiment.seed, device=torch.device("cpu"),
             )  # fmt: skip
             weight = float(len(rows)) if axes.weights == "examples" else 1.0
@@ -101,6 +101,6 @@ def _same_rounds(
             updates.append(Update(profile(c, len(rows), experiment, t), weight, state.vector, change, state.layout))
         state = method.aggregate(state, updates, axes.optimizer.advance)
     stack.load([state.layout.unflatten(state.vector)])
-    with torch.no_grad(), stack.batch.of([Segment(0, len(test.labels))]):
+    with torch.no_grad(), stack.batch.using([Segment(0, len(test.labels))]):
         right = logits({"features": test.features}).argmax(-1) == test.labels
     return float(right.double().mean())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rayfed.lora.adapter import LowRank
 from rayfed.methods import Method, Update
-from rayfed.methods.base import Base
+from rayfed.methods.base import BaseChange
 
 
 class Diagnostics:
@@ -30,7 +30,7 @@ class Diagnostics:
         self._bases: dict[str, Tensor] = {}
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}  # sums of s B (out, r_max) and of A (r_max, in)
 
-    def see(self, update: Update, base: Base) -> None:
+    def see(self, update: Update, base: BaseChange) -> None:
         """Adds one client: what it trained, over the base it trained on."""
         self._weight += update.weight
         for name, trained in update.trained.layers.items():

@@ -14,7 +14,7 @@ from rayfed import wire
 from rayfed.clients.messages import EvalJob, EvalResult, FeatureJob, FeatureResult, Result, SplitName
 from rayfed.lora.adapter import Layout
 from rayfed.server.evaluation.baselines import FeatureRows
-from rayfed.server.executor import Crew, Task, results
+from rayfed.server.executor import Executor, Submission, results
 from rayfed.tasks.federation import Federation
 
 BATCHES_PER_JOB = 4  # small enough to share a split among workers, large enough to pay for the trip
@@ -27,7 +27,7 @@ def spans(rows: int, batch_size: int) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Measured:
+class SplitSums:
     """Sums over a split: cross-entropy in nats; correct predictions and rows by class, both (classes,) int64."""
 
     loss: float
@@ -41,15 +41,15 @@ Slot = tuple[str, SplitName]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is to be measured: tasks for a crew, to be done whenever it suits; what they find is told afterwards."""
+    """What is to be measured: tasks for a executor, to be done whenever it suits; what they find is told afterwards."""
 
-    tasks: tuple[Task, ...] = ()
+    tasks: tuple[Submission, ...] = ()
     slots: tuple[Slot, ...] = ()  # of each task
     asked: tuple[Slot, ...] = ()  # all of them, those of splits without rows too
 
     @classmethod
     def of(
-        cls, crew: Crew, federation: Federation, models: Mapping[str, tuple[Tensor, Layout]],
+        cls, executor: Executor, federation: Federation, models: Mapping[str, tuple[Tensor, Layout]],
         splits: Sequence[SplitName], batch_size: int, classes: tuple[int, ...] | None = None,
     ) -> Evaluation:  # fmt: skip
         """Every model on every split; with ``classes``, on the rows of these classes alone.
@@ -57,23 +57,23 @@ class Evaluation:
         ``models`` maps a suffix to a flat vector (n,) and its layout. The vectors reach the workers losslessly and are
         no client traffic.
         """
-        tasks: list[Task] = []
+        tasks: list[Submission] = []
         slots: list[Slot] = []
         for suffix, (vector, layout) in models.items():
-            handle = crew.put(wire.encode(vector))
+            handle = executor.put(wire.encode(vector))
             for split in splits:
                 for start, stop in spans(len(getattr(federation, split)), batch_size):
-                    tasks.append(Task(EvalJob(split, start, stop, layout, classes), (handle,)))
+                    tasks.append(Submission(EvalJob(split, start, stop, layout, classes), (handle,)))
                     slots.append((suffix, split))
         return cls(tuple(tasks), tuple(slots), tuple((suffix, split) for suffix in models for split in splits))
 
-    def sums(self, results: Sequence[Result]) -> dict[Slot, Measured]:
+    def sums(self, results: Sequence[Result]) -> dict[Slot, SplitSums]:
         """The sums of each model on each split that has rows; ``results`` in the order of the tasks."""
         found: dict[Slot, list[EvalResult]] = {}
         for slot, result in zip(self.slots, results, strict=True):
             found.setdefault(slot, []).append(cast(EvalResult, result))
         return {
-            slot: Measured(
+            slot: SplitSums(
                 sum(r.loss for r in parts),
                 torch.stack([r.correct for r in parts]).sum(0),
                 torch.stack([r.count for r in parts]).sum(0),
@@ -97,9 +97,9 @@ class Evaluation:
         return metrics
 
 
-def features(crew: Crew, federation: Federation, split: SplitName, batch_size: int) -> FeatureRows:
+def features(executor: Executor, federation: Federation, split: SplitName, batch_size: int) -> FeatureRows:
     """The frozen base's features of a split, in the split's own order of rows."""
-    tasks = [Task(FeatureJob(split, *span)) for span in spans(len(getattr(federation, split)), batch_size)]
-    found = [cast(FeatureResult, result) for result in results(crew.run(tasks))]
+    tasks = [Submission(FeatureJob(split, *span)) for span in spans(len(getattr(federation, split)), batch_size)]
+    found = [cast(FeatureResult, result) for result in results(executor.run(tasks))]
     place = np.argsort(np.argsort(getattr(federation, split).lengths, kind="stable"))  # jobs count by length
     return FeatureRows(torch.cat([r.features for r in found])[place], torch.cat([r.labels for r in found])[place])

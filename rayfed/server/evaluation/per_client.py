@@ -18,10 +18,9 @@ import numpy as np
 from rayfed.config import Experiment
 from rayfed.methods import Method
 from rayfed.profiles.client_profiles import profile
-from rayfed.server.downlink import Downlink
+from rayfed.server.downlink import Downlink, received_model
 from rayfed.server.evaluation.evaluate import Evaluation
-from rayfed.server.evaluation.tiers import received_model
-from rayfed.server.executor import Crew, results
+from rayfed.server.executor import Executor, results
 from rayfed.tasks.data.tokens import Tokens
 from rayfed.tasks.federation import Federation
 
@@ -29,13 +28,13 @@ QUANTILES = (10, 50, 90)  # percent of the clients
 
 
 def client_metrics(
-    method: Method, state: Any, experiment: Experiment, federation: Federation, t: int, crew: Crew
+    method: Method, state: Any, experiment: Experiment, federation: Federation, t: int, executor: Executor
 ) -> dict[str, float | None]:
     """Mean and quantiles over the clients with data of what each gets of ``state``, after round ``t`` (from 0).
 
     Keys: `test/accuracy_clients` and `test/accuracy_clients_p10`, `..._p50`, `..._p90`.
     """
-    each = client_accuracies(method, state, experiment, federation, t, crew)
+    each = client_accuracies(method, state, experiment, federation, t, executor)
     known = each[~np.isnan(each)]
     metrics: dict[str, float | None] = {"test/accuracy_clients": float(known.mean()) if len(known) else None}
     for q in QUANTILES:
@@ -44,10 +43,10 @@ def client_metrics(
 
 
 def client_accuracies(
-    method: Method, state: Any, experiment: Experiment, federation: Federation, t: int, crew: Crew
+    method: Method, state: Any, experiment: Experiment, federation: Federation, t: int, executor: Executor
 ) -> np.ndarray:
     """a_k (clients,), from 0 to 1; nan for a client without data, or without test rows of any of its classes."""
-    downlink = Downlink(method, state, experiment.wire.down.values, crew)
+    downlink = Downlink(method, state, experiment.wire.down.values, executor)
     assert isinstance(federation.train, Tokens)  # `eval.clients` asks for classes
     sizes, labels = federation.sizes, federation.train.labels
     alike: dict[Hashable, list[int]] = {}  # clients that have the same model
@@ -61,8 +60,8 @@ def client_accuracies(
         wanted = tuple(sorted({int(y) for held in counts for y in np.flatnonzero(held)}))
         models = {"": received_model(downlink.of(first))}
         downlink.forget(first)
-        evaluation = Evaluation.of(crew, federation, models, ("test",), experiment.eval.batch_size, wanted)
-        found = evaluation.sums(results(crew.run(evaluation.tasks)))["", "test"]
+        evaluation = Evaluation.of(executor, federation, models, ("test",), experiment.eval.batch_size, wanted)
+        found = evaluation.sums(results(executor.run(evaluation.tasks)))["", "test"]
         correct, count = found.correct.numpy(), found.count.numpy()
         for client, held in zip(clients, counts, strict=True):
             weights = held * (count[: len(held)] > 0)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rayfed import seeding as keys
+from rayfed import seeding
 from rayfed.config.task import Data
 from rayfed.errors import UserError
 
@@ -191,7 +191,7 @@ def _cap(splits: dict[str, Split], examples: int | None, seed: int) -> dict[str,
     total = sum(map(len, splits.values()))
     if examples is None or examples >= total:
         return splits
-    kept = np.sort(keys.numpy_rng(seed, "examples").permutation(total)[:examples])
+    kept = np.sort(seeding.numpy_rng(seed, "examples").permutation(total)[:examples])
     capped, start = {}, 0
     for name, split in splits.items():
         stop = start + len(split)
@@ -206,7 +206,7 @@ def _carve(splits: dict[str, Split], settings: Data, seed: int) -> dict[str, Spl
         if name in splits:
             continue
         train = splits["train"]
-        rng = keys.numpy_rng(seed, "split", name)
+        rng = seeding.numpy_rng(seed, "split", name)
         away = np.zeros(len(train), dtype=bool)
         # A hair more than the product: 0.29 * 100 is 28.999... in floating point and means 29.
         away[rng.permutation(len(train))[: math.floor(share * len(train) + 1e-9)]] = True

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rayfed import seeding as keys
+from rayfed import seeding
 from rayfed.config.task import Partition
 from rayfed.errors import UserError, allowed
 
@@ -46,7 +46,7 @@ def partition(labels: np.ndarray, owners: np.ndarray | None, settings: Partition
     clients = settings.clients
     if clients > len(labels):
         raise allowed("partition.clients", clients, f"there are only {len(labels)} training rows to share")
-    rng = keys.numpy_rng(seed, "partition", settings.kind)
+    rng = seeding.numpy_rng(seed, "partition", settings.kind)
     if settings.kind == "iid":
         return _gather(rng.permutation(np.arange(len(labels)) % clients), clients)
     present, classes = np.unique(labels, return_inverse=True)

@@ -1,6 +1,6 @@
 """Tokenised texts as three flat arrays: what workers share, and what a batch is cut from.
 
-Flat arrays lie in shared memory without a copy and hold no padding; a batch holds none either (`flat`), or is padded to
+Unpadded arrays lie in shared memory without a copy and hold no padding; a batch holds none either (`flat`), or is padded to
 the longest of its own rows (`batch`).
 The arrays may be read-only (they come from an object store), so nothing here writes into them.
 """
@@ -55,12 +55,12 @@ class Tokens:
             "labels": torch.from_numpy(self.labels[rows].astype(np.int64)),  # indexing and astype copy: writable
         }
 
-    def flat(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
+    def unpadded(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
         """The given texts (indices, any order) as int64 tensors without padding, end to end.
 
         ``input_ids`` (1, tokens); ``position_ids`` (1, tokens), from 0 in every text; ``labels`` (b,).
         """
-        places, positions = self._laid(rows)
+        places, positions = self._token_places(rows)
         return {
             "input_ids": torch.from_numpy(self.ids[places].astype(np.int64))[None],
             "position_ids": torch.from_numpy(positions)[None],
@@ -69,9 +69,9 @@ class Tokens:
 
     def places(self, rows: np.ndarray) -> np.ndarray:
         """Where the tokens of the given texts lie in ``ids``, text by text: (tokens,) int64."""
-        return self._laid(rows)[0]
+        return self._token_places(rows)[0]
 
-    def _laid(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _token_places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of every token of the given texts, its place in ``ids`` and its position in its text."""
         starts = self.offsets[rows]
         lengths = self.offsets[np.asarray(rows) + 1] - starts

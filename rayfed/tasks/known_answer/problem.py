@@ -30,7 +30,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from rayfed import seeding as keys
+from rayfed import seeding
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def make_problem(
         raise ValueError(f"rows: got {rows}, but a client needs at least as many as there are inputs, {inner}")
     if not 1 <= condition < np.inf or not 0 <= shift < np.inf:
         raise ValueError(f"condition must be 1 or more and shift 0 or more, got {condition} and {shift}")
-    rng = keys.numpy_rng(seed, "lowrank.optimum")
+    rng = seeding.numpy_rng(seed, "lowrank.optimum")
     W = rng.normal(size=(out, rank)) @ rng.normal(size=(rank, inner))
     W *= np.sqrt(rank) / np.linalg.norm(W)
     eigenvalues = np.geomspace(1, condition, inner)
@@ -94,7 +94,7 @@ def make_problem(
     X = np.empty((clients, rows, inner))
     D = np.empty((clients, out, inner))
     for k in range(clients):
-        rng = keys.numpy_rng(seed, "lowrank.client", k)
+        rng = seeding.numpy_rng(seed, "lowrank.client", k)
         Q, _ = np.linalg.qr(rng.normal(size=(inner, inner)))
         Z, _ = np.linalg.qr(rng.normal(size=(rows, inner)))
         X[k] = np.sqrt(rows) * (Z * np.sqrt(eigenvalues)) @ Q.T

@@ -1,6 +1,6 @@
-"""Base models for text classification: any AutoModelForSequenceClassification, or an encoder with a mean-pooled head.
+"""FrozenBase models for text classification: any AutoModelForSequenceClassification, or an encoder with a mean-pooled head.
 
-A `Base` is a frozen model in evaluation mode (its own dropout is off: features are deterministic, and clients trained
+A `FrozenBase` is a frozen model in evaluation mode (its own dropout is off: features are deterministic, and clients trained
 side by side cannot disturb each other) plus the names of its head modules, which federated training trains in full
 (or, with `model.head: frozen`, leaves as they are).
 The head is every module whose weights the checkpoint lacks, so an exported adapter always carries all that was not in
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rayfed import seeding as keys
+from rayfed import seeding
 from rayfed.config.task import Model
 from rayfed.errors import UserError
 
@@ -32,7 +32,7 @@ TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "s
 
 
 @dataclass(frozen=True)
-class Base:
+class FrozenBase:
     """A frozen base model, and the names of the modules that make up its head: those that train, those that do not."""
 
     model: nn.Module
@@ -68,12 +68,12 @@ class MeanPooledClassifier(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-def base_of(experiment: Experiment, classes: int) -> Base:
+def base_of(experiment: Experiment, classes: int) -> FrozenBase:
     """The base model of a run: `load_base`'s, or the single layer of the problem with a known answer."""
     if experiment.data.source == "lowrank":
         from rayfed.tasks.known_answer.regression import LinearModel
 
-        return Base(LinearModel(classes, experiment.problem.inputs).eval().requires_grad_(False), ())
+        return FrozenBase(LinearModel(classes, experiment.problem.inputs).eval().requires_grad_(False), ())
     return load_base(experiment.model, classes, experiment.seed)
 
 
@@ -82,7 +82,7 @@ def base_name(experiment: Experiment) -> str:
     return "lowrank" if experiment.data.source == "lowrank" else model_path(experiment.model)
 
 
-def load_base(settings: Model, classes: int, seed: int) -> Base:
+def load_base(settings: Model, classes: int, seed: int) -> FrozenBase:
     """The base model with its weights, float32, frozen, in evaluation mode, on the CPU.
 
     Weights that the checkpoint lacks are drawn with a generator keyed by ``seed``: every process gets the same ones.
@@ -93,7 +93,7 @@ def load_base(settings: Model, classes: int, seed: int) -> Base:
     config = _config(settings, classes)
     loader = AutoModel if settings.pooling == "mean" else AutoModelForSequenceClassification
     with torch.random.fork_rng(devices=[]), quiet():
-        torch.manual_seed(keys.derive(seed, "model.init"))
+        torch.manual_seed(seeding.derive_seed(seed, "model.init"))
         try:
             model, report = loader.from_pretrained(
                 model_path(settings),
@@ -112,7 +112,7 @@ def load_base(settings: Model, classes: int, seed: int) -> Base:
             if isinstance(getattr(model, "pooler", None), nn.Module):
                 model.pooler = None  # else `all-linear` would adapt, and send, a layer that nothing passes through
             model, missing = MeanPooledClassifier(model, classes, settings.normalize), set()
-            torch.manual_seed(keys.derive(seed, "model.head"))
+            torch.manual_seed(seeding.derive_seed(seed, "model.head"))
             nn.init.normal_(model.classifier.weight, std=0.02)
             nn.init.zeros_(model.classifier.bias)
     mixing = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -120,15 +120,15 @@ def load_base(settings: Model, classes: int, seed: int) -> Base:
         raise UserError(f"model.name: got {settings.name!r}, but {mixing[0]} is a BatchNorm, which mixes clients")
     head = _head(model, missing)
     if settings.head == "trained":
-        return Base(model.eval().requires_grad_(False), head)
+        return FrozenBase(model.eval().requires_grad_(False), head)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(keys.derive(seed, "model.frozen_head"))
+        torch.manual_seed(seeding.derive_seed(seed, "model.frozen_head"))
         for name in head:
             _orthonormal(model.get_submodule(name))
-    return Base(model.eval().requires_grad_(False), (), head)
+    return FrozenBase(model.eval().requires_grad_(False), (), head)
 
 
-def in_dtype(base: Base, dtype: str) -> nn.Module:
+def in_dtype(base: FrozenBase, dtype: str) -> nn.Module:
     """The base's model with its frozen weights in that number format (`model.dtype`), changed in place.
 
     The head keeps float32, and so the logits have it: its linear layers take whatever reaches them as such. Buffers

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from rayfed.tasks.models.base import Base, base_of, model_path
+from rayfed.tasks.models.base import FrozenBase, base_of, model_path
 
 if TYPE_CHECKING:
     from rayfed.config import Experiment
 
-_kept: dict[str, Base] | None = None  # at most one, by what was asked for; None: this process keeps none
+_kept: dict[str, FrozenBase] | None = None  # at most one, by what was asked for; None: this process keeps none
 
 
 def keep_base() -> None:
@@ -29,7 +29,7 @@ def keep_base() -> None:
     _kept = _kept or {}
 
 
-def shared_base(experiment: Experiment, classes: int) -> Base:
+def shared_base(experiment: Experiment, classes: int) -> FrozenBase:
     """As `base_of`; in a process that keeps its base, perhaps without loading it."""
     if _kept is None:
         return base_of(experiment, classes)
@@ -37,7 +37,7 @@ def shared_base(experiment: Experiment, classes: int) -> Base:
     if wanted not in _kept:
         _kept.clear()  # before the next one is loaded
         _kept[wanted] = base_of(experiment, classes)
-    return _twin(_kept[wanted])
+    return _copy_sharing_weights(_kept[wanted])
 
 
 def _name(experiment: Experiment, classes: int) -> str:
@@ -50,7 +50,7 @@ def _name(experiment: Experiment, classes: int) -> str:
     return json.dumps(asked)
 
 
-def _twin(base: Base) -> Base:
+def _copy_sharing_weights(base: FrozenBase) -> FrozenBase:
     """The same model in modules of its own, on the same memory."""
     memo: dict[int, object] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in base.model.parameters()}
     memo |= {id(buffer): buffer for buffer in base.model.buffers()}

@@ -33,7 +33,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def recompute(model: nn.Module) -> None:
+def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Makes the model checkpoint each of its layers."""
     for layer in layers_of(model):
         layer.forward = partial(_checkpointed, layer.forward)

@@ -1,7 +1,7 @@
-"""The blueprint of a run: what is trained and on top of what, found out once, before anything starts.
+"""The model_spec of a run: what is trained and on top of what, found out once, before anything starts.
 
 Drawing it loads the base model and lets PEFT match the targets; so whatever is wrong with model, targets or rank is
-refused here. Workers and driver are handed the blueprint and need to ask neither again.
+refused here. Workers and driver are handed the model_spec and need to ask neither again.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from rayfed.lora.adapter import Adapter, fresh_adapter, scale_of
 from rayfed.lora.packed.layers import is_conv1d
 from rayfed.lora.packed.stack import head_values, match, peft_config
 from rayfed.lora.peft import peft_settings
-from rayfed.tasks.models.base import Base, base_name, in_dtype, longest_input
+from rayfed.tasks.models.base import FrozenBase, base_name, in_dtype, longest_input
 from rayfed.tasks.models.cache import shared_base
 from rayfed.tasks.models.checkpointing import layers_of
-from rayfed.tasks.models.unpadded import Flat, Padded, choose
+from rayfed.tasks.models.unpadded import Padded, Unpadded, choose_batching
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class ModelSpec:
     """The adapted layers' (out, in) by name, the head's values by parameter name, and PEFT's view of both."""
 
     shapes: Mapping[str, tuple[int, int]]
@@ -34,7 +34,7 @@ class Blueprint:
     frozen_head: Mapping[str, Tensor]  # what it stays at, where it does not
     peft: Mapping[str, Any]  # the content of adapter_config.json
     parameters: int  # of the base model, its head included
-    padding: Flat | Padded  # how texts are laid into batches
+    padding: Unpadded | Padded  # how texts are sequences into batches
 
     @property
     def entries(self) -> int:
@@ -57,7 +57,7 @@ class Blueprint:
         return fresh_adapter(self.shapes, {}, rank, scale, experiment.seed)
 
 
-def draw_blueprint(experiment: Experiment, classes: int) -> Blueprint:
+def describe_model(experiment: Experiment, classes: int) -> ModelSpec:
     """Loads the base model for ``classes`` classes and describes what the run trains on it.
 
     Raises UserError where the model cannot be loaded or its head not be trained, where no module or an unfit one
@@ -70,7 +70,7 @@ def draw_blueprint(experiment: Experiment, classes: int) -> Blueprint:
     config = peft_config(experiment, base.heads)
     shapes = match(base.model, config, base.heads)
     conv1d = any(is_conv1d(base.model.get_submodule(name)) for name in shapes)
-    blueprint = Blueprint(
+    model_spec = ModelSpec(
         shapes,
         head_values(base.model, base.head),
         head_values(base.model, base.frozen_head),
@@ -80,10 +80,10 @@ def draw_blueprint(experiment: Experiment, classes: int) -> Blueprint:
     )
     if experiment.model.dtype != "float32":
         _check_dtype(experiment, base)
-    return blueprint
+    return model_spec
 
 
-def _check_dtype(experiment: Experiment, base: Base) -> None:
+def _check_dtype(experiment: Experiment, base: FrozenBase) -> None:
     """A made-up text through the base in its number format: where a layer refuses what another gives it, so do we."""
     model, ids = in_dtype(base, experiment.model.dtype), torch.ones(1, 2, dtype=torch.int64)
     try:
@@ -97,7 +97,7 @@ def _check_dtype(experiment: Experiment, base: Base) -> None:
         ) from None
 
 
-def _padding(experiment: Experiment, model: nn.Module) -> Flat | Padded:
+def _padding(experiment: Experiment, model: nn.Module) -> Unpadded | Padded:
     """Decided here, once, so that all workers agree."""
     wanted = experiment.engine.padding
     if experiment.data.source == "lowrank":
@@ -105,7 +105,7 @@ def _padding(experiment: Experiment, model: nn.Module) -> Flat | Padded:
     if wanted == "batch":
         return Padded("engine.padding=batch")
     most = experiment.data.max_tokens
-    found = choose(model, min(most, longest_input(experiment.model) or most))
+    found = choose_batching(model, min(most, longest_input(experiment.model) or most))
     if wanted == "never" and isinstance(found, Padded):
         raise UserError(
             f"engine.padding: got 'never', but this model needs padding ({found.reason}); allowed are auto and batch"

@@ -5,7 +5,7 @@ a text (`rayfed.tasks.models.varlen_attention`), and everything else a model doe
 head wants texts again: between the encoder and whatever comes after it, hooks turn the row back into one entry per
 text, which holds the states that the head reads. So the head's own code runs unchanged, on texts of one token.
 
-Which states those are, and where a model's positions start, no configuration says. `choose` finds out by trying: it
+Which states those are, and where a model's positions start, no configuration says. `choose_batching` finds out by trying: it
 compares logits with those of a padded batch, and where nothing agrees the model is run with padding.
 """
 
@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from rayfed.lora.packed.segments import Segment
 from rayfed.tasks.data.tokens import Tokens
 from rayfed.tasks.models.base import MeanPooledClassifier, quiet, widened
-from rayfed.tasks.models.varlen_attention import NAME, Laid, attend
+from rayfed.tasks.models.varlen_attention import NAME, PackedSequences, varlen_attention
 
 Reads = Literal["mean", "first", "last", "all"]
 AGREE = 1e-4  # largest difference of two logits that are the same, relative to the largest logit
 
 
 @dataclass(frozen=True)
-class Flat:
+class Unpadded:
     """No padding. ``reads``: the states of a text that the head sees; ``start``: the position of a first token."""
 
     reads: Reads
@@ -51,7 +51,7 @@ class Padded:
 
 
 @dataclass(frozen=True, eq=False)
-class FlatTokens:
+class UnpaddedTokens:
     """Tokens whose batches have no padding; otherwise read as `Tokens` are."""
 
     tokens: Tokens
@@ -64,16 +64,16 @@ class FlatTokens:
         return len(self.tokens)
 
     def batch(self, rows: np.ndarray, pad_id: int) -> dict[str, Tensor]:
-        return self.tokens.flat(rows)
+        return self.tokens.unpadded(rows)
 
 
-class FlatModel:
-    """A model that takes batches of `FlatTokens`. From here on it takes no others, until `release`."""
+class UnpaddedModel:
+    """A model that takes batches of `UnpaddedTokens`. From here on it takes no others, until `release`."""
 
-    def __init__(self, model: nn.Module, how: Flat) -> None:
+    def __init__(self, model: nn.Module, how: Unpadded) -> None:
         from transformers import AttentionInterface
 
-        AttentionInterface.register(NAME, attend)
+        AttentionInterface.register(NAME, varlen_attention)
         self.model, self.how = model, how
         self.encoder = _encoder(model)
         self.config: Any = self.encoder.config
@@ -99,7 +99,7 @@ class FlatModel:
         """Logits (rows, classes) of a batch whose segments say how long each row is."""
         self.row = _Row(inputs, segments, self.how, self.config.pad_token_id or 0)
         try:
-            with self.row.laid.in_use():
+            with self.row.sequences.in_use():
                 logits: Tensor = self.model(input_ids=self.row.head_ids, attention_mask=self.row.head_mask).logits
                 return logits
         finally:
@@ -139,11 +139,11 @@ class FlatModel:
 class _Row:
     """One batch: what the encoder gets (one row of tokens), and what the head is told it gets (a batch of texts)."""
 
-    def __init__(self, inputs: dict[str, Tensor], segments: Sequence[Segment], how: Flat, pad_id: int) -> None:
+    def __init__(self, inputs: dict[str, Tensor], segments: Sequence[Segment], how: Unpadded, pad_id: int) -> None:
         self.ids, self.how = inputs["input_ids"], how
         self.positions = inputs["position_ids"] + how.start
-        self.laid = Laid([s.lengths for s in segments if s.lengths is not None], self.ids.device)
-        ends = self.laid.ends()
+        self.sequences = PackedSequences([s.lengths for s in segments if s.lengths is not None], self.ids.device)
+        ends = self.sequences.ends()
         self.lengths, self.places = ends.diff(), ends[1:] - 1 if how.reads == "last" else ends[:-1]
         # The ids matter to a head that looks for a text's last token itself.
         self.head_ids = self._padded(self.ids[0], pad_id) if how.reads == "all" else self.ids[0][self.places, None]
@@ -161,12 +161,12 @@ class _Row:
 
     def _padded(self, x: Tensor, value: float) -> Tensor:
         """(tokens, ...) -> (texts, longest, ...)."""
-        texts = self.laid.texts()
-        padded = texts.spread(x).view(texts.lines, texts.longest, *x.shape[1:])
+        texts = self.sequences.texts()
+        padded = texts.pad(x).view(texts.lines, texts.longest, *x.shape[1:])
         return padded.masked_fill(texts.free.view(*padded.shape[:2]), value) if value else padded
 
 
-def choose(model: nn.Module, longest: int) -> Flat | Padded:
+def choose_batching(model: nn.Module, longest: int) -> Unpadded | Padded:
     """How this model can be run without padding on texts of up to ``longest`` tokens, or why it cannot.
 
     A function of the model alone: a few made-up texts, padded and not, must give the same logits. The model is left as
@@ -180,7 +180,7 @@ def choose(model: nn.Module, longest: int) -> Flat | Padded:
     starts = (0, (config.pad_token_id or 0) + 1)  # RoBERTa's positions start behind that of the padding
     reads: tuple[Reads, ...] = ("mean",) if isinstance(model, MeanPooledClassifier) else ("first", "last", "all")
     reason = "its logits would be others"
-    for how in (Flat(read, start) for start in starts for read in reads):
+    for how in (Unpadded(read, start) for start in starts for read in reads):
         try:
             if probe.agrees(how):
                 return how
@@ -194,24 +194,24 @@ class _Probe:
 
     def __init__(self, model: nn.Module, config: Any, longest: int) -> None:
         self.model = model
-        self.tokens, self.segments = made_up(config, longest)
+        self.tokens, self.segments = probe_texts(config, longest)
         self.rows = np.arange(len(self.tokens))
         with torch.no_grad():
             padded = self.tokens.batch(self.rows, config.pad_token_id or 0)
             self.logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
 
     @torch.no_grad()
-    def agrees(self, how: Flat) -> bool:
-        flat = FlatModel(self.model, how)
+    def agrees(self, how: Unpadded) -> bool:
+        flat = UnpaddedModel(self.model, how)
         try:
-            found = flat(self.tokens.flat(self.rows), self.segments)
+            found = flat(self.tokens.unpadded(self.rows), self.segments)
         finally:
             flat.release()
         close = AGREE * float(self.logits.abs().max())
         return found.shape == self.logits.shape and bool(((found - self.logits).abs() <= close).all())
 
 
-def made_up(config: Any, longest: int) -> tuple[Tokens, list[Segment]]:
+def probe_texts(config: Any, longest: int) -> tuple[Tokens, list[Segment]]:
     """Texts that a model of this configuration can read, the longest possible and short ones, of two clients."""
     lengths = [longest, *(min(n, longest) for n in (1, 3, 2, 5, 3))]
     pad_id = config.pad_token_id if config.pad_token_id is not None else -1

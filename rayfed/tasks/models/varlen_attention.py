@@ -1,6 +1,6 @@
 """Attention over texts that lie end to end: every token sees its own text and nothing else.
 
-transformers lets a model call an attention function of our own; `attend` is it, and reads from `Laid` where the texts
+transformers lets a model call an attention function of our own; `varlen_attention` is it, and reads from `PackedSequences` where the texts
 of the batch end. On a CPU the texts are taken in tiles of up to 64 tokens, each under a block-diagonal mask: a product
 per text, or per length, spends its time on starting products, and one padded batch computes mostly padding. A tile
 never spans two clients, because a masked entry is a factor 0, and 0 times a diverged neighbour's NaN is NaN.
@@ -18,18 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rayfed.device import sent
-from rayfed.lora.packed.ragged import Grid
+from rayfed.device import to_device
+from rayfed.lora.packed.ragged import RaggedIndex
 
-NAME = "rayfed_flat"  # under which transformers knows `attend`; no mask is registered with it, so none is made
+NAME = (
+    "rayfed_varlen"  # under which transformers knows `varlen_attention`; no mask is registered with it, so none is made
+)
 TILE = 64  # tokens; a longer text is a tile of its own
 LONG = 128  # tokens; with a longer text, scores take more memory than they save time
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # variants of attention that nothing here computes
 
-_laid: ContextVar[Laid | None] = ContextVar("laid", default=None)
+_token_places: ContextVar[PackedSequences | None] = ContextVar("sequences", default=None)
 
 
-class Laid:
+class PackedSequences:
     """How the texts of one batch lie in its row: made once a batch, read by every layer."""
 
     def __init__(self, clients: Sequence[Sequence[int]], device: torch.device) -> None:
@@ -44,11 +46,11 @@ class Laid:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        token = _laid.set(self)
+        token = _token_places.set(self)
         try:
             yield
         finally:
-            _laid.reset(token)
+            _token_places.reset(token)
 
     def masks(self, causal: bool, dtype: torch.dtype) -> list[Tensor | None]:
         """Per tile what is added to its scores (C, C), -inf where a token may not look; None where it may everywhere.
@@ -60,17 +62,17 @@ class Laid:
     def ends(self) -> Tensor:
         """(texts + 1,) int32: where the texts start and end, from 0 to T."""
         sizes = torch.tensor([0, *self.lengths], dtype=torch.int32)
-        return self._once("ends", lambda: sent(sizes.cumsum(0, dtype=torch.int32), self.device))
+        return self._once("ends", lambda: to_device(sizes.cumsum(0, dtype=torch.int32), self.device))
 
-    def texts(self) -> Grid:
+    def texts(self) -> RaggedIndex:
         """The texts side by side."""
-        grid: Grid = self._once("texts", lambda: Grid(self.lengths, self.device))
+        grid: RaggedIndex = self._once("texts", lambda: RaggedIndex(self.lengths, self.device))
         return grid
 
-    def grid(self, causal: bool) -> tuple[Grid, Tensor]:
+    def grid(self, causal: bool) -> tuple[RaggedIndex, Tensor]:
         """The tiles as one batch, and who sees whom: (N, 1, C, C), True where seen. Free places see each other."""
-        grid = self._once("grid", lambda: Grid(self.sizes, self.device))
-        return grid, self._once(("seen", causal), lambda: sent(self._seen(causal), self.device))
+        grid = self._once("grid", lambda: RaggedIndex(self.sizes, self.device))
+        return grid, self._once(("seen", causal), lambda: to_device(self._seen(causal), self.device))
 
     def _seen(self, causal: bool) -> Tensor:
         width = max(self.sizes)
@@ -96,7 +98,7 @@ class Laid:
         return self._kept[key]
 
 
-def attend(
+def varlen_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, **named: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
@@ -104,25 +106,30 @@ def attend(
 
     Raises ValueError for what it cannot do: the model is then run with padding, see `rayfed.tasks.models.unpadded`.
     """
-    laid = _laid.get()
-    if laid is None or query.shape[2] != sum(laid.lengths) or key.shape[2] != query.shape[2] or len(query) != 1:
+    sequences = _token_places.get()
+    if (
+        sequences is None
+        or query.shape[2] != sum(sequences.lengths)
+        or key.shape[2] != query.shape[2]
+        or len(query) != 1
+    ):
         raise ValueError("attention over flat rows wants the row that is in use")
     if attention_mask is not None or dropout or any(named.get(name) is not None for name in UNKNOWN):
         raise ValueError("flat rows know no other masks, no dropout in attention, no bias and no cap")
     window = named.get("sliding_window")
-    if window is not None and window < laid.longest:
-        raise ValueError(f"a text of {laid.longest} tokens is longer than the window of {window}")
+    if window is not None and window < sequences.longest:
+        raise ValueError(f"a text of {sequences.longest} tokens is longer than the window of {window}")
     causal = named.get("is_causal")
     causal = bool(getattr(module, "is_causal", False) if causal is None else causal)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if query.device.type == "cpu":
         key, value = _every_head(key, query), _every_head(value, query)
-        if laid.longest > LONG:
-            return _by_tile(query, key, value, laid, causal, scale), None
-        return _Tiles.apply(query, key, value, laid.sizes, laid.masks(causal, query.dtype), scale), None
+        if sequences.longest > LONG:
+            return _by_tile(query, key, value, sequences, causal, scale), None
+        return _Tiles.apply(query, key, value, sequences.sizes, sequences.masks(causal, query.dtype), scale), None
     if _flash_takes(query):
-        return _varlen(query, key, value, laid, causal, scale), None
-    return _gridded(query, key, value, laid, causal, scale), None
+        return _varlen(query, key, value, sequences, causal, scale), None
+    return _gridded(query, key, value, sequences, causal, scale), None
 
 
 class _Tiles(torch.autograd.Function):
@@ -167,9 +174,11 @@ class _Tiles(torch.autograd.Function):
         return *(t.transpose(1, 2) for t in grads), None, None, None
 
 
-def _by_tile(query: Tensor, key: Tensor, value: Tensor, laid: Laid, causal: bool, scale: float) -> Tensor:
+def _by_tile(
+    query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences, causal: bool, scale: float
+) -> Tensor:
     """A call of torch's own per tile; it keeps no scores, so that texts may be long."""
-    tiles = zip(*(t.split(laid.sizes, dim=2) for t in (query, key, value)), laid.masks(causal, query.dtype))
+    tiles = zip(*(t.split(sequences.sizes, dim=2) for t in (query, key, value)), sequences.masks(causal, query.dtype))
     parts = [
         nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale
@@ -179,21 +188,25 @@ def _by_tile(query: Tensor, key: Tensor, value: Tensor, laid: Laid, causal: bool
     return torch.cat(parts, dim=1)
 
 
-def _gridded(query: Tensor, key: Tensor, value: Tensor, laid: Laid, causal: bool, scale: float) -> Tensor:
+def _gridded(
+    query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences, causal: bool, scale: float
+) -> Tensor:
     """All tiles in one call, padded to the largest: few kernels, for a device that is slow to start one."""
-    grid, seen = laid.grid(causal)
+    grid, seen = sequences.grid(causal)
 
     def tile(x: Tensor) -> Tensor:  # (1, H, T, D) -> (N, H, C, D)
-        spread = grid.spread(_every_head(x, query)[0].transpose(0, 1))
+        spread = grid.pad(_every_head(x, query)[0].transpose(0, 1))
         return spread.view(grid.lines, grid.longest, *spread.shape[1:]).transpose(1, 2)
 
     y_NHCD = nn.functional.scaled_dot_product_attention(
         tile(query), tile(key), tile(value), attn_mask=seen, scale=scale
     )
-    return grid.gather(y_NHCD.transpose(1, 2).flatten(0, 1))[None]
+    return grid.unpad(y_NHCD.transpose(1, 2).flatten(0, 1))[None]
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, laid: Laid, causal: bool, scale: float) -> Tensor:
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences, causal: bool, scale: float
+) -> Tensor:
     """The kernel made for it: flash attention by cumulative lengths."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -201,7 +214,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, laid: Laid, causal: bool,
         t[0].transpose(0, 1).contiguous() for t in (query, _every_head(key, query), _every_head(value, query))
     )
     window = (-1, 0) if causal else (-1, -1)
-    ends, longest = laid.ends(), laid.longest
+    ends, longest = sequences.ends(), sequences.longest
     y_THD: Any = varlen_attn(q_THD, k_THD, v_THD, ends, ends, longest, longest, scale=scale, window_size=window)
     return y_THD[None]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rayfed import seeding as keys
+from rayfed import seeding
 from rayfed.lora.packed.dropout import dropped, feature_keys, token_keys
 
 TOKENS, WIDTH = 2000, 512
@@ -20,7 +20,7 @@ def mask(rate, client=5, lengths=(20,) * (TOKENS // 20), layer="layer.0.query", 
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.5, 0.9])
 def test_as_many_are_dropped_as_asked_for_in_every_row_and_column(rate):
     """Means over tokens and over features lie as widely as those of independent draws, and no more."""
-    gone = mask(rate, client=keys.derive(0, "dropout", 1, 2, 3)).double()
+    gone = mask(rate, client=seeding.derive_seed(0, "dropout", 1, 2, 3)).double()
     sigma = (rate * (1 - rate)) ** 0.5
     assert abs(float(gone.mean()) - rate) < 5 * sigma / gone.numel() ** 0.5
     for dim, count in ((0, TOKENS), (1, WIDTH)):

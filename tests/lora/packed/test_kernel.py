@@ -8,7 +8,7 @@ import torch
 from rayfed.lora.adapter import LowRank
 from rayfed.lora.packed.kernel import Fixed, change
 from rayfed.lora.packed.layers import StackedLinear, StackedLora
-from rayfed.lora.packed.segments import Batch, Segment, Shares
+from rayfed.lora.packed.segments import Batch, Segment, Segments
 
 OUT, IN, RANK = 7, 5, 3
 
@@ -23,14 +23,14 @@ def frozen_forms():
 
 
 def shared_out(slots, sizes, together=None):
-    shares = Shares([Segment(slot, size) for slot, size in zip(slots, sizes)], False, torch.device("cpu"))
-    shares.together = shares.together if together is None else together
-    return shares
+    runs = Segments([Segment(slot, size) for slot, size in zip(slots, sizes)], False, torch.device("cpu"))
+    runs.batched = runs.batched if together is None else together
+    return runs
 
 
-def written_out(y, x, u, A, B, shares, fixed):
+def written_out(y, x, u, A, B, runs, fixed):
     rows, start = [], 0
-    for k, size in zip(shares.slots, shares.sizes):
+    for k, size in zip(runs.slots, runs.sizes):
         r = slice(start, start + size)
         start += size
         total = y[r] + fixed.scales[k] * (u[r] @ A[k].T @ B[k].T)
@@ -54,14 +54,14 @@ def test_values_and_all_gradients(shape, form, slots, sizes, together):
         return torch.randn(*size, generator=g, dtype=torch.float64, requires_grad=True)
 
     frozen = frozen_forms()[form]
-    shares = shared_out(slots, sizes, together)
+    runs = shared_out(slots, sizes, together)
     fixed = Fixed([2.0, -1.0, 0.5, 3.0], [None, frozen, frozen, frozen])
     tensors = [draw(*shape, OUT), draw(*shape, IN), draw(*shape, IN), draw(4, RANK, IN), draw(4, OUT, RANK)]
     results = []
     for function in (change, written_out):
         leaves = [t.detach().clone().requires_grad_() for t in tensors]
         y, x, u, A, B = leaves
-        out = function(y * 1.0, x, u, A, B, shares, fixed)  # y is what a layer made: no leaf
+        out = function(y * 1.0, x, u, A, B, runs, fixed)  # y is what a layer made: no leaf
         (out * torch.arange(out.numel(), dtype=torch.float64).view_as(out).sin()).sum().backward()
         results.append([out.detach()] + [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves])
     for mine, theirs in zip(*results):
@@ -72,14 +72,14 @@ def test_values_and_all_gradients(shape, form, slots, sizes, together):
 def test_a_run_of_nan_stays_its_own(together):
     """Also where a longer run's place beside it is free: 0 times NaN would be NaN."""
     g = torch.Generator().manual_seed(0)
-    shares, fixed = shared_out((0, 1), (1, 4), together), Fixed([1.0, 1.0], [None, None])
+    runs, fixed = shared_out((0, 1), (1, 4), together), Fixed([1.0, 1.0], [None, None])
     A, B = torch.randn(2, RANK, IN, generator=g), torch.randn(2, OUT, RANK, generator=g)
     found = []
     for bad in (0.0, torch.nan):
         x = torch.randn(5, IN, generator=torch.Generator().manual_seed(3))
         x[0] += bad
         leaves = [t.clone().requires_grad_() for t in (x, A, B)]
-        out = change(torch.zeros(5, OUT), leaves[0], *leaves, shares, fixed)
+        out = change(torch.zeros(5, OUT), leaves[0], *leaves, runs, fixed)
         out.sum().backward()
         found.append([out[1:].detach(), *(leaf.grad[1:] for leaf in leaves)])
     for clean, beside in zip(*found):
@@ -92,8 +92,8 @@ def test_x_that_is_its_own_dropped_input_gets_both_gradients():
     A = torch.randn(1, RANK, IN, generator=g, dtype=torch.float64, requires_grad=True)
     B = torch.randn(1, OUT, RANK, generator=g, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(OUT, IN, generator=g, dtype=torch.float64)
-    shares, fixed = shared_out((0,), (4,)), Fixed([0.5], [frozen_forms()["matrix"]])
-    assert torch.autograd.gradcheck(lambda x, A, B: change(x @ weight.T, x, x, A, B, shares, fixed), (x, A, B))
+    runs, fixed = shared_out((0,), (4,)), Fixed([0.5], [frozen_forms()["matrix"]])
+    assert torch.autograd.gradcheck(lambda x, A, B: change(x @ weight.T, x, x, A, B, runs, fixed), (x, A, B))
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -102,11 +102,14 @@ def test_a_coarser_base_keeps_its_format_and_the_factors_theirs(together):
     x = torch.randn(4, IN, generator=g).bfloat16()
     A = torch.randn(2, RANK, IN, generator=g, requires_grad=True)
     B = torch.randn(2, OUT, RANK, generator=g, requires_grad=True)
-    shares, fixed = shared_out((0, 1), (3, 1), together), Fixed([0.5, 0.5], [torch.randn(OUT, IN, generator=g)] * 2)
+    runs, fixed = (
+        shared_out((0, 1), (3, 1), together),
+        Fixed([0.5, 0.5], [torch.randn(OUT, IN, generator=g)] * 2),
+    )
     y = torch.zeros(4, OUT, dtype=torch.bfloat16)
-    out = change(y.clone(), x, x, A, B, shares, fixed)
+    out = change(y.clone(), x, x, A, B, runs, fixed)
     assert out.dtype == torch.bfloat16
-    wanted = written_out(y.float(), x.float(), x.float(), A, B, shares, fixed)
+    wanted = written_out(y.float(), x.float(), x.float(), A, B, runs, fixed)
     torch.testing.assert_close(out.float(), wanted, rtol=0.02, atol=0.05)
     out.float().sum().backward()
     assert A.grad.dtype == torch.float32
@@ -126,7 +129,7 @@ def test_a_frozen_change_is_a_changed_weight():
         batch = Batch()
         stacked = StackedLora(layer, batch)
         stacked.load([None, pair], [None, frozen])
-        with batch.of([Segment(1, 3)]):
+        with batch.using([Segment(1, 3)]):
             outputs.append(stacked(x))
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
 
@@ -138,8 +141,8 @@ def test_clients_over_the_same_change_of_the_base_take_it_in_one_product():
     shared, other = torch.randn(OUT, IN), torch.randn(OUT, IN)
     stacked.load([LowRank(torch.ones(OUT, 1), torch.ones(1, IN), 1.0)] * 4, [shared, shared, None, other])
     assert stacked.fixed.frozen[0] is stacked.fixed.frozen[1]
-    shares = shared_out((0, 1, 2, 3), (2, 1, 3, 2))
-    assert [rows for rows, _ in stacked.fixed.changes(shares, 10)] == [slice(0, 30), slice(60, 80)]
+    runs = shared_out((0, 1, 2, 3), (2, 1, 3, 2))
+    assert [rows for rows, _ in stacked.fixed.changes(runs, 10)] == [slice(0, 30), slice(60, 80)]
 
 
 def test_loading_makes_room_for_exactly_what_is_loaded():

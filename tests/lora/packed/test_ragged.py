@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from rayfed.lora.packed.ragged import Grid
-from rayfed.lora.packed.segments import Batch, Segment, Shares
+from rayfed.lora.packed.ragged import RaggedIndex
+from rayfed.lora.packed.segments import Batch, Segment, Segments
 
 CPU = torch.device("cpu")
 SIZES = [(3, 1, 4), (2,), (5, 5), (1, 1, 1, 7)]
@@ -19,13 +19,13 @@ def drawn(*shape):
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_a_grid_is_plain_padding(sizes):
-    grid = Grid(sizes, CPU)
+    grid = RaggedIndex(sizes, CPU)
     x = drawn(sum(sizes), 3).requires_grad_()
     weights = drawn(grid.lines, grid.longest, 3)
     padded = nn.utils.rnn.pad_sequence(list(x.split(list(sizes))), batch_first=True)
-    spread = grid.spread(x).view(grid.lines, grid.longest, 3)
+    spread = grid.pad(x).view(grid.lines, grid.longest, 3)
     assert torch.equal(spread, padded)
-    assert torch.equal(grid.gather(spread.flatten(0, 1)), x)
+    assert torch.equal(grid.unpad(spread.flatten(0, 1)), x)
     (expected,) = torch.autograd.grad((padded * weights).sum(), x)
     (found,) = torch.autograd.grad((spread * weights).sum(), x)
     assert torch.equal(found, expected)
@@ -33,42 +33,42 @@ def test_a_grid_is_plain_padding(sizes):
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_both_ways_have_the_gradients_of_finite_differences(sizes):
-    grid = Grid(sizes, CPU)
+    grid = RaggedIndex(sizes, CPU)
     assert torch.autograd.gradcheck(grid.spread, (drawn(sum(sizes), 2).requires_grad_(),))
     assert torch.autograd.gradcheck(grid.gather, (drawn(grid.lines * grid.longest, 2).requires_grad_(),))
 
 
 def test_nan_behind_a_run_reaches_nobody():
-    grid = Grid((1, 3), CPU)
-    spread = grid.spread(torch.tensor([torch.nan, 1.0, 2.0, 3.0]))
+    grid = RaggedIndex((1, 3), CPU)
+    spread = grid.pad(torch.tensor([torch.nan, 1.0, 2.0, 3.0]))
     assert torch.equal(spread.isnan(), torch.tensor([True] + 5 * [False]))
     filled = torch.zeros(6).masked_fill(grid.free, torch.nan)
-    assert not grid.gather(filled).isnan().any()
+    assert not grid.unpad(filled).isnan().any()
 
 
 @pytest.mark.parametrize("slots", [(0, 1, 2), (1, 2, 3), (3, 0, 2)], ids=str)
 @pytest.mark.parametrize("sizes", [(2, 1, 3), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("wide", [1, 4])
 def test_what_is_shared_out_comes_back(slots, sizes, wide):
-    shares = Shares([Segment(slot, size) for slot, size in zip(slots, sizes)], False, CPU)
+    runs = Segments([Segment(slot, size) for slot, size in zip(slots, sizes)], False, CPU)
     x, stacked = drawn(sum(sizes) * wide, 5), drawn(4, 2, 3)
-    grid = shares.grid(x)
+    grid = runs.grid(x)
     assert grid.shape == (3, max(sizes) * wide, 5)
     for k, (run, size) in enumerate(zip(x.view(sum(sizes), wide, 5).split(list(sizes)), sizes)):
         assert torch.equal(grid[k, : size * wide], run.flatten(0, 1))
         assert not grid[k, size * wide :].any()
-    assert torch.equal(shares.row(grid), x)
-    assert torch.equal(shares.of(stacked), stacked[list(slots)])
-    back = shares.into(shares.of(stacked), 4)
+    assert torch.equal(runs.row(grid), x)
+    assert torch.equal(runs.of(stacked), stacked[list(slots)])
+    back = runs.into(runs.of(stacked), 4)
     (left_out,) = set(range(4)) - set(slots)
     assert torch.equal(back[list(slots)], stacked[list(slots)])
     assert not back[left_out].any()
 
 
 def test_slots_may_come_in_any_order():
-    shares = Shares([Segment(slot, 1) for slot in (2, 0, 1)], False, CPU)
+    runs = Segments([Segment(slot, 1) for slot in (2, 0, 1)], False, CPU)
     stacked = drawn(3, 2)
-    assert torch.equal(shares.into(shares.of(stacked), 3), stacked)
+    assert torch.equal(runs.into(runs.of(stacked), 3), stacked)
 
 
 def test_a_cpu_takes_ragged_runs_one_by_one_and_a_gpu_never():
@@ -76,7 +76,7 @@ def test_a_cpu_takes_ragged_runs_one_by_one_and_a_gpu_never():
 
     def together(device):
         segments = {name: [Segment(k, n) for k, n in enumerate(sizes)] for name, sizes in runs.items()}
-        return {name: Shares(found, False, torch.device(device)).together for name, found in segments.items()}
+        return {name: Segments(found, False, torch.device(device)).batched for name, found in segments.items()}
 
     assert together("cpu") == {"alone": False, "even": True, "ragged": False}
     assert together("meta") == {"alone": True, "even": True, "ragged": True}
@@ -84,9 +84,9 @@ def test_a_cpu_takes_ragged_runs_one_by_one_and_a_gpu_never():
 
 def test_rows_and_tokens_are_told_apart_by_the_shape_and_found_once():
     batch = Batch()
-    with batch.of([Segment(0, 2, lengths=[3, 1]), Segment(1, 1, lengths=[2])]):
-        rows, tokens = batch.shares(torch.zeros(3, 7)), batch.shares(torch.zeros(1, 6, 7))
+    with batch.using([Segment(0, 2, lengths=[3, 1]), Segment(1, 1, lengths=[2])]):
+        rows, tokens = batch.segments_of(torch.zeros(3, 7)), batch.segments_of(torch.zeros(1, 6, 7))
         assert (rows.sizes, rows.flat) == ([2, 1], False)
         assert (tokens.sizes, tokens.flat) == ([4, 2], True)
-        assert batch.shares(torch.zeros(3, 5, 7)) is rows
-        assert batch.shares(torch.zeros(6, 7)) is tokens
+        assert batch.segments_of(torch.zeros(3, 5, 7)) is rows
+        assert batch.segments_of(torch.zeros(6, 7)) is tokens

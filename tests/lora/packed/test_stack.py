@@ -42,12 +42,12 @@ def stacked(base, shapes, adapters):
 
 def held(stack, adapters):
     """What the slots hold now, as vectors."""
-    stack.keep(range(len(adapters)))
+    stack.snapshot(range(len(adapters)))
     return stack.read([adapter.layout for adapter in adapters])
 
 
 def forward(base, stack, inputs, segments):
-    with stack.batch.of(segments):
+    with stack.batch.using(segments):
         return base.model(**inputs).logits
 
 
@@ -296,7 +296,7 @@ def test_heads_of_several_linear_layers_are_found_by_full_name():
     stack = Stack(model, {}, ("score",))
     assert {name for name, _, _ in stack.tensors()} == set(values)
     stack.load([Adapter({}, {n: 0 * t for n, t in values.items()}), Adapter({}, values)])
-    with stack.batch.of([Segment(1, 2)]):
+    with stack.batch.using([Segment(1, 2)]):
         out = model["score"](torch.ones(2, 4))
     expected = torch.tanh(torch.ones(2, 4) @ values["score.0.weight"].T + 9) @ values["score.2.weight"].T
     torch.testing.assert_close(out, expected)
@@ -323,14 +323,14 @@ def test_dropout_is_inverted_hits_the_adapter_only_and_is_off_without_a_key():
     eye = torch.eye(1000)
     layer.load([LowRank(eye, eye, 1.0)])
     x = torch.ones(4, 1000)
-    with torch.no_grad(), batch.of([Segment(0, 4, key=0)]):
+    with torch.no_grad(), batch.using([Segment(0, 4, key=0)]):
         change = layer(x) - base(x)
     values = change.flatten()
     kept = values > 0.5
     torch.testing.assert_close(values[kept], torch.full_like(values[kept], 4 / 3), rtol=0, atol=1e-4)
     torch.testing.assert_close(values[~kept], torch.zeros_like(values[~kept]), rtol=0, atol=1e-4)
     assert 0.72 < float(kept.float().mean()) < 0.78
-    with torch.no_grad(), batch.of([Segment(0, 4)]):
+    with torch.no_grad(), batch.using([Segment(0, 4)]):
         torch.testing.assert_close(layer(x) - base(x), x, rtol=0, atol=1e-4)
 
 
@@ -342,9 +342,9 @@ def test_dropout_on_a_texts_own_tokens_does_not_depend_on_padding_or_neighbours(
     padded = torch.cat([x, torch.zeros(2, 4, 8)], dim=1)
     beside = torch.cat([torch.ones(3, 7, 8), padded])
     with torch.no_grad():
-        with batch.of([Segment(0, 2, 9, [3, 2])]):
+        with batch.using([Segment(0, 2, 9, [3, 2])]):
             alone, pooled = layer(x), layer(x[:, 0])
-        with batch.of([Segment(1, 3, 4, [7, 7, 1]), Segment(0, 2, 9, [3, 2])]):
+        with batch.using([Segment(1, 3, 4, [7, 7, 1]), Segment(0, 2, 9, [3, 2])]):
             packed, packed_pooled = layer(beside), layer(beside[:, 0])
     torch.testing.assert_close(packed[3:, :3], alone)
     torch.testing.assert_close(packed_pooled[3:], pooled)
@@ -364,7 +364,7 @@ def test_a_head_without_a_bias_has_none_in_any_slot():
     layer = StackedLinear(linear, batch)
     layer.load([torch.zeros(3, 4), linear.weight])
     assert layer.bias_KO is None
-    with batch.of([Segment(1, 5)]):
+    with batch.using([Segment(1, 5)]):
         torch.testing.assert_close(layer(torch.ones(5, 4)), linear(torch.ones(5, 4)))
 
 
@@ -376,11 +376,11 @@ def test_rows_may_lie_end_to_end_without_padding():
     x = torch.randn(1, 9, 8, generator=torch.Generator().manual_seed(1))
     alone, packed = (lambda: Segment(0, 2, 9, [3, 2])), (lambda: Segment(1, 1, 4, [4]))
     with torch.no_grad():
-        with batch.of([alone()]):
+        with batch.using([alone()]):
             own, pooled = layer(x[:, :5]), layer(x[0, :2])
-        with batch.of([alone(), packed()]):
+        with batch.using([alone(), packed()]):
             both, both_pooled = layer(x), layer(x[0, :3])
-        with batch.of([Segment(0, 2, None, [3, 2]), Segment(1, 1, None, [4])]):
+        with batch.using([Segment(0, 2, None, [3, 2]), Segment(1, 1, None, [4])]):
             change = layer(x) - layer.base(x)
     assert both.shape == (1, 9, 8)
     torch.testing.assert_close(both[:, :5], own)
@@ -388,5 +388,5 @@ def test_rows_may_lie_end_to_end_without_padding():
     torch.testing.assert_close(change[:, :5], x[:, :5])
     torch.testing.assert_close(change[:, 5:], 2 * x[:, 5:])
     for wrong in (x[:, :8], torch.zeros(9, 2, 8)):
-        with batch.of([alone(), packed()]), pytest.raises(ValueError, match="its segments 3 of 9 tokens"):
+        with batch.using([alone(), packed()]), pytest.raises(ValueError, match="its segments 3 of 9 tokens"):
             layer(wrong)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rayfed
-from rayfed.engine.local_executor import LocalCrew
+from rayfed.engine.local_executor import LocalExecutor
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack
 from rayfed.methods import build
@@ -17,7 +17,7 @@ from rayfed.server.evaluation import per_client
 from rayfed.server.evaluation.per_client import client_accuracies
 from rayfed.tasks.federation import form_federation
 from rayfed.tasks.models.base import base_of
-from rayfed.tasks.models.spec import draw_blueprint
+from rayfed.tasks.models.spec import describe_model
 
 SETTINGS = ("eval.clients=true", "client.lr=0.5", "client.optimizer=adamw", "client.epochs=2", "server.cohort=6")
 
@@ -38,7 +38,7 @@ def seen(monkeypatch):
 def predictions(experiment, federation, adapters):
     """Each adapter's predictions on the test split, one text at a time."""
     base = base_of(experiment, len(federation.classes))
-    shapes = draw_blueprint(experiment, len(federation.classes)).shapes
+    shapes = describe_model(experiment, len(federation.classes)).shapes
     stack = Stack(base.model, shapes, base.head)
     found = []
     for adapter in adapters:
@@ -47,7 +47,7 @@ def predictions(experiment, federation, adapters):
         for row in range(len(federation.test)):
             batch = federation.test.batch(np.array([row]), federation.pad_id)
             batch.pop("labels")
-            with torch.no_grad(), stack.batch.of([Segment(0, 1, None, [int(federation.test.lengths[row])])]):
+            with torch.no_grad(), stack.batch.using([Segment(0, 1, None, [int(federation.test.lengths[row])])]):
                 found[-1][row] = int(base.model(**batch).logits.argmax())
     return found
 
@@ -103,15 +103,15 @@ def test_clients_of_a_tier_share_its_model(tiny, tmp_path, seen, monkeypatch):
 def test_classes_without_test_rows_are_left_out(tiny):
     experiment = tiny(*SETTINGS)
     federation = form_federation(experiment)
-    blueprint = draw_blueprint(experiment, len(federation.classes))
+    model_spec = describe_model(experiment, len(federation.classes))
     method = build("flasc")
-    state = method.init(blueprint.start(experiment), experiment.seed)
+    state = method.init(model_spec.start(experiment), experiment.seed)
     federation.test.labels[federation.test.labels == 0] = 1
     owner = int(np.argmax(federation.sizes))
     federation.train.labels[federation.rows_of(owner)] = 0
-    crew = LocalCrew(experiment, federation, blueprint)
-    each = client_accuracies(method, state, experiment, federation, 0, crew)
-    crew.close()
+    executor = LocalExecutor(experiment, federation, model_spec)
+    each = client_accuracies(method, state, experiment, federation, 0, executor)
+    executor.close()
     assert np.isnan(each[owner])
     others = [client for client in np.flatnonzero(federation.sizes).tolist() if client != owner]
     (predicted,) = predictions(experiment, federation, [state.layout.unflatten(state.vector)])

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import rayfed
-from rayfed.engine.local_executor import LocalCrew
+from rayfed.engine.local_executor import LocalExecutor
 from rayfed.methods import build
-from rayfed.server.evaluation.tiers import tier_models
+from rayfed.server.evaluation.targets import tier_models
 from rayfed.tasks.federation import form_federation
-from rayfed.tasks.models.spec import draw_blueprint
+from rayfed.tasks.models.spec import describe_model
 
 
 @pytest.mark.parametrize("scale", ["own", "server"])
@@ -29,12 +29,12 @@ def test_truncations_differ_and_the_largest_tier_of_fedhl_is_the_best_approximat
 def test_density_tiers_keep_the_largest_entries(tiny):
     experiment = tiny("profiles.kind=tiers", "profiles.densities_down=[0.25,1.0]", "eval.tiers=true")
     federation = form_federation(experiment)
-    blueprint = draw_blueprint(experiment, len(federation.classes))
+    model_spec = describe_model(experiment, len(federation.classes))
     method = build("flasc")
-    state = method.init(blueprint.start(experiment), experiment.seed)
-    crew = LocalCrew(experiment, federation, blueprint)
-    models = tier_models(method, state, experiment, federation.sizes, 0, crew)
-    crew.close()
+    state = method.init(model_spec.start(experiment), experiment.seed)
+    executor = LocalExecutor(experiment, federation, model_spec)
+    models = tier_models(method, state, experiment, federation.sizes, 0, executor)
+    executor.close()
     assert sorted(models) == ["_rank_4", "_rank_4_density_0.25"]
     sparse, _ = models["_rank_4_density_0.25"]
     kept = sparse != 0

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from rayfed.config.task import Data, Partition
 from rayfed.errors import UserError
+from rayfed.tasks.data import partition as module
 from rayfed.tasks.data.dataset import load_data
-from rayfed.tasks.data.dataset import partition as module
 from rayfed.tasks.data.partition import describe, partition
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"

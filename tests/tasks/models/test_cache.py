@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import rayfed
+from rayfed.tasks.models import cache as kept
 from rayfed.tasks.models.base import base_of, in_dtype
-from rayfed.tasks.models.base import cache as kept
 from rayfed.tasks.models.cache import keep_base, shared_base
 
 

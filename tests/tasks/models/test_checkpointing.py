@@ -9,16 +9,16 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import rayfed
 from rayfed import wire
-from rayfed.clients import local_training as train
-from rayfed.clients.messages import EvalJob, Order, TrainJob
-from rayfed.clients.trainer import Learner
+from rayfed.clients import local_training
+from rayfed.clients.messages import ClientOrder, EvalJob, TrainJob
+from rayfed.clients.trainer import Trainer
 from rayfed.config import validate
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.methods.base import Trainable
 from rayfed.tasks.federation import form_federation
 from rayfed.tasks.models.checkpointing import layers_of
-from rayfed.tasks.models.spec import draw_blueprint
+from rayfed.tasks.models.spec import describe_model
 
 AGAIN = "engine.gradient_checkpointing=true"
 TRAINING = ("lora.dropout=0.2", "client.clip_norm=0.5", "client.batch_size=4", "client.optimizer=adamw")
@@ -26,27 +26,27 @@ TRAINING = ("lora.dropout=0.2", "client.clip_norm=0.5", "client.batch_size=4", "
 
 def learner_of(experiment):
     federation = form_federation(experiment)
-    return Learner(experiment, federation, draw_blueprint(experiment, len(federation.classes)))
+    return Trainer(experiment, federation, describe_model(experiment, len(federation.classes)))
 
 
-def trained(learner, kept: list[int]):
+def trained(trainer, kept: list[int]):
     """The uploads and losses of a pack of three, from a random B; ``kept`` gets the entries kept for the way back."""
     g = torch.Generator().manual_seed(4)
     layers = {
         name: LowRank(0.1 * torch.randn(out, 4, generator=g), 0.2 * torch.randn(4, inner, generator=g), 2.0)
-        for name, (out, inner) in learner.blueprint.shapes.items()
+        for name, (out, inner) in trainer.model_spec.shapes.items()
     }
-    adapter = Adapter(layers, learner.blueprint.head)
+    adapter = Adapter(layers, trainer.model_spec.head)
     size = adapter.layout.size
-    orders = tuple(Order(c, adapter.layout, 0, Trainable(), size, 1.0, "fp32") for c in (2, 5, 7))
+    orders = tuple(ClientOrder(c, adapter.layout, 0, Trainable(), size, 1.0, "fp32") for c in (2, 5, 7))
 
     def keep(tensor):
         kept.append(tensor.numel())
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = learner.execute(TrainJob(0, 0.01, orders), [wire.encode(adapter.flatten())])
-    evaluated = learner.execute(EvalJob("test", 0, 60, adapter.layout), [wire.encode(adapter.flatten())])
+        result = trainer.execute(TrainJob(0, 0.01, orders), [wire.encode(adapter.flatten())])
+    evaluated = trainer.execute(EvalJob("test", 0, 60, adapter.layout), [wire.encode(adapter.flatten())])
     return result.uploads, result.losses, evaluated.loss
 
 
@@ -69,13 +69,13 @@ def test_a_layer_is_computed_twice_for_a_step_and_once_for_an_answer(tiny, monke
     calls = []
     forward = BertSelfOutput.forward
     monkeypatch.setattr(BertSelfOutput, "forward", lambda self, *a: calls.append(1) or forward(self, *a))
-    learner = learner_of(tiny(AGAIN, *TRAINING))
-    layers = len(layers_of(learner.model))
+    trainer = learner_of(tiny(AGAIN, *TRAINING))
+    layers = len(layers_of(trainer.model))
     steps = []
-    real = train.row_losses
-    monkeypatch.setattr(train, "row_losses", lambda *a: steps.append(1) or real(*a))
+    real = local_training.row_losses
+    monkeypatch.setattr(local_training, "row_losses", lambda *a: steps.append(1) or real(*a))
     calls.clear()
-    trained(learner, [])
+    trained(trainer, [])
     answers = -(-60 // 16)
     assert layers == 2
     assert len(calls) == layers * (2 * len(steps) + answers)

@@ -8,15 +8,15 @@ from safetensors.torch import load_file
 
 import rayfed
 from rayfed import wire
-from rayfed.clients.messages import EvalJob, Order, TrainJob
-from rayfed.clients.trainer import Learner
+from rayfed.clients.messages import ClientOrder, EvalJob, TrainJob
+from rayfed.clients.trainer import Trainer
 from rayfed.config import validate
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, LowRank, flatten_changes
 from rayfed.methods.base import Trainable
 from rayfed.tasks.federation import form_federation
-from rayfed.tasks.models.base import Base, base_of, in_dtype
-from rayfed.tasks.models.spec import draw_blueprint
+from rayfed.tasks.models.base import FrozenBase, base_of, in_dtype
+from rayfed.tasks.models.spec import describe_model
 
 COARSE = "model.dtype=bfloat16"
 HALF = 2.0**-8  # the largest relative error of a number rounded to bfloat16
@@ -32,28 +32,28 @@ def shape(request, tiny_gpt2):
 
 def learner_of(experiment):
     federation = form_federation(experiment)
-    return Learner(experiment, federation, draw_blueprint(experiment, len(federation.classes)))
+    return Trainer(experiment, federation, describe_model(experiment, len(federation.classes)))
 
 
-def random_adapter(blueprint):
+def random_adapter(model_spec):
     g = torch.Generator().manual_seed(4)
     layers = {
         name: LowRank(0.1 * torch.randn(out, 4, generator=g), 0.2 * torch.randn(4, inner, generator=g), 2.0)
-        for name, (out, inner) in blueprint.shapes.items()
+        for name, (out, inner) in model_spec.shapes.items()
     }
-    return Adapter(layers, {n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in blueprint.head.items()})
+    return Adapter(layers, {n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in model_spec.head.items()})
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_only_the_frozen_base_is_coarse(tiny, shape, padding):
-    learner = learner_of(tiny(COARSE, *shape, f"engine.padding={padding}"))
-    trained = {id(parameter) for _, _, parameter in learner.stack.tensors()}
-    formats = {id(p) in trained: p.dtype for p in learner.model.parameters()}
+    trainer = learner_of(tiny(COARSE, *shape, f"engine.padding={padding}"))
+    trained = {id(parameter) for _, _, parameter in trainer.stack.tensors()}
+    formats = {id(p) in trained: p.dtype for p in trainer.model.parameters()}
     assert formats == {True: torch.float32, False: torch.bfloat16}
-    assert len({p.dtype for p in learner.model.parameters() if id(p) not in trained}) == 1
+    assert len({p.dtype for p in trainer.model.parameters() if id(p) not in trained}) == 1
 
 
-def train(learner, adapter, base=None):
+def train(trainer, adapter, base=None):
     """The changes of two clients in one pack, dense."""
     payloads = [wire.encode(adapter.flatten())]
     extra = {}
@@ -62,8 +62,8 @@ def train(learner, adapter, base=None):
         payloads.append(wire.encode(vector))
         extra = {"base": 1, "base_layout": layout}
     size = adapter.layout.size
-    orders = tuple(Order(c, adapter.layout, 0, Trainable(), size, 1.0, "fp32", **extra) for c in (2, 5))
-    result = learner.execute(TrainJob(0, 0.01, orders), payloads)
+    orders = tuple(ClientOrder(c, adapter.layout, 0, Trainable(), size, 1.0, "fp32", **extra) for c in (2, 5))
+    result = trainer.execute(TrainJob(0, 0.01, orders), payloads)
     return torch.stack([wire.decode(upload).values for upload in result.uploads]), result.uploads
 
 
@@ -74,17 +74,17 @@ def test_training_and_evaluation_are_near_those_in_float32(tiny, shape, padding,
     changes, losses = [], []
     for dtype in ("float32", "bfloat16"):
         settings = tiny(f"model.dtype={dtype}", *shape, f"engine.padding={padding}", "partition.kind=iid")
-        learner = learner_of(settings)
-        adapter = random_adapter(learner.blueprint)
+        trainer = learner_of(settings)
+        adapter = random_adapter(trainer.model_spec)
         g = torch.Generator().manual_seed(1)
         under = {
             name: 0.1 * torch.randn(out, inner, generator=g)
             if below == "matrix"
             else LowRank(0.2 * torch.randn(out, 2, generator=g), 0.2 * torch.randn(2, inner, generator=g), 1.0)
-            for name, (out, inner) in learner.blueprint.shapes.items()
+            for name, (out, inner) in trainer.model_spec.shapes.items()
         }
-        changes.append(train(learner, adapter, None if below == "nothing" else under)[0])
-        result = learner.execute(EvalJob("test", 0, 60, adapter.layout), [wire.encode(adapter.flatten())])
+        changes.append(train(trainer, adapter, None if below == "nothing" else under)[0])
+        result = trainer.execute(EvalJob("test", 0, 60, adapter.layout), [wire.encode(adapter.flatten())])
         losses.append(result.loss / 60)
     fine, coarse = changes
     distance = float((coarse - fine).norm() / fine.norm())
@@ -142,8 +142,8 @@ def test_the_problem_with_a_known_answer_stays_exact():
 def test_a_model_that_cannot_compute_in_it_is_refused(tiny, monkeypatch):
     """A layer that the checkpoint lacks belongs to the head, so it stays float32, wherever it stands."""
     model = base_of(tiny(), 4).model
-    base = Base(model, ("classifier", "encoder.encoder.layer.0.output.dense"))
+    base = FrozenBase(model, ("classifier", "encoder.encoder.layer.0.output.dense"))
     monkeypatch.setattr("rayfed.tasks.models.spec.shared_base", lambda *_: base)
-    draw_blueprint(tiny(), 4)
+    describe_model(tiny(), 4)
     with pytest.raises(UserError, match=r"^model\.dtype: got 'bfloat16', but '[^\n]*' cannot compute in it [^\n]*$"):
-        draw_blueprint(tiny(COARSE), 4)
+        describe_model(tiny(COARSE), 4)

@@ -14,7 +14,7 @@ from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_layers, head_values
 from rayfed.tasks.data.tokens import Tokens
 from rayfed.tasks.models.base import MeanPooledClassifier
-from rayfed.tasks.models.unpadded import Flat, FlatModel, FlatTokens, Padded, choose
+from rayfed.tasks.models.unpadded import Padded, Unpadded, UnpaddedModel, UnpaddedTokens, choose_batching
 
 LENGTHS = [9, 3, 70, 1, 5, 5, 2]
 ROWS = (3, 2, 2)  # of three clients
@@ -101,10 +101,10 @@ def trained(kind, tokens, how):
     bounds = np.cumsum((0, *ROWS))
     lengths = tokens.lengths[order]
     segments = [Segment(i, n, None, lengths[bounds[i] : bounds[i + 1]].tolist()) for i, n in enumerate(ROWS)]
-    batch = (FlatTokens(tokens) if isinstance(how, Flat) else tokens).batch(order, 1)
+    batch = (UnpaddedTokens(tokens) if isinstance(how, Unpadded) else tokens).batch(order, 1)
     labels = batch.pop("labels")
-    with stack.batch.of(segments):
-        logits = FlatModel(model, how)(batch, segments) if isinstance(how, Flat) else model(**batch).logits
+    with stack.batch.using(segments):
+        logits = UnpaddedModel(model, how)(batch, segments) if isinstance(how, Unpadded) else model(**batch).logits
         losses = nn.functional.cross_entropy(logits, labels, reduction="none")
         torch.stack([part.mean() for part in losses.split(ROWS)]).sum().backward()
     return logits.detach(), {(name, part): parameter.grad for name, part, parameter in stack.tensors()}
@@ -113,18 +113,18 @@ def trained(kind, tokens, how):
 @pytest.mark.parametrize(
     ("kind", "how"),
     [
-        ("mean", Flat("mean")),
-        ("bert", Flat("first")),
-        ("roberta", Flat("first", start=2)),
-        ("distilbert", Flat("first")),
-        ("gpt2", Flat("last")),
-        ("llama", Flat("last")),
-        ("modernbert", Flat("all")),
+        ("mean", Unpadded("mean")),
+        ("bert", Unpadded("first")),
+        ("roberta", Unpadded("first", start=2)),
+        ("distilbert", Unpadded("first")),
+        ("gpt2", Unpadded("last")),
+        ("llama", Unpadded("last")),
+        ("modernbert", Unpadded("all")),
     ],
 )
 def test_without_padding_a_model_computes_what_it_computes_with_padding(tokens, kind, how):
     """Every linear layer adapted, a pooler's included; three clients of different texts, one of a single token."""
-    assert choose(model_of(kind), 70) == how
+    assert choose_batching(model_of(kind), 70) == how
     padded, expected = trained(kind, tokens, Padded("to compare"))
     flat, found = trained(kind, tokens, how)
     torch.testing.assert_close(flat, padded, rtol=1e-5, atol=2e-6)
@@ -144,21 +144,21 @@ def test_without_padding_a_model_computes_what_it_computes_with_padding(tokens, 
     ],
 )
 def test_a_model_that_cannot_be_run_without_padding_is_run_with_it(kind, longest, reason):
-    found = choose(model_of(kind), longest)
+    found = choose_batching(model_of(kind), longest)
     assert isinstance(found, Padded)
     assert found.reason.endswith(f"ForSequenceClassification: {reason}")
     assert reason in str(found)
 
 
 def test_a_window_that_no_text_exceeds_does_not_matter():
-    assert choose(model_of("mistral"), 30) == Flat("last")
+    assert choose_batching(model_of("mistral"), 30) == Unpadded("last")
 
 
 @pytest.mark.parametrize("longest", [1, 2, 64, 65])
 @pytest.mark.parametrize("kind", ["gpt2", "mean"])
 def test_the_choice_stands_whatever_the_longest_text(kind, longest):
-    found = choose(model_of(kind), longest)
-    assert isinstance(found, Flat)
+    found = choose_batching(model_of(kind), longest)
+    assert isinstance(found, Unpadded)
     assert longest == 1 or found.reads == {"gpt2": "last", "mean": "mean"}[kind]
 
 
@@ -168,7 +168,7 @@ def test_choosing_leaves_the_model_as_it_was(tokens, kind):
     before = copy.deepcopy(model)
     batch = tokens.batch(np.arange(len(tokens)), 1)
     batch.pop("labels")
-    choose(model, 64)
+    choose_batching(model, 64)
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, before(**batch).logits)
     for a, b in zip(model.modules(), before.modules(), strict=True):
@@ -181,17 +181,17 @@ def test_choosing_leaves_the_model_as_it_was(tokens, kind):
 
 
 def test_a_model_of_no_known_build_is_padded():
-    found = choose(nn.Linear(3, 3), 10)
+    found = choose_batching(nn.Linear(3, 3), 10)
     assert found == Padded("Linear: it does not tell its encoder from its head")
 
 
 def test_the_choice_is_said_in_words():
-    assert str(Flat("last")) == "none (the head reads the last of a text's tokens)"
+    assert str(Unpadded("last")) == "none (the head reads the last of a text's tokens)"
     assert str(Padded("engine.padding=batch")) == "to the longest of a batch (engine.padding=batch)"
 
 
 def test_a_flat_batch_holds_the_texts_end_to_end(tokens):
-    flat = FlatTokens(tokens)
+    flat = UnpaddedTokens(tokens)
     batch = flat.batch(np.array([1, 3, 0]), 1)
     texts = [tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]] for row in (1, 3, 0)]
     assert batch["input_ids"].tolist() == [np.concatenate(texts).tolist()]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from rayfed.tasks.models.base import varlen_attention as attention
-from rayfed.tasks.models.varlen_attention import LONG, TILE, Laid, attend
+from rayfed.tasks.models import varlen_attention as attention
+from rayfed.tasks.models.varlen_attention import LONG, TILE, PackedSequences, varlen_attention
 
 SHORT = [[5, 1, 40], [30, 7, TILE], [TILE + 9], [2]]  # texts of four clients: shared tiles, full ones, a long one
 CPU = torch.device("cpu")
@@ -34,12 +34,12 @@ def one_by_one(query, key, value, clients, causal, scale):
 def by_attend(query, key, value, clients, causal, scale):
     layer = nn.Module()
     layer.is_causal = causal
-    with Laid(clients, CPU).in_use():
-        return attend(layer, query, key, value, None, scaling=scale)[0]
+    with PackedSequences(clients, CPU).in_use():
+        return varlen_attention(layer, query, key, value, None, scaling=scale)[0]
 
 
 def by_grid(query, key, value, clients, causal, scale):
-    return attention._gridded(query, key, value, Laid(clients, CPU), causal, scale)
+    return attention._gridded(query, key, value, PackedSequences(clients, CPU), causal, scale)
 
 
 @pytest.mark.parametrize("shared", [1, 2])
@@ -73,9 +73,9 @@ def test_what_diverges_stays_with_its_client(ours, clients):
 
 
 def test_tiles_are_neighbours_of_one_client_and_no_larger_than_need_be():
-    assert Laid(SHORT, CPU).tiles == [[5, 1, 40], [30, 7], [TILE], [TILE + 9], [2]]
-    assert Laid([[1, 200, 1, 1]], CPU).tiles == [[1], [200], [1, 1]]
-    laid = Laid(SHORT, CPU)
+    assert PackedSequences(SHORT, CPU).tiles == [[5, 1, 40], [30, 7], [TILE], [TILE + 9], [2]]
+    assert PackedSequences([[1, 200, 1, 1]], CPU).tiles == [[1], [200], [1, 1]]
+    laid = PackedSequences(SHORT, CPU)
     assert laid.masks(False, torch.float32) is laid.masks(False, torch.float32)  # once a batch, not once a layer
     assert [mask is None for mask in laid.masks(False, torch.float32)] == [False, False, True, True, True]
 
@@ -100,15 +100,17 @@ def test_the_scale_is_the_usual_one_where_none_is_given():
 )
 def test_attention_of_another_kind_is_refused(named):
     _, heads = draw([[4, 5]])
-    with Laid([[4, 5]], CPU).in_use():
-        attend(nn.Module(), *heads, **{"attention_mask": None, "sliding_window": 5})  # reaches as far as any text
+    with PackedSequences([[4, 5]], CPU).in_use():
+        varlen_attention(
+            nn.Module(), *heads, **{"attention_mask": None, "sliding_window": 5}
+        )  # reaches as far as any text
         with pytest.raises(ValueError, match=r"flat rows know no|longer than the window"):
-            attend(nn.Module(), *heads, **{"attention_mask": None, **named})
+            varlen_attention(nn.Module(), *heads, **{"attention_mask": None, **named})
 
 
 def test_only_the_row_in_use_is_attended():
     _, heads = draw([[4, 5]])
     with pytest.raises(ValueError, match="in use"):
-        attend(nn.Module(), *heads, None)
-    with Laid([[4, 6]], CPU).in_use(), pytest.raises(ValueError, match="in use"):
-        attend(nn.Module(), *heads, None)
+        varlen_attention(nn.Module(), *heads, None)
+    with PackedSequences([[4, 6]], CPU).in_use(), pytest.raises(ValueError, match="in use"):
+        varlen_attention(nn.Module(), *heads, None)
