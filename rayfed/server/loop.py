@@ -67,7 +67,7 @@ class Server:
         start = blueprint.start(experiment)
         self.layout = start.layout
         self.progress = Progress()
-        self.ledger, self.catchup = wire.Ledger(), CatchUp()
+        self.catchup = CatchUp()
         self.store = ClientStore(out / "clients")
         self.overlap = experiment.engine.kind == "ray"  # in one process nobody idles, and each record comes sooner
         self.costs = client_costs(federation, experiment.client)
@@ -83,7 +83,7 @@ class Server:
             self.progress = Progress(**found.progress)
             self.catchup = CatchUp.from_json(found.catchup)
             self.done = found.round
-            self.ledger = wire.Ledger.read(out / "ledger.parquet", up_to_round=self.done)
+        self.ledger = wire.Ledger.resume(out / "ledger.parquet", self.done)
 
     def info(self) -> RunInfo:
         """What the sinks are told at the start."""
@@ -256,7 +256,7 @@ class Server:
 
     def _write(self, snapshot: Snapshot) -> None:
         checkpoint = replace(snapshot.checkpoint, progress=self.progress.to_json())
-        self.ledger.write(self.out / "ledger.parquet", up_to_round=checkpoint.round)
+        self.ledger.write(self.out / "ledger.parquet")
         keep = self.experiment.checkpoint.keep
         checkpoints.save(self.folder, checkpoint, snapshot.method, snapshot.optimizer, keep)
         if checkpoint.clients:
