@@ -113,11 +113,28 @@ def test_a_write_forgets_its_rows_and_changes_no_earlier_part(tmp_path):
     assert len(ledger.table()) == 0
     ledger.write(tmp_path)
     assert files(tmp_path) == before
-    with pytest.raises(ValueError, match="round: got 0, but it should be 2 to 2147483647"):
-        filled(traffic()[:20], ledger)
+    for known in (ledger, Ledger.read(tmp_path)):
+        with pytest.raises(ValueError, match="round: got 0, but it should be 2 to 2147483647"):
+            filled(traffic()[:20], known)
     filled(traffic()[20:], ledger).write(tmp_path)
     assert files(tmp_path).items() > before.items()
     assert ledger.totals() == expected(traffic())
+
+
+def test_a_write_that_fails_leaves_no_file_and_keeps_the_rows(tmp_path, monkeypatch):
+    ledger = filled(traffic())
+
+    def full(rows: pa.Table, path: Path, **_: object) -> None:
+        path.write_text("half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", full)
+        with pytest.raises(OSError, match="disk full"):
+            ledger.write(tmp_path)
+    assert files(tmp_path) == {}
+    ledger.write(tmp_path)
+    assert len(pq.read_table(tmp_path)) == 40
 
 
 def test_neither_table_nor_file_depends_on_the_order_of_arrival(tmp_path):
