@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from rayfed.errors import RunError, UserError
 
-PRUNED = ("checkpoints", "clients")  # folders of a run from which files go while it runs
+PRUNED = ("checkpoints", "clients", "ledger.parquet")  # folders of a run from which files go while it runs
 LAST = "checkpoints"  # copied after all else: a checkpoint never promises what is not there
 
 

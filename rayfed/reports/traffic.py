@@ -1,7 +1,7 @@
 """What a run's ledger says: bytes by direction and part, the sizes of its messages, and its time on a stated link.
 
-Read straight from `ledger.parquet` (its columns are those of `rayfed.wire.Ledger.table`), because a report needs no
-torch. The ledger is written at checkpoints, so that of a run that is still going may end before its last round.
+Read straight from the folder `ledger.parquet` (its columns are those of `rayfed.wire.Ledger.table`), because a report
+needs no torch. Each checkpoint adds to the folder: while a run goes on, its ledger may end before its last round.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ def read_traffic(folder: Path) -> Traffic | None:
     import pyarrow.parquet as pq
 
     path = folder / "ledger.parquet"
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        table = pq.ParquetFile(path).read()
+        table = pq.read_table(path)
         columns = {name: table[name].to_numpy().astype(np.int64) for name in _NUMBERS}
         directions = table["direction"].cast(pa.string()).to_pylist()
     except (pa.ArrowException, KeyError, OSError) as error:

@@ -24,7 +24,7 @@ from torch import Tensor
 from rayfed.errors import UserError
 from rayfed.files import atomic_path
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Server:
         start = model_spec.start(experiment)
         self.layout = start.layout
         self.progress = Progress()
-        self.ledger, self.base_updates = wire.Ledger(), BaseUpdates()
+        self.base_updates = BaseUpdates()
         self.store = ClientStore(out / "clients")
         self.costs = client_costs(federation, experiment.client)
         found = checkpoints.latest(self.folder, self.settings_digest) if resume else None
@@ -77,7 +77,7 @@ class Server:
             self.progress = Progress(**found.progress)
             self.base_updates = BaseUpdates.from_json(found.base_updates)
             self.done = found.round
-            self.ledger = wire.Ledger.read(out / "ledger.parquet", up_to_round=self.done)
+        self.ledger = wire.Ledger.resume(out / "ledger.parquet", self.done)
 
     def info(self) -> RunInfo:
         """What the sinks are told at the start."""
@@ -206,7 +206,7 @@ class Server:
             self.base_updates.to_json(),
             self.store.to_json(self.state.clients),
         )
-        self.ledger.write(self.out / "ledger.parquet", up_to_round=self.done)
+        self.ledger.write(self.out / "ledger.parquet")
         keep = self.experiment.checkpoint.keep
         checkpoints.save(self.folder, checkpoint, self.state.tensors(), self.axes.optimizer.state, keep)
         if checkpoint.clients:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rayfed.config import Experiment, dump_config, load_config
 from rayfed.errors import UserError
-from rayfed.files import atomic_write, write_json
+from rayfed.files import atomic_path, atomic_write, write_json
 from rayfed.lora.adapter import Adapter, Layout, LowRank, fresh_adapter, scale_of
 from rayfed.lora.algebra import pad, rescale
 from rayfed.methods.fedit import FedIT
@@ -33,6 +33,7 @@ from rayfed.methods.flasc import Flasc
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.axes import resolve
 from rayfed.server.client_state import ClientStore, digest_of
+from rayfed.wire import Ledger
 
 Tensors = dict[str, Tensor]
 SQUARES = ("v", "exp_avg_sq")  # moments that go with the square of a gradient
@@ -86,8 +87,10 @@ def warm_start(source: Path, folder: Path, experiment: Experiment) -> None:
         own = folder / kept.path.relative_to(source)
         own.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(kept.path, own)
-    for name in ("metrics.jsonl", "ledger.parquet"):
-        shutil.copyfile(source / name, folder / name)
+    shutil.copyfile(source / "metrics.jsonl", folder / "metrics.jsonl")
+    with atomic_path(folder / "ledger.parquet") as ledger:
+        shutil.copytree(source / "ledger.parquet", ledger, ignore=shutil.ignore_patterns(".*"))
+        Ledger.resume(ledger, found.round)
     write_json(folder / NOTE, {"trial": source.name, "round": found.round, "state/digest": found.digest})
     atomic_write(folder / "config.yaml", dump_config(experiment))
 

@@ -1,16 +1,16 @@
-"""The ledger: what travelled between server and clients, one row per payload.
+"""The ledger: the bytes that travelled between server and clients, one row per payload.
 
-Promises: ``bytes`` is ``len()`` of the payload, header, indices and values together; ``values`` is the number of
-entries that travelled, the figure papers quote as parameters sent. Totals are kept as rows come. The table is ordered
-by round, client and direction: one file, whatever the order of arrival. Memory does not grow with the rows: beyond a
-bound they wait in a temporary file (`rows`), and the ledger's file is written and read in parts, as its row groups are.
-What stays of a round is its totals.
+``bytes`` is ``len()`` of the payload: header, indices and values together. ``values`` is the number of entries that
+travelled, which papers report as parameters sent.
+
+On disk the ledger is a folder of Parquet files. Each checkpoint adds one file, named by its last round. The files in
+name order are one table, ordered by round, client and direction. ``pyarrow.parquet.read_table(folder)`` and
+``pandas.read_parquet(folder)`` read it. In memory only the rows since the last write and the totals of each round stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from operator import add
+from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +18,6 @@ import numpy as np
 
 from rayfed.files import atomic_path
 from rayfed.wire.codec import Sizes, inspect
-from rayfed.wire.rows import COLUMNS, ROW, Block, Rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,30 +26,28 @@ Direction = Literal["down", "up"]
 DIRECTIONS: tuple[Direction, ...] = ("down", "up")
 """``down``: server to client; ``up``: client to server."""
 
-GROUP_ROWS = 65_536
-"""Rows of a row group of the file, at most, unless a single round has more."""
-
+COLUMNS = ("round", "client", "direction", "bytes", "values", "bytes_header", "bytes_indices", "bytes_values")
 _TOTALS = ("bytes/down", "bytes/up", "params/down", "params/up")
-_NOTHING: Block = np.empty(0, ROW)
 
 
 class Ledger:
-    """What travelled in a run so far. Adding a row and asking for totals take constant time, however long the run."""
+    """The traffic of a run so far. To add a row and to ask for totals takes constant time, however long the run."""
 
     def __init__(self) -> None:
-        self._rows = Rows()
+        self._pending = array("q")  # the rows since the last write, one after the other, in the order of COLUMNS
+        self._written = -1  # the last round on disk
         self._by_round: dict[int, list[int]] = {}  # round -> the four totals, in the order of _TOTALS, and its rows
-        self._whole = [0, 0, 0, 0, 0]
+        self._run = [0, 0, 0, 0, 0]
 
     def __len__(self) -> int:
-        """Payloads that travelled."""
-        return self._whole[4]
+        """Number of payloads that travelled."""
+        return self._run[4]
 
     def add(self, *, round: int, client: int, direction: Direction, payload: bytes | memoryview) -> None:
         """Records one payload. A broadcast to ten clients is ten rows: each client downloads it.
 
         Args:
-            round: at least 0, under 2^31.
+            round: at least 0, under 2^31, and later than the rounds that `write` has written.
             client: the client's id, a signed 64-bit integer.
             direction: ``down`` (server to client) or ``up``.
             payload: the bytes that travelled, as ``encode`` made them.
@@ -62,122 +59,134 @@ class Ledger:
         self.add_sizes(round=round, client=client, direction=direction, sizes=inspect(payload))
 
     def add_sizes(self, *, round: int, client: int, direction: Direction, sizes: Sizes) -> None:
-        """Records one payload that was made earlier and of which only the sizes are known; otherwise as `add`."""
+        """Records one payload of which only the sizes are known; otherwise as `add`."""
         if direction not in DIRECTIONS:
             raise ValueError(f"direction: got {direction!r}, but payloads travel {' or '.join(DIRECTIONS)}")
-        if not 0 <= round < 2**31 or not -(2**63) <= client < 2**63:
-            raise ValueError(f"round, client: got {round}, {client}, but they are kept as 31 and 64-bit integers")
-        way, whole = DIRECTIONS.index(direction), sizes.bytes_header + sizes.bytes_indices + sizes.bytes_values
-        row = (round, client, way, whole, sizes.count, sizes.bytes_header, sizes.bytes_indices, sizes.bytes_values)
-        self._rows.add(row)
-        for totals in (self._by_round.setdefault(round, [0, 0, 0, 0, 0]), self._whole):
-            totals[way] += whole
-            totals[2 + way] += sizes.count
-            totals[4] += 1
+        if not self._written < round < 2**31:
+            raise ValueError(f"round: got {round}, but it should be {self._written + 1} to {2**31 - 1}")
+        if not -(2**63) <= client < 2**63:
+            raise ValueError(f"client: got {client}, but it should be a signed 64-bit integer")
+        parts = (sizes.bytes_header, sizes.bytes_indices, sizes.bytes_values)
+        way, total = DIRECTIONS.index(direction), sum(parts)
+        self._pending.extend(array("q", (round, client, way, total, sizes.count, *parts)))
+        self._count(round, way, total, sizes.count)
 
     def totals(self, round: int | None = None) -> dict[str, int]:
-        """What travelled in one round, or in the whole run when ``round`` is None.
+        """The traffic of one round, or of the whole run when ``round`` is None.
 
         Returns:
             ``bytes/down``, ``bytes/up`` (serialised) and ``params/down``, ``params/up`` (entries that travelled);
-            zeros for a round in which nothing did.
+            zeros for a round without traffic.
         """
-        numbers = self._whole if round is None else self._by_round.get(round, [0, 0, 0, 0, 0])
+        numbers = self._run if round is None else self._by_round.get(round, [0, 0, 0, 0, 0])
         return dict(zip(_TOTALS, numbers[:4], strict=True))
 
     @property
     def total_bytes(self) -> int:
         """Bytes of the whole run, both ways."""
-        return self._whole[0] + self._whole[1]
+        return self._run[0] + self._run[1]
 
-    def table(self) -> pa.Table:
-        """All rows as an Arrow table, ordered by round, client, direction (down first), then by the other columns.
+    def table(self, folder: Path | None = None) -> pa.Table:
+        """The rows since the last write as an Arrow table, after the rows in ``folder`` where one is given.
 
-        Columns: round int32, client int64, direction (dictionary of strings), and bytes, values, bytes_header,
-        bytes_indices, bytes_values, all int64.
+        The order is round, client, direction (down first), then the other columns. Columns: round int32, client int64,
+        direction (dictionary of strings), and bytes, values, bytes_header, bytes_indices, bytes_values, all int64.
         """
         import pyarrow as pa
 
-        return pa.concat_tables([_table(_NOTHING), *self._parts()])
+        rows = np.array(self._pending, np.int64).reshape(-1, len(COLUMNS))
+        rows = rows[np.lexsort(rows.T[::-1])]  # lexsort's last key comes first
+        arrays: dict[str, pa.Array] = {name: pa.array(column) for name, column in zip(COLUMNS, rows.T, strict=True)}
+        arrays["round"], codes = arrays["round"].cast(pa.int32()), arrays["direction"].cast(pa.int32())
+        arrays["direction"] = pa.DictionaryArray.from_arrays(codes, pa.array(DIRECTIONS))
+        return pa.concat_tables([*map(_read, _parts(folder) if folder else ()), pa.table(arrays)])
 
-    def write(self, path: Path, up_to_round: int | None = None) -> None:
-        """Writes the table as Parquet (zstd), whole or not at all; without the rounds after ``up_to_round``."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    def write(self, folder: Path) -> None:
+        """Writes the rows since the last write as the folder's next part, whole or not at all, and forgets them.
 
-        with atomic_path(Path(path)) as temporary:
-            schema = _table(_NOTHING).schema
-            # In a large cohort ids hardly repeat: their dictionary would double the file.
-            repeating = [name for name in schema.names if name != "client"]
-            with pq.ParquetWriter(temporary, schema, compression="zstd", use_dictionary=repeating) as writer:
-                for part in self._parts(up_to_round):
-                    writer.write_table(part)
-        pa.default_memory_pool().release_unused()  # else the process keeps what the largest part took
+        Without such rows nothing is written, except for a part without rows where the folder has no part yet.
+        """
+        rows = self.table()
+        if len(rows) or not _parts(folder):
+            _save(folder, rows)
+        self._pending = array("q")
+        self._written = max(self._by_round, default=-1)
 
     @classmethod
-    def read(cls, path: Path, up_to_round: int | None = None) -> Ledger:
-        """Reads a ledger back; a run that resumes after round r asks for the rows ``up_to_round=r`` and no later ones.
+    def read(cls, folder: Path, up_to_round: int | None = None) -> Ledger:
+        """Reads the totals of a folder, or of its rounds up to ``up_to_round``. The rows stay on the disk.
+
+        A run that goes on calls `resume`: its next part must follow the last part of the folder.
 
         Raises:
-            ValueError: the file is no Parquet file, lacks a column of the ledger, or names an unknown direction.
-            FileNotFoundError: there is no such file.
+            ValueError: a part is no Parquet file, lacks a column of the ledger, or names an unknown direction.
+            FileNotFoundError: there is no such folder.
         """
         import pyarrow as pa
         import pyarrow.compute as pc
-        import pyarrow.parquet as pq
 
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder")
         ledger = cls()
-        with pq.ParquetFile(path) as file:
-            missing = [name for name in COLUMNS if name not in file.schema_arrow.names]
-            if missing:
-                raise ValueError(f"{path}: not a ledger, columns {', '.join(missing)} are missing")
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group)
-                ways = pc.index_in(table["direction"].cast(pa.string()), pa.array(DIRECTIONS))
-                if ways.null_count:
-                    raise ValueError(f"{path}: a direction is neither {' nor '.join(DIRECTIONS)}")
-                rows = np.empty(len(table), ROW)
-                for name in COLUMNS:
-                    rows[name] = (ways if name == "direction" else table[name]).to_numpy()
-                ledger._extend(rows if up_to_round is None else rows[rows["round"] <= up_to_round])
+        for path in _parts(folder):
+            rows = _read(path)
+            if up_to_round is not None:
+                rows = rows.filter(pc.field("round") <= up_to_round)
+            names = rows["direction"].cast(pa.string())  # dictionaries differ between row groups
+            groups = rows.drop("direction").append_column("way", names).group_by(["round", "way"])
+            for row in groups.aggregate([("bytes", "sum"), ("values", "sum"), ("bytes", "count")]).to_pylist():
+                if row["way"] not in DIRECTIONS:
+                    raise ValueError(f"{path}: direction: got {row['way']!r}, but it should be down or up")
+                way = DIRECTIONS.index(row["way"])
+                ledger._count(row["round"], way, row["bytes_sum"], row["values_sum"], row["bytes_count"])
+        ledger._written = max(ledger._by_round, default=-1)
         return ledger
 
-    def _parts(self, up_to_round: int | None = None) -> Iterator[pa.Table]:
-        """The table in parts of whole rounds: as many as `GROUP_ROWS` allows, and at least one."""
-        rounds: list[int] = []
-        count = 0
-        for round in sorted(self._by_round):
-            if up_to_round is not None and round > up_to_round:
-                break
-            more = self._by_round[round][4]
-            if rounds and count + more > GROUP_ROWS:
-                yield _table(self._rows.between(rounds[0], rounds[-1]))
-                rounds, count = [], 0
-            rounds.append(round)
-            count += more
-        if rounds:
-            yield _table(self._rows.between(rounds[0], rounds[-1]))
+    @classmethod
+    def resume(cls, folder: Path, round: int) -> Ledger:
+        """Removes the rows after ``round`` from the folder, then reads it; otherwise as `read`.
 
-    def _extend(self, rows: Block) -> None:
-        """Adds rows whose totals are still to be counted."""
-        self._rows.extend(rows)
-        rounds, at = np.unique(rows["round"], return_inverse=True)
-        counts = np.zeros((rounds.size, 5), np.int64)
-        np.add.at(counts, (at, rows["direction"]), rows["bytes"])
-        np.add.at(counts, (at, rows["direction"] + np.int8(2)), rows["values"])
-        counts[:, 4] = np.bincount(at, minlength=rounds.size)
-        for round, more in zip(rounds.tolist(), counts.tolist(), strict=True):
-            for totals in (self._by_round.setdefault(round, [0, 0, 0, 0, 0]), self._whole):
-                totals[:] = map(add, totals, more)
+        At round 0, without a checkpoint, the folder may be missing.
+        """
+        import pyarrow.compute as pc
+
+        for path in _parts(folder):
+            if int(path.stem.removeprefix("part-")) > round:
+                if len(rows := _read(path).filter(pc.field("round") <= round)):
+                    _save(folder, rows)
+                path.unlink()
+        return cls.read(folder) if round or Path(folder).exists() else cls()
+
+    def _count(self, round: int, way: int, bytes: int, values: int, rows: int = 1) -> None:
+        for totals in (self._by_round.setdefault(round, [0, 0, 0, 0, 0]), self._run):
+            totals[way] += bytes
+            totals[2 + way] += values
+            totals[4] += rows
 
 
-def _table(rows: Block) -> pa.Table:
-    """The rows in the ledger's order, as its columns."""
+def _parts(folder: Path) -> list[Path]:
+    """The parts in the order of their rounds. The temporary files of unfinished writes are hidden files."""
+    return sorted(Path(folder).glob("part-*.parquet"))
+
+
+def _save(folder: Path, rows: pa.Table) -> None:
+    """Writes ordered rows as a part. A part without rows is named by round 0."""
+    import pyarrow.parquet as pq
+
+    last = rows["round"][-1].as_py() if len(rows) else 0
+    # Most ids of a large cohort occur once: a dictionary of ids would double the file.
+    repeating = [name for name in COLUMNS if name != "client"]
+    with atomic_path(Path(folder) / f"part-{last:06d}.parquet") as temporary:
+        pq.write_table(rows, temporary, compression="zstd", use_dictionary=repeating)
+
+
+def _read(path: Path) -> pa.Table:
+    """The rows of one part; ValueError as in `Ledger.read`."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    columns = {name: np.ascontiguousarray(rows[name]) for name in COLUMNS}
-    order = np.lexsort(list(columns.values())[::-1])  # lexsort's last key comes first
-    arrays: dict[str, pa.Array] = {name: pa.array(column[order]) for name, column in columns.items()}
-    codes = arrays["direction"].cast(pa.int32())
-    arrays["direction"] = pa.DictionaryArray.from_arrays(codes, pa.array(DIRECTIONS))
-    return pa.table(arrays)
+    try:
+        with pq.ParquetFile(path) as file:
+            return file.read().select(COLUMNS)
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise ValueError(f"{path}: not a part of a ledger ({str(error).splitlines()[0]})") from None

@@ -57,7 +57,7 @@ def test_a_run_arrives_whole_and_leaves_nothing_here(bucket: Any, tmp_path: Path
     assert main(["run", "tiny.yaml", "--out", URI]) == 0
     assert main(["run", "tiny.yaml", "--out", "here"]) == 0
     assert names(bucket) == set(files(Path("here")))
-    for name in ("config.yaml", "ledger.parquet", "adapter/adapter_model.safetensors"):
+    for name in ("config.yaml", "ledger.parquet/part-000001.parquet", "adapter/adapter_model.safetensors"):
         assert bucket.cat(f"/bucket/runs/one/{name}") == files(Path("here"))[name], name
     assert not HERE.exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -65,6 +66,7 @@ def test_it_resumes_to_the_same_bits(finished, tiny, tmp_path, name):
     resumed = rayfed.run(tiny(*settings(name)), out=out, resume=True)
     assert [r["state/digest"] for r in resumed.metrics] == [r["state/digest"] for r in whole.metrics]
     assert [r["bytes/total"] for r in resumed.metrics] == [r["bytes/total"] for r in whole.metrics]
+    assert pq.read_table(out / "ledger.parquet").equals(pq.read_table(whole.out / "ledger.parquet"))
 
 
 @pytest.mark.parametrize("name", METHODS)

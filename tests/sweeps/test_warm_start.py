@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -97,6 +98,8 @@ def test_continued_unchanged_it_is_the_unbroken_run(tiny_settings, tmp_path: Pat
     warm_start(tmp_path / "a", tmp_path / "b", longer)
     rayfed.run(longer, tmp_path / "b", resume=True)
     whole = rayfed.run(longer, tmp_path / "whole")
+    ledgers = [pq.read_table(tmp_path / name / "ledger.parquet") for name in ("b", "whole")]
+    assert ledgers[0].equals(ledgers[1])
     for ours, theirs in zip(read_metrics(tmp_path / "b" / "metrics.jsonl"), whole.metrics, strict=True):
         assert {k: v for k, v in ours.items() if k not in VOLATILE} == {
             k: v for k, v in theirs.items() if k not in VOLATILE

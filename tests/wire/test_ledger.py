@@ -1,9 +1,8 @@
-import gc
+import itertools
 import subprocess
 import sys
-import tempfile
 import tracemalloc
-import warnings
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +11,6 @@ import pytest
 import torch
 
 from rayfed.wire import Ledger, Sizes, WireError, encode
-from rayfed.wire import ledger as ledgers
-from rayfed.wire import rows as heaps
 
 
 def traffic(rounds: int = 4, clients: int = 5) -> list[tuple[int, int, str, bytes]]:
@@ -29,8 +26,8 @@ def traffic(rounds: int = 4, clients: int = 5) -> list[tuple[int, int, str, byte
     return sent
 
 
-def filled(sent: list[tuple[int, int, str, bytes]]) -> Ledger:
-    ledger = Ledger()
+def filled(sent: list[tuple[int, int, str, bytes]], ledger: Ledger | None = None) -> Ledger:
+    ledger = Ledger() if ledger is None else ledger
     for round, client, direction, payload in sent:
         ledger.add(round=round, client=client, direction=direction, payload=payload)
     return ledger
@@ -75,54 +72,115 @@ def test_table_columns():
     assert Ledger().table().schema == table.schema
 
 
-def test_table_and_file_do_not_depend_on_arrival_order(tmp_path):
+def written(folder: Path, sent: list[tuple[int, int, str, bytes]], every: int, ledger: Ledger | None = None) -> Ledger:
+    """Adds the rows and writes after each ``every`` rounds."""
+    ledger = Ledger() if ledger is None else ledger
+    for _, rows in itertools.groupby(sent, lambda row: row[0] // every):
+        filled(list(rows), ledger).write(folder)
+    return ledger
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def same_totals(one: Ledger, other: Ledger) -> bool:
+    return len(one) == len(other) and all(one.totals(r) == other.totals(r) for r in (None, *range(10)))
+
+
+def test_the_folder_is_one_table_for_pyarrow_and_pandas(tmp_path):
+    sent = traffic(rounds=9)
+    folder = tmp_path / "server.rounds=9" / "ledger.parquet"  # a name that pyarrow could take for a partition
+    ledger = written(folder, sent, 2)
+    (folder / ".part-000010.parquet.7.partial").write_text("left by a killed process")
+    parts = [f"part-00000{round}.parquet" for round in (1, 3, 5, 7, 8)]
+    assert sorted(files(folder)) == [".part-000010.parquet.7.partial", *parts]
+    assert pq.ParquetFile(folder / parts[0]).metadata.row_group(0).column(3).compression == "ZSTD"
+    table = filled(sent).table()
+    assert pq.read_table(folder).schema.equals(table.schema)
+    assert pq.read_table(folder).equals(table)
+    assert ledger.table(folder).equals(table)
+    assert same_totals(Ledger.read(folder), ledger)
+    rows = [tuple(row.values()) for row in table.to_pylist()]
+    assert rows == sorted(rows)  # "down" before "up"
+    pandas = pytest.importorskip("pandas")
+    pandas.testing.assert_frame_equal(pandas.read_parquet(folder), table.to_pandas())
+
+
+def test_a_write_forgets_its_rows_and_changes_no_earlier_part(tmp_path):
+    ledger = written(tmp_path, traffic()[:20], 2)
+    before = files(tmp_path)
+    assert len(ledger.table()) == 0
+    ledger.write(tmp_path)
+    assert files(tmp_path) == before
+    for known in (ledger, Ledger.read(tmp_path)):
+        with pytest.raises(ValueError, match="round: got 0, but it should be 2 to 2147483647"):
+            filled(traffic()[:20], known)
+    filled(traffic()[20:], ledger).write(tmp_path)
+    assert files(tmp_path).items() > before.items()
+    assert ledger.totals() == expected(traffic())
+
+
+def test_a_write_that_fails_leaves_no_file_and_keeps_the_rows(tmp_path, monkeypatch):
+    ledger = filled(traffic())
+
+    def full(rows: pa.Table, path: Path, **_: object) -> None:
+        path.write_text("half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", full)
+        with pytest.raises(OSError, match="disk full"):
+            ledger.write(tmp_path)
+    assert files(tmp_path) == {}
+    ledger.write(tmp_path)
+    assert len(pq.read_table(tmp_path)) == 40
+
+
+def test_neither_table_nor_file_depends_on_the_order_of_arrival(tmp_path):
     sent = traffic()
-    one = filled(sent)
-    other = filled([sent[i] for i in np.random.default_rng(1).permutation(len(sent))])
+    one, other = filled(sent), filled([sent[i] for i in np.random.default_rng(1).permutation(len(sent))])
     assert one.table().equals(other.table())
-    one.write(tmp_path / "one.parquet")
-    other.write(tmp_path / "other.parquet")
-    assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "other.parquet").read_bytes()
-    rows = one.table().select(["round", "client", "direction"]).to_pylist()
-    assert rows == sorted(rows, key=lambda row: (row["round"], row["client"], row["direction"]))
+    one.write(tmp_path / "one")
+    other.write(tmp_path / "other")
+    assert files(tmp_path / "one") == files(tmp_path / "other")
 
 
-def test_parquet_round_trip(tmp_path):
-    ledger = filled(traffic())
-    path = tmp_path / "run" / "ledger.parquet"
-    ledger.write(path)
-    assert [p.name for p in path.parent.iterdir()] == ["ledger.parquet"]
-    assert pq.ParquetFile(path).metadata.row_group(0).column(3).compression == "ZSTD"
-    back = Ledger.read(path)
-    assert back.table().equals(ledger.table())
-    assert back.totals() == ledger.totals()
-    assert all(back.totals(r) == ledger.totals(r) for r in range(5))
-    assert back.total_bytes == ledger.total_bytes
-    Ledger().write(path)
-    empty = Ledger.read(path)
-    assert (len(empty), empty.total_bytes) == (0, 0)
+def test_equal_keys_are_ordered_by_the_other_columns():
+    pairs = [(header, indices) for header in (5, 3, 9) for indices in (8, 2, 4, 6)]
+    ledger = Ledger()
+    for header, indices in pairs:
+        ledger.add_sizes(round=1, client=1, direction="up", sizes=Sizes(1, 1, header, indices, 50 - header - indices))
+    assert [(row["bytes_header"], row["bytes_indices"]) for row in ledger.table().to_pylist()] == sorted(pairs)
 
 
+def test_an_empty_ledger_is_written_and_read(tmp_path):
+    folder = tmp_path / "ledger.parquet"
+    assert len(Ledger.resume(folder, 0)) == 0
+    assert not folder.exists()
+    Ledger().write(folder)
+    assert pq.read_table(folder).equals(Ledger().table())
+    assert len(Ledger.read(folder)) == len(Ledger.resume(folder, 0)) == Ledger.read(folder).total_bytes == 0
+    assert len(filled(traffic(), Ledger.read(folder)).table()) == 40
+
+
+@pytest.mark.parametrize("every", [1, 3, 9])  # with 3 and 9 a part may hold rounds before and after the checkpoint
 @pytest.mark.parametrize("last", [-1, 0, 2, 3, 50])
-def test_a_resumed_ledger_goes_on_as_if_never_stopped(tmp_path, last):
-    sent = traffic()
-    filled(sent).write(tmp_path / "ledger.parquet")
-    resumed = Ledger.read(tmp_path / "ledger.parquet", up_to_round=last)
-    assert resumed.table().equals(filled([row for row in sent if row[0] <= last]).table())
-    assert resumed.totals() == expected([row for row in sent if row[0] <= last])
-    for round, client, direction, payload in sent:
-        if round > last:
-            resumed.add(round=round, client=client, direction=direction, payload=payload)
-    assert resumed.table().equals(filled(sent).table())
-    assert resumed.totals() == filled(sent).totals()
-    assert all(resumed.totals(r) == filled(sent).totals(r) for r in range(4))
-
-
-def test_growing_after_a_table_was_taken():
-    ledger = filled(traffic())
-    table = ledger.table()
-    ledger.add(round=9, client=-1, direction="up", payload=memoryview(encode(torch.ones(3))))
-    assert len(ledger) == len(table) + 1
+def test_a_resumed_ledger_goes_on_as_if_never_stopped(tmp_path, last, every):
+    sent = traffic(rounds=9)
+    sooner = [row for row in sent if row[0] <= last]
+    written(tmp_path, sent, every)
+    before = files(tmp_path)
+    assert same_totals(Ledger.read(tmp_path, up_to_round=last), filled(sooner))
+    assert files(tmp_path) == before  # reading removes nothing
+    resumed = Ledger.resume(tmp_path, last)
+    assert same_totals(resumed, filled(sooner))
+    assert resumed.table(tmp_path).equals(filled(sooner).table())
+    written(tmp_path, sent[len(sooner) :], every, resumed)
+    assert pq.read_table(tmp_path).equals(filled(sent).table())
+    assert same_totals(resumed, filled(sent))
+    if every == 1:
+        assert files(tmp_path) == before
 
 
 def test_wrong_rows_are_refused_and_leave_no_trace():
@@ -137,143 +195,62 @@ def test_wrong_rows_are_refused_and_leave_no_trace():
         {"payload": payload[:-1]},
         {"payload": b""},
     ):
-        with pytest.raises(ValueError, match=r"direction|round|payload"):
+        with pytest.raises(ValueError, match=r"direction|round|client|payload"):
             ledger.add(**(good | change))
     with pytest.raises(WireError):
         ledger.add(**(good | {"payload": b"x" * 100}))
     assert len(ledger) == len(ledger.table()) == ledger.total_bytes == 0
 
 
-def test_files_that_are_no_ledger_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        Ledger.read(tmp_path / "none.parquet")
-    (tmp_path / "text").write_text("no Parquet here")
-    with pytest.raises(ValueError, match="Parquet"):
-        Ledger.read(tmp_path / "text")
-    pq.write_table(pa.table({"round": [1]}), tmp_path / "other.parquet")
-    with pytest.raises(ValueError, match="client, direction"):
-        Ledger.read(tmp_path / "other.parquet")
-    table = filled(traffic()).table()
-    odd = pa.array(["sideways"] * len(table)).dictionary_encode()
-    pq.write_table(table.set_column(2, "direction", odd), tmp_path / "odd.parquet")
-    with pytest.raises(ValueError, match="neither down nor up"):
-        Ledger.read(tmp_path / "odd.parquet")
+def test_a_part_that_is_no_ledgers_is_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none"):
+        Ledger.read(tmp_path / "none")
+    written(tmp_path, traffic(), 1)
+    part = tmp_path / "part-000002.parquet"
+    table, data = pq.read_table(part), part.read_bytes()
+    odd = table.set_column(2, "direction", pa.array(["sideways"] * len(table)).dictionary_encode())
+    for damage, said in (
+        (lambda: part.write_text("no Parquet here"), "Parquet"),
+        (lambda: part.write_bytes(data[:-9]), "Parquet"),
+        (lambda: pq.write_table(table.drop("client"), part), "client"),
+        (lambda: pq.write_table(odd, part), "direction: got 'sideways', but it should be down or up"),
+    ):
+        damage()
+        with pytest.raises(ValueError, match=rf"^{part}: .*{said}") as error:
+            Ledger.read(tmp_path)
+        assert "\n" not in str(error.value)
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """As if the heap had room for 7 rows, and a row group for 25."""
-    monkeypatch.setattr(heaps, "HEAP_ROWS", 7)
-    monkeypatch.setattr(ledgers, "GROUP_ROWS", 25)
+def test_parts_with_many_row_groups_are_read(tmp_path):
+    pq.write_table(filled(traffic()).table(), tmp_path / "part-000003.parquet", row_group_size=7)
+    assert same_totals(Ledger.read(tmp_path), filled(traffic()))
 
 
-def tuples(ledger: Ledger) -> list[tuple]:
-    return [tuple(row.values()) for row in ledger.table().to_pylist()]
-
-
-@pytest.mark.parametrize("order", ["as sent", "backwards", "shuffled"])
-def test_spilled_rows_give_the_table_and_the_file_of_rows_on_the_heap(tmp_path, monkeypatch, small, order):
-    sent = traffic(rounds=9)
-    monkeypatch.setattr(heaps, "HEAP_ROWS", 1_000)
-    whole = filled(sent)
-    whole.write(tmp_path / "whole.parquet")
-    assert tuples(whole) == sorted(tuples(whole))  # "down" before "up"
-    monkeypatch.setattr(heaps, "HEAP_ROWS", 7)
-    places = {"as sent": range(90), "backwards": range(90)[::-1], "shuffled": np.random.default_rng(2).permutation(90)}
-    spilled = filled([sent[i] for i in places[order]])
-    spilled.write(tmp_path / "spilled.parquet")
-    assert len(spilled) == 90
-    assert spilled.table().equals(whole.table())
-    assert spilled.totals() == whole.totals() == expected(sent)
-    assert (tmp_path / "spilled.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
-
-
-def test_equal_keys_are_ordered_by_the_other_columns_wherever_they_lay(small):
-    pairs = [(header, indices) for header in (5, 3, 9) for indices in (8, 2, 4, 6)]
-    ledger = Ledger()
-    for header, indices in pairs:
-        ledger.add_sizes(round=1, client=1, direction="up", sizes=Sizes(1, 1, header, indices, 50 - header - indices))
-    assert [row[5:7] for row in tuples(ledger)] == sorted(pairs)
-
-
-def test_row_groups_are_as_many_whole_rounds_as_fit(tmp_path, small):
-    ledger = Ledger()
-    for round, rows in enumerate([10, 10, 10, 60, 5, 5, 15, 1]):
-        for client in range(rows):
-            ledger.add_sizes(round=round, client=client, direction="up", sizes=Sizes(1, 1, 1, 1, 1))
-    ledger.write(tmp_path / "ledger.parquet")
-    file = pq.ParquetFile(tmp_path / "ledger.parquet")
-    groups = [set(file.read_row_group(i)["round"].to_pylist()) for i in range(file.num_row_groups)]
-    assert groups == [{0, 1}, {2}, {3}, {4, 5, 6}, {7}]  # a round of 60 rows has a group of its own
-
-
-@pytest.mark.parametrize("last", [-1, 0, 3, 5, 50])
-def test_a_ledger_is_written_up_to_a_round_and_still_knows_and_takes_later_ones(tmp_path, small, last):
-    sent = traffic(rounds=9)
-    sooner, later = sent[:60], sent[60:]  # six rounds, three rounds
-    ledger = filled(sooner)
-    ledger.write(tmp_path / "cut.parquet", up_to_round=last)
-    filled([row for row in sooner if row[0] <= last]).write(tmp_path / "short.parquet")
-    assert (tmp_path / "cut.parquet").read_bytes() == (tmp_path / "short.parquet").read_bytes()
-    for round, client, direction, payload in later:
-        ledger.add(round=round, client=client, direction=direction, payload=payload)
-    assert ledger.table().equals(filled(sent).table())
-    assert ledger.totals() == expected(sent)
-
-
-@pytest.mark.parametrize("last", [-1, 0, 3, 7, None])
-@pytest.mark.parametrize("rows_a_group", [1, 25, 1_000])
-def test_files_of_any_row_groups_are_read_beyond_the_heap(tmp_path, small, last, rows_a_group):
-    sent = traffic(rounds=9)
-    pq.write_table(filled(sent).table(), tmp_path / "ledger.parquet", row_group_size=rows_a_group)
-    back = Ledger.read(tmp_path / "ledger.parquet", up_to_round=last)
-    kept = [row for row in sent if last is None or row[0] <= last]
-    assert len(back) == len(kept)
-    assert back.table().equals(filled(kept).table())
-    assert back.totals() == expected(kept)
-    assert all(back.totals(round) == expected([row for row in kept if row[0] == round]) for round in range(10))
-
-
-def test_memory_is_bounded_while_rows_come_and_are_written_and_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(heaps, "HEAP_ROWS", 1_000)
-    monkeypatch.setattr(ledgers, "GROUP_ROWS", 1_000)
+def test_memory_does_not_grow_with_the_run(tmp_path):
     sizes = Sizes(9, 9, 31, 0, 36)
 
-    def peak(rounds: int) -> tuple[int, int, int]:
-        peaks = []
-        path = tmp_path / "ledger.parquet"
-        ledger = Ledger()
-        for round in range(rounds):
-            for client in range(100):
+    def work(ledger: Ledger, rounds: range) -> int:
+        """Traced bytes after so many rounds of 200 rows, each with a checkpoint."""
+        for round in rounds:
+            for client in range(200):
                 ledger.add_sizes(round=round, client=client, direction="up", sizes=sizes)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        for work in (lambda: ledger.write(path), lambda: Ledger.read(path)):
-            tracemalloc.reset_peak()
-            work()
-            peaks.append(tracemalloc.get_traced_memory()[1])
-        return tuple(peaks)
+            ledger.write(tmp_path)
+        return tracemalloc.get_traced_memory()[0]
 
-    peak(20)  # imports
+    ledger = Ledger()
+    work(ledger, range(5))  # imports
     tracemalloc.start()
     try:
-        few = peak(20)
+        few = work(ledger, range(5, 10))
+        many = work(ledger, range(10, 110))
         tracemalloc.reset_peak()
-        many = peak(200)
+        Ledger.read(tmp_path)
+        read = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    # 18,000 rows more, of 53 bytes each; a round's totals and its part of the file's metadata are far less.
-    assert all(late < early + 18_000 * 53 / 4 for early, late in zip(few, many)), (few, many)
-
-
-def test_spilled_rows_leave_nothing_behind(tmp_path, monkeypatch, small):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    ledger = filled(traffic())
-    assert list(tmp_path.iterdir()) == []  # so a killed run leaves nothing either
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        del ledger
-        gc.collect()
-    assert [str(warning.message) for warning in seen] == []  # such as: unclosed file
+    rows = 100 * 200 * 64  # bytes of the rows of 100 rounds; the totals of a round are far less
+    assert many - few < rows / 10
+    assert read - many < rows / 10
 
 
 def test_pyarrow_and_ray_are_not_imported_with_the_package():
