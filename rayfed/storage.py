@@ -1,0 +1,196 @@
+"""`--out URI`: a run directory on any file system that fsspec opens, such as S3, Google Cloud Storage or Azure.
+
+A run appends to files and renames them, which object stores cannot do. The run therefore works in a local folder, and
+the folder is uploaded after every checkpoint and once more when the command ends. At any moment the remote folder can
+be resumed: files go first, checkpoints next, the `checkpoint.json` of each checkpoint last, and deletions after that.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+
+from rayfed.errors import RunError, UserError
+from rayfed.files import atomic_path
+
+PRUNED = {"checkpoints", "clients", "ledger.parquet"}  # folders that lose files while a run goes on
+# In these schemes a word before "@" is a user name or a container. In all others the word may be a key.
+NAMES_BEFORE_AT = {"abfs", "abfss", "az", "ftp", "hdfs", "oci", "sftp", "smb", "ssh"}
+# User-info reaches to the last "@" once it has a colon, because secret keys of S3 may contain "/" and "@".
+USER_INFO = re.compile(r"([\w+.-]*)://([^/:]*(?::.*)?)@")
+
+
+def is_uri(out: str | None) -> bool:
+    """Whether ``out`` is a URI, as in `s3://bucket/folder`, and not a local folder."""
+    return out is not None and "://" in out
+
+
+def slug(name: str) -> str:
+    """``name`` as one component of a path: a run's name or a URI."""
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "run"
+
+
+def local_folder(uri: str) -> Path:
+    """The local folder in which the run for this URI works."""
+    return Path("runs") / slug(uri)
+
+
+def masked(uri: str) -> str:
+    """The URI with `***` in place of user-info and query: fit for messages and logs."""
+    return re.sub(r"\?.*", "?***", USER_INFO.sub(r"\1://***@", uri))
+
+
+def refuse_credentials(uri: str) -> None:
+    """UserError where the URI holds a password, a key or a query string. The message does not show the URI."""
+    infos = USER_INFO.findall(uri)
+    if "?" in uri or any(":" in info or scheme.lower() not in NAMES_BEFORE_AT for scheme, info in infos):
+        raise UserError(
+            "--out: the URI has a password, a key or a query string, but commands and jobs are logged; "
+            "give credentials in the storage's own settings or environment variables"
+        )
+
+
+class RemoteFolder:
+    """The folder at a URI. UserError where the URI holds credentials or cannot be opened."""
+
+    def __init__(self, uri: str) -> None:
+        import fsspec.core
+        from fsspec.registry import known_implementations
+
+        refuse_credentials(uri)
+        self.uri = masked(uri)
+        # fsspec names adlfs, the package to install, for `abfs` alone.
+        known_implementations.setdefault("abfss", known_implementations["abfs"])
+        with self._user_error("opened"):
+            self._system, root = fsspec.core.url_to_fs(uri)
+        self._root = root.rstrip("/")
+        self._uploaded: dict[str, tuple[int, int]] = {}
+
+    def files(self) -> dict[str, int]:
+        """Size in bytes of every remote file by POSIX name relative to the folder. Hidden files are left out."""
+        with self._user_error("read"):
+            return self._files()
+
+    def check_writable(self) -> None:
+        """UserError where a file cannot be written and deleted: better now than after the first checkpoint."""
+        name = f".rayfed-{secrets.token_hex(4)}"
+        with self._user_error("written"):
+            self._make_parent(name)
+            self._system.pipe_file(self._path(name), b"rayfed")
+            self._system.rm_file(self._path(name))
+
+    def download(self, folder: Path) -> None:
+        """Downloads all files to the local ``folder``, which appears whole or not at all.
+
+        Checkpoints whose upload was interrupted are left out. UserError where a file cannot be read.
+        """
+        with self._user_error("read"), atomic_path(folder) as temporary:
+            found = self._files()
+            names = [n for n in found if not (top := _checkpoint(n)) or f"{top}/checkpoint.json" in found]
+            temporary.mkdir()
+            for name in names:
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            self._system.get([self._path(n) for n in names], [str(temporary / n) for n in names])
+        self._uploaded = _local_files(folder)
+
+    def upload(self, folder: Path) -> None:
+        """Uploads files that are new or changed since this object's last upload or download; deletes pruned files.
+
+        Hidden files stay local. Other processes may write to ``folder`` meanwhile. A missing ``folder`` changes
+        nothing. RunError where the remote folder cannot be written.
+        """
+        if not folder.is_dir():
+            return
+        try:
+            # Checkpoints are listed first: the files that a checkpoint refers to exist before the checkpoint does.
+            checkpoints = {n: stamp for n, stamp in _local_files(folder).items() if _checkpoint(n)}
+            found = {n: stamp for n, stamp in _local_files(folder).items() if not _checkpoint(n)} | checkpoints
+            changed = [n for n, stamp in found.items() if self._uploaded.get(n) != stamp]
+            vanished = set()  # checkpoints that a run has pruned since the listing
+            for name in sorted(changed, key=_order):
+                if _order(name)[0] == 2 and _checkpoint(name) in vanished:
+                    continue
+                self._make_parent(name)
+                try:
+                    self._system.put_file(str(folder / name), self._path(name))
+                    self._uploaded[name] = found[name]
+                except FileNotFoundError:
+                    if (folder / name).exists():
+                        raise
+                    vanished.add(_checkpoint(name))
+            self._prune(folder)
+        except Exception as error:
+            raise RunError(
+                f"--out: {self.uri} could not be written ({_line(error)}); the local folder {folder} has everything, "
+                "and --resume uploads again"
+            ) from None
+
+    def _prune(self, folder: Path) -> None:
+        """Deletes remote files of folders in PRUNED that are not in ``folder``; `checkpoint.json` before the rest."""
+        for name in sorted(self._files(), key=_order, reverse=True):
+            if PRUNED.intersection(PurePosixPath(name).parts[:-1]) and not (folder / name).is_file():
+                with suppress(FileNotFoundError):
+                    self._system.rm_file(self._path(name))
+                if not self._system.async_impl:
+                    with suppress(Exception):  # the folder still has files
+                        self._system.rmdir(self._path(name).rpartition("/")[0])
+
+    def _files(self) -> dict[str, int]:
+        self._system.invalidate_cache()  # another machine may have written since
+        root = self._root.strip("/")
+        # fsspec's own search takes a folder that cannot be listed for empty; the searches of object stores do not.
+        options = {} if self._system.async_impl else {"on_error": "raise"}
+        try:
+            found = self._system.find(self._root, detail=True, **options)
+        except FileNotFoundError:
+            return {}
+        sizes = {n.strip("/").removeprefix(root).strip("/"): info.get("size") or 0 for n, info in found.items()}
+        # This also leaves out "..", which would name a file outside the folder.
+        return {n: size for n, size in sizes.items() if n and not any(p.startswith(".") for p in n.split("/"))}
+
+    def _make_parent(self, name: str) -> None:
+        # Object stores, which are fsspec's asynchronous file systems, need no folders; some would create a bucket.
+        if not self._system.async_impl:
+            self._system.makedirs(self._path(name).rpartition("/")[0], exist_ok=True)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    @contextmanager
+    def _user_error(self, done: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # every storage library has exceptions of its own
+            raise UserError(f"--out: got {self.uri!r}, but it cannot be {done} ({_line(error)})") from None
+
+
+def _local_files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size in bytes and time of change in nanoseconds of every file by POSIX name, without hidden files."""
+    found = {}
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(parent) / name for name in names if not name.startswith(".")):
+            with suppress(FileNotFoundError):  # a run has removed the file since
+                stat = path.stat()
+                found[path.relative_to(folder).as_posix()] = (stat.st_size, stat.st_mtime_ns)
+    return found
+
+
+def _checkpoint(name: str) -> str | None:
+    """The checkpoint to which a file belongs, as in `trials/a/checkpoints/round-000002`; None for other files."""
+    match = re.match(r"((?:.*/)?checkpoints/[^/]+)/", name)
+    return match[1] if match else None
+
+
+def _order(name: str) -> tuple[int, str]:
+    """Sort key of an upload: other files, files of checkpoints, `checkpoint.json`."""
+    return (1 + name.endswith("/checkpoint.json") if _checkpoint(name) else 0), name
+
+
+def _line(error: Exception) -> str:
+    """The first line of the error's message, or its type where there is none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
