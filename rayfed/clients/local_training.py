@@ -23,7 +23,8 @@ from rayfed.device import to_device
 from rayfed.lora.adapter import Layout
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack
-from rayfed.methods.base import BaseChange, Tail
+from rayfed.methods.base import BaseChange
+from rayfed.objectives import Objective, Plain
 
 
 class Forward(Protocol):
@@ -55,7 +56,7 @@ class PackMember:
     rows: np.ndarray
     base: BaseChange = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
-    tail: Tail | None = None
+    objective: Objective = Plain()
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def train_pack(
             losses += runs.into(means.detach().double(), len(members))
             if optimizer is not None:
                 optimizer.zero_grad(set_to_none=True)
-                tails = [tail_loss(stack, s, tail) for s in active if (tail := members[s].tail) is not None]
-                torch.stack([means.sum(), *tails]).sum().backward()
+                penalties = [members[s].objective.penalty(stack.factors(s)) for s in active]
+                torch.stack([means.sum(), *(p for p in penalties if p is not None)]).sum().backward()
         if optimizer is not None:
             parameters.mask_gradients()
             if settings.clip_norm is not None:
@@ -143,16 +144,6 @@ def row_losses(outputs: Tensor, labels: Tensor) -> Tensor:
     if labels.dtype.is_floating_point:
         return 0.5 * (outputs - labels).square().flatten(1).sum(1)
     return nn.functional.cross_entropy(outputs, labels, reduction="none")
-
-
-def tail_loss(stack: Stack, slot: int, tail: Tail) -> Tensor:
-    """HetLoRA's regulariser (arXiv 2401.06432): weight times the sum over layers of ||B's tail|| ||A's tail||."""
-    norms = [
-        torch.linalg.vector_norm(layer.B_KOR[slot, :, tail.keep :])
-        * torch.linalg.vector_norm(layer.A_KRI[slot, tail.keep :])
-        for layer in stack.lora.values()
-    ]
-    return tail.weight * torch.stack(norms).sum()
 
 
 def _optimizer(groups: list[dict[str, object]], settings: Client) -> torch.optim.Optimizer:

@@ -40,6 +40,7 @@ from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_layers
 from rayfed.methods import build
 from rayfed.methods.base import BaseChange
+from rayfed.objectives import Plain
 from rayfed.tasks.data.tokens import Tokens
 from rayfed.tasks.federation import Federation
 from rayfed.tasks.models.base import in_dtype
@@ -147,7 +148,7 @@ class Trainer:
             self.federation.rows_of(order.client),
             bases[order.base] if order.base is not None else {},
             order.trainable.rates,
-            order.trainable.tail,
+            order.trainable.objective or Plain(),
         )
 
     @torch.no_grad()

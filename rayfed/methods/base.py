@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, Layout, LowRank
+from rayfed.objectives.base import Objective
+from rayfed.profiles.profile import Profile
 from rayfed.wire import top_k
 
 BaseChange = Mapping[str, LowRank | Tensor]
@@ -38,23 +40,6 @@ Advance = Callable[[str, Tensor, Tensor], Tensor]
 """One server-optimizer step: (name of the tensor, its value, its mean change) -> its next value, all of one shape."""
 
 _IN_CACHE = 2**15  # entries whose float64 temporaries stay in a core's cache
-
-
-@dataclass(frozen=True)
-class Profile:
-    """One client in one round: who it is and what its device and link allow."""
-
-    client: int
-    rank: int
-    scale: float = 1.0  # of its adapter: alpha / r, or alpha / sqrt(r)
-    density_down: float = 1.0  # share of entries it receives this round, in (0, 1]
-    density_up: float = 1.0  # share of entries it sends this round, in (0, 1]
-    examples: int = 1  # training rows it holds
-
-    @property
-    def tier(self) -> tuple[int, float]:
-        """Clients of one tier receive the same payload, unless the method is `personal`."""
-        return self.rank, self.density_down
 
 
 @dataclass(frozen=True)
@@ -77,14 +62,6 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Tail:
-    """A local regulariser (HetLoRA): ``weight * ||B[:, keep:]|| * ||A[keep:, :]||`` summed over layers."""
-
-    weight: float
-    keep: int  # ranks from here on are the tail
-
-
-@dataclass(frozen=True)
 class Trainable:
     """Which entries train: whole parts, or of these only ``entries`` (n,), or only what the client has a value for."""
 
@@ -95,7 +72,7 @@ class Trainable:
         str, ...
     ] = ()  # parts that train and are never uploaded: they come back as `Update.personal_values`
     rates: Mapping[str, float] = field(default_factory=dict)  # part -> factor on the client's learning rate
-    tail: Tail | None = None
+    objective: Objective | None = None  # the client's own; None: the run's
 
     def whole(self, layout: Layout) -> Tensor:
         """Boolean (n,): the entries that could train, had everything arrived."""

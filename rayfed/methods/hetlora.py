@@ -36,7 +36,8 @@ from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import norm, revive
 from rayfed.methods._nested_ranks import Nested, RankwiseMean
 from rayfed.methods._state import Global, advance_head, pairs
-from rayfed.methods.base import Advance, Profile, Tail, Trainable, Update, fedavg
+from rayfed.methods.base import Advance, Profile, Trainable, Update, fedavg
+from rayfed.objectives.tail_penalty import TailPenalty
 
 NOTHING = 1e-12  # added to every norm: equal weights where no client has a product yet
 
@@ -72,7 +73,8 @@ class HetLoRA(Nested):
     def trainable(self, state: Global, client: Profile) -> Trainable:
         rank = self.rank(state, client)
         keep = self._keep(rank)
-        return Trainable(tail=Tail(self.regularizer, keep) if self.regularizer and keep < rank else None)
+        penalty = TailPenalty(self.regularizer, keep) if self.regularizer and keep < rank else None
+        return Trainable(objective=penalty)
 
     def aggregate(self, state: Global, updates: Iterable[Update], advance: Advance = fedavg) -> Global:
         sums, weights, ranks, clients = RankwiseMean(state), [], [], dict(state.clients)

@@ -10,8 +10,9 @@ from method_oracles import close, training
 
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, LowRank, fresh_adapter
-from rayfed.methods.base import Profile, Tail
+from rayfed.methods.base import Profile
 from rayfed.methods.hetlora import HetLoRA
+from rayfed.objectives.tail_penalty import TailPenalty
 
 SHAPES = {"tall": (7, 5), "a.wide": (4, 9)}
 RANKS = (1, 4, 2, 4, 1)
@@ -133,9 +134,9 @@ def test_a_client_whose_tail_shrank_keeps_fewer_ranks(play, random_adapter):
 def test_the_tail_is_regularised(random_adapter):
     state = HetLoRA().init(begin(random_adapter, "random"), 0)
     wide = Profile(0, 100, 1.0)
-    assert HetLoRA(regularizer=0.1).trainable(state, wide).tail == Tail(0.1, 99)
-    assert HetLoRA(regularizer=0.1, prune=False, gamma=0.29).trainable(state, wide).tail == Tail(0.1, 29)
-    assert HetLoRA().trainable(state, profile(1)).tail == Tail(1e-3, 3)
+    assert HetLoRA(regularizer=0.1).trainable(state, wide).objective == TailPenalty(0.1, 99)
+    assert HetLoRA(regularizer=0.1, prune=False, gamma=0.29).trainable(state, wide).objective == TailPenalty(0.1, 29)
+    assert HetLoRA().trainable(state, profile(1)).objective == TailPenalty(1e-3, 3)
     assert HetLoRA().trainable(state, profile(0)).tail is None  # one rank has no tail
     assert HetLoRA(regularizer=0.0).trainable(state, profile(1)).tail is None
 

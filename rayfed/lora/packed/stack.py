@@ -138,6 +138,11 @@ class Stack:
             if linear.bias_KO is not None:
                 yield f"{name}.bias", "head", linear.bias_KO
 
+    def factors(self, slot: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(B (out, r), A (r, in)) of a slot for every adapted layer, in model order; r is the widest slot's rank."""
+        for layer in self.lora.values():
+            yield layer.B_KOR[slot], layer.A_KRI[slot]
+
     @torch.no_grad()
     def load(self, adapters: Sequence[Adapter], bases: Sequence[Mapping[str, LowRank | Tensor]] = ()) -> None:
         """Makes a slot for every adapter, over its frozen change of the base; what was there before is gone.

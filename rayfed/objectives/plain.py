@@ -1,0 +1,12 @@
+"""The task's loss alone: what most papers minimise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rayfed.objectives.base import Objective
+
+
+@dataclass(frozen=True)
+class Plain(Objective):
+    """No penalty."""

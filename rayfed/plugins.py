@@ -1,0 +1,66 @@
+"""The members of an axis (methods, objectives, weightings, channels): found by file name, or brought by import path.
+
+A member is one class in one file of the axis's package; the file's name is the member's name. A file whose name starts
+with an underscore, and `base`, hold no member. A user's own member is named `package.module:Class`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pkgutil
+from functools import cache
+from importlib import import_module
+from typing import Any, TypeVar
+
+from rayfed.errors import UserError, allowed
+
+T = TypeVar("T")
+
+
+@cache
+def member_names(package: str) -> tuple[str, ...]:
+    """The members' names of an axis's package, sorted; no member is imported."""
+    names = (module.name for module in pkgutil.iter_modules(import_module(package).__path__))
+    return tuple(sorted(name for name in names if name != "base" and not name.startswith("_")))
+
+
+def member_class(package: str, name: str, base: type[T], field: str) -> type[T]:
+    """The member's class: by its file's name, or by import path for a class outside the package.
+
+    Raises UserError, which names ``field``, where there is no such member or where it is no subclass of ``base``.
+    """
+    if ":" in name:
+        found = load_object(name, field)
+        if not (isinstance(found, type) and issubclass(found, base)):
+            raise allowed(field, name, f"that is no subclass of {base.__module__}.{base.__name__}")
+        return found
+    names = member_names(package)
+    if name not in names:
+        near = difflib.get_close_matches(name.lower(), names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"{field}: got {name!r}, but {hint}allowed are {', '.join(names)}")
+    module = import_module(f"{package}.{name}")
+    (member,) = (
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
+    )
+    return member
+
+
+def load_object(path: str, field: str) -> Any:
+    """The object at the import path `package.module:name`. UserError, which names ``field``, where there is none."""
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(import_module(module), name, None)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        raise allowed(field, path, f"{module} cannot be imported ({reason}); is its folder on PYTHONPATH?") from error
+    if found is None:
+        raise allowed(field, path, f"{module} has no function or class {name}")
+    return found
+
+
+def _one_line(text: object) -> str:
+    line = " ".join(str(text).split())
+    return line if len(line) <= 120 else line[:117] + "..."

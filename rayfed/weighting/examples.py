@@ -1,0 +1,13 @@
+"""A client counts as much as it has training rows (McMahan et al. 2017, FedAvg)."""
+
+from __future__ import annotations
+
+from rayfed.profiles.profile import Profile
+from rayfed.weighting.base import Weighting
+
+
+class Examples(Weighting):
+    """The weight is the client's number of training rows."""
+
+    def weight(self, client: Profile) -> float:
+        return float(client.examples)
