@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -71,6 +72,14 @@ class Engine(Section):
         if self.gpus_per_worker == "auto":
             return 1.0 if self.device == "cuda" else 0.0
         return self.gpus_per_worker
+
+    def with_gpus(self, gpus: float) -> Engine:
+        """The same on a cluster of so many GPUs: each worker holds the largest share of one that all of them can have.
+
+        In steps that Ray knows (1/10000), and at most a whole one.
+        """
+        share = math.floor(1e4 / math.ceil(self.workers / gpus)) / 1e4 if gpus else 0.0
+        return self.model_copy(update={"gpus_per_worker": share})
 
 
 class Tracking(Section):

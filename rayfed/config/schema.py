@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -62,48 +61,11 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Experiment:
-        counted = self.partition.kind != "natural" or self.data.source == "lowrank"
-        if counted and self.server.cohort > self.partition.clients:
-            raise ValueError(
-                f"server.cohort: got {self.server.cohort}, but the population has only "
-                f"{self.partition.clients} clients (partition.clients)"
-            )
-        if self.data.source == "lowrank":
-            self._fits_the_known_answer()
-        elif self.partition.kind == "natural" and self.data.client is None:
-            raise ValueError("data.client: got null, but partition.kind=natural needs the column that names the client")
         if self.lora.train == "head" and self.model.head == "frozen":
             raise ValueError("lora.train: got 'head', but model.head=frozen leaves nothing to train; all is allowed")
         if self.engine.kind == "ray" and self.engine.device == "cuda" and not self.engine.gpus:
             raise ValueError("engine.gpus_per_worker: got 0, but engine.device=cuda needs more than 0")
-        if self.eval.early_stop and self.data.source == "stdlib" and self.data.validation == 0:
-            raise ValueError("data.validation: got 0, but eval.early_stop needs a validation split")
         return self
-
-    def _fits_the_known_answer(self) -> None:
-        if self.engine.gradient_checkpointing:
-            raise ValueError(
-                "engine.gradient_checkpointing: got true, but the model of data.source=lowrank is one layer; allowed "
-                "is false"
-            )
-        if self.model.dtype != "float32":
-            raise ValueError(
-                f"model.dtype: got {self.model.dtype!r}, but data.source=lowrank measures distances that are finer; "
-                "allowed is float32"
-            )
-        if self.partition.kind != "natural":
-            raise ValueError(
-                f"partition.kind: got {self.partition.kind!r}, but in data.source=lowrank every client has its own "
-                "rows: natural (partition.clients says how many)"
-            )
-        for field, value, allowed in (
-            ("lora.train", self.lora.train, "all"),
-            ("eval.controls", self.eval.controls, False),
-            ("eval.clients", self.eval.clients, False),
-            ("eval.early_stop", self.eval.early_stop, None),
-        ):
-            if value != allowed:
-                raise ValueError(f"{field}: got {value!r}, but data.source=lowrank has no head and no validation data")
 
     @model_validator(mode="after")
     def _profiles_fit(self) -> Experiment:
@@ -124,18 +86,6 @@ class Experiment(Section):
                 f"{self.partition.clients} clients (partition.clients)"
             )
         return self
-
-    def with_pack(self, size: int) -> Experiment:
-        """The same run with packs of that size."""
-        return self.model_copy(update={"engine": self.engine.model_copy(update={"pack": size})})
-
-    def with_gpus(self, gpus: float) -> Experiment:
-        """The same run with so many GPUs for all workers: for each the largest share of one that all of them can have.
-
-        In steps that Ray knows (1/10000), and at most a whole one.
-        """
-        share = math.floor(1e4 / math.ceil(self.engine.workers / gpus)) / 1e4 if gpus else 0.0
-        return self.model_copy(update={"engine": self.engine.model_copy(update={"gpus_per_worker": share})})
 
     def digest(self) -> str:
         """SHA-256 (first 16 hex digits) of the settings that decide the result; see the module docstring."""

@@ -35,6 +35,11 @@ class Data(Section):
         128, description="Longer texts are cut to so many tokens. Shorter ones cost only what they are."
     )
 
+    @property
+    def task(self) -> str:
+        """The task of these data: its file in `rayfed.tasks`."""
+        return "low_rank_regression" if self.source == "lowrank" else "text_classification"
+
     @model_validator(mode="after")
     def _source_is_named(self) -> Data:
         if self.source == "files" and not self.path:

@@ -21,7 +21,7 @@ from rayfed.config.load import assign
 from rayfed.config.sweep import SEED, Sweep
 from rayfed.errors import UserError
 from rayfed.sweeps.space import Point, expand, names, text
-from rayfed.tasks.federation import Federation
+from rayfed.tasks.data.federation import Federation
 
 Bundle = dict[str, float]
 # Sections (and the seed, which draws heads and partitions) that cannot make a model or its adapters unfit.
