@@ -49,7 +49,7 @@ class Engine(Section):
     wait_for_nodes: DecidesNothing[bool] = False
     """true: wait for new nodes of an autoscaling cluster while workers lack room; false: refuse."""
     address: DecidesNothing[str | None] = None
-    """Address of the Ray cluster; null: that in RAY_ADDRESS, else a new cluster on this machine."""
+    """Address of the Ray cluster; null: the address in RAY_ADDRESS, else a new cluster on this machine."""
     retries: DecidesNothing[Annotated[int, Field(ge=0)]] = 3
     """How often one pack may run again after its worker died."""
 

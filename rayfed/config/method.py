@@ -125,8 +125,8 @@ class Profiles(Section):
     densities_up: Densities | None = None
     """Upload densities: the same for wire.up.density."""
     scale: Literal["own", "server"] = "own"
-    """A client's change is B A times a scale. `own`: alpha / (the client's rank), as in PEFT; `server`: alpha / lora.rank
-    for all clients, so that a learning rate means the same on each. With rslora, the square root of the rank counts.
+    """A client's change is scale * B A. `own`: scale = alpha / (rank of the client), as in PEFT; `server`: scale =
+    alpha / lora.rank for all clients, so that a learning rate means the same on each. With rslora: / sqrt(rank).
     """
     weights: Weights | None = None
     """For `tiers`: shares of the clients, to any sum. null: tier = client id modulo tiers."""

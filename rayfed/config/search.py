@@ -64,7 +64,7 @@ class FlascSearchSettings(SearchSettings):
     gain: NonNegative = 0.0
     """The search ends when the metric of the best configuration improves by no more than this."""
     final: bool = True
-    """After the search, run the best configuration from the start: server.rounds, own schedules."""
+    """After the search, run the best configuration from the start: for server.rounds, with the file's schedules."""
 
     replaces: ClassVar[tuple[str, ...]] = ("parameters", "cases", *SearchSettings.replaces)
 

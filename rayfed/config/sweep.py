@@ -41,9 +41,9 @@ class Sweep(Section):
     samples: PositiveInt = 1
     """Draws from choice, uniform and loguniform. Every point of the grid gets the same draws."""
     metric: str = "eval/accuracy"
-    """Key of metrics.jsonl by which trials are compared; `eval/`: validation data."""
+    """Key of metrics.jsonl by which trials are compared; keys with `eval/` are measured on validation data."""
     mode: Literal["max", "min"] = "max"
-    """Whether a larger or a smaller metric is better."""
+    """max: a larger metric is better; min: a smaller one."""
     at: Literal["last", "best"] = "last"
     """The round that counts: the last measured round, or the round with the best metric."""
     report: str | None = None

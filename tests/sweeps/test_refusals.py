@@ -291,7 +291,7 @@ def test_overrides_reach_the_sweep_and_cannot_be_in_vain(refused, sweep_file, tm
             "method.mask: got 'fixed', but sweep.search changes the density: refresh",
         ),
         ("profiles={kind: tiers, ranks: [1, 1]}", "profiles.kind: got 'tiers', but sweep.search sets one rank: same"),
-        ("wire.up.density=0.5", "wire.up.density: got 'wire.up.density=0.5', but the sweep itself sets it, so that"),
+        ("wire.up.density=0.5", "wire.up.density: got 'wire.up.density=0.5', but the sweep itself sets it, so the"),
     ],
 )
 def test_what_a_search_cannot_continue(refused, sweep_file, tmp_path: Path, override: str, line: str) -> None:
