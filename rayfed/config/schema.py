@@ -1,14 +1,13 @@
-"""The settings of one run: a single validated schema. Every field says its unit, range and default.
+"""The settings of one run: one validated schema. Every field says its unit, range and default.
 
 A setting belongs here only if a user may want to change it. The classes are frozen: a run cannot change its own
-settings half-way. ``Experiment.digest()`` names the settings that decide the result; where a run executes and how it
-is watched (`engine.kind`, `engine.workers`, `tracking`, `checkpoint`, ...) cannot change the result and is left out.
+settings. `Experiment.digest()` names the settings that decide the result. Settings that only say where a run executes
+and how it is tracked (`engine.kind`, `engine.workers`, `tracking`, `checkpoint`, ...) decide nothing and are left out;
+each is marked so at its field, see `rayfed.config.types`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -17,47 +16,31 @@ from rayfed.config.execution import Checkpoint, Engine, Export, Tracking
 from rayfed.config.method import Lora, Method, Profiles, Wire
 from rayfed.config.task import Data, Model, Partition, Problem
 from rayfed.config.training import Client, Eval, Server
-from rayfed.config.types import Section, section
-
-WHERE_AND_HOW = {  # settings that decide where a run executes and who watches it, never what comes out
-    "name": None,
-    "engine": (
-        "kind",
-        "workers",
-        "cpus_per_worker",
-        "gpus_per_worker",
-        "gradient_checkpointing",
-        "placement",
-        "wait_for_nodes",
-        "address",
-        "retries",
-    ),
-    "tracking": None,
-    "checkpoint": None,
-    "export": None,
-}
+from rayfed.config.types import DecidesData, DecidesNothing, Section, section
 
 
 class Experiment(Section):
-    """One run, completely described."""
+    """All settings of one run."""
 
-    name: str = Field("run", description="Shown in the console, W&B and reports.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Every random draw of the run is keyed by it.")
-    data: Data = section(Data, "Labelled texts.")
-    problem: Problem = section(Problem, "The problem with a known answer.")
-    partition: Partition = section(Partition, "Who holds which rows.")
-    model: Model = section(Model, "The frozen base.")
-    lora: Lora = section(Lora, "The adapters.")
-    method: Method = section(Method, "The federated method.")
-    wire: Wire = section(Wire, "Sparsity and number formats.")
-    profiles: Profiles = section(Profiles, "Ranks and densities of single clients.")
-    client: Client = section(Client, "Local training.")
-    server: Server = section(Server, "The rounds.")
-    eval: Eval = section(Eval, "Evaluation.")
-    engine: Engine = section(Engine, "Where clients train.")
-    tracking: Tracking = section(Tracking, "Who watches.")
-    checkpoint: Checkpoint = section(Checkpoint, "What `--resume` needs.")
-    export: Export = section(Export, "What a finished run leaves.")
+    name: DecidesNothing[str] = "run"
+    """Name of the run in the console, in W&B and in reports."""
+    seed: DecidesData[Annotated[int, Field(ge=0)]] = 0
+    """The key of every random draw of the run."""
+    data: Data = section(Data)
+    problem: Problem = section(Problem)
+    partition: Partition = section(Partition)
+    model: Model = section(Model)
+    lora: Lora = section(Lora)
+    method: Method = section(Method)
+    wire: Wire = section(Wire)
+    profiles: Profiles = section(Profiles)
+    client: Client = section(Client)
+    server: Server = section(Server)
+    eval: Eval = section(Eval)
+    engine: Engine = section(Engine)
+    tracking: Tracking = section(Tracking)
+    checkpoint: Checkpoint = section(Checkpoint)
+    export: Export = section(Export)
 
     @model_validator(mode="after")
     def _combinations(self) -> Experiment:
@@ -89,8 +72,6 @@ class Experiment(Section):
 
     def digest(self) -> str:
         """SHA-256 (first 16 hex digits) of the settings that decide the result; see the module docstring."""
-        settings = self.model_dump(mode="json")
-        for name, fields in WHERE_AND_HOW.items():
-            for field in fields or (None,):
-                settings[name].pop(field) if field else settings.pop(name)
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        from rayfed.config.marks import settings_digest  # reads this schema
+
+        return settings_digest(self.model_dump(mode="json"))
