@@ -288,9 +288,13 @@ def _with_method(experiment: Experiment, method: Method | None) -> Experiment:
     """The settings with a method object's import path and options in the place of `method`."""
     if method is None:
         return experiment
-    cls, fields = type(method), dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
-    options: dict[str, Any] = {field.name: getattr(method, field.name) for field in fields}
-    section = type(experiment.method)(name=f"{cls.__module__}:{cls.__qualname__}", **options)
+    cls = type(method)
+    package, _, file = cls.__module__.rpartition(".")
+    name = file if package == "rayfed.methods" else f"{cls.__module__}:{cls.__qualname__}"
+    fields: Sequence[Any] = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+    options = {field.name: getattr(method, field.name) for field in fields}
+    plain = {key: value for key, value in options.items() if isinstance(value, bool | int | float | str | None)}
+    section = type(experiment.method).model_validate({"name": name, **plain})
     return experiment.model_copy(update={"method": section})
 
 

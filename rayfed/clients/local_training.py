@@ -1,9 +1,9 @@
 """Local training of a pack: K clients, each from its own start, on its own data, in shared forward and backward passes.
 
-For every client, whatever pack it is in: its batches are its own, in its own order. Its loss is the mean over its own rows
-(losses are summed over clients, so no gradient is rescaled). Its gradient is clipped by its own norm. Its dropout is keyed
-by the client and its tokens. After its last step it leaves the batch, and its values are saved at once: moments and weight
-decay cannot move them any more. Entries that do not train keep the bits they were decoded to.
+For every client, whatever pack it is in: its batches are its own, in its own order. Its loss is the mean over its own
+rows (losses are summed over clients, so no gradient is rescaled). Its gradient is clipped by its own norm. Its dropout
+is keyed by the client and its tokens. After its last step it leaves the batch, and its values are saved at once:
+moments and weight decay cannot move them any more. Entries that do not train keep the bits they were decoded to.
 
 A step runs in this order, and each part is one function: batch, losses, backward, gradients, step. docs/architecture.md
 says which further hooks of objectives belong to which part.
@@ -37,9 +37,9 @@ Forward = Callable[[dict[str, Tensor]], Tensor]
 class PackMember:
     """One client of a pack.
 
-    ``start`` (n,) are its decoded start values, ``support`` (n,) marks the entries that train, ``rows`` are its training
-    rows. ``base`` is the frozen change of the base under its adapter. ``rates`` are factors on the learning rate by part,
-    equal in a pack.
+    ``start`` (n,) are its decoded start values, ``support`` (n,) marks the entries that train, ``rows`` are its
+    training rows. ``base`` is the frozen change of the base under its adapter. ``rates`` are factors on the learning
+    rate by part, equal in a pack.
     """
 
     client: int
@@ -110,7 +110,7 @@ class _PackTraining:
         self.plans = [batches(m.rows, context.settings, context.seed, t, m.client) for m in members]
         context.stack.load([m.layout.unflatten(m.start) for m in members], [m.base for m in members])
         self.parameters = _Parameters(context.stack, members)
-        # A payload so sparse that nothing arrived can leave nothing to train: the clients then measure their loss only.
+        # Where nothing arrived and only arrived entries train, the clients just measure their loss.
         trained = self.parameters.trained
         self.optimizer = _optimizer(self.parameters.groups(lr), context.settings) if trained else None
         self.losses = torch.zeros(len(members), dtype=torch.float64, device=context.device)

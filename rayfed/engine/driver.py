@@ -1,7 +1,7 @@
 """The driver actor: runs the rounds next to its workers and streams what happens to the process that started the run.
 
-The driver writes the run directory; the starting process only watches. So a run goes on at the speed of the cluster, and
-the terminal can be slow.
+The driver writes the run directory; the starting process only watches. So a run goes on at the speed of the cluster,
+and the terminal can be slow.
 """
 
 from __future__ import annotations
