@@ -49,7 +49,7 @@ class PackMember:
     rows: np.ndarray
     base: BaseChange = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
-    objective: Objective = Plain()
+    objective: Objective = field(default_factory=Plain)
 
 
 @dataclass(frozen=True)
