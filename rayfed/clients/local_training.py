@@ -165,7 +165,7 @@ class _PackTraining:
         return torch.stack([means.sum(), *(penalty for penalty in penalties if penalty is not None)]).sum()
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
-        """From gradients to the next values: mask, clip, step; entries that do not train get their start values back."""
+        """The step: mask, clip, optimizer; entries that do not train get their start values back."""
         self.parameters.mask_gradients()
         if self.context.settings.clip_norm is not None:
             self.parameters.clip(self.context.settings.clip_norm)
