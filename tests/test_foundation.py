@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rayfed import seeding
-from rayfed.errors import RunError, UserError, allowed
+from rayfed.errors import RunError, UserError, allowed, first_line
 from rayfed.files import atomic_path, atomic_write, write_json
 
 # keys

@@ -106,8 +106,8 @@ def train_pack(
         with stack.batch.using(segments):
             each = row_losses(forward(inputs).float(), labels)
             runs = stack.batch.segments_of(each)
-            means = runs.grid(each[:, None]).sum((1, 2)) / runs.counts(each)
-            losses += runs.into(means.detach().double(), len(members))
+            means = runs.pad(each[:, None]).sum((1, 2)) / runs.counts(each)
+            losses += runs.scatter(means.detach().double(), len(members))
             if optimizer is not None:
                 optimizer.zero_grad(set_to_none=True)
                 penalties = [members[s].objective.penalty(stack.factors(s)) for s in active]
@@ -120,7 +120,7 @@ def train_pack(
             parameters.restore()
         if ended := [slot for slot in active if step + 1 == len(plans[slot])]:
             stack.snapshot(ended)
-    vectors = stack.read([member.layout for member in members])
+    vectors = stack.read_snapshots([member.layout for member in members])
     return [
         TrainedClient(vector, loss / len(plan), sum(map(len, plan)), len(plan))
         for vector, loss, plan in zip(vectors, losses.tolist(), plans, strict=True)

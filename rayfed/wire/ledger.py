@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from rayfed.errors import first_line
 from rayfed.files import atomic_path
 from rayfed.wire.codec import Sizes, inspect
 
@@ -189,4 +190,4 @@ def _read(path: Path) -> pa.Table:
         with pq.ParquetFile(path) as file:
             return file.read().select(COLUMNS)
     except (pa.ArrowException, KeyError, OSError) as error:
-        raise ValueError(f"{path}: not a part of a ledger ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: not a part of a ledger ({first_line(error)})") from None

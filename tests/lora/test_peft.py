@@ -11,8 +11,8 @@ from transformers import AutoModelForSequenceClassification
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.packed.segments import Segment
-from rayfed.lora.packed.stack import Stack, head_values, match
-from rayfed.lora.peft import load_peft, peft_settings, save_peft
+from rayfed.lora.packed.stack import Stack, head_values
+from rayfed.lora.peft import load_peft, lora_config, match_targets, peft_settings, save_peft
 
 CLASSES = 4
 TARGETS = {"bert": ["query", "output.dense"], "mean": ["query", "intermediate.dense"], "gpt2": ["c_attn", "c_fc"]}
@@ -40,7 +40,7 @@ def saved(base, inputs, random_adapter, tmp_path):
     def make(kind, targets, rslora=False, **options):
         fresh = base(kind)
         config = config_for(fresh, targets, use_rslora=rslora, **options)
-        shapes = match(fresh.model, copy.deepcopy(config), fresh.head)
+        shapes = match_targets(fresh.model, copy.deepcopy(config), fresh.head)
         scale = 5 / 2**0.5 if rslora else 5 / 2
         adapter = random_adapter(shapes, head_values(fresh.model, fresh.head), 2, scale, seed=3)
         stack = Stack(fresh.model, shapes, fresh.head)
@@ -175,3 +175,13 @@ def test_saving_leaves_the_callers_config_as_it_was(tmp_path):
     before = config.to_dict()
     save(tmp_path / "adapter", pair_adapter(), config, "b", True)
     assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(("targets", "stored"), [(("a", "b"), {"a", "b"}), ("all-linear", "all-linear"), (None, None)])
+def test_the_config_has_pefts_names(targets, stored):
+    config = lora_config(
+        rank=3, alpha=2.5, rslora=True, dropout=0.25, target_modules=targets, layers_to_transform=(1,), head=("score",)
+    )
+    assert (config.r, config.lora_alpha, config.use_rslora, config.lora_dropout) == (3, 2.5, True, 0.25)
+    assert (config.task_type, config.target_modules) == ("SEQ_CLS", stored)
+    assert (config.layers_to_transform, config.modules_to_save) == ([1], ["score"])

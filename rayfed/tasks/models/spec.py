@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from rayfed.config import Experiment
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, fresh_adapter, scale_of
-from rayfed.lora.packed.layers import is_conv1d
-from rayfed.lora.packed.stack import head_values, match, peft_config
-from rayfed.lora.peft import peft_settings
+from rayfed.lora.packed.stack import head_values
+from rayfed.lora.peft import is_conv1d, lora_config, match_targets, peft_settings
 from rayfed.tasks.models.base import FrozenBase, base_name, in_dtype, longest_input
 from rayfed.tasks.models.cache import shared_base
 from rayfed.tasks.models.checkpointing import layers_of
@@ -67,8 +66,8 @@ def describe_model(experiment: Experiment, classes: int) -> ModelSpec:
     base = shared_base(experiment, classes)
     if experiment.engine.gradient_checkpointing:
         layers_of(base.model)  # or a refusal
-    config = peft_config(experiment, base.heads)
-    shapes = match(base.model, config, base.heads)
+    config = lora_config(**experiment.lora.model_dump(exclude={"train"}), head=base.heads)
+    shapes = match_targets(base.model, config, base.heads)
     conv1d = any(is_conv1d(base.model.get_submodule(name)) for name in shapes)
     model_spec = ModelSpec(
         shapes,

@@ -1,4 +1,4 @@
-"""Dropout as a hash: as good as drawn at random, and a function of whose entry it is and where it stands alone."""
+"""Counter-based dropout: as good as independent draws, and a function of client, token and feature alone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from rayfed import seeding
-from rayfed.lora.packed.dropout import dropped, feature_keys, token_keys
+from rayfed.lora.packed.dropout import feature_keys, hash_dropout, token_keys
 
 TOKENS, WIDTH = 2000, 512
 
 
 def mask(rate, client=5, lengths=(20,) * (TOKENS // 20), layer="layer.0.query", width=WIDTH):
     tokens = torch.from_numpy(token_keys(client, lengths))[:, None]
-    return dropped(torch.ones(len(tokens), width), rate, tokens, feature_keys(layer, width)) == 0
+    return hash_dropout(torch.ones(len(tokens), width), rate, tokens, feature_keys(layer, width)) == 0
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.5, 0.9])
@@ -43,7 +43,7 @@ def test_entries_are_uncorrelated():
 def test_what_is_kept_is_scaled_and_gradients_follow_the_mask():
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     tokens, features = torch.from_numpy(token_keys(3, [40]))[:, None], feature_keys("a", 8)
-    y = dropped(x, 0.25, tokens, features)
+    y = hash_dropout(x, 0.25, tokens, features)
     gone = mask(0.25, client=3, lengths=[40], layer="a", width=8)
     torch.testing.assert_close(y, torch.where(gone, 0.0, x / 0.75))
     y.sum().backward()

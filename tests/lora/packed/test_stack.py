@@ -9,9 +9,10 @@ from torch import nn
 
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.lora.packed.layers import StackedLinear, StackedLora, layer_shape
+from rayfed.lora.packed.layers import StackedLinear, StackedLora
 from rayfed.lora.packed.segments import Batch, Segment
-from rayfed.lora.packed.stack import Stack, head_layers, head_values, match, peft_config
+from rayfed.lora.packed.stack import Stack, head_layers, head_values
+from rayfed.lora.peft import layer_shape, lora_config, match_targets
 
 BERT_REGEX = r".*layer\.1\.(attention\.self\.key|output\.dense)"
 GPT2_REGEX = r"transformer\.h\.0\.(attn\.c_attn|mlp\.c_fc)"
@@ -43,7 +44,7 @@ def stacked(base, shapes, adapters):
 def held(stack, adapters):
     """What the slots hold now, as vectors."""
     stack.snapshot(range(len(adapters)))
-    return stack.read([adapter.layout for adapter in adapters])
+    return stack.read_snapshots([adapter.layout for adapter in adapters])
 
 
 def forward(base, stack, inputs, segments):
@@ -85,14 +86,14 @@ def test_the_same_layers_are_adapted_as_by_peft(base, kind, targets, options):
     config = config_for(fresh, targets, **options)
     expected = adapted_by_peft(fresh.model, config)
     assert expected
-    shapes = match(fresh.model, config, fresh.head)
+    shapes = match_targets(fresh.model, config, fresh.head)
     assert list(shapes) == expected
     assert all(shapes[name] == layer_shape(fresh.model.get_submodule(name)) for name in shapes)
 
 
 def test_shapes_are_out_by_in_also_where_the_weight_is_stored_transposed(base):
     fresh = base("gpt2")
-    shapes = match(fresh.model, config_for(fresh, ["c_attn", "c_fc"]), fresh.head)
+    shapes = match_targets(fresh.model, config_for(fresh, ["c_attn", "c_fc"]), fresh.head)
     assert shapes["transformer.h.0.attn.c_attn"] == (96, 32)
     assert shapes["transformer.h.0.mlp.c_fc"] == (128, 32)
     assert fresh.model.transformer.h[0].mlp.c_fc.weight.shape == (32, 128)
@@ -103,7 +104,7 @@ def test_shapes_are_out_by_in_also_where_the_weight_is_stored_transposed(base):
 def test_logits_and_gradients_are_those_of_peft(base, inputs, random_adapter, peft_model, kind, rslora):
     ours, theirs = base(kind), base(kind)
     config = config_for(ours, TARGETS[kind], use_rslora=rslora)
-    shapes = match(ours.model, config, ours.head)
+    shapes = match_targets(ours.model, config, ours.head)
     scale = 6 / 2**0.5 if rslora else 6 / 2
     adapter = random_adapter(shapes, head_values(ours.model, ours.head), 2, scale, seed=7)
 
@@ -137,7 +138,7 @@ def test_logits_and_gradients_are_those_of_peft(base, inputs, random_adapter, pe
 
 def test_nothing_but_the_stack_trains(base):
     fresh = base("mean")
-    stack = Stack(fresh.model, match(fresh.model, config_for(fresh, ["query"]), fresh.head), fresh.head)
+    stack = Stack(fresh.model, match_targets(fresh.model, config_for(fresh, ["query"]), fresh.head), fresh.head)
     trained = {id(parameter) for _, _, parameter in stack.tensors()}
     assert {id(p) for p in fresh.model.parameters() if p.requires_grad} == trained
 
@@ -146,7 +147,7 @@ def test_nothing_but_the_stack_trains(base):
 def test_three_ranks_in_one_batch_are_three_models(base, inputs, random_adapter, kind):
     """Logits and gradients of each slot are those of the same adapter alone, whatever lies in the other slots."""
     fresh = base(kind)
-    shapes = match(fresh.model, config_for(fresh, TARGETS[kind]), fresh.head)
+    shapes = match_targets(fresh.model, config_for(fresh, TARGETS[kind]), fresh.head)
     head = head_values(fresh.model, fresh.head)
     adapters = [random_adapter(shapes, head, rank, 4 / rank, seed=rank) for rank in (1, 2, 4)]
     sizes = (1, 3, 2)
@@ -174,7 +175,7 @@ def test_three_ranks_in_one_batch_are_three_models(base, inputs, random_adapter,
 
 def test_an_adapter_in_one_slot_does_not_touch_another(base, inputs, random_adapter):
     fresh = base("mean")
-    shapes = match(fresh.model, config_for(fresh, TARGETS["mean"]), fresh.head)
+    shapes = match_targets(fresh.model, config_for(fresh, TARGETS["mean"]), fresh.head)
     head = head_values(fresh.model, fresh.head)
     first, second, third = (random_adapter(shapes, head, 2, 3.0, seed=seed) for seed in (1, 2, 3))
     stack = stacked(fresh, shapes, [first, second])
@@ -194,7 +195,7 @@ def test_an_adapter_in_one_slot_does_not_touch_another(base, inputs, random_adap
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_padding_stays_zero_while_training(base, inputs, random_adapter, optimizer):
     fresh = base("bert")
-    shapes = match(fresh.model, config_for(fresh, TARGETS["bert"]), fresh.head)
+    shapes = match_targets(fresh.model, config_for(fresh, TARGETS["bert"]), fresh.head)
     head = head_values(fresh.model, fresh.head)
     adapters = [random_adapter(shapes, head, rank, 1.0, seed=rank) for rank in (1, 4, 2)]
     stack = stacked(fresh, shapes, [adapters[1]] * 3)  # a slot is used again: what lay there before must be gone
@@ -215,7 +216,7 @@ def test_padding_stays_zero_while_training(base, inputs, random_adapter, optimiz
 
 def test_rows_that_no_segment_owns_are_refused(base, inputs):
     fresh = base("mean")
-    stack = Stack(fresh.model, match(fresh.model, config_for(fresh, ["query"]), fresh.head), fresh.head)
+    stack = Stack(fresh.model, match_targets(fresh.model, config_for(fresh, ["query"]), fresh.head), fresh.head)
     with pytest.raises(ValueError, match="the batch has 6 rows, its segments 5"):
         forward(fresh, stack, inputs, [Segment(0, 5)])
     with pytest.raises(ValueError, match="the batch has 6 rows, its segments 0"):
@@ -224,7 +225,7 @@ def test_rows_that_no_segment_owns_are_refused(base, inputs):
 
 def test_adapters_that_do_not_fit_the_stack_are_refused(base, random_adapter):
     fresh = base("mean")
-    shapes = match(fresh.model, config_for(fresh, ["query", "value"]), fresh.head)
+    shapes = match_targets(fresh.model, config_for(fresh, ["query", "value"]), fresh.head)
     head = head_values(fresh.model, fresh.head)
     stack = Stack(fresh.model, shapes, fresh.head)
     fewer = dict(list(shapes.items())[1:])
@@ -235,7 +236,7 @@ def test_adapters_that_do_not_fit_the_stack_are_refused(base, random_adapter):
 def test_a_target_that_matches_nothing_lists_the_linear_layers(base):
     fresh = base("gpt2")
     with pytest.raises(UserError) as refusal:
-        match(fresh.model, config_for(fresh, ["query", "value"]), fresh.head)
+        match_targets(fresh.model, config_for(fresh, ["query", "value"]), fresh.head)
     assert str(refusal.value) == (
         "lora.target_modules: got ['query', 'value'], but it matches no layer; "
         "this model's linear layers are c_attn, c_fc, c_proj"
@@ -245,7 +246,7 @@ def test_a_target_that_matches_nothing_lists_the_linear_layers(base):
 def test_the_head_is_no_target(base):
     fresh = base("mean")
     with pytest.raises(UserError, match="matches no layer"):
-        match(fresh.model, config_for(fresh, ["classifier"]), fresh.head)
+        match_targets(fresh.model, config_for(fresh, ["classifier"]), fresh.head)
 
 
 @pytest.mark.parametrize(
@@ -255,26 +256,26 @@ def test_the_head_is_no_target(base):
 def test_a_target_that_is_no_linear_layer_is_refused(base, targets, named):
     fresh = base("bert")
     with pytest.raises(UserError, match=rf"lora\.target_modules: got .* but it matches bert\..*, a {named};"):
-        match(fresh.model, config_for(fresh, targets), fresh.head)
+        match_targets(fresh.model, config_for(fresh, targets), fresh.head)
 
 
 def test_a_target_that_is_no_regular_expression_is_refused(base):
     fresh = base("bert")
     with pytest.raises(UserError, match=r"lora\.target_modules: got '\*query', but .*regular expression"):
-        match(fresh.model, config_for(fresh, "*query"), fresh.head)
+        match_targets(fresh.model, config_for(fresh, "*query"), fresh.head)
 
 
 def test_a_model_that_peft_has_no_default_for_is_refused():
     with pytest.raises(UserError, match=r"lora\.target_modules: got null, but PEFT has no default for 'custom'"):
-        match(nn.Sequential(nn.Linear(4, 4)), LoraConfig(), ())
+        match_targets(nn.Sequential(nn.Linear(4, 4)), LoraConfig(), ())
 
 
 @pytest.mark.parametrize(("kind", "most"), [("bert", 32), ("gpt2", 32)])
 def test_a_rank_above_a_layers_size_is_refused(base, kind, most):
     fresh = base(kind)
-    match(fresh.model, config_for(fresh, TARGETS[kind], rank=most), fresh.head)
+    match_targets(fresh.model, config_for(fresh, TARGETS[kind], rank=most), fresh.head)
     with pytest.raises(UserError, match=rf"lora\.rank: got {most + 1}, but .* at most {most} is allowed"):
-        match(fresh.model, config_for(fresh, TARGETS[kind], rank=most + 1), fresh.head)
+        match_targets(fresh.model, config_for(fresh, TARGETS[kind], rank=most + 1), fresh.head)
 
 
 @pytest.mark.parametrize("head", [nn.Conv2d(3, 4, 1), nn.LayerNorm(4), nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))])
@@ -302,17 +303,6 @@ def test_heads_of_several_linear_layers_are_found_by_full_name():
     torch.testing.assert_close(out, expected)
 
 
-def test_the_runs_settings_in_pefts_words(tiny):
-    settings = tiny(
-        "lora.rank=3", "lora.alpha=2.5", "lora.rslora=true", "lora.dropout=0.25", "lora.layers_to_transform=[1]"
-    )
-    config = peft_config(settings, ("classifier",))
-    assert (config.r, config.lora_alpha, config.use_rslora, config.lora_dropout) == (3, 2.5, True, 0.25)
-    assert config.target_modules == {"query", "value"}
-    assert config.layers_to_transform == [1]
-    assert config.modules_to_save == ["classifier"]
-
-
 # The stacked layers on their own.
 
 
@@ -323,7 +313,7 @@ def test_dropout_is_inverted_hits_the_adapter_only_and_is_off_without_a_key():
     eye = torch.eye(1000)
     layer.load([LowRank(eye, eye, 1.0)])
     x = torch.ones(4, 1000)
-    with torch.no_grad(), batch.using([Segment(0, 4, key=0)]):
+    with torch.no_grad(), batch.using([Segment(0, 4, dropout_key=0)]):
         change = layer(x) - base(x)
     values = change.flatten()
     kept = values > 0.5
@@ -353,7 +343,7 @@ def test_dropout_on_a_texts_own_tokens_does_not_depend_on_padding_or_neighbours(
 
 def test_every_layer_drops_entries_of_its_own(base):
     fresh = base("mean")
-    shapes = match(fresh.model, config_for(fresh, ["query", "value"]), fresh.head)
+    shapes = match_targets(fresh.model, config_for(fresh, ["query", "value"]), fresh.head)
     stack = Stack(fresh.model, shapes, fresh.head, dropout=0.5)
     assert len(stack.lora) == len({tuple(layer.features_I.tolist()) for layer in stack.lora.values()}) == 4
 
