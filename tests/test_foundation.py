@@ -169,6 +169,13 @@ def test_a_refusal_names_the_field_the_value_and_what_is_allowed() -> None:
     )
 
 
+def test_the_first_line_of_an_error() -> None:
+    assert first_line(OSError("\n  disk full \nat byte 9")) == "disk full"
+    assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert first_line(ValueError("x" * 300)) == "x" * 200
+    assert first_line(ValueError("abc"), limit=2) == "ab"
+
+
 def test_bad_input_is_a_value_error_and_a_broken_run_is_not() -> None:
     assert issubclass(UserError, ValueError)
     assert issubclass(RunError, RuntimeError)

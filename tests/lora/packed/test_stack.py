@@ -1,4 +1,4 @@
-"""Stacked models against real PEFT: the same layers, the same logits, the same gradients, and slots that do not mix."""
+"""Stacked models against real PEFT: the same layers, logits and gradients. Slots do not affect each other."""
 
 import copy
 
@@ -12,7 +12,7 @@ from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.packed.layers import StackedLinear, StackedLora
 from rayfed.lora.packed.segments import Batch, Segment
 from rayfed.lora.packed.stack import Stack, head_layers, head_values
-from rayfed.lora.peft import layer_shape, lora_config, match_targets
+from rayfed.lora.peft import layer_shape, match_targets
 
 BERT_REGEX = r".*layer\.1\.(attention\.self\.key|output\.dense)"
 GPT2_REGEX = r"transformer\.h\.0\.(attn\.c_attn|mlp\.c_fc)"
@@ -101,7 +101,9 @@ def test_shapes_are_out_by_in_also_where_the_weight_is_stored_transposed(base):
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("kind", ["bert", "mean", "gpt2"])
-def test_logits_and_gradients_are_those_of_peft(base, inputs, random_adapter, peft_model, kind, rslora):
+def test_logits_and_gradients_are_those_of_peft(
+    base, inputs, random_adapter, peft_model, assert_close_float32, kind, rslora
+):
     ours, theirs = base(kind), base(kind)
     config = config_for(ours, TARGETS[kind], use_rslora=rslora)
     shapes = match_targets(ours.model, config, ours.head)
@@ -118,22 +120,19 @@ def test_logits_and_gradients_are_those_of_peft(base, inputs, random_adapter, pe
     nn.functional.cross_entropy(logits, LABELS).backward()
 
     assert float((logits - plain).detach().abs().max()) > 0.1  # the adapter does something
-    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
-    reached = 0
-    for name, pair in adapter.layers.items():
-        layer = wrapped.base_model.model.get_submodule(name)
-        for part, theirs_grad, shape in (
-            ("A", layer.lora_A["default"].weight.grad, pair.A.shape),
-            ("B", layer.lora_B["default"].weight.grad, pair.B.shape),
-        ):
-            torch.testing.assert_close(gradient(stack, 0, name, part, shape), theirs_grad, rtol=1e-5, atol=1e-6)
-            reached += int(theirs_grad.abs().max() > 1e-3)
-    assert reached >= 2 * len(adapter.layers) - 2  # nearly all gradients are large enough to compare
-    for name, value in adapter.head.items():
-        module, _, part = name.rpartition(".")
-        saved = wrapped.base_model.model.get_submodule(module).modules_to_save["default"]
-        ours_grad = gradient(stack, 0, name, "head", value.shape)
-        torch.testing.assert_close(ours_grad, saved.get_parameter(part).grad, rtol=1e-5, atol=1e-6)
+    assert_close_float32(logits, expected)
+    gradients = []
+    for entry in adapter.layout.entries:
+        if entry.part == "head":
+            module, _, kind_of = entry.name.rpartition(".")
+            saved = wrapped.base_model.model.get_submodule(module).modules_to_save["default"]
+            gradients.append(saved.get_parameter(kind_of).grad)
+        else:
+            layer = wrapped.base_model.model.get_submodule(entry.name)
+            gradients.append(getattr(layer, f"lora_{entry.part}")["default"].weight.grad)
+    assert_close_float32([gradient(stack, 0, e.name, e.part, e.shape) for e in adapter.layout.entries], gradients)
+    # Nearly all gradients are large enough to compare.
+    assert sum(bool(g.abs().max() > 1e-3) for g in gradients) >= len(gradients) - 2
 
 
 def test_nothing_but_the_stack_trains(base):
@@ -144,7 +143,7 @@ def test_nothing_but_the_stack_trains(base):
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_three_ranks_in_one_batch_are_three_models(base, inputs, random_adapter, kind):
+def test_three_ranks_in_one_batch_are_three_models(base, inputs, random_adapter, assert_close_float32, kind):
     """Logits and gradients of each slot are those of the same adapter alone, whatever lies in the other slots."""
     fresh = base(kind)
     shapes = match_targets(fresh.model, config_for(fresh, TARGETS[kind]), fresh.head)
@@ -166,11 +165,10 @@ def test_three_ranks_in_one_batch_are_three_models(base, inputs, random_adapter,
         solo = stacked(alone, shapes, [adapter])
         expected = forward(alone, solo, {k: v[mine] for k, v in inputs.items()}, [Segment(0, size)])
         nn.functional.cross_entropy(expected, LABELS[mine]).backward()
-        torch.testing.assert_close(logits[mine], expected, rtol=1e-5, atol=1e-6)
-        for entry in adapter.layout.entries:
-            theirs = gradient(solo, 0, entry.name, entry.part, entry.shape)
-            ours = gradient(pack, slot, entry.name, entry.part, entry.shape)
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        assert_close_float32(logits[mine], expected)
+        entries = adapter.layout.entries
+        theirs = [gradient(solo, 0, e.name, e.part, e.shape) for e in entries]
+        assert_close_float32([gradient(pack, slot, e.name, e.part, e.shape) for e in entries], theirs)
 
 
 def test_an_adapter_in_one_slot_does_not_touch_another(base, inputs, random_adapter):
