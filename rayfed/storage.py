@@ -40,12 +40,12 @@ def local_folder(uri: str) -> Path:
 
 
 def masked(uri: str) -> str:
-    """The URI with `***` in place of user-info and query: fit for messages and logs."""
+    """The URI for messages and logs, with `***` in place of user-info and query."""
     return re.sub(r"\?.*", "?***", USER_INFO.sub(r"\1://***@", uri))
 
 
 def refuse_credentials(uri: str) -> None:
-    """UserError where the URI holds a password, a key or a query string. The message does not show the URI."""
+    """Raises UserError if the URI has a password, a key or a query string. The message does not show the URI."""
     infos = USER_INFO.findall(uri)
     if "?" in uri or any(":" in info or scheme.lower() not in NAMES_BEFORE_AT for scheme, info in infos):
         raise UserError(
@@ -55,7 +55,7 @@ def refuse_credentials(uri: str) -> None:
 
 
 class RemoteFolder:
-    """The folder at a URI. UserError where the URI holds credentials or cannot be opened."""
+    """The folder at a URI. UserError if the URI has credentials or cannot be opened."""
 
     def __init__(self, uri: str) -> None:
         import fsspec.core
@@ -63,7 +63,7 @@ class RemoteFolder:
 
         refuse_credentials(uri)
         self.uri = masked(uri)
-        # fsspec names adlfs, the package to install, for `abfs` alone.
+        # fsspec's error names the package to install, adlfs, only for `abfs`.
         known_implementations.setdefault("abfss", known_implementations["abfs"])
         with self._user_error("opened"):
             self._system, root = fsspec.core.url_to_fs(uri)

@@ -34,7 +34,7 @@ def oracle(x: LowRank | Tensor) -> Tensor:
 
 
 def size(x: LowRank) -> float:
-    """What rounding in a product is relative to."""
+    """The size to which rounding in a product is relative."""
     return abs(x.scale) * float(x.B.double().norm() * x.A.double().norm())
 
 

@@ -95,7 +95,7 @@ def test_every_entry_takes_no_index_bytes():
 
 
 def test_payload_bytes_are_pinned():
-    """The format is a promise to payloads already written: a change here needs a new version number."""
+    """Payloads that exist must stay readable: a change here needs a new version number."""
     data = encode(torch.tensor([0.0, 1.5, 0.0, -2.0] + [0.0] * 96), indices=torch.tensor([1, 3]))
     head = b"rfed\x01\x00" + bytes([Coding.GAPS]) + struct.pack("<IIIQ", 100, 2, 3, 8)
     body = b"\x08\x00\x0a" + struct.pack("<ff", 1.5, -2.0)
@@ -131,7 +131,7 @@ def test_a_flipped_bit_is_refused(name, most):
 @settings(deadline=None)
 @given(st.sampled_from(sorted(PAYLOADS)), st.data())
 def test_damage_behind_a_right_checksum_raises_nothing_but_wire_errors(name, data):
-    """A wrong writer seals its payload well: the sections are still checked against each other."""
+    """The checksum is right but a header field is wrong: the sections are checked against each other."""
     payload = PAYLOADS[name]
     field = data.draw(st.integers(2, 7))
     small = st.integers(0, 60) if field >= 4 else st.integers(0, 7)

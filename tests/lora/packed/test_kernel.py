@@ -69,8 +69,8 @@ def test_values_and_all_gradients(shape, form, slots, sizes, batched):
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_a_run_of_nan_stays_its_own(batched):
-    """Also where a longer run's place beside it is free: 0 times NaN would be NaN."""
+def test_nan_in_one_segment_reaches_no_other(batched):
+    """Padding is filled with zeros, not multiplied by zero: 0 times NaN would be NaN."""
     g = torch.Generator().manual_seed(0)
     segments, constants = segments_of((0, 1), (1, 4), batched), SlotConstants([1.0, 1.0], [None, None])
     A, B = torch.randn(2, RANK, IN, generator=g), torch.randn(2, OUT, RANK, generator=g)
@@ -86,7 +86,7 @@ def test_a_run_of_nan_stays_its_own(batched):
         assert torch.equal(clean, beside)
 
 
-def test_x_that_is_its_own_dropped_input_gets_both_gradients():
+def test_without_dropout_x_gets_both_gradients():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4, IN, generator=g, dtype=torch.float64, requires_grad=True)
     A = torch.randn(1, RANK, IN, generator=g, dtype=torch.float64, requires_grad=True)
@@ -97,7 +97,7 @@ def test_x_that_is_its_own_dropped_input_gets_both_gradients():
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_a_coarser_base_keeps_its_format_and_the_factors_theirs(batched):
+def test_a_bfloat16_base_and_float32_factors_keep_their_dtypes(batched):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4, IN, generator=g).bfloat16()
     A = torch.randn(2, RANK, IN, generator=g, requires_grad=True)
@@ -116,7 +116,7 @@ def test_a_coarser_base_keeps_its_format_and_the_factors_theirs(batched):
     assert bool(A.grad.any())
 
 
-def test_a_frozen_change_is_a_changed_weight():
+def test_a_base_change_acts_as_a_changed_weight():
     """A slot over base + F gives what a slot over a base of weight W + F gives."""
     torch.manual_seed(0)
     plain, changed = torch.nn.Linear(IN, OUT), torch.nn.Linear(IN, OUT)
@@ -134,8 +134,8 @@ def test_a_frozen_change_is_a_changed_weight():
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
 
 
-def test_clients_over_the_same_change_of_the_base_take_it_in_one_product():
-    """As many products as changes that differ, and what came as one tensor stays one."""
+def test_neighbours_with_the_same_base_change_share_one_product():
+    """One product per distinct change. A change that several clients share has one copy."""
     layer = torch.nn.Linear(IN, OUT)
     stacked = StackedLora(layer, Batch())
     shared, other = torch.randn(OUT, IN), torch.randn(OUT, IN)
@@ -145,7 +145,7 @@ def test_clients_over_the_same_change_of_the_base_take_it_in_one_product():
     assert [rows for rows, _ in stacked.constants.base_changes_of(segments, 10)] == [slice(0, 30), slice(60, 80)]
 
 
-def test_loading_makes_room_for_exactly_what_is_loaded():
+def test_load_makes_one_slot_per_pair_at_the_largest_rank():
     stacked = StackedLora(torch.nn.Linear(IN, OUT), Batch())
     pairs = [LowRank(torch.ones(OUT, rank), torch.ones(rank, IN), rank) for rank in (1, 4)]
     for load, slots, rank in ((pairs, 2, 4), ([*pairs, None], 3, 4), (pairs[:1], 1, 1)):
