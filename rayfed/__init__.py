@@ -16,17 +16,16 @@ __version__ = "0.1.0"
 __all__ = ["Experiment", "RunResult", "UserError", "__version__", "load_config", "load_model", "run"]
 
 if TYPE_CHECKING:
-    from rayfed.api import RunResult, load_config, run
+    from rayfed.api import RunResult, load_config, load_model, run
     from rayfed.config import Experiment
     from rayfed.errors import UserError
-    from rayfed.tasks.models.base import load_model
 
 _HOME = {
     "Experiment": "rayfed.config",
     "RunResult": "rayfed.api",
     "UserError": "rayfed.errors",
     "load_config": "rayfed.api",
-    "load_model": "rayfed.tasks.models.base",
+    "load_model": "rayfed.api",
     "run": "rayfed.api",
 }
 

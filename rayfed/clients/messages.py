@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from torch import Tensor
 
 from rayfed.lora.adapter import Layout
@@ -33,6 +34,8 @@ class ClientOrder:
     known: int | None = None  # the payload with the entries it holds already
     base: int | None = None  # the payload with the frozen change of its base
     base_layout: Layout | None = None
+    merge: int | None = None  # the payload with a change that it merges into its base before it trains
+    merge_layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -71,22 +74,24 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class EvalJob:
-    """Evaluate payload 0 on rows start to stop of a split, counted in order of length; on some classes' alone."""
+    """Evaluate payload 0 on rows start to stop of a split, counted in order of length; on some classes' rows alone."""
 
     split: SplitName
     start: int
     stop: int
     layout: Layout
-    classes: tuple[int, ...] | None = None  # null: all
+    classes: tuple[int, ...] | None = None  # None: all
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Sums over the rows: cross-entropy in nats; correct predictions and rows, both by class."""
+    """The evaluated rows: the sum of their losses and its number of terms; each row's index, prediction and label."""
 
     loss: float
-    correct: Tensor  # (classes,) int64
-    count: Tensor  # (classes,) int64
+    count: float
+    rows: np.ndarray  # (n,) int64, indices into the split
+    predictions: Tensor  # (n, ...), see `Task.predictions`
+    labels: Tensor  # (n, ...)
 
 
 @dataclass(frozen=True)

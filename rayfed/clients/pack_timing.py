@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,19 +30,17 @@ def measure(trainer: Trainer, clients: Sequence[int], sizes: Sequence[int], room
 
     RunError where not even the first size fits.
     """
-    experiment, device, data = trainer.experiment, trainer.device, trainer.data["train"]
-    settings = experiment.client.model_copy(update={"steps": STEPS})
-    start = trainer.model_spec.start(experiment)
+    plan, device, data = trainer.plan, trainer.device, trainer.context.data
+    settings = plan.client.model_copy(update={"steps": STEPS})
+    context = replace(trainer.context, settings=settings)
+    start = plan.start()
     vector, everything = start.flatten(), torch.ones(start.layout.size, dtype=torch.bool)
-    rows = {client: trainer.federation.rows_of(client) for client in clients}
+    rows = {client: plan.federation.rows_of(client) for client in clients}
 
     def train(size: int) -> float:
         members = [PackMember(c, start.layout, vector, everything, rows[c]) for c in clients[:size]]
         begun = time.perf_counter()
-        train_pack(
-            trainer.stack, trainer.forward, data, trainer.federation.pad_id, members, settings, lr=settings.lr, t=0,
-            seed=experiment.seed, device=device,
-        )  # fmt: skip
+        train_pack(context, members, lr=settings.lr, t=0)
         return time.perf_counter() - begun
 
     held, dull, last = device_memory.forget_peak(device), 0, float("inf")
@@ -59,7 +58,7 @@ def measure(trainer: Trainer, clients: Sequence[int], sizes: Sequence[int], room
         tokens = sum(
             int(data.lengths[batch].sum())
             for c in clients[:size]
-            for batch in batches(rows[c], settings, experiment.seed, 0, c)
+            for batch in batches(rows[c], settings, plan.seed, 0, c)
         )
         taken = max(device_memory.peak(device) - held, 0)
         yield PackTiming(size, tokens / STEPS, seconds, taken)

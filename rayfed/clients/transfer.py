@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from rayfed import wire
+from rayfed.channels import Channel
 from rayfed.clients.local_training import PackMember, TrainedClient
 from rayfed.clients.messages import ClientOrder
 from rayfed.errors import RunError
-from rayfed.lora.adapter import Layout
+from rayfed.lora.adapter import Adapter, Layout, LowRank
+from rayfed.lora.algebra import add
 from rayfed.methods import Method, PackSum
-from rayfed.methods.base import Sparse
+from rayfed.methods.base import BaseChange, Sparse
 from rayfed.wire import Payload
 
 
@@ -72,6 +74,16 @@ def assemble(layout: Layout, payload: Payload, held: Payload | None) -> tuple[Te
     return start, has
 
 
+def merged_base(base: BaseChange, merge: Adapter | None) -> BaseChange:
+    """The change of the base under a client's adapter, once the client has merged what it received for that."""
+    merged: dict[str, LowRank | Tensor] = dict(base)
+    for name, pair in (merge.layers if merge else {}).items():
+        below = merged.get(name)
+        dense = below.dense() if isinstance(below, LowRank) else below
+        merged[name] = pair if dense is None else add(dense, pair)
+    return merged
+
+
 def upload(method: Method, result: TrainedClient, member: PackMember, order: ClientOrder) -> bytes:
     """What the client sends: of its changes to the entries that trained, those the method picks.
 
@@ -93,19 +105,23 @@ def upload(method: Method, result: TrainedClient, member: PackMember, order: Cli
 
 
 def sums(
-    uploads: Sequence[bytes], members: Sequence[PackMember], orders: Sequence[ClientOrder], parts: Sequence[int]
+    channel: Channel,
+    uploads: Sequence[bytes],
+    members: Sequence[PackMember],
+    orders: Sequence[ClientOrder],
+    parts: Sequence[int],
 ) -> tuple[PackSum, ...]:
     """The uploads of a pack, summed up by its parts of so many clients."""
 
     def change(payload: bytes, member: PackMember, order: ClientOrder) -> tuple[float, Tensor | Sparse]:
         places = Uploadable.of(order.trainable.uploaded(member.layout, member.support))
-        return order.weight, places.placed(wire.decode(payload))
+        return order.weight, places.placed(wire.decode(channel.deliver(payload)))
 
     changes = map(change, uploads, members, orders)  # one at a time: of all, only the sum is in memory
     return tuple(PackSum.of(islice(changes, part), members[0].layout.size) for part in parts)
 
 
-def kept(result: TrainedClient, member: PackMember, order: ClientOrder) -> bytes | None:
+def personal_values(result: TrainedClient, member: PackMember, order: ClientOrder) -> bytes | None:
     """The client's personal entries after training, for the simulation to give back to it; no traffic."""
     if not order.trainable.personal:
         return None

@@ -15,7 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from rayfed.config import Experiment
+from rayfed.clients.plan import RunPlan
 from rayfed.config.execution import Engine
 from rayfed.errors import UserError
 
@@ -56,28 +56,27 @@ def beside_the_starting_process() -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def with_shares(experiment: Experiment) -> Experiment:
-    """The settings with `engine.gpus_per_worker: auto` as a number: an equal share of the GPUs that the cluster has.
+def with_gpu_share(plan: RunPlan) -> RunPlan:
+    """The plan with `engine.gpus_per_worker: auto` as a number: an equal share of the GPUs that the cluster has.
 
-    A trial of a sweep has its places already. UserError where the share cannot be known, for there is no GPU yet.
+    A trial of a sweep has its places already. UserError where the share cannot be known, because there is no GPU yet.
     """
-    engine = experiment.engine
+    engine = plan.engine
     if engine.gpus_per_worker != "auto" or ray.util.get_current_placement_group() is not None:
-        return experiment
+        return plan
     if engine.device == "cpu":
-        return experiment.with_gpus(0.0)
+        return plan.with_gpus(0.0)
     have = sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
     if not have:
         allowed = (
             "a number is needed until its nodes are there" if engine.wait_for_nodes else "Ray has no GPUs to share"
         )
         raise UserError(f"engine.gpus_per_worker: got 'auto', but {allowed}")
-    return experiment.with_gpus(have)
+    return plan.with_gpus(have)
 
 
-def check_places(experiment: Experiment) -> str | None:
-    """UserError where the cluster can never hold the workers; a line to tell where it has to grow first."""
-    engine = experiment.engine
+def check_places(engine: Engine) -> str | None:
+    """UserError where the cluster can never hold the workers; a line to show where it has to grow first."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     mistake = _mistake(engine, nodes)
     if mistake is None:

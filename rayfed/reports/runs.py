@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rayfed.config import Experiment
-from rayfed.config.describe import walk
+from rayfed.config.describe import iter_fields
 from rayfed.config.load import read_settings
-from rayfed.config.schema import WHERE_AND_HOW
+from rayfed.config.marks import decides
 from rayfed.errors import UserError
 from rayfed.tracking import read_metrics
 
@@ -104,13 +104,6 @@ def read_run(folder: Path, trial: bool = False) -> Run:
     return Run(folder, str(settings["name"]), settings, rounds, finished, trial)
 
 
-def decides(key: str) -> bool:
-    """Whether the setting can change the result; where a run executes and who watches it cannot."""
-    section, _, rest = key.partition(".")
-    fields = WHERE_AND_HOW.get(section, ())
-    return fields is not None and rest not in fields
-
-
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by their dotted keys. Tuples become lists, as YAML has them."""
     flat: dict[str, Any] = {}
@@ -163,7 +156,7 @@ def listed(noun: str, names: Sequence[str]) -> str:
 
 def _defaults() -> dict[str, Any]:
     """What a setting is where an older run's config.yaml does not name it."""
-    return flatten({key: field.default for key, field in walk(Experiment) if not field.is_required()})
+    return flatten({key: field.default for key, field in iter_fields(Experiment) if not field.is_required()})
 
 
 def _last_event(path: Path) -> str | None:

@@ -14,12 +14,13 @@ adamw's weight decay acts on every entry, also on those nobody sent this round.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from rayfed.config.training import Server
+from rayfed.config.training import Schedule, Server
 from rayfed.errors import UserError
 
 RATES = {"fedavg": 1.0, "sgd": 1.0, "fedavgm": 1.0, "fedadam": 1e-3, "adamw": 1e-3}
@@ -78,3 +79,19 @@ class ServerOptimizer:
         optimizer.step()
         self.state |= {f"{name}.{key}": optimizer.state[parameter][key] for key in keys}
         return parameter.detach()
+
+
+def scheduled(lr: float, schedule: Schedule, t: int, rounds: int) -> float:
+    """The learning rate of round ``t`` (from 0) of ``rounds``: linear warm-up, then the schedule's shape."""
+    if t < schedule.warmup:
+        return lr * (t + 1) / schedule.warmup
+    span = max(rounds - 1 - schedule.warmup, 1)
+    progress = min((t - schedule.warmup) / span, 1.0)
+    final = schedule.final
+    factor = {
+        "constant": 1.0,
+        "linear": 1 - (1 - final) * progress,
+        "cosine": final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2,
+        "exponential": final**progress,
+    }[schedule.kind]
+    return lr * factor

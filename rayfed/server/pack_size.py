@@ -21,10 +21,9 @@ import numpy as np
 
 from rayfed.clients.messages import MeasureJob, MeasureResult, PackTiming
 from rayfed.clients.pack_timing import PAYS
-from rayfed.config import Experiment
+from rayfed.clients.plan import RunPlan
 from rayfed.server.executor import Executor, Submission
 from rayfed.server.sampling import client_costs, cohort
-from rayfed.tasks.federation import Federation
 
 LARGEST = 64  # clients of the largest pack that is measured
 SHARE = 0.8  # of the memory that is free: later rounds have longer texts
@@ -68,25 +67,23 @@ class Choice:
         return f"{fixed:.0f} MiB, and {each:.1f} MiB a client; {self.memory / 2**30:.1f} GiB are free for a worker"
 
 
-def sizes_to_measure(experiment: Experiment) -> tuple[int, ...]:
-    """The sizes to measure: 1, 2, 4, ... to the largest that leaves no worker without a pack, or to 64."""
-    most = min(-(-experiment.server.cohort // workers_of(experiment)), LARGEST)
-    return tuple(sorted({*(2**i for i in range(most.bit_length()) if 2**i < most), most}))
+def measure_job(plan: RunPlan) -> MeasureJob:
+    """What a worker measures: clients of the first round, those with most tokens a step first, in packs of 1, 2, 4, ...
+
+    The largest size leaves no worker without a pack, and is at most 64.
+    """
+    most = min(-(-plan.server.cohort // packs_at_a_time(plan)), LARGEST)
+    sizes = tuple(sorted({*(2**i for i in range(most.bit_length()) if 2**i < most), most}))
+    drawn = cohort(plan.federation.holders, plan.server.cohort, plan.seed, 0)
+    tokens = client_costs(plan.federation, plan.client.model_copy(update={"steps": 1}))
+    return MeasureJob(tuple(sorted(map(int, drawn), key=lambda c: (-tokens[c], c))[:most]), sizes)
 
 
-def measure_job(experiment: Experiment, federation: Federation) -> MeasureJob:
-    """What a worker is asked to measure: clients of the first round, those with most tokens a step first."""
-    drawn = cohort(federation.holders, experiment.server.cohort, experiment.seed, 0)
-    tokens = client_costs(federation, experiment.client.model_copy(update={"steps": 1}))
-    sizes = sizes_to_measure(experiment)
-    return MeasureJob(tuple(sorted(map(int, drawn), key=lambda c: (-tokens[c], c))[: sizes[-1]]), sizes)
-
-
-def measured_choice(experiment: Experiment, federation: Federation, executor: Executor) -> Choice:
-    """Has a worker measure, and chooses. RunError where not even one client fits into its memory."""
-    (done,) = executor.run([Submission(measure_job(experiment, federation))])
+def choose_pack(plan: RunPlan, executor: Executor) -> Choice:
+    """Lets a worker measure, and chooses. RunError where not even one client fits into its memory."""
+    (done,) = executor.run([Submission(measure_job(plan))])
     found = cast(MeasureResult, done.result)
-    return choose_size(found.measured, experiment.server.cohort, workers_of(experiment), found.memory)
+    return choose_size(found.measured, plan.server.cohort, packs_at_a_time(plan), found.memory)
 
 
 def choose_size(measured: Sequence[PackTiming], cohort: int, workers: int, memory: int) -> Choice:
@@ -121,6 +118,6 @@ def line(x: Sequence[float], y: Sequence[float]) -> LinearFit:
     return LinearFit(float(fixed), float(slope))
 
 
-def workers_of(experiment: Experiment) -> int:
-    """How many packs train at a time."""
-    return experiment.engine.workers if experiment.engine.kind == "ray" else 1
+def packs_at_a_time(plan: RunPlan) -> int:
+    """How many packs train at the same time."""
+    return plan.engine.workers if plan.engine.kind == "ray" else 1

@@ -17,7 +17,7 @@ import numpy as np
 from rayfed import seeding
 from rayfed.config.training import Client
 from rayfed.methods import Profile
-from rayfed.tasks.federation import Federation
+from rayfed.tasks.data.federation import Federation
 
 
 def cohort(holders: np.ndarray, count: int, seed: int, t: int) -> list[int]:

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rayfed import wire
-from rayfed.config import Experiment
+from rayfed.clients.plan import RunPlan
 from rayfed.config.training import EarlyStop
-from rayfed.server.evaluation.baselines import Controls
+from rayfed.server.evaluation.baselines import Baselines
 from rayfed.tracking import Table
 
 
@@ -30,20 +30,21 @@ class Progress:
     mark: float | None = None  # the accuracy an improvement is measured from
     stopped: bool = False
 
-    def see(self, round: int, metrics: Mapping[str, float | None], rule: EarlyStop | None) -> None:
-        """Takes in one round's metrics; rounds without evaluation change nothing."""
-        if metrics.get("test/accuracy") is not None:
-            self.last_test_accuracy = metrics["test/accuracy"]
-            self.last_test_accuracy_masked = metrics.get("test/accuracy_masked")
-            self.last_test_accuracy_clients = metrics.get("test/accuracy_clients")
-        self.last_gap = metrics.get("eval/gap", self.last_gap)
-        accuracy = metrics.get("eval/accuracy")
+    def add(self, record: Mapping[str, Any], dense_bytes: int, rule: EarlyStop | None) -> None:
+        """Adds a round's record, and its messages' bytes had they been dense; rounds without evaluation change no best."""
+        self.dense_bytes += dense_bytes
+        if record.get("test/accuracy") is not None:
+            self.last_test_accuracy = record["test/accuracy"]
+            self.last_test_accuracy_masked = record.get("test/accuracy_masked")
+            self.last_test_accuracy_clients = record.get("test/accuracy_clients")
+        self.last_gap = record.get("eval/gap", self.last_gap)
+        accuracy = record.get("eval/accuracy")
         if accuracy is None:
             return
         self.last_accuracy = accuracy
         if self.best_accuracy is None or accuracy > self.best_accuracy:
-            self.best_round, self.best_accuracy = round, accuracy
-            self.best_test_accuracy = metrics.get("test/accuracy")
+            self.best_round, self.best_accuracy = record["round"], accuracy
+            self.best_test_accuracy = record.get("test/accuracy")
         if rule is None:
             return
         if self.mark is None or accuracy > self.mark + rule.min_delta:
@@ -56,7 +57,7 @@ class Progress:
         return asdict(self)
 
 
-def summarize(progress: Progress, ledger: wire.Ledger, rounds: int, controls: Controls | None) -> dict[str, Any]:
+def summarize(progress: Progress, ledger: wire.Ledger, rounds: int, baselines: Baselines | None) -> dict[str, Any]:
     """Unpadded figures: accuracies (0 to 1), bytes both ways, the bytes of the same run sent dense in fp32."""
     return {
         "rounds": rounds,
@@ -71,15 +72,15 @@ def summarize(progress: Progress, ledger: wire.Ledger, rounds: int, controls: Co
         **ledger.totals(),
         "bytes/total": ledger.total_bytes,
         "bytes/dense": progress.dense_bytes,
-        "head_only/test_accuracy": controls.same_rounds if controls else None,
-        "head_only/test_accuracy_central": controls.central if controls else None,
+        "head_only/test_accuracy": baselines.same_rounds if baselines else None,
+        "head_only/test_accuracy_central": baselines.central if baselines else None,
     }
 
 
-def closing_table(experiment: Experiment, summary: dict[str, Any]) -> Table:
+def closing_table(plan: RunPlan, summary: dict[str, Any]) -> Table:
     """What a reader should see last: this run, the same run sent dense, the frozen base."""
-    down, up = experiment.wire.down, experiment.wire.up
-    name = f"{experiment.method.name}, density {_density(down.density)} down, {_density(up.density)} up"
+    down, up = plan.wire.down, plan.wire.up
+    name = f"{plan.settings['method']['name']}, density {_density(down.density)} down, {_density(up.density)} up"
     accuracy, masked = summary["final/test_accuracy"], summary["final/test_accuracy_masked"]
     rows = [(name, accuracy, summary["bytes/total"])]
     if masked is not None:  # what FLASC's own code evaluates

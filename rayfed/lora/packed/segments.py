@@ -123,10 +123,6 @@ class Segments:
             return values
         return values.new_zeros(slots, *values.shape[1:]).index_copy_(0, self._index, values)
 
-    def counts(self, like: Tensor) -> Tensor:
-        """(K,): the size of every segment, in the dtype of ``like``."""
-        return self._to_device(torch.tensor(self.sizes, dtype=like.dtype))
-
     def dropout_keys(self, shape: torch.Size) -> Tensor | None:
         """Token keys for an input of shape (*shape, I): (*shape, 1) int32. None if a segment has no key."""
         if any(s.dropout_key is None for s in self.segments):
