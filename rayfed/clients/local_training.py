@@ -128,7 +128,7 @@ class _PackTraining:
                 self._update(self.optimizer)
             if ended := [slot for slot in active if step + 1 == len(self.plans[slot])]:
                 stack.snapshot(ended)
-        vectors = stack.read([member.layout for member in self.members])
+        vectors = stack.read_snapshots([member.layout for member in self.members])
         return [
             TrainedClient(vector, loss / len(plan), sum(map(len, plan)), len(plan))
             for vector, loss, plan in zip(vectors, self.losses.tolist(), self.plans, strict=True)
@@ -159,8 +159,8 @@ class _PackTraining:
         labels = batch.pop("labels")
         sums, counts = c.task.loss(c.forward(batch).float(), labels)
         runs = c.stack.batch.segments_of(sums)
-        means = runs.grid(sums[:, None]).sum((1, 2)) / runs.grid(counts[:, None]).sum((1, 2))
-        self.losses += runs.into(means.detach().double(), len(self.members))
+        means = runs.pad(sums[:, None]).sum((1, 2)) / runs.pad(counts[:, None]).sum((1, 2))
+        self.losses += runs.scatter(means.detach().double(), len(self.members))
         penalties = (self.members[slot].objective.penalty(c.stack.factors(slot)) for slot in active)
         return torch.stack([means.sum(), *(penalty for penalty in penalties if penalty is not None)]).sum()
 
