@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rayfed import config
 from rayfed.config import Experiment
 from rayfed.errors import UserError
-from rayfed.tracking import Fan, RunInfo, Sink, Table, open_console, open_sinks
+from rayfed.tracking import RunInfo, Sink, SinkList, Table, open_console, open_sinks
 
 if TYPE_CHECKING:
     from rayfed.tasks.federation import Federation
@@ -83,7 +83,7 @@ def run(
 
     federation = _formed(experiment, federation)
     model_spec = describe_model(experiment, len(federation.classes))
-    console = _Kept(Fan(open_console(experiment.tracking), *([sink] if sink else [])))
+    console = _Kept(SinkList(open_console(experiment.tracking), *([sink] if sink else [])))
     try:
         if experiment.engine.kind == "ray":
             from rayfed.engine.driver import run_on_ray
@@ -133,7 +133,7 @@ def _run_here(
     from rayfed.engine.local_executor import LocalExecutor
     from rayfed.server.loop import Server
 
-    sinks = Fan(open_sinks(experiment.tracking, out), console)
+    sinks = SinkList(open_sinks(experiment.tracking, out), console)
     executor = LocalExecutor(experiment, federation, model_spec)
     try:
         server = Server(experiment, federation, model_spec, executor, out, sinks, resume)
@@ -195,7 +195,7 @@ def _check_out(out: Path, experiment: Experiment, resume: bool) -> Experiment:
     return experiment
 
 
-class _Kept:
+class _Kept(Sink):
     """The console, and the summary that passes through it."""
 
     def __init__(self, console: Sink) -> None:

@@ -24,12 +24,12 @@ from rayfed.errors import RunError, UserError
 from rayfed.server.loop import Server
 from rayfed.tasks.federation import Federation
 from rayfed.tasks.models.spec import ModelSpec
-from rayfed.tracking import Fan, Record, RunInfo, Sink, Table, open_sinks
+from rayfed.tracking import Record, RunInfo, Sink, SinkList, Table, open_sinks
 
 Message = tuple[str, tuple[Any, ...]]
 
 
-class Outbox:
+class Outbox(Sink):
     """A sink that keeps calls until they are sent on: each a method's name and its arguments."""
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Driver:
 
         torch.set_num_threads(1)  # the driver's own sums are element-wise; its cores belong to the workers
         outbox = Outbox()
-        sinks = Fan(open_sinks(experiment.tracking, out), outbox)
+        sinks = SinkList(open_sinks(experiment.tracking, out), outbox)
         executor = RayExecutor(experiment, federation[0], model_spec)
         try:
             server = Server(experiment, ray.get(federation[0]), model_spec, executor, out, sinks, resume)
@@ -125,7 +125,7 @@ def stepwise(experiment: Experiment, federation: Federation, model_spec: ModelSp
     try:
         experiment = with_shares(experiment)
         executor = RayExecutor(experiment, ray.put(federation), model_spec)
-        yield Server(experiment, federation, model_spec, executor, out, Fan(), resume=False)
+        yield Server(experiment, federation, model_spec, executor, out, SinkList(), resume=False)
         executor.close()
     finally:
         ray.shutdown()

@@ -12,7 +12,7 @@ from rayfed.reports.plots import blank, legend, luminance, percent_axis, plain_a
 from rayfed.reports.style import PAPER, SERIES
 from rayfed.reports.table import Ledgers, rank_shares, share
 from rayfed.reports.traffic import DIRECTIONS, PARTS
-from rayfed.tracking.console import megabytes
+from rayfed.tracking.format import megabytes
 
 LONG = 28  # letters of a name beside a bar
 

@@ -16,7 +16,7 @@ from rayfed.reports.style import MUTED, css
 from rayfed.reports.table import Ledgers, share
 from rayfed.reports.traffic import Link
 from rayfed.tracking import Table
-from rayfed.tracking.console import megabytes
+from rayfed.tracking.format import megabytes
 
 RUN_BY_RUN = 6  # runs that get a section of their own
 HEADINGS = {

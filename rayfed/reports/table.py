@@ -10,7 +10,7 @@ from rayfed.reports.labels import spelled
 from rayfed.reports.runs import Run
 from rayfed.reports.traffic import DIRECTIONS, PARTS, Traffic
 from rayfed.tracking import Table
-from rayfed.tracking.console import clock, megabytes
+from rayfed.tracking.format import clock, megabytes
 
 SPARE = ("rounds", "its sparse model", "test accuracy, last", "MB down", "MB up", "in round")  # not in the brief table
 Ledgers = Mapping[Run, Traffic]
