@@ -31,10 +31,10 @@ def cells(folders: list[Path], target: float | None = None) -> dict[str, dict[st
 def test_the_best_round_is_chosen_on_validation_and_reported_on_test(write_run: Write) -> None:
     masked = {"test/accuracy_masked": [0.1, 0.2, 0.3, 0.4]}
     folder = write_run("a", eval=[0.5, 0.8, 0.8, 0.7], test=[0.9, 0.6, 0.65, 0.95], more=masked)
-    (reading,) = read([folder]).groups[0].readings
-    assert (reading.round, reading.value, reading.report, reading.masked) == (2, 0.8, 0.6, 0.2)
-    assert reading.last_report == 0.95
-    assert reading.bytes_then == 2 * (2000 + 1000)
+    (found,) = read([folder]).groups[0].summaries
+    assert (found.round, found.value, found.report, found.masked) == (2, 0.8, 0.6, 0.2)
+    assert found.last_report == 0.95
+    assert found.best_bytes == 2 * (2000 + 1000)
     row = cells([folder])["a"]
     assert row["best round"] == "2"
     assert row["validation accuracy then"] == "80.0 %"
@@ -49,22 +49,22 @@ def test_the_table_is_what_a_real_run_left_in_metrics_and_ledger(
     out = tmp_path / "real"
     result = rayfed.run(tiny("server.rounds=3", "wire.down.density=0.25", "wire.up.density=0.5"), out)
     comparison = read([out], target=0.01)
-    (reading,) = comparison.groups[0].readings
+    (found,) = comparison.groups[0].summaries
     lines = read_metrics(out / "metrics.jsonl")
     ledger = wire.Ledger.read(out / "ledger.parquet")
     best = max(lines, key=lambda line: line["eval/accuracy"])
-    assert (reading.round, reading.value, reading.report) == (
+    assert (found.round, found.value, found.report) == (
         best["round"],
         best["eval/accuracy"],
         best["test/accuracy"],
     )
-    assert reading.masked == best["test/accuracy_masked"]
-    assert {"bytes/down": reading.down, "bytes/up": reading.up}.items() <= ledger.totals().items()
-    assert reading.bytes == ledger.total_bytes
+    assert found.masked == best["test/accuracy_masked"]
+    assert {"bytes/down": found.down, "bytes/up": found.up}.items() <= ledger.totals().items()
+    assert found.bytes == ledger.total_bytes
     first = ledger.totals(1)
-    assert (reading.target_round, reading.target_bytes) == (1, first["bytes/down"] + first["bytes/up"])
-    assert reading.round == result.summary["best/round"]
-    assert reading.report == result.summary["best/test_accuracy"]
+    assert (found.target_round, found.target_bytes) == (1, first["bytes/down"] + first["bytes/up"])
+    assert found.round == result.summary["best/round"]
+    assert found.report == result.summary["best/test_accuracy"]
     assert comparison.groups[0].counted[0].finished
 
 
@@ -112,7 +112,7 @@ def test_runs_that_differ_in_seed_alone_are_one_group(write_run: Write) -> None:
     assert row["best round"] == "2 to 3"
     assert row["test accuracy then"] == "70.0 ± 14.1 %"
     assert row["MB down"] == "0.0090"  # 3 rounds of 2 clients: the mean of 12,000 and 6,000 bytes
-    mean = curve(group.counted, "eval/accuracy", lambda run: run.sums("bytes/down"))
+    mean = curve(group.counted, "eval/accuracy", lambda run: run.cumulative("bytes/down"))
     assert mean.x == [3000, 6000, 9000]
     assert mean.mean == pytest.approx([0.3, 0.65, 0.7])
     assert (mean.low, mean.high) == ([0.2, 0.6, 0.5], [0.4, 0.7, 0.9])
@@ -123,7 +123,7 @@ def test_a_curve_has_the_rounds_that_all_seeds_measured(write_run: Write) -> Non
     (group,) = read(folders).groups
     own = curve(group.runs, "eval/accuracy")
     assert (own.x, own.mean) == ([2], pytest.approx([0.3]))
-    own = curve(group.runs, "eval/accuracy", lambda run: run.sums("bytes/up"))
+    own = curve(group.runs, "eval/accuracy", lambda run: run.cumulative("bytes/up"))
     assert (own.x, own.mean) == ([2000], pytest.approx([0.3]))
 
 

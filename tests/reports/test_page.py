@@ -15,7 +15,7 @@ import pytest
 
 from rayfed.errors import UserError
 from rayfed.reports import Link, read, write_report
-from rayfed.reports.style import DARK, LIGHT, SHOWN, css, looks
+from rayfed.reports.drawing import COLORS, DARK, LIGHT, css, group_styles
 
 Write = Callable[..., Path]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -177,11 +177,11 @@ def test_colours_can_be_told_from_the_paper() -> None:
 
 
 def test_of_many_settings_the_best_have_colours(write_run: Write, tmp_path: Path) -> None:
-    folders = [write_run(f"r{i}", f"client.lr={i + 1}", eval=[0.1 + i / 20]) for i in range(SHOWN + 3)]
+    folders = [write_run(f"r{i}", f"client.lr={i + 1}", eval=[0.1 + i / 20]) for i in range(len(COLORS) + 3)]
     comparison = read(folders)
-    own = looks(comparison.groups, comparison.ranked)
-    assert [group.label for group in own] == [f"lr {i + 1}" for i in range(3, SHOWN + 3)]
-    assert len({look.color for look in own.values()}) == SHOWN
+    styles = group_styles(comparison.groups, comparison.ranked)
+    assert [group.label for group in styles] == [f"lr {i + 1}" for i in range(3, len(COLORS) + 3)]
+    assert len({style.color for style in styles.values()}) == len(COLORS)
     said = texts(tree(write_report(comparison, tmp_path / "out", files=False)))
     assert "3 more, with a worse validation accuracy" in said
 
