@@ -72,7 +72,7 @@ def pareto(comparison: Comparison, styles: Styles, named: bool) -> Any:
         face = style.color if group in front else PAPER
         (handles[group],) = axes.plot([x], [y], style.marker, color=style.color, markerfacecolor=face, markersize=7)
     _measure_axis(axes, comparison.measure)
-    _x_axis(axes, "MB both ways until that round", [x for x, _ in points.values()])
+    _x_axis(axes, "MB both ways up to that round", [x for x, _ in points.values()])
     if named:
         _group_legend(axes, handles, styles)
     return figure

@@ -189,13 +189,13 @@ def measure_of(runs: Sequence[Run]) -> Measure:
     if any(known):
         one, other = runs[known.index(True)], runs[known.index(False)]
         raise UserError(
-            f"DIR: {one.folder} has a known answer and {other.folder} has not, so they share no figure to compare"
+            f"DIR: {one.folder} has a known answer and {other.folder} has not, so they have no measure in common"
         )
     for measure in (ACCURACY, TEST_ONLY):
         if all(run.series(measure.key) for run in runs):
             return measure
     tested = [run for run in runs if not run.series(TEST_ONLY.key)]
-    raise UserError(f"DIR: {tested[0].folder if tested else runs[0].folder} shares no accuracy with the others")
+    raise UserError(f"DIR: {tested[0].folder if tested else runs[0].folder} has no accuracy in common with the others")
 
 
 def default_target(measure: Measure, groups: Sequence[RunGroup]) -> float | None:
@@ -249,9 +249,9 @@ def _unfinished(groups: Sequence[RunGroup]) -> Iterator[str]:
     for group in groups:
         if len(group.counted) < len(group.runs):
             seeds = ", ".join(f"seed {run.seed}" for run in group.runs if run not in group.counted)
-            yield f"{group.label}: not finished and not in its means: {seeds}"
+            yield f"{group.label}: left out of the means, not finished: {seeds}"
         elif not group.counted[0].finished:
-            yield f"{group.label}: not finished, read as far as it came"
+            yield f"{group.label}: not finished, shown up to its last round"
 
 
 def _evaluated(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
@@ -266,7 +266,7 @@ def _evaluated(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
             raise UserError(f"DIR: got {str(run.folder)!r}, but that run has not been evaluated yet")
     if not evaluated:
         raise UserError(f"DIR: {listed('trial', without)}, but none has been evaluated yet")
-    return evaluated, [f"{listed('trial', without)} left out, not evaluated so far"] if without else []
+    return evaluated, [f"{listed('trial', without)} left out, not evaluated yet"] if without else []
 
 
 def _members(runs: Sequence[Run]) -> list[list[Run]]:

@@ -44,12 +44,13 @@ def plots(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link |
     measure = comparison.measure
     if comparison.target is not None and sum(g.target_bytes is not None for g in styles) >= 2:
         title = f"MB both ways to {as_percent(comparison.target, measure)} {measure.label}"
-        caption = "Up to the first evaluated round that reached it; means over the seeds, where all of them did."
+        caption = (
+            "Up to the first evaluated round that reached the target. Means over the seeds, if all of them reached it."
+        )
         yield Plot("target", "target", title, caption, partial(charts.target, styles))
     if len(comparison.groups) > 2 and comparison.front and _sizes_differ(comparison):
-        caption = "Filled: the Pareto front, which nothing beats in both."
-        caption += " It is chosen on validation." if measure.selects_round else ""
-        title = f"{_capital(measure.label)} and the MB it took"
+        caption = "Filled points are the Pareto front: no other point is better in both."
+        title = f"{_capital(measure.label)} and MB up to that round"
         yield Plot("pareto", "pareto", title, caption, partial(charts.pareto, comparison, styles), True)
     yield from _heat_maps(comparison)
     runs = [run for group in styles for run in group.counted]
@@ -58,10 +59,10 @@ def plots(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link |
         yield Plot("traffic", "traffic", "Traffic by part", caption, partial(charts.traffic, styles, ledgers))
     if len({rank for group in styles for rank in rank_shares(group)}) > 1:
         draw = partial(charts.ranks, styles)
-        yield Plot("ranks", "mix", "Ranks that took part", "Share of all client rounds.", draw)
+        yield Plot("ranks", "mix", "Ranks of the clients", "Share of all client rounds.", draw)
     for way, does in zip(DIRECTIONS, ("receives", "sends")):
         if len({size for run in runs for size in charts.entries_per_client(run, way).values()}) > 1:
-            title = f"Entries a client {does} in a round"
+            title = f"Entries that a client {does} per round"
             draw = partial(charts.entries, styles, way)
             yield Plot(f"entries-{way}", "mix", title, "Mean over the round's clients.", draw, True)
 
@@ -81,10 +82,10 @@ def run_plots(run: Run, number: int) -> Iterator[Plot]:
         ("-loss", "Loss against rounds", "", {
             "training": "train/loss", "validation": "eval/loss", "test": "test/loss",
         }),
-        ("-tiers", "What each tier of clients would receive", "Test accuracy.", {
+        ("-tiers", "Test accuracy by tier of clients", "The model that each tier would receive.", {
             f"rank {key.removeprefix(tier).replace('_density_', ', density ')}": key for key in tiers
         }),
-        ("-clients", "What each client gets", "Over the clients: test accuracy on classes weighted like their own.", {
+        ("-clients", "Test accuracy over the clients", "For each client, classes count as in its own data.", {
             "90th percentile": f"{clients}_p90", "median": f"{clients}_p50", "mean": clients,
             "10th percentile": f"{clients}_p10",
         }),
@@ -120,7 +121,7 @@ def _curves(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link
         unit, length = next((unit for unit in UNITS if longest >= 2 * unit[1]), UNITS[-1])
         times = {run: {t: value / length for t, value in own.items()} for run, own in seconds.items()}
         caption = (
-            f"Every client on its own link of {link}; a round waits for its slowest client. Transfers alone.{band}"
+            f"Every client has its own link of {link}; a round waits for its slowest client. Transfers only.{band}"
         )
         title = f"{label} against simulated time"
         draw = partial(draw, times.__getitem__, f"{unit} of transfer")
@@ -129,14 +130,14 @@ def _curves(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link
 
 def _heat_maps(comparison: Comparison) -> Iterator[Plot]:
     measure = comparison.measure
-    shown = "test accuracy at the best round on validation" if measure.report else measure.label
+    shown = "test accuracy in the best round on validation" if measure.report else measure.label
     for grid in heat_map.heat_maps(comparison):
         among = ", ".join(grid.chosen_among)
-        best = f" In each cell the best {among}, by {measure.label}." if among else ""
+        best = f" Each cell shows the best {among} by {measure.label}." if among else ""
         name, title = "density-rank", "Density and rank"
         if grid.method:
             name, title = f"{name}-{grid.method}", f"{title}, {grid.method}"
-        caption = f"Large: {shown}, mean over seeds. Small: MB both ways.{best}"
+        caption = f"Large number: {shown}, mean over seeds. Small number: MB both ways.{best}"
         yield Plot(name, "grid", title, caption, partial(heat_map.draw, comparison, grid))
 
 

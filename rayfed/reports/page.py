@@ -71,15 +71,15 @@ def page(
 ) -> str:  # fmt: skip
     """The HTML of the page. ``plots`` are the figures of the comparison, ``single`` the figures of each run."""
     title = _title(comparison)
-    body = [f"<h1>{_text(title)}</h1>", *_lead(comparison)]
+    body = [f"<h1>{_text(title)}</h1>", *(f'<p class="lead">{_text(line)}</p>' for line in _lead(comparison))]
     body += [f'<p class="note">{_text(note)}</p>' for note in comparison.notes]
     body += ["<h2>Summary</h2>", _table(table.summary(comparison))]
     if comparison.differing:
         body += ["<h2>Settings that differ</h2>", _table(table.differing(comparison), caption=False)]
-    extra = {
-        "pareto": lambda: _table(table.front(comparison), caption=False),
-        "traffic": lambda: _table(table.parts(comparison, ledgers), caption=False),
-        "mix": lambda: _table(table.mix(comparison)),
+    tables = {
+        "pareto": _table(table.front(comparison), caption=False),
+        "traffic": _table(table.parts(comparison, ledgers), caption=False),
+        "mix": _table(table.mix(comparison)),
     }
     for section, heading in HEADINGS.items():
         here = [plot for plot in plots if plot.section == section]
@@ -90,7 +90,7 @@ def page(
         )
         if any(plot.shared_legend for plot in here):
             body.append(_legend(comparison, styles))
-        body += [_figures(here), extra[section]() if section in extra else ""]
+        body += [_figures(here), tables.get(section, "")]
     runs = [run for group in comparison.groups for run in group.runs]
     if single:
         body.append(f"<h2>{'Run by run' if len(runs) > 1 else 'The run'}</h2>")
@@ -98,7 +98,7 @@ def page(
         name = run.folder.resolve().name
         body += [f"<h3>{_text(name)}</h3>" if len(runs) > 1 else "", _facts(table.facts(run)), _figures(figures)]
     if not single:
-        body.append('<p class="note">Single runs: <code>rayfed report</code> with the run\'s own directory.</p>')
+        body.append('<p class="note">Figures of a single run: <code>rayfed report</code> with its directory.</p>')
     body += [
         "<h2>How to read this</h2>",
         *(f"<p class='note'>{_text(line)}</p>" for line in _explanations(comparison, link)),
@@ -125,48 +125,47 @@ def _title(comparison: Comparison) -> str:
 def _lead(comparison: Comparison) -> Iterable[str]:
     """The main results: the best score, and the fewest bytes to the target."""
     measure, best = comparison.measure, comparison.ranked[0]
-    score = best.score
-    if score is None:
-        yield '<p class="lead">No run has a finite figure.</p>'
+    several = len(comparison.groups) > 1
+    if best.score is None:
+        yield "No run has a finite value."
         return
     report = best.mean(lambda r: r.report) if measure.report else None
     tested = f", {as_percent(report, measure)} on test" if report is not None else ""
     sent = megabytes(best.mean(lambda r: r.best_bytes))
-    first = "Best" if len(comparison.groups) > 1 else "Reached"
-    name = f" is {best.label}:" if len(comparison.groups) > 1 else ""
-    yield (
-        f'<p class="lead">{_text(f"{first}{name} {as_percent(score, measure)} {measure.label}{tested}, for {sent} MB")}'
-        " both ways.</p>"
-    )
+    first = f"Best is {best.label}:" if several else "Reached"
+    yield f"{first} {as_percent(best.score, measure)} {measure.label}{tested}, for {sent} MB both ways."
     reached = [(size, group.label) for group in comparison.groups if (size := group.target_bytes) is not None]
-    if comparison.target is not None and len(comparison.groups) > 1 and reached:
-        size, label = min(reached, key=lambda pair: pair[0])
-        words = (
+    if comparison.target is not None and several and reached:
+        fewest, label = min(reached, key=lambda pair: pair[0])
+        yield (
             f"Fewest bytes to {as_percent(comparison.target, measure)} {measure.label}: {label}, "
-            f"{megabytes(size)} MB; {len(reached)} of {len(comparison.groups)} reach it."
+            f"{megabytes(fewest)} MB; {len(reached)} of {len(comparison.groups)} reach it."
         )
-        yield f'<p class="lead">{_text(words)}</p>'
 
 
 def _explanations(comparison: Comparison, link: Link | None) -> Iterable[str]:
     measure = comparison.measure
-    yield "MB are 1e6 bytes, the lengths of what was encoded, header and indices included, for all clients of a round."
+    yield "1 MB is 1e6 bytes. Bytes are the lengths of the encoded messages of all clients, with headers and indices."
     if measure.selects_round:
-        yield "The best round is chosen by validation accuracy; its test accuracy had no part in the choice."
-    elif measure.report is None and not measure.lower_is_better:
-        yield "There is no validation split, so no round is chosen: the last test accuracy counts."
+        yield "The best round has the best validation accuracy. Its test accuracy has no part in the choice."
+    elif measure.lower_is_better:
+        yield "The gap is (F(W) - F(W*)) / (F(0) - F(W*)), computed exactly. The last round counts."
     else:
-        yield "The gap is F(W) - F(W*) as a share of F(0) - F(W*): exact. The last round counts."
+        yield "There is no validation split, so no round is chosen: the last test accuracy counts."
     if comparison.target is not None:
-        by = "given" if comparison.given_target else (
-            "95 % of the best mean accuracy" if not measure.lower_is_better else "what is left after 95 % of the best's way"
-        )  # fmt: skip
+        default = (
+            "what is left after 95 % of the best reduction" if measure.lower_is_better else "95 % of the best mean"
+        )
         yield (
-            f"The target is {as_percent(comparison.target, measure)} {measure.label}, {by}, reached in the first evaluated "
-            "round at or beyond it. It is the dotted line in the curves."
+            f"The target is {as_percent(comparison.target, measure)} {measure.label} "
+            f"({'given' if comparison.given_target else default}), the dotted line in the curves. A run reaches the "
+            "target in the first evaluated round at or beyond it."
         )
     if any(len(group.runs) > 1 for group in comparison.groups):
-        yield "Runs that differ in their seed alone are one line: the mean, a sample deviation in tables."
+        yield (
+            "Runs that differ in the seed alone are one group: curves show the mean, tables the mean ± the sample "
+            "standard deviation."
+        )
     if link is not None:
         yield f"Simulated time: {link}; each client downloads, then uploads; no latency, no training time."
 

@@ -94,8 +94,7 @@ def read_run(folder: Path, trial: bool = False) -> Run:
     metrics, config = folder / "metrics.jsonl", folder / "config.yaml"
     if not (metrics.is_file() or config.is_file()):
         raise UserError(
-            f"DIR: got {str(folder)!r}, but that is no run directory (it has no metrics.jsonl) and no sweep's "
-            "(no trials/)"
+            f"DIR: got {str(folder)!r}, but it is neither a run directory (no metrics.jsonl) nor a sweep's (no trials/)"
         )
     rounds = read_metrics(metrics) if metrics.is_file() else []
     if not rounds:
@@ -147,7 +146,7 @@ def _trials(folder: Path, notes: list[str]) -> list[Run]:
     if not runs:
         raise UserError(f"DIR: got {str(folder)!r}, but no trial of that sweep has a round yet")
     if without:
-        notes.append(f"{folder}: {listed('trial', without)} left out, without a round so far")
+        notes.append(f"{folder}: {listed('trial', without)} left out, without a round yet")
     return runs
 
 

@@ -14,14 +14,7 @@ from rayfed.reports.traffic import DIRECTIONS, PARTS, Traffic
 from rayfed.tracking import Table
 from rayfed.tracking.format import clock, megabytes
 
-DETAILS = (
-    "rounds",
-    "its sparse model",
-    "test accuracy, last",
-    "MB down",
-    "MB up",
-    "in round",
-)  # columns that the brief table leaves out
+DETAILS = ("rounds", "sparse model, best round", "test accuracy, last round", "MB down", "MB up", "target round")
 Ledgers = Mapping[Run, Traffic]
 Number = Callable[[RunSummary], float | None]
 
@@ -29,7 +22,7 @@ Number = Callable[[RunSummary], float | None]
 def summary(comparison: Comparison, brief: bool = False) -> Table:
     """One row per group: its score, the round of the score, its bytes, and the bytes and round to the target.
 
-    ``brief`` leaves out columns, for a narrow terminal.
+    ``brief`` leaves out the columns DETAILS, for a narrow terminal.
     """
     measure, groups = comparison.measure, comparison.groups
     seeds = any(len(group.runs) > 1 for group in groups)
@@ -39,13 +32,13 @@ def summary(comparison: Comparison, brief: bool = False) -> Table:
     columns.append(("rounds", lambda g: _range([run.rounds[-1]["round"] for run in g.counted])))
     if measure.selects_round:
         columns.append(("best round", lambda g: _range([r.round for r in g.summaries])))
-    when = " then" if measure.selects_round else ", last"
-    columns.append((measure.label + when, lambda g: _spread(g, measure, lambda r: r.value)))
+    when = "best round" if measure.selects_round else "last round"
+    columns.append((f"{measure.label}, {when}", lambda g: _spread(g, measure, lambda r: r.value)))
     if measure.report:
-        columns.append(("test accuracy then", lambda g: _spread(g, measure, lambda r: r.report)))
+        columns.append(("test accuracy, best round", lambda g: _spread(g, measure, lambda r: r.report)))
         if any(group.values(lambda r: r.masked) for group in groups):
-            columns.append(("its sparse model", lambda g: _spread(g, measure, lambda r: r.masked)))
-        columns.append(("test accuracy, last", lambda g: _spread(g, measure, lambda r: r.last_report)))
+            columns.append(("sparse model, best round", lambda g: _spread(g, measure, lambda r: r.masked)))
+        columns.append(("test accuracy, last round", lambda g: _spread(g, measure, lambda r: r.last_report)))
     columns += [
         ("MB down", lambda g: megabytes(g.mean(lambda r: r.down))),
         ("MB up", lambda g: megabytes(g.mean(lambda r: r.up))),
@@ -54,7 +47,7 @@ def summary(comparison: Comparison, brief: bool = False) -> Table:
     goal = comparison.target
     if goal is not None:
         columns.append((f"MB to {as_percent(goal, measure)}", _to_target))
-        columns.append(("in round", lambda g: _range([r.target_round for r in g.summaries])))
+        columns.append(("target round", lambda g: _range([r.target_round for r in g.summaries])))
     if brief:
         columns = [(name, cell) for name, cell in columns if name not in DETAILS]
     rows = tuple(tuple(cell(group) for _, cell in columns) for group in groups)
@@ -74,7 +67,7 @@ def differing(comparison: Comparison) -> Table:
 def front(comparison: Comparison) -> Table:
     """The Pareto front of accuracy and bytes, fewest bytes first."""
     measure = comparison.measure
-    columns = ["", "MB by then", measure.label, *(["test accuracy then"] if measure.report else [])]
+    columns = ["", "MB to that round", measure.label, *(["test accuracy, best round"] if measure.report else [])]
     rows = [
         (
             group.label,
@@ -152,7 +145,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
 
 def _title(comparison: Comparison, seeds: bool) -> str:
     measure = comparison.measure
-    how = "best round chosen on validation, reported on test" if measure.selects_round else "figures of the last round"
+    how = "best round chosen on validation, reported on test" if measure.selects_round else "values of the last round"
     return f"{how}; mean ± deviation over the seeds" if seeds else how
 
 
