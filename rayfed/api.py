@@ -1,30 +1,36 @@
-"""A run from settings to a finished directory: every check first, then the engine that the settings name."""
+"""The Python API: read settings, prepare a plan, run it, load what a run left.
+
+`prepare` builds and checks everything exactly once and returns a `RunPlan`. Below this module nothing takes the whole
+settings, builds a method again, or loads the base model only to describe it.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rayfed import config
 from rayfed.config import Experiment
+from rayfed.config.marks import settings_digest
 from rayfed.errors import UserError
+from rayfed.storage import RemoteFolder, is_uri, local_folder, slug
 from rayfed.tracking import RunInfo, Sink, SinkList, Table, open_console, open_sinks
 
 if TYPE_CHECKING:
-    from rayfed.tasks.federation import Federation
-    from rayfed.tasks.models.spec import ModelSpec
+    from torch import nn
 
-# Sections that no part of a federation depends on (but for server.cohort and eval.early_stop, see `federation_key`).
-NO_MATTER_OF_DATA = (
-    "name", "lora", "method", "wire", "profiles", "client", "server", "eval", "engine", "tracking", "checkpoint",
-    "export",
-)  # fmt: skip
+    from rayfed.clients.plan import RunPlan
+    from rayfed.methods import Method
+    from rayfed.profiles.client_profiles import ClientProfiles
+    from rayfed.tasks.base import Task
+    from rayfed.tasks.data.federation import Federation
+    from rayfed.tasks.models.spec import ModelSpec
+    from rayfed.weighting import Weighting
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class RunResult:
 
     @property
     def rounds(self) -> int:
+        """Rounds done."""
         return int(self.summary["rounds"])
 
     @property
@@ -46,121 +53,265 @@ class RunResult:
         return read_metrics(self.out / "metrics.jsonl")
 
 
+@dataclass(frozen=True)
+class Components:
+    """What the settings name, built: everything of a plan that needs neither data nor a model."""
+
+    task: Task
+    method: Method
+    weighting: Weighting
+    server_optimizer: str
+    profiles: ClientProfiles
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Reads a YAML file, applies `dotted.key=value` overrides, validates fields and combinations.
 
     Raises UserError (a ValueError), one line per mistake: the field, the value, what is allowed.
     """
     experiment = config.load_config(path, overrides)
-    _resolve(experiment)
+    build_components(experiment)
     return experiment
 
 
-def run(
-    experiment: Experiment,
-    out: str | Path | None = None,
-    resume: bool = False,
-    *,
-    sink: Sink | None = None,
+def build_components(experiment: Experiment, task: Task | None = None, method: Method | None = None) -> Components:
+    """Builds what the settings name. UserError where parts do not go together. Every `auto` becomes a choice here."""
+    from rayfed import methods, tasks, weighting
+    from rayfed.profiles.client_profiles import ClientProfiles
+    from rayfed.server.optimizers import ServerOptimizer
+
+    settings = experiment
+    if method is None:
+        method = methods.build(settings.method.name, **settings.method.options)
+    if task is None:
+        task = tasks.build(
+            data=settings.data,
+            problem=settings.problem,
+            partition=settings.partition,
+            model=settings.model,
+            seed=settings.seed,
+        )
+    task.check(lora=settings.lora, server=settings.server, eval=settings.eval, engine=settings.engine)
+    server, name = settings.server, settings.method.name
+    optimizer = method.optimizer if server.optimizer == "auto" else server.optimizer
+    if optimizer not in method.optimizers:
+        raise UserError(f"server.optimizer: got {optimizer!r}, but {name} allows {', '.join(method.optimizers)}")
+    ServerOptimizer(optimizer, server)
+    if settings.lora.train == "head" and getattr(method, "train", "all") == "masked":
+        raise UserError("method.train: got 'masked', but lora.train=head already says what trains")
+    profiles = ClientProfiles(settings.profiles, settings.lora, settings.wire, settings.seed)
+    if profiles.mixed_ranks and not method.mixed_ranks:
+        raise UserError(
+            f"profiles.kind: got {settings.profiles.kind!r}, which gives clients different ranks, but {name} needs all "
+            f"of them at lora.rank={settings.lora.rank}"
+        )
+    if not method.sparse_down:
+        _check_whole(settings, profiles, "down")
+    if not method.sparse_up:
+        _check_whole(settings, profiles, "up")
+    weights = method.weights if server.weights == "auto" else server.weights
+    return Components(task, method, weighting.build(weights), optimizer, profiles)
+
+
+def prepare(
+    experiment: Experiment, *, task: Task | None = None, method: Method | None = None,
     federation: Federation | None = None,
-) -> RunResult:
+) -> RunPlan:  # fmt: skip
+    """Builds and checks everything that a run consists of, exactly once. Nothing is started or written.
+
+    ``task`` and ``method`` replace those that the settings name. ``federation`` spares loading the data again: that of
+    a plan with the same `rayfed.config.marks.data_key`. Raises UserError where settings, data or model are wrong.
+    `engine.pack: auto` stays open (`RunPlan.pack` is None) until a worker can measure.
+    """
+    experiment = _with_method(experiment, method)
+    return _plan(experiment, build_components(experiment, task, method), federation)
+
+
+def check(experiment: Experiment, federation: Federation | None = None, model: bool = True) -> Federation:
+    """All that `prepare` checks; returns the data. Without ``model`` the base model is not loaded."""
+    parts = build_components(experiment)
+    federation = _checked_data(experiment, parts, federation)
+    if model:
+        _described_model(experiment, parts, federation)
+    return federation
+
+
+def run(
+    experiment: Experiment, out: str | Path | None = None, resume: bool = False, *, task: Task | None = None,
+    method: Method | None = None, sink: Sink | None = None, federation: Federation | None = None,
+) -> RunResult:  # fmt: skip
     """Runs the experiment to the end and returns what came out.
 
-    ``out`` is the run directory (default `runs/NAME-TIME`); it must be empty or absent unless ``resume``, which
-    continues from its last whole checkpoint (from the start where there is none). ``sink`` is told what the console
-    is told. ``federation`` spares loading the data again: that of a run with the same `federation_key`. Raises
-    UserError before anything is started or written where something is wrong, RunError where a started run cannot go on.
+    ``out`` is the run directory (default `runs/NAME-TIME`), or the URI of an object store, to which the directory is
+    uploaded after every checkpoint and at the end. It must be empty or absent unless ``resume``, which continues from
+    the last whole checkpoint (from the start where there is none). ``sink`` receives what the console shows. ``task``,
+    ``method``, ``federation``: see `prepare`.
+
+    Raises UserError before anything is started or written where something is wrong, RunError where a started run cannot
+    go on.
     """
-    _resolve(experiment)
-    _check_device(experiment)
-    if "://" in str(out or ""):
-        raise UserError(
-            f"out: got {str(out)!r}, but a run writes a folder; `rayfed run --out URI` copies it from there"
-        )
+    experiment = _with_method(experiment, method)
+    parts = build_components(experiment, task, method)
+    uri = str(out) if out is not None and is_uri(str(out)) else None
+    if uri:
+        out = fetch(uri, resume)
     out = Path(out) if out is not None else Path("runs") / f"{slug(experiment.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    experiment = _check_out(out, experiment, resume)
-    from rayfed.tasks.models.spec import describe_model
-
-    federation = _formed(experiment, federation)
-    model_spec = describe_model(experiment, len(federation.classes))
-    console = _Kept(SinkList(open_console(experiment.tracking), *([sink] if sink else [])))
+    plan = _plan(_check_out(out, experiment, resume), parts, federation)
+    console = _Summary(SinkList(open_console(plan.tracking), *([sink] if sink else [])))
     try:
-        if experiment.engine.kind == "ray":
+        if plan.engine.kind == "ray":
             from rayfed.engine.driver import run_on_ray
+            from rayfed.tasks.models.cache import forget_base
 
-            run_on_ray(experiment, federation, model_spec, out, resume, console)
+            forget_base()
+            run_on_ray(plan, out, resume, uri, console)
         else:
-            _run_here(experiment, federation, model_spec, out, resume, console)
+            _run_here(plan, out, resume, uri, console)
     finally:
         console.close()
+        if uri and (out / "config.yaml").is_file():
+            RemoteFolder(uri).upload(out)
     return RunResult(out, console.summary)
 
 
-def check(experiment: Experiment, federation: Federation | None = None, base: bool = True) -> Federation:
-    """All that `run` checks before it looks at its directory; returns the data it formed, or was given.
+def load_model(run: str | Path) -> nn.Module:
+    """A finished run's model, ready for inference: the base it was trained on plus its `adapter/`, by PEFT.
 
-    Without ``base`` the model is not loaded. UserError where something is wrong.
+    ``run`` is a run directory. Where `model.pooling` is `stock`, the same can be had without rayfed:
+    `PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=...), run/adapter)`.
     """
-    _resolve(experiment)
-    _check_device(experiment)
-    federation = _formed(experiment, federation)
-    if base:
-        from rayfed.tasks.models.spec import describe_model
+    import numpy as np
+    from peft import PeftModel
 
-        describe_model(experiment, len(federation.classes))
+    from rayfed.tasks.data.federation import Federation
+    from rayfed.tasks.models.base import in_dtype
+
+    experiment = config.load_config(Path(run) / "config.yaml")
+    classes = json.loads((Path(run) / "adapter" / "classes.json").read_text(encoding="utf-8"))
+    nothing: Any = None
+    federation = Federation(nothing, nothing, nothing, tuple(classes), np.zeros(0, np.int64), np.zeros(1, np.int64))
+    base = build_components(experiment).task.load_base(federation)
+    model = in_dtype(base, experiment.model.dtype).model
+    return PeftModel.from_pretrained(model, str(Path(run) / "adapter")).eval()
+
+
+def fetch(uri: str, resume: bool) -> Path:
+    """The folder on this machine of a run or sweep whose directory belongs at ``uri``; what is there is downloaded.
+
+    UserError where nothing can be written there, or where something is there and ``resume`` is not set.
+    """
+    remote, here = RemoteFolder(uri), local_folder(uri)
+    there = remote.files()
+    if there and not resume:
+        raise UserError(f"--out: got {remote.uri!r}, but it is not empty; continue it with --resume or name another")
+    if not resume and here.exists():
+        raise UserError(
+            f"--out: got {remote.uri!r}, but an earlier run for it is still in {here}; add --resume, or remove that"
+        )
+    remote.check_writable()
+    if there and not here.exists():
+        remote.download(here)
+    return here
+
+
+def _plan(experiment: Experiment, parts: Components, federation: Federation | None) -> RunPlan:
+    from rayfed.channels import Lossless
+    from rayfed.clients.plan import RunPlan
+    from rayfed.objectives import Plain
+
+    engine = experiment.engine
+    federation = _checked_data(experiment, parts, federation)
+    return RunPlan(
+        task=parts.task,
+        federation=federation,
+        model=_described_model(experiment, parts, federation),
+        method=parts.method,
+        objective=Plain(),
+        weighting=parts.weighting,
+        channel=Lossless(),
+        profiles=parts.profiles,
+        server_optimizer=parts.server_optimizer,
+        pack=None if engine.pack == "auto" else engine.pack,
+        seed=experiment.seed,
+        settings=experiment.model_dump(mode="json"),
+        lora=experiment.lora,
+        wire=experiment.wire,
+        client=experiment.client,
+        server=experiment.server,
+        eval=experiment.eval,
+        engine=engine,
+        tracking=experiment.tracking,
+        checkpoint=experiment.checkpoint,
+        export=experiment.export,
+    )
+
+
+def _checked_data(experiment: Experiment, parts: Components, federation: Federation | None) -> Federation:
+    _check_device(experiment.engine.kind, experiment.engine.device)
+    federation = federation or parts.task.load_data()
+    holders, cohort = len(federation.holders), experiment.server.cohort
+    if cohort > holders:
+        raise UserError(f"server.cohort: got {cohort}, but only {holders} of {federation.clients} clients hold data")
+    if experiment.eval.early_stop and not len(federation.validation):
+        raise UserError("eval.early_stop: needs a validation split; set data.validation above 0")
+    parts.profiles.check(federation.sizes)
     return federation
 
 
-def federation_key(experiment: Experiment) -> str:
-    """Names the settings that decide the data and who holds them: equal keys, equal federations and refusals."""
-    decides = experiment.model_dump(mode="json", exclude=set(NO_MATTER_OF_DATA))
-    decides |= {"cohort": experiment.server.cohort, "early_stop": experiment.eval.early_stop is not None}
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+def _described_model(experiment: Experiment, parts: Components, federation: Federation) -> ModelSpec:
+    from rayfed.tasks.models.spec import check_dtype, describe_model
+
+    task, engine, model = parts.task, experiment.engine, experiment.model
+    base = task.load_base(federation)
+    batching = task.batching(base, engine.padding)
+    spec = describe_model(base, task.base_name, experiment.lora, model.dtype, batching, engine.gradient_checkpointing)
+    if model.dtype != "float32":
+        check_dtype(base, model.name, model.dtype)
+    return spec
 
 
-def _formed(experiment: Experiment, federation: Federation | None) -> Federation:
-    from rayfed.profiles.client_profiles import check_profiles
-    from rayfed.tasks.federation import form_federation
-
-    federation = federation or form_federation(experiment)
-    check_profiles(experiment, federation.sizes)
-    return federation
-
-
-def _run_here(
-    experiment: Experiment, federation: Federation, model_spec: ModelSpec, out: Path, resume: bool, console: Sink
-) -> None:
+def _run_here(plan: RunPlan, out: Path, resume: bool, uri: str | None, console: Sink) -> None:
     from rayfed.engine.local_executor import LocalExecutor
-    from rayfed.server.loop import Server
+    from rayfed.engine.rounds import run_rounds
 
-    sinks = SinkList(open_sinks(experiment.tracking, out), console)
-    executor = LocalExecutor(experiment, federation, model_spec)
+    sinks = SinkList(open_sinks(plan.tracking, out), console)
+    executor = LocalExecutor(plan)
     try:
-        server = Server(experiment, federation, model_spec, executor, out, sinks, resume)
-        for _ in server.rounds():
+        for _ in run_rounds(plan, executor, out, sinks, resume, uri):
             pass
-        server.finish()
     finally:
         sinks.close()
         executor.close()
 
 
-def slug(name: str) -> str:
-    """A run's name as one part of a path."""
-    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "run"
+def _with_method(experiment: Experiment, method: Method | None) -> Experiment:
+    """The settings with a method object's import path and options in the place of `method`."""
+    if method is None:
+        return experiment
+    cls = type(method)
+    package, _, file = cls.__module__.rpartition(".")
+    name = file if package == "rayfed.methods" else f"{cls.__module__}:{cls.__qualname__}"
+    fields: Sequence[Any] = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+    options = {field.name: getattr(method, field.name) for field in fields}
+    plain = {key: value for key, value in options.items() if isinstance(value, bool | int | float | str | None)}
+    section = type(experiment.method).model_validate({"name": name, **plain})
+    return experiment.model_copy(update={"method": section})
 
 
-def _resolve(experiment: Experiment) -> None:
-    from rayfed.profiles.client_profiles import check_profiles
-    from rayfed.server.axes import resolve
+def _check_whole(experiment: Experiment, profiles: ClientProfiles, direction: Literal["down", "up"]) -> None:
+    """Refuses sparse or rounded messages where the method needs them to arrive as they were sent."""
+    wire, name = getattr(experiment.wire, direction), experiment.method.name
+    if profiles.may_be_sparse(direction, experiment.server.rounds):
+        raise UserError(f"wire.{direction}.density: got below 1, but what {name} sends {direction} must arrive whole")
+    if wire.values != "fp32":
+        raise UserError(
+            f"wire.{direction}.values: got {wire.values!r}, but what {name} sends {direction} must arrive exactly: fp32"
+        )
 
-    resolve(experiment)
-    check_profiles(experiment)
 
-
-def _check_device(experiment: Experiment) -> None:
-    """Only for this process: what a cluster's nodes have, Ray knows."""
-    if experiment.engine.kind == "local" and experiment.engine.device == "cuda":
+def _check_device(kind: str, device: str) -> None:
+    """Only for this process: Ray knows what a cluster's nodes have."""
+    if kind == "local" and device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
@@ -168,7 +319,7 @@ def _check_device(experiment: Experiment) -> None:
 
 
 def _check_out(out: Path, experiment: Experiment, resume: bool) -> Experiment:
-    """A fresh run wants a new or empty folder; a resumed one the same settings that its folder was made with.
+    """A fresh run needs a new or empty folder; a resumed one the settings that its folder was made with.
 
     Returns the settings to run with: `engine.pack: auto` was chosen when the folder was made, and is that number now.
     """
@@ -185,8 +336,9 @@ def _check_out(out: Path, experiment: Experiment, resume: bool) -> Experiment:
         raise UserError(f"--resume: got {str(out)!r}, but that is no run directory: it has no config.yaml")
     known = config.load_config(out / "config.yaml")
     if experiment.engine.pack == "auto" and known.engine.pack != "auto":
-        experiment = experiment.with_pack(known.engine.pack)
-    made_with, now = known.digest(), experiment.digest()
+        engine = experiment.engine.model_copy(update={"pack": known.engine.pack})
+        experiment = experiment.model_copy(update={"engine": engine})
+    made_with, now = known.digest(), settings_digest(experiment.model_dump(mode="json"))
     if made_with != now:
         raise UserError(
             f"--resume: {out} was made with other settings (digest {made_with}, these have {now}); "
@@ -195,7 +347,7 @@ def _check_out(out: Path, experiment: Experiment, resume: bool) -> Experiment:
     return experiment
 
 
-class _Kept(Sink):
+class _Summary(Sink):
     """The console, and the summary that passes through it."""
 
     def __init__(self, console: Sink) -> None:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 @cache
 def member_names(package: str) -> tuple[str, ...]:
     """The members' names of an axis's package, sorted; no member is imported."""
-    names = (module.name for module in pkgutil.iter_modules(import_module(package).__path__))
+    names = (module.name for module in pkgutil.iter_modules(import_module(package).__path__) if not module.ispkg)
     return tuple(sorted(name for name in names if name != "base" and not name.startswith("_")))
 
 

@@ -20,7 +20,7 @@ from rayfed.clients.local_training import batches
 from rayfed.config import Experiment
 from rayfed.lora.adapter import Layout
 from rayfed.lora.packed.stack import peft_config
-from rayfed.tasks.federation import Federation
+from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.base import base_of
 
 

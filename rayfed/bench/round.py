@@ -30,7 +30,7 @@ from rayfed.profiles.client_profiles import profile
 from rayfed.server.executor import Executor, Handle, Submission, SubmissionResult
 from rayfed.server.loop import Server
 from rayfed.server.sampling import cohort, plan_packs
-from rayfed.tasks.federation import Federation, form_federation
+from rayfed.tasks.data.federation import Federation, form_federation
 from rayfed.tasks.models.spec import describe_model
 
 SETTINGS: dict[str, Any] = {

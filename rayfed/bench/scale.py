@@ -19,7 +19,7 @@ import torch
 from rayfed.bench.stub import Shape, StubExecutor, make_uploads, memory, settings
 from rayfed.bench.timing import Row, one_thread, paired
 from rayfed.server.loop import Server
-from rayfed.tasks.federation import Federation
+from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.known_answer.regression import Regression
 from rayfed.tracking import open_sinks
 

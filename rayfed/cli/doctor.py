@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rayfed.config import Experiment
-    from rayfed.tasks.federation import Federation
+    from rayfed.tasks.data.federation import Federation
     from rayfed.tasks.models.spec import ModelSpec
 
 Fact = tuple[str, str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from rayfed.config import Experiment
-from rayfed.config.describe import allowed, walk
+from rayfed.config.describe import allowed_values, format_value, iter_fields
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
 
@@ -13,18 +13,12 @@ from rayfed.errors import UserError
 def describe(section: str | None = None) -> str:
     """Every setting of the section (default: all; may be dotted) with its default, what is allowed and its meaning."""
     lines = []
-    known = walk(Sweep, "sweep.") if (section or "").split(".")[0] == "sweep" else walk(Experiment)
+    known = iter_fields(Sweep, "sweep.") if (section or "").split(".")[0] == "sweep" else iter_fields(Experiment)
     for key, field in known:
         if section is None or key == section or key.startswith(section + "."):
-            default = "(no default)" if field.is_required() else _yaml(field.default)
-            lines.append(f"{key} = {default}  [{allowed(field)}]")
+            default = "(no default)" if field.is_required() else format_value(field.default, quotes=False)
+            lines.append(f"{key} = {default}  [{allowed_values(field)}]")
             lines.append(textwrap.fill(field.description or "", 100, initial_indent="    ", subsequent_indent="    "))
     if not lines:
         raise UserError(f"settings: got {section!r}, but sections are {', '.join(Experiment.model_fields)}, sweep")
     return "\n".join(lines)
-
-
-def _yaml(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -1,17 +1,18 @@
 """Local training of a pack: K clients, each from its own start, on its own data, in shared forward and backward passes.
 
-What holds for every client, whoever runs its pack: its batches are its own in its own order; its loss is the mean
-over its own rows (losses are summed over clients, so no gradient is rescaled); its gradient is clipped by its own norm;
-its dropout is keyed by itself and by its own tokens; and after its last step it is out of the batch and its result is
-taken down at once, so moments and weight decay cannot move it any more. Entries that do not train keep the bits they
-were decoded to.
+For every client, whatever pack it is in: its batches are its own, in its own order. Its loss is the mean over its own
+rows (losses are summed over clients, so no gradient is rescaled). Its gradient is clipped by its own norm. Its dropout
+is keyed by the client and its tokens. After its last step it leaves the batch, and its values are saved at once:
+moments and weight decay cannot move them any more. Entries that do not train keep the bits they were decoded to.
+
+A step runs in this order, and each part is one function: batch, losses, backward, gradients, step. docs/architecture.md
+says which further hooks of objectives belong to which part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,28 +26,20 @@ from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack
 from rayfed.methods.base import BaseChange
 from rayfed.objectives import Objective, Plain
+from rayfed.tasks.base import Task
+from rayfed.tasks.data.federation import Rows
 
-
-class Forward(Protocol):
-    """The model: inputs of a batch in, logits out."""
-
-    def __call__(self, inputs: dict[str, Tensor]) -> Tensor: ...  # logits (rows, classes)
-
-
-class Rows(Protocol):
-    """Training rows as `Tokens` holds them: lengths (n,) and batches with `labels` among their tensors."""
-
-    @property
-    def lengths(self) -> np.ndarray: ...
-
-    def batch(self, rows: np.ndarray, pad_id: int) -> dict[str, Tensor]: ...
+Forward = Callable[[dict[str, Tensor]], Tensor]
+"""The model: the inputs of a batch in, outputs (rows, ...) out."""
 
 
 @dataclass(frozen=True)
 class PackMember:
-    """One client of a pack: ``start`` (n,) as decoded, ``support`` (n,) which entries train, its training rows.
+    """One client of a pack.
 
-    ``base`` lies frozen under its adapter; ``rates`` are factors on the learning rate by part, equal in a pack.
+    ``start`` (n,) are its decoded start values, ``support`` (n,) marks the entries that train, ``rows`` are its
+    training rows. ``base`` is the frozen change of the base under its adapter. ``rates`` are factors on the learning
+    rate by part, equal in a pack.
     """
 
     client: int
@@ -69,81 +62,115 @@ class TrainedClient:
     steps: int
 
 
+@dataclass(frozen=True)
+class TrainingContext:
+    """What all packs of a process share: the model with its stack, the task and its training rows, the settings."""
+
+    stack: Stack
+    forward: Forward
+    task: Task
+    data: Rows
+    padded: bool  # how batches are made
+    settings: Client
+    seed: int
+    device: torch.device
+
+
+def train_pack(context: TrainingContext, members: Sequence[PackMember], *, lr: float, t: int) -> list[TrainedClient]:
+    """Trains the members for one round ``t`` (from 0) at the learning rate ``lr``; results in the order given.
+
+    The stack gets as many slots as there are members. The result is a function of the arguments alone. On a GPU nothing
+    waits for the device before the last step, and a step starts as many kernels for many members as for two.
+    """
+    return _PackTraining(context, members, lr, t).run()
+
+
 def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The batch on the device."""
     return {name: to_device(tensor, device) for name, tensor in batch.items()}
 
 
-def train_pack(
-    stack: Stack, forward: Forward, data: Rows, pad_id: int, members: Sequence[PackMember], settings: Client, *,
-    lr: float, t: int, seed: int, device: torch.device,
-) -> list[TrainedClient]:  # fmt: skip
-    """Trains the members for one round ``t`` and returns their results in the order given.
-
-    The stack gets as many slots as there are members. The result is a function of the arguments alone. On a GPU nothing
-    here waits for it before the last step, and a step starts as many kernels for many members as for two.
-    """
-    plans = [batches(m.rows, settings, seed, t, m.client) for m in members]
-    stack.load([m.layout.unflatten(m.start) for m in members], [m.base for m in members])
-    parameters = _Parameters(stack, members)
-    # A payload so sparse that nothing arrived can leave nothing to train: the clients then measure their loss only.
-    optimizer = _optimizer(parameters.groups(lr), settings) if parameters.trained else None
-    losses = torch.zeros(len(members), dtype=torch.float64, device=device)
-    lengths = data.lengths
-    for step in range(max(len(plan) for plan in plans)):
-        active = [slot for slot, plan in enumerate(plans) if step < len(plan)]
-        segments = [
-            Segment(
-                s,
-                len(plans[s][step]),
-                seeding.derive_seed(seed, "dropout", t, members[s].client, step) if stack.dropout else None,
-                lengths[plans[s][step]].tolist(),
-            )
-            for s in active
-        ]
-        inputs = on_device(data.batch(np.concatenate([plans[s][step] for s in active]), pad_id), device)
-        labels = inputs.pop("labels")
-        with stack.batch.using(segments):
-            each = row_losses(forward(inputs).float(), labels)
-            runs = stack.batch.segments_of(each)
-            means = runs.grid(each[:, None]).sum((1, 2)) / runs.counts(each)
-            losses += runs.into(means.detach().double(), len(members))
-            if optimizer is not None:
-                optimizer.zero_grad(set_to_none=True)
-                penalties = [members[s].objective.penalty(stack.factors(s)) for s in active]
-                torch.stack([means.sum(), *(p for p in penalties if p is not None)]).sum().backward()
-        if optimizer is not None:
-            parameters.mask_gradients()
-            if settings.clip_norm is not None:
-                parameters.clip(settings.clip_norm)
-            optimizer.step()
-            parameters.restore()
-        if ended := [slot for slot in active if step + 1 == len(plans[slot])]:
-            stack.snapshot(ended)
-    vectors = stack.read([member.layout for member in members])
-    return [
-        TrainedClient(vector, loss / len(plan), sum(map(len, plan)), len(plan))
-        for vector, loss, plan in zip(vectors, losses.tolist(), plans, strict=True)
-    ]
-
-
 def batches(rows: np.ndarray, settings: Client, seed: int, t: int, client: int) -> list[np.ndarray]:
     """A client's batches for round t: each epoch a fresh keyed order, the last batch of an epoch as small as it is."""
     plan: list[np.ndarray] = []
-    wanted = settings.steps if settings.steps is not None else -(-len(rows) // settings.batch_size) * settings.epochs
+    steps = settings.steps if settings.steps is not None else -(-len(rows) // settings.batch_size) * settings.epochs
     epoch = 0
-    while len(plan) < wanted:
+    while len(plan) < steps:
         order = rows[seeding.numpy_rng(seed, "batches", t, client, epoch).permutation(len(rows))]
         plan += [order[i : i + settings.batch_size] for i in range(0, len(order), settings.batch_size)]
         epoch += 1
-    return plan[:wanted]
+    return plan[:steps]
 
 
-def row_losses(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Each row's loss (rows,): cross-entropy in nats for class ids, half the squared distance for target vectors."""
-    if labels.dtype.is_floating_point:
-        return 0.5 * (outputs - labels).square().flatten(1).sum(1)
-    return nn.functional.cross_entropy(outputs, labels, reduction="none")
+class _PackTraining:
+    """One round of one pack."""
+
+    def __init__(self, context: TrainingContext, members: Sequence[PackMember], lr: float, t: int) -> None:
+        self.context, self.members, self.t = context, members, t
+        self.plans = [batches(m.rows, context.settings, context.seed, t, m.client) for m in members]
+        context.stack.load([m.layout.unflatten(m.start) for m in members], [m.base for m in members])
+        self.parameters = _Parameters(context.stack, members)
+        # Where nothing arrived and only arrived entries train, the clients just measure their loss.
+        trained = self.parameters.trained
+        self.optimizer = _optimizer(self.parameters.groups(lr), context.settings) if trained else None
+        self.losses = torch.zeros(len(members), dtype=torch.float64, device=context.device)
+
+    def run(self) -> list[TrainedClient]:
+        stack = self.context.stack
+        for step in range(max(len(plan) for plan in self.plans)):
+            active = [slot for slot, plan in enumerate(self.plans) if step < len(plan)]
+            with stack.batch.using(self._segments(active, step)):
+                loss = self._loss(active, self._batch(active, step))
+                if self.optimizer is not None:
+                    self.optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+            if self.optimizer is not None:
+                self._update(self.optimizer)
+            if ended := [slot for slot in active if step + 1 == len(self.plans[slot])]:
+                stack.snapshot(ended)
+        vectors = stack.read([member.layout for member in self.members])
+        return [
+            TrainedClient(vector, loss / len(plan), sum(map(len, plan)), len(plan))
+            for vector, loss, plan in zip(vectors, self.losses.tolist(), self.plans, strict=True)
+        ]
+
+    def _segments(self, active: Sequence[int], step: int) -> list[Segment]:
+        """Which rows of the batch belong to which slot."""
+        c, lengths = self.context, self.context.data.lengths
+        return [
+            Segment(
+                slot,
+                len(self.plans[slot][step]),
+                seeding.derive_seed(c.seed, "dropout", self.t, self.members[slot].client, step)
+                if c.stack.dropout
+                else None,
+                lengths[self.plans[slot][step]].tolist(),
+            )
+            for slot in active
+        ]
+
+    def _batch(self, active: Sequence[int], step: int) -> dict[str, Tensor]:
+        rows = np.concatenate([self.plans[slot][step] for slot in active])
+        return on_device(self.context.data.batch(rows, self.context.padded), self.context.device)
+
+    def _loss(self, active: Sequence[int], batch: dict[str, Tensor]) -> Tensor:
+        """The sum of the active clients' mean losses and penalties; adds the mean losses to ``losses``."""
+        c = self.context
+        labels = batch.pop("labels")
+        sums, counts = c.task.loss(c.forward(batch).float(), labels)
+        runs = c.stack.batch.segments_of(sums)
+        means = runs.grid(sums[:, None]).sum((1, 2)) / runs.grid(counts[:, None]).sum((1, 2))
+        self.losses += runs.into(means.detach().double(), len(self.members))
+        penalties = (self.members[slot].objective.penalty(c.stack.factors(slot)) for slot in active)
+        return torch.stack([means.sum(), *(penalty for penalty in penalties if penalty is not None)]).sum()
+
+    def _update(self, optimizer: torch.optim.Optimizer) -> None:
+        """From gradients to the next values: mask, clip, step; entries that do not train get their start values back."""
+        self.parameters.mask_gradients()
+        if self.context.settings.clip_norm is not None:
+            self.parameters.clip(self.context.settings.clip_norm)
+        optimizer.step()
+        self.parameters.restore()
 
 
 def _optimizer(groups: list[dict[str, object]], settings: Client) -> torch.optim.Optimizer:
@@ -158,26 +185,28 @@ class _Parameters:
 
     def __init__(self, stack: Stack, members: Sequence[PackMember]) -> None:
         places = [{(e.name, e.part): e for e in member.layout.entries} for member in members]
-        whole = [bool(member.support.all()) for member in members]
+        complete = [bool(member.support.all()) for member in members]
         self.rates = members[0].rates
         self.trained: list[nn.Parameter] = []
         self.parts: list[str] = []
-        self.partial: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # parameter, mask, start: entries to hold still
+        self.partial: list[
+            tuple[nn.Parameter, Tensor, Tensor]
+        ] = []  # parameter, mask, start: entries that do not train
         for name, part, parameter in stack.tensors():
             supports = {
                 slot: member.support[entry.start : entry.start + entry.numel].view(entry.shape)
                 for slot, member in enumerate(members)
                 if (entry := places[slot].get((name, part))) is not None  # or a layer that only the frozen base changes
             }
-            # Without this, a head-only client would still pay for the way back through the whole model.
-            parameter.requires_grad_(any(whole[slot] or bool(held.any()) for slot, held in supports.items()))
+            # Otherwise a head-only client would pay for a backward pass through the whole model.
+            parameter.requires_grad_(any(complete[slot] or bool(support.any()) for slot, support in supports.items()))
             if parameter.requires_grad:
                 self.trained.append(parameter)
                 self.parts.append(part)
-                if not all(whole[slot] or bool(held.all()) for slot, held in supports.items()):
+                if not all(complete[slot] or bool(support.all()) for slot, support in supports.items()):
                     mask = torch.ones(parameter.shape, dtype=torch.bool)  # padding and empty slots have no gradient
-                    for slot, held in supports.items():
-                        stack.crop(mask[slot], part, held.shape).copy_(held)
+                    for slot, support in supports.items():
+                        stack.crop(mask[slot], part, support.shape).copy_(support)
                     self.partial.append((parameter, to_device(mask, parameter.device), parameter.detach().clone()))
 
     def groups(self, lr: float) -> list[dict[str, object]]:

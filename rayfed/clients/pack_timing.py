@@ -1,14 +1,15 @@
-"""What packs of this model cost on this process's device: seconds and memory of a step, by the size of the pack.
+"""The cost of packs on this process's device: seconds and memory of a step, by the size of the pack.
 
-Real clients of the run take two steps each, the largest adapter training in full. Every size is tried once and then
-timed three times, of which the fastest counts. Sizes grow until memory ends, or until growing has twice in a row made
-a client's share of a step hardly any shorter.
+Real clients of the run take two steps each, with the largest adapter, of which every entry trains. Every size is tried
+once and then timed three times; the fastest time counts. Sizes grow until memory is short, or until a larger pack has
+twice in a row hardly shortened a client's share of a step.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,26 +26,24 @@ PAYS = 0.03  # a larger pack pays if it saves at least this share of the time
 
 
 def measure(trainer: Trainer, clients: Sequence[int], sizes: Sequence[int], room: int) -> Iterator[PackTiming]:
-    """Packs of the first so many ``clients``, for each of the ascending ``sizes``, as far as ``room`` bytes go.
+    """Yields the timing of packs of the first clients, for each of the ascending ``sizes``, within ``room`` bytes.
 
-    RunError where not even the first size fits.
+    RunError where the first size does not fit.
     """
-    experiment, device, data = trainer.experiment, trainer.device, trainer.data["train"]
-    settings = experiment.client.model_copy(update={"steps": STEPS})
-    start = trainer.model_spec.start(experiment)
+    plan, device, data = trainer.plan, trainer.device, trainer.context.data
+    settings = plan.client.model_copy(update={"steps": STEPS})
+    context = replace(trainer.context, settings=settings)
+    start = plan.start()
     vector, everything = start.flatten(), torch.ones(start.layout.size, dtype=torch.bool)
-    rows = {client: trainer.federation.rows_of(client) for client in clients}
+    rows = {client: plan.federation.rows_of(client) for client in clients}
 
     def train(size: int) -> float:
         members = [PackMember(c, start.layout, vector, everything, rows[c]) for c in clients[:size]]
         begun = time.perf_counter()
-        train_pack(
-            trainer.stack, trainer.forward, data, trainer.federation.pad_id, members, settings, lr=settings.lr, t=0,
-            seed=experiment.seed, device=device,
-        )  # fmt: skip
+        train_pack(context, members, lr=settings.lr, t=0)
         return time.perf_counter() - begun
 
-    held, dull, last = device_memory.forget_peak(device), 0, float("inf")
+    used, unhelpful, last = device_memory.forget_peak(device), 0, float("inf")
     for size in sizes:
         device_memory.forget_peak(device)
         try:
@@ -59,11 +58,11 @@ def measure(trainer: Trainer, clients: Sequence[int], sizes: Sequence[int], room
         tokens = sum(
             int(data.lengths[batch].sum())
             for c in clients[:size]
-            for batch in batches(rows[c], settings, experiment.seed, 0, c)
+            for batch in batches(rows[c], settings, plan.seed, 0, c)
         )
-        taken = max(device_memory.peak(device) - held, 0)
+        taken = max(device_memory.peak(device) - used, 0)
         yield PackTiming(size, tokens / STEPS, seconds, taken)
-        dull = dull + 1 if seconds / size > (1 - PAYS) * last else 0
+        unhelpful = unhelpful + 1 if seconds / size > (1 - PAYS) * last else 0
         last = seconds / size
-        if dull == 2 or 2 * taken > room:
+        if unhelpful == 2 or 2 * taken > room:
             return

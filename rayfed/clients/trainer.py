@@ -1,22 +1,22 @@
-"""A trainer: one process's copy of the frozen base, its stack, and the data; it does whatever job it is handed.
+"""A trainer: one process's copy of the frozen base, its stack and the data. It executes the jobs it is given.
 
-A trainer keeps nothing between jobs: the result of a job is a function of the job, its payloads and the settings. So
-any trainer may do any job, and a job that is done twice gives the same bits.
+A trainer stores nothing between jobs: the result of a job is a function of the job, its payloads and the plan. So any
+trainer may execute any job, and a job that is executed twice gives the same bits.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rayfed import wire
 from rayfed.clients import device_memory
-from rayfed.clients.local_training import PackMember, TrainedClient, on_device, train_pack
+from rayfed.clients.local_training import PackMember, TrainingContext, on_device, train_pack
 from rayfed.clients.messages import (
     ClientOrder,
     EvalJob,
@@ -32,53 +32,62 @@ from rayfed.clients.messages import (
     TrainResult,
 )
 from rayfed.clients.pack_timing import measure
-from rayfed.clients.transfer import assemble, kept, sums, upload
-from rayfed.config import Experiment
-from rayfed.device import to_device
+from rayfed.clients.plan import RunPlan
+from rayfed.clients.transfer import assemble, merged_base, personal_values, sums, upload
 from rayfed.errors import RunError
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_layers
-from rayfed.methods import build
 from rayfed.methods.base import BaseChange
-from rayfed.objectives import Plain
-from rayfed.tasks.data.tokens import Tokens
-from rayfed.tasks.federation import Federation
 from rayfed.tasks.models.base import in_dtype
-from rayfed.tasks.models.cache import shared_base
 from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
-from rayfed.tasks.models.spec import ModelSpec
-from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel, UnpaddedTokens
+from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel
+
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 
 
 class Trainer:
-    """Loads the base model of ``experiment`` once, then `execute`s jobs on it."""
+    """Loads the plan's base model once, then `execute`s jobs on it."""
 
-    def __init__(self, experiment: Experiment, federation: Federation, model_spec: ModelSpec) -> None:
-        self.experiment, self.federation, self.model_spec = experiment, federation, model_spec
-        self.method = build(experiment.method.name, **experiment.method.options)
-        self.device = torch.device(experiment.engine.device)
-        base = shared_base(experiment, len(federation.classes))
-        self.model = in_dtype(base, experiment.model.dtype).to(self.device)
-        shapes = model_spec.trained_shapes(experiment)
-        self.stack = Stack(self.model, shapes, base.head, experiment.lora.dropout)
-        if experiment.engine.gradient_checkpointing:
+    def __init__(self, plan: RunPlan) -> None:
+        self.plan, self.device = plan, torch.device(plan.engine.device)
+        base = in_dtype(plan.task.load_base(plan.federation), plan.model.dtype)
+        self.model = base.model.to(self.device)
+        self.stack = Stack(self.model, plan.trained_shapes, base.head, plan.lora.dropout)
+        if plan.engine.gradient_checkpointing:
             enable_gradient_checkpointing(self.model)
         self.head = list((self.stack.head or head_layers(self.model, base.frozen_head)).values())
-        how = model_spec.padding
-        self.unpadded_model = UnpaddedModel(self.model, how) if isinstance(how, Unpadded) else None
-        splits: dict[SplitName, Any] = {
-            "train": federation.train, "validation": federation.validation, "test": federation.test,
-        }  # fmt: skip
-        self.data: dict[SplitName, Any] = {name: self._token_places(split) for name, split in splits.items()}
-        self.by_length = {name: np.argsort(split.lengths, kind="stable") for name, split in splits.items()}
+        batching = plan.model.batching
+        self.unpadded = UnpaddedModel(self.model, batching) if isinstance(batching, Unpadded) else None
+        self.by_length = {
+            name: np.argsort(plan.federation.split(name).lengths, kind="stable") for name in SPLITS
+        }  # row indices in order of length: batches of evaluation hold little padding
+        self.context = TrainingContext(
+            self.stack,
+            self.forward,
+            plan.task,
+            plan.federation.train,
+            self.unpadded is None,
+            plan.client,
+            plan.seed,
+            self.device,
+        )
 
-    def execute(self, job: Job, payloads: Sequence[Any]) -> Result:
-        """Does one job. Its type decides the result's: train, evaluate, features, measure.
+    def execute(self, job: Job, payloads: Sequence[bytes]) -> Result:
+        """Executes one job: train, evaluate, features or measure, by its type.
 
-        RunError where the memory does not do, or no algorithm that always gives the same bits.
+        RunError where the memory does not suffice, or no algorithm gives the same bits every time.
         """
         try:
-            return self._execute(job, payloads)
+            match job:
+                case TrainJob():
+                    return self._train(job, payloads)
+                case EvalJob():
+                    return self._evaluate(job, payloads)
+                case FeatureJob():
+                    return self._features(job)
+                case MeasureJob():
+                    room = device_memory.free(self.plan.engine)
+                    return MeasureResult(tuple(measure(self, job.clients, job.sizes, room)), room)
         except RuntimeError as error:
             if "deterministic" not in str(error):
                 raise
@@ -86,40 +95,28 @@ class Trainer:
                 f"engine.deterministic: got true, but {str(error).splitlines()[0]}; false goes on without equal bits"
             ) from None
 
-    def _execute(self, job: Job, payloads: Sequence[Any]) -> Result:
-        if isinstance(job, TrainJob):
-            return self._train(job, payloads)
-        if isinstance(job, EvalJob):
-            return self._evaluate(job, payloads)
-        if isinstance(job, FeatureJob):
-            return self._features(job)
-        if isinstance(job, MeasureJob):
-            room = device_memory.free(self.experiment.engine)
-            return MeasureResult(tuple(measure(self, job.clients, job.sizes, room)), room)
-        raise TypeError(f"no such job: {type(job).__name__}")
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The model's outputs (rows, ...) for a batch, while the stack holds its segments."""
+        if self.unpadded is not None:
+            return self.unpadded(inputs, self.stack.batch.segments)
+        outputs: Tensor = self.model(**inputs).logits
+        return outputs
 
-    def _train(self, job: TrainJob, payloads: Sequence[Any]) -> TrainResult:
+    def _train(self, job: TrainJob, payloads: Sequence[bytes]) -> TrainResult:
         begun = time.perf_counter()
-        decoded = [wire.decode(payload) for payload in payloads]  # a tier's clients share theirs
+        decoded = [wire.decode(payload) for payload in payloads]  # clients of a tier share theirs
         bases: dict[int, BaseChange] = {}
         members = [self._member(order, decoded, bases) for order in job.orders]
-        data = self.data["train"]
-
-        def train(pack: Sequence[PackMember]) -> list[TrainedClient]:
-            return train_pack(
-                self.stack, self.forward, data, self.federation.pad_id, pack,
-                self.experiment.client, lr=job.lr, t=job.t, seed=self.experiment.seed, device=self.device,
-            )  # fmt: skip
-
+        train = partial(train_pack, self.context, lr=job.lr, t=job.t)
         trained = device_memory.in_halves(
-            members, train, self.device, lambda m: f"client {m.client}: training it alone"
+            members, train, self.device, lambda member: f"client {member.client}: training it alone"
         )
         results, parts = [result for part in trained for result in part], tuple(map(len, trained))
         clients = list(zip(results, members, job.orders, strict=True))
-        uploads = tuple(upload(self.method, *client) for client in clients)
+        uploads = tuple(upload(self.plan.method, *client) for client in clients)
         return TrainResult(
             () if job.summed else uploads,
-            tuple(kept(*client) for client in clients),
+            tuple(personal_values(*client) for client in clients),
             tuple(r.loss for r in results),
             tuple(r.examples for r in results),
             tuple(r.steps for r in results),
@@ -127,50 +124,62 @@ class Trainer:
             time.perf_counter() - begun,
             parts,
             tuple(map(wire.inspect, uploads)),
-            sums(uploads, members, job.orders, parts) if job.summed else (),
+            sums(self.plan.channel, uploads, members, job.orders, parts) if job.summed else (),
         )
 
     def _member(self, order: ClientOrder, decoded: Sequence[wire.Payload], bases: dict[int, BaseChange]) -> PackMember:
-        payload = decoded[order.payload]
-        start, has = assemble(order.layout, payload, None if order.known is None else decoded[order.known])
-        if order.base is not None and order.base not in bases:
-            assert order.base_layout is not None
-            vector = decoded[order.base].dense()
-            bases[order.base] = {
-                **order.base_layout.unflatten(vector).layers,
-                **order.base_layout.matrices(vector),
-            }
+        known = None if order.known is None else decoded[order.known]
+        start, has = assemble(order.layout, decoded[order.payload], known)
+        base: BaseChange = {}
+        if order.base is not None:
+            if order.base not in bases:
+                assert order.base_layout is not None
+                vector = decoded[order.base].dense()
+                bases[order.base] = {
+                    **order.base_layout.unflatten(vector).layers,
+                    **order.base_layout.matrices(vector),
+                }
+            base = bases[order.base]
+        if order.merge is not None:
+            assert order.merge_layout is not None
+            base = merged_base(base, order.merge_layout.unflatten(decoded[order.merge].dense()))
         return PackMember(
             order.client,
             order.layout,
             start,
             order.trainable.support(order.layout, has),
-            self.federation.rows_of(order.client),
-            bases[order.base] if order.base is not None else {},
+            self.plan.federation.rows_of(order.client),
+            base,
             order.trainable.rates,
-            order.trainable.objective or Plain(),
+            order.trainable.objective or self.plan.objective,
         )
 
     @torch.no_grad()
-    def _evaluate(self, job: EvalJob, payloads: Sequence[Any]) -> EvalResult:
+    def _evaluate(self, job: EvalJob, payloads: Sequence[bytes]) -> EvalResult:
         vector = wire.decode(payloads[0]).dense()
-        adapter = job.layout.unflatten(vector)
-        self.stack.load([adapter], [job.layout.matrices(vector)])
-        classes = len(self.federation.classes)
+        self.stack.load([job.layout.unflatten(vector)], [job.layout.matrices(vector)])
+        task = self.plan.task
+        loss, count = (torch.zeros((), dtype=torch.float64, device=self.device) for _ in range(2))
+        rows: list[np.ndarray] = []
+        found: list[Tensor] = []
+        labels: list[Tensor] = []
 
-        def logits_of(inputs: dict[str, Tensor], segment: Segment) -> Tensor:
+        def outputs_of(inputs: dict[str, Tensor], segment: Segment) -> Tensor:
             return self.forward(inputs).float()
 
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        seen, right = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.bool, device=self.device)]
-        for logits, labels in self._each_batch(job, self.data[job.split], logits_of, job.classes):
-            there = to_device(labels, self.device)
-            loss += nn.functional.cross_entropy(logits, there, reduction="none").double().sum()
-            seen.append(labels)
-            right.append(logits.argmax(-1) == there)
-        labels, hits = torch.cat(seen), torch.cat(right).cpu()  # the device is waited for once
-        count = torch.bincount(labels, minlength=classes)
-        return EvalResult(float(loss), torch.bincount(labels[hits], minlength=classes), count)
+        for chosen, outputs, own_labels in self._each_batch(job, outputs_of, job.classes):
+            sums, counts = task.loss(outputs, own_labels)
+            loss += sums.double().sum()
+            count += counts.double().sum()
+            rows.append(chosen)
+            found.append(task.predictions(outputs))
+            labels.append(own_labels)
+        if not rows:
+            return EvalResult(0.0, 0.0, np.zeros(0, np.int64), torch.zeros(0), torch.zeros(0))
+        # Only here does the process wait for the device.
+        return EvalResult(
+            float(loss), float(count), np.concatenate(rows), torch.cat(found).cpu(), torch.cat(labels).cpu()
+        )
 
     @torch.no_grad()
     def _features(self, job: FeatureJob) -> FeatureResult:
@@ -188,51 +197,42 @@ class Trainer:
             states = seen[0]  # what reaches the head first; deeper layers of the head are untrained
             if states.ndim == 3:  # GPT-2's head sees every token, and the last real one decides
                 assert segment.lengths is not None
-                last = (torch.tensor(segment.lengths) - 1).clamp(max=states.shape[1] - 1)  # flat: it sees one only
+                last = (torch.tensor(segment.lengths) - 1).clamp(max=states.shape[1] - 1)  # unpadded: only one
                 states = states[torch.arange(len(states)), last]
             return states
 
         try:
-            found = list(self._each_batch(job, self.data[job.split], features_of))
+            found = list(self._each_batch(job, features_of))
         finally:
             for hook in hooks:
                 hook.remove()
-        states, labels = zip(*found)
-        return FeatureResult(torch.cat(states), torch.cat(labels))
+        _, states, labels = zip(*found)
+        return FeatureResult(torch.cat(states), torch.cat(labels).cpu())
 
     def _each_batch(
-        self, job: EvalJob | FeatureJob, tokens: Any, work: Callable[[dict[str, Tensor], Segment], Tensor],
+        self,
+        job: EvalJob | FeatureJob,
+        work: Callable[[dict[str, Tensor], Segment], Tensor],
         classes: Sequence[int] | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-        """What ``work`` makes of each batch of the job's rows, and its labels; a batch that does not fit is halved."""
-        size = self.experiment.eval.batch_size
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        """(rows, result of ``work``, labels) of each batch of the job's rows; a batch that does not fit is halved."""
+        data, size = self.plan.federation.split(job.split), self.plan.eval.batch_size
         rows = self.by_length[job.split][job.start : job.stop]
         if classes is not None:
-            rows = rows[np.isin(getattr(self.federation, job.split).labels[rows], classes)]
+            rows = rows[np.isin(data.labels[rows], classes)]
 
-        def done(chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-            batch = tokens.batch(np.asarray(chosen), self.federation.pad_id)
+        def done(chosen: Sequence[int]) -> tuple[np.ndarray, Tensor, Tensor]:
+            batch = on_device(data.batch(np.asarray(chosen), self.context.padded), self.device)
             labels = batch.pop("labels")
-            inputs = on_device(batch, self.device)
-            segment = Segment(0, len(chosen), lengths=tokens.lengths[chosen].tolist())
+            segment = Segment(0, len(chosen), lengths=data.lengths[chosen].tolist())
             with self.stack.batch.using([segment]):
-                return work(inputs, segment), labels
+                return np.asarray(chosen), work(batch, segment), labels
 
         for i in range(0, len(rows), size):
             chosen = rows[i : i + size].tolist()
             yield from device_memory.in_halves(
                 chosen, done, self.device, lambda row: f"{job.split} row {row}: evaluating it"
             )
-
-    def _token_places(self, split: Any) -> Any:
-        return UnpaddedTokens(split) if self.unpadded_model is not None and isinstance(split, Tokens) else split
-
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits (rows, classes) of a batch, while the stack holds its segments; with padding or without."""
-        if self.unpadded_model is not None:
-            return self.unpadded_model(inputs, self.stack.batch.segments)
-        logits: Tensor = self.model(**inputs).logits
-        return logits
 
 
 def _trained_rank(member: PackMember) -> int:

@@ -1,7 +1,8 @@
-"""The schema read as a list of fields: their dotted names, and in words what each of them allows."""
+"""The schema as a list of fields: their dotted names, and in words the values that each field allows."""
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Iterator
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -20,76 +21,102 @@ NOUNS = {
 PLURALS = {int: "integers", float: "numbers", str: "strings"}
 
 
-def walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """(dotted name, field) of every setting in order; a section itself is listed only if it may be null."""
+def iter_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """(dotted name, field) of every setting, in order. A section itself is listed only where it may be null."""
     for name, field in model.model_fields.items():
         if section_of(field) is None or field.default_factory is None:
             yield prefix + name, field
         for inner in sections_of(field):
-            yield from walk(inner, f"{prefix}{name}.")
+            yield from iter_fields(inner, f"{prefix}{name}.")
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The class of the section that the field holds, the first where there are several; None: it holds a value."""
+    """The section class of the field, the first where there are several; None where the field holds a value."""
     return next(iter(sections_of(field)), None)
 
 
 def sections_of(field: FieldInfo) -> list[type[BaseModel]]:
-    """The classes of section that the field may hold; several where the section's `kind` says which."""
+    """All section classes of the field. There are several where the key `kind` of the section selects one."""
     kinds = [field.annotation, *get_args(field.annotation)]
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
-def kinds_of(field: FieldInfo) -> dict[str, type[BaseModel]]:
-    """The classes of section by their `kind`, where the field may hold several; else empty."""
+def sections_by_kind(field: FieldInfo) -> dict[str, type[BaseModel]]:
+    """The section classes of the field by their `kind`; empty where the field has one section class or none."""
     sections = sections_of(field)
     if len(sections) < 2:
         return {}
     return {get_args(section.model_fields["kind"].annotation)[0]: section for section in sections}
 
 
-def allowed(field: FieldInfo) -> str:
-    """What the field allows, as it stands after "it should be": `a number in (0, 1]`, `fp32 or int8`, `null or ...`."""
-    if kinds := kinds_of(field):
+def allowed_values(field: FieldInfo) -> str:
+    """The values that the field allows, in words: `a number in (0, 1]`, `fp32 or int8`, `a string or null`."""
+    if kinds := sections_by_kind(field):
         optional = type(None) in get_args(field.annotation)
         return f"a section whose kind is {alternatives([*kinds])}{', or null' if optional else ''}"
-    return _say(field.annotation, field.metadata)
+    return _describe_type(field.annotation, field.metadata)
 
 
-def _say(kind: Any, metadata: list[Any]) -> str:
+def alternatives(words: list[str]) -> str:
+    """`a, b or c`."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def format_value(value: Any, quotes: bool = True) -> str:
+    """The value of a setting on one line, as in YAML; long values are cut. A string has quotes unless ``quotes=False``.
+
+    `null`, `true`, `0.25`, `[1, 4]`, `'fedhl'`.
+    """
+    return value if isinstance(value, str) and not quotes else _ONE_LINE.repr(value)
+
+
+class _OneLine(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxdict, self.maxstring = 2, 12, 4, 120
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return "null"
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return str(value).lower()
+
+    def repr_tuple(self, value: tuple[Any, ...], level: int) -> str:
+        return self.repr_list([*value], level)
+
+
+_ONE_LINE = _OneLine()
+
+
+def _describe_type(kind: Any, metadata: list[Any]) -> str:
     origin, inside = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return _say(inside[0], _flat(inside[1:]))
+        return _describe_type(inside[0], _flat(inside[1:]))
     if origin in (Union, UnionType):
-        return alternatives([_say(part, metadata) for part in inside])
+        return alternatives([_describe_type(part, metadata) for part in inside])
     if origin is Literal:
         return alternatives([str(choice) for choice in inside])
     if origin is tuple:
         count = "" if inside[-1] is Ellipsis else f"{len(inside)} "
-        item, *limits = get_args(inside[0]) or inside[:1]  # items are plain, or Annotated with their limits
-        return f"a list of {count}{PLURALS[item]}{_range(_flat(limits))}"
+        item, *limits = get_args(inside[0]) or inside[:1]  # the type of the items, and their limits if Annotated
+        return f"a list of {count}{PLURALS[item]}{_describe_range(_flat(limits))}"
     if kind is type(None):
         return "null"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return f"a section with the keys {', '.join(kind.model_fields)}"
-    return NOUNS[kind] + _range(metadata)
+    return NOUNS[kind] + _describe_range(metadata)
 
 
 def _flat(metadata: Iterable[Any]) -> list[Any]:
     return [part for m in metadata for part in (m.metadata if isinstance(m, FieldInfo) else [m])]
 
 
-def _range(metadata: list[Any]) -> str:
+def _describe_range(metadata: list[Any]) -> str:
     limits = {side: getattr(m, side) for m in metadata for side in ("gt", "ge", "lt", "le") if hasattr(m, side)}
     low, high = limits.get("gt", limits.get("ge")), limits.get("lt", limits.get("le"))
     if low is not None and high is not None:
         return f" in {'(' if 'gt' in limits else '['}{low}, {high}{')' if 'lt' in limits else ']'}"
     if low is not None:
         return f" above {low}" if "gt" in limits else f" of at least {low}"
-    assert high is None, "say how an upper limit alone reads when there is one"
+    assert high is None, "no field has an upper limit alone; add its words here"
     return ""
-
-
-def alternatives(words: list[str]) -> str:
-    """`a, b or c`."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

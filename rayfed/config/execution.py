@@ -1,63 +1,61 @@
-"""The sections that say where a run executes, who watches it, what it leaves: engine, tracking, checkpoint, export."""
+"""The sections that say where a run executes and what it leaves: engine, tracking, checkpoint, export."""
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from rayfed.config.types import Names, NonNegative, Section
+from rayfed.config.types import DecidesModel, DecidesNothing, Names, NonNegative, Section
 
 
 class Engine(Section):
-    """Where clients train. `pack`, `threads` and `padding` decide bits (rounding); the rest does not."""
+    """Where and how clients train."""
 
-    kind: Literal["ray", "local"] = Field("ray", description="`ray`: actors; `local`: in this process, same bits.")
-    workers: PositiveInt = Field(2, description="Worker actors.")
-    cpus_per_worker: NonNegative = Field(1.0, description="Ray CPUs a worker holds; may be a fraction.")
-    gpus_per_worker: NonNegative | Literal["auto"] = Field(
-        "auto",
-        description="Ray GPUs a worker holds: a fraction of one, or whole ones. auto: with device=cuda an equal share "
-        "of the cluster's, at most one, and in a sweep one; on a CPU none. `pack: auto` fits packs to that share.",
-    )
-    threads: PositiveInt = Field(
-        1, description="Torch threads per worker; CPU kernels sum in an order that follows it."
-    )
-    pack: PositiveInt | Literal["auto"] = Field(
-        1,
-        description="Clients trained together in one batch. auto: measured on a worker before the first round, as "
-        "many as pay; the run's own config.yaml has the number, and pack.json what it was chosen from. Two runs may "
-        "choose differently, and then differ in bits.",
-    )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="Keep only the input of each of the model's layers, and compute the rest anew on the way back: a "
-        "fraction of the memory, up to half as much time again, the same bits.",
-    )
-    padding: Literal["auto", "never", "batch"] = Field(
-        "auto",
-        description="batch: texts are padded to the longest of their batch. never: a batch is one row of real tokens; "
-        "refused where the model cannot take it. auto: never where the model can, else batch.",
-    )
-    device: Literal["cpu", "cuda"] = Field("cpu", description="Where clients train.")
-    deterministic: bool = Field(
-        True,
-        description="On a GPU: only algorithms that give the same bits every time; an operation that has none ends "
-        "the run. false: whatever is fastest.",
-    )
-    placement: Literal["spread", "pack"] = Field(
-        "spread", description="Workers on as many of the cluster's nodes as there are, or on as few as hold them."
-    )
-    wait_for_nodes: bool = Field(
-        False,
-        description="For a cluster that grows when it is asked to: wait for nodes where workers find no room. false: "
-        "refuse.",
-    )
-    address: str | None = Field(None, description="Ray cluster to join; null: RAY_ADDRESS or a cluster of its own.")
-    retries: Annotated[int, Field(ge=0)] = Field(3, description="How often one pack may be re-run when workers die.")
+    kind: DecidesNothing[Literal["ray", "local"]] = "ray"
+    """`ray`: worker actors on a Ray cluster; `local`: this process, with the same results."""
+    workers: DecidesNothing[PositiveInt] = 2
+    """Worker actors."""
+    cpus_per_worker: DecidesNothing[NonNegative] = 1.0
+    """Ray CPUs that each worker reserves; fractions are allowed."""
+    gpus_per_worker: DecidesNothing[NonNegative | Literal["auto"]] = "auto"
+    """Ray GPUs that each worker reserves: up to 1 a fraction, above 1 a whole number. auto: with device=cuda an equal
+    share of the GPUs of the cluster, at most 1, and exactly 1 in a sweep; with device=cpu 0. `pack: auto` fits packs
+    into the share.
+    """
+    threads: PositiveInt = 1
+    """Torch threads per worker. CPU kernels add up in an order that depends on the threads."""
+    pack: PositiveInt | Literal["auto"] = 1
+    """Clients trained together in one batch. auto: measured on a worker before the first round, and written to the
+    run's config.yaml and pack.json. Two runs with auto may differ in the size of packs, and so in the rounding of their
+    results.
+    """
+    gradient_checkpointing: DecidesNothing[bool] = False
+    """Store only the input of each layer of the model, and compute the rest again in the backward pass. Needs a
+    fraction of the memory and up to 1.5 times the time; results are the same bits.
+    """
+    padding: DecidesModel[Literal["auto", "never", "batch"]] = "auto"
+    """batch: texts are padded to the longest text of their batch. never: a batch is one row of tokens without padding;
+    refused if the model cannot compute on it. auto: never if the model can, else batch.
+    """
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Device on which clients train."""
+    deterministic: bool = True
+    """On a GPU, use only algorithms that always give the same bits; an operation without one ends the run. false: use
+    the fastest algorithms.
+    """
+    placement: DecidesNothing[Literal["spread", "pack"]] = "spread"
+    """Workers on as many nodes of the cluster as possible (spread), or as few (pack)."""
+    wait_for_nodes: DecidesNothing[bool] = False
+    """true: wait for new nodes of an autoscaling cluster while workers lack room; false: refuse."""
+    address: DecidesNothing[str | None] = None
+    """Address of the Ray cluster; null: the address in RAY_ADDRESS, else a new cluster on this machine."""
+    retries: DecidesNothing[Annotated[int, Field(ge=0)]] = 3
+    """How often one pack may run again after its worker died."""
 
     @model_validator(mode="after")
-    def _amounts_that_ray_takes(self) -> Engine:
+    def _ray_allows_the_amounts(self) -> Engine:
         if self.gpus > 1 and not self.gpus.is_integer():
             raise ValueError(f"engine.gpus_per_worker: got {self.gpus}, but above 1 Ray takes whole GPUs only")
         for field, amount in (("cpus_per_worker", self.cpus_per_worker), ("gpus_per_worker", self.gpus)):
@@ -67,39 +65,58 @@ class Engine(Section):
 
     @property
     def gpus(self) -> float:
-        """`gpus_per_worker` as a number; auto, before the cluster is known: a whole GPU where one is needed."""
+        """`gpus_per_worker` as a number. auto, as long as the cluster is unknown: 1 with device=cuda, else 0."""
         if self.gpus_per_worker == "auto":
             return 1.0 if self.device == "cuda" else 0.0
         return self.gpus_per_worker
 
+    def with_gpus(self, gpus: float) -> Engine:
+        """The same on a cluster of so many GPUs: each worker holds the largest share of one that all of them can have.
+
+        In steps that Ray knows (1/10000), and at most a whole one.
+        """
+        share = math.floor(1e4 / math.ceil(self.workers / gpus)) / 1e4 if gpus else 0.0
+        return self.model_copy(update={"gpus_per_worker": share})
+
 
 class Tracking(Section):
-    """Who watches. `metrics.jsonl` is always written."""
+    """Where metrics go, besides `metrics.jsonl`, which is always written."""
 
-    console: Literal["auto", "rich", "plain", "off"] = Field(
-        "auto", description="auto: rich on a terminal, else plain."
-    )
-    wandb: Literal["auto", "online", "offline", "off"] = Field(
-        "auto", description="auto: online when logged in, else offline."
-    )
-    project: str = Field("rayfed", description="W&B project.")
-    entity: str | None = Field(None, description="W&B entity; null: your default.")
-    group: str | None = Field(None, description="W&B group.")
-    tags: Names = Field((), description="W&B tags.")
-    artifact: bool = Field(True, description="Also give W&B the finished run's adapter, as an artifact.")
+    decides = ()
+
+    console: Literal["auto", "rich", "plain", "off"] = "auto"
+    """Output on the console; auto: rich on a terminal, else plain."""
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """W&B; auto: online if you are logged in, else offline."""
+    project: str = "rayfed"
+    """W&B project."""
+    entity: str | None = None
+    """W&B entity; null: your default entity."""
+    group: str | None = None
+    """W&B group; null: none, and in a sweep the name of the sweep."""
+    tags: Names = ()
+    """W&B tags."""
+    artifact: bool = True
+    """Also upload the adapter of the finished run to W&B, as an artifact."""
 
 
 class Checkpoint(Section):
     """What `--resume` continues from."""
 
-    every: PositiveInt = Field(1, description="Rounds between checkpoints; the last round always has one.")
-    keep: PositiveInt = Field(2, description="Newest checkpoints kept.")
+    decides = ()
+
+    every: PositiveInt = 1
+    """Rounds between checkpoints. The last round always has a checkpoint."""
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints stay on the disk."""
 
 
 class Export(Section):
-    """What a finished run leaves for others to use."""
+    """What a finished run exports."""
 
-    adapter_rank: PositiveInt | None = Field(
-        None, description="Rank of the exported PEFT adapter; null: lora.rank. What it cannot hold is stated."
-    )
-    merged: bool = Field(False, description="Also save the base model with all changes merged into its weights.")
+    decides = ()
+
+    adapter_rank: PositiveInt | None = None
+    """Rank of the PEFT adapter; null: lora.rank. The error of a smaller rank is reported."""
+    merged: bool = False
+    """Also save the base model with all changes merged into its weights."""

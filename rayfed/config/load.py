@@ -1,10 +1,9 @@
-"""Settings from a YAML file and `key=value` overrides; every mistake becomes one line that says what is allowed."""
+"""Settings from a YAML file and `key=value` overrides. Every mistake becomes one line that says what is allowed."""
 
 from __future__ import annotations
 
 import difflib
 import re
-import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,12 +12,19 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from rayfed.config.describe import allowed, alternatives, kinds_of, section_of, walk
+from rayfed.config.describe import (
+    allowed_values,
+    alternatives,
+    format_value,
+    iter_fields,
+    section_of,
+    sections_by_kind,
+)
 from rayfed.config.schema import Experiment
 from rayfed.errors import UserError
 
 _TAG = "tag:yaml.org,2002:"
-_WORDS = [  # what a word without quotes may be besides a string; the first that fits counts
+_PLAIN = [  # the types of a plain scalar (one without quotes): the first pattern that matches counts, else a string
     (_TAG + "null", re.compile(r"(~|null|Null|NULL|)\Z")),
     (_TAG + "bool", re.compile(r"(true|True|TRUE|false|False|FALSE)\Z")),
     (_TAG + "int", re.compile(r"[-+]?(0|[1-9][0-9_]*)\Z")),
@@ -29,18 +35,16 @@ _WORDS = [  # what a word without quotes may be besides a string; the first that
 ]
 Root = TypeVar("Root", bound=BaseModel)
 _KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring = 2, 12, 4, 120
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-3 is a number; off, 010, 12:30 and dates are words; a key given twice is refused.
+    """YAML, with these changes to YAML 1.1: 1e-3 is a number; off, 010, 12:30 and dates are strings.
 
-    (YAML 1.1 reads them as a word, a boolean, an octal number, a number to base 60 and dates.) There are no kinds of
-    values but those that settings have: `!!python/object`, `!!set` and the like are refused.
+    (YAML 1.1 reads 1e-3 as a string, off as a boolean, 010 as an octal number, 12:30 as a number to base 60.) A key
+    given twice is refused. So are tags of values that no setting has, such as `!!python/object` and `!!set`.
     """
 
-    yaml_implicit_resolvers = {None: _WORDS}  # noqa: RUF012 - declared so by PyYAML
+    yaml_implicit_resolvers = {None: _PLAIN}  # noqa: RUF012 - declared so by PyYAML
     yaml_constructors = {  # noqa: RUF012
         tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (None, *(_TAG + kind for kind in _KINDS))
     }
@@ -56,12 +60,12 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every string that is something else without quotes, to this loader or to one of YAML 1.1."""
+    """Quotes every string that `_Loader` or a loader of YAML 1.1 would read as another type without quotes."""
 
-    yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, None: _WORDS}  # noqa: RUF012
+    yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, None: _PLAIN}  # noqa: RUF012
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        """Between double quotes, Unicode's own line ends are escaped; else they would be folded like the file's."""
+        """Double quotes escape Unicode's own line ends. Without, a loader would fold them like those of the file."""
         quoted = any(end in text for end in "\x85\u2028\u2029")
         return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
 
@@ -70,9 +74,9 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Reads ``path`` (YAML), applies ``overrides`` (each `dotted.key=value`, value in YAML) and validates.
+    """Reads the YAML file ``path``, applies ``overrides`` (each `dotted.key=value`, value in YAML) and validates.
 
-    Raises UserError with one line per mistake: unknown key, wrong type, value out of range, impossible combination.
+    Raises UserError with one line per mistake: unknown key, wrong type, value out of range, refused combination.
     """
     settings = read_settings(path)
     for override in overrides:
@@ -81,7 +85,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds, not yet validated; empty where the file is."""
+    """The mapping in a YAML file, not yet validated; empty if the file is empty. UserError where there is none."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -93,19 +97,21 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
-        raise UserError(f"config: got {str(path)!r}, but a config is a mapping of sections, not {shown(settings)}")
+        raise UserError(
+            f"config: got {str(path)!r}, but a config is a mapping of sections, not {format_value(settings)}"
+        )
     return settings
 
 
 def validate(settings: dict[str, Any]) -> Experiment:
-    """The settings as an Experiment; UserError with one line per mistake."""
+    """The settings as an Experiment. Raises UserError with one line per mistake."""
     if "sweep" in settings:
-        raise UserError("sweep: this section makes the settings many runs; start them with `rayfed sweep CONFIG`")
+        raise UserError("sweep: this section describes many runs; start them with `rayfed sweep CONFIG`")
     return validate_as(Experiment, settings)
 
 
 def validate_as(model: type[Root], settings: dict[str, Any]) -> Root:
-    """The settings as that model; UserError with one line per mistake."""
+    """The settings as an instance of ``model``. Raises UserError with one line per mistake."""
     try:
         return model.model_validate(settings)
     except ValidationError as error:
@@ -113,12 +119,12 @@ def validate_as(model: type[Root], settings: dict[str, Any]) -> Root:
 
 
 def dump_config(experiment: Experiment) -> str:
-    """The resolved settings as YAML that `load_config` reads back to the same Experiment."""
+    """All settings as YAML, defaults included. `load_config` reads it back to the same Experiment."""
     return dump_settings(experiment.model_dump(mode="json"))
 
 
 def dump_settings(settings: dict[str, Any]) -> str:
-    """A mapping as YAML that `read_settings` reads back."""
+    """A mapping as YAML. `read_settings` reads it back to the same mapping."""
     return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -128,14 +134,14 @@ def _parse(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         reason = str(error)
     except (ValueError, LookupError):  # `!!int one`, `!!bool maybe`, an integer of thousands of digits
-        reason = "a value is not what its tag or its form says"
+        reason = "a value does not match its tag or its type"
     except RecursionError:
         reason = "it is nested too deeply"
     raise UserError(f"{where}: not valid YAML: {' '.join(reason.split())}")
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """The dotted key and the value, read as YAML, of `key=value`."""
+    """The dotted key and the value, read as YAML, of an override `key=value`. Raises UserError."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not all(key.split(".")):
@@ -148,8 +154,8 @@ def _apply(settings: dict[str, Any], override: str) -> None:
     assign(settings, key, value, override)
 
 
-def assign(settings: dict[str, Any], key: str, value: Any, said: str) -> None:
-    """Puts the value where the dotted key says, in place. ``said`` is what a refusal quotes."""
+def assign(settings: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Sets ``settings[dotted key]`` in place. A UserError quotes ``source``, the text that the user wrote."""
     *sections, last = key.split(".")
     target = settings
     for depth, section in enumerate(sections, 1):
@@ -158,18 +164,17 @@ def assign(settings: dict[str, Any], key: str, value: Any, said: str) -> None:
             child = target[section] = {}
         if not isinstance(child, dict):
             above = _dotted(sections[:depth])
-            raise UserError(f"{_dotted((key,))}: got {said!r}, but {above} is the value {shown(child)}")
+            raise UserError(f"{_dotted((key,))}: got {source!r}, but {above} is the value {format_value(child)}")
         target = child
     target[last] = value
 
 
 def _lines(error: ValidationError, settings: dict[str, Any], root: type[BaseModel]) -> Iterator[str]:
-    told = set()
+    seen = set()  # pydantic reports every item of a list and every type of a union; one line per field is enough
     for mistake in error.errors(include_url=False):
-        # What follows the field's own name is an item of a list or, in a union, the type that was tried.
         field, path, section = _field(mistake["loc"], root)
-        if (path, field is None) not in told:
-            told.add((path, field is None))
+        if (path, field is None) not in seen:
+            seen.add((path, field is None))
             yield _line(path, field, section, mistake, settings, root)
 
 
@@ -181,28 +186,29 @@ def _line(
     settings: Any,
     root: type[BaseModel],
 ) -> str:
-    if mistake["type"] == "value_error":  # written by the schema itself, already whole
+    if mistake["type"] == "value_error":  # raised by a validator of the schema: already one line
         return str(mistake["ctx"]["error"])
     if field is None:
-        hint = "keys are words" if mistake["type"] == "invalid_key" else _suggest(path[-1], path[:-1], section, root)
+        hint = "a key is a string" if mistake["type"] == "invalid_key" else _suggest(path[-1], path[:-1], section, root)
         return f"{_dotted(path)}: unknown key; {hint}"
-    right = allowed(field)
+    allowed = allowed_values(field)
     if mistake["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        path, right = (*path, "kind"), alternatives([*kinds_of(field)])
+        path, allowed = (*path, "kind"), alternatives([*sections_by_kind(field)])
     value = settings
     for part in path:
         if part not in value:
-            return f"{_dotted(path)}: missing, and there is no default; it should be {right}"
+            return f"{_dotted(path)}: missing, and there is no default; it should be {allowed}"
         value = value[part]
-    return f"{_dotted(path)}: got {shown(value)}, but it should be {right}"
+    return f"{_dotted(path)}: got {format_value(value)}, but it should be {allowed}"
 
 
 def _field(
     location: Sequence[int | str], root: type[BaseModel]
 ) -> tuple[FieldInfo | None, tuple[int | str, ...], type[BaseModel]]:
-    """The field at or around pydantic's location of a mistake, its path, and the section that it is in.
+    """(field, its path, its section) of the mistake at ``location``, a location of pydantic.
 
-    None where there is no such field. The path leaves out the kinds of sections, which pydantic's location names.
+    The field is None where the key is unknown. A location of pydantic also has the kinds of sections, and the items or
+    types within a field; the path does not.
     """
     section: type[BaseModel] = root
     inner: type[BaseModel] | None = root
@@ -219,19 +225,21 @@ def _field(
         if field is None:
             return None, (*path, *location[depth:]), section
         path.append(part)
-        inner, kinds = section_of(field), kinds_of(field)
+        inner, kinds = section_of(field), sections_by_kind(field)
     return field, tuple(path), section
 
 
 def _suggest(last: int | str, above: Sequence[int | str], section: type[BaseModel], root: type[BaseModel]) -> str:
-    """What the unknown key may have meant: a key beside it that reads alike, or the same name in another section."""
+    """A hint for an unknown key: a similar key of the same section, or the same key of another section."""
     last = str(last)
     near = difflib.get_close_matches(last, section.model_fields, n=1)
-    names = [name for name, _ in walk(root)]
-    itself = _dotted([*above, last])  # known where a section of another kind may have it
+    names = [name for name, _ in iter_fields(root)]
+    itself = _dotted([*above, last])  # a known name if only sections of another kind have the key
     far = [name for name in names if name.endswith("." + last) and name != itself]
     if last in names:
-        return f"in YAML every name has a level of its own: {last.replace('.', ': {')}: ...{'}' * last.count('.')}"
+        return (
+            f"in YAML each part of a name is a level of its own: {last.replace('.', ': {')}: ...{'}' * last.count('.')}"
+        )
     if near:
         return f"did you mean {_dotted([*above, near[0]])}? (allowed are {', '.join(section.model_fields)})"
     if far:
@@ -240,13 +248,6 @@ def _suggest(last: int | str, above: Sequence[int | str], section: type[BaseMode
 
 
 def _dotted(path: Sequence[int | str]) -> str:
-    """The path as the user wrote it, fit for one line."""
+    """The path as a dotted name; in quotes if it has characters that do not fit on one line."""
     text = ".".join(map(str, path))
     return text if text.isprintable() else repr(text)
-
-
-def shown(value: Any) -> str:
-    """The value as YAML spells it, on one line and not too long."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return _SHORT.repr(value)

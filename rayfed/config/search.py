@@ -1,6 +1,6 @@
-"""Two parts of the section `sweep`: what looks for settings by itself, and what ends hopeless trials early.
+"""Two parts of the section `sweep`: `search`, which chooses settings by results, and `stop`, which ends trials early.
 
-Here is what a user may write and how it is checked by itself; what comes of it is in `rayfed.sweeps`: `walk` (flasc),
+The classes here hold and check what a user may write. The algorithms are in `rayfed.sweeps`: `flasc_steps` (flasc),
 `suggest` (optuna), `evolve` (pbt) and `asha`.
 """
 
@@ -15,67 +15,58 @@ from rayfed.config.types import Density, NonNegative, Section
 
 Factor = Annotated[int, Field(ge=2)]
 ROUNDED = 1 + 1e-9  # densities are products of floats
-SEARCHED = ("lora.rank", "wire.down.density", "wire.up.density")  # the settings that FLASC-FlascSearch sets
-# What may change between two rounds of one run: no tensor that a checkpoint holds has another shape or meaning by it.
-# Clients' optimizers are fresh in every round; moments of the server's outlast another rate, momentum or decay.
-LIVE = (
-    "client.lr", "client.momentum", "client.eps", "client.weight_decay", "client.clip_norm", "client.batch_size",
-    "client.epochs", "client.steps", "server.lr", "server.momentum", "server.weight_decay", "wire.down.density",
-    "wire.up.density", "lora.dropout",
-)  # fmt: skip
 
 
-class Decider(Section):
-    """What all kinds of searches share."""
+class SearchSettings(Section):
+    """The base class of the settings of a search."""
 
     replaces: ClassVar[tuple[str, ...]] = ("samples", "tune", "tune_seeds", "stop")
-    """The settings beside it in the section `sweep` that it leaves no room for."""
+    """The other settings of the section `sweep` that are refused beside the search."""
 
     def mistakes(self) -> Iterator[str]:
-        """What is wrong by itself, whatever the other settings: one line each."""
+        """One line for each combination of the search's own settings that is refused."""
         yield from ()
 
 
-class FlascSearch(Decider):
-    """FLASC-FlascSearch: from a small rank and density, grow whichever of the two helps more.
+class FlascSearchSettings(SearchSettings):
+    """FLASC-Search: starts at a small rank and density, and raises the one that improves the metric more.
 
-    A probe trains one configuration for some rounds. All neighbours that a step compares send the same share of
-    `factor` times what the kept configuration sends. Client work is counted in rounds: times server.cohort, in
-    client-rounds.
+    A probe trains one configuration for some rounds. All configurations that one step compares send equally many
+    entries: `factor` times the entries of the best configuration so far.
     """
 
-    kind: Literal["flasc"] = Field(..., description="`flasc`: FLASC-FlascSearch.")
-    rank: PositiveInt = Field(1, description="lora.rank of the first probe.")
-    density: Density = Field(1 / 64, description="wire.down.density and wire.up.density of the first probe.")
-    factor: Factor = Field(4, description="By how much a step raises the communication, as rank or as density.")
-    max_rank: PositiveInt = Field(64, description="No probe has a larger rank.")
-    max_density: Density = Field(1.0, description="No probe has a larger density.")
-    rounds: PositiveInt = Field(
-        ..., description="Rounds of a probe; it continues from the kept probe's checkpoint, at a constant rate."
-    )
-    budget: PositiveInt | None = Field(
-        None,
-        description="Most rounds of all probes and the final run together; a step that does not fit whole is not "
-        "begun. null: until no neighbour gains, or there is none.",
-    )
-    directions: Literal["both", "separate"] = Field(
-        "both",
-        description="`both`: download and upload have one density; `separate`: a step also tries to give all of the "
-        "growth to the downloads, or to the uploads.",
-    )
-    stay: bool = Field(
-        False,
-        description="Also probe the kept configuration itself in each step, so that a gain is the configuration's and "
-        "not the further rounds'; one probe more a step.",
-    )
-    gain: NonNegative = Field(
-        0.0, description="The search ends where the metric gains no more than this over the kept configuration."
-    )
-    final: bool = Field(
-        True, description="Then run what was kept from the start, for server.rounds, with the file's own schedules."
-    )
+    kind: Literal["flasc"]
+    """`flasc`: FLASC-Search."""
+    rank: PositiveInt = 1
+    """lora.rank of the first probe."""
+    density: Density = 1 / 64
+    """wire.down.density and wire.up.density of the first probe."""
+    factor: Factor = 4
+    """Factor of one step on the rank, or on the density."""
+    max_rank: PositiveInt = 64
+    """Largest rank of a probe."""
+    max_density: Density = 1.0
+    """Largest density of a probe."""
+    rounds: PositiveInt
+    """Rounds of a probe. A probe continues from the checkpoint of the best probe so far, at constant learning rates."""
+    budget: PositiveInt | None = None
+    """Most rounds of all probes and the final run together; a step that would exceed them does not start. null: no
+    limit; the search ends when no configuration is better, or none is left.
+    """
+    directions: Literal["both", "separate"] = "both"
+    """`both`: one density for download and upload; `separate`: a step also tries to raise only the download density,
+    and only the upload density.
+    """
+    stay: bool = False
+    """In each step, also train the best configuration so far for the same rounds, and compare with it. It takes one
+    more probe per step.
+    """
+    gain: NonNegative = 0.0
+    """The search ends when the metric of the best configuration improves by no more than this."""
+    final: bool = True
+    """After the search, run the best configuration from the start: for server.rounds, with the file's schedules."""
 
-    replaces: ClassVar[tuple[str, ...]] = ("parameters", "cases", *Decider.replaces)
+    replaces: ClassVar[tuple[str, ...]] = ("parameters", "cases", *SearchSettings.replaces)
 
     def mistakes(self) -> Iterator[str]:
         if self.rank > self.max_rank:
@@ -93,33 +84,29 @@ class FlascSearch(Decider):
             )
 
 
-class Optuna(Decider):
-    """Optuna: every point of `parameters` and `cases` is suggested by what the points before it came to.
+class OptunaSettings(SearchSettings):
+    """Optuna suggests every point of `parameters` and `cases` from the results of earlier points.
 
-    It needs the extra `optuna`. Of grids it takes that of `seed` alone: a point then runs at each of these seeds, and
-    its figures are means over them.
+    It needs the extra `optuna`. Only `seed` may have a grid: a point then runs at each of these seeds, and its metric
+    is the mean over the seeds.
     """
 
-    kind: Literal["optuna"] = Field(
-        ..., description="`optuna`: points from choice, uniform, loguniform and cases; the extra `optuna`."
-    )
-    trials: PositiveInt = Field(
-        ..., description="Points asked for. One that was asked for before counts, but does not run again."
-    )
-    batch: PositiveInt = Field(
-        4, description="Points asked for at a time: they run side by side, and the next ones know what came of them."
-    )
-    sampler: Literal["tpe", "nsga2", "random"] = Field(
-        "tpe",
-        description="`tpe`: tree-structured Parzen estimator, of all settings together; `nsga2`: genetic, a generation "
-        "is a batch; `random`: learns nothing.",
-    )
-    startup: PositiveInt = Field(10, description="For `tpe`: points drawn at random before the first that is learnt.")
-    against: Literal["bytes/total", "bytes/down", "bytes/up", "params/down", "params/up"] | None = Field(
-        None,
-        description="A second aim: less of it, over all rounds, is better. The table then marks the Pareto front. "
-        "null: the metric alone.",
-    )
+    kind: Literal["optuna"]
+    """`optuna`: points from choice, uniform, loguniform and cases. Needs the extra `optuna`."""
+    trials: PositiveInt
+    """Points to ask Optuna for. A repeated point counts, but does not run again."""
+    batch: PositiveInt = 4
+    """Points to ask for at a time. They run side by side; later points depend on their results."""
+    sampler: Literal["tpe", "nsga2", "random"] = "tpe"
+    """`tpe`: tree-structured Parzen estimator over all settings together; `nsga2`: genetic algorithm, one generation
+    per batch; `random`: random points.
+    """
+    startup: PositiveInt = 10
+    """For `tpe`: random points before the first suggested point."""
+    against: Literal["bytes/total", "bytes/down", "bytes/up", "params/down", "params/up"] | None = None
+    """A second objective, summed over all rounds: less is better. The table then marks the Pareto front. null: the
+    metric alone.
+    """
 
     def mistakes(self) -> Iterator[str]:
         default = type(self).model_fields["startup"].default
@@ -129,40 +116,42 @@ class Optuna(Decider):
             yield f"sweep.search.batch: got {self.batch}, but a batch is a generation of nsga2, and needs 2 or more"
 
 
-class Population(Decider):
-    """Population Based Training (Jaderberg et al., arXiv 1711.09846), all members in step.
+class PbtSettings(SearchSettings):
+    """Population Based Training (Jaderberg et al., arXiv 1711.09846). All members train the same rounds at a time.
 
-    After every generation the worst members go on from the checkpoint of one of the best, with its settings perturbed;
-    the others go on as they were. All members have the file's seed, and rates that are constant within a generation.
+    After every generation, each of the worst members continues from the checkpoint of one of the best members, with
+    changed settings. The other members continue unchanged. All members have the same seed, and constant learning rates.
     """
 
-    kind: Literal["pbt"] = Field(..., description="`pbt`: Population Based Training.")
-    population: Annotated[int, Field(ge=2)] = Field(8, description="Members; the first ones' settings are drawn.")
-    rounds: PositiveInt = Field(
-        ..., description="Rounds of a generation. A member's whole life is server.rounds, a multiple of it."
-    )
-    quantile: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        0.25, description="Share of the members that copies, and that is copied from, rounded up; 0: none."
-    )
-    factors: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)] = Field(
-        (0.8, 1.2),
-        description="A copied number is multiplied by one of these, within its limits; a choice moves to a neighbour.",
-    )
-    resample: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.25, description="How often a copied setting is drawn anew instead."
-    )
-    replaces: ClassVar[tuple[str, ...]] = ("cases", *Decider.replaces)
+    kind: Literal["pbt"]
+    """`pbt`: Population Based Training."""
+    population: Annotated[int, Field(ge=2)] = 8
+    """Members. Their first settings are random draws."""
+    rounds: PositiveInt
+    """Rounds of a generation. server.rounds, the total, is a multiple of them."""
+    quantile: Annotated[float, Field(ge=0, le=0.5)] = 0.25
+    """Share of the members that copy, and of the members to copy from, rounded up; 0: none."""
+    factors: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)] = (0.8, 1.2)
+    """A copied number is multiplied by one of the two, within its limits. A copied choice moves to the next or the
+    previous value of its list.
+    """
+    resample: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Probability that a copied setting is a new random draw instead."""
+    replaces: ClassVar[tuple[str, ...]] = ("cases", *SearchSettings.replaces)
 
 
-class Asha(Section):
-    """Asynchronous successive halving: at rounds grace, grace * factor, ... only the best 1 / factor go on."""
+class AshaSettings(Section):
+    """Asynchronous successive halving: at rounds grace, grace * factor, ... only the best 1 / factor continue."""
 
-    kind: Literal["asha"] = Field(..., description="`asha`: asynchronous successive halving. The only kind.")
-    grace: PositiveInt = Field(..., description="Rounds before a trial may be stopped.")
-    factor: Factor = Field(3, description="A trial goes on where it is among the best 1 / factor that came so far.")
+    kind: Literal["asha"]
+    """`asha`: asynchronous successive halving. The only kind."""
+    grace: PositiveInt
+    """Rounds before a trial may stop."""
+    factor: Factor = 3
+    """A trial continues if it is among the best 1 / factor so far."""
 
     def rungs(self, rounds: int) -> list[int]:
-        """The rounds after which trials of so many rounds are compared: all before the last one."""
+        """The rounds after which trials of ``rounds`` rounds are compared: grace * factor^i, below ``rounds``."""
         rungs = []
         at = self.grace
         while at < rounds:

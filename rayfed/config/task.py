@@ -1,4 +1,4 @@
-"""The sections that say what is learnt, and on what base: data, problem, partition, model."""
+"""The sections that say what a run learns, and on which model: data, problem, partition, model."""
 
 from __future__ import annotations
 
@@ -12,28 +12,38 @@ from rayfed.config.types import NonNegative, Section, Share
 class Data(Section):
     """Where the labelled texts come from."""
 
-    source: Literal["stdlib", "files", "hub", "lowrank"] = Field(
-        "stdlib",
-        description="`stdlib`: functions of Python's own standard library, label = module (needs no download); "
-        "`files`: local JSONL, CSV or Parquet; `hub`: a Hugging Face data set by name; `lowrank`: a regression problem "
-        "with a known answer, see the section `problem`.",
-    )
-    path: str | None = Field(
-        None, description="For `files`: a folder with train.*, test.* and optionally validation.*, or one file."
-    )
-    name: str | None = Field(None, description="For `hub`: the data set's name, such as `PolyAI/banking77`.")
-    subset: str | None = Field(None, description="For `hub`: the data set's configuration, if it has several.")
-    text: str = Field("text", description="The column that holds the text.")
-    label: str = Field("label", description="The column that holds the label: an integer or a string.")
-    client: str | None = Field(None, description="The column that names the owner of a row (`natural` partition).")
-    validation: Share = Field(
-        0.1, description="Share of the training rows set aside for validation where the source has no such split."
-    )
-    test: Share = Field(0.2, description="Share of all rows set aside for the test where the source has no such split.")
-    examples: PositiveInt | None = Field(None, description="Use only so many rows of the source; null: all.")
-    max_tokens: PositiveInt = Field(
-        128, description="Longer texts are cut to so many tokens. Shorter ones cost only what they are."
-    )
+    decides = ("data", "model")  # the model: the number of classes, the longest input
+
+    source: Literal["stdlib", "files", "hub", "lowrank"] = "stdlib"
+    """`stdlib`: functions of Python's standard library, labelled by module (no download); `files`: local JSONL, CSV or
+    Parquet; `hub`: a Hugging Face data set; `lowrank`: a regression problem with a known answer, see the section
+    `problem`.
+    """
+    path: str | None = None
+    """For `files`: a folder with train.*, test.* and optionally validation.*, or one file."""
+    name: str | None = None
+    """For `hub`: name of the data set, such as `PolyAI/banking77`."""
+    subset: str | None = None
+    """For `hub`: configuration of the data set, if there are several."""
+    text: str = "text"
+    """The column with the text."""
+    label: str = "label"
+    """The column with the label: an integer or a string."""
+    client: str | None = None
+    """The column with the client of a row, for partition.kind=natural."""
+    validation: Share = 0.1
+    """Share of the training rows used for validation, if the source has no validation split."""
+    test: Share = 0.2
+    """Share of all rows used for the test, if the source has no test split."""
+    examples: PositiveInt | None = None
+    """Rows of the source to use; null: all."""
+    max_tokens: PositiveInt = 128
+    """Most tokens per text; longer texts are cut."""
+
+    @property
+    def task(self) -> str:
+        """The task of these data: its file in `rayfed.tasks`."""
+        return "low_rank_regression" if self.source == "lowrank" else "text_classification"
 
     @model_validator(mode="after")
     def _source_is_named(self) -> Data:
@@ -53,20 +63,24 @@ class Data(Section):
 class Problem(Section):
     """The built-in problem with a known answer (`data.source: lowrank`): low-rank regression on one linear layer.
 
-    Every client has a quadratic loss of its own and `partition.clients` says how many there are. Sections `data` and
-    `eval` have nothing to add: the distance from the optimum is exact.
+    Every client has its own quadratic loss; `partition.clients` is the number of clients. The distance from the optimum
+    is exact, so no validation or test data are needed.
     """
 
-    outputs: PositiveInt = Field(32, description="Outputs of the layer.")
-    inputs: PositiveInt = Field(32, description="Inputs of the layer.")
-    true_rank: PositiveInt = Field(12, description="Rank of the optimum.")
-    rows: PositiveInt = Field(64, description="Rows of data a client; at least `inputs`.")
-    condition: Annotated[float, Field(ge=1)] = Field(
-        10.0, description="Largest over smallest curvature of a client's loss; at 1 all clients see alike."
-    )
-    shift: NonNegative = Field(
-        0.5, description="How far the clients' own optima lie from the common one, as a share of its norm."
-    )
+    decides = ("data", "model")
+
+    outputs: PositiveInt = 32
+    """Outputs of the layer."""
+    inputs: PositiveInt = 32
+    """Inputs of the layer."""
+    true_rank: PositiveInt = 12
+    """Rank of the optimum."""
+    rows: PositiveInt = 64
+    """Rows of data per client; at least `inputs`."""
+    condition: Annotated[float, Field(ge=1)] = 10.0
+    """Largest over smallest curvature of a client's loss; 1: equal in all directions."""
+    shift: NonNegative = 0.5
+    """Distance of each client's optimum from the common optimum, relative to the norm of that."""
 
     @model_validator(mode="after")
     def _problem_exists(self) -> Problem:
@@ -81,43 +95,45 @@ class Problem(Section):
 
 
 class Partition(Section):
-    """Who holds which training rows."""
+    """Which client holds which training rows."""
 
-    kind: Literal["iid", "dirichlet", "flasc", "pathological", "natural"] = Field(
-        "dirichlet",
-        description="`iid`; `dirichlet`: label shares per client drawn from Dirichlet(alpha); `flasc`: the recipe of "
-        "FLASC's code; `pathological`: few classes per client; `natural`: the column `data.client`.",
-    )
-    clients: PositiveInt = Field(
-        100, description="Clients in the population. Ignored by `natural`, but for data.source=lowrank."
-    )
-    alpha: PositiveFloat = Field(0.1, description="Dirichlet concentration; small means unlike clients.")
-    classes: PositiveInt = Field(2, description="Classes per client for `pathological`.")
+    decides = ("data",)
+
+    kind: Literal["iid", "dirichlet", "flasc", "pathological", "natural"] = "dirichlet"
+    """`iid`: rows at random; `dirichlet`: label shares of each client drawn from Dirichlet(alpha); `flasc`: as in
+    FLASC's code; `pathological`: few classes per client; `natural`: by the column `data.client`.
+    """
+    clients: PositiveInt = 100
+    """Clients in the population. Ignored by `natural`, except with data.source=lowrank."""
+    alpha: PositiveFloat = 0.1
+    """Dirichlet concentration. The smaller, the more clients differ."""
+    classes: PositiveInt = 2
+    """For `pathological`: classes per client."""
 
 
 class Model(Section):
     """The frozen base model."""
 
-    name: str = Field(
-        "minilm",
-        description="`minilm`: the packaged all-MiniLM-L6-v2 (extra `minilm`); else a local folder or a hub name that "
-        "AutoModelForSequenceClassification can load. Ignored by data.source=lowrank, whose model is one layer.",
-    )
-    pooling: Literal["stock", "mean"] = Field(
-        "stock",
-        description="`stock`: the model's own classification head; `mean`: mean over the real tokens, L2-normalised "
-        "where `normalize`, then one linear layer.",
-    )
-    normalize: bool = Field(True, description="Scale mean-pooled features to unit length times sqrt(width).")
-    head: Literal["trained", "frozen"] = Field(
-        "trained",
-        description="`trained`: with the adapters, and sent. `frozen`: every weight matrix of the head stays at random "
-        "orthonormal rows, keyed by `seed`; then all that can be learnt is in the adapters, which tells methods apart.",
-    )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32",
-        description="Number format of the frozen base and of what passes through it, in training and evaluation alike. "
-        "Adapters, head, loss, optimizer states and messages are float32 in any case. bfloat16 halves the base's "
-        "memory and is fast where a device computes in it; a client's trained change differs by a percent or two.",
-    )
-    trust_remote_code: bool = Field(False, description="Run code that comes with a hub model. Off unless you trust it.")
+    decides = ("data", "model")  # the data: the tokens of a text, the longest input
+
+    name: str = "minilm"
+    """`minilm`: the packaged all-MiniLM-L6-v2 (extra `minilm`); else a local folder or a hub name that
+    AutoModelForSequenceClassification can load. Ignored by data.source=lowrank, whose model is one layer.
+    """
+    pooling: Literal["stock", "mean"] = "stock"
+    """`stock`: the model's own classification head; `mean`: the mean over all tokens but the padding, then one linear
+    layer.
+    """
+    normalize: bool = True
+    """For pooling=mean: scale features to unit length (L2), times sqrt(width) of the model."""
+    head: Literal["trained", "frozen"] = "trained"
+    """`trained`: the head trains with the adapters and is sent. `frozen`: every weight matrix of the head is fixed to
+    random orthonormal rows, drawn from `seed`; then only adapters learn.
+    """
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the frozen base model and its activations, in training and evaluation. Adapters, head, loss,
+    optimizer states and messages are float32 in any case. bfloat16 halves the memory of the base model and is fast on
+    devices that compute in it; a client's trained change differs by 1 or 2 percent.
+    """
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a hub model. Use it only for models you trust."""

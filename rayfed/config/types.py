@@ -1,8 +1,15 @@
-"""What all sections of the settings are made of: their common rules, and the types of their fields."""
+"""The base class of all sections, the types of their fields, and the marks that say what a setting decides.
+
+A setting decides some of: `data` (the rows, and which client holds them), `model` (the base model, and what is adapted
+in it), `result` (the trained state and its metrics). What decides the data or the model also decides the result.
+`Section.decides` marks all fields of a section. A field that differs from its section has a mark of its own:
+`DecidesData[...]`, `DecidesModel[...]` or `DecidesNothing[...]`. `rayfed.config.marks` reads the marks.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -16,23 +23,42 @@ Ranks = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
 Densities = Annotated[tuple[Density, ...], Field(strict=False)]
 Weights = Annotated[tuple[PositiveFloat, ...], Field(strict=False)]
 ValueFormat = Literal["fp32", "bf16", "fp16", "int8"]
+Aspect = Literal["data", "model", "result"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Decides:
+    """The mark of one field: the aspects of a run that the field decides."""
+
+    aspects: tuple[Aspect, ...] = ()
+
+
+DecidesData = Annotated[T, Decides(("data",))]
+DecidesModel = Annotated[T, Decides(("model",))]
+DecidesNothing = Annotated[T, Decides()]
+Live = Annotated[T, "live"]  # may change between two rounds of a run: the tensors of a checkpoint stay valid
+Searched = Annotated[T, "searched"]  # `sweep.search.kind: flasc` sets the field
 
 
 class Section(BaseModel):
-    """What all sections share: unknown keys are refused, and nothing is converted: "3" is no number, 1 no `true`."""
+    """The base class of all sections. Unknown keys are refused. Values are not converted: "3" is not a number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+    decides: ClassVar[tuple[Aspect, ...]] = ("result",)
 
     @model_validator(mode="before")
     @classmethod
     def _empty_sections(cls, settings: Any) -> Any:
-        """A section with nothing under its name is null in YAML and means its defaults."""
+        """In YAML, a section with nothing under its name is null. Such a section gets its defaults."""
         if not isinstance(settings, dict):
             return settings
         sections = {name for name, field in cls.model_fields.items() if field.default_factory is not None}
         return {name: value for name, value in settings.items() if value is not None or name not in sections}
 
 
-def section(kind: type[Section], description: str) -> Any:
-    """A field that holds a section, with its defaults unless settings are given."""
-    return Field(default_factory=kind, description=description)
+def section(kind: type[Section]) -> Any:
+    """A field that holds a section. Its default is the section with all its defaults."""
+    return Field(default_factory=kind, description=kind.__doc__)

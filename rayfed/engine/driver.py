@@ -1,7 +1,7 @@
-"""The driver actor: runs the rounds next to its workers and streams what happens to whoever started the run.
+"""The driver actor: runs the rounds next to its workers and streams what happens to the process that started the run.
 
 The driver writes the run directory; the starting process only watches. So a run goes on at the speed of the cluster,
-and the terminal can be as slow as it likes.
+and the terminal can be slow.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,20 +18,20 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from rayfed.config import Experiment
-from rayfed.engine.placement import beside_the_starting_process, check_places, with_shares
+from rayfed.clients.plan import RunPlan
+from rayfed.config.execution import Engine
+from rayfed.engine.placement import beside_the_starting_process, check_places, with_gpu_share
 from rayfed.engine.ray_executor import RayExecutor
+from rayfed.engine.rounds import run_rounds, with_pack_size
 from rayfed.errors import RunError, UserError
 from rayfed.server.loop import Server
-from rayfed.tasks.federation import Federation
-from rayfed.tasks.models.spec import ModelSpec
 from rayfed.tracking import Record, RunInfo, Sink, SinkList, Table, open_sinks
 
 Message = tuple[str, tuple[Any, ...]]
 
 
 class Outbox(Sink):
-    """A sink that keeps calls until they are sent on: each a method's name and its arguments."""
+    """A sink that keeps calls until they are sent on: each is a method's name and its arguments."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
@@ -56,23 +57,19 @@ class Outbox(Sink):
 
 
 class Driver:
-    """The actor. `run` yields the calls that a sink in the starting process should get."""
+    """The actor. `run` yields the calls that a sink in the starting process gets."""
 
-    def run(
-        self, experiment: Experiment, federation: list[ray.ObjectRef], model_spec: ModelSpec, out: Path, resume: bool
-    ) -> Iterator[Message]:
+    def run(self, plan: RunPlan, out: Path, resume: bool, uri: str | None) -> Iterator[Message]:
         import torch
 
         torch.set_num_threads(1)  # the driver's own sums are element-wise; its cores belong to the workers
         outbox = Outbox()
-        sinks = SinkList(open_sinks(experiment.tracking, out), outbox)
-        executor = RayExecutor(experiment, federation[0], model_spec)
+        sinks = SinkList(open_sinks(plan.tracking, out), outbox)
+        executor = RayExecutor(plan.engine, ray.put(plan))
         try:
-            server = Server(experiment, ray.get(federation[0]), model_spec, executor, out, sinks, resume)
-            for _ in server.rounds():
+            for _ in run_rounds(plan, executor, out, sinks, resume, uri):
                 for message in outbox.drain():  # not `yield from`: Ray resumes with send()
                     yield message
-            server.finish()
             for message in outbox.drain():
                 yield message
         finally:
@@ -80,30 +77,25 @@ class Driver:
             executor.close()
 
 
-def run_on_ray(
-    experiment: Experiment, federation: Federation, model_spec: ModelSpec, out: Path, resume: bool, console: Sink
-) -> None:
-    """Starts (or joins) Ray, runs the experiment on it, and shows ``console`` what happens.
+def run_on_ray(plan: RunPlan, out: Path, resume: bool, uri: str | None, console: Sink) -> None:
+    """Starts (or joins) Ray, runs the plan on it, and shows ``console`` what happens.
 
-    UserError where the cluster can never hold the workers; RunError where the run cannot go on. Ray is shut down
-    again where it was started here.
+    UserError where the cluster can never hold the workers; RunError where the run cannot go on. Ray is shut down again
+    where it was started here.
     """
     ours = not ray.is_initialized()
     if ours:
-        _start(experiment)
+        _start(plan.engine)
     try:
-        experiment = with_shares(experiment)
-        waiting = check_places(experiment)
+        plan = with_gpu_share(plan)
+        waiting = check_places(plan.engine)
         if waiting:
             console.event(waiting)
+        _pickle_by_value(plan.method, plan.task, plan.profiles)
         actor: Any = ray.remote(num_cpus=0)(Driver)
         driver = actor.options(scheduling_strategy=beside_the_starting_process()).remote()
         try:
-            # In a list, Ray passes the reference on instead of the data.
-            data = [ray.put(federation)]
-            stream = driver.run.options(num_returns="streaming").remote(
-                experiment, data, model_spec, out.resolve(), resume
-            )
+            stream = driver.run.options(num_returns="streaming").remote(ray.put(plan), out.resolve(), resume, uri)
             for message in stream:
                 name, arguments = ray.get(message)
                 getattr(console, name)(*arguments)
@@ -119,21 +111,17 @@ def run_on_ray(
 
 
 @contextmanager
-def stepwise(experiment: Experiment, federation: Federation, model_spec: ModelSpec, out: Path) -> Iterator[Server]:
-    """A server in this process with Ray workers, for whoever steps through its rounds, as benchmarks do."""
-    _start(experiment)
+def stepwise(plan: RunPlan, out: Path) -> Iterator[Server]:
+    """A server in this process with Ray workers, to step through its rounds, as benchmarks do."""
+    _start(plan.engine)
     try:
-        experiment = with_shares(experiment)
-        executor = RayExecutor(experiment, ray.put(federation), model_spec)
-        yield Server(experiment, federation, model_spec, executor, out, SinkList(), resume=False)
+        plan = with_gpu_share(plan)
+        executor = RayExecutor(plan.engine, ray.put(plan))
+        plan, choice = with_pack_size(plan, executor)
+        yield Server(plan, executor, out, SinkList(), False, choice)
         executor.close()
     finally:
         ray.shutdown()
-
-
-def _start(experiment: Experiment) -> None:
-    engine = experiment.engine
-    start_ray(engine.address, engine.workers * engine.cpus_per_worker)
 
 
 def start_ray(address: str | None, need: float) -> None:
@@ -146,3 +134,18 @@ def start_ray(address: str | None, need: float) -> None:
         # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
         address, cpus = "local", max(os.cpu_count() or 1, math.ceil(need))
     ray.init(address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def _start(engine: Engine) -> None:
+    start_ray(engine.address, engine.workers * engine.cpus_per_worker)
+
+
+def _pickle_by_value(*objects: object) -> None:
+    """Sends the code of a user's own classes along: the workers may be unable to import their modules."""
+    from ray import cloudpickle
+
+    for value in objects:
+        module = sys.modules[type(value).__module__]
+        package = module.__name__.partition(".")[0]
+        if package not in ("rayfed", "__main__", "builtins"):
+            cloudpickle.register_pickle_by_value(sys.modules.get(package, module))

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
+from rayfed.clients.plan import RunPlan
 from rayfed.clients.trainer import Trainer
-from rayfed.config import Experiment
-from rayfed.engine.setup import prepare_process
-from rayfed.server.executor import Submission, SubmissionResult
-from rayfed.tasks.federation import Federation
-from rayfed.tasks.models.spec import ModelSpec
+from rayfed.device import prepare_process
+from rayfed.server.executor import Executor, Submission, SubmissionResult
 
 
-class LocalExecutor:
-    """Does every job in this process, one after the other."""
+class LocalExecutor(Executor):
+    """Executes every job in this process, one after the other."""
 
-    def __init__(self, experiment: Experiment, federation: Federation, model_spec: ModelSpec) -> None:
+    def __init__(self, plan: RunPlan) -> None:
         self.threads = torch.get_num_threads()
-        prepare_process(experiment)
-        self.trainer = Trainer(experiment, federation, model_spec)
+        prepare_process(plan.engine.threads, plan.engine.device, plan.engine.deterministic)
+        self.trainer = Trainer(plan)
 
-    def put(self, payload: Any) -> Any:
-        return payload
-
-    def run(self, tasks: Sequence[Submission]) -> Iterator[SubmissionResult]:
-        for index, task in enumerate(tasks):
-            yield SubmissionResult(index, self.trainer.execute(task.job, task.payloads))
-
-    def drain_events(self) -> list[str]:
-        return []
+    def run(self, submissions: Sequence[Submission]) -> Iterator[SubmissionResult]:
+        for index, submission in enumerate(submissions):
+            yield SubmissionResult(index, self.trainer.execute(submission.job, submission.payloads))
 
     def close(self) -> None:
         torch.set_num_threads(self.threads)  # the caller's process goes on with its own setting

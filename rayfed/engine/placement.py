@@ -1,8 +1,8 @@
-"""Where workers go: one bundle a worker in a placement group, spread over the cluster's nodes or packed on few.
+"""The placement of workers: one bundle a worker in a placement group, spread over the cluster's nodes or packed on few.
 
-The driver is not in the group: it stays beside the process that started the run, where the run directory is, and holds
-no resources. On a cluster whose head has no GPU that is a CPU node. When a node of the group is lost, Ray finds its
-bundles another place as soon as there is one; what the run does meanwhile is the executor's business.
+The driver is not in the group. It runs on the node of the process that started the run, because the run directory is
+there, and holds no resources. On a cluster whose head has no GPU, that is a CPU node. When a node of the group is lost,
+Ray places its bundles again as soon as there is room; meanwhile the executor goes on with the other workers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from rayfed.config import Experiment
+from rayfed.clients.plan import RunPlan
 from rayfed.config.execution import Engine
 from rayfed.errors import UserError
 
@@ -23,15 +23,15 @@ Bundle = dict[str, float]
 
 
 def bundle_of(engine: Engine) -> Bundle:
-    """What one worker holds; empty where it asks for nothing."""
+    """The resources of one worker; empty where it asks for none."""
     asked = {"CPU": engine.cpus_per_worker, "GPU": engine.gpus}
     return {name: amount for name, amount in asked.items() if amount}
 
 
 def reserve(engine: Engine) -> PlacementGroup | None:
-    """A group with a bundle for each worker, not yet placed.
+    """A placement group with a bundle for each worker, not yet placed.
 
-    None where workers hold nothing, or where a trial of a sweep has reserved their places already.
+    None where workers need no resources, or where a trial of a sweep has reserved places for them.
     """
     bundle = bundle_of(engine)
     if not bundle or ray.util.get_current_placement_group() is not None:
@@ -40,15 +40,15 @@ def reserve(engine: Engine) -> PlacementGroup | None:
 
 
 def in_group(group: PlacementGroup | None) -> Any:
-    """The scheduling strategy of a worker: any free bundle of the group. None: of a trial's group, or Ray's choice."""
+    """A worker's scheduling strategy: any free bundle of the group. None: the trial's group, or Ray's default."""
     return None if group is None else PlacementGroupSchedulingStrategy(group)
 
 
 def beside_the_starting_process() -> Any:
-    """Where the driver goes, because the run directory is there.
+    """The driver's scheduling strategy: the node of the starting process.
 
-    A trial of a sweep holds a placement group: its driver joins the first bundle, the trial's own, and its workers
-    follow into the others; outside the group they might wait for resources that other trials hold.
+    A trial of a sweep has a placement group. Its driver joins the first bundle, the trial's own, and its workers use
+    the others; outside the group they might wait for resources that other trials hold.
     """
     group = ray.util.get_current_placement_group()
     if group is not None:
@@ -56,28 +56,27 @@ def beside_the_starting_process() -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def with_shares(experiment: Experiment) -> Experiment:
-    """The settings with `engine.gpus_per_worker: auto` as a number: an equal share of the GPUs that the cluster has.
+def with_gpu_share(plan: RunPlan) -> RunPlan:
+    """The plan with `engine.gpus_per_worker: auto` as a number: an equal share of the GPUs that the cluster has.
 
-    A trial of a sweep has its places already. UserError where the share cannot be known, for there is no GPU yet.
+    A trial of a sweep has its places already. UserError where the share cannot be known, because there is no GPU yet.
     """
-    engine = experiment.engine
+    engine = plan.engine
     if engine.gpus_per_worker != "auto" or ray.util.get_current_placement_group() is not None:
-        return experiment
+        return plan
     if engine.device == "cpu":
-        return experiment.with_gpus(0.0)
+        return plan.with_gpus(0.0)
     have = sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
     if not have:
         allowed = (
             "a number is needed until its nodes are there" if engine.wait_for_nodes else "Ray has no GPUs to share"
         )
         raise UserError(f"engine.gpus_per_worker: got 'auto', but {allowed}")
-    return experiment.with_gpus(have)
+    return plan.with_gpus(have)
 
 
-def check_places(experiment: Experiment) -> str | None:
-    """UserError where the cluster can never hold the workers; a line to tell where it has to grow first."""
-    engine = experiment.engine
+def check_places(engine: Engine) -> str | None:
+    """UserError where the cluster can never hold the workers; a line to show where it has to grow first."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     mistake = _mistake(engine, nodes)
     if mistake is None:

@@ -1,9 +1,9 @@
 """The Ray executor: worker actors that embody clients, and their supervision.
 
-A worker is one process with a trainer. The executor hands each idle worker the next job and waits for whichever finishes
-first. When a worker dies, its job goes back to the front of the queue and a new worker takes its place: jobs are
-functions of their arguments, so the result is the one the dead worker would have given. A new worker gets jobs once it
-is there: where a lost node leaves no room for it, the others go on without it.
+A worker is one process with a trainer. The executor gives each idle worker the next job and waits for the first result.
+When a worker dies, its job returns to the front of the queue and a new worker is started. Jobs are functions of their
+arguments, so the result is the one that the dead worker would have given. A new worker gets jobs once it is ready:
+where a lost node leaves no room for it, the other workers go on without it.
 """
 
 from __future__ import annotations
@@ -17,56 +17,56 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerC
 from ray.util.placement_group import remove_placement_group
 
 from rayfed.clients.messages import Job, Result
-from rayfed.config import Experiment
+from rayfed.clients.plan import RunPlan
+from rayfed.config.execution import Engine
 from rayfed.engine.placement import in_group, reserve
 from rayfed.errors import RunError, UserError
-from rayfed.server.executor import Submission, SubmissionResult
-from rayfed.tasks.federation import Federation
-from rayfed.tasks.models.spec import ModelSpec
+from rayfed.server.executor import Executor, Submission, SubmissionResult
 
 LOST = (RayActorError, WorkerCrashedError, ObjectLostError)  # the process, or the node that held its result, is gone
 
 
 class Worker:
-    """The actor: a trainer behind a remote call. Payloads arrive resolved by Ray from the object store."""
+    """The actor: a trainer behind a remote call. Plan and payloads arrive resolved by Ray from the object store."""
 
-    def __init__(self, experiment: Experiment, federation: Federation, model_spec: ModelSpec) -> None:
+    def __init__(self, plan: RunPlan) -> None:
         from rayfed.clients.trainer import Trainer
-        from rayfed.engine.setup import prepare_process
+        from rayfed.device import prepare_process
 
-        prepare_process(experiment)
-        self.trainer = Trainer(experiment, federation, model_spec)
+        prepare_process(plan.engine.threads, plan.engine.device, plan.engine.deterministic)
+        self.trainer = Trainer(plan)
 
-    def execute(self, job: Job, *payloads: Any) -> Result:
+    def execute(self, job: Job, *payloads: bytes) -> Result:
         return self.trainer.execute(job, payloads)
 
 
-class RayExecutor:
-    """`engine.workers` actors, each holding `cpus_per_worker` CPUs and `gpus` GPUs."""
+class RayExecutor(Executor):
+    """`engine.workers` actors, each holding `cpus_per_worker` CPUs and `gpus` GPUs. ``plan``: a reference to a
+    RunPlan."""
 
-    def __init__(self, experiment: Experiment, federation: ray.ObjectRef, model_spec: ModelSpec) -> None:
-        self.experiment, self.federation, self.model_spec = experiment, federation, ray.put(model_spec)
+    def __init__(self, engine: Engine, plan: ray.ObjectRef) -> None:
+        self.engine, self.plan = engine, plan
         self.events: list[str] = []
-        self.group = reserve(experiment.engine)
-        self.workers: list[Any] = []  # those that are there
-        self.starting: dict[ray.ObjectRef, Any] = {}  # those that are not yet, by what resolves when they are
-        self.failed_starts = 0  # since the last one that came
-        for _ in range(experiment.engine.workers):
+        self.group = reserve(engine)
+        self.workers: list[Any] = []  # those that are ready
+        self.starting: dict[ray.ObjectRef, Any] = {}  # the others, by the reference that resolves when they are ready
+        self.failed_starts = 0  # since the last successful one
+        for _ in range(engine.workers):
             self._start_worker()
 
-    def put(self, payload: Any) -> ray.ObjectRef:
+    def put(self, payload: bytes) -> ray.ObjectRef:
         return ray.put(payload)
 
-    def run(self, tasks: Sequence[Submission]) -> Iterator[SubmissionResult]:
-        queue = deque(range(len(tasks)))
+    def run(self, submissions: Sequence[Submission]) -> Iterator[SubmissionResult]:
+        queue = deque(range(len(submissions)))
         idle = deque(worker for worker in self.workers if worker not in self.starting.values())
-        retries = [0] * len(tasks)
+        retries = [0] * len(submissions)
         in_flight: dict[ray.ObjectRef, tuple[int, Any]] = {}
         while queue or in_flight:
             while queue and idle:
                 index, worker = queue.popleft(), idle.popleft()
-                task = tasks[index]
-                in_flight[worker.execute.remote(task.job, *task.payloads)] = index, worker
+                submission = submissions[index]
+                in_flight[worker.execute.remote(submission.job, *submission.payloads)] = index, worker
             (ready,), _ = ray.wait([*in_flight, *self.starting], num_returns=1)
             if ready in self.starting:
                 idle.extend(self._started(ready))
@@ -76,13 +76,11 @@ class RayExecutor:
                 result = ray.get(ready)
             except LOST as error:
                 retries[index] += 1
-                self._remove_worker(
-                    worker
-                )  # first: whoever runs other tasks after an error finds only workers that live
+                self._remove_worker(worker)  # first: after an error, other submissions must find only living workers
                 self._check_retries(retries[index], error)
                 self._replace_worker()
                 queue.appendleft(index)
-                while idle:  # a lost node takes several: who is idle has to show that it is there
+                while idle:  # a lost node takes several workers: idle ones must show that they live
                     self._expect(idle.popleft())
                 continue
             except RayTaskError as error:
@@ -103,17 +101,15 @@ class RayExecutor:
             self.group = None
 
     def _start_worker(self) -> None:
-        engine = self.experiment.engine
-        actor = ray.remote(num_cpus=engine.cpus_per_worker, num_gpus=engine.gpus)(Worker)
-        placed = actor.options(scheduling_strategy=in_group(self.group))
-        worker = placed.remote(self.experiment, self.federation, self.model_spec)
-        self._expect(worker)
+        actor = ray.remote(num_cpus=self.engine.cpus_per_worker, num_gpus=self.engine.gpus)(Worker)
+        self._expect(actor.options(scheduling_strategy=in_group(self.group)).remote(self.plan))
 
     def _expect(self, worker: Any) -> None:
+        """Waits for the worker to be ready before it gets a job."""
         self.starting[worker.__ray_ready__.remote()] = worker
 
     def _started(self, ready: ray.ObjectRef) -> list[Any]:
-        """The worker that is there; none where it is not, and another is on its way."""
+        """The worker that is ready; an empty list where it died, and another one is started."""
         worker = self.starting.pop(ready)
         known = worker in self.workers
         try:
@@ -124,9 +120,9 @@ class RayExecutor:
                 self._replace_worker()
                 return []
             self.failed_starts += 1
-            if self.failed_starts > self.experiment.engine.retries:
+            if self.failed_starts > self.engine.retries:
                 count = self.failed_starts
-                raise RunError(f"workers died {count} times before their first job: {_last(error)}") from None
+                raise RunError(f"workers died {count} times before their first job: {_last_line(error)}") from None
             self._start_worker()
             return []
         if not known:
@@ -143,12 +139,12 @@ class RayExecutor:
         self.events.append("a worker died; a new one takes its place and its clients are trained again")
 
     def _check_retries(self, count: int, error: Exception) -> None:
-        limit = self.experiment.engine.retries
+        limit = self.engine.retries
         if count > limit:
             raise RunError(
-                f"a pack failed {count} times because its worker died (engine.retries={limit}): {_last(error)}"
+                f"a pack failed {count} times because its worker died (engine.retries={limit}): {_last_line(error)}"
             )
 
 
-def _last(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     return (str(error).strip().splitlines()[-1:] or ["no reason given"])[0]

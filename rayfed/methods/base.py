@@ -57,7 +57,7 @@ class Start:
     mask: Tensor | None = None
     dense: bool = False
     known: Tensor | None = None
-    extra: Tensor | None = None
+    merge: Adapter | None = None
     base: BaseChange = field(default_factory=dict)
 
 

@@ -87,11 +87,12 @@ class FedView(Layered):
         adapter = Adapter(begin, state.head)
         if begun == client.rank:
             return Start(adapter.flatten(), adapter.layout, base=view)
-        base: BaseChange = {name: add(view[name], pair) if view else pair for name, pair in merge.items()}
         known = {name: _fresh_ranks(pair, begun) for name, pair in begin.items()}
         held = Adapter(known, {name: torch.zeros_like(tensor) for name, tensor in state.head.items()})
-        also = Adapter(merge, {}).flatten()
-        return Start(adapter.flatten(), adapter.layout, known=held.flatten().bool(), extra=also, base=base)
+
+        return Start(
+            adapter.flatten(), adapter.layout, known=held.flatten().bool(), merge=Adapter(merge, {}), base=view
+        )
 
     def _correct(
         self, state: Global, client: Profile, name: str, view: Tensor | None, begun: int
@@ -125,7 +126,9 @@ class FedView(Layered):
             total.add(update.weight, Adapter({}, update.layout.unflatten(update.change).head))
             for name, pair in product_change(update).items():
                 total.add_pair(name, update.weight, pair)
-            base = clients.get(client.client, {}) if self.start == "correction" else self.broadcast(state, client).base
+            base = (
+                clients.get(client.client, {}) if self.start == "correction" else _merged(self.broadcast(state, client))
+            )
             clients[client.client] = {name: _plus(base.get(name), pair) for name, pair in sent.layers.items()}
             behind.append(_distance(state, clients[client.client]))
         layers = {name: advance(f"W.{name}", _matrix(state, name), total.matrix(name)) for name in state.layers}
@@ -161,3 +164,8 @@ def _distance(state: Global, view: Mapping[str, Tensor]) -> float:
     lacks = math.hypot(*(norm(_matrix(state, name) - view[name]) for name in view))
     whole = math.hypot(*(norm(_matrix(state, name)) for name in view))
     return lacks / whole if whole else 0.0
+
+
+def _merged(start: Start) -> BaseChange:
+    base, merge = start.base, start.merge.layers if start.merge else {}
+    return {name: add(base[name], pair) if name in base else pair for name, pair in merge.items()}

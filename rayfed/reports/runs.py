@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rayfed.config import Experiment
-from rayfed.config.describe import walk
+from rayfed.config.describe import iter_fields
 from rayfed.config.load import read_settings
-from rayfed.config.schema import WHERE_AND_HOW
+from rayfed.config.marks import decides
 from rayfed.errors import UserError
 from rayfed.tracking import read_metrics
 
@@ -51,7 +51,7 @@ class Run:
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that can change the result, without the seed."""
-        return {key: value for key, value in self.settings.items() if key != SEED and changes_result(key)}
+        return {key: value for key, value in self.settings.items() if key != SEED and decides(key)}
 
     def series(self, key: str) -> dict[int, float]:
         """Round -> value, for the rounds with a finite number. Lists, such as a recall per class, are left out."""
@@ -105,17 +105,11 @@ def read_run(folder: Path, trial: bool = False) -> Run:
                 raise UserError(f"{metrics}: round {record['round']} has no {key}")
     if not config.is_file():
         raise UserError(f"DIR: got {str(folder)!r}, but it has no config.yaml, so its settings are unknown")
-    defaults = {key: field.default for key, field in walk(Experiment) if not field.is_required()}  # for older runs
+    # An older run's config.yaml may lack new settings; these have their defaults.
+    defaults = {key: field.default for key, field in iter_fields(Experiment) if not field.is_required()}
     settings = {**flatten(defaults), **flatten(read_settings(config))}
     finished = rounds[-1]["round"] >= settings["server.rounds"] or _last_event(folder / "events.log") == "finish"
     return Run(folder, str(settings["name"]), settings, rounds, finished, trial)
-
-
-def changes_result(key: str) -> bool:
-    """Whether the setting ``key`` can change the result. Settings of execution and tracking cannot."""
-    section, _, rest = key.partition(".")
-    fields = WHERE_AND_HOW.get(section, ())
-    return fields is not None and rest not in fields
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""What goes down: the payloads of a round, each encoded once, and what every client already has.
+"""The downloads of a round: the payloads, each encoded once, and what every client has already.
 
-`Downlink` turns a method's `Start` into bytes: of the entries that the client does not hold, the largest or the masked
-ones travel. What these bytes decode to is what the client trains from and what `aggregate` is told was sent. Held
-entries and the frozen change of the base reach the workers too, since a client has them; they are no traffic.
+`Downlink` turns a method's `Start` into bytes: of the entries that the client does not know, the largest or the masked
+ones travel. The client trains from what these bytes decode to, and `aggregate` is told the same values. Known entries
+and the frozen change of the base reach the workers too, because the client has them; they are no traffic.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from rayfed import wire
-from rayfed.clients.transfer import Uploadable, assemble
+from rayfed.channels import Channel
+from rayfed.clients.transfer import Uploadable, assemble, merged_base
 from rayfed.errors import RunError
-from rayfed.lora.adapter import Layout, LowRank, flatten_changes
-from rayfed.methods import Method, Profile, Start, Trainable
+from rayfed.lora.adapter import Adapter, Layout, LowRank, flatten_changes
+from rayfed.methods import Method, Start, Trainable
 from rayfed.methods.base import BaseChange
+from rayfed.profiles.profile import Profile
 from rayfed.server.executor import Executor, Handle
 
 
@@ -28,18 +30,22 @@ from rayfed.server.executor import Executor, Handle
 class Download:
     """What one tier (or one client of a personal method) receives in a round.
 
-    ``vector`` (n,) is what it starts from and ``has`` (n,) which entries it has a value for (None: all).
+    ``vector`` (n,) is what it starts from and ``has`` (n,) marks the entries for which it has a value (None: all).
     """
 
     start: Start
-    payloads: tuple[bytes, ...]  # the traffic: the adapter, and what travels beside it
+    payloads: tuple[bytes, ...]  # the traffic: the adapter, and a change to merge
     handle: Handle  # of the adapter's payload
     vector: Tensor
     has: Tensor | None
     known: Handle | None = None
     base: Handle | None = None
     base_layout: Layout | None = None
-    _asked: list[tuple[Trainable, int, Uploadable]] = field(default_factory=list, init=False, repr=False, compare=False)
+    merge: Handle | None = None
+    merge_layout: Layout | None = None
+    _cached: list[tuple[Trainable, int, Uploadable]] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
 
     @cached_property
     def sizes(self) -> tuple[wire.Sizes, ...]:
@@ -47,34 +53,44 @@ class Download:
         return tuple(map(wire.inspect, self.payloads))
 
     def uploadable(self, trainable: Trainable) -> Uploadable:
-        """What a client that starts from this may send up."""
-        return self._answer(trainable)[1]
+        """The entries that a client may send up."""
+        return self._limits(trainable)[1]
 
     def budget(self, trainable: Trainable, density: float) -> int:
         """How many entries it may send: that share of those that could train, had everything arrived."""
-        return wire.keep_count(self._answer(trainable)[0], density)
+        return wire.keep_count(self._limits(trainable)[0], density)
 
-    def _answer(self, trainable: Trainable) -> tuple[int, Uploadable]:
-        """Worked out once for clients that train alike."""
-        if not self._asked or not self._asked[0][0].same_support(trainable):
+    def model(self) -> tuple[Tensor, Layout]:
+        """The client's model: its start adapter over its base, as one vector (n,) with its layout."""
+        adapter = self.start.layout.unflatten(self.vector)
+        changes: dict[str, LowRank | Tensor] = {name: pair.folded() for name, pair in adapter.layers.items()}
+        for name, below in merged_base(self.start.base, self.start.merge).items():
+            under = below.dense() if isinstance(below, LowRank) else below
+            above = changes.get(name)
+            changes[name] = under + above.dense() if isinstance(above, LowRank) else under
+        return flatten_changes(changes, adapter.head)
+
+    def _limits(self, trainable: Trainable) -> tuple[int, Uploadable]:
+        """Computed once for clients whose trainable entries are the same."""
+        if not self._cached or not self._cached[0][0].same_support(trainable):
             layout = self.start.layout
             most = int(trainable.uploaded(layout, trainable.whole(layout)).sum())
             mask = trainable.uploaded(layout, trainable.support(layout, self.has))
-            self._asked[:] = [(trainable, most, Uploadable.of(mask))]
-        return self._asked[0][1:]
+            self._cached[:] = [(trainable, most, Uploadable.of(mask))]
+        return self._cached[0][1:]
 
 
 class Downlink:
-    """The downloads of one round, made on demand."""
+    """The downloads of one round, made on demand. ``values``: the number format (`wire.down.values`)."""
 
-    def __init__(self, method: Method, state: Any, values: str, executor: Executor) -> None:
-        self.method, self.state, self.values, self.executor = method, state, values, executor
+    def __init__(self, method: Method, state: Any, values: str, channel: Channel, executor: Executor) -> None:
+        self.method, self.state, self.values, self.channel, self.executor = method, state, values, channel, executor
         self.first: Download | None = None
         self._made: dict[Hashable, Download] = {}
         self._bases: dict[int, tuple[BaseChange, Handle, Layout]] = {}  # by identity; the base is kept alive beside it
 
     def of(self, client: Profile) -> Download:
-        """The client's download. RunError where the global state is no longer finite."""
+        """The client's download. RunError where the global state is not finite any more."""
         key: Hashable = client.client if self.method.personal else client.tier
         if key not in self._made:
             self._made[key] = self._make(client)
@@ -82,7 +98,7 @@ class Downlink:
         return self._made[key]
 
     def forget(self, client: Profile) -> None:
-        """Lets go of a personal download after its last use: the driver's memory must not grow with the cohort."""
+        """Frees a personal download after its last use: the driver's memory must not grow with the cohort."""
         if self.method.personal:
             self._made.pop(client.client, None)
 
@@ -96,16 +112,23 @@ class Downlink:
         if mask is None and not start.dense and client.density_down < 1:
             mask = wire.top_mask(vector, client.density_down)
         payload = wire.encode(vector, indices=None if mask is None else mask.nonzero().squeeze(1), values=self.values)
-        held, held_bytes = None, None
+        arrived = self.channel.deliver(payload)
+        known, known_bytes = None, None
         if start.known is not None:
-            held_bytes = wire.encode(start.vector, indices=start.known.nonzero().squeeze(1))
-            held = self.executor.put(held_bytes)
+            known_bytes = wire.encode(start.vector, indices=start.known.nonzero().squeeze(1))
+            known = self.executor.put(known_bytes)
         decoded, has = assemble(
-            start.layout, wire.decode(payload), None if held_bytes is None else wire.decode(held_bytes)
+            start.layout, wire.decode(arrived), None if known_bytes is None else wire.decode(known_bytes)
         )
-        also = () if start.extra is None else (wire.encode(start.extra),)
         base, base_layout = self._base(start.base)
-        return Download(start, (payload, *also), self.executor.put(payload), decoded, has, held, base, base_layout)
+        payloads: tuple[bytes, ...] = (payload,)
+        merge, merge_layout = None, None
+        if start.merge is not None:
+            beside = wire.encode(Adapter(start.merge.layers, {}).flatten())
+            payloads, merge, merge_layout = (payload, beside), self.executor.put(beside), start.merge.layout
+        return Download(
+            start, payloads, self.executor.put(arrived), decoded, has, known, base, base_layout, merge, merge_layout
+        )
 
     def _base(self, base: BaseChange) -> tuple[Handle | None, Layout | None]:
         if not base:
@@ -115,17 +138,6 @@ class Downlink:
             return handle, layout
         vector, layout = flatten_changes(base)
         handle = self.executor.put(wire.encode(vector))
-        if not self.method.personal:  # a client's own base is nobody else's
+        if not self.method.personal:  # another client never has this client's base
             self._bases[id(base)] = base, handle, layout
         return handle, layout
-
-
-def received_model(received: Download) -> tuple[Tensor, Layout]:
-    """What a client that was sent this has: its start adapter over its base, as one vector (n,) with its layout."""
-    adapter = received.start.layout.unflatten(received.vector)
-    changes: dict[str, LowRank | Tensor] = {name: pair.folded() for name, pair in adapter.layers.items()}
-    for name, below in received.start.base.items():
-        under = below.dense() if isinstance(below, LowRank) else below
-        above = changes.get(name)
-        changes[name] = under + above.dense() if isinstance(above, LowRank) else under
-    return flatten_changes(changes, adapter.head)

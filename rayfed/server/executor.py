@@ -1,10 +1,13 @@
-"""The hands of the server: who does its jobs. `engine` brings two crews, Ray actors and this process itself."""
+"""The interface between server and workers: jobs go in, results come out.
+
+`rayfed.engine` has two executors: Ray actors, and this process.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from rayfed.clients.messages import Job, Result
 
@@ -14,7 +17,7 @@ Handle = Any
 
 @dataclass(frozen=True)
 class Submission:
-    """One job and the payloads it needs."""
+    """One job and the payloads that it needs."""
 
     job: Job
     payloads: tuple[Handle, ...] = ()
@@ -22,40 +25,43 @@ class Submission:
 
 @dataclass(frozen=True)
 class SubmissionResult:
-    """A finished task: its place in the list, its result, how often it had to be started anew."""
+    """A finished submission: its index in the list, its result, how often it had to be started again."""
 
     index: int
     result: Result
     retries: int = 0
 
 
-class Executor(Protocol):
-    """Does tasks in whatever order suits it; a task's result never depends on who did it or when."""
+class Executor:
+    """Runs submissions in any order. A result never depends on the worker that computed it, or on the time."""
 
-    def put(self, payload: Any) -> Handle:
-        """Makes a payload (bytes, or an array) readable by all workers; transported once however many tasks name it."""
+    def put(self, payload: bytes) -> Handle:
+        """Makes a payload readable by all workers. It is transported once, however many submissions name it."""
+        return payload
 
-    def run(self, tasks: Sequence[Submission]) -> Iterator[SubmissionResult]:
-        """Yields each task's result as it arrives. RunError where a task cannot be done."""
+    def run(self, submissions: Sequence[Submission]) -> Iterator[SubmissionResult]:
+        """Yields each submission's result as it arrives. RunError where a submission cannot be finished."""
+        raise NotImplementedError
 
     def drain_events(self) -> list[str]:
-        """What happened since the last call, in words (a worker died and was replaced)."""
+        """One line for each event since the last call, such as a worker that was replaced."""
         return []
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stops the workers."""
 
 
-def in_order(done: Iterator[SubmissionResult]) -> Iterator[SubmissionResult]:
-    """The same results in the order of the tasks, each as soon as all before it are there."""
+def in_order(results: Iterator[SubmissionResult]) -> Iterator[SubmissionResult]:
+    """The same results in the order of the submissions, each as soon as all before it have arrived."""
     waiting: dict[int, SubmissionResult] = {}
     following = 0
-    for item in done:
-        waiting[item.index] = item
+    for result in results:
+        waiting[result.index] = result
         while following in waiting:
             yield waiting.pop(following)
             following += 1
 
 
-def results(done: Iterator[SubmissionResult]) -> list[Result]:
-    """All results, in the order of the tasks."""
-    return [item.result for item in in_order(done)]
+def run_all(executor: Executor, submissions: Sequence[Submission]) -> list[Result]:
+    """All results, in the order of the submissions."""
+    return [item.result for item in in_order(executor.run(submissions))]

@@ -1,14 +1,14 @@
 """`engine.pack: auto`: how many clients train together, chosen once, before the first round, from measurements.
 
-A step of a pack with x tokens is taken to last a + b x seconds and to need c + d x bytes; the lines are fitted to what
-`rayfed.clients.pack_timing` finds on a worker. Then, for packs of k clients,
+The model: a step of a pack with x tokens lasts a + b x seconds and needs c + d x bytes. The lines are fitted to the
+measurements of a worker (`rayfed.clients.pack_timing`). For packs of k clients,
 
     packs = ceil(cohort / k),  round = ceil(packs / workers) (a + b tokens cohort / packs)      (up to a factor: steps)
 
-Of the sizes up to the largest that was measured, if they fit into most of the memory, the choice is the smallest whose
-round is at most 3 % longer than the shortest: a size has to pay for what it takes. So packs never grow beyond one for
-every worker: one that idles makes no round shorter. The choice is a function of the measurements; these have noise,
-so both are written down, and the run goes on, resumes and is repeated with the number.
+Candidates are the sizes up to the largest measured one that fit into 80 % of the free memory. The choice is the
+smallest size whose round is at most 3 % longer than the shortest. So no worker is left without a pack. The choice is a
+function of the measurements. Measurements are noisy, so both are written down, and the run is resumed and repeated with
+the number.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ import numpy as np
 
 from rayfed.clients.messages import MeasureJob, MeasureResult, PackTiming
 from rayfed.clients.pack_timing import PAYS
-from rayfed.config import Experiment
+from rayfed.clients.plan import RunPlan
 from rayfed.server.executor import Executor, Submission
 from rayfed.server.sampling import client_costs, cohort
-from rayfed.tasks.federation import Federation
 
 LARGEST = 64  # clients of the largest pack that is measured
 SHARE = 0.8  # of the memory that is free: later rounds have longer texts
@@ -43,12 +42,12 @@ class LinearFit:
 
 @dataclass(frozen=True)
 class Choice:
-    """The size of packs, and what it was chosen from. ``tokens``: what a step has of each client, at most."""
+    """The size of packs, and what it was chosen from. ``tokens``: the most tokens of a client in a step."""
 
     size: int
     cohort: int
     workers: int
-    memory: int  # bytes that are free for one worker
+    memory: int  # free bytes of one worker
     tokens: float
     seconds: LinearFit
     bytes: LinearFit
@@ -59,43 +58,41 @@ class Choice:
         return asdict(self)
 
     def time_model(self) -> str:
-        """How long a step takes, in words."""
+        """The duration of a step, in words."""
         return f"{1e3 * self.seconds.fixed:.1f} ms, and {1e3 * self.seconds.slope * self.tokens:.1f} ms a client"
 
     def memory_model(self) -> str:
-        """What a step needs, in words."""
+        """The memory of a step, in words."""
         fixed, each = self.bytes.fixed / 2**20, self.bytes.slope * self.tokens / 2**20
         return f"{fixed:.0f} MiB, and {each:.1f} MiB a client; {self.memory / 2**30:.1f} GiB are free for a worker"
 
 
-def sizes_to_measure(experiment: Experiment) -> tuple[int, ...]:
-    """The sizes to measure: 1, 2, 4, ... to the largest that leaves no worker without a pack, or to 64."""
-    most = min(-(-experiment.server.cohort // workers_of(experiment)), LARGEST)
-    return tuple(sorted({*(2**i for i in range(most.bit_length()) if 2**i < most), most}))
+def measure_job(plan: RunPlan) -> MeasureJob:
+    """What a worker measures: clients of the first round, those with most tokens a step first, in packs of 1, 2, 4, ...
+
+    The largest size leaves no worker without a pack, and is at most 64.
+    """
+    most = min(-(-plan.server.cohort // packs_at_a_time(plan)), LARGEST)
+    sizes = tuple(sorted({*(2**i for i in range(most.bit_length()) if 2**i < most), most}))
+    drawn = cohort(plan.federation.holders, plan.server.cohort, plan.seed, 0)
+    tokens = client_costs(plan.federation, plan.client.model_copy(update={"steps": 1}))
+    return MeasureJob(tuple(sorted(map(int, drawn), key=lambda c: (-tokens[c], c))[:most]), sizes)
 
 
-def measure_job(experiment: Experiment, federation: Federation) -> MeasureJob:
-    """What a worker is asked to measure: clients of the first round, those with most tokens a step first."""
-    drawn = cohort(federation.holders, experiment.server.cohort, experiment.seed, 0)
-    tokens = client_costs(federation, experiment.client.model_copy(update={"steps": 1}))
-    sizes = sizes_to_measure(experiment)
-    return MeasureJob(tuple(sorted(map(int, drawn), key=lambda c: (-tokens[c], c))[: sizes[-1]]), sizes)
-
-
-def measured_choice(experiment: Experiment, federation: Federation, executor: Executor) -> Choice:
-    """Has a worker measure, and chooses. RunError where not even one client fits into its memory."""
-    (done,) = executor.run([Submission(measure_job(experiment, federation))])
+def choose_pack(plan: RunPlan, executor: Executor) -> Choice:
+    """Lets a worker measure, and chooses. RunError where not even one client fits into its memory."""
+    (done,) = executor.run([Submission(measure_job(plan))])
     found = cast(MeasureResult, done.result)
-    return choose_size(found.measured, experiment.server.cohort, workers_of(experiment), found.memory)
+    return choose_size(found.measured, plan.server.cohort, packs_at_a_time(plan), found.memory)
 
 
 def choose_size(measured: Sequence[PackTiming], cohort: int, workers: int, memory: int) -> Choice:
     """The choice for rounds of ``cohort`` clients on ``workers`` that have ``memory`` bytes each; see the module."""
     x = [m.tokens for m in measured]
     seconds, space = line(x, [m.seconds for m in measured]), line(x, [m.bytes for m in measured])
-    # No measurement may lie above: what is needed must not be guessed too low.
-    missing = max(m.bytes - space.at(m.tokens) for m in measured)
-    space = LinearFit(space.fixed + max(missing, 0.0), space.slope)
+    # The line is raised over all measurements: memory must not be underestimated.
+    above = max(m.bytes - space.at(m.tokens) for m in measured)
+    space = LinearFit(space.fixed + max(above, 0.0), space.slope)
     tokens = max(m.tokens / m.size for m in measured)
 
     def length(size: int) -> float:
@@ -121,6 +118,6 @@ def line(x: Sequence[float], y: Sequence[float]) -> LinearFit:
     return LinearFit(float(fixed), float(slope))
 
 
-def workers_of(experiment: Experiment) -> int:
-    """How many packs train at a time."""
-    return experiment.engine.workers if experiment.engine.kind == "ray" else 1
+def packs_at_a_time(plan: RunPlan) -> int:
+    """How many packs train at the same time."""
+    return plan.engine.workers if plan.engine.kind == "ray" else 1

@@ -1,27 +1,34 @@
-"""One round as plain functions: what is sent, what is asked for, what comes back, and every byte of it written down."""
+"""One round of the star topology: the server sends to every client of the cohort and receives from each of them.
+
+`train_round` is the round as one function of the state. Another topology (a gossip graph, say) is another such
+function; see docs/architecture.md.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, cast
 
 from rayfed import wire
 from rayfed.clients.messages import ClientOrder, TrainJob, TrainResult
-from rayfed.config import Experiment
+from rayfed.clients.plan import RunPlan
+from rayfed.clients.transfer import merged_base
 from rayfed.errors import RunError
-from rayfed.methods import Method, PackSum, Profile, Update
+from rayfed.methods import PackSum, Update
+from rayfed.profiles.profile import Profile
 from rayfed.server.base_updates import BaseUpdates
 from rayfed.server.downlink import Downlink, Download
 from rayfed.server.evaluation.diagnostics import Diagnostics
-from rayfed.server.executor import Handle, Submission, SubmissionResult, in_order
+from rayfed.server.executor import Executor, Handle, Submission, SubmissionResult, in_order
+from rayfed.server.optimizers import ServerOptimizer, scheduled
 
 
 @dataclass
 class RoundStats:
-    """What a round adds up to while its uploads stream in."""
+    """Figures of a round that add up while its uploads arrive."""
 
     loss: float = 0.0  # sum over clients of mean loss times examples
     examples: int = 0
@@ -30,115 +37,118 @@ class RoundStats:
     split: int = 0  # clients whose pack did not fit into memory
     dense: int = 0  # bytes of the same messages, had every entry travelled in fp32
     ranks: dict[int, int] = field(default_factory=dict)  # trained rank -> clients
-    waited: float = 0.0  # seconds in which the server had nothing to do but wait for uploads
+    waited: float = 0.0  # seconds in which the server waited for uploads
 
 
 @dataclass
 class RoundLog:
-    """Where a round writes down what travelled and what happened."""
+    """Records what travelled in a round (from 1) and what happened."""
 
+    round: int
     ledger: wire.Ledger
     base_updates: BaseUpdates
-    stats: RoundStats
+    stats: RoundStats = field(default_factory=RoundStats)
     diagnostics: Diagnostics | None = None
 
+    def record(self, client: Profile, order: ClientOrder, result: TrainResult, i: int, received: Download) -> None:
+        """Records client i of a pack's result: every message it received or sent, and its statistics."""
+        ledger, stats, where = self.ledger, self.stats, {"round": self.round, "client": client.client}
+        missed = self.base_updates.collect(client.client)
+        for sizes in missed:
+            ledger.add_sizes(**where, direction="down", sizes=sizes)
+        for payload in received.payloads:
+            ledger.add(**where, direction="down", payload=payload)
+        if result.uploads:
+            ledger.add(**where, direction="up", payload=result.uploads[i])
+        else:
+            ledger.add_sizes(**where, direction="up", sizes=result.sizes[i])
+        sent = (*missed, *received.sizes, result.sizes[i])
+        stats.dense += sum(wire.HEADER_BYTES + 4 * sizes.n for sizes in sent)
+        stats.loss += result.losses[i] * result.examples[i]
+        stats.examples += result.examples[i]
+        stats.ok += 1
+        stats.ranks[result.ranks[i]] = stats.ranks.get(result.ranks[i], 0) + 1
+        _check_rank(client, order, result.ranks[i])
 
-@dataclass(frozen=True)
-class RoundRequest:
-    """What all jobs of a round have in common."""
 
-    t: int
-    lr: float
-    weights: str  # "uniform" or "examples"
-    values: str  # number format of uploads
-    sums: bool  # may packs be summed where they were trained?
+def train_round(
+    plan: RunPlan, state: Any, t: int, packs: Sequence[Sequence[Profile]], optimizer: ServerOptimizer,
+    downlink: Downlink, executor: Executor, log: RoundLog,
+) -> Any:  # fmt: skip
+    """Trains round ``t`` (from 0) and returns the method's next state. ``packs`` are the cohort, pack by pack.
 
-
-@dataclass(frozen=True)
-class ClientResult:
-    """One client's part of a result: its place in the pack, and what it was asked."""
-
-    client: Profile
-    order: ClientOrder
-    result: TrainResult
-    i: int
+    RunError where a pack cannot be trained, or where the method does not use every update.
+    """
+    optimizer.lr = scheduled(optimizer.base_lr, plan.server.schedule, t, plan.server.rounds)
+    stream = _updates(plan, state, t, packs, downlink, executor, log)
+    state = plan.method.aggregate(state, stream, optimizer.advance)
+    if next(stream, None) is not None or log.stats.ok < sum(map(len, packs)):
+        raise RunError(f"method.name: {type(plan.method).__name__}.aggregate ended before it took every update")
+    return state
 
 
-def updates(
-    method: Method, state: Any, t: int, lr: float, packs: Sequence[Sequence[Profile]], weights: str,
-    experiment: Experiment, run: Callable[[Sequence[Submission]], Iterator[SubmissionResult]], downlink: Downlink, log: RoundLog,
+def _updates(
+    plan: RunPlan, state: Any, t: int, packs: Sequence[Sequence[Profile]], downlink: Downlink, executor: Executor,
+    log: RoundLog,
 ) -> Iterator[Update | PackSum]:  # fmt: skip
     """Trains the cohort and yields its updates in the order of the packs, whatever the order of arrival.
 
-    A linear method gets each pack as one sum, of which the bits do not depend on who added it up. Only one decoded
-    upload is in memory at a time, and of it only the entries that were sent.
+    A method that needs only sums gets one sum a pack; its bits do not depend on the process that added it up. Only one
+    decoded upload is in memory at a time, and of it only the entries that were sent.
     """
-    ask = RoundRequest(t, lr, weights, experiment.wire.up.values, method.sum_in_worker and log.diagnostics is None)
-    tasks = [_task(pack, method, state, ask, downlink) for pack in packs]
-    for done in _waiting(in_order(run(tasks)), log.stats):
-        job, result = cast(TrainJob, tasks[done.index].job), cast(TrainResult, done.result)
-        pack = [
-            ClientResult(*client, result, i) for i, client in enumerate(zip(packs[done.index], job.orders, strict=True))
-        ]
+    method, log_one = plan.method, log.record
+    lr = scheduled(plan.client.lr, plan.client.schedule, t, plan.server.rounds)
+    # To fetch one dense sum costs about as much as to decode one sparse upload (`rayfed bench aggregate`).
+    summed = [method.sum_in_worker and log.diagnostics is None and len(pack) > 1 for pack in packs]
+    submissions = [_submission(plan, state, t, lr, *pack, downlink) for pack in zip(packs, summed)]
+    for done in _timed(in_order(executor.run(submissions)), log.stats):
+        job, result = cast(TrainJob, submissions[done.index].job), cast(TrainResult, done.result)
+        pack = list(zip(packs[done.index], job.orders, strict=True))
         log.stats.retried += done.retries * len(pack)
         log.stats.split += len(pack) if len(result.parts) > 1 else 0
+
+        def update(i: int, client: Profile, order: ClientOrder, result: TrainResult = result) -> Update:
+            received = downlink.of(client)
+            downlink.forget(client)
+            log_one(client, order, result, i, received)
+            return _decoded(plan, client, order, result, i, received, log)
+
         if job.summed:
-            for arrival in pack:
-                _book(arrival, t, downlink, log)
+            for i, (client, order) in enumerate(pack):
+                log_one(client, order, result, i, downlink.of(client))
             yield from result.summed
-        elif method.sum_in_worker and len(pack) > 1:
-            came = (_update(arrival, t, downlink, log) for arrival in pack)
-            changes = ((update.weight, update.sparse_change) for update in came)
-            yield from (PackSum.of(islice(changes, part), job.orders[0].layout.size) for part in result.parts)
+            continue
+        updates = (update(i, *client) for i, client in enumerate(pack))
+        if method.sum_in_worker and len(pack) > 1:
+            changes = ((own.weight, own.sparse_change) for own in updates)
+            size = job.orders[0].layout.size
+            yield from (PackSum.of(islice(changes, part), size) for part in result.parts)
         else:
-            yield from (_update(arrival, t, downlink, log) for arrival in pack)
+            yield from updates
 
 
-def _update(arrival: ClientResult, t: int, downlink: Downlink, log: RoundLog) -> Update:
-    """What one client sent, written down and decoded."""
-    sent = _book(arrival, t, downlink, log)
-    order, result, i = arrival.order, arrival.result, arrival.i
-    kept = result.personal[i]
+def _decoded(
+    plan: RunPlan, client: Profile, order: ClientOrder, result: TrainResult, i: int, received: Download, log: RoundLog
+) -> Update:
+    """Client i's update, decoded from what arrived."""
+    personal = result.personal[i]
+    upload = wire.decode(plan.channel.deliver(result.uploads[i]))
     update = Update(
-        arrival.client,
+        client,
         order.weight,
-        sent.vector,
-        sent.uploadable(order.trainable).placed(wire.decode(result.uploads[i])),
+        received.vector,
+        received.uploadable(order.trainable).placed(upload),
         order.layout,
         {"loss": result.losses[i], "examples": result.examples[i], "steps": result.steps[i]},
-        None if kept is None else wire.decode(kept).dense(),
+        None if personal is None else wire.decode(personal).dense(),
     )
     if log.diagnostics is not None:
-        log.diagnostics.see(update, sent.start.base)
+        log.diagnostics.add(update, merged_base(received.start.base, received.start.merge))
     return update
 
 
-def _book(arrival: ClientResult, t: int, downlink: Downlink, log: RoundLog) -> Download:
-    """Writes down what one client received, sent and did; returns what it had received."""
-    ledger, stats = log.ledger, log.stats
-    client, result, i = arrival.client, arrival.result, arrival.i
-    sent = downlink.of(client)
-    downlink.forget(client)
-    missed = log.base_updates.collect(client.client)
-    for sizes in missed:
-        ledger.add_sizes(round=t + 1, client=client.client, direction="down", sizes=sizes)
-    for payload in sent.payloads:
-        ledger.add(round=t + 1, client=client.client, direction="down", payload=payload)
-    if result.uploads:
-        ledger.add(round=t + 1, client=client.client, direction="up", payload=result.uploads[i])
-    else:
-        ledger.add_sizes(round=t + 1, client=client.client, direction="up", sizes=result.sizes[i])
-    stats.dense += sum(wire.HEADER_BYTES + 4 * sizes.n for sizes in (*missed, *sent.sizes, result.sizes[i]))
-    stats.loss += result.losses[i] * result.examples[i]
-    stats.examples += result.examples[i]
-    stats.ok += 1
-    stats.ranks[result.ranks[i]] = stats.ranks.get(result.ranks[i], 0) + 1
-    _check_rank(client, arrival.order, result.ranks[i])
-    return sent
-
-
-def _waiting(stream: Iterator[SubmissionResult], stats: RoundStats) -> Iterator[SubmissionResult]:
-    """The same, with the time that each took to come added up."""
+def _timed(stream: Iterator[SubmissionResult], stats: RoundStats) -> Iterator[SubmissionResult]:
+    """The same results; the time until each arrives is added to ``stats.waited``."""
     while True:
         begun = time.perf_counter()
         done = next(stream, None)
@@ -148,46 +158,47 @@ def _waiting(stream: Iterator[SubmissionResult], stats: RoundStats) -> Iterator[
         yield done
 
 
-def _task(pack: Sequence[Profile], method: Method, state: Any, ask: RoundRequest, downlink: Downlink) -> Submission:
+def _submission(
+    plan: RunPlan, state: Any, t: int, lr: float, pack: Sequence[Profile], summed: bool, downlink: Downlink
+) -> Submission:
+    """The job of a pack. Clients that share a payload refer to the same entry of the submission's payloads."""
     handles: list[Handle] = []
 
-    def place(handle: Handle | None) -> int | None:
-        """The handle's position among the job's payloads; clients that share a payload share its place."""
+    def index(handle: Handle | None) -> int | None:
         if handle is None:
             return None
-        for i, known in enumerate(handles):
-            if known is handle:
+        for i, present in enumerate(handles):
+            if present is handle:
                 return i
         handles.append(handle)
         return len(handles) - 1
 
     orders = []
     for client in pack:
-        sent, trainable = downlink.of(client), method.trainable(state, client)
-        layout = sent.start.layout
-        density = 1.0 if sent.start.dense else client.density_up
+        received, trainable = downlink.of(client), plan.method.trainable(state, client)
+        density = 1.0 if received.start.dense else client.density_up
         orders.append(
             ClientOrder(
                 client=client.client,
-                layout=layout,
-                payload=cast(int, place(sent.handle)),
+                layout=received.start.layout,
+                payload=cast(int, index(received.handle)),
                 trainable=trainable,
-                budget=sent.budget(trainable, density),
+                budget=received.budget(trainable, density),
                 density_up=density,
-                values=ask.values,
-                weight=float(client.examples) if ask.weights == "examples" else 1.0,
-                known=place(sent.known),
-                base=place(sent.base),
-                base_layout=sent.base_layout,
+                values=plan.wire.up.values,
+                weight=plan.weighting.weight(client),
+                known=index(received.known),
+                base=index(received.base),
+                base_layout=received.base_layout,
+                merge=index(received.merge),
+                merge_layout=received.merge_layout,
             )
         )
-    # To fetch one dense sum costs about as much as to decode one sparse upload (`rayfed bench aggregate`).
-    summed = ask.sums and len(pack) > 1
-    return Submission(TrainJob(ask.t, ask.lr, tuple(orders), summed), tuple(handles))
+    return Submission(TrainJob(t, lr, tuple(orders), summed), tuple(handles))
 
 
 def _check_rank(client: Profile, order: ClientOrder, trained: int) -> None:
-    """The rank that really trained must be the rank that was sent: a mix that is not applied is worth nothing."""
+    """The rank that trained must be the rank that was sent: a rank mix must really be applied."""
     sent = max((entry.shape[0] for entry in order.layout.entries if entry.part == "A"), default=0)
     partly = order.trainable.entries is not None or order.trainable.received_only
     if trained > sent or (trained < sent and not partly):

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from ray.tune.schedulers import ASHAScheduler
 
-from rayfed.config.search import Asha
+from rayfed.config.search import AshaSettings
 from rayfed.config.sweep import Sweep
 from rayfed.server import checkpoint as checkpoints
 from rayfed.sweeps.plan import Trial
@@ -30,7 +30,7 @@ from rayfed.tracking import read_metrics
 class Halving(ASHAScheduler):
     """Tune's scheduler, by the trials' names instead of Tune's own ids: those last for one start of a sweep only."""
 
-    def __init__(self, rule: Asha, sweep: Sweep, rounds: int) -> None:
+    def __init__(self, rule: AshaSettings, sweep: Sweep, rounds: int) -> None:
         super().__init__(
             time_attr="round",
             metric=sweep.metric,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayfed import seeding
-from rayfed.config.search import Population
+from rayfed.config.search import PbtSettings
 from rayfed.sweeps.space import draw, number, value_at
 
 Spaces = Mapping[str, Any]
@@ -46,7 +46,7 @@ class Member:
         return [*(self.parent.line if self.parent else []), self]
 
 
-def founders(search: Population, spaces: Spaces, seed: int) -> list[Member]:
+def founders(search: PbtSettings, spaces: Spaces, seed: int) -> list[Member]:
     """The first generation: member i has the draw i that a list of random trials would have."""
     return [
         Member(1, i + 1, {key: draw(space, key, seed, i) for key, space in spaces.items()})
@@ -55,7 +55,12 @@ def founders(search: Population, spaces: Spaces, seed: int) -> list[Member]:
 
 
 def evolve(
-    members: Sequence[Member], figures: Sequence[float | None], search: Population, spaces: Spaces, mode: str, seed: int
+    members: Sequence[Member],
+    figures: Sequence[float | None],
+    search: PbtSettings,
+    spaces: Spaces,
+    mode: str,
+    seed: int,
 ) -> list[Member]:
     """The next generation. ``figures``: the metric of each; None: failed or diverged. ``mode``: `max` or `min`.
 
@@ -80,7 +85,7 @@ def evolve(
 
 
 def explore(
-    settings: Mapping[str, Any], search: Population, spaces: Spaces, seed: int, generation: int, member: int
+    settings: Mapping[str, Any], search: PbtSettings, spaces: Spaces, seed: int, generation: int, member: int
 ) -> dict[str, Any]:
     """The settings of a member that has copied ``settings``, in the generation that begins."""
     found = {}
@@ -101,7 +106,7 @@ def explore(
 
 
 def _copy(
-    own: Member, best: Sequence[Member], generation: int, search: Population, spaces: Spaces, seed: int
+    own: Member, best: Sequence[Member], generation: int, search: PbtSettings, spaces: Spaces, seed: int
 ) -> Member:
     drawn = seeding.numpy_rng(seed, "sweep.pbt.exploit", generation, own.number).integers(len(best))
     parent = best[int(drawn)]

@@ -31,7 +31,7 @@ class FlascSearchRun(StagedSearch):
 
     def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
         super().__init__(settings, sweep, out)
-        assert isinstance(sweep.search, kinds.FlascSearch)
+        assert isinstance(sweep.search, kinds.FlascSearchSettings)
         search = self.search = sweep.search
         first = Probe(("start",), search.rank, search.density, search.density, search.rounds)
         largest = first

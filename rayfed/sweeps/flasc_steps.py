@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rayfed.config.search import ROUNDED, FlascSearch
+from rayfed.config.search import ROUNDED, FlascSearchSettings
 
 FIRST = "start"
 
@@ -85,7 +85,7 @@ class Walk:
         return list(dict.fromkeys(seen))
 
 
-def neighbours(probe: Probe, search: FlascSearch) -> list[Probe]:
+def neighbours(probe: Probe, search: FlascSearchSettings) -> list[Probe]:
     """What a step compares, at `factor` times the communication of ``probe``; without those beyond rank or density.
 
     The cost of a round is rank * (down + up). `separate` adds (factor - 1) (down + up) to one of the two alone.
@@ -105,7 +105,7 @@ def neighbours(probe: Probe, search: FlascSearch) -> list[Probe]:
     ]
 
 
-def walk(search: FlascSearch, mode: str, metric: Callable[[Probe], float | None], reserve: int = 0) -> Walk:
+def walk(search: FlascSearchSettings, mode: str, metric: Callable[[Probe], float | None], reserve: int = 0) -> Walk:
     """Replays the search as far as its probes have ended.
 
     ``metric(probe)`` is its figure: None where it failed or diverged, KeyError where it has not ended.

@@ -12,7 +12,7 @@ from rayfed.files import atomic_write
 from rayfed.sweeps.plan import Trial
 from rayfed.sweeps.table import NOT_CHOSEN, STOPPED, UNFINISHED, TrialRow, chosen, line_of, spread, table_of
 from rayfed.sweeps.trial import outcome, record_of
-from rayfed.tasks.federation import Federation
+from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Table
 from rayfed.tracking.console import PlainView
 from rayfed.tracking.jsonl import to_line

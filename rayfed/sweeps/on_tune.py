@@ -29,7 +29,7 @@ from rayfed.errors import UserError
 from rayfed.sweeps.asha import scheduler_of
 from rayfed.sweeps.plan import Bundle, Trial, bundles, fits
 from rayfed.sweeps.trial import outcome, settle, settle_stopped, work
-from rayfed.tasks.federation import Federation
+from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.cache import keep_base
 from rayfed.tracking import Record, RunInfo, Sink, SinkList, Table, Value
 

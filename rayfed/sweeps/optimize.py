@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rayfed.config.search import Optuna
+from rayfed.config.search import OptunaSettings
 from rayfed.config.sweep import SEED, Sweep
 from rayfed.errors import UserError
 from rayfed.sweeps.plan import Trial, check_trials, make_trials
@@ -31,7 +31,7 @@ class OptunaSearch(StagedSearch):
 
     def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
         super().__init__(settings, sweep, out)
-        assert isinstance(sweep.search, Optuna)
+        assert isinstance(sweep.search, OptunaSettings)
         check_installed()
         self.search = sweep.search
         self.seeds: list[Any] = sweep.parameters.get(SEED, {}).get("grid", [None])

@@ -9,26 +9,21 @@ always have a place.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayfed.api import check, federation_key
+from rayfed.api import check
 from rayfed.config import Experiment, validate
 from rayfed.config.load import assign
+from rayfed.config.marks import data_key, model_key
 from rayfed.config.sweep import SEED, Sweep
 from rayfed.errors import UserError
 from rayfed.sweeps.space import Point, expand, names, text
-from rayfed.tasks.federation import Federation
+from rayfed.tasks.data.federation import Federation
 
 Bundle = dict[str, float]
-# Sections (and the seed, which draws heads and partitions) that cannot make a model or its adapters unfit.
-NO_MATTER_OF_MODEL = {
-    "name", "seed", "partition", "method", "wire", "profiles", "client", "server", "eval", "tracking", "checkpoint",
-    "export",
-}  # fmt: skip
 NAMED = 3  # trials that a refusal lists by their overrides
 
 
@@ -64,7 +59,9 @@ def make_trials(settings: dict[str, Any], points: Sequence[Point], called: Seque
         with mistakes.of(point):
             experiment = _experiment(settings, point, label, name)
             _check_pack(experiment)
-            trials.append(Trial(name, point.overrides, point.shown, experiment, federation_key(experiment)))
+            trials.append(
+                Trial(name, point.overrides, point.shown, experiment, data_key(experiment.model_dump(mode="json")))
+            )
     mistakes.tell()
     return trials
 
@@ -203,8 +200,8 @@ def _check_data(trial: Trial, sweep: Sweep, federations: dict[str, Federation], 
     engine = experiment.engine
     if engine.kind == "local" and engine.device == "cuda" and not engine.gpus:
         raise UserError("engine.gpus_per_worker: got 0, but in a sweep it says how much of a GPU each trial holds")
-    model = json.dumps(experiment.model_dump(mode="json", exclude=NO_MATTER_OF_MODEL))
-    federation = check(experiment, federations.get(trial.data), base=model not in models)
+    model = model_key(experiment.model_dump(mode="json"))
+    federation = check(experiment, federations.get(trial.data), model=model not in models)
     models.add(model)
     federations[trial.data] = federation
     if sweep.metric.startswith("eval/") and federation.problem is None and not len(federation.validation):

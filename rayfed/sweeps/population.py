@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rayfed.config.search import Population
+from rayfed.config.search import PbtSettings
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
 from rayfed.sweeps.evolve import Member, evolve, founders
@@ -33,7 +33,7 @@ class PopulationSearch(StagedSearch):
 
     def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
         super().__init__(settings, sweep, out)
-        assert isinstance(sweep.search, Population)
+        assert isinstance(sweep.search, PbtSettings)
         self.search = sweep.search
         ends = [self._point(point.overrides, self.search.rounds) for point in corners(sweep, {})]
         self.checked = make_trials(settings, ends, ["check"] * len(ends))

@@ -25,7 +25,7 @@ from rayfed.sweeps.plan import Trial, check_trials, make_trials
 from rayfed.sweeps.space import Point
 from rayfed.sweeps.table import TrialRow, line_of
 from rayfed.sweeps.trial import outcome
-from rayfed.tasks.federation import Federation
+from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Table
 from rayfed.tracking.jsonl import to_line
 

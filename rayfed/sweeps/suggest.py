@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from rayfed import seeding
-from rayfed.config.search import Optuna
+from rayfed.config.search import OptunaSettings
 from rayfed.config.sweep import SEED, Sweep, is_space
 from rayfed.errors import UserError
 from rayfed.sweeps.space import CASE, Point, number
@@ -43,7 +43,7 @@ class Suggestion:
 class Study:
     """What was asked for and told so far. UserError where Optuna is not installed."""
 
-    def __init__(self, search: Optuna, sweep: Sweep, seed: int) -> None:
+    def __init__(self, search: OptunaSettings, sweep: Sweep, seed: int) -> None:
         check_installed()
         import optuna
 
@@ -117,7 +117,7 @@ def _choose(trial: optuna.Trial, name: str, count: int) -> int:
     return int(trial.suggest_categorical(name, list(range(count))))
 
 
-def _sampler(search: Optuna, seed: int) -> optuna.samplers.BaseSampler:
+def _sampler(search: OptunaSettings, seed: int) -> optuna.samplers.BaseSampler:
     from optuna import samplers
 
     if search.sampler == "random":

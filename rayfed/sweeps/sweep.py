@@ -30,7 +30,7 @@ from rayfed.sweeps.population import PopulationSearch
 from rayfed.sweeps.stages import StagedSearch
 from rayfed.sweeps.table import NOT_CHOSEN, STOPPED, TrialRow, choosing, table_of
 from rayfed.sweeps.trial import locked, outcome
-from rayfed.tasks.federation import Federation
+from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Table
 from rayfed.tracking.console import PlainView
 

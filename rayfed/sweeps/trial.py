@@ -24,7 +24,7 @@ from rayfed.errors import RunError, UserError
 from rayfed.files import write_json
 from rayfed.sweeps.plan import Trial
 from rayfed.sweeps.warm_start import warm_start
-from rayfed.tasks.federation import Federation
+from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Sink
 
 

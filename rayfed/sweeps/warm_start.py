@@ -1,6 +1,6 @@
 """A run that continues another's checkpoint under other settings: the same model, exactly.
 
-Under another rate, density or such (`LIVE` in `rayfed.config.search`) a checkpoint means what it meant: its tensors,
+Under another rate, density or such (`live` in `rayfed.config.marks`) a checkpoint means what it meant: its tensors,
 what single clients keep and who has merged what are taken over bit for bit, whatever the method. Under a larger rank
 they grow.
 
@@ -70,7 +70,7 @@ def check_carrying(experiment: Experiment, varied: Iterable[str]) -> None:
 def warm_start(source: Path, folder: Path, experiment: Experiment) -> None:
     """Makes ``folder`` a run of ``experiment`` that has done what the finished run in ``source`` has done.
 
-    ``experiment`` differs from the source's settings in `LIVE` ones and server.rounds; or also in rank, where
+    ``experiment`` differs from the source's settings in those and server.rounds; or also in rank, where
     `check_growing` holds. The folder gets its config.yaml last: without one it was never made.
     """
     settings = load_config(source / "config.yaml")

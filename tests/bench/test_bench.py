@@ -20,7 +20,7 @@ from rayfed.clients.local_training import PackMember, train_pack
 from rayfed.clients.trainer import Trainer
 from rayfed.errors import UserError
 from rayfed.lora.packed.stack import peft_config
-from rayfed.tasks.federation import form_federation
+from rayfed.tasks.data.federation import form_federation
 from rayfed.tasks.models.base import base_of
 from rayfed.tasks.models.spec import describe_model
 

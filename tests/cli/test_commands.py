@@ -12,7 +12,7 @@ import pytest
 import rayfed
 from rayfed.cli import main
 from rayfed.config import Experiment
-from rayfed.config.describe import walk
+from rayfed.config.describe import iter_fields
 from rayfed.errors import RunError, UserError
 from rayfed.methods import METHODS
 
@@ -39,7 +39,7 @@ def test_methods_lists_every_method_with_its_paper(capsys: Capture) -> None:
 def test_settings_lists_every_setting_with_its_default_and_limits(capsys: Capture) -> None:
     lines = said(capsys, "settings").splitlines()
     assert [line.split(" = ")[0] for line in lines if not line.startswith(" ")] == [
-        name for name, _ in walk(Experiment)
+        name for name, _ in iter_fields(Experiment)
     ]
     assert "wire.up.density = 1.0  [a number in (0, 1]]" in lines
     assert "client.betas = [0.9, 0.999]  [a list of 2 numbers in [0, 1)]" in lines

@@ -136,7 +136,7 @@ def test_clients_that_end_at_different_steps_cost_kernels_by_the_step_not_by_the
 def test_an_evaluation_waits_once_however_many_its_batches(tiny):
     from rayfed import wire
     from rayfed.lora.adapter import Adapter, LowRank
-    from rayfed.tasks.federation import form_federation
+    from rayfed.tasks.data.federation import form_federation
     from rayfed.tasks.models.spec import describe_model
 
     experiment = tiny("eval.batch_size=4")

@@ -13,7 +13,7 @@ from rayfed.clients.trainer import Trainer
 from rayfed.errors import RunError, UserError
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.methods.base import Trainable
-from rayfed.tasks.federation import form_federation
+from rayfed.tasks.data.federation import form_federation
 from rayfed.tasks.models.base import load_base
 from rayfed.tasks.models.spec import describe_model
 from rayfed.tasks.models.unpadded import Padded, Unpadded

@@ -12,12 +12,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rayfed.config import Experiment, dump_config, load_config
-from rayfed.config.describe import walk
+from rayfed.config.describe import iter_fields
 from rayfed.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 Write = Callable[[str], Path]
-LEAVES = [name for name, _ in walk(Experiment) if name != "eval.early_stop"]
+LEAVES = [name for name, _ in iter_fields(Experiment) if name != "eval.early_stop"]
 
 
 @pytest.fixture
@@ -102,9 +102,9 @@ def test_sections_with_nothing_under_them_are_defaults(write: Write) -> None:
         ("client: [", "expected the node content"),
         ("a: b: c", "mapping values are not allowed here"),
         ("a: 1\n---\nb: 2", "expected a single document"),
-        ("name: !!int one", "not what its tag"),
-        ("name: !!bool maybe", "not what its tag"),
-        ("seed: " + "9" * 5000, "not what its tag or its form says"),
+        ("name: !!int one", "does not match its tag"),
+        ("name: !!bool maybe", "does not match its tag"),
+        ("seed: " + "9" * 5000, "does not match its tag or its type"),
         ("name: !!set {a, b}", "could not determine a constructor for the tag"),
         ("name: !!binary aGk=", "could not determine a constructor for the tag"),
         ("name: !mine x", "could not determine a constructor for the tag '!mine'"),
@@ -227,12 +227,12 @@ def test_an_override_that_is_wrong_is_one_line(write: Write, override: str, line
         ("rank: 3", "rank: unknown key; did you mean lora.rank?"),
         ("client: {rounds: 3}", "client.rounds: unknown key; did you mean server.rounds?"),
         ("density: 1", "density: unknown key; did you mean wire.down.density or wire.up.density?"),
-        ("wire.up.density: 1", "wire.up.density: unknown key; in YAML every name has a level of its own: "
+        ("wire.up.density: 1", "wire.up.density: unknown key; in YAML each part of a name is a level of its own: "
                                "wire: {up: {density: ...}}"),
         ("checkpoint: {qqqq: 1}", "checkpoint.qqqq: unknown key; allowed are every, keep"),
         ("eval: {early_stop: {patience: 1, qqqq: 1}}", "eval.early_stop.qqqq: unknown key; allowed are patience, min_"),
-        ("client: {1: 2}", "client.1: unknown key; keys are words"),
-        ("method: {1: 2}", "method.1: unknown key; keys are words"),
+        ("client: {1: 2}", "client.1: unknown key; a key is a string"),
+        ("method: {1: 2}", "method.1: unknown key; a key is a string"),
         ('"a\\nb": 1', "'a\\nb': unknown key; "),
     ],
 )  # fmt: skip

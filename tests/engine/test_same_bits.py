@@ -22,7 +22,7 @@ from rayfed.engine.ray_executor import RayExecutor, Worker
 from rayfed.errors import RunError
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.loop import Server
-from rayfed.tasks.federation import form_federation
+from rayfed.tasks.data.federation import form_federation
 from rayfed.tasks.models.spec import describe_model
 from rayfed.tracking import SinkList, read_metrics
 

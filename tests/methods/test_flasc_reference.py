@@ -19,7 +19,7 @@ from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.packed.stack import peft_config
 from rayfed.server.checkpoint import latest, load_tensors
 from rayfed.server.sampling import cohort
-from rayfed.tasks.federation import form_federation
+from rayfed.tasks.data.federation import form_federation
 from rayfed.tasks.models.base import load_base
 from rayfed.tasks.models.spec import ModelSpec, describe_model
 

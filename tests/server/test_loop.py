@@ -18,7 +18,7 @@ from rayfed.clients.trainer import Trainer
 from rayfed.errors import RunError, UserError
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.executor import SubmissionResult, in_order
-from rayfed.tasks.federation import form_federation
+from rayfed.tasks.data.federation import form_federation
 from rayfed.tasks.models.base import load_base
 
 KEYS = {

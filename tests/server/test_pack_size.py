@@ -18,7 +18,7 @@ from rayfed.errors import RunError, UserError
 from rayfed.server.loop import Server
 from rayfed.server.pack_size import LinearFit, choose_size, line, measure_job, sizes_to_measure
 from rayfed.server.sampling import client_costs, cohort
-from rayfed.tasks.federation import form_federation
+from rayfed.tasks.data.federation import form_federation
 from rayfed.tasks.models.spec import describe_model
 
 PLENTY = 10**9

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rayfed.config.training import Client
 from rayfed.methods import Profile
 from rayfed.server.sampling import client_costs, plan_packs
-from rayfed.tasks.federation import form_federation
+from rayfed.tasks.data.federation import form_federation
 
 
 def profiles(ids):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from rayfed.config.search import Asha
+from rayfed.config.search import AshaSettings
 from rayfed.config.sweep import Sweep, load_sweep
 from rayfed.sweeps.asha import Halving, scheduler_of, shown
 from rayfed.sweeps.plan import Trial, plan_trials
@@ -22,7 +22,7 @@ GRID = {"seed": {"grid": [0, 1]}}
 
 
 def halving(grace: int = 2, factor: int = 2, rounds: int = 9, mode: str = "min") -> Halving:
-    rule = Asha(kind="asha", grace=grace, factor=factor)
+    rule = AshaSettings(kind="asha", grace=grace, factor=factor)
     return Halving(rule, Sweep(parameters=GRID, metric="eval/gap", mode=mode, stop=rule), rounds)
 
 
@@ -39,7 +39,7 @@ def play(scheduler: Halving, name: str, figures: dict[int, float], id: str = "")
 
 
 def test_rungs() -> None:
-    rule = Asha(kind="asha", grace=3, factor=3)
+    rule = AshaSettings(kind="asha", grace=3, factor=3)
     assert rule.rungs(28) == [3, 9, 27]
     assert rule.rungs(27) == [3, 9]  # after the last round there is nothing to stop
     assert rule.rungs(3) == []

@@ -6,15 +6,15 @@ from collections import Counter
 
 import pytest
 
-from rayfed.config.search import Population
+from rayfed.config.search import PbtSettings
 from rayfed.sweeps.evolve import Member, evolve, explore, founders
 from rayfed.sweeps.space import draw
 
 SPACES = {"client.lr": {"loguniform": [1e-3, 1e-1]}, "client.steps": {"choice": [1, 2, 4, 8]}}
 
 
-def rule(**more) -> Population:
-    return Population(**({"kind": "pbt", "population": 8, "rounds": 2} | more))
+def rule(**more) -> PbtSettings:
+    return PbtSettings(**({"kind": "pbt", "population": 8, "rounds": 2} | more))
 
 
 def test_the_founders_are_the_draws_of_a_random_sweep() -> None:

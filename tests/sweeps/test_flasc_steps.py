@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from rayfed.config.search import FlascSearch
+from rayfed.config.search import FlascSearchSettings
 from rayfed.sweeps.flasc_steps import Probe, decision, neighbours, walk
 
 
-def search(**more) -> FlascSearch:
-    return FlascSearch(
+def search(**more) -> FlascSearchSettings:
+    return FlascSearchSettings(
         **({"kind": "flasc", "rank": 1, "density": 0.25, "factor": 2, "max_rank": 4, "rounds": 3} | more)
     )
 

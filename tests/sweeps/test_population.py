@@ -14,7 +14,7 @@ import ray
 
 import rayfed
 from rayfed.config import validate
-from rayfed.config.search import Population
+from rayfed.config.search import PbtSettings
 from rayfed.config.sweep import load_sweep
 from rayfed.errors import UserError
 from rayfed.sweeps.evolve import explore
@@ -79,7 +79,7 @@ def test_a_search_from_its_founders_to_its_best_member(pbt_file, tmp_path: Path,
         for member, own in zip(after["members"], told, strict=True):
             number, generation = int(own[-2:]), after["generation"]
             assert member["from"] == (best if own == worst else own)
-            copied = explore(settings[best], Population(**SEARCH), SPACES, 0, generation, number)
+            copied = explore(settings[best], PbtSettings(**SEARCH), SPACES, 0, generation, number)
             assert member["settings"] == (copied if own == worst else settings[own])
             note = json.loads((out / "trials" / member["trial"] / "continues.json").read_text())
             assert note["trial"] == member["from"]

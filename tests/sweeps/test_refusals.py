@@ -55,7 +55,7 @@ SECTIONS = {
     "a case that is no mapping": ({"cases": ["flasc"]}, "sweep.cases.1: got 'flasc', but a case is a mapping"),
     "a setting varied twice": (
         {"parameters": RATES, "cases": {"a": {"client.lr": 1.0}}},
-        "sweep.cases.a.client.lr: got 1.0, but sweep.parameters varies it already",
+        "sweep.cases.a.client.lr: got 1.0, but sweep.parameters already varies that setting",
     ),
     "draws of nothing": ({"parameters": RATES, "samples": 2}, "sweep.samples: got 2, but nothing is drawn"),
     "tuning what does not vary": (
@@ -130,11 +130,11 @@ SECTIONS = {
     ),
     "optuna and a list of samples": (
         {"search": {"kind": "optuna", "trials": 3}, "parameters": DRAWN, "samples": 3},
-        "sweep.samples: got 3, but sweep.search decides by itself what runs",
+        "sweep.samples: got 3, but sweep.search chooses the trials",
     ),
     "optuna and stopping": (
         {"search": {"kind": "optuna", "trials": 3}, "parameters": DRAWN, "stop": {"kind": "asha", "grace": 1}},
-        "sweep.stop: got a section, but sweep.search decides by itself what runs",
+        "sweep.stop: got a section, but sweep.search chooses the trials",
     ),
     "optuna against what is no cost": (
         {"search": {"kind": "optuna", "trials": 3, "against": "time/round_s"}, "parameters": DRAWN},
@@ -169,8 +169,8 @@ SECTIONS = {
     ),
     "pbt and what cannot change within a run": (
         {"search": {"kind": "pbt", "rounds": 1}, "parameters": {"lora.rank": {"choice": [1, 2]}}},
-        "sweep.parameters.lora.rank: got {'choice': [1, 2]}, but pbt changes settings within a run's life, which goes "
-        "for client.lr, client.momentum, ",
+        "sweep.parameters.lora.rank: got {'choice': [1, 2]}, but pbt changes settings during a run; allowed are "
+        "lora.dropout, wire.down.density, ",
     ),
     "pbt and a grid": (
         {"search": {"kind": "pbt", "rounds": 1}, "parameters": {"client.lr": {"grid": [0.1, 0.2]}}},
@@ -182,7 +182,7 @@ SECTIONS = {
     ),
     "pbt and cases": (
         {"search": {"kind": "pbt", "rounds": 1}, "parameters": DRAWN, "cases": [{"lora.rank": 1}]},
-        "sweep.cases: got [{'lora.rank': 1}], but sweep.search decides by itself what runs",
+        "sweep.cases: got [{'lora.rank': 1}], but sweep.search chooses the trials",
     ),
     "pbt with nothing to change": (
         {"search": {"kind": "pbt", "rounds": 1}},
@@ -190,7 +190,7 @@ SECTIONS = {
     ),
     "pbt by an earlier round": (
         {"search": {"kind": "pbt", "rounds": 1}, "parameters": DRAWN, "at": "best"},
-        "sweep.at: got 'best', but a member's earlier rounds are those of the member it continues: last",
+        "sweep.at: got 'best', but in sweep.search=pbt trials share rounds; allowed is last",
     ),
     "generations that do not fill a life": (
         {"search": {"kind": "pbt", "rounds": 3}, "parameters": DRAWN},
@@ -206,7 +206,7 @@ SECTIONS = {
     ),
     "a search and a grid": (
         {"search": {"kind": "flasc", "rounds": 1}, "parameters": RATES},
-        "sweep.parameters: got {'client.lr': {'grid': [...]}}, but sweep.search decides by itself what runs",
+        "sweep.parameters: got {'client.lr': {'grid': [...]}}, but sweep.search chooses the trials",
     ),
     "a search that starts past its end": (
         {"search": {"kind": "flasc", "rounds": 1, "rank": 8, "max_rank": 4}},
@@ -228,7 +228,7 @@ SECTIONS = {
     ),
     "a search by another probe's rounds": (
         {"search": {"kind": "flasc", "rounds": 1}, "at": "best"},
-        "sweep.at: got 'best', but a probe's earlier rounds are those of the probe it continues: last",
+        "sweep.at: got 'best', but in sweep.search=flasc trials share rounds; allowed is last",
     ),
     "nothing to stop": (
         {"parameters": RATES, "stop": {"kind": "asha", "grace": 4}},
@@ -236,7 +236,7 @@ SECTIONS = {
     ),
     "stopping in a search": (
         {"search": {"kind": "flasc", "rounds": 1}, "stop": {"kind": "asha", "grace": 1}},
-        "sweep.stop: got a section, but sweep.search decides by itself what runs",
+        "sweep.stop: got a section, but sweep.search chooses the trials",
     ),
     "packs of whatever size each trial finds best": (
         {"parameters": {"engine.pack": {"grid": [1, "auto"]}}},
@@ -291,7 +291,7 @@ def test_overrides_reach_the_sweep_and_cannot_be_in_vain(refused, sweep_file, tm
             "method.mask: got 'fixed', but sweep.search changes the density: refresh",
         ),
         ("profiles={kind: tiers, ranks: [1, 1]}", "profiles.kind: got 'tiers', but sweep.search sets one rank: same"),
-        ("wire.up.density=0.5", "wire.up.density: got 'wire.up.density=0.5', but the sweep itself sets it, so that"),
+        ("wire.up.density=0.5", "wire.up.density: got 'wire.up.density=0.5', but the sweep itself sets it, so the"),
     ],
 )
 def test_what_a_search_cannot_continue(refused, sweep_file, tmp_path: Path, override: str, line: str) -> None:
@@ -331,7 +331,7 @@ def test_a_sweep_is_no_run_and_a_run_no_sweep(refused, sweep_file, tmp_path: Pat
     path = sweep_file({"parameters": RATES})
     assert main(["run", str(path), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == (
-        "rayfed: sweep: this section makes the settings many runs; start them with `rayfed sweep CONFIG`\n"
+        "rayfed: sweep: this section describes many runs; start them with `rayfed sweep CONFIG`\n"
     )
     plain = tmp_path / "plain.yaml"
     plain.write_text("seed: 1\n")

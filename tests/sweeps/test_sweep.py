@@ -174,7 +174,7 @@ def test_federations_are_shared_by_trials_with_the_same_data(sweep_file, tmp_pat
     assert [trial.data for trial in trials] == [trials[0].data, trials[1].data] * 2
     assert set(federations) == {trials[0].data, trials[1].data}
     assert len(federations) == 2
-    monkeypatch.setattr("rayfed.tasks.federation.form_federation", None)  # the data are not loaded again
+    monkeypatch.setattr("rayfed.tasks.data.federation.form_federation", None)  # the data are not loaded again
     work(trials[0], tmp_path, federations[trials[0].data], SinkList())
     assert outcome(tmp_path, trials[0]).error is None
 

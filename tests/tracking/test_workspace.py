@@ -13,7 +13,7 @@ import pytest
 import rayfed
 from rayfed.cli import main
 from rayfed.config import Experiment
-from rayfed.config.describe import walk
+from rayfed.config.describe import iter_fields
 from rayfed.tracking.workspace import SECTIONS, Curves, Panel, Parallel, build, definition
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ def written(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[set[st
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel.title)
 def test_panels_name_only_what_exists(panel: Any, written: tuple[set[str], set[str]]) -> None:
     rounds, summary = written
-    settings = {f"config:{key}" for key, _ in walk(Experiment)}
+    settings = {f"config:{key}" for key, _ in iter_fields(Experiment)}
     exists = (
         rounds if isinstance(panel, Curves) else settings | summary | rounds
     )  # W&B copies the last round to the summary

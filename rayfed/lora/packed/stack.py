@@ -22,14 +22,13 @@ from rayfed.lora.packed.segments import Batch
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from rayfed.config import Experiment
+    from rayfed.config.method import Lora
 
 
-def peft_config(experiment: Experiment, head: Sequence[str] = ()) -> LoraConfig:
+def peft_config(lora: Lora, head: Sequence[str] = ()) -> LoraConfig:
     """The run's adapter in PEFT's own words; ``head`` are the modules trained in full."""
     from peft import LoraConfig
 
-    lora = experiment.lora
     target = lora.target_modules
     return LoraConfig(
         task_type="SEQ_CLS",

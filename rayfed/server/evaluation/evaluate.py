@@ -1,4 +1,8 @@
-"""Evaluation of a global model, cut into jobs by the data alone, so that the sums do not depend on who did them."""
+"""Evaluation of models on splits, cut into jobs by the data alone: results do not depend on the workers.
+
+Workers return every row's prediction. The task's metrics are computed once, on the driver, from all rows of a split in
+their order, so a metric need not be a sum over shards.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,27 @@ import torch
 from torch import Tensor
 
 from rayfed import wire
-from rayfed.clients.messages import EvalJob, EvalResult, FeatureJob, FeatureResult, Result, SplitName
+from rayfed.clients.messages import EvalJob, EvalResult, FeatureJob, FeatureResult, SplitName
 from rayfed.lora.adapter import Layout
-from rayfed.server.evaluation.baselines import FeatureRows
-from rayfed.server.executor import Executor, Submission, results
-from rayfed.tasks.federation import Federation
+from rayfed.server.executor import Executor, Submission, run_all
+from rayfed.tasks.base import Metric, Task
+from rayfed.tasks.data.federation import Federation
 
 BATCHES_PER_JOB = 4  # small enough to share a split among workers, large enough to pay for the trip
+KEYS = {"train": "train", "validation": "eval", "test": "test"}  # what metric keys of a split start with
+
+Model = tuple[Tensor, Layout]
+"""A model: all layers' changes and the head as a flat vector (n,), with its layout."""
+
+
+@dataclass(frozen=True)
+class SplitOutputs:
+    """A model's outputs on a split: the sum of losses and its number of terms; predictions and labels, by row."""
+
+    loss: float
+    count: float
+    predictions: Tensor  # (n, ...)
+    labels: Tensor  # (n, ...)
 
 
 def spans(rows: int, batch_size: int) -> list[tuple[int, int]]:
@@ -26,80 +44,64 @@ def spans(rows: int, batch_size: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-@dataclass(frozen=True)
-class SplitSums:
-    """Sums over a split: cross-entropy in nats; correct predictions and rows by class, both (classes,) int64."""
+def evaluate(
+    executor: Executor, federation: Federation, models: Mapping[str, Model], splits: Sequence[SplitName],
+    batch_size: int, classes: tuple[int, ...] | None = None,
+) -> dict[tuple[str, SplitName], SplitOutputs]:  # fmt: skip
+    """Every model's outputs on every split that has rows; with ``classes``, on the rows of these classes alone.
 
-    loss: float
-    correct: Tensor
-    count: Tensor
-
-
-Slot = tuple[str, SplitName]
-"""A model, by the suffix of its metrics' names ("" or "_masked"), and a split."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What is to be measured: tasks for a executor, to be done whenever it suits; what they find is told afterwards."""
-
-    tasks: tuple[Submission, ...] = ()
-    slots: tuple[Slot, ...] = ()  # of each task
-    asked: tuple[Slot, ...] = ()  # all of them, those of splits without rows too
-
-    @classmethod
-    def of(
-        cls, executor: Executor, federation: Federation, models: Mapping[str, tuple[Tensor, Layout]],
-        splits: Sequence[SplitName], batch_size: int, classes: tuple[int, ...] | None = None,
-    ) -> Evaluation:  # fmt: skip
-        """Every model on every split; with ``classes``, on the rows of these classes alone.
-
-        ``models`` maps a suffix to a flat vector (n,) and its layout. The vectors reach the workers losslessly and are
-        no client traffic.
-        """
-        tasks: list[Submission] = []
-        slots: list[Slot] = []
-        for suffix, (vector, layout) in models.items():
-            handle = executor.put(wire.encode(vector))
-            for split in splits:
-                for start, stop in spans(len(getattr(federation, split)), batch_size):
-                    tasks.append(Submission(EvalJob(split, start, stop, layout, classes), (handle,)))
-                    slots.append((suffix, split))
-        return cls(tuple(tasks), tuple(slots), tuple((suffix, split) for suffix in models for split in splits))
-
-    def sums(self, results: Sequence[Result]) -> dict[Slot, SplitSums]:
-        """The sums of each model on each split that has rows; ``results`` in the order of the tasks."""
-        found: dict[Slot, list[EvalResult]] = {}
-        for slot, result in zip(self.slots, results, strict=True):
-            found.setdefault(slot, []).append(cast(EvalResult, result))
-        return {
-            slot: SplitSums(
-                sum(r.loss for r in parts),
-                torch.stack([r.correct for r in parts]).sum(0),
-                torch.stack([r.count for r in parts]).sum(0),
-            )
-            for slot, parts in found.items()
-        }
-
-    def metrics(self, results: Sequence[Result]) -> dict[str, float | None]:
-        """Loss (mean cross-entropy, nats) and accuracy (0 to 1) of each model on each split.
-
-        Keys are `eval/loss`, `eval/accuracy` for the validation split and `test/...`; None for a split without rows.
-        """
-        measured = self.sums(results)
-        metrics: dict[str, float | None] = {}
-        for suffix, split in self.asked:
-            prefix = "eval" if split == "validation" else split
-            found = measured.get((suffix, split))
-            count = int(found.count.sum()) if found else 0
-            metrics[f"{prefix}/loss{suffix}"] = found.loss / count if found and count else None
-            metrics[f"{prefix}/accuracy{suffix}"] = int(found.correct.sum()) / count if found and count else None
-        return metrics
+    ``models`` maps a suffix of metric keys to a model. The models reach the workers losslessly and are no client
+    traffic.
+    """
+    submissions: list[Submission] = []
+    where: list[tuple[str, SplitName]] = []
+    for suffix, (vector, layout) in models.items():
+        handle = executor.put(wire.encode(vector))
+        for split in splits:
+            for start, stop in spans(len(federation.split(split)), batch_size):
+                submissions.append(Submission(EvalJob(split, start, stop, layout, classes), (handle,)))
+                where.append((suffix, split))
+    parts: dict[tuple[str, SplitName], list[EvalResult]] = {}
+    for key, result in zip(where, run_all(executor, submissions), strict=True):
+        parts.setdefault(key, []).append(cast(EvalResult, result))
+    return {key: _joined(results) for key, results in parts.items()}
 
 
-def features(executor: Executor, federation: Federation, split: SplitName, batch_size: int) -> FeatureRows:
-    """The frozen base's features of a split, in the split's own order of rows."""
-    tasks = [Submission(FeatureJob(split, *span)) for span in spans(len(getattr(federation, split)), batch_size)]
-    found = [cast(FeatureResult, result) for result in results(executor.run(tasks))]
-    place = np.argsort(np.argsort(getattr(federation, split).lengths, kind="stable"))  # jobs count by length
-    return FeatureRows(torch.cat([r.features for r in found])[place], torch.cat([r.labels for r in found])[place])
+def metrics(
+    task: Task, federation: Federation, outputs: Mapping[tuple[str, SplitName], SplitOutputs],
+    suffixes: Sequence[str], splits: Sequence[SplitName],
+) -> dict[str, Metric]:  # fmt: skip
+    """Loss and the task's metrics of each model on each split; None for a split without rows.
+
+    Keys are `eval/loss`, `eval/accuracy` and so on for the validation split, `test/...` for the test split, each
+    followed by the model's suffix.
+    """
+    found: dict[str, Metric] = {}
+    for suffix in suffixes:
+        for split in splits:
+            own = outputs.get((suffix, split))
+            values: dict[str, Metric] = dict.fromkeys(("loss", *task.metric_names()))
+            if own is not None and own.count:
+                values = {"loss": own.loss / own.count, **task.metrics(own.predictions, own.labels, federation)}
+            found |= {f"{KEYS[split]}/{name}{suffix}": value for name, value in values.items()}
+    return found
+
+
+def features(executor: Executor, federation: Federation, split: SplitName, batch_size: int) -> tuple[Tensor, Tensor]:
+    """The frozen base's features (n, width) of a split and its labels (n,), in the order of the split's rows."""
+    rows = federation.split(split)
+    submissions = [Submission(FeatureJob(split, *span)) for span in spans(len(rows), batch_size)]
+    found = [cast(FeatureResult, result) for result in run_all(executor, submissions)]
+    place = np.argsort(np.argsort(rows.lengths, kind="stable"))  # jobs count by length
+    return torch.cat([r.features for r in found])[place], torch.cat([r.labels for r in found])[place]
+
+
+def _joined(results: Sequence[EvalResult]) -> SplitOutputs:
+    results = [result for result in results if len(result.rows)] or results[:1]
+    order = np.argsort(np.concatenate([r.rows for r in results]), kind="stable")
+    return SplitOutputs(
+        sum(r.loss for r in results),
+        sum(r.count for r in results),
+        torch.cat([r.predictions for r in results])[order],
+        torch.cat([r.labels for r in results])[order],
+    )

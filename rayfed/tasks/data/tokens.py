@@ -29,6 +29,7 @@ class Tokens:
     ids: np.ndarray  # (total,) int32
     offsets: np.ndarray  # (n + 1,) int64, from 0 to total
     labels: np.ndarray  # (n,) int64, class indices
+    pad_id: int = 0  # fills padded batches
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -38,16 +39,19 @@ class Tokens:
         """(n,) int64: tokens per text."""
         return np.diff(self.offsets)
 
-    def batch(self, rows: np.ndarray, pad_id: int) -> dict[str, torch.Tensor]:
-        """The given texts (indices, any order) as int64 tensors, padded on the right to the longest of them.
+    def batch(self, rows: np.ndarray, padded: bool) -> dict[str, torch.Tensor]:
+        """The given texts (indices, any order) as int64 tensors; ``labels`` (b,).
 
-        ``input_ids`` (b, longest) holds ``pad_id`` where ``attention_mask`` (b, longest) is 0; ``labels`` (b,).
+        Padded on the right to the longest of them: ``input_ids`` (b, longest) holds ``pad_id`` where ``attention_mask``
+        (b, longest) is 0. Or end to end, see `unpadded`.
         """
+        if not padded:
+            return self.unpadded(rows)
         starts = self.offsets[rows]
         lengths = self.offsets[np.asarray(rows) + 1] - starts
         positions = np.arange(lengths.max(initial=0))
         mask = positions < lengths[:, None]
-        ids = np.full(mask.shape, pad_id, dtype=np.int64)
+        ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
         ids[mask] = self.ids[(starts[:, None] + positions)[mask]]
         return {
             "input_ids": torch.from_numpy(ids),
@@ -66,10 +70,6 @@ class Tokens:
             "position_ids": torch.from_numpy(positions)[None],
             "labels": torch.from_numpy(self.labels[rows].astype(np.int64)),
         }
-
-    def places(self, rows: np.ndarray) -> np.ndarray:
-        """Where the tokens of the given texts lie in ``ids``, text by text: (tokens,) int64."""
-        return self._token_places(rows)[0]
 
     def _token_places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of every token of the given texts, its place in ``ids`` and its position in its text."""
@@ -103,7 +103,7 @@ def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int) 
     offsets = np.zeros(len(lists) + 1, dtype=np.int64)
     np.cumsum([len(ids) for ids in lists], out=offsets[1:])
     flat = np.fromiter((token for ids in lists for token in ids), dtype=np.int32, count=int(offsets[-1]))
-    return Tokens(flat, offsets, split.labels)
+    return Tokens(flat, offsets, split.labels, int(tokenizer.pad_token_id))
 
 
 def _filler(tokenizer: PreTrainedTokenizerBase) -> int:

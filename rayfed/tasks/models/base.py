@@ -9,7 +9,6 @@ the checkpoint; where the checkpoint lacks none, it is PEFT's choice for sequenc
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,6 @@ from rayfed.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from rayfed.config import Experiment
 
 PEFT_HEADS = ("classifier", "score")
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "sp_model")
@@ -66,20 +64,6 @@ class MeanPooledClassifier(nn.Module):
         logits = self.classifier(pooled)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
-
-
-def base_of(experiment: Experiment, classes: int) -> FrozenBase:
-    """The base model of a run: `load_base`'s, or the single layer of the problem with a known answer."""
-    if experiment.data.source == "lowrank":
-        from rayfed.tasks.known_answer.regression import LinearModel
-
-        return FrozenBase(LinearModel(classes, experiment.problem.inputs).eval().requires_grad_(False), ())
-    return load_base(experiment.model, classes, experiment.seed)
-
-
-def base_name(experiment: Experiment) -> str:
-    """What an exported adapter says it belongs to: a name or folder that transformers can load, if there is one."""
-    return "lowrank" if experiment.data.source == "lowrank" else model_path(experiment.model)
 
 
 def load_base(settings: Model, classes: int, seed: int) -> FrozenBase:
@@ -128,23 +112,23 @@ def load_base(settings: Model, classes: int, seed: int) -> FrozenBase:
     return FrozenBase(model.eval().requires_grad_(False), (), head)
 
 
-def in_dtype(base: FrozenBase, dtype: str) -> nn.Module:
-    """The base's model with its frozen weights in that number format (`model.dtype`), changed in place.
+def in_dtype(base: FrozenBase, dtype: str) -> FrozenBase:
+    """The base with its frozen weights in that number format (`model.dtype`). Its modules change, shared weights do not.
 
-    The head keeps float32, and so the logits have it: its linear layers take whatever reaches them as such. Buffers
-    stay as they are: models of 16 bits, too, compute with their rotary frequencies in float32.
+    The head keeps float32, and so the logits have it: its linear layers widen their inputs. Buffers stay as they are:
+    16-bit models, too, compute with their rotary frequencies in float32.
     """
     if dtype == "float32":
-        return base.model
+        return base
     head = [module for name in base.heads for module in base.model.get_submodule(name).modules()]
-    kept = {id(parameter) for module in head for parameter in module.parameters()}
+    in_head = {id(parameter) for module in head for parameter in module.parameters()}
     for parameter in base.model.parameters():
-        if id(parameter) not in kept and parameter.is_floating_point():
+        if id(parameter) not in in_head and parameter.is_floating_point():
             parameter.data = parameter.data.to(getattr(torch, dtype))
     for module in head:
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(_widen_input)
-    return base.model
+    return base
 
 
 def widened(x: Tensor) -> Tensor:
@@ -200,22 +184,6 @@ def model_path(settings: Model) -> str:
             "install rayfed with the extra `minilm`"
         ) from None
     return str(get_model_path())
-
-
-def load_model(run: str | Path) -> nn.Module:
-    """A finished run's model, ready for inference: the base it was trained on plus its `adapter/`, by PEFT.
-
-    ``run`` is a run directory. Where `model.pooling` is `stock`, the same can be had without rayfed:
-    `PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=...), run/adapter)`.
-    """
-    from peft import PeftModel
-
-    from rayfed.config import load_config
-
-    experiment = load_config(Path(run) / "config.yaml")
-    classes = json.loads((Path(run) / "adapter" / "classes.json").read_text(encoding="utf-8"))
-    model = in_dtype(base_of(experiment, len(classes)), experiment.model.dtype)
-    return PeftModel.from_pretrained(model, str(Path(run) / "adapter")).eval()
 
 
 def _config(settings: Model, classes: int) -> PretrainedConfig:

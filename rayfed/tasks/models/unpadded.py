@@ -50,23 +50,6 @@ class Padded:
         return f"to the longest of a batch ({self.reason})"
 
 
-@dataclass(frozen=True, eq=False)
-class UnpaddedTokens:
-    """Tokens whose batches have no padding; otherwise read as `Tokens` are."""
-
-    tokens: Tokens
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self.tokens.lengths
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def batch(self, rows: np.ndarray, pad_id: int) -> dict[str, Tensor]:
-        return self.tokens.unpadded(rows)
-
-
 class UnpaddedModel:
     """A model that takes batches of `UnpaddedTokens`. From here on it takes no others, until `release`."""
 
@@ -197,7 +180,7 @@ class _Probe:
         self.tokens, self.segments = probe_texts(config, longest)
         self.rows = np.arange(len(self.tokens))
         with torch.no_grad():
-            padded = self.tokens.batch(self.rows, config.pad_token_id or 0)
+            padded = self.tokens.batch(self.rows, padded=True)
             self.logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
 
     @torch.no_grad()

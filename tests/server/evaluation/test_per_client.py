@@ -15,7 +15,7 @@ from rayfed.lora.packed.stack import Stack
 from rayfed.methods import build
 from rayfed.server.evaluation import per_client
 from rayfed.server.evaluation.per_client import client_accuracies
-from rayfed.tasks.federation import form_federation
+from rayfed.tasks.data.federation import form_federation
 from rayfed.tasks.models.base import base_of
 from rayfed.tasks.models.spec import describe_model
 

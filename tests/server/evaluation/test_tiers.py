@@ -9,7 +9,7 @@ import rayfed
 from rayfed.engine.local_executor import LocalExecutor
 from rayfed.methods import build
 from rayfed.server.evaluation.targets import tier_models
-from rayfed.tasks.federation import form_federation
+from rayfed.tasks.data.federation import form_federation
 from rayfed.tasks.models.spec import describe_model
 
 

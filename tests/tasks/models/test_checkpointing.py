@@ -16,7 +16,7 @@ from rayfed.config import validate
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.methods.base import Trainable
-from rayfed.tasks.federation import form_federation
+from rayfed.tasks.data.federation import form_federation
 from rayfed.tasks.models.checkpointing import layers_of
 from rayfed.tasks.models.spec import describe_model
 

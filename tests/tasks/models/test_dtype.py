@@ -14,7 +14,7 @@ from rayfed.config import validate
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, LowRank, flatten_changes
 from rayfed.methods.base import Trainable
-from rayfed.tasks.federation import form_federation
+from rayfed.tasks.data.federation import form_federation
 from rayfed.tasks.models.base import FrozenBase, base_of, in_dtype
 from rayfed.tasks.models.spec import describe_model
 

@@ -1,0 +1,92 @@
+"""The plan of a run: everything that a run consists of, built and checked once by `rayfed.api.prepare`.
+
+Server, trainers and executors receive the plan, or the parts of it that they need. Nothing below `rayfed.api` knows the
+whole settings (`Experiment`), builds a method again, or loads the base model only to describe it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rayfed.channels import Channel
+from rayfed.config.execution import Checkpoint, Engine, Export, Tracking
+from rayfed.config.marks import settings_digest
+from rayfed.config.method import Lora, Wire
+from rayfed.config.training import Client, Eval, Server
+from rayfed.lora.adapter import Adapter, fresh_adapter, scale_of
+from rayfed.methods import Method
+from rayfed.objectives import Objective
+from rayfed.profiles.client_profiles import ClientProfiles
+from rayfed.tasks.base import Task
+from rayfed.tasks.data.federation import Federation
+from rayfed.tasks.models.spec import ModelSpec
+from rayfed.weighting import Weighting
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run. The first group of fields was built from the settings; the second group holds sections of the settings.
+
+    A plan is pickled to the driver and the workers. ``settings`` are the resolved settings as JSON values: what
+    config.yaml and W&B get, and what the digest is computed from. ``pack`` is None until `engine.pack: auto` is chosen.
+    """
+
+    task: Task
+    federation: Federation
+    model: ModelSpec
+    method: Method
+    objective: Objective
+    weighting: Weighting
+    channel: Channel
+    profiles: ClientProfiles
+    server_optimizer: str
+    pack: int | None
+    seed: int
+    settings: Mapping[str, Any]
+
+    lora: Lora
+    wire: Wire
+    client: Client
+    server: Server
+    eval: Eval
+    engine: Engine
+    tracking: Tracking
+    checkpoint: Checkpoint
+    export: Export
+
+    @property
+    def name(self) -> str:
+        """The run's name, as in the settings."""
+        return str(self.settings["name"])
+
+    @property
+    def digest(self) -> str:
+        """The settings' digest: 16 hex digits over all settings that decide the result."""
+        return settings_digest(self.settings)
+
+    @property
+    def trained_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """(out, in) of the layers whose adapters train, by name: none where only the head trains."""
+        return {} if self.lora.train == "head" else self.model.shapes
+
+    def start(self) -> Adapter:
+        """The adapter that the run starts from: B = 0, A random, and the head's initial values."""
+        lora = self.lora
+        scale = scale_of(lora.rank, lora.alpha, lora.rslora)
+        return fresh_adapter(self.trained_shapes, self.model.head, lora.rank, scale, self.seed)
+
+    def fresh(self, rank: int) -> Adapter:
+        """A fresh pair of that rank for every adapted layer, whether it trains or not; no head."""
+        scale = scale_of(rank, self.lora.alpha, self.lora.rslora)
+        return fresh_adapter(self.model.shapes, {}, rank, scale, self.seed)
+
+    def with_pack(self, size: int) -> RunPlan:
+        """The same run with packs of that size."""
+        settings = {**self.settings, "engine": {**self.settings["engine"], "pack": size}}
+        return replace(self, pack=size, settings=settings)
+
+    def with_gpus(self, gpus: float) -> RunPlan:
+        """The same run on a cluster of so many GPUs: `engine.gpus_per_worker: auto` becomes a number."""
+        return replace(self, engine=self.engine.with_gpus(gpus))

@@ -1,0 +1,82 @@
+"""The marks of the schema, read: what each setting decides, and the digests that follow from that.
+
+All functions that take ``settings`` take the plain values of a whole Experiment: `model_dump(mode="json")`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rayfed.config.describe import iter_fields, section_of
+from rayfed.config.schema import Experiment
+from rayfed.config.types import Aspect, Decides
+
+
+def decides(name: str) -> tuple[Aspect, ...]:
+    """The aspects of a run (data, model, result) that a setting decides; empty where the setting decides nothing.
+
+    ``name`` is dotted. A name that the schema lacks, such as an option of a method, has the mark of its section.
+    """
+    section: type[Any] = Experiment
+    for part in name.split("."):
+        field = section.model_fields.get(part)
+        inner = section_of(field) if field else None
+        if inner is None:
+            own = (mark.aspects for mark in field.metadata if isinstance(mark, Decides)) if field else ()
+            return next(iter(own), section.decides)
+        section = inner
+    return section.decides
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """SHA-256 (first 16 hex digits) of all settings that decide anything: equal digests, equal results."""
+    return _digest(_select(settings, {"data", "model", "result"}))
+
+
+def data_key(settings: Mapping[str, Any]) -> str:
+    """Names the data of a run and who holds them (16 hex digits): equal keys, equal federations and equal refusals.
+
+    Two more settings are in the key because the data are checked against them: `server.cohort`, and whether
+    `eval.early_stop` is given.
+    """
+    checked = {"cohort": settings["server"]["cohort"], "early_stop": settings["eval"]["early_stop"] is not None}
+    return _digest(_select(settings, {"data"}) | checked)
+
+
+def model_key(settings: Mapping[str, Any]) -> str:
+    """Names the base model of a run and what is adapted in it (16 hex digits): equal keys, equal refusals.
+
+    `seed` is not in the key: the seed decides the values of a new head, but not whether the model fits.
+    `engine.gradient_checkpointing` is in the key because the model is checked against it.
+    """
+    checked = {"gradient_checkpointing": settings["engine"]["gradient_checkpointing"]}
+    return _digest(_select(settings, {"model"}) | checked)
+
+
+def live() -> tuple[str, ...]:
+    """Dotted names of the settings that may change between two rounds of one run."""
+    return tuple(name for name, field in iter_fields(Experiment) if "live" in field.metadata)
+
+
+def searched() -> tuple[str, ...]:
+    """Dotted names of the settings that FLASC's search of rank and density sets."""
+    return tuple(name for name, field in iter_fields(Experiment) if "searched" in field.metadata)
+
+
+def _select(settings: Mapping[str, Any], aspects: set[Aspect], prefix: str = "") -> dict[str, Any]:
+    """The settings that decide one of the aspects. A section of which nothing is left is left out."""
+    selected = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            if part := _select(value, aspects, f"{prefix}{name}."):
+                selected[name] = part
+        elif aspects & set(decides(f"{prefix}{name}")):
+            selected[name] = value
+    return selected
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,37 @@
+"""A plan on an executor: from the pack size to the summary, the same in this process and on Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rayfed.clients.plan import RunPlan
+from rayfed.server.executor import Executor
+from rayfed.server.loop import Record, Server
+from rayfed.server.pack_size import Choice, choose_pack
+from rayfed.storage import RemoteFolder
+from rayfed.tracking import Sink
+
+
+def run_rounds(
+    plan: RunPlan, executor: Executor, out: Path, sinks: Sink, resume: bool, uri: str | None
+) -> Iterator[Record]:
+    """Runs the plan from its pack size to its summary on any executor; yields each round's record.
+
+    ``uri``: where the run directory is uploaded after every checkpoint.
+    """
+    remote = RemoteFolder(uri) if uri else None
+    plan, choice = with_pack_size(plan, executor)
+    server = Server(
+        plan, executor, out, sinks, resume, choice, (lambda: remote.upload(out)) if remote else (lambda: None)
+    )
+    yield from server.rounds()
+    server.finish()
+
+
+def with_pack_size(plan: RunPlan, executor: Executor) -> tuple[RunPlan, Choice | None]:
+    """The plan with a number of clients a pack; `engine.pack: auto` is measured on a worker."""
+    if plan.pack is not None:
+        return plan, None
+    choice = choose_pack(plan, executor)
+    return plan.with_pack(choice.size), choice

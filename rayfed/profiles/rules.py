@@ -1,0 +1,121 @@
+"""The rules that give a client its tier (rank and densities), one for every `profiles.kind`.
+
+Where chance decides, a client has one number u in (0, 1), keyed by (run seed, "profile", client), and the settings say
+which rank stands at that quantile. The number does not change with the settings. So when shares, limits or the spread
+change, most clients keep their rank, and `tiers`, `heavy_tailed` (both in the order of `ranks`), `uniform` and `normal`
+all give a client with a larger u the later entry or the larger rank.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable
+from itertools import accumulate
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+
+from rayfed import seeding
+from rayfed.config.method import Lora, Profiles, Wire
+from rayfed.errors import UserError, allowed
+from rayfed.plugins import load_object
+
+
+class Tier(NamedTuple):
+    """What a client's device and link allow, before the density decays."""
+
+    rank: int
+    density_down: float
+    density_up: float
+
+
+Rule = Callable[[int, int], Tier]
+"""(client, its number of training rows) -> its tier."""
+
+
+def make_rule(settings: Profiles, lora: Lora, wire: Wire, seed: int) -> Rule:
+    """The rule of `profiles.kind`. Nothing is computed for clients that are not asked about.
+
+    UserError where the user's function cannot be imported; the rule itself raises UserError for a wrong answer of it.
+    """
+    densities = wire.down.density, wire.up.density
+    low, high = settings.low, settings.high or lora.rank
+    ranks, down, up = settings.ranks, settings.densities_down, settings.densities_up
+
+    def entry(i: int) -> Tier:
+        return Tier(
+            lora.rank if ranks is None else ranks[i],
+            densities[0] if down is None else down[i],
+            densities[1] if up is None else up[i],
+        )
+
+    def by_shares(shares: list[float]) -> Rule:
+        edges = list(accumulate(shares))
+        return lambda client, examples: entry(bisect_right(edges, _u(seed, client) * edges[-1]))
+
+    match settings.kind:
+        case "same":
+            return lambda client, examples: Tier(lora.rank, *densities)
+        case "list":
+            return lambda client, examples: entry(client)
+        case "tiers" if settings.weights is None:
+            tiers = settings.entries
+            return lambda client, examples: entry(client % tiers)
+        case "tiers":
+            assert settings.weights is not None
+            return by_shares([weight / max(settings.weights) for weight in settings.weights])
+        case "heavy_tailed":
+            assert settings.ranks is not None
+            return by_shares([float(rank) ** -settings.exponent for rank in settings.ranks])
+        case "uniform":
+            return lambda client, examples: Tier(low + int(_u(seed, client) * (high - low + 1)), *densities)
+        case "normal":
+            mean = (low + high) / 2 if settings.mean is None else settings.mean
+            law = NormalDist(mean, settings.std or (high - low) / 4 or 1.0)
+            return lambda client, examples: Tier(round(min(max(law.inv_cdf(_u(seed, client)), low), high)), *densities)
+        case "function":
+            return _user_rule(settings.function or "", lora.rank, densities, seed)
+
+
+def _u(seed: int, client: int) -> float:
+    """The client's own number, uniform in the open interval (0, 1): 52 bits of its key, and a half.
+
+    It is at most 1 - 2^-53, so its product with a positive x stays below x after rounding.
+    """
+    return ((seeding.derive_seed(seed, "profile", client) >> 11) + 0.5) * 2.0**-52
+
+
+def _user_rule(path: str, largest: int, densities: tuple[float, float], seed: int) -> Rule:
+    """The rule of a user's function (`profiles.function`), with every answer checked."""
+    field = "profiles.function"
+    function = load_object(path, field)
+    if not callable(function):
+        raise allowed(field, path, "that is no function")
+
+    def refused(client: int, what: str) -> UserError:
+        return allowed(field, path, f"for client {client} it {what}")
+
+    def rule(client: int, examples: int) -> Tier:
+        try:
+            answer = function(client=client, examples=examples, seed=seed)
+        except Exception as error:
+            raise refused(client, f"raised {type(error).__name__}: {_one_line(error)}") from error
+        rank, down, up = answer if isinstance(answer, tuple | list) and len(answer) == 3 else (answer, *densities)
+        if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or not 1 <= rank <= largest:
+            raise refused(
+                client,
+                f"returned {_one_line(repr(answer))}; it should be a rank from 1 to {largest} (lora.rank), or "
+                "(rank, density_down, density_up)",
+            )
+        for density in (down, up):
+            if isinstance(density, bool) or not isinstance(density, int | float | np.floating) or not 0 < density <= 1:
+                raise refused(client, f"returned {_one_line(repr(answer))}; densities should be in (0, 1]")
+        return Tier(int(rank), float(down), float(up))
+
+    return rule
+
+
+def _one_line(text: object) -> str:
+    line = " ".join(str(text).split())
+    return line if len(line) <= 120 else line[:117] + "..."

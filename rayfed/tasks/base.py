@@ -1,0 +1,93 @@
+"""The base class of tasks: what is learned.
+
+A task reads rows and deals them out to clients, makes batches of tensors, loads the frozen base model, and gives the
+loss per row and the metrics. Training, evaluation, messages and methods know a task by these functions alone.
+docs/architecture.md shows where each of them is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import Tensor
+
+from rayfed.lora.adapter import LowRank
+from rayfed.tasks.data.federation import Federation
+from rayfed.tasks.models.base import FrozenBase
+from rayfed.tasks.models.unpadded import Padded, Unpadded
+
+if TYPE_CHECKING:
+    from rayfed.config.execution import Engine
+    from rayfed.config.method import Lora
+    from rayfed.config.task import Data, Model, Partition, Problem
+    from rayfed.config.training import Eval, Server
+
+Metric = float | list[Any] | None
+"""A metric's value: a number, a list of numbers (per class), a list of lists (a matrix); None where it is undefined."""
+
+
+class Task:
+    """What is learned. A task is pickled to every worker, so it holds settings, not data or models."""
+
+    metric: str | None = "accuracy"
+    """The metric that chooses the best round and stops early, from 0 to 1; more is better. None: there is none."""
+
+    @classmethod
+    def from_settings(cls, *, data: Data, problem: Problem, partition: Partition, model: Model, seed: int) -> Self:
+        """The task that these sections of the settings describe."""
+        raise NotImplementedError
+
+    def check(self, *, lora: Lora, server: Server, eval: Eval, engine: Engine) -> None:
+        """Raises UserError where other settings do not fit the task. Called before any data are read."""
+
+    def load_data(self) -> Federation:
+        """Reads the rows and deals them out to clients. UserError, with file and row, where something is wrong."""
+        raise NotImplementedError
+
+    def load_base(self, federation: Federation) -> FrozenBase:
+        """The frozen base model with its head, in evaluation mode, in float32, on the CPU.
+
+        The weights may be shared with other trainers of the process: replace modules, but never write to weights.
+        Raises UserError where the model cannot be loaded.
+        """
+        raise NotImplementedError
+
+    @property
+    def base_name(self) -> str:
+        """The name or folder under which transformers finds the base model; exported adapters refer to it."""
+        return ""
+
+    def batching(self, base: FrozenBase, padding: str) -> Unpadded | Padded:
+        """How rows become batches: without padding where the model can take them so. ``padding``: `engine.padding`.
+
+        UserError where ``padding`` asks for what the model cannot do.
+        """
+        return Padded("all rows have one length")
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(sums (rows,), counts (rows,)): each row's summed loss, and the number of terms in the sum.
+
+        ``outputs`` (rows, ...) are the model's, in float32, and ``labels`` (rows, ...) those of the batch. A client's
+        loss is the sum of its rows' sums over the sum of their counts.
+        """
+        raise NotImplementedError
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """What metrics need to know of each row's output, (rows, ...)."""
+        return outputs
+
+    def metrics(self, predictions: Tensor, labels: Tensor, federation: Federation) -> dict[str, Metric]:
+        """A split's metrics beside its loss, by name. Called once a split, with all of its rows in their order."""
+        return {}
+
+    def metric_names(self) -> tuple[str, ...]:
+        """The names that `metrics` returns: metrics.jsonl has them under `eval/` and `test/`."""
+        return ()
+
+    def exact_metrics(self, federation: Federation, changes: Mapping[str, LowRank | Tensor]) -> dict[str, float] | None:
+        """Metrics, by their whole keys, of the global model by a formula; None where rows must be evaluated instead."""
+        return None
+
+    def save_tokenizer(self, folder: Any) -> None:
+        """Writes what else the base model needs into the folder of a merged model."""

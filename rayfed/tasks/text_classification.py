@@ -1,0 +1,135 @@
+"""Text classification: one label a text, any transformers model for sequence classification.
+
+Rows come from Python's standard library, from files or from the Hugging Face hub (`data.source`). The loss of a text is
+its cross-entropy in nats. The metrics are accuracy, macro-F1, the recall of every class and the confusion matrix.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rayfed.config.task import Data, Model, Partition, Problem
+from rayfed.errors import UserError
+from rayfed.tasks.base import Metric, Task
+from rayfed.tasks.data.federation import Federation
+from rayfed.tasks.models.base import FrozenBase, load_base, load_tokenizer, longest_input, model_path
+from rayfed.tasks.models.cache import shared_base
+from rayfed.tasks.models.unpadded import Padded, Unpadded, choose_batching
+
+if TYPE_CHECKING:
+    from rayfed.config.execution import Engine
+    from rayfed.config.method import Lora
+    from rayfed.config.training import Eval, Server
+
+
+@dataclass(frozen=True)
+class TextClassification(Task):
+    """Texts with one label each."""
+
+    data: Data
+    partition: Partition
+    model: Model
+    seed: int
+
+    @classmethod
+    def from_settings(cls, *, data: Data, problem: Problem, partition: Partition, model: Model, seed: int) -> Self:
+        return cls(data, partition, model, seed)
+
+    def check(self, *, lora: Lora, server: Server, eval: Eval, engine: Engine) -> None:
+        clients = self.partition.clients
+        if self.partition.kind != "natural" and server.cohort > clients:
+            raise UserError(
+                f"server.cohort: got {server.cohort}, but the population has only {clients} clients (partition.clients)"
+            )
+        if self.partition.kind == "natural" and self.data.client is None:
+            raise UserError("data.client: got null, but partition.kind=natural needs the column that names the client")
+        if eval.early_stop and self.data.source == "stdlib" and self.data.validation == 0:
+            raise UserError("data.validation: got 0, but eval.early_stop needs a validation split")
+
+    def load_data(self) -> Federation:
+        from rayfed.tasks.data.dataset import load_data
+        from rayfed.tasks.data.partition import partition
+        from rayfed.tasks.data.tokens import tokenize
+
+        data = load_data(self.data, self.seed)
+        parts = partition(data.train.labels, data.train.owners, self.partition, self.seed)
+        cut, limit = self.data.max_tokens, longest_input(self.model)
+        tokenizer = load_tokenizer(self.model)
+        train, validation, test = (
+            tokenize(split, tokenizer, cut) for split in (data.train, data.validation, data.test)
+        )
+        longest = max(int(split.lengths.max(initial=0)) for split in (train, validation, test))
+        if limit is not None and longest > limit:
+            raise UserError(
+                f"data.max_tokens: got {cut}, but some texts have {longest} tokens and the model takes at most {limit}"
+            )
+        return Federation(
+            train,
+            validation,
+            test,
+            classes=data.classes,
+            rows=np.concatenate(parts).astype(np.int64),
+            starts=np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64),
+        )
+
+    def load_base(self, federation: Federation) -> FrozenBase:
+        classes = len(federation.classes)
+        return shared_base(self._base_key(classes), lambda: load_base(self.model, classes, self.seed))
+
+    @property
+    def base_name(self) -> str:
+        return model_path(self.model)
+
+    def batching(self, base: FrozenBase, padding: str) -> Unpadded | Padded:
+        if padding == "batch":
+            return Padded("engine.padding=batch")
+        most = self.data.max_tokens
+        found = choose_batching(base.model, min(most, longest_input(self.model) or most))
+        if padding == "never" and isinstance(found, Padded):
+            raise UserError(
+                f"engine.padding: got 'never', but this model needs padding ({found.reason}); allowed are auto and "
+                "batch"
+            )
+        return found
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        losses = nn.functional.cross_entropy(outputs, labels, reduction="none")
+        return losses, torch.ones_like(losses)
+
+    def predictions(self, outputs: Tensor) -> Tensor:
+        return outputs.argmax(-1)
+
+    def metrics(self, predictions: Tensor, labels: Tensor, federation: Federation) -> dict[str, Metric]:
+        from torchmetrics.functional import classification as metrics  # takes a second to import
+
+        classes = len(federation.classes)
+        confusion = metrics.multiclass_confusion_matrix(predictions, labels, classes)
+        rows = confusion.sum(1).tolist()
+        recalls = metrics.multiclass_recall(predictions, labels, classes, average=None).tolist()
+        return {
+            "accuracy": int(confusion.trace()) / len(labels),
+            "macro_f1": float(metrics.multiclass_f1_score(predictions, labels, classes, average="macro")),
+            "recall_per_class": [recall if count else None for recall, count in zip(recalls, rows)],
+            "confusion_matrix": confusion.tolist(),
+        }
+
+    def metric_names(self) -> tuple[str, ...]:
+        return "accuracy", "macro_f1", "recall_per_class", "confusion_matrix"
+
+    def save_tokenizer(self, folder: Path) -> None:
+        load_tokenizer(self.model).save_pretrained(folder)
+
+    def _base_key(self, classes: int) -> str:
+        """Equal keys, equal base models in float32."""
+        key: list[Any] = [classes, self.seed, self.model.model_dump(mode="json", exclude={"dtype"})]
+        folder = Path(model_path(self.model))
+        if folder.is_dir():  # other files may come under its name
+            key += sorted((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in folder.iterdir())
+        return json.dumps(key)
