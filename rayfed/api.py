@@ -19,7 +19,7 @@ from rayfed.config import Experiment
 from rayfed.config.marks import settings_digest
 from rayfed.errors import UserError
 from rayfed.storage import RemoteFolder, is_uri, local_folder, slug
-from rayfed.tracking import Fan, RunInfo, Sink, Table, open_console, open_sinks
+from rayfed.tracking import RunInfo, Sink, SinkList, Table, open_console, open_sinks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -157,7 +157,7 @@ def run(
         out = fetch(uri, resume)
     out = Path(out) if out is not None else Path("runs") / f"{slug(experiment.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
     plan = _plan(_check_out(out, experiment, resume), parts, federation)
-    console = _Summary(Fan(open_console(plan.tracking), *([sink] if sink else [])))
+    console = _Summary(SinkList(open_console(plan.tracking), *([sink] if sink else [])))
     try:
         if plan.engine.kind == "ray":
             from rayfed.engine.driver import run_on_ray
@@ -274,7 +274,7 @@ def _run_here(plan: RunPlan, out: Path, resume: bool, uri: str | None, console: 
     from rayfed.engine.local_executor import LocalExecutor
     from rayfed.engine.rounds import run_rounds
 
-    sinks = Fan(open_sinks(plan.tracking, out), console)
+    sinks = SinkList(open_sinks(plan.tracking, out), console)
     executor = LocalExecutor(plan)
     try:
         for _ in run_rounds(plan, executor, out, sinks, resume, uri):
@@ -347,7 +347,7 @@ def _check_out(out: Path, experiment: Experiment, resume: bool) -> Experiment:
     return experiment
 
 
-class _Summary:
+class _Summary(Sink):
     """The console, and the summary that passes through it."""
 
     def __init__(self, console: Sink) -> None:

@@ -25,12 +25,12 @@ from rayfed.engine.ray_executor import RayExecutor
 from rayfed.engine.rounds import run_rounds, with_pack_size
 from rayfed.errors import RunError, UserError
 from rayfed.server.loop import Server
-from rayfed.tracking import Fan, Record, RunInfo, Sink, Table, open_sinks
+from rayfed.tracking import Record, RunInfo, Sink, SinkList, Table, open_sinks
 
 Message = tuple[str, tuple[Any, ...]]
 
 
-class Outbox:
+class Outbox(Sink):
     """A sink that keeps calls until they are sent on: each is a method's name and its arguments."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Driver:
 
         torch.set_num_threads(1)  # the driver's own sums are element-wise; its cores belong to the workers
         outbox = Outbox()
-        sinks = Fan(open_sinks(plan.tracking, out), outbox)
+        sinks = SinkList(open_sinks(plan.tracking, out), outbox)
         executor = RayExecutor(plan.engine, ray.put(plan))
         try:
             for _ in run_rounds(plan, executor, out, sinks, resume, uri):
@@ -118,7 +118,7 @@ def stepwise(plan: RunPlan, out: Path) -> Iterator[Server]:
         plan = with_gpu_share(plan)
         executor = RayExecutor(plan.engine, ray.put(plan))
         plan, choice = with_pack_size(plan, executor)
-        yield Server(plan, executor, out, Fan(), False, choice)
+        yield Server(plan, executor, out, SinkList(), False, choice)
         executor.close()
     finally:
         ray.shutdown()
