@@ -19,7 +19,7 @@ from rayfed.config import Experiment
 from rayfed.config.marks import settings_digest
 from rayfed.errors import UserError
 from rayfed.storage import RemoteFolder, is_uri, local_folder, slug
-from rayfed.tracking import RunInfo, Sink, SinkList, Table, open_console, open_sinks
+from rayfed.tracking import Record, Sink, SinkList, Table, open_console, open_sinks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -157,7 +157,8 @@ def run(
         out = fetch(uri, resume)
     out = Path(out) if out is not None else Path("runs") / f"{slug(experiment.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
     plan = _plan(_check_out(out, experiment, resume), parts, federation)
-    console = _Summary(SinkList(open_console(plan.tracking), *([sink] if sink else [])))
+    summary = _Summary()
+    console = SinkList(open_console(plan.tracking), summary, *([sink] if sink else []))
     try:
         if plan.engine.kind == "ray":
             from rayfed.engine.driver import run_on_ray
@@ -171,7 +172,7 @@ def run(
         console.close()
         if uri and (out / "config.yaml").is_file():
             RemoteFolder(uri).upload(out)
-    return RunResult(out, console.summary)
+    return RunResult(out, summary.figures)
 
 
 def load_model(run: str | Path) -> nn.Module:
@@ -348,24 +349,10 @@ def _check_out(out: Path, experiment: Experiment, resume: bool) -> Experiment:
 
 
 class _Summary(Sink):
-    """The console, and the summary that passes through it."""
+    """Keeps the summary of a run."""
 
-    def __init__(self, console: Sink) -> None:
-        self.console = console
-        self.summary: Mapping[str, Any] = {}
+    def __init__(self) -> None:
+        self.figures: Mapping[str, Any] = {}
 
-    def start(self, info: RunInfo) -> None:
-        self.console.start(info)
-
-    def round(self, record: Mapping[str, Any]) -> None:
-        self.console.round(record)
-
-    def event(self, text: str) -> None:
-        self.console.event(text)
-
-    def finish(self, summary: Mapping[str, Any], table: Table | None) -> None:
-        self.summary = summary
-        self.console.finish(summary, table)
-
-    def close(self) -> None:
-        self.console.close()
+    def finish(self, summary: Record, table: Table | None) -> None:
+        self.figures = summary

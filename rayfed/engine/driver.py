@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ Message = tuple[str, tuple[Any, ...]]
 
 
 class Outbox(Sink):
-    """A sink that keeps calls until they are sent on: each is a method's name and its arguments."""
+    """A sink that stores calls until they are sent on: each is a method's name and its arguments."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
@@ -45,11 +45,8 @@ class Outbox(Sink):
     def event(self, text: str) -> None:
         self.messages.append(("event", (text,)))
 
-    def finish(self, summary: Mapping[str, Any], table: Table | None) -> None:
+    def finish(self, summary: Record, table: Table | None) -> None:
         self.messages.append(("finish", (summary, table)))
-
-    def close(self) -> None:
-        pass
 
     def drain(self) -> list[Message]:
         messages, self.messages = self.messages, []
