@@ -18,8 +18,8 @@ from rayfed import config
 from rayfed.config import Experiment
 from rayfed.config.marks import settings_digest
 from rayfed.errors import UserError
-from rayfed.storage import RemoteFolder, is_uri, local_folder, slug
-from rayfed.tracking import Record, Sink, SinkList, Table, open_console, open_sinks
+from rayfed.storage import RemoteFolder, fetch, is_uri, slug
+from rayfed.tracking import Record, Sink, SinkList, Table, open_console
 
 if TYPE_CHECKING:
     from torch import nn
@@ -167,7 +167,9 @@ def run(
             forget_base()
             run_on_ray(plan, out, resume, uri, console)
         else:
-            _run_here(plan, out, resume, uri, console)
+            from rayfed.engine.local_executor import run_here
+
+            run_here(plan, out, resume, uri, console)
     finally:
         console.close()
         if uri and (out / "config.yaml").is_file():
@@ -194,25 +196,6 @@ def load_model(run: str | Path) -> nn.Module:
     base = build_components(experiment).task.load_base(federation)
     model = in_dtype(base, experiment.model.dtype).model
     return PeftModel.from_pretrained(model, str(Path(run) / "adapter")).eval()
-
-
-def fetch(uri: str, resume: bool) -> Path:
-    """The folder on this machine of a run or sweep whose directory belongs at ``uri``; what is there is downloaded.
-
-    UserError where nothing can be written there, or where something is there and ``resume`` is not set.
-    """
-    remote, here = RemoteFolder(uri), local_folder(uri)
-    there = remote.files()
-    if there and not resume:
-        raise UserError(f"--out: got {remote.uri!r}, but it is not empty; continue it with --resume or name another")
-    if not resume and here.exists():
-        raise UserError(
-            f"--out: got {remote.uri!r}, but an earlier run for it is still in {here}; add --resume, or remove that"
-        )
-    remote.check_writable()
-    if there and not here.exists():
-        remote.download(here)
-    return here
 
 
 def _plan(experiment: Experiment, parts: Components, federation: Federation | None) -> RunPlan:
@@ -269,20 +252,6 @@ def _described_model(experiment: Experiment, parts: Components, federation: Fede
     if model.dtype != "float32":
         check_dtype(base, model.name, model.dtype)
     return spec
-
-
-def _run_here(plan: RunPlan, out: Path, resume: bool, uri: str | None, console: Sink) -> None:
-    from rayfed.engine.local_executor import LocalExecutor
-    from rayfed.engine.rounds import run_rounds
-
-    sinks = SinkList(open_sinks(plan.tracking, out), console)
-    executor = LocalExecutor(plan)
-    try:
-        for _ in run_rounds(plan, executor, out, sinks, resume, uri):
-            pass
-    finally:
-        sinks.close()
-        executor.close()
 
 
 def _with_method(experiment: Experiment, method: Method | None) -> Experiment:

@@ -189,3 +189,22 @@ def _checkpoint(name: str) -> str | None:
 def _order(name: str) -> tuple[int, str]:
     """Sort key of an upload: other files, files of checkpoints, `checkpoint.json`."""
     return (1 + name.endswith("/checkpoint.json") if _checkpoint(name) else 0), name
+
+
+def fetch(uri: str, resume: bool) -> Path:
+    """The folder on this machine of a run or sweep whose directory belongs at ``uri``; what is there is downloaded.
+
+    UserError where nothing can be written there, or where something is there and ``resume`` is not set.
+    """
+    remote, here = RemoteFolder(uri), local_folder(uri)
+    there = remote.files()
+    if there and not resume:
+        raise UserError(f"--out: got {remote.uri!r}, but it is not empty; continue it with --resume or name another")
+    if not resume and here.exists():
+        raise UserError(
+            f"--out: got {remote.uri!r}, but an earlier run for it is still in {here}; add --resume, or remove that"
+        )
+    remote.check_writable()
+    if there and not here.exists():
+        remote.download(here)
+    return here
