@@ -88,7 +88,7 @@ def run_on_ray(plan: RunPlan, out: Path, resume: bool, uri: str | None, console:
         waiting = check_places(plan.engine)
         if waiting:
             console.event(waiting)
-        _pickle_by_value(plan.method, plan.task, plan.profiles)
+        _pickle_by_value(plan)
         actor: Any = ray.remote(num_cpus=0)(Driver)
         driver = actor.options(scheduling_strategy=beside_the_starting_process()).remote()
         try:
@@ -137,12 +137,12 @@ def _start(engine: Engine) -> None:
     start_ray(engine.address, engine.workers * engine.cpus_per_worker)
 
 
-def _pickle_by_value(*objects: object) -> None:
-    """Sends the code of a user's own classes along: the workers may be unable to import their modules."""
+def _pickle_by_value(plan: RunPlan) -> None:
+    """Sends the code of a user's own classes and functions along: workers may be unable to import their modules."""
     from ray import cloudpickle
 
-    for value in objects:
-        module = sys.modules[type(value).__module__]
-        package = module.__name__.partition(".")[0]
-        if package not in ("rayfed", "__main__", "builtins"):
-            cloudpickle.register_pickle_by_value(sys.modules.get(package, module))
+    function = (plan.profiles.settings.function or "").partition(":")[0]
+    for name in (type(plan.method).__module__, type(plan.task).__module__, function):
+        package = name.partition(".")[0]
+        if package not in ("", "rayfed", "__main__", "builtins") and name in sys.modules:
+            cloudpickle.register_pickle_by_value(sys.modules.get(package, sys.modules[name]))
