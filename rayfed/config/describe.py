@@ -56,6 +56,11 @@ def allowed(field: FieldInfo) -> str:
     return _say(field.annotation, field.metadata)
 
 
+def in_words(kind: Any) -> str:
+    """What a type allows, as `allowed` says it; `Annotated[float, Field(ge=0)]` is "a number of at least 0"."""
+    return _say(kind, [])
+
+
 def _say(kind: Any, metadata: list[Any]) -> str:
     origin, inside = get_origin(kind), get_args(kind)
     if origin is Annotated:
