@@ -10,14 +10,14 @@ clients have one rank, so entry i means the same for every client.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.methods._state import FactorState
-from rayfed.methods.base import ANY_OPTIMIZER, Advance, Method, Profile, Start, Update, fedavg, mean_change
+from rayfed.methods.base import ANY_OPTIMIZER, Advance, Method, Profile, Start, Updates, fedavg, mean_change
 
 
 class FactorMean(Method):
@@ -32,7 +32,7 @@ class FactorMean(Method):
     def broadcast(self, state: FactorState, client: Profile) -> Start:
         return Start(state.vector, state.layout)
 
-    def aggregate(self, state: FactorState, updates: Iterable[Update], advance: Advance = fedavg) -> FactorState:
+    def aggregate(self, state: FactorState, updates: Updates, advance: Advance = fedavg) -> FactorState:
         return state.next(vector=advance("vector", state.vector, mean_change(updates, state.layout.size)))
 
     def delta(self, state: FactorState, layer: str) -> LowRank:

@@ -157,6 +157,10 @@ class Update:
         return self.layout.unflatten(self.start + self.change)
 
 
+Updates = Iterable[Update]
+"""The updates of a cohort, one for each client in a fixed order. It can be read once."""
+
+
 @dataclass(frozen=True)
 class PackSum:
     """The updates of a pack as one sum: ``total`` (n,) = sum_k weight_k change_k, float64, and the sum of weights."""

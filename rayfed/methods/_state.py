@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from torch import Tensor
 
@@ -120,21 +120,15 @@ class LayerState(State):
 
     @property
     def pairs(self) -> dict[str, LowRank]:
-        """The layers of a method that stores all of them as pairs. TypeError for a matrix."""
-        return {name: _of_type(LowRank, name, change) for name, change in self.layers.items()}
+        """The layers, of a method that stores all of them as pairs."""
+        return cast(dict[str, LowRank], self.layers)
 
     @property
     def matrices(self) -> dict[str, Tensor]:
-        """The layers of a method that stores all of them as matrices (out, in). TypeError for a pair."""
-        return {name: _of_type(Tensor, name, change) for name, change in self.layers.items()}
+        """The layers, of a method that stores all of them as matrices (out, in)."""
+        return cast(dict[str, Tensor], self.layers)
 
     def next_with_head(self, advance: Advance, head_change: Mapping[str, Tensor], **changes: Any) -> Self:
         """`next`, with one server-optimizer step on every head tensor, each under the name ``head.<parameter>``."""
         head = {name: advance(f"head.{name}", value, head_change[name]) for name, value in self.head.items()}
         return self.next(head=head, **changes)
-
-
-def _of_type(kind: Any, name: str, change: Change) -> Any:
-    if not isinstance(change, kind):
-        raise TypeError(f"layer {name} is a {type(change).__name__}, but the method stores each as a {kind.__name__}")
-    return change

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, Layout, LowRank
 from rayfed.methods._means import Advance, fedavg, mean_change
-from rayfed.methods._messages import BaseChange, PackSum, Sparse, Start, Trainable, Update
+from rayfed.methods._messages import BaseChange, PackSum, Sparse, Start, Trainable, Update, Updates
 from rayfed.methods._options import check_options
 from rayfed.methods._state import State
 from rayfed.profiles.profile import Profile
@@ -39,8 +39,8 @@ class Method:
     """One federated LoRA method. A subclass is a frozen dataclass of its options, or any class that pickles.
 
     Every option of a dataclass is a field of a type that YAML has (a number, a string, true or false, one of some
-    words; null), with a default and a docstring. `Annotated[float, Field(ge=0)]` gives a number its range. The base
-    class checks the options and raises UserError.
+    words; null), with a default and a docstring. A type such as pydantic's NonNegativeFloat gives a number its range.
+    The base class checks the options and raises UserError.
     """
 
     paper: ClassVar[str] = ""
@@ -144,5 +144,5 @@ class Method:
 
 __all__ = [
     "ANY_OPTIMIZER", "Advance", "BaseChange", "Method", "PackSum", "Profile", "Source", "Sparse", "Start", "Trainable",
-    "Update", "fedavg", "mean_change",
+    "Update", "Updates", "fedavg", "mean_change",
 ]  # fmt: skip

@@ -16,7 +16,6 @@ random and orthonormal: the Q of the QR decomposition of Gaussian matrices, draw
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.methods import LayerMethod, LayerState
-from rayfed.methods.base import ANY_OPTIMIZER, Advance, Profile, Start, Trainable, Update, fedavg, mean_change
+from rayfed.methods.base import ANY_OPTIMIZER, Advance, Profile, Start, Trainable, Updates, fedavg, mean_change
 from rayfed.seeding import torch_rng
 
 
@@ -54,7 +53,7 @@ class FedSB(LayerMethod):
     def trainable(self, state: LayerState, client: Profile) -> Trainable:
         return Trainable(parts=("R", "head"))
 
-    def aggregate(self, state: LayerState, updates: Iterable[Update], advance: Advance = fedavg) -> LayerState:
+    def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         layout = Adapter(state.pairs, state.head).layout
         change = layout.unflatten(mean_change(updates, layout.size))
         layers = {}

@@ -19,16 +19,16 @@ Source: authors' code read; deviates: the residual as a covariance, of rank (K -
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import PositiveInt
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import add, norm, stack, truncate
-from rayfed.methods import Advance, LayerMethod, LayerState, Source, Update, fedavg, mean_change
+from rayfed.methods import Advance, LayerMethod, LayerState, Source, Updates, fedavg, mean_change
 from rayfed.methods._base_updates import flat, ranks_report
 from rayfed.methods._layers import zero_base
 
@@ -37,7 +37,7 @@ from rayfed.methods._layers import zero_base
 class FedExLoRA(LayerMethod):
     """Average the factors and merge the residual into the base."""
 
-    rank_cap: Annotated[int | None, Field(ge=1)] = None
+    rank_cap: PositiveInt | None = None
     """The largest rank of the residual that is sent and merged. null, the exact method: no limit."""
 
     paper = "arXiv 2410.09432"
@@ -50,7 +50,7 @@ class FedExLoRA(LayerMethod):
     def init(self, adapter: Adapter, seed: int) -> LayerState:
         return LayerState(layers=dict(adapter.layers), head=dict(adapter.head), base=zero_base(adapter))
 
-    def aggregate(self, state: LayerState, updates: Iterable[Update], advance: Advance = fedavg) -> LayerState:
+    def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         """Holds the factors of the whole cohort: the residual is made of them."""
         cohort, layout = list(updates), Adapter(state.pairs, state.head).layout
         change = layout.unflatten(mean_change(cohort, layout.size))

@@ -23,14 +23,13 @@ and Eq. 15, and from the abstract. gamma = 2 is the literal reading of Eq. 15 ov
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
+from pydantic import NonNegativeFloat, PositiveFloat
 
 from rayfed.lora.adapter import Adapter
-from rayfed.methods import ANY_OPTIMIZER, Advance, LayerState, ProductMean, Update, fedavg, product_change
+from rayfed.methods import ANY_OPTIMIZER, Advance, LayerState, ProductMean, Update, Updates, fedavg, product_change
 from rayfed.methods._truncation import Truncating, decomposed, truncation_error
 
 
@@ -38,10 +37,10 @@ from rayfed.methods._truncation import Truncating, decomposed, truncation_error
 class FedHL(Truncating):
     """Truncations down, an unbiased mean; any ranks, any server optimizer."""
 
-    gamma: Annotated[float, Field(ge=0)] = 2.0
+    gamma: NonNegativeFloat = 2.0
     """Power of the truncation error in the weights. 2 reads the paper literally, 1 minimises the error of the mean, 0
     ignores the error."""
-    eps: Annotated[float, Field(gt=0)] = 1e-6
+    eps: PositiveFloat = 1e-6
     """Makes the weight of a client without truncation error finite. Default: the independent implementation's."""
     data: Literal["ignore", "examples"] = "ignore"
     """Whether weights grow with the clients' data. `ignore`: no, as in Eq. 15. `examples`: they are multiplied by the
@@ -59,7 +58,7 @@ class FedHL(Truncating):
     def init(self, adapter: Adapter, seed: int) -> LayerState:
         return decomposed(super().init(adapter, seed), {name: pair.dense() for name, pair in adapter.layers.items()})
 
-    def aggregate(self, state: LayerState, updates: Iterable[Update], advance: Advance = fedavg) -> LayerState:
+    def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         mean = ProductMean()
         for update in updates:
             mean.add(self._weight(state, update), update, product_change(update))

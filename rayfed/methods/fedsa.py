@@ -16,14 +16,14 @@ Source: secondary; deviates: the stand-in is ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, Entry, Layout, LowRank
-from rayfed.methods import Advance, ChangeMean, FactorMean, FactorState, Profile, Start, Trainable, Update, fedavg
+from rayfed.methods import Advance, ChangeMean, FactorMean, FactorState, Profile, Start, Trainable, Updates, fedavg
 
 PERSONAL = ("B", "head")
 
@@ -44,7 +44,7 @@ class FedSA(FactorMean):
     def trainable(self, state: FactorState, client: Profile) -> Trainable:
         return Trainable(personal=PERSONAL)
 
-    def aggregate(self, state: FactorState, updates: Iterable[Update], advance: Advance = fedavg) -> FactorState:
+    def aggregate(self, state: FactorState, updates: Updates, advance: Advance = fedavg) -> FactorState:
         mean, clients = ChangeMean(state.layout.size), dict(state.clients)
         for update in updates:
             if update.personal_values is None:

@@ -32,17 +32,15 @@ ranking over all layers, the head's share (in one ranking its early changes woul
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from rayfed.config.types import Density
 from rayfed.errors import RunError
 from rayfed.lora.adapter import Adapter, Layout, LowRank
-from rayfed.methods import Advance, FactorMean, FactorState, Profile, Start, Update, fedavg
+from rayfed.methods import Advance, FactorMean, FactorState, Profile, Start, Updates, fedavg
 from rayfed.methods._means import positive
 from rayfed.methods.rolora import trained_factor
 from rayfed.wire import keep_count, top_k
@@ -52,7 +50,7 @@ from rayfed.wire import keep_count, top_k
 class FedSRD(FactorMean):
     """Importance-pruned changes up, one factor's projected and pruned change down."""
 
-    density: Annotated[float, Field(gt=0, le=1)] = 0.1
+    density: Density = 0.1
     """Share of the projected factor's and the head's entries that the server changes and sends. Default: the 90 %
     saving that the abstract claims."""
 
@@ -79,7 +77,7 @@ class FedSRD(FactorMean):
         score = importance(layout.unflatten(start), layout.unflatten(start + change), change)
         return _largest(score, layout, budget, density)
 
-    def aggregate(self, state: FactorState, updates: Iterable[Update], advance: Advance = fedavg) -> FactorState:
+    def aggregate(self, state: FactorState, updates: Updates, advance: Advance = fedavg) -> FactorState:
         factor, layout = trained_factor(state), state.layout
         current = layout.unflatten(state.vector)
         fixed = {name: pair.A if factor == "B" else pair.B for name, pair in current.layers.items()}

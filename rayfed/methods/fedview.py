@@ -37,19 +37,19 @@ Source: ours; deviates: nothing. Prior art: ECLoRA (doi 10.1109/TNNLS.2025.35865
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import add, norm, top_svd
 from rayfed.methods import LayerMethod, LayerState, ProductMean, product_change
 from rayfed.methods._messages import matrix
-from rayfed.methods.base import ANY_OPTIMIZER, Advance, BaseChange, Profile, Start, Update, fedavg
+from rayfed.methods.base import ANY_OPTIMIZER, Advance, BaseChange, Profile, Start, Updates, fedavg
 from rayfed.seeding import torch_rng
 
 ROW = 1 / math.sqrt(3)  # a row of in entries uniform in +-1/sqrt(in) has this norm, in the mean square
@@ -64,7 +64,7 @@ class FedView(LayerMethod):
     """Where local training starts: at the correction's factors, at fresh ones, or half of each."""
     split: Literal["floored", "balanced", "b"] = "floored"
     """How a correction is divided between B and A."""
-    floor: Annotated[float, Field(ge=0)] = 0.6
+    floor: NonNegativeFloat = 0.6
     """For `floored`: the least norm of a row of A, in units of a random row's. 0 is `balanced`."""
 
     paper = "derived here"
@@ -117,7 +117,7 @@ class FedView(LayerMethod):
         B[:, : len(S)] = torch.where(alive, U * (S / rows), 0.0)
         return LowRank(B, A, client.scale), merge
 
-    def aggregate(self, state: LayerState, updates: Iterable[Update], advance: Advance = fedavg) -> LayerState:
+    def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         mean, clients, behind = ProductMean(), dict(state.clients), []
         for update in updates:
             mean.add(update.weight, update, product_change(update))

@@ -18,7 +18,6 @@ Source: secondary; deviates: nothing known for equal ranks; nested ranks are our
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -26,7 +25,7 @@ import torch
 
 from rayfed.methods import HeadMean, LayerMethod, LayerState
 from rayfed.methods._nested_ranks import nested
-from rayfed.methods.base import ANY_OPTIMIZER, Advance, Profile, Start, Trainable, Update, fedavg
+from rayfed.methods.base import ANY_OPTIMIZER, Advance, Profile, Start, Trainable, Updates, fedavg
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class FFALoRA(LayerMethod):
     def trainable(self, state: LayerState, client: Profile) -> Trainable:
         return Trainable(parts=("B", "head"))
 
-    def aggregate(self, state: LayerState, updates: Iterable[Update], advance: Advance = fedavg) -> LayerState:
+    def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         pairs, mean = state.pairs, HeadMean()
         sums = {name: torch.zeros(pair.B.shape, dtype=torch.float64) for name, pair in pairs.items()}
         for update in updates:

@@ -30,11 +30,10 @@ reference.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from rayfed.methods import Advance, FactorMean, FactorState, Profile, Start, Trainable, Update, fedavg
+from rayfed.methods import Advance, FactorMean, FactorState, Profile, Start, Trainable, Updates, fedavg
 from rayfed.wire import top_mask
 
 
@@ -67,7 +66,7 @@ class Flasc(FactorMean):
     def trainable(self, state: FactorState, client: Profile) -> Trainable:
         return Trainable(received_only=self.train == "masked")
 
-    def aggregate(self, state: FactorState, updates: Iterable[Update], advance: Advance = fedavg) -> FactorState:
+    def aggregate(self, state: FactorState, updates: Updates, advance: Advance = fedavg) -> FactorState:
         state = super().aggregate(state, updates, advance)
         if self.mask == "fixed" and "anchor" not in state.extras:
             state = replace(state, extras={"anchor": state.vector})

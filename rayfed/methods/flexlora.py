@@ -17,10 +17,9 @@ Source: secondary; deviates: the rule for sparse downloads is ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rayfed.methods import Advance, LayerState, ProductMean, Update, fedavg
+from rayfed.methods import Advance, LayerState, ProductMean, Updates, fedavg
 from rayfed.methods._truncation import Truncating
 
 
@@ -33,7 +32,7 @@ class FlexLoRA(Truncating):
     down = up = "r_k (in + out)"
     source = "secondary"
 
-    def aggregate(self, state: LayerState, updates: Iterable[Update], advance: Advance = fedavg) -> LayerState:
+    def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         mean, products = ProductMean(), self.client_products(state)
         for update in updates:
             mean.add(update.weight, update, products(update))

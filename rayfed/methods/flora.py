@@ -18,7 +18,7 @@ seed stands for all of A, and neither A nor B = 0 costs anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import add, stack
-from rayfed.methods import Advance, HeadMean, LayerMethod, LayerState, Profile, Source, Start, Update, fedavg
+from rayfed.methods import Advance, HeadMean, LayerMethod, LayerState, Profile, Source, Start, Updates, fedavg
 from rayfed.methods._base_updates import flat, fresh_A, ranks_report
 
 
@@ -56,7 +56,7 @@ class FLoRA(LayerMethod):
             layers[name] = LowRank(torch.zeros(out, client.rank), A, client.scale)
         return Start.of(Adapter(layers, state.head), "A", "B", base=state.base)
 
-    def aggregate(self, state: LayerState, updates: Iterable[Update], advance: Advance = fedavg) -> LayerState:
+    def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         """Holds the factors of the whole cohort: they are the base update."""
         mean = HeadMean()
         pairs: dict[str, list[LowRank]] = {name: [] for name in state.base}

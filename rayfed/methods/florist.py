@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from rayfed.config.types import Density
 from rayfed.lora.adapter import LowRank
 from rayfed.lora.algebra import svd
 from rayfed.methods.flora import FLoRA
@@ -30,7 +29,7 @@ from rayfed.methods.flora import FLoRA
 class FLoRIST(FLoRA):
     """Merge the leading singular directions of the stack."""
 
-    tau: Annotated[float, Field(gt=0, le=1)] = 0.99
+    tau: Density = 0.99
     """Share of each stack's energy (squared singular values) that is sent and merged. The default is ours."""
 
     paper = "arXiv 2506.09199"

@@ -25,16 +25,15 @@ no client has a product yet.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import norm, revive
-from rayfed.methods import Advance, LayerState, Profile, Trainable, Update, fedavg
+from rayfed.methods import Advance, LayerState, Profile, Trainable, Update, Updates, fedavg
 from rayfed.methods._nested_ranks import Nested, RankwiseMean
 from rayfed.objectives.tail_penalty import TailPenalty
 
@@ -47,7 +46,7 @@ class HetLoRA(Nested):
 
     weighting: Literal["norm", "given"] = "norm"
     """Weights of the clients. `norm`: the norms of their products, as in the paper. `given`: `server.weights`."""
-    regularizer: Annotated[float, Field(ge=0)] = 1e-3
+    regularizer: NonNegativeFloat = 1e-3
     """Weight of the tail's norms in the local loss. The default is ours."""
     prune: bool = True
     """Whether a client drops the tail of its ranks when training made the tail smaller."""
@@ -73,7 +72,7 @@ class HetLoRA(Nested):
         start = self._tail_start(rank)
         return Trainable(objective=TailPenalty(self.regularizer, start) if self.regularizer and start < rank else None)
 
-    def aggregate(self, state: LayerState, updates: Iterable[Update], advance: Advance = fedavg) -> LayerState:
+    def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         sums, ranks, clients = RankwiseMean(state), [], dict(state.clients)
         for update in updates:
             sums.add(self._weight(update), update)

@@ -20,16 +20,15 @@ fit is skipped for the next best one that does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, Layout
-from rayfed.methods import Advance, ChangeMean, FactorState, Profile, Trainable, Update, fedavg
+from rayfed.methods import Advance, ChangeMean, FactorState, Profile, Trainable, Updates, fedavg
 from rayfed.methods.rolora import RoLoRA
 from rayfed.wire import top_k
 
@@ -38,7 +37,7 @@ from rayfed.wire import top_k
 class LoRAA2(RoLoRA):
     """RoLoRA with a mask of ranks per client."""
 
-    rate_B: Annotated[float, Field(gt=0)] = 5.0
+    rate_B: PositiveFloat = 5.0
     """B's learning rate as a multiple of the client's, which is A's. Default: the paper's."""
     head_budget: Literal["share", "whole"] = "share"
     """How the head counts in a sparse upload. `share`: its largest entries, up to its share of the budget. `whole`: all
@@ -69,7 +68,7 @@ class LoRAA2(RoLoRA):
                 room -= line.numel()
         return chosen.nonzero().squeeze(1)
 
-    def aggregate(self, state: FactorState, updates: Iterable[Update], advance: Advance = fedavg) -> FactorState:
+    def aggregate(self, state: FactorState, updates: Updates, advance: Advance = fedavg) -> FactorState:
         mean, sent = ChangeMean(state.layout.size), []
         for update in updates:
             mean.add(update)

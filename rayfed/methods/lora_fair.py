@@ -18,26 +18,24 @@ Source: secondary; deviates: the scale in the closed form and the default of lam
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import norm
 from rayfed.methods import Change, ChangeMean, FactorMean, FactorState, ProductMean
 from rayfed.methods._means import trained_product
-from rayfed.methods.base import Advance, Update, fedavg
+from rayfed.methods.base import Advance, Updates, fedavg
 
 
 @dataclass(frozen=True)
 class LoRAFAIR(FactorMean):
     """The mean of factors, and a least-squares step of B towards the mean of products."""
 
-    lam: Annotated[float, Field(ge=0)] = 0.01
+    lam: NonNegativeFloat = 0.01
     """Weight of ``||dB||^2``. Abar Abar^T starts near a third of the identity. The default is ours."""
 
     paper = "arXiv 2411.14961"
@@ -45,7 +43,7 @@ class LoRAFAIR(FactorMean):
     source = "secondary"
     optimizers = ("fedavg",)
 
-    def aggregate(self, state: FactorState, updates: Iterable[Update], advance: Advance = fedavg) -> FactorState:
+    def aggregate(self, state: FactorState, updates: Updates, advance: Advance = fedavg) -> FactorState:
         factors, products = ChangeMean(state.layout.size), ProductMean()
         for update in updates:
             factors.add(update)

@@ -17,16 +17,14 @@ over one A before the merge, is our reading. A is uniform where the paper draws 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import PositiveInt
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import add
-from rayfed.methods import Advance, LayerState, Profile, Start, Update, fedavg
+from rayfed.methods import Advance, LayerState, Profile, Start, Updates, fedavg
 from rayfed.methods._base_updates import fresh_A
 from rayfed.methods._layers import zero_base
 from rayfed.methods.ffa_lora import FFALoRA
@@ -36,7 +34,7 @@ from rayfed.methods.ffa_lora import FFALoRA
 class RACLoRA(FFALoRA):
     """Train B with a random A, merge, redraw A."""
 
-    block_rounds: Annotated[int, Field(ge=1)] = 1
+    block_rounds: PositiveInt = 1
     """Rounds with one draw of A. From the second round on, B is averaged and sent again. The default is ours."""
 
     paper = "arXiv 2410.08305"
@@ -53,7 +51,7 @@ class RACLoRA(FFALoRA):
         known = ("A", "B") if state.rounds % self.block_rounds == 0 else ("A",)
         return replace(start, known=start.layout.mask(*known), base=state.base)
 
-    def aggregate(self, state: LayerState, updates: Iterable[Update], advance: Advance = fedavg) -> LayerState:
+    def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         state = replace(super().aggregate(state, updates, advance), extras={})
         return state if state.rounds % self.block_rounds else self._merged(state)
 

@@ -17,14 +17,13 @@ keeping it was far better when few clients take part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from rayfed.lora.adapter import LowRank
-from rayfed.methods import Advance, LayerState, ProductMean, Update, fedavg
+from rayfed.methods import Advance, LayerState, ProductMean, Updates, fedavg
 from rayfed.methods._means import positive
 from rayfed.methods._truncation import Truncating, spectrum
 
@@ -41,7 +40,7 @@ class RaFLoRA(Truncating):
     down = up = "r_k (in + out)"
     source = "secondary"
 
-    def aggregate(self, state: LayerState, updates: Iterable[Update], advance: Advance = fedavg) -> LayerState:
+    def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         cohort = [update for update in updates if update.weight > 0]
         total = positive(sum(update.weight for update in cohort))
         owned = torch.zeros(max(update.client.rank for update in cohort), dtype=torch.float64)

@@ -14,11 +14,10 @@ Source: secondary; deviates: each client's own scale counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rayfed.lora.adapter import LowRank
-from rayfed.methods import Advance, LayerState, Update, fedavg
+from rayfed.methods import Advance, LayerState, Updates, fedavg
 from rayfed.methods._nested_ranks import Nested, RankwiseMean
 
 
@@ -32,7 +31,7 @@ class RBLA(Nested):
     source = "secondary"
     optimizers = ("fedavg", "sgd")
 
-    def aggregate(self, state: LayerState, updates: Iterable[Update], advance: Advance = fedavg) -> LayerState:
+    def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         sums = RankwiseMean(state)
         for update in updates:
             sums.add(update.weight, update)

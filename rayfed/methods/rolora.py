@@ -19,13 +19,12 @@ Source: secondary; deviates: nothing known.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from rayfed.methods import Advance, FactorMean, FactorState, Profile, Start, Trainable, Update, fedavg, mean_change
+from rayfed.methods import Advance, FactorMean, FactorState, Profile, Start, Trainable, Updates, fedavg, mean_change
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class RoLoRA(FactorMean):
     def trainable(self, state: FactorState, client: Profile) -> Trainable:
         return Trainable(parts=(trained_factor(state), "head"))
 
-    def aggregate(self, state: FactorState, updates: Iterable[Update], advance: Advance = fedavg) -> FactorState:
+    def aggregate(self, state: FactorState, updates: Updates, advance: Advance = fedavg) -> FactorState:
         return self.step(state, mean_change(updates, state.layout.size), advance)
 
     def step(self, state: FactorState, change: Tensor, advance: Advance) -> FactorState:

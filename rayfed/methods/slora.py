@@ -24,19 +24,19 @@ random row in A. `lost_energy` reports the share of ||W||_F^2, over all layers, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import PositiveInt
 from torch import Tensor
 
+from rayfed.config.types import Density
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import factors, norm, pad, svd, tail_energy
 from rayfed.methods import Change, LayerMethod, LayerState
 from rayfed.methods._layers import first_ranks
-from rayfed.methods.base import Advance, Profile, Start, Trainable, Update, fedavg, mean_change
+from rayfed.methods.base import Advance, Profile, Start, Trainable, Updates, fedavg, mean_change
 from rayfed.seeding import torch_rng
 from rayfed.wire import keep_count
 
@@ -45,9 +45,9 @@ from rayfed.wire import keep_count
 class SLoRA(LayerMethod):
     """Sparse rounds, one SVD, then FedIT."""
 
-    rounds_sparse: Annotated[int, Field(ge=1)] = 5
+    rounds_sparse: PositiveInt = 5
     """Rounds of stage 1. Default: ours; a few rounds are enough to find a start."""
-    rho: Annotated[float, Field(gt=0, le=1)] = 0.01
+    rho: Density = 0.01
     """Share of each adapted matrix's entries that train in stage 1. Default: the paper's 1 %."""
     split: Literal["b", "sqrt"] = "b"
     """Where the singular values go. `b`: all in B, which leaves A's rows as long as those of a LoRA start. `sqrt`:
@@ -77,7 +77,7 @@ class SLoRA(LayerMethod):
     def trainable(self, state: LayerState, client: Profile) -> Trainable:
         return Trainable(entries=_on_mask(state) if self._sparse(state) else None)
 
-    def aggregate(self, state: LayerState, updates: Iterable[Update], advance: Advance = fedavg) -> LayerState:
+    def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         sparse, adapter = self._sparse(state), _adapter(state)
         change = mean_change(updates, adapter.layout.size)
         new = adapter.layout.unflatten(advance("vector", adapter.flatten(), change))

@@ -73,7 +73,7 @@ def test_its_options_are_of_yamls_types_and_have_a_docstring(name):
         (
             "fedex_lora",
             {"rank_cap": 2.5},
-            "method.rank_cap: got 2.5, but it should be an integer of at least 1",
+            "method.rank_cap: got 2.5, but it should be an integer above 0 or null",
         ),
         ("flasc", {"mask": "never"}, "method.mask: got 'never', but it should be refresh or fixed"),
         ("rbla", {"gamma": 1}, "method.gamma: rbla has no such option; allowed are none"),
