@@ -78,9 +78,10 @@ def make_problem(
 ) -> Problem:  # fmt: skip
     """Draws a problem, keyed by ``seed``.
 
-    The layer has ``inner`` inputs and ``out`` outputs; every client has ``rows`` rows. W* is a product of Gaussian
-    matrices, (out, rank) and (rank, inner), scaled to the Frobenius norm sqrt(rank). Raises ValueError if a size is below 1, ``rank`` exceeds min(out, inner),
-    ``rows`` is below ``inner`` (H_k would be singular), ``condition`` is below 1, or ``shift`` is negative.
+    The layer has ``inner`` inputs and ``out`` outputs, and every client has ``rows`` rows. W* is a product of Gaussian
+    matrices, (out, rank) and (rank, inner), scaled to the Frobenius norm sqrt(rank). Raises ValueError if a size is
+    below 1, ``rank`` exceeds min(out, inner), ``rows`` is below ``inner`` (H_k would be singular), ``condition`` is
+    below 1, or ``shift`` is negative.
     """
     if min(out, inner, rank, clients) < 1 or rank > min(out, inner):
         raise ValueError(

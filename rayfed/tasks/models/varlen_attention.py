@@ -206,7 +206,7 @@ def _padded_attention(
 
     def pad(x: Tensor) -> Tensor:  # (1, H, T, D) -> (N, H, C, D)
         padded = index.pad(_repeat_heads(x, query)[0].transpose(0, 1))
-        return padded.view(index.lines, index.longest, *padded.shape[1:]).transpose(1, 2)
+        return padded.view(index.count, index.longest, *padded.shape[1:]).transpose(1, 2)
 
     y_NHCD = nn.functional.scaled_dot_product_attention(pad(query), pad(key), pad(value), attn_mask=mask, scale=scale)
     return index.unpad(y_NHCD.transpose(1, 2).flatten(0, 1))[None]
