@@ -12,25 +12,31 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from rayfed import config
+import numpy as np
+import torch
+from torch import nn
+
+from rayfed import config, methods, tasks, weighting
+from rayfed.channels import Lossless
+from rayfed.clients.plan import RunPlan
 from rayfed.config import Experiment
 from rayfed.config.marks import settings_digest
+from rayfed.engine.local_executor import run_here
 from rayfed.errors import UserError
+from rayfed.methods import Method
+from rayfed.objectives import Plain
+from rayfed.profiles.client_profiles import ClientProfiles
+from rayfed.server.optimizers import ServerOptimizer
 from rayfed.storage import RemoteFolder, fetch, is_uri, slug
-from rayfed.tracking import Record, Sink, SinkList, Table, open_console
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from rayfed.clients.plan import RunPlan
-    from rayfed.methods import Method
-    from rayfed.profiles.client_profiles import ClientProfiles
-    from rayfed.tasks.base import Task
-    from rayfed.tasks.data.federation import Federation
-    from rayfed.tasks.models.spec import ModelSpec
-    from rayfed.weighting import Weighting
+from rayfed.tasks.base import Task
+from rayfed.tasks.data.federation import Federation
+from rayfed.tasks.models.base import in_dtype
+from rayfed.tasks.models.cache import forget_base
+from rayfed.tasks.models.spec import ModelSpec, check_dtype, describe_model
+from rayfed.tracking import Record, Sink, SinkList, Table, open_console, read_metrics
+from rayfed.weighting import Weighting
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,6 @@ class RunResult:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """metrics.jsonl, one mapping a round."""
-        from rayfed.tracking import read_metrics
-
         return read_metrics(self.out / "metrics.jsonl")
 
 
@@ -76,39 +80,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
 
 def build_components(experiment: Experiment, task: Task | None = None, method: Method | None = None) -> Components:
     """Builds what the settings name. UserError where parts do not go together. Every `auto` becomes a choice here."""
-    from rayfed import methods, tasks, weighting
-    from rayfed.profiles.client_profiles import ClientProfiles
-    from rayfed.server.optimizers import ServerOptimizer
-
-    settings = experiment
-    if method is None:
-        method = methods.build(settings.method.name, **settings.method.options)
-    if task is None:
-        task = tasks.build(
-            data=settings.data,
-            problem=settings.problem,
-            partition=settings.partition,
-            model=settings.model,
-            seed=settings.seed,
-        )
-    task.check(lora=settings.lora, server=settings.server, eval=settings.eval, engine=settings.engine)
-    server, name = settings.server, settings.method.name
+    data, server, lora, name = experiment.data, experiment.server, experiment.lora, experiment.method.name
+    method = method or methods.build(name, **experiment.method.options)
+    task = task or tasks.build(
+        data=data,
+        problem=experiment.problem,
+        partition=experiment.partition,
+        model=experiment.model,
+        seed=experiment.seed,
+    )
+    task.check(lora=lora, server=server, eval=experiment.eval, engine=experiment.engine)
     optimizer = method.optimizer if server.optimizer == "auto" else server.optimizer
     if optimizer not in method.optimizers:
         raise UserError(f"server.optimizer: got {optimizer!r}, but {name} allows {', '.join(method.optimizers)}")
     ServerOptimizer(optimizer, server)
-    if settings.lora.train == "head" and getattr(method, "train", "all") == "masked":
+    if lora.train == "head" and getattr(method, "train", "all") == "masked":
         raise UserError("method.train: got 'masked', but lora.train=head already says what trains")
-    profiles = ClientProfiles(settings.profiles, settings.lora, settings.wire, settings.seed)
+    profiles = ClientProfiles(experiment.profiles, lora, experiment.wire, experiment.seed)
     if profiles.mixed_ranks and not method.mixed_ranks:
         raise UserError(
-            f"profiles.kind: got {settings.profiles.kind!r}, which gives clients different ranks, but {name} needs all "
-            f"of them at lora.rank={settings.lora.rank}"
+            f"profiles.kind: got {experiment.profiles.kind!r}, which gives clients different ranks, but {name} needs "
+            f"all of them at lora.rank={lora.rank}"
         )
     if not method.sparse_down:
-        _check_whole(settings, profiles, "down")
+        _check_whole(experiment, profiles, "down")
     if not method.sparse_up:
-        _check_whole(settings, profiles, "up")
+        _check_whole(experiment, profiles, "up")
     weights = method.weights if server.weights == "auto" else server.weights
     return Components(task, method, weighting.build(weights), optimizer, profiles)
 
@@ -161,14 +158,11 @@ def run(
     console = SinkList(open_console(plan.tracking), summary, *([sink] if sink else []))
     try:
         if plan.engine.kind == "ray":
-            from rayfed.engine.driver import run_on_ray
-            from rayfed.tasks.models.cache import forget_base
+            from rayfed.engine.driver import run_on_ray  # here: a run without Ray need not import it
 
             forget_base()
             run_on_ray(plan, out, resume, uri, console)
         else:
-            from rayfed.engine.local_executor import run_here
-
             run_here(plan, out, resume, uri, console)
     finally:
         console.close()
@@ -183,11 +177,7 @@ def load_model(run: str | Path) -> nn.Module:
     ``run`` is a run directory. Where `model.pooling` is `stock`, the same can be had without rayfed:
     `PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=...), run/adapter)`.
     """
-    import numpy as np
     from peft import PeftModel
-
-    from rayfed.tasks.data.federation import Federation
-    from rayfed.tasks.models.base import in_dtype
 
     experiment = config.load_config(Path(run) / "config.yaml")
     classes = json.loads((Path(run) / "adapter" / "classes.json").read_text(encoding="utf-8"))
@@ -199,22 +189,14 @@ def load_model(run: str | Path) -> nn.Module:
 
 
 def _plan(experiment: Experiment, parts: Components, federation: Federation | None) -> RunPlan:
-    from rayfed.channels import Lossless
-    from rayfed.clients.plan import RunPlan
-    from rayfed.objectives import Plain
-
     engine = experiment.engine
     federation = _checked_data(experiment, parts, federation)
     return RunPlan(
-        task=parts.task,
+        **vars(parts),
         federation=federation,
         model=_described_model(experiment, parts, federation),
-        method=parts.method,
         objective=Plain(),
-        weighting=parts.weighting,
         channel=Lossless(),
-        profiles=parts.profiles,
-        server_optimizer=parts.server_optimizer,
         pack=None if engine.pack == "auto" else engine.pack,
         seed=experiment.seed,
         settings=experiment.model_dump(mode="json"),
@@ -231,7 +213,9 @@ def _plan(experiment: Experiment, parts: Components, federation: Federation | No
 
 
 def _checked_data(experiment: Experiment, parts: Components, federation: Federation | None) -> Federation:
-    _check_device(experiment.engine.kind, experiment.engine.device)
+    # Only for this process: Ray knows what a cluster's nodes have.
+    if experiment.engine.kind == "local" and experiment.engine.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("engine.device: got 'cuda', but torch finds no GPU here; allowed is cpu")
     federation = federation or parts.task.load_data()
     holders, cohort = len(federation.holders), experiment.server.cohort
     if cohort > holders:
@@ -243,8 +227,6 @@ def _checked_data(experiment: Experiment, parts: Components, federation: Federat
 
 
 def _described_model(experiment: Experiment, parts: Components, federation: Federation) -> ModelSpec:
-    from rayfed.tasks.models.spec import check_dtype, describe_model
-
     task, engine, model = parts.task, experiment.engine, experiment.model
     base = task.load_base(federation)
     batching = task.batching(base, engine.padding)
@@ -277,15 +259,6 @@ def _check_whole(experiment: Experiment, profiles: ClientProfiles, direction: Li
         raise UserError(
             f"wire.{direction}.values: got {wire.values!r}, but what {name} sends {direction} must arrive exactly: fp32"
         )
-
-
-def _check_device(kind: str, device: str) -> None:
-    """Only for this process: Ray knows what a cluster's nodes have."""
-    if kind == "local" and device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UserError("engine.device: got 'cuda', but torch finds no GPU here; allowed is cpu")
 
 
 def _check_out(out: Path, experiment: Experiment, resume: bool) -> Experiment:

@@ -7,7 +7,6 @@ on other systems the peak is that of the process's life, and so too high.
 from __future__ import annotations
 
 import gc
-import os
 import re
 import resource
 import sys
@@ -16,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 
 from rayfed.config.execution import Engine
@@ -95,24 +95,11 @@ def free(engine: Engine) -> int:
     if engine.device == "cuda":
         unused, _ = torch.cuda.mem_get_info()
         own = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        shared = engine.kind == "ray" and engine.gpus < 1
-        return int((unused + own) * (engine.gpus if shared else 1))
-    return _free_on_this_machine() // (engine.workers if engine.kind == "ray" else 1)
-
-
-def _free_on_this_machine() -> int:
-    """What the kernel can give without swapping, and no more than is left of a container's limit."""
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        available = int(found[1]) * 1024 if found else None
-    except OSError:
-        available = None
-    if available is None:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # assume that half is in use
-    try:
-        return min(available, int(LIMIT.read_text()) - int(USED.read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit ("max")
-        return available
+        return int((unused + own) * (min(engine.gpus, 1) if engine.kind == "ray" else 1))
+    available = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+        available = min(available, int(LIMIT.read_text()) - int(USED.read_text()))
+    return available // engine.processes
 
 
 def _status(name: str) -> int:

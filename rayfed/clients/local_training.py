@@ -24,7 +24,7 @@ from rayfed.device import to_device
 from rayfed.lora.adapter import Layout
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack
-from rayfed.methods.base import BaseChange
+from rayfed.methods import BaseChange
 from rayfed.objectives import Objective, Plain
 from rayfed.tasks.base import Task
 from rayfed.tasks.data.federation import Rows
@@ -137,17 +137,12 @@ class _PackTraining:
     def _segments(self, active: Sequence[int], step: int) -> list[Segment]:
         """Which rows of the batch belong to which slot."""
         c, lengths = self.context, self.context.data.lengths
-        return [
-            Segment(
-                slot,
-                len(self.plans[slot][step]),
-                seeding.derive_seed(c.seed, "dropout", self.t, self.members[slot].client, step)
-                if c.stack.dropout
-                else None,
-                lengths[self.plans[slot][step]].tolist(),
-            )
-            for slot in active
-        ]
+        segments = []
+        for slot in active:
+            rows, key = self.plans[slot][step], ("dropout", self.t, self.members[slot].client, step)
+            seed = seeding.derive_seed(c.seed, *key) if c.stack.dropout else None
+            segments.append(Segment(slot, len(rows), seed, lengths[rows].tolist()))
+        return segments
 
     def _batch(self, active: Sequence[int], step: int) -> dict[str, Tensor]:
         rows = np.concatenate([self.plans[slot][step] for slot in active])
@@ -189,9 +184,8 @@ class _Parameters:
         self.rates = members[0].rates
         self.trained: list[nn.Parameter] = []
         self.parts: list[str] = []
-        self.partial: list[
-            tuple[nn.Parameter, Tensor, Tensor]
-        ] = []  # parameter, mask, start: entries that do not train
+        # Parameter, mask, start: the parameters of which some entries do not train.
+        self.partial: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         for name, part, parameter in stack.tensors():
             supports = {
                 slot: member.support[entry.start : entry.start + entry.numel].view(entry.shape)

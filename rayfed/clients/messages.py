@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from rayfed.lora.adapter import Layout
-from rayfed.methods.base import PackSum, Trainable
+from rayfed.methods import PackSum, Trainable
 from rayfed.wire import Sizes
 
 SplitName = Literal["train", "validation", "test"]
@@ -25,7 +25,8 @@ SplitName = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class ClientOrder:
-    """One client's part of a training job. The fields of type ``int | None`` are positions among the job's payloads."""
+    """One client's part of a training job. ``payload``, ``known`` and the integers of ``base`` and ``merge`` are
+    positions among the job's payloads."""
 
     client: int
     layout: Layout
@@ -36,10 +37,8 @@ class ClientOrder:
     values: str  # number format of its upload
     weight: float = 1.0  # of its change in the aggregation
     known: int | None = None  # the entries that it has already
-    base: int | None = None  # the frozen change of its base
-    base_layout: Layout | None = None
-    merge: int | None = None  # a change that it merges into its base before it trains; also a download
-    merge_layout: Layout | None = None
+    base: tuple[int, Layout] | None = None  # the frozen change of its base
+    merge: tuple[int, Layout] | None = None  # a change that it merges into its base before it trains; also a download
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayfed import wire
 from rayfed.clients import device_memory
@@ -37,8 +37,7 @@ from rayfed.clients.transfer import assemble, personal_values, sums, upload
 from rayfed.errors import RunError
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_layers
-from rayfed.methods._messages import merged
-from rayfed.methods.base import BaseChange
+from rayfed.methods import BaseChange, merged
 from rayfed.tasks.models.base import in_dtype
 from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
 from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel
@@ -59,18 +58,11 @@ class Trainer:
         self.head = list((self.stack.head or head_layers(self.model, base.frozen_head)).values())
         batching = plan.model.batching
         self.unpadded = UnpaddedModel(self.model, batching) if isinstance(batching, Unpadded) else None
-        self.by_length = {
-            name: np.argsort(plan.federation.split(name).lengths, kind="stable") for name in SPLITS
-        }  # row indices in order of length: batches of evaluation hold little padding
+        # Row indices in order of length: batches of evaluation hold little padding.
+        self.by_length = {name: np.argsort(plan.federation.split(name).lengths, kind="stable") for name in SPLITS}
+        data, padded = plan.federation.train, self.unpadded is None
         self.context = TrainingContext(
-            self.stack,
-            self.forward,
-            plan.task,
-            plan.federation.train,
-            self.unpadded is None,
-            plan.client,
-            plan.seed,
-            self.device,
+            self.stack, self.forward, plan.task, data, padded, plan.client, plan.seed, self.device
         )
 
     def execute(self, job: Job, payloads: Sequence[bytes]) -> Result:
@@ -110,50 +102,35 @@ class Trainer:
         members = [self._member(order, decoded, bases) for order in job.orders]
         train = partial(train_pack, self.context, lr=job.lr, t=job.t)
         trained = device_memory.in_halves(
-            members, train, self.device, lambda member: f"client {member.client}: training it alone"
+            members, train, self.device, lambda m: f"client {m.client}: training it alone"
         )
         results, parts = [result for part in trained for result in part], tuple(map(len, trained))
         clients = list(zip(results, members, job.orders, strict=True))
         uploads = tuple(upload(self.plan.method, *client) for client in clients)
-        return TrainResult(
-            () if job.summed else uploads,
-            tuple(personal_values(*client) for client in clients),
-            tuple(r.loss for r in results),
-            tuple(r.examples for r in results),
-            tuple(r.steps for r in results),
-            tuple(_trained_rank(member) for member in members),
-            time.perf_counter() - begun,
-            parts,
-            tuple(map(wire.inspect, uploads)),
-            sums(self.plan.channel, uploads, members, job.orders, parts) if job.summed else (),
-        )
+        personal = tuple(personal_values(*client) for client in clients)
+        summed = sums(self.plan.channel, uploads, members, job.orders, parts) if job.summed else ()
+        losses, examples, steps = zip(*((r.loss, r.examples, r.steps) for r in results))
+        ranks, sizes = tuple(map(_trained_rank, members)), tuple(map(wire.inspect, uploads))
+        uploads = () if job.summed else uploads
+        seconds = time.perf_counter() - begun
+        return TrainResult(uploads, personal, losses, examples, steps, ranks, seconds, parts, sizes, summed)
 
     def _member(self, order: ClientOrder, decoded: Sequence[wire.Payload], bases: dict[int, BaseChange]) -> PackMember:
         known = None if order.known is None else decoded[order.known]
         start, has = assemble(order.layout, decoded[order.payload], known)
         base: BaseChange = {}
         if order.base is not None:
-            if order.base not in bases:
-                assert order.base_layout is not None
-                vector = decoded[order.base].dense()
-                bases[order.base] = {
-                    **order.base_layout.unflatten(vector).layers,
-                    **order.base_layout.matrices(vector),
-                }
-            base = bases[order.base]
+            at, layout = order.base
+            if at not in bases:
+                vector = decoded[at].dense()
+                bases[at] = {**layout.unflatten(vector).layers, **layout.matrices(vector)}
+            base = bases[at]
         if order.merge is not None:
-            assert order.merge_layout is not None
-            base = merged(base, order.merge_layout.unflatten(decoded[order.merge].dense()))
-        return PackMember(
-            order.client,
-            order.layout,
-            start,
-            order.trainable.support(order.layout, has),
-            self.plan.federation.rows_of(order.client),
-            base,
-            order.trainable.rates,
-            order.trainable.objective or self.plan.objective,
-        )
+            at, layout = order.merge
+            base = merged(base, layout.unflatten(decoded[at].dense()))
+        trainable, rows = order.trainable, self.plan.federation.rows_of(order.client)
+        support, objective = trainable.support(order.layout, has), trainable.objective or self.plan.objective
+        return PackMember(order.client, order.layout, start, support, rows, base, trainable.rates, objective)
 
     @torch.no_grad()
     def _evaluate(self, job: EvalJob, payloads: Sequence[bytes]) -> EvalResult:
@@ -161,34 +138,32 @@ class Trainer:
         self.stack.load([job.layout.unflatten(vector)], [job.layout.matrices(vector)])
         task = self.plan.task
         loss, count = (torch.zeros((), dtype=torch.float64, device=self.device) for _ in range(2))
-        rows: list[np.ndarray] = []
-        found: list[Tensor] = []
-        labels: list[Tensor] = []
+        found: list[tuple[np.ndarray, Tensor, Tensor]] = []
 
         def outputs_of(inputs: dict[str, Tensor], segment: Segment) -> Tensor:
             return self.forward(inputs).float()
 
-        for chosen, outputs, own_labels in self._each_batch(job, outputs_of, job.classes):
-            sums, counts = task.loss(outputs, own_labels)
+        for chosen, outputs, labels in self._each_batch(job, outputs_of, job.classes):
+            sums, counts = task.loss(outputs, labels)
             loss += sums.double().sum()
             count += counts.double().sum()
-            rows.append(chosen)
-            found.append(task.predictions(outputs))
-            labels.append(own_labels)
-        if not rows:
+            found.append((chosen, task.predictions(outputs), labels))
+        if not found:
             return EvalResult(0.0, 0.0, np.zeros(0, np.int64), torch.zeros(0), torch.zeros(0))
+        rows, predictions, truth = zip(*found)
         # Only here does the process wait for the device.
         return EvalResult(
-            float(loss), float(count), np.concatenate(rows), torch.cat(found).cpu(), torch.cat(labels).cpu()
+            float(loss), float(count), np.concatenate(rows), torch.cat(predictions).cpu(), torch.cat(truth).cpu()
         )
 
     @torch.no_grad()
     def _features(self, job: FeatureJob) -> FeatureResult:
         seen: list[Tensor] = []
-        hooks = [
-            layer.register_forward_pre_hook(lambda _module, args: seen.append(args[0].float().cpu()))
-            for layer in self.head
-        ]
+
+        def see(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0].float().cpu())
+
+        hooks = [layer.register_forward_pre_hook(see) for layer in self.head]
         for lora in self.stack.lora.values():  # the base alone: no adapter
             lora.load([None])
 
@@ -211,11 +186,9 @@ class Trainer:
         return FeatureResult(torch.cat(states), torch.cat(labels).cpu())
 
     def _each_batch(
-        self,
-        job: EvalJob | FeatureJob,
-        work: Callable[[dict[str, Tensor], Segment], Tensor],
+        self, job: EvalJob | FeatureJob, work: Callable[[dict[str, Tensor], Segment], Tensor],
         classes: Sequence[int] | None = None,
-    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:  # fmt: skip
         """(rows, result of ``work``, labels) of each batch of the job's rows; a batch that does not fit is halved."""
         data, size = self.plan.federation.split(job.split), self.plan.eval.batch_size
         rows = self.by_length[job.split][job.start : job.stop]

@@ -20,8 +20,7 @@ from rayfed.clients.local_training import PackMember, TrainedClient
 from rayfed.clients.messages import ClientOrder
 from rayfed.errors import RunError
 from rayfed.lora.adapter import Layout
-from rayfed.methods import Method, PackSum
-from rayfed.methods.base import Sparse
+from rayfed.methods import Method, PackSum, Sparse
 from rayfed.wire import Payload
 
 
@@ -48,28 +47,22 @@ class Uploadable:
         return Sparse(self.n, places, payload.values)
 
 
-def received(payload: Payload) -> Tensor | None:
-    """Which entries arrived in a payload: boolean (n,), or None where all did."""
-    if payload.indices is None:
-        return None
-    mask = torch.zeros(payload.n, dtype=torch.bool)
-    mask[payload.indices] = True
-    return mask
-
-
 def assemble(layout: Layout, payload: Payload, known: Payload | None) -> tuple[Tensor, Tensor | None]:
     """(start (n,), has (n,)): a client's start values, and the entries for which it has a value (None: all).
 
     ``known`` holds the entries that the client has already, at their indices. ``payload`` fills the others, in order.
     """
-    arrived = received(payload)
+    if known is None and payload.indices is None:
+        return payload.dense(), None
+    has = torch.zeros(layout.size, dtype=torch.bool)
     if known is None:
-        return payload.dense(), arrived
-    start, has = known.dense(), torch.zeros(layout.size, dtype=torch.bool)
+        has[payload.indices] = True
+        return payload.dense(), has
+    start = known.dense()
     has[slice(None) if known.indices is None else known.indices] = True
-    travels = ~has
+    travels = (~has).nonzero().squeeze(1)
     start[travels] = payload.dense()
-    has[travels] = True if arrived is None else arrived
+    has[travels if payload.indices is None else travels[payload.indices]] = True
     return start, has
 
 
@@ -96,12 +89,9 @@ def upload(method: Method, result: TrainedClient, member: PackMember, order: Cli
 
 
 def sums(
-    channel: Channel,
-    uploads: Sequence[bytes],
-    members: Sequence[PackMember],
-    orders: Sequence[ClientOrder],
+    channel: Channel, uploads: Sequence[bytes], members: Sequence[PackMember], orders: Sequence[ClientOrder],
     parts: Sequence[int],
-) -> tuple[PackSum, ...]:
+) -> tuple[PackSum, ...]:  # fmt: skip
     """The sums of a pack's uploads, one for each of its ``parts`` (numbers of clients).
 
     The uploads are decoded as the server would decode them, so a sum has the same bits wherever it is computed.

@@ -70,6 +70,11 @@ class Engine(Section):
             return 1.0 if self.device == "cuda" else 0.0
         return self.gpus_per_worker
 
+    @property
+    def processes(self) -> int:
+        """The processes that train at the same time."""
+        return self.workers if self.kind == "ray" else 1
+
     def with_gpus(self, gpus: float) -> Engine:
         """The same on a cluster of so many GPUs: each worker holds the largest share of one that all of them can have.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,14 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from rayfed.config.describe import (
-    allowed_values,
-    alternatives,
-    format_value,
-    iter_fields,
-    section_of,
-    sections_by_kind,
-)
+from rayfed.config.describe import allowed_values, alternatives, format_value, iter_fields, section_of, sections_by_kind
 from rayfed.config.schema import Experiment
 from rayfed.errors import UserError
 
@@ -80,7 +73,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """
     settings = read_settings(path)
     for override in overrides:
-        _apply(settings, override)
+        assign(settings, *parse_override(override), override)
     return validate(settings)
 
 
@@ -115,7 +108,9 @@ def validate_as(model: type[Root], settings: dict[str, Any]) -> Root:
     try:
         return model.model_validate(settings)
     except ValidationError as error:
-        raise UserError("\n".join(_lines(error, settings, model))) from None
+        # pydantic reports every item of a list and every type of a union; one line per field is enough
+        lines = dict.fromkeys(_line(mistake, settings, model) for mistake in error.errors(include_url=False))
+        raise UserError("\n".join(lines)) from None
 
 
 def dump_config(experiment: Experiment) -> str:
@@ -149,11 +144,6 @@ def parse_override(override: str) -> tuple[str, Any]:
     return key, _parse(text, f"override {_dotted((key,))}")
 
 
-def _apply(settings: dict[str, Any], override: str) -> None:
-    key, value = parse_override(override)
-    assign(settings, key, value, override)
-
-
 def assign(settings: dict[str, Any], key: str, value: Any, source: str) -> None:
     """Sets ``settings[dotted key]`` in place. A UserError quotes ``source``, the text that the user wrote."""
     *sections, last = key.split(".")
@@ -169,25 +159,11 @@ def assign(settings: dict[str, Any], key: str, value: Any, source: str) -> None:
     target[last] = value
 
 
-def _lines(error: ValidationError, settings: dict[str, Any], root: type[BaseModel]) -> Iterator[str]:
-    seen = set()  # pydantic reports every item of a list and every type of a union; one line per field is enough
-    for mistake in error.errors(include_url=False):
-        field, path, section = _field(mistake["loc"], root)
-        if (path, field is None) not in seen:
-            seen.add((path, field is None))
-            yield _line(path, field, section, mistake, settings, root)
-
-
-def _line(
-    path: Sequence[int | str],
-    field: FieldInfo | None,
-    section: type[BaseModel],
-    mistake: Any,
-    settings: Any,
-    root: type[BaseModel],
-) -> str:
+def _line(mistake: Any, settings: Any, root: type[BaseModel]) -> str:
+    """A mistake that pydantic found, in one line."""
     if mistake["type"] == "value_error":  # raised by a validator of the schema: already one line
         return str(mistake["ctx"]["error"])
+    field, path, section = _field(mistake["loc"], root)
     if field is None:
         hint = "a key is a string" if mistake["type"] == "invalid_key" else _suggest(path[-1], path[:-1], section, root)
         return f"{_dotted(path)}: unknown key; {hint}"

@@ -7,21 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from rayfed.config.describe import format_value
-from rayfed.config.types import (
-    Densities,
-    Density,
-    Indices,
-    Live,
-    Names,
-    Ranks,
-    Searched,
-    Section,
-    Share,
-    ValueFormat,
-    Weights,
-    section,
-)
+from rayfed.config.types import Density, Live, Names, Searched, Section, Share, section
 
+Indices = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
+Ranks = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
+Densities = Annotated[tuple[Density, ...], Field(strict=False)]
+Weights = Annotated[tuple[PositiveFloat, ...], Field(strict=False)]
 ALIGNED = ("ranks", "densities_down", "densities_up", "weights")
 PROFILE_FIELDS = {  # field of `profiles` -> the kinds that use the field
     "ranks": ("list", "tiers", "heavy_tailed"),
@@ -88,7 +79,7 @@ class Direction(Section):
     """Factor on the density every `every` rounds: round t, from 0, has density * decay^(t // every)."""
     every: PositiveInt = 1
     """Rounds between two steps of the decay."""
-    values: ValueFormat = "fp32"
+    values: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
     """Number format of the values in a message; only fp32 is lossless."""
 
     def density_at(self, t: int, first: float | None = None) -> float:

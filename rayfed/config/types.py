@@ -11,18 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Density = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Betas = Annotated[tuple[Share, Share], Field(strict=False)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
-Indices = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
-Ranks = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
-Densities = Annotated[tuple[Density, ...], Field(strict=False)]
-Weights = Annotated[tuple[PositiveFloat, ...], Field(strict=False)]
-ValueFormat = Literal["fp32", "bf16", "fp16", "int8"]
 Aspect = Literal["data", "model", "result"]
 T = TypeVar("T")
 

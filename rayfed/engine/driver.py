@@ -67,8 +67,6 @@ class Driver:
             for _ in run_rounds(plan, executor, out, sinks, resume, uri):
                 for message in outbox.drain():  # not `yield from`: Ray resumes with send()
                     yield message
-            for message in outbox.drain():
-                yield message
         finally:
             sinks.close()
             executor.close()
@@ -85,8 +83,7 @@ def run_on_ray(plan: RunPlan, out: Path, resume: bool, uri: str | None, console:
         _start(plan.engine)
     try:
         plan = with_gpu_share(plan)
-        waiting = check_places(plan.engine)
-        if waiting:
+        if waiting := check_places(plan.engine):
             console.event(waiting)
         _pickle_by_value(plan)
         actor: Any = ray.remote(num_cpus=0)(Driver)

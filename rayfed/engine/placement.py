@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from rayfed.clients.plan import RunPlan
 from rayfed.config.execution import Engine
-from rayfed.errors import UserError
+from rayfed.errors import UserError, allowed
 
 Bundle = dict[str, float]
 
@@ -68,10 +68,8 @@ def with_gpu_share(plan: RunPlan) -> RunPlan:
         return plan.with_gpus(0.0)
     have = sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
     if not have:
-        allowed = (
-            "a number is needed until its nodes are there" if engine.wait_for_nodes else "Ray has no GPUs to share"
-        )
-        raise UserError(f"engine.gpus_per_worker: got 'auto', but {allowed}")
+        without = "a number is needed until its nodes are there", "Ray has no GPUs to share"
+        raise allowed("engine.gpus_per_worker", "auto", without[0] if engine.wait_for_nodes else without[1])
     return plan.with_gpus(have)
 
 

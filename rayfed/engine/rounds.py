@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from rayfed.clients.plan import RunPlan
@@ -16,17 +17,15 @@ from rayfed.tracking import Sink
 def run_rounds(
     plan: RunPlan, executor: Executor, out: Path, sinks: Sink, resume: bool, uri: str | None
 ) -> Iterator[Record]:
-    """Runs the plan from its pack size to its summary on any executor; yields each round's record.
+    """Runs the plan from its pack size to its summary on any executor; yields each round's record, then the summary.
 
     ``uri``: where the run directory is uploaded after every checkpoint.
     """
-    remote = RemoteFolder(uri) if uri else None
+    upload = partial(RemoteFolder(uri).upload, out) if uri else lambda: None
     plan, choice = with_pack_size(plan, executor)
-    server = Server(
-        plan, executor, out, sinks, resume, choice, (lambda: remote.upload(out)) if remote else (lambda: None)
-    )
+    server = Server(plan, executor, out, sinks, resume, choice, upload)
     yield from server.rounds()
-    server.finish()
+    yield server.finish()
 
 
 def with_pack_size(plan: RunPlan, executor: Executor) -> tuple[RunPlan, Choice | None]:

@@ -13,7 +13,7 @@ from rayfed.errors import UserError
 from rayfed.methods._factor_mean import FactorMean
 from rayfed.methods._layers import LayerMethod
 from rayfed.methods._means import Advance, ChangeMean, HeadMean, ProductMean, fedavg, mean_change, product_change
-from rayfed.methods._messages import BaseChange, PackSum, Sparse, Start, Trainable, Update, Updates
+from rayfed.methods._messages import BaseChange, PackSum, Sparse, Start, Trainable, Update, Updates, matrix, merged
 from rayfed.methods._options import REQUIRED, check_options, in_words, options_of
 from rayfed.methods._state import Change, FactorState, LayerState, State
 from rayfed.methods.base import ANY_OPTIMIZER, Method, Profile, Source
@@ -52,5 +52,6 @@ def build(name: str, **options: Any) -> Method:
 __all__ = [
     "ANY_OPTIMIZER", "METHODS", "Advance", "BaseChange", "Change", "ChangeMean", "FactorMean", "FactorState",
     "HeadMean", "LayerMethod", "LayerState", "Method", "PackSum", "ProductMean", "Profile", "Source", "Sparse", "Start",
-    "State", "Trainable", "Update", "Updates", "build", "fedavg", "mean_change", "method_class", "product_change",
+    "State", "Trainable", "Update", "Updates", "build", "fedavg", "matrix", "mean_change", "merged", "method_class",
+    "product_change",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ was made.
 
 from __future__ import annotations
 
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -15,13 +16,13 @@ from torch import Tensor
 from rayfed import wire
 
 
+@dataclass
 class BaseUpdates:
     """The sizes of all rounds' updates, and how many of them each client has merged."""
 
-    def __init__(self) -> None:
-        self.sizes: list[wire.Sizes] = []  # of each round's update, in order
-        self.merged: dict[int, int] = {}  # client -> number of updates that it has
-        self.entries = 0  # of the whole change of the base
+    sizes: list[wire.Sizes] = field(default_factory=list)  # of each round's update, in order
+    merged: dict[int, int] = field(default_factory=dict)  # client -> number of updates that it has
+    entries: int = 0  # of the whole change of the base
 
     def publish(self, update: Tensor | None, entries: int) -> None:
         """Adds a round's update (m,), encoded without its zeros where that is shorter; None: the base did not change.
@@ -45,20 +46,12 @@ class BaseUpdates:
 
     def to_json(self) -> dict[str, Any]:
         """The state as JSON values, for a checkpoint."""
-        return {
-            "sizes": [[s.n, s.count, s.bytes_header, s.bytes_indices, s.bytes_values] for s in self.sizes],
-            "merged": [[client, count] for client, count in self.merged.items()],
-            "entries": self.entries,
-        }
+        return {"sizes": [*map(astuple, self.sizes)], "merged": [*self.merged.items()], "entries": self.entries}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> BaseUpdates:
-        """The state that `to_json` wrote; an empty mapping gives a fresh one."""
-        updates = cls()
-        updates.sizes = [wire.Sizes(*sizes) for sizes in value.get("sizes", [])]
-        updates.merged = {int(client): int(count) for client, count in value.get("merged", [])}
-        updates.entries = int(value.get("entries", 0))
-        return updates
+        """The state that `to_json` wrote."""
+        return cls([wire.Sizes(*sizes) for sizes in value["sizes"]], dict(value["merged"]), value["entries"])
 
 
 def _length(sizes: wire.Sizes) -> int:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,10 @@ class Checkpoint:
     round: int
     experiment: str
     digest: str
-    facts: dict[str, Any] = field(default_factory=dict)
-    progress: dict[str, Any] = field(default_factory=dict)
-    base_updates: dict[str, Any] = field(default_factory=dict)
-    clients: list[list[Any]] = field(default_factory=list)
+    facts: dict[str, Any]
+    progress: dict[str, Any]
+    base_updates: dict[str, Any]
+    clients: list[list[Any]]
     version: int = VERSION
 
 
@@ -75,7 +75,7 @@ def latest(folder: Path, experiment: str) -> Checkpoint | None:
     try:
         checkpoint = Checkpoint(**json.loads((found[-1] / "checkpoint.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--resume: {found[-1]} is damaged: {error}; remove it to resume from the one before") from None
+        raise _damaged(found[-1], error) from None
     if checkpoint.version != VERSION:
         raise UserError(f"--resume: {found[-1]} has version {checkpoint.version}, this rayfed reads {VERSION}")
     if checkpoint.experiment != experiment:
@@ -99,17 +99,18 @@ def load_tensors(
     try:
         tensors = load_file(path / "state.safetensors")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--resume: {path} is damaged: {error}; remove it to resume from the one before") from None
+        raise _damaged(path, error) from None
     split: dict[str, dict[str, Tensor]] = {"method": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         prefix, _, rest = name.partition(".")
         split[prefix][rest] = tensor
     if state_digest(checkpoint.round, split["method"], split["optimizer"], clients) != checkpoint.digest:
-        raise UserError(
-            f"--resume: {path} is damaged: its tensors do not have the digest it records; "
-            "remove it to resume from the one before"
-        )
+        raise _damaged(path, "its tensors do not have the digest it records")
     return split["method"], split["optimizer"]
+
+
+def _damaged(path: Path, why: object) -> UserError:
+    return UserError(f"--resume: {path} is damaged: {why}; remove it to resume from the one before")
 
 
 def _all(folder: Path) -> list[Path]:

@@ -78,9 +78,9 @@ class ClientStore:
             stored[client] = StoredTensors(path, round, hashlib.sha256(data).hexdigest())
         return stored
 
-    def to_json(self, clients: Mapping[int, Mapping[str, Tensor]]) -> list[list[Any]]:
+    def to_json(self, clients: Mapping[int, StoredTensors]) -> list[list[Any]]:
         """[client, round, digest] of every client, for a checkpoint."""
-        return [[client, tensors.round, tensors.digest] for client, tensors in _stored(clients)]
+        return [[client, tensors.round, tensors.digest] for client, tensors in clients.items()]
 
     def restore(self, rows: list[list[Any]]) -> dict[int, StoredTensors]:
         """The mapping that `to_json` described; UserError where a file is missing."""
@@ -101,15 +101,7 @@ class ClientStore:
         return self.folder / str(client) / f"round-{round:06d}.safetensors"
 
 
-def digest_of(clients: Mapping[int, Mapping[str, Tensor]]) -> str:
+def digest_of(clients: Mapping[int, StoredTensors]) -> str:
     """The clients' part of the state digest (64 hex digits); empty where no client has state."""
-    if not clients:
-        return ""
-    text = "|".join(f"{client}:{tensors.digest}" for client, tensors in sorted(_stored(clients)))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _stored(clients: Mapping[int, Mapping[str, Tensor]]) -> Iterator[tuple[int, StoredTensors]]:
-    for client, tensors in clients.items():
-        assert isinstance(tensors, StoredTensors), "save the clients first"
-        yield client, tensors
+    text = "|".join(f"{client}:{clients[client].digest}" for client in sorted(clients))
+    return hashlib.sha256(text.encode()).hexdigest() if text else ""

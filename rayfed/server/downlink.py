@@ -20,8 +20,7 @@ from rayfed.channels import Channel
 from rayfed.clients.transfer import Uploadable, assemble
 from rayfed.errors import RunError
 from rayfed.lora.adapter import Layout, LowRank, flatten_changes
-from rayfed.methods import Method, Start, Trainable
-from rayfed.methods.base import BaseChange
+from rayfed.methods import BaseChange, Method, Start, Trainable, matrix
 from rayfed.profiles.profile import Profile
 from rayfed.server.executor import Executor, Handle
 
@@ -39,13 +38,9 @@ class Download:
     vector: Tensor
     has: Tensor | None
     known: Handle | None = None
-    base: Handle | None = None
-    base_layout: Layout | None = None
-    merge: Handle | None = None
-    merge_layout: Layout | None = None
-    _cached: list[tuple[Trainable, int, Uploadable]] = field(
-        default_factory=list, init=False, repr=False, compare=False
-    )
+    base: tuple[Handle, Layout] | None = None
+    merge: tuple[Handle, Layout] | None = None
+    _cached: list[tuple[Trainable, int, Uploadable]] = field(default_factory=list, init=False, repr=False)
 
     @cached_property
     def sizes(self) -> tuple[wire.Sizes, ...]:
@@ -65,9 +60,7 @@ class Download:
         adapter = self.start.layout.unflatten(self.vector)
         changes: dict[str, LowRank | Tensor] = {name: pair.folded() for name, pair in adapter.layers.items()}
         for name, below in self.start.merged_base.items():
-            under = below.dense() if isinstance(below, LowRank) else below
-            above = changes.get(name)
-            changes[name] = under + above.dense() if isinstance(above, LowRank) else under
+            changes[name] = matrix(below) + matrix(changes[name]) if name in changes else matrix(below)
         return flatten_changes(changes, adapter.head)
 
     def _limits(self, trainable: Trainable) -> tuple[int, Uploadable]:
@@ -113,29 +106,23 @@ class Downlink:
             mask = wire.top_mask(vector, client.density_down)
         payload = wire.encode(vector, indices=None if mask is None else mask.nonzero().squeeze(1), values=self.values)
         arrived = self.channel.deliver(payload)
-        known, known_bytes = None, None
+        known, has_already = None, None
         if start.known is not None:
-            known_bytes = wire.encode(start.vector, indices=start.known.nonzero().squeeze(1))
-            known = self.executor.put(known_bytes)
-        decoded, has = assemble(
-            start.layout, wire.decode(arrived), None if known_bytes is None else wire.decode(known_bytes)
-        )
-        base, base_layout = self._base(start.base)
+            encoded = wire.encode(start.vector, indices=start.known.nonzero().squeeze(1))
+            known, has_already = self.executor.put(encoded), wire.decode(encoded)
+        decoded, has = assemble(start.layout, wire.decode(arrived), has_already)
         payloads: tuple[bytes, ...] = (payload,)
-        merge, merge_layout = None, None
+        merge = None
         if start.merge is not None:
             beside = wire.encode(start.merge.flatten())
-            payloads, merge, merge_layout = (payload, beside), self.executor.put(beside), start.merge.layout
-        return Download(
-            start, payloads, self.executor.put(arrived), decoded, has, known, base, base_layout, merge, merge_layout
-        )
+            payloads, merge = (payload, beside), (self.executor.put(beside), start.merge.layout)
+        return Download(start, payloads, self.executor.put(arrived), decoded, has, known, self._base(start.base), merge)
 
-    def _base(self, base: BaseChange) -> tuple[Handle | None, Layout | None]:
+    def _base(self, base: BaseChange) -> tuple[Handle, Layout] | None:
         if not base:
-            return None, None
+            return None
         if id(base) in self._bases:
-            _, handle, layout = self._bases[id(base)]
-            return handle, layout
+            return self._bases[id(base)][1:]
         vector, layout = flatten_changes(base)
         handle = self.executor.put(wire.encode(vector))
         if not self.method.personal:  # another client never has this client's base

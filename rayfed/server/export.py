@@ -21,6 +21,7 @@ from rayfed.lora.adapter import Adapter, LowRank, scale_of
 from rayfed.lora.algebra import factors as of_rank
 from rayfed.lora.algebra import norm, pad, rescale, svd, tail_energy
 from rayfed.lora.peft import is_conv1d, save_peft
+from rayfed.methods import matrix
 from rayfed.tasks.models.base import MeanPooledClassifier, in_dtype
 
 Changes = Mapping[str, LowRank | Tensor]
@@ -68,11 +69,10 @@ def _save_merged(plan: RunPlan, path: Path, changes: Changes, head: Mapping[str,
     base = in_dtype(plan.task.load_base(plan.federation), plan.model.dtype)
     model = base.model.float()  # the weights that were trained on, as they were rounded
     for name, change in changes.items():
-        layer = model.get_submodule(name)
-        matrix = change.dense() if isinstance(change, LowRank) else change
+        layer, W = model.get_submodule(name), matrix(change)
         weight = layer.get_parameter("weight")
         # A new tensor: the base's own weights may be shared.
-        weight.data = weight.data + (matrix.T if is_conv1d(layer) else matrix)
+        weight.data = weight.data + (W.T if is_conv1d(layer) else W)
     for name, tensor in head.items():
         model.get_parameter(name).data = tensor.clone()
     with atomic_path(path) as folder:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,39 +129,32 @@ class Server:
         metrics = round_metrics(plan, self.state, t, downlink, self.executor)
         clients_digest = digest_of(self.state.clients)
         digest = checkpoints.state_digest(t + 1, self.state.tensors(), self.optimizer.state, clients_digest)
-        stats = log.stats
         record = {
             "round": t + 1,
-            "train/loss": stats.loss / stats.examples,
+            "train/loss": log.loss / log.examples,
             **metrics,
             **self.ledger.totals(t + 1),
             "bytes/total": self.ledger.total_bytes,
             "time/round_s": time.perf_counter() - begun,
             "time/train_s": seconds,
-            "time/server_s": seconds - stats.waited,
-            "clients/ok": stats.ok,
-            "clients/retried": stats.retried,
-            "clients/split": stats.split,
-            **{f"clients/rank_{rank}": count for rank, count in sorted(stats.ranks.items())},
+            "time/server_s": seconds - log.waited,
+            "clients/ok": log.ok,
+            "clients/retried": log.retried,
+            "clients/split": log.split,
+            **{f"clients/rank_{rank}": count for rank, count in sorted(log.ranks.items())},
             **{f"method/{name}": value for name, value in self.state.report.items()},
             **(diagnostics.report(plan.method, self.state) if diagnostics else {}),
             "state/digest": digest,
         }
-        return record, stats.dense
+        return record, log.dense
 
     def _save(self, digest: str) -> None:
         """Writes the newest round's checkpoint, and before it the ledger."""
-        checkpoint = Checkpoint(
-            self.done,
-            self.plan.digest,
-            digest,
-            self.state.facts(),
-            self.progress.to_json(),
-            self.base_updates.to_json(),
-            self.store.to_json(self.state.clients),
-        )
+        plan, facts, progress = self.plan, self.state.facts(), asdict(self.progress)
+        base_updates, clients = self.base_updates.to_json(), self.store.to_json(self.state.clients)
+        checkpoint = Checkpoint(self.done, plan.digest, digest, facts, progress, base_updates, clients)
         self.ledger.write(self.out / "ledger.parquet")
-        checkpoints.save(self.folder, checkpoint, self.state.tensors(), self.optimizer.state, self.plan.checkpoint.keep)
+        checkpoints.save(self.folder, checkpoint, self.state.tensors(), self.optimizer.state, plan.checkpoint.keep)
         if checkpoint.clients:
             self.store.prune(checkpoints.client_rows(self.folder))
         self.on_checkpoint()
@@ -178,12 +171,4 @@ class Server:
             "padding": str(plan.model.batching),
             "ranks": describe(plan.profiles.rank_mix(sizes)),
         }
-        return RunInfo(
-            name=plan.name,
-            out=self.out,
-            digest=plan.digest,
-            config=dict(plan.settings),
-            rounds=plan.server.rounds,
-            start=self.done,
-            facts=facts,
-        )
+        return RunInfo(plan.name, self.out, plan.digest, dict(plan.settings), plan.server.rounds, self.done, facts)

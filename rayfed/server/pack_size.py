@@ -72,7 +72,7 @@ def measure_job(plan: RunPlan) -> MeasureJob:
 
     The largest size leaves no worker without a pack, and is at most 64.
     """
-    most = min(-(-plan.server.cohort // packs_at_a_time(plan)), LARGEST)
+    most = min(-(-plan.server.cohort // plan.engine.processes), LARGEST)
     sizes = tuple(sorted({*(2**i for i in range(most.bit_length()) if 2**i < most), most}))
     drawn = cohort(plan.federation.holders, plan.server.cohort, plan.seed, 0)
     tokens = client_costs(plan.federation, plan.client.model_copy(update={"steps": 1}))
@@ -83,7 +83,7 @@ def choose_pack(plan: RunPlan, executor: Executor) -> Choice:
     """Lets a worker measure, and chooses. RunError where not even one client fits into its memory."""
     (done,) = executor.run([Submission(measure_job(plan))])
     found = cast(MeasureResult, done.result)
-    return choose_size(found.measured, plan.server.cohort, packs_at_a_time(plan), found.memory)
+    return choose_size(found.measured, plan.server.cohort, plan.engine.processes, found.memory)
 
 
 def choose_size(measured: Sequence[PackTiming], cohort: int, workers: int, memory: int) -> Choice:
@@ -116,8 +116,3 @@ def line(x: Sequence[float], y: Sequence[float]) -> LinearFit:
     if slope < 0:
         return LinearFit(float(one.sum() / one.dot(one)), 0.0)
     return LinearFit(float(fixed), float(slope))
-
-
-def packs_at_a_time(plan: RunPlan) -> int:
-    """How many packs train at the same time."""
-    return plan.engine.workers if plan.engine.kind == "ray" else 1

@@ -26,8 +26,6 @@ def cohort(holders: np.ndarray, count: int, seed: int, t: int) -> list[int]:
     ``holders``: the clients that hold data. A draw takes time for ``count`` clients, not for the population. Every run
     seed has its own cohorts. ValueError where too few clients hold data.
     """
-    if count > len(holders):
-        raise ValueError(f"cannot draw {count} clients from {len(holders)} that hold data")
     drawn: list[int] = seeding.numpy_rng(seed, "cohort", t).choice(holders, size=count, replace=False).tolist()
     return drawn
 

@@ -16,6 +16,7 @@ from rayfed import wire
 from rayfed.clients.messages import ClientOrder, TrainJob, TrainResult
 from rayfed.clients.plan import RunPlan
 from rayfed.errors import RunError
+from rayfed.lora.adapter import Layout
 from rayfed.methods import PackSum, Update
 from rayfed.profiles.profile import Profile
 from rayfed.server.base_updates import BaseUpdates
@@ -26,9 +27,13 @@ from rayfed.server.optimizers import ServerOptimizer, scheduled
 
 
 @dataclass
-class RoundStats:
-    """Figures of a round that add up while its uploads arrive."""
+class RoundLog:
+    """Records what travelled in a round (from 1) and what happened. The figures add up while uploads arrive."""
 
+    round: int
+    ledger: wire.Ledger
+    base_updates: BaseUpdates
+    diagnostics: Diagnostics | None = None
     loss: float = 0.0  # sum over clients of mean loss times examples
     examples: int = 0
     ok: int = 0
@@ -38,20 +43,9 @@ class RoundStats:
     ranks: dict[int, int] = field(default_factory=dict)  # trained rank -> clients
     waited: float = 0.0  # seconds in which the server waited for uploads
 
-
-@dataclass
-class RoundLog:
-    """Records what travelled in a round (from 1) and what happened."""
-
-    round: int
-    ledger: wire.Ledger
-    base_updates: BaseUpdates
-    stats: RoundStats = field(default_factory=RoundStats)
-    diagnostics: Diagnostics | None = None
-
     def record(self, client: Profile, order: ClientOrder, result: TrainResult, i: int, received: Download) -> None:
         """Records client i of a pack's result: every message it received or sent, and its statistics."""
-        ledger, stats, where = self.ledger, self.stats, {"round": self.round, "client": client.client}
+        ledger, where = self.ledger, {"round": self.round, "client": client.client}
         missed = self.base_updates.collect(client.client)
         for sizes in missed:
             ledger.add_sizes(**where, direction="down", sizes=sizes)
@@ -62,11 +56,11 @@ class RoundLog:
         else:
             ledger.add_sizes(**where, direction="up", sizes=result.sizes[i])
         sent = (*missed, *received.sizes, result.sizes[i])
-        stats.dense += sum(wire.HEADER_BYTES + 4 * sizes.n for sizes in sent)
-        stats.loss += result.losses[i] * result.examples[i]
-        stats.examples += result.examples[i]
-        stats.ok += 1
-        stats.ranks[result.ranks[i]] = stats.ranks.get(result.ranks[i], 0) + 1
+        self.dense += sum(wire.HEADER_BYTES + 4 * sizes.n for sizes in sent)
+        self.loss += result.losses[i] * result.examples[i]
+        self.examples += result.examples[i]
+        self.ok += 1
+        self.ranks[result.ranks[i]] = self.ranks.get(result.ranks[i], 0) + 1
         _check_rank(client, order, result.ranks[i])
 
 
@@ -81,7 +75,7 @@ def train_round(
     optimizer.lr = scheduled(optimizer.base_lr, plan.server.schedule, t, plan.server.rounds)
     stream = _updates(plan, state, t, packs, downlink, executor, log)
     state = plan.method.aggregate(state, stream, optimizer.advance)
-    if next(stream, None) is not None or log.stats.ok < sum(map(len, packs)):
+    if next(stream, None) is not None or log.ok < sum(map(len, packs)):
         raise RunError(f"method.name: {type(plan.method).__name__}.aggregate ended before it took every update")
     return state
 
@@ -95,29 +89,22 @@ def _updates(
     A method that needs only sums gets one sum a pack; its bits do not depend on the process that added it up. Only one
     decoded upload is in memory at a time, and of it only the entries that were sent.
     """
-    method, log_one = plan.method, log.record
+    method = plan.method
     lr = scheduled(plan.client.lr, plan.client.schedule, t, plan.server.rounds)
     # To fetch one dense sum costs about as much as to decode one sparse upload (`rayfed bench aggregate`).
     summed = [method.sum_in_worker and log.diagnostics is None and len(pack) > 1 for pack in packs]
     submissions = [_submission(plan, state, t, lr, *pack, downlink) for pack in zip(packs, summed)]
-    for done in _timed(in_order(executor.run(submissions)), log.stats):
+    for done in _timed(in_order(executor.run(submissions)), log):
         job, result = cast(TrainJob, submissions[done.index].job), cast(TrainResult, done.result)
         pack = list(zip(packs[done.index], job.orders, strict=True))
-        log.stats.retried += done.retries * len(pack)
-        log.stats.split += len(pack) if len(result.parts) > 1 else 0
-
-        def update(i: int, client: Profile, order: ClientOrder, result: TrainResult = result) -> Update:
-            received = downlink.of(client)
-            downlink.forget(client)
-            log_one(client, order, result, i, received)
-            return _decoded(plan, client, order, result, i, received, log)
-
+        log.retried += done.retries * len(pack)
+        log.split += len(pack) if len(result.parts) > 1 else 0
         if job.summed:
             for i, (client, order) in enumerate(pack):
-                log_one(client, order, result, i, downlink.of(client))
+                log.record(client, order, result, i, downlink.of(client))
             yield from result.summed
             continue
-        updates = (update(i, *client) for i, client in enumerate(pack))
+        updates = _decoded(plan, pack, result, downlink, log)
         if method.sum_in_worker and len(pack) > 1:
             changes = ((own.weight, own.sparse_change) for own in updates)
             size = job.orders[0].layout.size
@@ -127,31 +114,29 @@ def _updates(
 
 
 def _decoded(
-    plan: RunPlan, client: Profile, order: ClientOrder, result: TrainResult, i: int, received: Download, log: RoundLog
-) -> Update:
-    """Client i's update, decoded from what arrived."""
-    personal = result.personal[i]
-    upload = wire.decode(plan.channel.deliver(result.uploads[i]))
-    update = Update(
-        client,
-        order.weight,
-        received.vector,
-        received.uploadable(order.trainable).placed(upload),
-        order.layout,
-        {"loss": result.losses[i], "examples": result.examples[i], "steps": result.steps[i]},
-        None if personal is None else wire.decode(personal).dense(),
-    )
-    if log.diagnostics is not None:
-        log.diagnostics.add(update, received.start.merged_base)
-    return update
+    plan: RunPlan, pack: Sequence[tuple[Profile, ClientOrder]], result: TrainResult, downlink: Downlink, log: RoundLog
+) -> Iterator[Update]:
+    """Records and decodes a pack's uploads, one at a time."""
+    for i, (client, order) in enumerate(pack):
+        received, personal = downlink.of(client), result.personal[i]
+        downlink.forget(client)
+        log.record(client, order, result, i, received)
+        upload = wire.decode(plan.channel.deliver(result.uploads[i]))
+        change = received.uploadable(order.trainable).placed(upload)
+        stats = {"loss": result.losses[i], "examples": result.examples[i], "steps": result.steps[i]}
+        own = None if personal is None else wire.decode(personal).dense()
+        update = Update(client, order.weight, received.vector, change, order.layout, stats, own)
+        if log.diagnostics is not None:
+            log.diagnostics.add(update, received.start.merged_base)
+        yield update
 
 
-def _timed(stream: Iterator[SubmissionResult], stats: RoundStats) -> Iterator[SubmissionResult]:
-    """The same results; the time until each arrives is added to ``stats.waited``."""
+def _timed(stream: Iterator[SubmissionResult], log: RoundLog) -> Iterator[SubmissionResult]:
+    """The same results; the time until each arrives is added to ``log.waited``."""
     while True:
         begun = time.perf_counter()
         done = next(stream, None)
-        stats.waited += time.perf_counter() - begun
+        log.waited += time.perf_counter() - begun
         if done is None:
             return
         yield done
@@ -161,16 +146,14 @@ def _submission(
     plan: RunPlan, state: Any, t: int, lr: float, pack: Sequence[Profile], summed: bool, downlink: Downlink
 ) -> Submission:
     """The job of a pack. Clients that share a payload refer to the same entry of the submission's payloads."""
-    handles: list[Handle] = []
+    handles: dict[int, Handle] = {}  # by identity
 
-    def index(handle: Handle | None) -> int | None:
-        if handle is None:
-            return None
-        for i, present in enumerate(handles):
-            if present is handle:
-                return i
-        handles.append(handle)
-        return len(handles) - 1
+    def index(handle: Handle) -> int:
+        handles.setdefault(id(handle), handle)
+        return [*handles].index(id(handle))
+
+    def with_layout(part: tuple[Handle, Layout] | None) -> tuple[int, Layout] | None:
+        return part and (index(part[0]), part[1])
 
     orders = []
     for client in pack:
@@ -180,20 +163,18 @@ def _submission(
             ClientOrder(
                 client=client.client,
                 layout=received.start.layout,
-                payload=cast(int, index(received.handle)),
+                payload=index(received.handle),
                 trainable=trainable,
                 budget=received.budget(trainable, density),
                 density_up=density,
                 values=plan.wire.up.values,
                 weight=plan.weighting.weight(client),
-                known=index(received.known),
-                base=index(received.base),
-                base_layout=received.base_layout,
-                merge=index(received.merge),
-                merge_layout=received.merge_layout,
+                known=None if received.known is None else index(received.known),
+                base=with_layout(received.base),
+                merge=with_layout(received.merge),
             )
         )
-    return Submission(TrainJob(t, lr, tuple(orders), summed), tuple(handles))
+    return Submission(TrainJob(t, lr, tuple(orders), summed), tuple(handles.values()))
 
 
 def _check_rank(client: Profile, order: ClientOrder, trained: int) -> None:

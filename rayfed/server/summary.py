@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rayfed import wire
@@ -55,10 +55,6 @@ class Progress:
         else:
             self.stale += 1
         self.stopped = self.stale >= rule.patience
-
-    def to_json(self) -> dict[str, Any]:
-        """The progress as JSON values, for a checkpoint."""
-        return asdict(self)
 
 
 def summarize(

@@ -14,11 +14,9 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rayfed.lora.adapter import LowRank
-from rayfed.methods import Method, Update
-from rayfed.methods.base import BaseChange
+from rayfed.methods import BaseChange, Method, Update, matrix
 
 
 class Diagnostics:
@@ -40,41 +38,27 @@ class Diagnostics:
             product = self._products.setdefault(name, torch.zeros(shape, dtype=torch.float64))
             product += update.weight * (B @ A)
             if name in base:
-                below = base[name]
-                matrix = below.dense() if isinstance(below, LowRank) else below
                 under = self._bases.setdefault(name, torch.zeros(shape, dtype=torch.float64))
-                under += update.weight * matrix.double()
-            sums = self._factors.get(name, (B.new_zeros(shape[0], 0), A.new_zeros(0, shape[1])))
-            sum_B, sum_A = (_widened(total, pair.rank, axis) for total, axis in zip(sums, (1, 0)))
+                under += update.weight * matrix(base[name]).double()
+            sum_B, sum_A = self._factors.get(name, (B.new_zeros(shape[0], 0), A.new_zeros(0, shape[1])))
+            more = max(pair.rank - len(sum_A), 0)
+            sum_B, sum_A = nn.functional.pad(sum_B, (0, more)), nn.functional.pad(sum_A, (0, 0, 0, more))
             sum_B[:, : pair.rank] += update.weight * B
             sum_A[: pair.rank] += update.weight * A
             self._factors[name] = sum_B, sum_A
 
     def report(self, method: Method, state: Any) -> dict[str, float]:
         """Both distances, relative; 0 where the averages themselves are 0."""
-        products, means, size_products, size_means = 0.0, 0.0, 0.0, 0.0
+        squares = torch.zeros(4, dtype=torch.float64)
         for name, product in self._products.items():
-            change = method.delta(state, name)
-            W = (change.dense() if isinstance(change, LowRank) else change).double()
+            W = matrix(method.delta(state, name)).double()
             base = self._bases.get(name, torch.zeros_like(product)) / self._weight
             D = base + product / self._weight
             sum_B, sum_A = self._factors[name]
             P = base + sum_B @ sum_A / self._weight**2
-            products += float((W - D).square().sum())
-            means += float((W - P).square().sum())
-            size_products += float(D.square().sum())
-            size_means += float(P.square().sum())
+            squares += torch.stack([x.square().sum() for x in (W - D, W - P, D, P)])
+        to_products, to_means, products, means = squares.tolist()
         return {
-            "diagnostics/to_mean_of_products": math.sqrt(products / size_products) if size_products else 0.0,
-            "diagnostics/to_product_of_means": math.sqrt(means / size_means) if size_means else 0.0,
+            "diagnostics/to_mean_of_products": math.sqrt(to_products / products) if products else 0.0,
+            "diagnostics/to_product_of_means": math.sqrt(to_means / means) if means else 0.0,
         }
-
-
-def _widened(total: Tensor, rank: int, axis: int) -> Tensor:
-    """The sum, padded with zeros to ``rank`` ranks along ``axis``."""
-    missing = rank - total.shape[axis]
-    if missing <= 0:
-        return total
-    shape = list(total.shape)
-    shape[axis] = missing
-    return torch.cat([total, total.new_zeros(shape)], axis)
