@@ -15,22 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from rayfed import wire
-from rayfed.clients import device_memory
+from rayfed.clients import device_memory, messages
 from rayfed.clients.local_training import PackMember, TrainingContext, on_device, train_pack
-from rayfed.clients.messages import (
-    ClientOrder,
-    EvalJob,
-    EvalResult,
-    FeatureJob,
-    FeatureResult,
-    Job,
-    MeasureJob,
-    MeasureResult,
-    Result,
-    SplitName,
-    TrainJob,
-    TrainResult,
-)
 from rayfed.clients.pack_timing import measure
 from rayfed.clients.plan import RunPlan
 from rayfed.clients.transfer import assemble, personal_values, sums, upload
@@ -42,7 +28,7 @@ from rayfed.tasks.models.base import in_dtype
 from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
 from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel
 
-SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+SPLITS: tuple[messages.SplitName, ...] = ("train", "validation", "test")
 
 
 class Trainer:
@@ -65,22 +51,22 @@ class Trainer:
             self.stack, self.forward, plan.task, data, padded, plan.client, plan.seed, self.device
         )
 
-    def execute(self, job: Job, payloads: Sequence[bytes]) -> Result:
+    def execute(self, job: messages.Job, payloads: Sequence[bytes]) -> messages.Result:
         """Executes one job: train, evaluate, features or measure, by its type.
 
         RunError where the memory does not suffice, or no algorithm gives the same bits every time.
         """
         try:
             match job:
-                case TrainJob():
+                case messages.TrainJob():
                     return self._train(job, payloads)
-                case EvalJob():
+                case messages.EvalJob():
                     return self._evaluate(job, payloads)
-                case FeatureJob():
+                case messages.FeatureJob():
                     return self._features(job)
-                case MeasureJob():
+                case messages.MeasureJob():
                     room = device_memory.free(self.plan.engine)
-                    return MeasureResult(tuple(measure(self, job.clients, job.sizes, room)), room)
+                    return messages.MeasureResult(tuple(measure(self, job.clients, job.sizes, room)), room)
         except RuntimeError as error:
             if "deterministic" not in str(error):
                 raise
@@ -95,7 +81,7 @@ class Trainer:
         outputs: Tensor = self.model(**inputs).logits
         return outputs
 
-    def _train(self, job: TrainJob, payloads: Sequence[bytes]) -> TrainResult:
+    def _train(self, job: messages.TrainJob, payloads: Sequence[bytes]) -> messages.TrainResult:
         begun = time.perf_counter()
         decoded = [wire.decode(payload) for payload in payloads]  # clients of a tier share theirs
         bases: dict[int, BaseChange] = {}
@@ -113,9 +99,11 @@ class Trainer:
         ranks, sizes = tuple(map(_trained_rank, members)), tuple(map(wire.inspect, uploads))
         uploads = () if job.summed else uploads
         seconds = time.perf_counter() - begun
-        return TrainResult(uploads, personal, losses, examples, steps, ranks, seconds, parts, sizes, summed)
+        return messages.TrainResult(uploads, personal, losses, examples, steps, ranks, seconds, parts, sizes, summed)
 
-    def _member(self, order: ClientOrder, decoded: Sequence[wire.Payload], bases: dict[int, BaseChange]) -> PackMember:
+    def _member(
+        self, order: messages.ClientOrder, decoded: Sequence[wire.Payload], bases: dict[int, BaseChange]
+    ) -> PackMember:
         known = None if order.known is None else decoded[order.known]
         start, has = assemble(order.layout, decoded[order.payload], known)
         base: BaseChange = {}
@@ -133,7 +121,7 @@ class Trainer:
         return PackMember(order.client, order.layout, start, support, rows, base, trainable.rates, objective)
 
     @torch.no_grad()
-    def _evaluate(self, job: EvalJob, payloads: Sequence[bytes]) -> EvalResult:
+    def _evaluate(self, job: messages.EvalJob, payloads: Sequence[bytes]) -> messages.EvalResult:
         vector = wire.decode(payloads[0]).dense()
         self.stack.load([job.layout.unflatten(vector)], [job.layout.matrices(vector)])
         task = self.plan.task
@@ -149,15 +137,15 @@ class Trainer:
             count += counts.double().sum()
             found.append((chosen, task.predictions(outputs), labels))
         if not found:
-            return EvalResult(0.0, 0.0, np.zeros(0, np.int64), torch.zeros(0), torch.zeros(0))
+            return messages.EvalResult(0.0, 0.0, np.zeros(0, np.int64), torch.zeros(0), torch.zeros(0))
         rows, predictions, truth = zip(*found)
         # Only here does the process wait for the device.
-        return EvalResult(
+        return messages.EvalResult(
             float(loss), float(count), np.concatenate(rows), torch.cat(predictions).cpu(), torch.cat(truth).cpu()
         )
 
     @torch.no_grad()
-    def _features(self, job: FeatureJob) -> FeatureResult:
+    def _features(self, job: messages.FeatureJob) -> messages.FeatureResult:
         seen: list[Tensor] = []
 
         def see(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -183,10 +171,10 @@ class Trainer:
             for hook in hooks:
                 hook.remove()
         _, states, labels = zip(*found)
-        return FeatureResult(torch.cat(states), torch.cat(labels).cpu())
+        return messages.FeatureResult(torch.cat(states), torch.cat(labels).cpu())
 
     def _each_batch(
-        self, job: EvalJob | FeatureJob, work: Callable[[dict[str, Tensor], Segment], Tensor],
+        self, job: messages.EvalJob | messages.FeatureJob, work: Callable[[dict[str, Tensor], Segment], Tensor],
         classes: Sequence[int] | None = None,
     ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:  # fmt: skip
         """(rows, result of ``work``, labels) of each batch of the job's rows; a batch that does not fit is halved."""

@@ -17,6 +17,7 @@ NOUNS = {
     str: "a string",
     dict: "a mapping",
     list: "a list",
+    Any: "any value",
 }
 PLURALS = {int: "integers", float: "numbers", str: "strings"}
 
@@ -104,12 +105,12 @@ def _describe_type(kind: Any, metadata: list[Any]) -> str:
     if origin is tuple:
         count = "" if inside[-1] is Ellipsis else f"{len(inside)} "
         item, *limits = get_args(inside[0]) or inside[:1]  # the type of the items, and their limits if Annotated
-        return f"a list of {count}{PLURALS[item]}{_describe_range(_flat(limits))}"
+        return f"a list of {count}{PLURALS.get(item, 'values')}{_describe_range(_flat(limits))}"
     if kind is type(None):
         return "null"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return f"a section with the keys {', '.join(kind.model_fields)}"
-    return NOUNS[kind] + _describe_range(metadata)
+    return NOUNS.get(kind, f"a value of type {kind}") + _describe_range(metadata)
 
 
 def _flat(metadata: Iterable[Any]) -> list[Any]:

@@ -68,8 +68,8 @@ def with_gpu_share(plan: RunPlan) -> RunPlan:
         return plan.with_gpus(0.0)
     have = sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
     if not have:
-        without = "a number is needed until its nodes are there", "Ray has no GPUs to share"
-        raise allowed("engine.gpus_per_worker", "auto", without[0] if engine.wait_for_nodes else without[1])
+        waits = "a number is needed until its nodes are there"
+        raise allowed("engine.gpus_per_worker", "auto", waits if engine.wait_for_nodes else "Ray has no GPUs to share")
     return plan.with_gpus(have)
 
 

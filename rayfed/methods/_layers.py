@@ -50,10 +50,3 @@ class LayerMethod(Method):
 def zero_base(adapter: Adapter) -> dict[str, Tensor]:
     """A change of the base by layer that changes nothing: matrices (out, in) of zeros."""
     return {name: torch.zeros(pair.B.shape[0], pair.A.shape[1]) for name, pair in adapter.layers.items()}
-
-
-def first_ranks(pair: LowRank, rank: int, scale: float) -> LowRank:
-    """The pair cut to its first ``rank`` ranks, under another scale. Views. ValueError if it has fewer ranks."""
-    if rank > pair.rank:
-        raise ValueError(f"a pair of rank {pair.rank} has no first {rank} ranks")
-    return LowRank(pair.B[:, :rank], pair.A[:rank], scale)

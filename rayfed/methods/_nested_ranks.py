@@ -16,10 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rayfed.lora.adapter import Adapter
+from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import rescale
 from rayfed.methods import HeadMean, LayerMethod, LayerState, Profile, Start, Update
-from rayfed.methods._layers import first_ranks
 from rayfed.methods._means import positive
 
 
@@ -42,7 +41,8 @@ class Nested(LayerMethod):
 
 def nested(state: LayerState, rank: int, scale: float) -> Adapter:
     """The global factors, cut to their first ``rank`` ranks and under another scale, with the global head."""
-    layers = {name: first_ranks(rescale(pair, scale), rank, scale) for name, pair in state.pairs.items()}
+    pairs = {name: rescale(pair, scale) for name, pair in state.pairs.items()}
+    layers = {name: LowRank(pair.B[:, :rank], pair.A[:rank], scale) for name, pair in pairs.items()}
     return Adapter(layers, state.head)
 
 

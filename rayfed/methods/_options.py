@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from rayfed.config import describe
+from rayfed.config.describe import in_words
 from rayfed.errors import allowed
 
 REQUIRED = inspect.Parameter.empty
@@ -31,11 +31,3 @@ def check_options(cls: type, values: Mapping[str, Any]) -> None:
                 TypeAdapter(option.annotation, config=STRICT).validate_python(values[name])
             except ValidationError:
                 raise allowed(f"method.{name}", values[name], f"it should be {in_words(option.annotation)}") from None
-
-
-def in_words(kind: Any) -> str:
-    """What an option of this type allows, in words."""
-    try:
-        return describe.in_words(kind)
-    except KeyError:  # a type that YAML does not have
-        return "any value" if kind is Any else f"a value of type {kind}"

@@ -41,7 +41,11 @@ class Truncating(LayerMethod):
         return decomposed(LayerState(head=dict(adapter.head), extras=rows), adapter.layers)
 
     def broadcast(self, state: LayerState, client: Profile) -> Start:
-        return Start.of(Adapter({name: self._truncated(state, name, client) for name in state.layers}, state.head))
+        layers = {}
+        for name in state.layers:
+            rows = state.extras[f"A.{name}"]
+            layers[name] = truncated(spectrum(state, name), client.rank, client.scale, self.split, rows)
+        return Start.of(Adapter(layers, state.head))
 
     def next(
         self, state: LayerState, mean: HeadMean, advance: Advance, layers: Mapping[str, Change], passes: int = 4,
@@ -61,12 +65,13 @@ class Truncating(LayerMethod):
 
         return lambda update: trained_product(update, start(update.client.rank, update.client.scale))
 
-    def _truncated(self, state: LayerState, name: str, client: Profile) -> LowRank:
-        triples, rows = spectrum(state, name), state.extras[f"A.{name}"]
-        pair = factors(triples, client.rank, client.scale, self.split)
-        dead = triples.S[: pair.rank] <= NOISE * triples.S[0]
-        B, A = torch.where(dead, 0.0, pair.B), torch.where(dead[:, None], rows[: pair.rank], pair.A)
-        return pad(LowRank(B, A, client.scale), client.rank, rows)  # a layer narrower than the rank has fewer triples
+
+def truncated(triples: Spectrum, rank: int, scale: float, split: Split, rows: Tensor) -> LowRank:
+    """The first ``rank`` triples as a pair. A rank without a singular value gets a zero column and its row of ``rows``."""
+    pair = factors(triples, rank, scale, split)
+    dead = triples.S[: pair.rank] <= NOISE * triples.S[0]
+    B, A = torch.where(dead, 0.0, pair.B), torch.where(dead[:, None], rows[: pair.rank], pair.A)
+    return pad(LowRank(B, A, scale), rank, rows)  # a layer narrower than the rank has fewer triples
 
 
 def decomposed(state: LayerState, layers: Mapping[str, Change], passes: int = 4) -> LayerState:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rayfed.lora.adapter import Adapter, Entry, Layout, LowRank
+from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.methods import Advance, ChangeMean, FactorMean, FactorState, Profile, Start, Trainable, Updates, fedavg
 
 PERSONAL = ("B", "head")
@@ -47,24 +47,21 @@ class FedSA(FactorMean):
     def aggregate(self, state: FactorState, updates: Updates, advance: Advance = fedavg) -> FactorState:
         mean, clients = ChangeMean(state.layout.size), dict(state.clients)
         for update in updates:
-            if update.personal_values is None:
-                raise ValueError(f"the update of client {update.client.client} lacks its personal parts")
+            assert update.personal_values is not None
             mean.add(update)
-            clients[update.client.client] = {
-                f"{entry.part}.{entry.name}": _part(update.personal_values, entry).clone()
-                for entry in _personal(update.layout)
-            }
+            own = _personal(update.layout.unflatten(update.personal_values))
+            clients[update.client.client] = {name: tensor.clone() for name, tensor in own.items()}
         shared, vector = state.layout.mask("A"), state.vector.clone()
         vector[shared] = advance("A", vector[shared], mean.mean()[shared])
         return state.next(vector=vector, clients=clients, report={"clients_seen": float(len(clients))})
 
     def own(self, state: FactorState, client: int) -> Adapter:
         """The client's own model: the global A with its B and head, or the initial ones. In storage of its own."""
-        vector = state.vector.clone()
+        adapter = state.layout.unflatten(state.vector.clone())
         if client in state.clients:
-            for entry in _personal(state.layout):
-                _part(vector, entry).copy_(state.clients[client][f"{entry.part}.{entry.name}"])
-        return state.layout.unflatten(vector)
+            for name, tensor in _personal(adapter).items():
+                tensor.copy_(state.clients[client][name])
+        return adapter
 
     def delta(self, state: FactorState, layer: str) -> LowRank:
         shared = super().delta(state, layer)
@@ -74,13 +71,10 @@ class FedSA(FactorMean):
         return {name: _mean(state, f"head.{name}", first) for name, first in super().head(state).items()}
 
 
-def _personal(layout: Layout) -> list[Entry]:
-    return [entry for entry in layout.entries if entry.part in PERSONAL]
-
-
-def _part(vector: Tensor, entry: Entry) -> Tensor:
-    """The tensor of this entry, as a view into ``vector`` (n,)."""
-    return vector[entry.start : entry.start + entry.numel].view(entry.shape)
+def _personal(adapter: Adapter) -> dict[str, Tensor]:
+    """B of every layer and the head, by stored name."""
+    factors = {f"B.{name}": pair.B for name, pair in adapter.layers.items()}
+    return factors | {f"head.{name}": tensor for name, tensor in adapter.head.items()}
 
 
 def _mean(state: FactorState, key: str, first: Tensor) -> Tensor:

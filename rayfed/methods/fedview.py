@@ -47,8 +47,7 @@ from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import add, norm, top_svd
-from rayfed.methods import LayerMethod, LayerState, ProductMean, product_change
-from rayfed.methods._messages import matrix
+from rayfed.methods import LayerMethod, LayerState, ProductMean, matrix, product_change
 from rayfed.methods.base import ANY_OPTIMIZER, Advance, BaseChange, Profile, Start, Updates, fedavg
 from rayfed.seeding import torch_rng
 
@@ -89,9 +88,10 @@ class FedView(LayerMethod):
         adapter = Adapter(begin, state.head)
         if begun == client.rank:
             return Start.of(adapter, base=view)
-        known = {name: _ranks_from(begun, pair) for name, pair in begin.items()}
-        marks = Adapter(known, {name: torch.zeros_like(tensor) for name, tensor in state.head.items()})
-        return Start.of(adapter, known=marks.flatten().bool(), merge=Adapter(merge, {}), base=view)
+        known = torch.zeros(adapter.layout.size, dtype=torch.bool)
+        for pair in adapter.layout.unflatten(known).layers.values():  # views: what is marked there is known
+            pair.B[:, begun:] = pair.A[begun:] = True
+        return Start.of(adapter, known=known, merge=Adapter(merge, {}), base=view)
 
     def _correct(
         self, state: LayerState, client: Profile, name: str, view: Tensor | None, begun: int
@@ -125,23 +125,13 @@ class FedView(LayerMethod):
             base: BaseChange = clients.get(k, {})
             if self.start != "correction":
                 base = self.broadcast(state, update.client).merged_base
-            clients[k] = {name: _sum(base.get(name), pair) for name, pair in update.sent.layers.items()}
+            sent = update.sent.layers.items()
+            clients[k] = {name: add(matrix(base[name]), pair) if base else pair.dense() for name, pair in sent}
             behind.append(_distance(state, clients[k]))
         layers = {name: advance(f"W.{name}", W, mean.matrix(name)) for name, W in state.matrices.items()}
         head = mean.head()
         report = {"view_error": sum(behind) / len(behind)}
         return state.next_with_head(advance, head, layers=layers, clients=clients, report=report)
-
-
-def _ranks_from(begun: int, pair: LowRank) -> LowRank:
-    """A pair of these shapes with ones in the ranks from ``begun`` on, and zeros before."""
-    fresh = (torch.arange(pair.rank) >= begun).float()
-    return LowRank(fresh.expand(pair.B.shape), fresh[:, None].expand(pair.A.shape), 1.0)
-
-
-def _sum(base: LowRank | Tensor | None, pair: LowRank) -> Tensor:
-    """The base's change plus the pair, as a matrix."""
-    return pair.dense() if base is None else add(matrix(base), pair)
 
 
 def _distance(state: LayerState, view: Mapping[str, Tensor]) -> float:

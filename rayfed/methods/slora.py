@@ -33,9 +33,9 @@ from torch import Tensor
 
 from rayfed.config.types import Density
 from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.lora.algebra import factors, norm, pad, svd, tail_energy
+from rayfed.lora.algebra import norm, svd, tail_energy
 from rayfed.methods import Change, LayerMethod, LayerState
-from rayfed.methods._layers import first_ranks
+from rayfed.methods._truncation import truncated
 from rayfed.methods.base import Advance, Profile, Start, Trainable, Updates, fedavg, mean_change
 from rayfed.seeding import torch_rng
 from rayfed.wire import keep_count
@@ -95,14 +95,9 @@ class SLoRA(LayerMethod):
         pairs: dict[str, Change] = {}
         lost = total = 0.0
         for name, W in state.layers.items():
-            A, scale = state.extras[f"A.{name}"], state.notes["scales"][name]
-            rank = A.shape[0]
-            spectrum = svd(W, dtype=torch.float64)
-            alive = int((spectrum.S[:rank] > 1e-6 * spectrum.S[0]).sum())  # none if W is 0
-            pair = first_ranks(factors(spectrum, rank, scale, self.split), alive, scale)
-            pairs[name] = pad(_copy(pair), rank, A)
-            energy = norm(W) ** 2
-            lost, total = lost + tail_energy(spectrum.S, energy, rank), total + energy
+            A, spectrum, energy = state.extras[f"A.{name}"], svd(W, dtype=torch.float64), norm(W) ** 2
+            pairs[name] = _copy(truncated(spectrum, len(A), state.notes["scales"][name], self.split, A))
+            lost, total = lost + tail_energy(spectrum.S, energy, len(A)), total + energy
         report = {"lost_energy": lost / total if total else 0.0}
         return replace(state, layers=pairs, extras={}, notes={}, report=report)
 
