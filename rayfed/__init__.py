@@ -34,7 +34,19 @@ _MODULES = {
     "prepare": "rayfed.api",
     "run": "rayfed.api",
 }
-__all__ = [*sorted(_MODULES), "__version__"]  # noqa: PLE0604
+__all__ = [
+    "Experiment",
+    "Method",
+    "Objective",
+    "RunResult",
+    "Task",
+    "UserError",
+    "__version__",
+    "load_config",
+    "load_model",
+    "prepare",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

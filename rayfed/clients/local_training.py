@@ -49,7 +49,7 @@ class PackMember:
     rows: np.ndarray
     base: BaseChange = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
-    objective: Objective = Plain()
+    objective: Objective = field(default_factory=Plain)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class _PackTraining:
                 self._update(self.optimizer)
             if ended := [slot for slot in active if step + 1 == len(self.plans[slot])]:
                 stack.snapshot(ended)
-        vectors = stack.read([member.layout for member in self.members])
+        vectors = stack.read_snapshots([member.layout for member in self.members])
         return [
             TrainedClient(vector, loss / len(plan), sum(map(len, plan)), len(plan))
             for vector, loss, plan in zip(vectors, self.losses.tolist(), self.plans, strict=True)
@@ -159,13 +159,13 @@ class _PackTraining:
         labels = batch.pop("labels")
         sums, counts = c.task.loss(c.forward(batch).float(), labels)
         runs = c.stack.batch.segments_of(sums)
-        means = runs.grid(sums[:, None]).sum((1, 2)) / runs.grid(counts[:, None]).sum((1, 2))
-        self.losses += runs.into(means.detach().double(), len(self.members))
+        means = runs.pad(sums[:, None]).sum((1, 2)) / runs.pad(counts[:, None]).sum((1, 2))
+        self.losses += runs.scatter(means.detach().double(), len(self.members))
         penalties = (self.members[slot].objective.penalty(c.stack.factors(slot)) for slot in active)
         return torch.stack([means.sum(), *(penalty for penalty in penalties if penalty is not None)]).sum()
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
-        """From gradients to the next values: mask, clip, step; entries that do not train get their start values back."""
+        """The step: mask, clip, optimizer; entries that do not train get their start values back."""
         self.parameters.mask_gradients()
         if self.context.settings.clip_norm is not None:
             self.parameters.clip(self.context.settings.clip_norm)

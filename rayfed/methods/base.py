@@ -6,8 +6,8 @@ knows adapters and client profiles; no Ray, no models, no files. What travels is
 1. `broadcast` says where a client starts: its adapter, and the frozen change of the base beneath it. Entries of the
    adapter that the client has already (``known``) do not travel; of the others the wire sends the largest, or those of
    ``mask``. The client trains what it decoded.
-2. `select` picks, at the client, which of its changes go up; `trainable` says what trains and what stays personal. 3.
-`aggregate` gets start and change of every client as decoded, pack after pack. A `sum_in_worker` method asks for no more
+2. `select` picks, at the client, which of its changes go up; `trainable` says what trains and what stays personal.
+3. `aggregate` gets start and change of every client as decoded, pack after pack. A `sum_in_worker` method asks for no more
    than the sum of the weighted changes; the server hands it `PackSum` packs, which may come from where they were
    trained. The server optimizer is an axis of its own, handed over as ``advance``.
 4. `news` is what every client must merge into its base after a round; the server counts it for each client that takes
@@ -132,8 +132,8 @@ class Update:
         return self.sparse_change.dense() if isinstance(self.sparse_change, Sparse) else self.sparse_change
 
     def add_to(self, total: Tensor) -> None:
-        """Adds ``weight * change`` to ``total`` (n,), float64, in place; the same bits in either form of
-        ``sparse_change``.""" add_weighted(total, self.weight, self.sparse_change)
+        """Adds ``weight * change`` to ``total`` (n,), float64, in place; the same bits in either form of ``sparse_change``."""
+        add_weighted(total, self.weight, self.sparse_change)
 
     @property
     def trained(self) -> Adapter:
@@ -217,8 +217,7 @@ class Method(Protocol):
         """
 
     def aggregate(self, state: Any, updates: Iterable[Any], advance: Advance = ...) -> Any:
-        """The next state. ``updates``: `Update`s; where the method is ``sum_in_worker``, these, `PackSum` packs, or
-        both."""
+        """The next state. ``updates``: `Update`s; where the method is ``sum_in_worker``, these, `PackSum` packs, or both."""
 
     def base_update(self, state: Any) -> Tensor | None:
         """What every client must receive of the last round to merge it into its base, (m,); None: nothing."""

@@ -20,8 +20,7 @@ from rayfed.files import atomic_path
 from rayfed.lora.adapter import Adapter, LowRank, scale_of
 from rayfed.lora.algebra import factors as of_rank
 from rayfed.lora.algebra import norm, pad, rescale, svd, tail_energy
-from rayfed.lora.packed.layers import is_conv1d
-from rayfed.lora.peft import save_peft
+from rayfed.lora.peft import is_conv1d, save_peft
 from rayfed.tasks.models.base import MeanPooledClassifier, in_dtype
 
 Changes = Mapping[str, LowRank | Tensor]
