@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import ray
 
 from rayfed.config.search import AshaSettings
 from rayfed.config.sweep import Sweep, load_sweep
-from rayfed.sweeps.asha import Halving, scheduler_of, shown
+from rayfed.sweeps.asha import ResumableASHA, build_scheduler, compared_rounds
 from rayfed.sweeps.plan import Trial, plan_trials
 from rayfed.sweeps.sweep import run_sweep
-from rayfed.sweeps.table import line_of, table_of
-from rayfed.sweeps.trial import outcome, place, record_of, settle_stopped, work
-from rayfed.tracking import SinkList, read_metrics
+from rayfed.sweeps.table import make_table, trial_row
+from rayfed.sweeps.trial import outcome_file, record_outcome, run_trial, trial_folder
+from rayfed.tracking import read_metrics
 
 GRID = {"seed": {"grid": [0, 1]}}
 
 
-def halving(grace: int = 2, factor: int = 2, rounds: int = 9, mode: str = "min") -> Halving:
+def halving(grace: int = 2, factor: int = 2, rounds: int = 9, mode: str = "min") -> ResumableASHA:
     rule = AshaSettings(kind="asha", grace=grace, factor=factor)
-    return Halving(rule, Sweep(parameters=GRID, metric="eval/gap", mode=mode, stop=rule), rounds)
+    return ResumableASHA(rule, Sweep(parameters=GRID, metric="eval/gap", mode=mode, stop=rule), rounds)
 
 
-def play(scheduler: Halving, name: str, figures: dict[int, float], id: str = "") -> int | None:
+def play(scheduler: ResumableASHA, name: str, figures: dict[int, float], id: str = "") -> int | None:
     """The round after which a trial that shows these figures by round is stopped."""
     trial = SimpleNamespace(trial_id=id or f"id of {name}", config={"trial": name})
     scheduler.on_trial_add(None, trial)
@@ -69,8 +67,8 @@ def test_a_rung_is_met_at_the_first_measured_round() -> None:
 
 def test_a_resumed_sweep_compares_with_what_was_there_before() -> None:
     scheduler = halving()
-    scheduler.recall("a", [{"round": r, "eval/gap": g} for r, g in ((1, 9.0), (2, 5.0), (3, None), (4, 3.0))])
-    scheduler.recall("b", [{"round": 2, "eval/gap": 6.0}])
+    scheduler.replay("a", [{"round": r, "eval/gap": g} for r, g in ((1, 9.0), (2, 5.0), (3, None), (4, 3.0))])
+    scheduler.replay("b", [{"round": 2, "eval/gap": 6.0}])
     assert play(scheduler, "c", {2: 5.8}) == 2
     # a itself goes on from its checkpoint under another of Tune's ids, and is not compared with itself
     assert play(scheduler, "a", {4: 3.0, 5: 9.0, 8: 2.0}, id="new") is None
@@ -86,20 +84,20 @@ def test_what_a_directory_vouches_for(sweep_file, tmp_path: Path) -> None:
     rule = {"kind": "asha", "grace": 1, "factor": 2}
     path = sweep_file({"parameters": GRID, "stop": rule}, server={"rounds": 5}, checkpoint={"every": 2, "keep": 9})
     (trial, other), federations, sweep = planned(path)
-    assert shown(tmp_path, trial) == []
-    work(trial, tmp_path, federations[trial.data], SinkList())
+    assert compared_rounds(tmp_path, trial) == []
+    run_trial(trial, tmp_path, federations[trial.data])
 
     def rounds() -> list[int]:
-        return [record["round"] for record in shown(tmp_path, trial)]
+        return [record["round"] for record in compared_rounds(tmp_path, trial)]
 
     assert rounds() == [1, 2, 3, 4]  # its last round was no rung
-    record_of(tmp_path, trial).unlink()
-    (place(tmp_path, trial) / "checkpoints" / "round-000005").rename(tmp_path / "away")
+    outcome_file(tmp_path, trial).unlink()
+    (trial_folder(tmp_path, trial) / "checkpoints" / "round-000005").rename(tmp_path / "away")
     assert rounds() == [1, 2, 3, 4]  # killed in round 5: the checkpoint of round 4 was written after it was let go on
-    settle_stopped(tmp_path, trial, 3)
+    record_outcome(tmp_path, trial, "stopped", round=3)
     assert rounds() == [1, 2, 3]
-    assert scheduler_of([trial, other], sweep, tmp_path) is not None
-    assert scheduler_of([trial], sweep.model_copy(update={"stop": None}), tmp_path) is None
+    assert build_scheduler([trial, other], sweep, tmp_path) is not None
+    assert build_scheduler([trial], sweep.model_copy(update={"stop": None}), tmp_path) is None
 
 
 def test_a_stopped_trial_is_no_finished_one(sweep_file, tmp_path: Path, here) -> None:
@@ -108,11 +106,11 @@ def test_a_stopped_trial_is_no_finished_one(sweep_file, tmp_path: Path, here) ->
     path, out = sweep_file(section), tmp_path / "out"
     trials, federations, sweep = planned(path)
     for trial in trials:
-        work(trial, out, federations[trial.data], SinkList())
+        run_trial(trial, out, federations[trial.data])
     (out / "sweep.yaml").write_text("")
-    settle_stopped(out, trials[3], 2)
-    line = line_of(out, trials[3], sweep)
-    second = read_metrics(place(out, trials[3]) / "metrics.jsonl")[1]
+    record_outcome(out, trials[3], "stopped", round=2)
+    line = trial_row(out, trials[3], sweep)
+    second = read_metrics(trial_folder(out, trials[3]) / "metrics.jsonl")[1]
     assert (line["status"], line["stopped"]) == ("stopped", {"round": 2, "metric": second["eval/gap"]})
     assert line.get("metric") is None
 
@@ -121,39 +119,6 @@ def test_a_stopped_trial_is_no_finished_one(sweep_file, tmp_path: Path, here) ->
     assert result.failed == []
     assert result.table.columns[-2:] == ("trials", "stopped at round")
     assert [(row[0], *row[-2:]) for row in result.table.rows] == [("0.02", "2/2", "")]  # more trials count
-    everything = table_of(trials, result.lines, sweep.model_copy(update={"tune": ()}))
+    everything = make_table(trials, {row["trial"]: row for row in result.rows}, sweep.model_copy(update={"tune": ()}))
     assert [(row[0], *row[-2:]) for row in everything.rows] == [("0.02", "2/2", ""), ("0.05", "1/2", "2")]
     assert "±" not in everything.rows[1][1]
-
-
-@pytest.mark.slow
-def test_tune_stops_and_a_resume_does_not_revive(sweep_file, tmp_path: Path) -> None:
-    """One at a time, rungs at 2 and 4 of 6: the second is far behind at 2, the third is better than the first."""
-    rates = {"client.lr": {"grid": [0.02, 1e-6, 0.05]}}
-    stop = {"kind": "asha", "grace": 2, "factor": 2}
-    path = sweep_file({"parameters": rates, "stop": stop, "concurrency": 1}, server={"rounds": 6})
-    out = tmp_path / "out"
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        result = run_sweep(path, out=out)
-        assert [line["status"] for line in result.lines] == ["done", "stopped", "done"]
-        trials, _, _ = planned(path)
-        ended = outcome(out, trials[1])
-        assert ended is not None
-        assert (ended.round, ended.error) == (2, None)
-        stopped = place(out, trials[1])
-        assert [record["round"] for record in read_metrics(stopped / "metrics.jsonl")] == [1, 2]
-        assert not (stopped / "adapter").exists()
-        before = {file: file.stat().st_mtime_ns for file in (out / "trials").rglob("*") if file.is_file()}
-
-        # Grown by a hopeless rate: compared with the trials of the first start, and nothing else runs.
-        rates["client.lr"]["grid"].append(1e-7)
-        grown = sweep_file({"parameters": rates, "stop": stop, "concurrency": 1}, server={"rounds": 6})
-        result = run_sweep(grown, out=out, resume=True)
-    finally:
-        ray.shutdown()
-    assert [line["status"] for line in result.lines] == ["done", "stopped", "done", "stopped"]
-    assert before.items() <= {f: f.stat().st_mtime_ns for f in (out / "trials").rglob("*") if f.is_file()}.items()
-    lines = [json.loads(line) for line in (out / "sweep.jsonl").read_text().splitlines()]
-    assert [line.get("stopped", {}).get("round") for line in lines] == [None, 2, None, 2]
-    assert [row[-1] for row in result.table.rows] == ["", "2", "", "2"]

@@ -13,8 +13,8 @@ import pytest
 
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
+from rayfed.sweeps.optuna_search import Study, pareto_front
 from rayfed.sweeps.space import Point
-from rayfed.sweeps.suggest import Study, front
 
 SPACES = {
     "client.lr": {"loguniform": [1e-4, 1e-1]},
@@ -43,13 +43,13 @@ def played(sweep: Sweep, batches: int, seed: int = 0, figures: Callable = hand, 
     study = Study(sweep.search, sweep, seed)
     aims = 2 if sweep.search.against else 1
     for _ in range(batches):
-        for own in study.ask(4):
+        for own in study.suggest(4):
             if own.number in failed:
-                study.tell(own.number, None)
-        for own in study.asked[-4:]:
+                study.add_result(own.number, None)
+        for own in study.suggestions[-4:]:
             if own.number not in failed:
-                study.tell(own.number, figures(own.point)[:aims])
-    return [own.point for own in study.asked]
+                study.add_result(own.number, figures(own.point)[:aims])
+    return [own.point for own in study.suggestions]
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
@@ -75,10 +75,10 @@ def test_what_failed_is_told_too() -> None:
 
 def test_settings_of_a_case_come_with_it_alone() -> None:
     points = played(section(), 10)
-    found = {point.shown["case"] for point in points}
+    found = {point.labels["case"] for point in points}
     assert found == {"sparse", "fedhl", "plain"}
     for point in points:
-        case = point.shown["case"]
+        case = point.labels["case"]
         assert point.overrides["method.name"] == CASES[case]["method.name"]
         assert ("wire.up.density" in point.overrides) == (case == "sparse")
         assert ("method.gamma" in point.overrides) == (case == "fedhl")
@@ -91,7 +91,7 @@ def test_settings_of_a_case_come_with_it_alone() -> None:
 
 def test_a_list_of_cases_is_shown_by_what_it_sets() -> None:
     points = played(section(cases=[{"method.name": "fedit"}, {"method.name": "rbla", "lora.alpha": 2.0}]), 3)
-    assert {json.dumps({k: v for k, v in point.shown.items() if k not in SPACES}) for point in points} == {
+    assert {json.dumps({k: v for k, v in point.labels.items() if k not in SPACES}) for point in points} == {
         '{"method.name": "fedit"}',
         '{"method.name": "rbla", "lora.alpha": 2.0}',
     }
@@ -108,11 +108,11 @@ def test_a_point_that_was_asked_for_before_is_known() -> None:
     assert sweep.search is not None
     study = Study(sweep.search, sweep, 0)
     first: dict[int, int] = {}
-    for own in study.ask(12):
+    for own in study.suggest(12):
         rank = own.point.overrides["lora.rank"]
-        assert own.same == first.get(rank)
+        assert own.same_as == first.get(rank)
         first.setdefault(rank, own.number)
-    assert [own.number for own in study.asked] == list(range(1, 13))
+    assert [own.number for own in study.suggestions] == list(range(1, 13))
 
 
 def test_the_front() -> None:
@@ -125,14 +125,14 @@ def test_the_front() -> None:
         6: (0.9, 91.0),  # 5 is as good for less
         7: (0.4, 9.0),
     }
-    assert front(figures, "max") == [1, 2, 3, 5, 7]
-    assert front(figures, "min") == [7]
-    assert front({1: (0.5,), 2: (0.7,), 3: (0.7,)}, "max") == [2, 3]
-    assert front({}, "max") == []
+    assert pareto_front(figures, "max") == [1, 2, 3, 5, 7]
+    assert pareto_front(figures, "min") == [7]
+    assert pareto_front({1: (0.5,), 2: (0.7,), 3: (0.7,)}, "max") == [2, 3]
+    assert pareto_front({}, "max") == []
 
 
 def test_without_optuna_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayfed.sweeps.suggest.find_spec", lambda name: None)
+    monkeypatch.setattr("rayfed.sweeps.optuna_search.find_spec", lambda name: None)
     sweep = section()
     assert sweep.search is not None
     with pytest.raises(UserError, match=r"^sweep.search.kind: got 'optuna', but it is not installed: pip install 'ra"):

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from rayfed.config.search import PbtSettings
-from rayfed.sweeps.evolve import Member, evolve, explore, founders
+from rayfed.sweeps.pbt import Member, explore, first_generation, next_generation
 from rayfed.sweeps.space import draw
 
 SPACES = {"client.lr": {"loguniform": [1e-3, 1e-1]}, "client.steps": {"choice": [1, 2, 4, 8]}}
@@ -18,20 +18,20 @@ def rule(**more) -> PbtSettings:
 
 
 def test_the_founders_are_the_draws_of_a_random_sweep() -> None:
-    members = founders(rule(), SPACES, 3)
+    members = first_generation(rule(), SPACES, 3)
     assert [member.name for member in members] == [f"g01-m0{n}" for n in range(1, 9)]
     for i, member in enumerate(members):
         assert member.settings == {key: draw(space, key, 3, i) for key, space in SPACES.items()}
-        assert member.line == [member]
+        assert member.lineage == [member]
 
 
 @pytest.mark.parametrize(("mode", "sign"), [("max", 1), ("min", -1)])
 def test_the_worst_quarter_copies_the_best(mode: str, sign: int) -> None:
-    members = founders(rule(), SPACES, 0)
+    members = first_generation(rule(), SPACES, 0)
     figures = [sign * figure for figure in (0.5, 0.9, 0.1, 0.6, 0.4, 0.8, 0.3, 0.7)]
     parents: Counter[int] = Counter()
     for seed in range(20):
-        after = evolve(members, figures, rule(), SPACES, mode, seed)
+        after = next_generation(members, figures, rule(), SPACES, mode, seed)
         assert [member.name for member in after] == [f"g02-m0{n}" for n in range(1, 9)]
         for member, before in zip(after, members, strict=True):
             if member.number in (3, 7):  # 0.1 and 0.3
@@ -39,19 +39,19 @@ def test_the_worst_quarter_copies_the_best(mode: str, sign: int) -> None:
                 parents[member.parent.number] += 1
                 expected = explore(member.parent.settings, rule(), SPACES, seed, 2, member.number)
                 assert member.settings == expected
-                assert member.line == [member.parent, member]
+                assert member.lineage == [member.parent, member]
             else:
                 assert member.parent is before
                 assert member.settings == before.settings
-        assert evolve(members, figures, rule(), SPACES, mode, seed) == after
+        assert next_generation(members, figures, rule(), SPACES, mode, seed) == after
     assert set(parents) == {2, 6}  # 0.9 and 0.8, either of them
     assert min(parents.values()) > 8  # of 40 draws
 
 
 def sources(figures: list[float | None], **more) -> list[int]:
     """Of each member, the number of the one it continues; of those that copy, minus that of any of the best."""
-    members = founders(rule(population=len(figures), **more), SPACES, 0)
-    after = evolve(members, figures, rule(population=len(figures), **more), SPACES, "max", 0)
+    members = first_generation(rule(population=len(figures), **more), SPACES, 0)
+    after = next_generation(members, figures, rule(population=len(figures), **more), SPACES, "max", 0)
     return [member.parent.number for member in after if member.parent is not None]
 
 
@@ -66,7 +66,7 @@ def test_who_has_no_figure_copies_whatever_the_quantile() -> None:
     assert sources([None, 0.2, 0.3, 0.4], quantile=0.0) == [4, 2, 3, 4]
     assert sources([None, 0.2, 0.3, 0.4], quantile=0.25) == [4, 2, 3, 4]
     assert sources([None, None, None, 0.4], quantile=0.25) == [4, 4, 4, 4]
-    with pytest.raises(ValueError, match="no member has a figure"):
+    with pytest.raises(ValueError, match="no member has a metric"):
         sources([None, None])
 
 
@@ -104,4 +104,4 @@ def test_a_line_goes_back_to_the_founder() -> None:
     first = Member(1, 4, {})
     second = Member(2, 1, {}, first)
     third = Member(3, 1, {}, second)
-    assert [member.name for member in third.line] == ["g01-m04", "g02-m01", "g03-m01"]
+    assert [member.name for member in third.lineage] == ["g01-m04", "g02-m01", "g03-m01"]
