@@ -39,6 +39,15 @@ def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rayfed.files._flush", lambda path: None)
 
 
+@pytest.fixture(scope="module")
+def ray_cluster() -> None:
+    """Ray with 4 CPUs in this process: started once, and again if a module with a Ray of its own has stopped it."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> HereInOrder:
     """Replaces Ray Tune by this process."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from small_runs import wait_for
 from sweep_files import decisions, files, planned, read_rows, statuses
 from wandb_files import runs
@@ -25,22 +24,11 @@ from rayfed.tracking import read_metrics
 OFFLINE = {"WANDB_MODE": "offline"}
 
 
-@pytest.fixture
-def ray_with(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Ray with as many CPUs as the test's parameter says."""
-    ray.init(
-        address="local", num_cpus=request.param, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
-    )
-    yield
-    ray.shutdown()
-
-
 def last_digest(folder: Path) -> str:
     return read_metrics(folder / "metrics.jsonl")[-1]["state/digest"]
 
 
-@pytest.mark.parametrize("ray_with", [2], indirect=True)
-def test_two_trials_on_ray_tune(ray_with, sweep_file, tmp_path: Path) -> None:
+def test_two_trials_on_ray_tune(ray_cluster, sweep_file, tmp_path: Path) -> None:
     """Two trials: one ends, one fails. Each is reported once it is recorded, and has the results of a run alone."""
     section = {"parameters": {"client.lr": {"grid": [0.02, 1e30]}}, "concurrency": 1}  # one process for both
     path, out = sweep_file(section), tmp_path / "out"
@@ -122,8 +110,7 @@ def test_a_killed_probe_continues_from_its_own_checkpoint(sweep_file, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ray_with", [4], indirect=True)
-def test_workers_of_trials_always_have_room(ray_with, sweep_file, tmp_path: Path) -> None:
+def test_workers_of_trials_always_have_room(ray_cluster, sweep_file, tmp_path: Path) -> None:
     """Two trials reserve all four CPUs: workers outside their trials' bundles would wait for ever."""
     path = sweep_file({"parameters": {"seed": {"grid": [0, 1]}}}, engine={"kind": "ray", "workers": 1})
     run_sweep(path, out=tmp_path / "out")
@@ -138,8 +125,7 @@ def test_workers_of_trials_always_have_room(ray_with, sweep_file, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ray_with", [1], indirect=True)
-def test_a_stopped_trial_stays_stopped(ray_with, sweep_file, tmp_path: Path) -> None:
+def test_a_stopped_trial_stays_stopped(ray_cluster, sweep_file, tmp_path: Path) -> None:
     """One at a time, rungs at 2 and 4 of 6: the second is far behind at 2, the third is better than the first."""
 
     def write(*rates: float) -> Path:
@@ -167,13 +153,12 @@ def test_a_stopped_trial_stays_stopped(ray_with, sweep_file, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ray_with", [2], indirect=True)
 @pytest.mark.parametrize(
     "search", [{"kind": "optuna", "trials": 5, "batch": 2, "startup": 2}, {"kind": "pbt", "population": 3, "rounds": 2}]
 )
-def test_on_ray_the_decisions_are_the_same(ray_with, sweep_file, tmp_path: Path, here, monkeypatch, search) -> None:
+def test_on_ray_the_decisions_are_the_same(ray_cluster, sweep_file, tmp_path: Path, here, monkeypatch, search) -> None:
     """Two trials at a time on Ray Tune, against one after the other in this process."""
-    section = {"search": search, "parameters": {"client.lr": {"loguniform": [1e-3, 2e-1]}}}
+    section = {"search": search, "parameters": {"client.lr": {"loguniform": [1e-3, 2e-1]}}, "concurrency": 2}
     path = sweep_file(section, server={"rounds": 6})
     run_sweep(path, out=tmp_path / "here")
     monkeypatch.undo()  # Ray Tune itself

@@ -71,8 +71,8 @@ SECTIONS = {
     "wrong mode": ({"parameters": RATES, "mode": "most"}, "sweep.mode: got 'most', but it should be max or min"),
     "a metric that is never measured": (
         {"parameters": RATES, "metric": "eval/accuracy"},
-        "sweep.metric: got 'eval/accuracy', but trials of this task can be compared by train/loss, eval/loss, eval/gap, "
-        "bytes/total (trials client.lr=0.1; client.lr=0.2)",
+        "sweep.metric: got 'eval/accuracy', but trials of this task can be compared by train/loss, eval/loss, "
+        "eval/gap, bytes/total (trials client.lr=0.1; client.lr=0.2)",
     ),
     "a wrong value in one trial": (
         {"parameters": {"client.lr": {"grid": [0.1, -1]}, "seed": {"grid": [0, 1]}}},
