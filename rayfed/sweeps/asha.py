@@ -32,14 +32,9 @@ class ResumableASHA(ASHAScheduler):
 
     def __init__(self, rule: AshaSettings, sweep: Sweep, rounds: int) -> None:
         super().__init__(
-            time_attr="round",
-            metric=sweep.metric,
-            mode=sweep.mode,
-            max_t=rounds,
-            grace_period=rule.grace,
-            reduction_factor=rule.factor,
-            stop_last_trials=False,
-        )
+            time_attr="round", metric=sweep.metric, mode=sweep.mode, max_t=rounds, grace_period=rule.grace,
+            reduction_factor=rule.factor, stop_last_trials=False,
+        )  # fmt: skip
         self.key = sweep.metric
 
     def replay(self, name: str, rounds: Sequence[Mapping[str, Any]]) -> None:

@@ -157,31 +157,33 @@ def replay(search: FlascSearchSettings, mode: str, metric: Metric, reserve: int 
     first = chosen = first_probe(search)
     steps: list[Step] = []
     rounds = search.rounds
+
+    def progress(pending: tuple[Probe, ...] = (), ended: str | None = None) -> Progress:
+        return Progress(first, tuple(steps), chosen, pending, ended, rounds)
+
     if not _has_ended(first, metric):
-        return Progress(first, (), first, (first,), None, rounds)
+        return progress((first,))
     if metric(first) is None:
-        return Progress(first, (), first, (), "the first probe has no finite metric", rounds)
+        return progress(ended="the first probe has no finite metric")
     while True:
         grown = neighbours(chosen, search)
         same = replace(chosen, path=(*chosen.path, "stay"), rounds=chosen.rounds + search.rounds)
         probes = (*grown, *([same] if search.stay else []))
-        ended = None
         if not grown:
-            ended = f"no neighbour up to rank {search.max_rank} and density {search.max_density:g}"
-        elif rounds + len(probes) * search.rounds > budget:
-            ended = f"the budget of {search.budget} rounds has no room for another step"
-        if ended:
-            return Progress(first, tuple(steps), chosen, (), ended, rounds)
+            return progress(ended=f"no neighbour up to rank {search.max_rank} and density {search.max_density:g}")
+        if rounds + len(probes) * search.rounds > budget:
+            return progress(ended=f"the budget of {search.budget} rounds has no room for another step")
         rounds += len(probes) * search.rounds
         if not all(_has_ended(probe, metric) for probe in probes):
-            return Progress(first, tuple(steps), chosen, probes, None, rounds)
+            return progress(probes)
         finite = {probe: sign * value for probe in grown if (value := metric(probe)) is not None}
         baseline = metric(same if search.stay else chosen)
         best = max(finite, key=lambda probe: finite[probe], default=None)  # of equal ones the first: more rank
-        gains = best is not None and (baseline is None or finite[best] - sign * baseline > search.gain)
-        steps.append(Step(chosen, probes, baseline, best if gains else None))
-        if best is None or not gains:
-            return Progress(first, tuple(steps), chosen, (), f"no neighbour gains more than {search.gain:g}", rounds)
+        if best is not None and baseline is not None and not finite[best] - sign * baseline > search.gain:
+            best = None
+        steps.append(Step(chosen, probes, baseline, best))
+        if best is None:
+            return progress(ended=f"no neighbour gains more than {search.gain:g}")
         chosen = best
 
 
@@ -253,9 +255,8 @@ class FlascSearch(StagedSearch):
                 | {"client_rounds": rounds * self.cohort, "final": final.get("metric")}
             )
         pending = [self.trial(probe) for probe in progress.pending]
-        return SearchState(
-            trials, pending, f"step {progress.step}", progress.ended, progress.result, lines, last
-        )  # fmt: skip
+        step = f"step {progress.step}"
+        return SearchState(trials, pending, step, progress.ended, progress.result, lines, last)
 
     def table(self, trials: Sequence[Trial], rows: Mapping[str, TrialRow]) -> Table:
         """A row for each probe, in the order of the steps, and for the final run; MB are those of its own rounds."""

@@ -27,7 +27,7 @@ MakeTable = Callable[[Sequence[Trial], Mapping[str, TrialRow]], Table]
 
 
 class SweepLog:
-    """One row for each trial, and the table of the rows. It is the listener of `run_on_tune`.
+    """One row for each trial, and the table of the rows.
 
     ``on_trial_end`` is called with every trial that has ended, after its outcome and its row are written.
     """

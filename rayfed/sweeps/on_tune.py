@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray import tune
@@ -27,6 +27,7 @@ from rayfed.config.sweep import Sweep
 from rayfed.engine.driver import start_ray
 from rayfed.errors import UserError
 from rayfed.sweeps.asha import build_scheduler
+from rayfed.sweeps.log import SweepLog
 from rayfed.sweeps.plan import Trial
 from rayfed.sweeps.resources import bundles, placement_groups
 from rayfed.sweeps.trial import read_outcome, record_outcome, run_trial
@@ -43,23 +44,10 @@ ENVIRONMENT = {  # Tune reads these variables when the sweep starts
 }
 
 
-class Listener(Protocol):
-    """Gets the events of a sweep."""
-
-    trials: dict[str, Trial]
-    """All trials of the sweep by name, also those that do not run now."""
-
-    def trial_ended(self, name: str) -> None:
-        """The outcome of the trial with that name is recorded."""
-
-    def event(self, text: str) -> None:
-        """Something else happened."""
-
-
 def run_on_tune(
-    trials: Sequence[Trial], sweep: Sweep, out: Path, federations: Mapping[str, Federation], listener: Listener
+    trials: Sequence[Trial], sweep: Sweep, out: Path, federations: Mapping[str, Federation], log: SweepLog
 ) -> None:
-    """Starts Ray (or joins it) and runs the trials; tells ``listener`` when one has ended.
+    """Starts Ray (or joins it) and runs the trials; ``log`` hears of each that has ended.
 
     UserError where the cluster can never hold one of the trials. If Ray was started here, it is shut down in the end.
     """
@@ -74,7 +62,7 @@ def run_on_tune(
             param_space={"trial": tune.grid_search(list(by_name))},
             tune_config=tune.TuneConfig(
                 max_concurrent_trials=sweep.concurrency,
-                scheduler=build_scheduler(list(listener.trials.values()), sweep, out),
+                scheduler=build_scheduler(list(log.trials.values()), sweep, out),
                 reuse_actors=True,
                 trial_name_creator=lambda trial: trial.config["trial"],
                 trial_dirname_creator=lambda trial: trial.config["trial"],
@@ -84,7 +72,7 @@ def run_on_tune(
                 storage_path=str(out / "tune"),
                 verbose=0,
                 failure_config=tune.FailureConfig(max(trial.experiment.engine.retries for trial in trials)),
-                callbacks=[_Outcomes(by_name, out, listener)],
+                callbacks=[_Outcomes(by_name, out, log)],
             ),
         ).fit()
 
@@ -132,23 +120,23 @@ class _TuneSink(Sink):
 
 
 class _Outcomes(tune.Callback):
-    """Tells the listener which trials ended. Records the outcome of stopped trials and of those whose process died."""
+    """Tells the log which trials ended. Records the outcome of stopped trials and of those whose process died."""
 
-    def __init__(self, trials: Mapping[str, Trial], out: Path, listener: Listener) -> None:
-        self.trials, self.out, self.listener = trials, out, listener
+    def __init__(self, trials: Mapping[str, Trial], out: Path, log: SweepLog) -> None:
+        self.trials, self.out, self.log = trials, out, log
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         own = self.trials[trial.config["trial"]]
         if read_outcome(self.out, own) is None:  # the scheduler stopped it; its process waits in `tune.report`
             record_outcome(self.out, own, "stopped", round=trial.last_result["round"])
-        self.listener.trial_ended(own.name)
+        self.log.trial_ended(own.name)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.listener.event(f"{trial.config['trial']}: its process died; it continues in a new one")
+        self.log.event(f"{trial.config['trial']}: its process died; it continues in a new one")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         own = self.trials[trial.config["trial"]]
         if read_outcome(self.out, own) is None:
             error = "its process died, and did so again at every new start (engine.retries)"
             record_outcome(self.out, own, "failed", error=error)
-        self.listener.trial_ended(own.name)
+        self.log.trial_ended(own.name)

@@ -43,7 +43,7 @@ from rayfed.sweeps.space import (
     short_names,
     split_case,
 )  # fmt: skip
-from rayfed.sweeps.stages import SEARCH_FILE, SearchState, StagedSearch, read_search
+from rayfed.sweeps.stages import SearchState, StagedSearch, read_search
 from rayfed.sweeps.table import TrialRow, format_labels, format_mb, format_mean, groups, value_columns
 from rayfed.sweeps.trial import trial_folder
 from rayfed.tracking import Table, read_metrics
@@ -183,10 +183,8 @@ class OptunaSearch(StagedSearch):
             return []
         points = [_with_seed(suggestion.point, seed) for seed in self.seeds]
         try:
-            return [
-                self.trial_at(fit_name(f"{suggestion.number:03d},{point_name(point, self.short)}", point), point)
-                for point in points
-            ]
+            names = [fit_name(f"{suggestion.number:03d},{point_name(p, self.short)}", p) for p in points]
+            return [self.trial_at(name, point) for name, point in zip(names, points, strict=True)]
         except UserError as error:
             self.refused[suggestion.number] = str(error).splitlines()[0]
             return []
@@ -204,16 +202,10 @@ class OptunaSearch(StagedSearch):
         """UserError if search.jsonl has another point of that number, or other objectives."""
         line, settings = self.lines.get(suggestion.number), suggestion.point.overrides
         if line and line["settings"] != dict(settings):
-            raise UserError(
-                f"--resume: {self.out / SEARCH_FILE} has {format_settings(line['settings'])} as point "
-                f"{suggestion.number}, but the resumed sweep suggests {format_settings(settings)}; resume with the "
-                "sweep's own sweep.yaml and the same version of optuna, or choose another --out"
-            )
+            recorded = f"{format_settings(line['settings'])} as point {suggestion.number}"
+            self.refuse_resume(recorded, f"(or this version of optuna) suggests {format_settings(settings)}")
         if line and line["values"] is not None and list(line["values"]) != self.objectives:
-            raise UserError(
-                f"--resume: {self.out / SEARCH_FILE} has values of {' and '.join(line['values'])}, but the resumed "
-                f"sweep compares {' and '.join(self.objectives)}; choose another --out"
-            )
+            self.refuse_resume(f"values of {' and '.join(line['values'])}", f"compares {' and '.join(self.objectives)}")
 
     def _add_result(self, suggestion: Suggestion) -> None:
         """Gives Optuna the point's values, once. The values in search.jsonl never change."""

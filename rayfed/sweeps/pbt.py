@@ -37,7 +37,7 @@ from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
 from rayfed.sweeps.plan import Trial, check_trials, make_trials
 from rayfed.sweeps.space import Point, corners, draw, rounded, value_at
-from rayfed.sweeps.stages import CONSTANT, SEARCH_FILE, SearchState, StagedSearch, read_search
+from rayfed.sweeps.stages import CONSTANT, SearchState, StagedSearch, read_search
 from rayfed.sweeps.table import TrialRow, format_mb, format_mean, value_columns
 from rayfed.sweeps.warm_start import check_live_change
 from rayfed.tracking import Table
@@ -84,13 +84,9 @@ def first_generation(search: PbtSettings, spaces: Spaces, seed: int) -> list[Mem
 
 
 def next_generation(
-    members: Sequence[Member],
-    metrics: Sequence[float | None],
-    search: PbtSettings,
-    spaces: Spaces,
-    mode: str,
+    members: Sequence[Member], metrics: Sequence[float | None], search: PbtSettings, spaces: Spaces, mode: str,
     seed: int,
-) -> list[Member]:
+) -> list[Member]:  # fmt: skip
     """The next generation. ``metrics``: one a member; None if it failed or diverged. ``mode``: `max` or `min`.
 
     ValueError if no member has a metric.
@@ -186,9 +182,8 @@ class PbtSearch(StagedSearch):
             elif generation == self.generations:
                 ended = f"all of {generation} generations"
             else:
-                members = next_generation(
-                    members, metrics, self.search, self.sweep.parameters, self.sweep.mode, self.seed
-                )
+                mode = self.sweep.mode
+                members = next_generation(members, metrics, self.search, self.sweep.parameters, mode, self.seed)
         lines = list(self.ended_generations)
         if pending:
             ended = None
@@ -213,15 +208,9 @@ class PbtSearch(StagedSearch):
         generation = members[0].generation
         line = self.ended_generations[generation - 1]
         if line["metric"] != self.sweep.metric:
-            raise UserError(
-                f"--resume: {self.out / SEARCH_FILE} has values of {line['metric']}, but the resumed sweep compares "
-                f"{self.sweep.metric}; choose another --out"
-            )
+            self.refuse_resume(f"values of {line['metric']}", f"compares {self.sweep.metric}")
         if [{k: v for k, v in one.items() if k != "metric"} for one in line["members"]] != [m.line for m in members]:
-            raise UserError(
-                f"--resume: {self.out / SEARCH_FILE} has another generation {generation} than these settings lead to; "
-                "resume with the sweep's own sweep.yaml or choose another --out"
-            )
+            self.refuse_resume(f"members of generation {generation}", "comes to other members")
 
     def _line(self, members: Sequence[Member]) -> TrialRow:
         lines = [{**member.line, "metric": self.metric(self.trial(member))} for member in members]

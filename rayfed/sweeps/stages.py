@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
@@ -29,9 +29,6 @@ from rayfed.sweeps.trial import outcome_file, read_outcome
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Table
 from rayfed.tracking.jsonl import to_line
-
-if TYPE_CHECKING:
-    from rayfed.sweeps.on_tune import Listener
 
 SEARCH_FILE = "search.jsonl"
 CONSTANT = {"client.schedule.kind": "constant", "server.schedule.kind": "constant", "eval.controls": False}
@@ -122,6 +119,13 @@ class StagedSearch(ABC):
         """The trial's metric; None if the trial has not ended, failed or diverged."""
         return self.row(trial).get("metric")
 
+    def refuse_resume(self, recorded: str, now: str) -> NoReturn:
+        """UserError: search.jsonl does not belong to the settings with which the sweep is resumed."""
+        raise UserError(
+            f"--resume: {self.out / SEARCH_FILE} has {recorded}, but the resumed sweep {now}; resume with the sweep's "
+            "own sweep.yaml or choose another --out"
+        )
+
     def _missing(self, trials: Sequence[Trial]) -> list[Trial]:
         missing = trials_to_run(self.out, [trial for trial in trials if trial.name not in self.started])
         self.started |= {trial.name for trial in missing}
@@ -172,10 +176,10 @@ def trials_to_run(out: Path, trials: Sequence[Trial]) -> list[Trial]:
 
 
 def run_trials(
-    trials: Sequence[Trial], sweep: Sweep, out: Path, federations: Mapping[str, Federation], listener: Listener
+    trials: Sequence[Trial], sweep: Sweep, out: Path, federations: Mapping[str, Federation], log: SweepLog
 ) -> None:
     """Runs the trials on Ray Tune. Without trials, Ray is not even imported."""
     if trials:
         from rayfed.sweeps.on_tune import run_on_tune
 
-        run_on_tune(trials, sweep, out, federations, listener)
+        run_on_tune(trials, sweep, out, federations, log)

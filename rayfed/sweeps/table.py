@@ -99,14 +99,17 @@ class TrialGroup:
     stopped: list[int]
     """The last rounds of the trials that were stopped early."""
 
+    def values(self, key: str) -> list[float]:
+        """The values of the key that are not None."""
+        return [row[key] for row in self.rows if row.get(key) is not None]
+
     def mean(self, key: str) -> float | None:
-        values = [row[key] for row in self.rows if row.get(key) is not None]
-        return mean(values) if values else None
+        """The mean over the seeds; None without values."""
+        return mean(self.values(key)) if self.values(key) else None
 
     def deviation(self, key: str) -> float | None:
         """Sample deviation over the seeds (n - 1 below); None for fewer than two."""
-        values = [row[key] for row in self.rows if row.get(key) is not None]
-        return stdev(values) if len(values) > 1 else None
+        return stdev(self.values(key)) if len(self.values(key)) > 1 else None
 
     def cells(self, columns: Iterable[tuple[str, str]]) -> list[str]:
         """The cells of `value_columns`."""

@@ -30,7 +30,6 @@ from rayfed.errors import UserError
 from rayfed.files import atomic_path, atomic_write, write_json
 from rayfed.lora.adapter import Adapter, Layout, LowRank, fresh_adapter, scale_of
 from rayfed.lora.algebra import pad, rescale
-from rayfed.methods import Method
 from rayfed.methods.fedit import FedIT
 from rayfed.methods.flasc import Flasc
 from rayfed.server import checkpoint as checkpoints
@@ -45,35 +44,23 @@ NOTE = "continues.json"  # in the run's directory: the continued trial, its roun
 
 def check_rank_change(experiment: Experiment) -> None:
     """UserError where a run with these settings could not be continued at another rank or density."""
-    method = build_components(experiment).method
-    if not isinstance(method, FedIT | Flasc):
+    method, profiles, train = experiment.method.name, experiment.profiles.kind, experiment.lora.train
+    if not isinstance(build_components(experiment).method, FedIT | Flasc):
         raise UserError(
-            f"method.name: got {experiment.method.name!r}, but sweep.search continues runs at another rank; allowed "
-            "are flasc and fedit"
+            f"method.name: got {method!r}, but sweep.search continues runs at another rank; allowed are flasc and fedit"
         )
-    _check_mask(method)
-    for field, value, allowed, why in (
-        ("profiles.kind", experiment.profiles.kind, "same", "sets one rank for all clients"),
-        ("lora.train", experiment.lora.train, "all", "searches a rank"),
-    ):
-        if value != allowed:
-            raise UserError(f"{field}: got {value!r}, but sweep.search {why}; allowed is {allowed}")
-    _check_length(experiment)
+    if profiles != "same":
+        raise UserError(f"profiles.kind: got {profiles!r}, but sweep.search sets one rank for all clients: same")
+    if train == "head":
+        raise UserError(f"lora.train: got {train!r}, but sweep.search searches a rank; allowed is all")
+    check_live_change(experiment, ["wire.up.density"])
 
 
 def check_live_change(experiment: Experiment, varied: Iterable[str]) -> None:
     """UserError where a run with these settings could not be continued with other values of ``varied``."""
-    if any(key.startswith("wire.") for key in varied):
-        _check_mask(build_components(experiment).method)
-    _check_length(experiment)
-
-
-def _check_mask(method: Method) -> None:
-    if isinstance(method, Flasc) and method.mask == "fixed":
+    method = build_components(experiment).method
+    if isinstance(method, Flasc) and method.mask == "fixed" and any(key.startswith("wire.") for key in varied):
         raise UserError("method.mask: got 'fixed', but sweep.search changes the density; allowed is refresh")
-
-
-def _check_length(experiment: Experiment) -> None:
     if experiment.eval.early_stop is not None:
         raise UserError("eval.early_stop: got a section, but sweep.search compares runs of equal length: null")
 

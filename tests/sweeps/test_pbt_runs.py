@@ -135,9 +135,9 @@ def test_a_directory_of_another_population_is_refused(pbt_file, tmp_path: Path, 
         (1, "seed=1"),
         (2, "sweep.search.quantile=0.5"),
     ):
-        with pytest.raises(UserError, match=rf"^--resume: .*has another generation {generation} than these settings"):
+        with pytest.raises(UserError, match=rf"^--resume: .*has members of generation {generation}, but the resumed"):
             run_sweep(path, [other], out=out, resume=True)
-    with pytest.raises(UserError, match=r"^--resume: .*has values of eval/gap, but .* compares eval/loss; choose"):
+    with pytest.raises(UserError, match=r"^--resume: .*has values of eval/gap, but .* compares eval/loss; resume"):
         run_sweep(path, ["sweep.metric=eval/loss"], out=out, resume=True)
 
 

@@ -290,7 +290,7 @@ def test_overrides_reach_the_sweep_and_cannot_be_in_vain(refused, sweep_file, tm
         ),
         (
             "profiles={kind: tiers, densities_up: [0.1, 0.2]}",
-            "profiles.kind: got 'tiers', but sweep.search sets one rank for all clients; allowed is same",
+            "profiles.kind: got 'tiers', but sweep.search sets one rank for all clients: same",
         ),
         ("wire.up.density=0.5", "wire.up.density: got 'wire.up.density=0.5', but the sweep itself sets it, so the"),
     ],
