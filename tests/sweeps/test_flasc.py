@@ -1,4 +1,4 @@
-"""FLASC-Search's decisions, on landscapes small enough to walk by hand."""
+"""FLASC-Search's decisions, on landscapes small enough to follow by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def probe(rank: int, down: float, up: float) -> Probe:
 
 
 def on(landscape: Mapping[tuple[int, float], float | None]) -> Callable[[Probe], float | None]:
-    """The figure of a probe is that of its (rank, density): a KeyError where it has none yet."""
+    """The metric of a probe is that of its (rank, density): KeyError if it has none yet."""
     return lambda probe: landscape[probe.rank, probe.down]
 
 
@@ -64,7 +64,7 @@ LANDSCAPE = {
 }  # fmt: skip
 
 
-def test_the_better_neighbour_is_kept_until_there_is_none() -> None:
+def test_the_better_neighbour_is_chosen_until_there_is_none() -> None:
     at = replay(search(), "max", on(LANDSCAPE))
     assert at.chosen.path == ("start", "rank", "density", "rank", "density")
     assert (at.chosen.rank, at.chosen.down, at.chosen.up, at.chosen.rounds) == (4, 1.0, 1.0, 15)
@@ -90,7 +90,7 @@ def test_the_better_neighbour_is_kept_until_there_is_none() -> None:
     }  # fmt: skip
 
 
-def test_less_may_be_better() -> None:
+def test_mode_min() -> None:
     losses = {place: 1 - accuracy for place, accuracy in LANDSCAPE.items()}
     assert replay(search(), "min", on(losses)).chosen == replay(search(), "max", on(LANDSCAPE)).chosen
     assert replay(search(), "max", on(losses)).chosen.path == ("start",)
@@ -100,7 +100,7 @@ def test_less_may_be_better() -> None:
     ("budget", "reserve", "moves", "rounds"),
     [(24, 0, 5, 24), (23, 0, 4, 21), (21, 0, 4, 21), (21, 1, 3, 15), (9, 0, 2, 9)],
 )
-def test_no_step_is_begun_that_the_budget_does_not_cover(budget: int, reserve: int, moves: int, rounds: int) -> None:
+def test_no_step_starts_that_the_budget_does_not_cover(budget: int, reserve: int, moves: int, rounds: int) -> None:
     at = replay(search(budget=budget), "max", on(LANDSCAPE), reserve)
     assert (len(at.chosen.path), at.rounds) == (moves, rounds)
     assert ("budget" in str(at.ended)) == (budget < 24)
@@ -115,7 +115,7 @@ def test_it_ends_where_nothing_gains() -> None:
     assert (at.chosen.path, at.ended) == (("start",), "no neighbour gains more than 0.12")
 
 
-def test_with_stay_a_gain_is_not_that_of_further_rounds() -> None:
+def test_with_stay_further_rounds_are_no_gain() -> None:
     def metric(probe: Probe) -> float:  # rounds help, and the first rank; nothing else does
         return probe.rounds / 100 + 0.1 * (probe.rank > 1)
 
@@ -126,7 +126,7 @@ def test_with_stay_a_gain_is_not_that_of_further_rounds() -> None:
     assert at.steps[0].baseline == pytest.approx(0.06)
 
 
-def test_what_failed_is_never_kept() -> None:
+def test_a_failed_probe_is_never_chosen() -> None:
     at = replay(search(), "max", on(LANDSCAPE | {(2, 0.25): None}))
     assert at.chosen.path[:2] == ("start", "density")
     at = replay(search(), "max", on(LANDSCAPE | {(2, 0.25): None, (1, 0.5): None}))

@@ -1,4 +1,4 @@
-"""FLASC-Search over real runs: probes go on from checkpoints, nothing runs twice, decisions are on the disk."""
+"""FLASC-Search over real runs: probes continue from checkpoints, no trial runs twice, decisions are recorded."""
 
 from __future__ import annotations
 
@@ -38,31 +38,31 @@ def test_a_search_from_its_first_probe_to_its_final_run(search_file, tmp_path: P
     assert not result.failed
     metric = {line["trial"]: line["metric"] for line in result.rows}
     *steps, last = decisions(out)
-    kept = "start"
+    chosen = "start"
     for number, step in enumerate(steps, 1):
-        assert (step["step"], step["from"], step["baseline"]) == (number, kept, metric[kept])
+        assert (step["step"], step["from"], step["baseline"]) == (number, chosen, metric[chosen])
         probes = {probe["trial"]: probe["metric"] for probe in step["probes"]}
         assert list(probes) == here.ran[number]
         assert probes == {name: metric[name] for name in probes}
         best = min(probes, key=probes.__getitem__)
-        assert step["chosen"] == (best if probes[best] < metric[kept] else None)
-        kept = step["chosen"] or kept
-    assert last["chosen"] == kept
-    assert here.ran[-1] == [f"final-{kept}"]
+        assert step["chosen"] == (best if probes[best] < metric[chosen] else None)
+        chosen = step["chosen"] or chosen
+    assert last["chosen"] == chosen
+    assert here.ran[-1] == [f"final-{chosen}"]
     probes = sum(map(len, here.ran)) - 1
     assert (last["rounds"], last["client_rounds"]) == (2 * probes + 5, 2 * (2 * probes + 5))
-    assert (list(metric)[-1], last["final"]) == (f"final-{kept}", metric[f"final-{kept}"])
+    assert (list(metric)[-1], last["final"]) == (f"final-{chosen}", metric[f"final-{chosen}"])
 
-    # A probe is its parent's run gone on; the final run is a run like any other, with the file's own schedule.
+    # A probe continues its parent's run; the final run is an ordinary run, with the file's own schedule.
     parent, child = (out / "trials" / name for name in ("start", "start-rank"))
     assert read_metrics(child / "metrics.jsonl")[:2] == read_metrics(parent / "metrics.jsonl")
     assert json.loads((child / "continues.json").read_text())["trial"] == "start"
-    probe, final = (load_config(out / "trials" / name / "config.yaml") for name in ("start-rank", f"final-{kept}"))
+    probe, final = (load_config(out / "trials" / name / "config.yaml") for name in ("start-rank", f"final-{chosen}"))
     assert (probe.lora.rank, probe.server.rounds, probe.client.schedule.kind) == (2, 4, "constant")
     assert (final.server.rounds, final.client.schedule.kind) == (5, "linear")
     assert (final.lora.rank, final.wire.up.density) == (last["lora.rank"], last["wire.up.density"])
     alone = rayfed.run(final, tmp_path / "alone").metrics[-1]["state/digest"]
-    assert read_metrics(out / "trials" / f"final-{kept}" / "metrics.jsonl")[-1]["state/digest"] == alone
+    assert read_metrics(out / "trials" / f"final-{chosen}" / "metrics.jsonl")[-1]["state/digest"] == alone
 
     rows = [[row[1], row[-1]] for row in result.table.rows]
     assert rows[0] == ["start", "chosen"]
@@ -93,7 +93,7 @@ def test_a_search_that_is_done_needs_no_ray(search_file, tmp_path: Path, here, m
 
 def test_the_search_that_comes_with_rayfed_fits_its_budget(tmp_path: Path, monkeypatch) -> None:
     """Every path through it: at most the nine probes of two rounds and the final nine that its file speaks of."""
-    monkeypatch.setattr("rayfed.sweeps.flasc.check_trials", lambda *_: {})  # data and model are not asked
+    monkeypatch.setattr("rayfed.sweeps.flasc.check_trials", lambda *_: {})  # without data and model
     path = Path(__file__).parents[2] / "configs" / "sweeps" / "flasc_search.yaml"
     search = FlascSearch(*load_sweep(path), tmp_path)
     assert (search.reserve, search.search.budget) == (9, 27)
@@ -103,7 +103,7 @@ def test_the_search_that_comes_with_rayfed_fits_its_budget(tmp_path: Path, monke
         assert at.rounds + search.reserve <= 27
 
 
-def test_a_probe_killed_while_it_was_grafted_is_grafted_anew(search_file, tmp_path: Path, here, monkeypatch) -> None:
+def test_a_probe_killed_during_its_warm_start_starts_again(search_file, tmp_path: Path, here, monkeypatch) -> None:
     path, out = search_file(max_rank=2), tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr("rayfed.sweeps.warm_start.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -135,7 +135,7 @@ def test_a_failed_probe_loses_and_is_tried_again_on_resume(search_file, tmp_path
     assert here.ran[0] == ["start-density"]
 
 
-def test_without_a_final_run_the_last_kept_probe_is_what_there_is(search_file, tmp_path: Path, here) -> None:
+def test_without_a_final_run_the_search_ends_with_its_probes(search_file, tmp_path: Path, here) -> None:
     run_sweep(search_file(final=False, budget=6), out=tmp_path / "out")
     assert here.ran == [["start"], ["start-rank", "start-density"]]
     last = decisions(tmp_path / "out")[-1]

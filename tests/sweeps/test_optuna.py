@@ -1,4 +1,4 @@
-"""Points from Optuna: the same figures give the same points; conditional settings; the Pareto front by hand."""
+"""Points from Optuna: equal values give equal points; conditional settings; the Pareto front by hand."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def section(parameters: Any = SPACES, cases: Any = CASES, **search: Any) -> Swee
 
 
 def hand(point: Point) -> tuple[float, float]:
-    """Stands for a run: best at rate 0.01; costs as much as its rank."""
+    """Replaces a run: best at rate 0.01; the cost grows with the rank."""
     rate, rank = point.overrides["client.lr"], point.overrides["lora.rank"]
     return -abs(rate - 0.01), rank * (1 + point.overrides.get("wire.up.density", 1.0))
 
 
-def played(sweep: Sweep, batches: int, seed: int = 0, figures: Callable = hand, failed: tuple = ()) -> list[Point]:
+def played(sweep: Sweep, batches: int, seed: int = 0, values: Callable = hand, failed: tuple = ()) -> list[Point]:
     assert sweep.search is not None
     study = Study(sweep.search, sweep, seed)
     aims = 2 if sweep.search.against else 1
@@ -48,27 +48,27 @@ def played(sweep: Sweep, batches: int, seed: int = 0, figures: Callable = hand, 
                 study.add_result(own.number, None)
         for own in study.suggestions[-4:]:
             if own.number not in failed:
-                study.add_result(own.number, figures(own.point)[:aims])
+                study.add_result(own.number, values(own.point)[:aims])
     return [own.point for own in study.suggestions]
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
 @pytest.mark.parametrize("against", [None, "bytes/total"])
-def test_the_same_figures_give_the_same_points(sampler: str, against: str | None) -> None:
+def test_equal_values_give_equal_points(sampler: str, against: str | None) -> None:
     more = {"sampler": sampler, "against": against} | ({} if sampler == "tpe" else {"startup": 10})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         points = played(section(**more), 5)
         assert played(section(**more), 5) == points
         assert played(section(**more), 5, seed=1) != points
-        other = played(section(**more), 5, figures=lambda point: (-hand(point)[0], 1.0))
-    # What is learnt, and from where on: the first batches do not know of any figures.
+        other = played(section(**more), 5, values=lambda point: (-hand(point)[0], 1.0))
+    # The first batch does not depend on values.
     same = [a == b for a, b in zip(points, other, strict=True)]
     assert all(same) == (sampler == "random")
     assert all(same[:4])
 
 
-def test_what_failed_is_told_too() -> None:
+def test_failed_points_count() -> None:
     assert played(section(), 5, failed=(1, 6)) == played(section(), 5, failed=(1, 6))
     assert played(section(), 5, failed=(1, 6)) != played(section(), 5)
 
@@ -89,7 +89,7 @@ def test_settings_of_a_case_come_with_it_alone() -> None:
             assert not isinstance(value, float) or value == float(f"{value:.6g}")
 
 
-def test_a_list_of_cases_is_shown_by_what_it_sets() -> None:
+def test_a_list_of_cases_is_labelled_by_its_settings() -> None:
     points = played(section(cases=[{"method.name": "fedit"}, {"method.name": "rbla", "lora.alpha": 2.0}]), 3)
     assert {json.dumps({k: v for k, v in point.labels.items() if k not in SPACES}) for point in points} == {
         '{"method.name": "fedit"}',
@@ -99,11 +99,11 @@ def test_a_list_of_cases_is_shown_by_what_it_sets() -> None:
 
 def test_values_of_a_choice_may_be_anything() -> None:
     choices = [{"kind": "same"}, [1, 2], None, "x"]
-    points = played(section({"profiles": {"choice": choices}}, None), 5, figures=lambda point: (0.0,))
+    points = played(section({"profiles": {"choice": choices}}, None), 5, values=lambda point: (0.0,))
     assert all(point.overrides["profiles"] in choices for point in points)
 
 
-def test_a_point_that_was_asked_for_before_is_known() -> None:
+def test_a_repeated_point_names_the_first_one() -> None:
     sweep = section({"lora.rank": {"choice": [1, 2, 4]}}, None)
     assert sweep.search is not None
     study = Study(sweep.search, sweep, 0)
@@ -116,7 +116,7 @@ def test_a_point_that_was_asked_for_before_is_known() -> None:
 
 
 def test_the_front() -> None:
-    figures = {
+    values = {
         1: (0.5, 10.0),
         2: (0.7, 20.0),
         3: (0.7, 20.0),  # equals both stay
@@ -125,8 +125,8 @@ def test_the_front() -> None:
         6: (0.9, 91.0),  # 5 is as good for less
         7: (0.4, 9.0),
     }
-    assert pareto_front(figures, "max") == [1, 2, 3, 5, 7]
-    assert pareto_front(figures, "min") == [7]
+    assert pareto_front(values, "max") == [1, 2, 3, 5, 7]
+    assert pareto_front(values, "min") == [7]
     assert pareto_front({1: (0.5,), 2: (0.7,), 3: (0.7,)}, "max") == [2, 3]
     assert pareto_front({}, "max") == []
 

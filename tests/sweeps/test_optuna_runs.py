@@ -1,4 +1,4 @@
-"""Optuna over real runs: batches, means over seeds, nothing runs twice, and a resume that asks for the same points."""
+"""Optuna over real runs: batches, means over seeds, no point runs twice, and a resumed search has the same points."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_search_from_its_first_batch_to_its_best_point(optuna_file, tmp_path: 
     assert [row[0] for row in result.table.rows] == [f"{n:03d}" for n in range(1, 8)]
     assert [row[0] for row in result.table.rows if row[-1] == "best"] == [f"{last['best']:03d}"]
 
-    # What is done needs no Ray, and the file that is left is the sweep again.
+    # Finished trials need no Ray, and the recorded file is the sweep again.
     before = files(out / "trials")
     monkeypatch.setitem(sys.modules, "rayfed.sweeps.on_tune", None)
     again = run_sweep(out / "sweep.yaml", out=out, resume=True)
@@ -75,16 +75,16 @@ def test_a_failed_trial_that_succeeds_later_changes_no_point(optuna_file, tmp_pa
     here.ran.clear()
 
     def watched(*arguments, **more):
-        assert len((out / "sweep.jsonl").read_text().splitlines()) == 7  # nothing is forgotten meanwhile
+        assert len((out / "sweep.jsonl").read_text().splitlines()) == 7  # no row is missing meanwhile
         return run(*arguments, **more)
 
     monkeypatch.setattr(trials, "run", watched)
     result = run_sweep(path, out=out, resume=True)
     assert here.ran == [[ran[0][1]]]
     assert not result.failed
-    assert decisions(out)[:-1] == points  # what was told stays told
-    assert result.table.rows[1][-2] == "1/1"  # and the table has what came of it since
-    # That Optuna would have suggested others, had it known, shows that this is no accident.
+    assert decisions(out)[:-1] == points  # recorded values stay
+    assert result.table.rows[1][-2] == "1/1"  # and the table has the new result
+    # With the value of point 2, Optuna would have suggested other points.
     assert run_sweep(path, out=tmp_path / "other").rows[3]["trial"] != result.rows[3]["trial"]
 
 
@@ -98,7 +98,7 @@ def test_more_points_of_the_same_search(optuna_file, tmp_path: Path, here) -> No
 
 
 def test_seeds_cases_and_bytes(optuna_file, tmp_path: Path, here) -> None:
-    """A point is told the means over its seeds, and the second aim is what all its rounds took."""
+    """The values of a point are means over its seeds; the second one is a sum over all rounds."""
     cases = {"plain": {"method.name": "fedit"}, "sparse": {"method.name": "flasc", "wire.up.density": 0.25}}
     path = optuna_file(SPACES | {"seed": {"grid": [3, 5]}}, cases, against="bytes/up")
     out = tmp_path / "out"
@@ -113,12 +113,12 @@ def test_seeds_cases_and_bytes(optuna_file, tmp_path: Path, here) -> None:
             for name in point["trials"]
         ]
         assert point["values"] == {"eval/gap": sum(gaps) / 2, "bytes/up": sum(sent) / 2}
-    told = {point["point"]: point["values"] for point in points}
+    metrics = {point["point"]: point["values"] for point in points}
     beaten = {
-        n for n, own in told.items()
-        if any(o != own and all(o[key] <= own[key] for key in own) for o in told.values())
+        n for n, own in metrics.items()
+        if any(o != own and all(o[key] <= own[key] for key in own) for o in metrics.values())
     }  # fmt: skip
-    assert last["front"] == [n for n in told if n not in beaten]
+    assert last["front"] == [n for n in metrics if n not in beaten]
     assert [row[0] for row in result.table.rows if "front" in row[-1]] == [f"{n:03d}" for n in last["front"]]
     assert {"case", "bytes/up"} < set(result.table.columns)
 
@@ -151,16 +151,16 @@ def test_a_directory_of_other_points_is_refused(optuna_file, tmp_path: Path, her
         run_sweep(path, out=out, resume=True)
 
 
-def test_the_search_that_comes_with_rayfed_is_right(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("rayfed.sweeps.optuna_search.check_trials", lambda *_: {})  # data and model are not asked
+def test_the_search_in_configs_is_valid(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("rayfed.sweeps.optuna_search.check_trials", lambda *_: {})  # without data and model
     path = Path(__file__).parents[2] / "configs" / "sweeps" / "optuna_accuracy_bytes.yaml"
     search = OptunaSearch(*load_sweep(path), tmp_path)
     assert len(search.checked) == 3 * 2**3  # every rank at both ends of the three ranges
     assert [trial.name[:3] for trial in search.state().pending] == ["001", "002", "003", "004"]
 
 
-def test_a_point_that_is_refused_is_told_as_failed(sweep_file, tmp_path: Path, here, monkeypatch) -> None:
-    """Of very many combinations not all can be checked before the start."""
+def test_a_refused_point_counts_as_failed(sweep_file, tmp_path: Path, here, monkeypatch) -> None:
+    """If there are very many combinations, not all are checked before the start."""
     monkeypatch.setattr("rayfed.sweeps.space.MAX_CORNERS", 1)
     spaces = {"server.cohort": {"choice": [2, 4]}, "partition.clients": {"choice": [6, 3]}}
     path, out = sweep_file({"search": SEARCH, "parameters": spaces}), tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Population Based Training over real runs: exact continuation, decisions by the figures, nothing twice."""
+"""Population Based Training over real runs: exact continuation, decisions by the metrics, no trial runs twice."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def last(out: Path, name: str) -> dict[str, Any]:
     return read_metrics(out / "trials" / name / "metrics.jsonl")[-1]
 
 
-def test_where_nobody_copies_a_member_is_the_unbroken_run(pbt_file, tiny_settings, tmp_path: Path, here) -> None:
+def test_without_copies_a_member_is_the_unbroken_run(pbt_file, tiny_settings, tmp_path: Path, here) -> None:
     """Three generations of two rounds are six rounds, to the bit: model, moments of the server's optimizer, bytes."""
     server = SERVER | {"optimizer": "adamw", "lr": 0.01}
     out = tmp_path / "out"
@@ -57,17 +57,17 @@ def lr(member: dict[str, Any]) -> dict[str, float]:
     return {"lr": member["settings"]["client.lr"]}
 
 
-def test_a_search_from_its_founders_to_its_best_member(pbt_file, tmp_path: Path, here, monkeypatch) -> None:
+def test_a_search_from_its_first_generation_to_its_best_member(pbt_file, tmp_path: Path, here, monkeypatch) -> None:
     path, out = pbt_file(), tmp_path / "out"
     result = run_sweep(path, out=out)
     assert here.ran == [[f"g0{g}-m0{m}" for m in range(1, 5)] for g in (1, 2, 3)]
     *generations, end = decisions(out)
     for before, after in pairwise(generations):
-        told = {member["trial"]: member["metric"] for member in before["members"]}
-        assert told == {name: last(out, name)["eval/gap"] for name in told}
-        worst, best = max(told, key=told.__getitem__), min(told, key=told.__getitem__)
+        metrics = {member["trial"]: member["metric"] for member in before["members"]}
+        assert metrics == {name: last(out, name)["eval/gap"] for name in metrics}
+        worst, best = max(metrics, key=metrics.__getitem__), min(metrics, key=metrics.__getitem__)
         settings = {member["trial"]: member["settings"] for member in before["members"]}
-        for member, own in zip(after["members"], told, strict=True):
+        for member, own in zip(after["members"], metrics, strict=True):
             number, generation = int(own[-2:]), after["generation"]
             assert member["from"] == (best if own == worst else own)
             copied = explore(settings[best], PbtSettings(**SEARCH), SPACES, 0, generation, number)
@@ -75,8 +75,8 @@ def test_a_search_from_its_founders_to_its_best_member(pbt_file, tmp_path: Path,
             note = json.loads((out / "trials" / member["trial"] / "continues.json").read_text())
             assert note["trial"] == member["from"]
             assert note["state/digest"] == last(out, member["from"])["state/digest"]
-    told = {member["trial"]: member["metric"] for member in generations[-1]["members"]}
-    assert (end["best"], end["metric"]) == min(told.items(), key=lambda pair: pair[1])
+    metrics = {member["trial"]: member["metric"] for member in generations[-1]["members"]}
+    assert (end["best"], end["metric"]) == min(metrics.items(), key=lambda pair: pair[1])
     assert (end["rounds"], end["client_rounds"]) == (24, 48)
     assert [part["rounds"] for part in end["schedule"]] == [[1, 2], [3, 4], [5, 6]]
     for part, generation in zip(end["schedule"], generations, strict=True):
@@ -107,9 +107,9 @@ def test_a_failed_member_copies_and_changes_nothing_later(pbt_file, tmp_path: Pa
     monkeypatch.setattr(trials, "run", fails)
     result = run_sweep(path, out=out)
     assert [line["trial"] for line in result.failed] == ["g01-m02"]
-    told = {member["trial"]: member["metric"] for member in decisions(out)[0]["members"]}
-    assert told.pop("g01-m02") is None
-    assert decisions(out)[1]["members"][1]["from"] == min(told, key=told.__getitem__)
+    metrics = {member["trial"]: member["metric"] for member in decisions(out)[0]["members"]}
+    assert metrics.pop("g01-m02") is None
+    assert decisions(out)[1]["members"][1]["from"] == min(metrics, key=metrics.__getitem__)
     said = decisions(out)
     here.ran.clear()
     monkeypatch.setattr(trials, "run", run)
@@ -141,8 +141,8 @@ def test_a_directory_of_another_population_is_refused(pbt_file, tmp_path: Path, 
         run_sweep(path, ["sweep.metric=eval/loss"], out=out, resume=True)
 
 
-def test_the_population_that_comes_with_rayfed_is_right(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("rayfed.sweeps.pbt.check_trials", lambda *_: {})  # data and model are not asked
+def test_the_population_in_configs_is_valid(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("rayfed.sweeps.pbt.check_trials", lambda *_: {})  # without data and model
     path = Path(__file__).parents[2] / "configs" / "sweeps" / "pbt.yaml"
     at = PbtSearch(*load_sweep(path), tmp_path).state()
     assert [trial.name for trial in at.pending] == [f"g01-m0{m}" for m in range(1, 7)]

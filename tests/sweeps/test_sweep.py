@@ -1,4 +1,4 @@
-"""Trials: never twice, from where they were left, whatever happens to the others."""
+"""Trials run once, continue from their checkpoints, and do not depend on other trials."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def test_trials_that_are_done_need_no_ray(sweep_file, tmp_path: Path, monkeypatc
     assert [line["status"] for line in result.rows] == ["done", "done"]
     assert capsys.readouterr().out.splitlines()[-1].endswith("2/2")
 
-    # The file that is left is the sweep again.
+    # The recorded file is the sweep again.
     assert run_sweep(out / "sweep.yaml", out=out, resume=True).rows == result.rows
 
-    # A sweep may grow, but what is there must stay what it was.
+    # A sweep may get more trials, but earlier trials must not change.
     grown = sweep_file({"parameters": {"seed": {"grid": [0, 1, 2]}}})
     with pytest.raises(ImportError):  # there is something to run
         run_sweep(grown, out=out, resume=True)
@@ -38,7 +38,7 @@ def test_trials_that_are_done_need_no_ray(sweep_file, tmp_path: Path, monkeypatc
         run_sweep(path, ["server.rounds=5"], out=out, resume=True)
 
 
-def test_only_what_the_first_seeds_choose_runs_on_the_others(sweep_file, tmp_path: Path, here, capsys) -> None:
+def test_the_other_seeds_run_only_the_selected_values(sweep_file, tmp_path: Path, here, capsys) -> None:
     parameters = {"client.lr": {"grid": [1e-6, 0.05, 1e30]}, "seed": {"grid": [0, 1, 2, 3]}}
     section = {"parameters": parameters, "tune": ["client.lr"], "tune_seeds": 2}
     path, out = sweep_file(section), tmp_path / "out"

@@ -55,7 +55,7 @@ def test_means_and_deviations_over_the_seeds(trials) -> None:
     )
 
 
-def test_a_tuned_setting_is_chosen_on_validation_alone(trials) -> None:
+def test_a_tuned_setting_is_selected_on_validation_alone(trials) -> None:
     table = make_table(trials, make_rows(trials), section(tune=["client.lr"]))
     assert [row[:2] for row in table.rows] == [
         ("fedit", "0.2"),  # the better validation, though the worse test
@@ -66,7 +66,7 @@ def test_a_tuned_setting_is_chosen_on_validation_alone(trials) -> None:
     assert [row[:2] for row in table.rows] == [("fedit", "0.1"), ("rbla", "0.1")]
 
 
-def test_later_seeds_take_no_part_in_the_choice(trials) -> None:
+def test_later_seeds_take_no_part_in_the_selection(trials) -> None:
     ends = make_rows(trials)
     ends[trials[3].name]["metric"] = 0.1  # fedit at 0.2: the best of the first seed (0.7), but not of both
     for tune_seeds, rate, metric in ((None, "0.1", "55.00 ± 7.07 %"), (1, "0.2", "40.00 ± 42.43 %")):
@@ -119,12 +119,12 @@ def test_an_earlier_round_does_not_speak_for_a_run_that_diverged() -> None:
         (None, None, "eval/loss", "-"),
     ],
 )
-def test_how_figures_are_written(centre: float | None, deviation: float | None, key: str, said: str) -> None:
+def test_how_means_are_written(centre: float | None, deviation: float | None, key: str, said: str) -> None:
     assert format_mean(centre, deviation, key) == said
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs" / "sweeps").glob("*.yaml")), ids=str)
-def test_the_sweeps_that_come_with_rayfed_are_right(path: Path) -> None:
+def test_the_sweeps_in_configs_are_valid(path: Path) -> None:
     """All but what the data and the model say: every trial's fields and combinations."""
     settings, sweep = load_sweep(path)
     points = expand(sweep, 0)
