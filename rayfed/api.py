@@ -195,15 +195,18 @@ def load_model(run: str | Path) -> nn.Module:
     return PeftModel.from_pretrained(model, str(Path(run) / "adapter")).eval()
 
 
-def fetch(uri: str, resume: bool) -> Path:
-    """The folder on this machine of a run or sweep whose directory belongs at ``uri``; what is there is downloaded.
+def fetch(uri: str, resume: bool, marker: str = "config.yaml") -> Path:
+    """The local folder of a run or sweep whose directory is at ``uri``; a directory that is there is downloaded.
 
-    UserError where nothing can be written there, or where something is there and ``resume`` is not set.
+    ``marker`` is the file by which such a directory is known. UserError where nothing can be written at the URI, or
+    where the folder there is not empty and either ``resume`` is not set or it has no ``marker``.
     """
     remote, here = RemoteFolder(uri), local_folder(uri)
     there = remote.files()
     if there and not resume:
         raise UserError(f"--out: got {remote.uri!r}, but it is not empty; continue it with --resume or name another")
+    if there and marker not in there:
+        raise UserError(f"--resume: got {remote.uri!r}, but that is no directory to resume: it has no {marker}")
     if not resume and here.exists():
         raise UserError(
             f"--out: got {remote.uri!r}, but an earlier run for it is still in {here}; add --resume, or remove that"
