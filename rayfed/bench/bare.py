@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ class BareLoop:
         context = multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
+        plan = replace(plan, profiles=cast(Any, None))  # not needed here, and its rule may be a lambda
         for _ in range(plan.engine.workers):
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, plan), daemon=True)
