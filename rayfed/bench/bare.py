@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rayfed.clients.local_training import batches
 from rayfed.clients.plan import RunPlan
 from rayfed.lora.adapter import Layout
-from rayfed.lora.packed.stack import peft_config
+from rayfed.lora.peft import lora_config
 from rayfed.tasks.data.tokens import Tokens
 
 
@@ -65,7 +65,8 @@ def bare_model(plan: RunPlan) -> tuple[nn.Module, list[nn.Parameter]]:
     from peft import get_peft_model
 
     base = plan.task.load_base(plan.federation)
-    model = get_peft_model(cast(Any, base.model), peft_config(plan.lora, base.head)).eval()
+    config = lora_config(**plan.lora.model_dump(exclude={"train"}), head=base.head)
+    model = get_peft_model(cast(Any, base.model), config).eval()
     return model, _parameters(model, plan.start().layout)
 
 

@@ -9,15 +9,14 @@ still exists.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import rayfed
-from rayfed.api import fetch
 from rayfed.cli.reports import write_page
 from rayfed.errors import UserError
-from rayfed.storage import RemoteFolder, is_uri, masked
-from rayfed.tracking import RunInfo, Scalar, Sink, Table
+from rayfed.storage import RemoteFolder, fetch, is_uri, masked
+from rayfed.tracking import Record, RunInfo, Sink, Table
 
 
 def run(config: str, overrides: Sequence[str], out: str | None, resume: bool) -> None:
@@ -44,7 +43,7 @@ def sweep(config: str, overrides: Sequence[str], out: str | None, resume: bool) 
         return
     folder, remote = fetch(out, resume, "sweep.yaml"), RemoteFolder(out)
     try:
-        result = run_sweep(config, overrides, folder, resume)
+        result = run_sweep(config, overrides, folder, resume, on_trial_end=lambda _: remote.upload(folder))
     finally:
         remote.upload(folder)
     print(f"sweep directory {masked(out)}", flush=True)
@@ -53,12 +52,12 @@ def sweep(config: str, overrides: Sequence[str], out: str | None, resume: bool) 
 
 
 class _PageSink(Sink):
-    """Writes `report.html` as soon as the run has finished, before the run directory is uploaded for the last time."""
+    """Writes `report.html` when the run has finished, before the run directory is uploaded for the last time."""
 
     def start(self, info: RunInfo) -> None:
         self.out = Path(info.out)
 
-    def finish(self, summary: Mapping[str, Scalar], table: Table | None) -> None:
+    def finish(self, summary: Record, table: Table | None) -> None:
         write_page(self.out)
 
 

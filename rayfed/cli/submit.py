@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfed import __version__
-from rayfed.errors import RunError, UserError, allowed
+from rayfed.errors import RunError, UserError, allowed, first_line
 from rayfed.storage import is_uri, masked, refuse_credentials, slug
 
 SENT_AT_MOST = 10_000_000  # bytes; a larger job sends data, which belong on the cluster
@@ -196,8 +196,7 @@ def _refusals(address: str) -> Iterator[None]:
             why = "asks for a token: set RAY_AUTH_MODE=token, with the cluster's token in"
         raise UserError(f"--address: {address} {why} ~/.ray/auth_token or RAY_AUTH_TOKEN") from None
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"--address: got {address!r}, but no Ray cluster takes a job there ({line})") from None
+        raise allowed("--address", address, f"no Ray cluster takes a job there ({first_line(error)})") from None
 
 
 def _follow(client: Any, job_id: str) -> None:
@@ -215,8 +214,8 @@ def _follow(client: Any, job_id: str) -> None:
     except KeyboardInterrupt:
         raise RunError(f"no longer following {job_id}; the job goes on") from None
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"cannot follow {job_id} any longer ({reason}); `ray job status` shows its state") from None
+        state = "`ray job status` shows its state"
+        raise RunError(f"cannot follow {job_id} any longer ({first_line(error)}); {state}") from None
     if status != "SUCCEEDED":
         last = (client.get_job_info(job_id).message or "no reason given").strip().splitlines()[-1]
         raise RunError(f"job {job_id} ended as {status}: {last}")

@@ -24,7 +24,7 @@ from rayfed.server import checkpoint as checkpoints
 from rayfed.server.loop import Server
 from rayfed.tasks.data.federation import form_federation
 from rayfed.tasks.models.spec import describe_model
-from rayfed.tracking import Fan, read_metrics
+from rayfed.tracking import SinkList, read_metrics
 
 # Evaluated at the end only: whoever is killed before was training. Packs of two come back as sums.
 SPARSE = ("wire.down.density=0.25", "wire.up.density=0.25")
@@ -117,7 +117,13 @@ def served(experiment, out: Path, federation, executor) -> list[dict]:
     """The records of a server in this process, without times."""
     model_spec = describe_model(experiment, len(federation.classes))
     server = Server(
-        experiment, federation, model_spec, executor(experiment, ray.put(federation), model_spec), out, Fan(), False
+        experiment,
+        federation,
+        model_spec,
+        executor(experiment, ray.put(federation), model_spec),
+        out,
+        SinkList(),
+        False,
     )
     try:
         return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in server.rounds()]
