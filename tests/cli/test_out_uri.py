@@ -155,7 +155,16 @@ def test_a_sweep_is_uploaded_and_resumed_elsewhere(
     bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**SETTINGS, "sweep": SWEEP}))
+    ended: list[int] = []
+    upload = RemoteFolder.upload
+
+    def record(self: RemoteFolder, folder: Path) -> None:
+        upload(self, folder)
+        ended.append(sum(name.startswith("trials/") and name.count("/") == 1 for name in remote()))
+
+    monkeypatch.setattr(RemoteFolder, "upload", record)
     assert main(["sweep", "sweep.yaml", "--out", URI]) == 0
+    assert ended == [1, 2, 2]  # after every trial, and at the end
     assert {"sweep.yaml", "sweep.jsonl", "table.txt", "trials/seed=0.json", "trials/seed=1/metrics.jsonl"} <= remote()
     assert not HERE.exists()
     lines = bucket.cat("/bucket/runs/one/sweep.jsonl")
