@@ -66,7 +66,7 @@ def compared(
     pairs = list(zip(fast, slow, strict=True))
     ratios = [theirs.wall / mine.wall for mine, theirs in pairs]
     wall = min(mine.wall for mine in fast), min(theirs.wall for theirs in slow)
-    cpu: tuple[float | None, ...] = (None, None, None)
+    cpu: tuple[float | None, float | None, float | None] = (None, None, None)
     if not elsewhere:
         by_cpu = statistics.median(theirs.cpu / mine.cpu for mine, theirs in pairs)
         cpu = min(mine.cpu for mine in fast), min(theirs.cpu for theirs in slow), by_cpu

@@ -110,7 +110,7 @@ def test_aggregate_runs_the_servers_own_code():
     rows = aggregate.measure(uploads=20, shape=SMALL, pairs=1)
     assert [row.name for row in rows] == ["flasc, packs of 32", "fedit, packs of 32", "flasc, packs of 1"]
     state = 4 * SMALL.entries / 1e6
-    assert rows[0].facts["allowed"] == pytest.approx(3 * 3 * state + 200)  # AdamW has two moments beside the vector
+    assert rows[0].facts["allowed"] == pytest.approx(3 * 3 * state + 200)  # AdamW has two moments for each entry
     assert rows[1].facts["allowed"] == pytest.approx(3 * state + 200)
     assert all(row.facts["uploads/s"] > 0 for row in rows)
 
