@@ -94,13 +94,13 @@ def packs(plan: RunPlan) -> Iterator[Fact]:
     from rayfed.clients.pack_timing import measure
     from rayfed.clients.trainer import Trainer
     from rayfed.device import prepare_process
-    from rayfed.server.pack_size import choose_size, measure_job, packs_at_a_time
+    from rayfed.server.pack_size import choose_size, measure_job
 
     engine = plan.engine
     if engine.device == "cuda" and engine.kind == "ray" and engine.gpus_per_worker == "auto":
         plan = plan.with_gpus(torch.cuda.device_count())  # as a run on this machine alone would do
     prepare_process(engine.threads, engine.device, engine.deterministic)
-    job, room, workers = measure_job(plan), device_memory.free(plan.engine), packs_at_a_time(plan)
+    job, room, workers = measure_job(plan), device_memory.free(plan.engine), plan.engine.processes
     found = []
     for m in measure(Trainer(plan), job.clients, job.sizes, room):
         found.append(m)

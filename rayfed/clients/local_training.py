@@ -204,13 +204,11 @@ class _Parameters:
                     self.partial.append((parameter, to_device(mask, parameter.device), parameter.detach().clone()))
 
     def groups(self, lr: float) -> list[dict[str, object]]:
-        """The optimizer's parameter groups: one, or one a part where parts have rates of their own."""
-        if not self.rates:
-            return [{"params": self.trained, "lr": lr}]
-        by_part: dict[str, list[nn.Parameter]] = {}
+        """The optimizer's parameter groups: one for each factor on the learning rate."""
+        groups: dict[float, list[nn.Parameter]] = {}
         for part, parameter in zip(self.parts, self.trained):
-            by_part.setdefault(part, []).append(parameter)
-        return [{"params": found, "lr": lr * self.rates.get(part, 1.0)} for part, found in by_part.items()]
+            groups.setdefault(self.rates.get(part, 1.0), []).append(parameter)
+        return [{"params": found, "lr": lr * rate} for rate, found in groups.items()]
 
     @torch.no_grad()
     def mask_gradients(self) -> None:

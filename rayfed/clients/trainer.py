@@ -199,8 +199,6 @@ class Trainer:
 
 def _trained_rank(member: PackMember) -> int:
     """The largest number of ranks, over the layers, in which this client had anything to train."""
-    if bool(member.support.all()):
-        return max((entry.shape[0] for entry in member.layout.entries if entry.part == "A"), default=0)
     alive: dict[str, Tensor] = {}
     for entry in member.layout.entries:
         if entry.part in ("A", "B", "R"):

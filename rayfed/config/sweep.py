@@ -65,33 +65,22 @@ class Sweep(Section):
 
     @model_validator(mode="after")
     def _valid(self) -> Sweep:
-        if self.search is None:
-            mistakes = [*self._parameter_mistakes(), *self._case_mistakes(), *self._grid_mistakes()]
-        elif isinstance(self.search, FlascSearchSettings):
-            mistakes = [*self._search_conflicts(self.search), *self.search.mistakes()]
+        search = self.search
+        mistakes = [] if isinstance(search, FlascSearchSettings) else [*self._value_mistakes()]
+        if search is None:
+            mistakes += self._grid_mistakes()
         else:
-            spaces = [*self._parameter_mistakes(), *self._case_mistakes()]
-            mistakes = [
-                *self._search_conflicts(self.search),
-                *(spaces or self._search_mistakes(self.search)),
-                *self.search.mistakes(),
-            ]
+            choices = [] if mistakes or isinstance(search, FlascSearchSettings) else self._search_mistakes(search)
+            mistakes = [*self._search_conflicts(search), *mistakes, *choices, *search.mistakes()]
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
 
-    def _parameter_mistakes(self) -> Iterator[str]:
+    def _value_mistakes(self) -> Iterator[str]:
         for key, space in self.parameters.items():
-            where = f"sweep.parameters.{key}"
             if not is_space(space):
-                yield f"{where}: got {format_value(space)}, but it should be {FORMS}"
-            else:
-                yield from _space_mistakes(where, space)
-
-    def _case_mistakes(self) -> Iterator[str]:
-        if self.cases is None:
-            return
-        if not self.cases:
+                yield f"sweep.parameters.{key}: got {format_value(space)}, but it should be {FORMS}"
+        if self.cases is not None and not self.cases:
             yield f"sweep.cases: got {format_value(self.cases)}, but it needs at least one case"
         for label, case in self.labelled():
             where = f"sweep.cases.{label}"
@@ -101,8 +90,8 @@ class Sweep(Section):
             for key, value in case.items():
                 if key in self.parameters:
                     yield f"{where}.{key}: got {format_value(value)}, but sweep.parameters already varies that setting"
-                if is_space(value):
-                    yield from _space_mistakes(f"{where}.{key}", value)
+        for where, _, space in self._placed():
+            yield from _space_mistakes(where, space)
 
     def _grid_mistakes(self) -> Iterator[str]:
         spaces = list(self.spaces())
@@ -161,7 +150,9 @@ class Sweep(Section):
 
     def _placed(self) -> Iterator[tuple[str, str, Any]]:
         """(where the space is written, dotted setting, space), in the order of `spaces`."""
-        yield from ((f"sweep.parameters.{key}", key, space) for key, space in self.parameters.items())
+        yield from (
+            (f"sweep.parameters.{key}", key, value) for key, value in self.parameters.items() if is_space(value)
+        )
         for label, case in self.labelled():
             if isinstance(case, dict):
                 where = f"sweep.cases.{label}"

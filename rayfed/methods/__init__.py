@@ -35,13 +35,10 @@ def build(name: str, **options: Any) -> Method:
     """
     cls = method_class(name)
     known = options_of(cls)
-    for option in options:
-        if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(
-                f"method.{option}: {name} has no such option; {hint}allowed are {', '.join(known) or 'none'}"
-            )
+    for option in (name for name in options if name not in known):
+        near = difflib.get_close_matches(option, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"method.{option}: {name} has no such option; {hint}allowed are {', '.join(known) or 'none'}")
     for option, found in known.items():
         if found.default is REQUIRED and option not in options:
             raise UserError(f"method.{option}: {name} needs this option: {in_words(found.annotation)}")

@@ -80,25 +80,21 @@ class Trainable:
     objective: Objective | None = None
     """The client's own objective. None: the run's."""
 
-    def whole(self, layout: Layout) -> Tensor:
-        """Boolean (n,): the entries that would train if everything had arrived."""
-        whole = layout.mask(*self.parts)
-        return whole if self.entries is None else whole & self.entries
-
     def support(self, layout: Layout, received: Tensor | None) -> Tensor:
         """Boolean (n,): the entries that train. ``received`` (n,) marks the entries that have a value; None: all.
 
         Server and client compute it alike. So an upload needs no indices for entries that cannot have changed.
         """
-        whole = self.whole(layout)
-        return whole & received if self.received_only and received is not None else whole
+        support = layout.mask(*self.parts)
+        support = support if self.entries is None else support & self.entries
+        return support & received if self.received_only and received is not None else support
 
     def uploaded(self, layout: Layout, support: Tensor) -> Tensor:
         """Boolean (n,): the entries of ``support`` that may be sent up."""
         return support & ~layout.mask(*self.personal) if self.personal else support
 
     def same_support(self, other: Trainable) -> bool:
-        """True if the three functions above surely give the same answers. ``entries`` are compared by identity."""
+        """True if the two functions above surely give the same answers. ``entries`` are compared by identity."""
         mine, others = ((t.parts, t.received_only, t.personal) for t in (self, other))
         return mine == others and self.entries is other.entries
 

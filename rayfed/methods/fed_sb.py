@@ -16,7 +16,7 @@ random and orthonormal: the Q of the QR decomposition of Gaussian matrices, draw
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ from rayfed.methods.base import ANY_OPTIMIZER, Advance, Profile, Start, Trainabl
 from rayfed.seeding import torch_rng
 
 
-@dataclass(frozen=True)
 class FedSB(LayerMethod):
     """Train and average the cores. No options."""
 
@@ -38,17 +37,14 @@ class FedSB(LayerMethod):
     optimizers = ANY_OPTIMIZER
 
     def init(self, adapter: Adapter, seed: int) -> LayerState:
-        """A start that changes something already becomes a change of the base: its factors are not the frozen ones."""
-        layers, base = {}, {}
+        layers = {}
         for name, pair in adapter.layers.items():
             B, A = _orthonormal(seed, "B", name, pair.B), _orthonormal(seed, "A", name, pair.A.T).T.contiguous()
             layers[name] = LowRank(B, A, pair.scale, torch.zeros(pair.rank, pair.rank))
-            if bool(pair.B.any()):
-                base[name] = pair.dense()
-        return LayerState(layers=layers, head=dict(adapter.head), base=base)
+        return LayerState(layers=layers, head=dict(adapter.head))
 
     def broadcast(self, state: LayerState, client: Profile) -> Start:
-        return Start.of(Adapter(state.pairs, state.head), "A", "B", base=state.base)
+        return Start.of(Adapter(state.pairs, state.head), "A", "B")
 
     def trainable(self, state: LayerState, client: Profile) -> Trainable:
         return Trainable(parts=("R", "head"))

@@ -12,12 +12,9 @@ Source: abstract only; deviates: how the paper sends the residual and treats the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from rayfed.methods.fedex_lora import FedExLoRA
 
 
-@dataclass(frozen=True)
 class FedTaLoRA(FedExLoRA):
     """One adapter for all tasks: average the factors and merge the residual into the base."""
 

@@ -9,12 +9,9 @@ Source: secondary; deviates: nothing known.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from rayfed.methods import FactorMean
 
 
-@dataclass(frozen=True)
 class FedIT(FactorMean):
     """Average the factors, weighted by examples. No options."""
 

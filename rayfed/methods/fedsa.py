@@ -17,7 +17,6 @@ Source: secondary; deviates: the stand-in is ours.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,7 +27,6 @@ from rayfed.methods import Advance, ChangeMean, FactorMean, FactorState, Profile
 PERSONAL = ("B", "head")
 
 
-@dataclass(frozen=True)
 class FedSA(FactorMean):
     """Average A only. The state's vector holds the global A, and the initial B and head, which never change."""
 

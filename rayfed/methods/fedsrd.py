@@ -38,7 +38,6 @@ import torch
 from torch import Tensor
 
 from rayfed.config.types import Density
-from rayfed.errors import RunError
 from rayfed.lora.adapter import Adapter, Layout, LowRank
 from rayfed.methods import Advance, FactorMean, FactorState, Profile, Start, Updates, fedavg
 from rayfed.methods._means import positive
@@ -95,8 +94,6 @@ class FedSRD(FactorMean):
             weights += update.weight
             clients[update.client.client] = {"seen": torch.tensor(state.rounds, dtype=torch.int32)}
         change = (total / positive(weights)).float()
-        if not bool(torch.isfinite(change).all()):
-            raise RunError("the clients' mean change has values that are not finite; lower client.lr")
         pruned, share = self._prune(change, current, layout, factor)
         vector = advance("vector", state.vector, pruned)
         changed = torch.where(vector != state.vector, state.rounds + 1, state.extras["changed"])

@@ -18,7 +18,7 @@ Source: secondary; deviates: nothing known for equal ranks; nested ranks are our
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -28,7 +28,6 @@ from rayfed.methods._nested_ranks import nested
 from rayfed.methods.base import ANY_OPTIMIZER, Advance, Profile, Start, Trainable, Updates, fedavg
 
 
-@dataclass(frozen=True)
 class FFALoRA(LayerMethod):
     """Freeze A, average B. No options."""
 

@@ -17,13 +17,10 @@ Source: secondary; deviates: the rule for sparse downloads is ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from rayfed.methods import Advance, LayerState, ProductMean, Updates, fedavg
 from rayfed.methods._truncation import Truncating
 
 
-@dataclass(frozen=True)
 class FlexLoRA(Truncating):
     """The mean of products, redistributed by SVD. No options."""
 

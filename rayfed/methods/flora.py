@@ -19,7 +19,6 @@ seed stands for all of A, and neither A nor B = 0 costs anything.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -31,7 +30,6 @@ from rayfed.methods import Advance, HeadMean, LayerMethod, LayerState, Profile, 
 from rayfed.methods._base_updates import flat, fresh_A, ranks_report
 
 
-@dataclass(frozen=True)
 class FLoRA(LayerMethod):
     """Stack the clients' factors and merge the stack into the base. No options."""
 
@@ -58,15 +56,12 @@ class FLoRA(LayerMethod):
 
     def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         """Holds the factors of the whole cohort: they are the base update."""
-        mean = HeadMean()
-        pairs: dict[str, list[LowRank]] = {name: [] for name in state.base}
+        mean, trained = HeadMean(), []
         for update in updates:
             mean.count(update.weight, update)
-            # A trained product is all change: it started from B = 0.
-            for name, pair in update.trained.layers.items():
-                pairs[name].append(pair)
+            trained.append(update.trained.layers)  # a trained product is all change: it started from B = 0
         shares = mean.shares()
-        factors = {name: self.condense(stack(pairs[name], shares)) for name in state.base}
+        factors = {name: self.condense(stack([pairs[name] for pairs in trained], shares)) for name in state.base}
         return state.next_with_head(
             advance,
             mean.head(),

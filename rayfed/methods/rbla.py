@@ -14,14 +14,11 @@ Source: secondary; deviates: each client's own scale counts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from rayfed.lora.adapter import LowRank
 from rayfed.methods import Advance, LayerState, Updates, fedavg
 from rayfed.methods._nested_ranks import Nested, RankwiseMean
 
 
-@dataclass(frozen=True)
 class RBLA(Nested):
     """Average each rank over its owners. No options."""
 

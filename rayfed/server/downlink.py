@@ -67,7 +67,7 @@ class Download:
         """Computed once for clients whose trainable entries are the same."""
         if not self._cached or not self._cached[0][0].same_support(trainable):
             layout = self.start.layout
-            most = int(trainable.uploaded(layout, trainable.whole(layout)).sum())
+            most = int(trainable.uploaded(layout, trainable.support(layout, None)).sum())
             mask = trainable.uploaded(layout, trainable.support(layout, self.has))
             self._cached[:] = [(trainable, most, Uploadable.of(mask))]
         return self._cached[0][1:]

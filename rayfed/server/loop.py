@@ -66,9 +66,8 @@ class Server:
             self.done = 0
         else:
             clients = self.store.restore(found.clients)
-            method, optimizer = checkpoints.load_tensors(self.folder, found, digest_of(clients))
+            method, self.optimizer.state = checkpoints.load_tensors(self.folder, found, digest_of(clients))
             self.state = plan.method.restore(method, found.facts, clients)
-            self.optimizer.load(optimizer)
             self.progress = Progress(**found.progress)
             self.base_updates = BaseUpdates.from_json(found.base_updates)
             self.done = found.round
@@ -79,7 +78,7 @@ class Server:
         # A folder with a config.yaml is a run that can be resumed.
         atomic_write(self.out / "config.yaml", dump_settings(dict(self.plan.settings)))
         if self.choice:
-            write_json(self.out / "pack.json", self.choice.to_json())
+            write_json(self.out / "pack.json", asdict(self.choice))
         self.sinks.start(self._info())
         if self.choice:
             self.sinks.event(f"engine.pack=auto: packs of {self.choice.size} (a step: {self.choice.time_model()})")

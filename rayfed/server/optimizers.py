@@ -15,7 +15,6 @@ adamw's weight decay acts on every entry, also on entries that no client sent th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +42,7 @@ class ServerOptimizer:
         self.betas = settings.betas or ((0.9, 0.99) if kind == "fedadam" else (0.9, 0.999))
         self.eps = settings.eps if settings.eps is not None else (1e-3 if kind == "fedadam" else 1e-8)
         self.weight_decay = 0.01 if settings.weight_decay is None else settings.weight_decay
-        self.state: dict[str, Tensor] = {}
+        self.state: dict[str, Tensor] = {}  # the moments
 
     def advance(self, name: str, value: Tensor, change: Tensor) -> Tensor:
         """The tensor's next value from its mean change; shapes equal. Updates the moments of ``name``."""
@@ -62,10 +61,6 @@ class ServerOptimizer:
             v.addcmul_(change, change, value=1 - self.betas[1])
             return value + self.lr * m / (v.sqrt() + self.eps)
         return self._adamw(name, value, change)
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores the moments of a checkpoint."""
-        self.state = {name: tensor.clone() for name, tensor in tensors.items()}
 
     def _moment(self, name: str, kind: str, like: Tensor, start: float) -> Tensor:
         return self.state.setdefault(f"{name}.{kind}", torch.full_like(like, start))

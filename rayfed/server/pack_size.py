@@ -14,8 +14,8 @@ the number.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class LinearFit:
 
 @dataclass(frozen=True)
 class Choice:
-    """The size of packs, and what it was chosen from. ``tokens``: the most tokens of a client in a step."""
+    """The size of packs, and what it was chosen from: what `pack.json` holds. ``tokens``: the most tokens of a client in a step."""
 
     size: int
     cohort: int
@@ -52,10 +52,6 @@ class Choice:
     seconds: LinearFit
     bytes: LinearFit
     measured: tuple[PackTiming, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as `pack.json` holds them."""
-        return asdict(self)
 
     def time_model(self) -> str:
         """The duration of a step, in words."""

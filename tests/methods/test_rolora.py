@@ -74,7 +74,7 @@ def test_only_the_factor_that_trains_goes_up(play, random_adapter):
     for t, part in enumerate("BABA"):
         allowed = state.layout.mask(part, "head")
         trainable = method.trainable(state, COHORTS[0][0])
-        assert torch.equal(trainable.uploaded(state.layout, trainable.whole(state.layout)), allowed)
+        assert torch.equal(trainable.uploaded(state.layout, trainable.support(state.layout, None)), allowed)
         state, updates = play(method, state, COHORTS[t], noise(t))
         assert all(not u.change[~allowed].any() for u in updates)
 

@@ -13,6 +13,7 @@ because
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -50,10 +51,7 @@ class FeatureRows:
 
     def batch(self, rows: np.ndarray, padded: bool) -> dict[str, Tensor]:
         """``features`` (b, width) and ``labels`` (b,)."""
-        return {
-            "features": self.features[torch.as_tensor(rows)],
-            "labels": torch.from_numpy(self.labels[rows]),
-        }
+        return {"features": self.features[torch.as_tensor(rows)], "labels": torch.from_numpy(self.labels[rows])}
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,7 @@ def _same_rounds(
     plan: RunPlan, head: Mapping[str, Tensor], name: str, train: FeatureRows, test: tuple[Tensor, Tensor], rounds: int
 ) -> float:
     classes, width = head[f"{name}.weight"].shape
-    model = nn.Module()
-    model.add_module("head", nn.Linear(width, classes, bias=f"{name}.bias" in head))
+    model = nn.Sequential(OrderedDict(head=nn.Linear(width, classes, bias=f"{name}.bias" in head)))
     stack = Stack(model, (), ["head"])
     start = Adapter({}, {key.replace(name, "head", 1): tensor for key, tensor in head.items()})
     method, optimizer = FedIT(), ServerOptimizer(plan.server_optimizer, plan.server)
@@ -90,13 +87,13 @@ def _same_rounds(
     everything = torch.ones(state.layout.size, dtype=torch.bool)
 
     def logits(inputs: dict[str, Tensor]) -> Tensor:
-        return model.get_submodule("head")(inputs["features"])
+        outputs: Tensor = model(inputs["features"])
+        return outputs
 
     context = TrainingContext(stack, logits, plan.task, train, True, plan.client, plan.seed, torch.device("cpu"))
     for t in range(rounds):
-        total = plan.server.rounds
-        optimizer.lr = scheduled(optimizer.base_lr, plan.server.schedule, t, total)
-        lr = scheduled(plan.client.lr, plan.client.schedule, t, total)
+        optimizer.lr = scheduled(optimizer.base_lr, plan.server.schedule, t, plan.server.rounds)
+        lr = scheduled(plan.client.lr, plan.client.schedule, t, plan.server.rounds)
         updates = []
         for c in cohort(plan.federation.holders, plan.server.cohort, plan.seed, t):
             rows = plan.federation.rows_of(c)

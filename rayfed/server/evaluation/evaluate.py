@@ -53,16 +53,14 @@ def evaluate(
     ``models`` maps a suffix of metric keys to a model. The models reach the workers losslessly and are no client
     traffic.
     """
-    submissions: list[Submission] = []
-    where: list[tuple[str, SplitName]] = []
+    jobs: list[tuple[tuple[str, SplitName], Submission]] = []
     for suffix, (vector, layout) in models.items():
         handle = executor.put(wire.encode(vector))
         for split in splits:
-            for start, stop in spans(len(federation.split(split)), batch_size):
-                submissions.append(Submission(EvalJob(split, start, stop, layout, classes), (handle,)))
-                where.append((suffix, split))
+            for span in spans(len(federation.split(split)), batch_size):
+                jobs.append(((suffix, split), Submission(EvalJob(split, *span, layout, classes), (handle,))))
     parts: dict[tuple[str, SplitName], list[EvalResult]] = {}
-    for key, result in zip(where, run_all(executor, submissions), strict=True):
+    for (key, _), result in zip(jobs, run_all(executor, [job for _, job in jobs]), strict=True):
         parts.setdefault(key, []).append(cast(EvalResult, result))
     return {key: _joined(results) for key, results in parts.items()}
 

@@ -24,10 +24,8 @@ def fit_probe(
     def scaled(split: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return (split[0] - mean) / deviation, split[1]
 
-    if validation is None:
-        return _accuracy(_fit(scaled(train), classes, PENALTIES[0]), scaled(test))
-    fits = [_fit(scaled(train), classes, penalty) for penalty in PENALTIES]
-    best = max(fits, key=lambda fit: _accuracy(fit, scaled(validation)))
+    fits = [_fit(scaled(train), classes, penalty) for penalty in (PENALTIES if validation else PENALTIES[:1])]
+    best = max(fits, key=lambda fit: _accuracy(fit, scaled(validation or train)))
     return _accuracy(best, scaled(test))
 
 

@@ -15,7 +15,6 @@ from rayfed.clients.messages import SplitName
 from rayfed.clients.plan import RunPlan
 from rayfed.lora.adapter import LowRank, flatten_changes
 from rayfed.methods import Method
-from rayfed.profiles.rules import Tier
 from rayfed.server.downlink import Downlink
 from rayfed.server.evaluation.evaluate import Model, evaluate, metrics
 from rayfed.server.evaluation.per_client import client_metrics
@@ -69,9 +68,6 @@ def tier_models(plan: RunPlan, state: Any, t: int, executor: Executor) -> dict[s
     models = {}
     for tier in plan.profiles.tier_mix(plan.federation.sizes):
         profile = plan.profiles.of_tier(tier, t)
-        models[_suffix(tier, profile.density_down)] = downlink.of(profile).model()
+        density = f"_density_{profile.density_down:g}" if profile.density_down < 1 else ""
+        models[f"_rank_{tier.rank}{density}"] = downlink.of(profile).model()
     return models
-
-
-def _suffix(tier: Tier, density: float) -> str:
-    return f"_rank_{tier.rank}" + (f"_density_{density:g}" if density < 1 else "")

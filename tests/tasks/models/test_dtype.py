@@ -60,7 +60,7 @@ def train(trainer, adapter, base=None):
     if base is not None:
         vector, layout = flatten_changes(base)
         payloads.append(wire.encode(vector))
-        extra = {"base": 1, "base_layout": layout}
+        extra = {"base": (1, layout)}
     size = adapter.layout.size
     orders = tuple(ClientOrder(c, adapter.layout, 0, Trainable(), size, 1.0, "fp32", **extra) for c in (2, 5))
     result = trainer.execute(TrainJob(0, 0.01, orders), payloads)
