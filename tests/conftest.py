@@ -91,7 +91,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_bert: Path, tiny_data: Path) -> Callable[..., Any]:
     """tiny("server.rounds=3", ...) -> Experiment: 12 clients, 3 a round, in this process, nothing tracked."""
-    from rayfed.config.load import assign, parse_override, validate  # the same path an override takes
+    from rayfed.config.load import _apply, validate  # the same path an override takes
 
     def make(*overrides: str) -> Any:
         settings: dict[str, Any] = {
@@ -107,7 +107,7 @@ def tiny(tiny_bert: Path, tiny_data: Path) -> Callable[..., Any]:
             "tracking": {"console": "off", "wandb": "off"},
         }
         for override in overrides:
-            assign(settings, *parse_override(override), override)
+            _apply(settings, override)
         return validate(settings)
 
     return make

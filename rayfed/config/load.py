@@ -73,7 +73,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """
     settings = read_settings(path)
     for override in overrides:
-        assign(settings, *parse_override(override), override)
+        _apply(settings, override)
     return validate(settings)
 
 
@@ -142,6 +142,10 @@ def parse_override(override: str) -> tuple[str, Any]:
     if not equals or not all(key.split(".")):
         raise UserError(f"override: got {override!r}, but an override is written key=value, such as server.rounds=20")
     return key, _parse(text, f"override {_dotted((key,))}")
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    assign(settings, *parse_override(override), override)
 
 
 def assign(settings: dict[str, Any], key: str, value: Any, source: str) -> None:

@@ -51,7 +51,7 @@ def play(
         up = trainable.uploaded(start.layout, support)
         change = torch.where(up, trained - vector, 0.0)
         density = 1.0 if start.dense else client.density_up
-        budget = int(density * int(trainable.uploaded(start.layout, trainable.whole(start.layout)).sum()))
+        budget = int(density * int(trainable.uploaded(start.layout, trainable.support(start.layout, None)).sum()))
         if density < 1:
             chosen = method.select(vector, change, start.layout, budget, density)
             assert len(chosen) <= budget

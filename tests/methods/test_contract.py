@@ -184,4 +184,5 @@ def test_it_runs_where_only_the_head_trains(play, random_adapter, name, options)
 @every_method
 def test_it_pickles(name, options):
     method = build(name, **options)
-    assert pickle.loads(pickle.dumps(method)) == method
+    again = pickle.loads(pickle.dumps(method))
+    assert (type(again), vars(again)) == (type(method), vars(method))

@@ -73,12 +73,3 @@ def test_factors_are_orthonormal_and_follow_the_seed():
         torch.testing.assert_close(pair.A @ pair.A.T, torch.eye(3), rtol=0, atol=1e-6)
         assert torch.equal(pair.A, again.layers[name].A)
         assert not torch.equal(pair.A, other.layers[name].A)
-
-
-def test_a_start_that_changes_something_is_kept(random_adapter, play):
-    method = build("fed_sb")
-    adapter = random_adapter(SHAPES, 3, 2.0, 0)
-    state = method.init(adapter, seed=1)
-    state, _ = play(method, state, clients(1.0, 1.0))
-    for name, pair in adapter.layers.items():
-        torch.testing.assert_close(method.delta(state, name), pair.dense())

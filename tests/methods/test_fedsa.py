@@ -88,12 +88,3 @@ def test_the_server_step_moves_a_alone(play, random_adapter):
     state = begin(method, random_adapter)
     after, _ = play(method, state, COHORTS[0], noise(0), advance=lambda name, value, change: value + change + 1)
     assert torch.equal(after.vector != state.vector, state.layout.mask("A"))
-
-
-def test_an_update_without_its_personal_parts_is_refused(play, random_adapter):
-    method = FedSA()
-    state = begin(method, random_adapter)
-    _, updates = play(method, state, COHORTS[0], noise(0))
-    object.__setattr__(updates[0], "personal_values", None)
-    with pytest.raises(ValueError, match="personal"):
-        method.aggregate(state, updates)

@@ -79,7 +79,7 @@ def test_stage_one_moves_the_mask_only_and_only_the_mask_travels(play, random_ad
     method = SLoRA(rounds_sparse=3, rho=0.4)
     state = begin(method, random_adapter)
     start = method.broadcast(state, COHORTS[0][0])
-    trains = method.trainable(state, COHORTS[0][0]).whole(start.layout)
+    trains = method.trainable(state, COHORTS[0][0]).support(start.layout, None)
     assert torch.equal(trains, ~start.known)
     assert int(trains.sum()) == int(0.4 * 35) + int(0.4 * 36) + 15
     adapter = start.layout.unflatten(start.vector)

@@ -12,7 +12,7 @@ import pytest
 
 from rayfed import wire
 from rayfed.config import dump_config, validate
-from rayfed.config.load import assign, parse_override
+from rayfed.config.load import _apply
 
 Write = Callable[..., Path]
 
@@ -46,7 +46,7 @@ def writer() -> Write:
         folder.mkdir(parents=True)
         settings: dict[str, Any] = {"server": {"rounds": len(eval) + (not finished), "cohort": 2}}
         for override in overrides:
-            assign(settings, *parse_override(override), override)
+            _apply(settings, override)
         (folder / "config.yaml").write_text(dump_config(validate(settings)))
         gap = settings.get("data", {}).get("source") == "lowrank"
         ledger = wire.Ledger()

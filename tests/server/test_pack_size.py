@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_the_number_is_written_down_with_what_it_was_chosen_from(chosen):
     assert (record["cohort"], record["workers"]) == (4, 1)
     again = choose_size(found, record["cohort"], record["workers"], record["memory"])
     assert size == record["size"] == again.size
-    assert json.loads(json.dumps(again.to_json())) == record
+    assert json.loads(json.dumps(asdict(again))) == record
     assert f"engine.pack=auto: packs of {size} (a step: " in (out / "events.log").read_text()
 
 
