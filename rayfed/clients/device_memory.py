@@ -79,15 +79,17 @@ def forget_peak(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     with suppress(OSError):
         FORGET.write_text("5")  # proc(5): sets the peak to what is resident now
-    return _status("VmRSS") or peak(device)
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak(device: torch.device) -> int:
     """Bytes used at the peak since `forget_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    whole_life = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return _status("VmHWM") or whole_life
+    with suppress(OSError):
+        if found := re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text()):
+            return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def free(engine: Engine) -> int:
@@ -100,12 +102,3 @@ def free(engine: Engine) -> int:
     with suppress(OSError, ValueError):  # no container, or one without a limit ("max")
         available = min(available, int(LIMIT.read_text()) - int(USED.read_text()))
     return available // engine.processes
-
-
-def _status(name: str) -> int:
-    """An entry of /proc/self/status in bytes; 0 where there is none."""
-    try:
-        found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
-    except OSError:
-        return 0
-    return int(found[1]) * 1024 if found else 0

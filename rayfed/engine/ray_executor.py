@@ -76,12 +76,13 @@ class RayExecutor(Executor):
                 result = ray.get(ready)
             except LOST as error:
                 retries[index] += 1
-                self._replace(worker)  # first: after an error, other submissions must find only living workers
+                self._remove_worker(worker)  # first: after an error, other submissions must find only living workers
                 if retries[index] > self.engine.retries:
                     raise RunError(
                         f"a pack failed {retries[index]} times because its worker died "
                         f"(engine.retries={self.engine.retries}): {_last_line(error)}"
                     ) from None
+                self._replace_worker()
                 queue.appendleft(index)
                 while idle:  # a lost node takes several workers: idle ones must show that they live
                     self._expect(idle.popleft())
@@ -119,7 +120,8 @@ class RayExecutor(Executor):
             ray.get(ready)
         except LOST as error:
             if known:
-                self._replace(worker)
+                self._remove_worker(worker)
+                self._replace_worker()
                 return []
             self.failed_starts += 1
             if self.failed_starts > self.engine.retries:
@@ -132,9 +134,11 @@ class RayExecutor(Executor):
             self.workers.append(worker)
         return [worker]
 
-    def _replace(self, dead: Any) -> None:
+    def _remove_worker(self, dead: Any) -> None:
         ray.kill(dead)  # where only its result was lost it lives, and would keep its place
         self.workers.remove(dead)
+
+    def _replace_worker(self) -> None:
         self._start_worker()
         self.events.append("a worker died; a new one takes its place and its clients are trained again")
 

@@ -125,8 +125,8 @@ class FedView(LayerMethod):
             base: BaseChange = clients.get(k, {})
             if self.start != "correction":
                 base = self.broadcast(state, update.client).merged_base
-            sent = update.sent.layers.items()
-            clients[k] = {name: add(matrix(base[name]), pair) if base else pair.dense() for name, pair in sent}
+            sent, first = update.sent.layers.items(), not base
+            clients[k] = {name: pair.dense() if first else add(matrix(base[name]), pair) for name, pair in sent}
             behind.append(_distance(state, clients[k]))
         layers = {name: advance(f"W.{name}", W, mean.matrix(name)) for name, W in state.matrices.items()}
         head = mean.head()

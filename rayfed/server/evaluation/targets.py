@@ -38,11 +38,9 @@ def round_metrics(plan: RunPlan, state: Any, t: int, downlink: Downlink, executo
         return metrics(plan.task, plan.federation, {}, suffixes, splits)
     vector, layout = flatten_changes(changes, plan.method.head(state))
     models: dict[str, Model] = {"": (vector, layout)}
-    received = downlink.first
-    if one_mask and received and received.has is not None:
-        start = received.start
-        if start.layout == layout and start.known is None:
-            models["_masked"] = vector * received.has, layout
+    first = downlink.first
+    if one_mask and first and first.has is not None and first.start.layout == layout and first.start.known is None:
+        models["_masked"] = vector * first.has, layout
     if plan.eval.tiers:
         models |= tier_models(plan, state, t, executor)
     outputs = evaluate(executor, plan.federation, models, splits, plan.eval.batch_size)
