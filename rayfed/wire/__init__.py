@@ -9,14 +9,5 @@ from rayfed.wire.ledger import Ledger
 from rayfed.wire.sparsify import keep_count, top_k, top_mask
 
 __all__ = [
-    "HEADER_BYTES",
-    "Ledger",
-    "Payload",
-    "Sizes",
-    "decode",
-    "encode",
-    "inspect",
-    "keep_count",
-    "top_k",
-    "top_mask",
-]
+    "HEADER_BYTES", "Ledger", "Payload", "Sizes", "decode", "encode", "inspect", "keep_count", "top_k", "top_mask"
+]  # fmt: skip

@@ -18,7 +18,7 @@ import numpy as np
 
 from rayfed.errors import first_line
 from rayfed.files import atomic_path
-from rayfed.wire.codec import Sizes
+from rayfed.wire.codec import Sizes, inspect
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,22 +32,29 @@ _TOTALS = ("bytes/down", "bytes/up", "params/down", "params/up")
 
 
 class Ledger:
-    """The traffic of a run so far. `add_sizes` and `totals` take constant time, however long the run is."""
+    """The traffic of a run so far. `add` and `totals` take constant time, however long the run is."""
 
     def __init__(self) -> None:
         self._pending = array("q")  # the rows since the last write, one after the other, in the order of COLUMNS
         self._by_round: dict[int, list[int]] = {}  # round -> its totals, in the order of _TOTALS
         self._run = [0, 0, 0, 0]
 
-    def add_sizes(self, *, round: int, client: int, direction: Direction, sizes: Sizes) -> None:
-        """Records one payload by its sizes. A broadcast to ten clients is ten rows: each client downloads it.
+    def add(self, *, round: int, client: int, direction: Direction, payload: bytes | memoryview) -> None:
+        """Records one payload. A broadcast to ten clients is ten rows: each client downloads it.
 
         Args:
             round: at least 0, and later than the rounds that `write` has written.
             client: the client's id, a signed 64-bit integer.
             direction: ``down`` (server to client) or ``up``.
-            sizes: those of the payload, from ``inspect``.
+            payload: the bytes that travelled, as ``encode`` made them.
+
+        Raises:
+            WireError: the bytes are no payload.
         """
+        self.add_sizes(round=round, client=client, direction=direction, sizes=inspect(payload))
+
+    def add_sizes(self, *, round: int, client: int, direction: Direction, sizes: Sizes) -> None:
+        """As `add`, for a payload of which only the sizes are known."""
         parts = (sizes.bytes_header, sizes.bytes_indices, sizes.bytes_values)
         way, total = DIRECTIONS.index(direction), sum(parts)
         self._pending.extend(array("q", (round, client, way, total, sizes.count, *parts)))

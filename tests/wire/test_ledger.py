@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rayfed.wire import Ledger, Sizes, encode, inspect
+from rayfed.wire import Ledger, Sizes, encode
 
 
 def traffic(rounds: int = 4, clients: int = 5) -> list[tuple[int, int, str, bytes]]:
@@ -29,7 +29,7 @@ def traffic(rounds: int = 4, clients: int = 5) -> list[tuple[int, int, str, byte
 def filled(sent: list[tuple[int, int, str, bytes]], ledger: Ledger | None = None) -> Ledger:
     ledger = Ledger() if ledger is None else ledger
     for round, client, direction, payload in sent:
-        ledger.add_sizes(round=round, client=client, direction=direction, sizes=inspect(payload))
+        ledger.add(round=round, client=client, direction=direction, payload=payload)
     return ledger
 
 
