@@ -8,6 +8,7 @@ the spread change, most clients have the same rank as before. A larger u gives t
 
 from __future__ import annotations
 
+import reprlib
 from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
@@ -18,8 +19,8 @@ import numpy as np
 
 from rayfed import seeding
 from rayfed.config.method import Lora, Profiles, Wire
-from rayfed.errors import UserError, allowed
-from rayfed.plugins import load_object, one_line
+from rayfed.errors import UserError, allowed, first_line
+from rayfed.plugins import load_object
 
 
 class Tier(NamedTuple):
@@ -103,17 +104,14 @@ def _user_rule(path: str, largest: int, densities: tuple[float, float], seed: in
         try:
             answer = function(client=client, examples=examples, seed=seed)
         except Exception as error:
-            raise invalid(client, f"raised {type(error).__name__}: {one_line(error)}") from error
+            raise invalid(client, f"raised {type(error).__name__}: {first_line(error)}") from error
         rank, down, up = answer if isinstance(answer, tuple | list) and len(answer) == 3 else (answer, *densities)
         if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or not 1 <= rank <= largest:
-            raise invalid(
-                client,
-                f"returned {one_line(repr(answer))}; it should be a rank from 1 to {largest} (lora.rank), or "
-                "(rank, density_down, density_up)",
-            )
+            what = f"it should be a rank from 1 to {largest} (lora.rank), or (rank, density_down, density_up)"
+            raise invalid(client, f"returned {reprlib.repr(answer)}; {what}")
         for density in (down, up):
             if isinstance(density, bool) or not isinstance(density, int | float | np.floating) or not 0 < density <= 1:
-                raise invalid(client, f"returned {one_line(repr(answer))}; densities should be in (0, 1]")
+                raise invalid(client, f"returned {reprlib.repr(answer)}; densities should be in (0, 1]")
         return Tier(int(rank), float(down), float(up))
 
     return rule
