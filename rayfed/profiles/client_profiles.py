@@ -42,19 +42,15 @@ class ClientProfiles:
 
     def of_tier(self, tier: Tier, t: int, client: int = -1, examples: int = 1) -> Profile:
         """The profile of a client of this tier in round ``t`` (from 0)."""
+        rank = self.lora.rank if self.settings.scale == "server" else tier.rank
         return Profile(
             client=client,
             rank=tier.rank,
-            scale=self.scale(tier.rank),
+            scale=scale_of(rank, self.lora.alpha, self.lora.rslora),
             density_down=self.wire.down.density_at(t, tier.density_down),
             density_up=self.wire.up.density_at(t, tier.density_up),
             examples=examples,
         )
-
-    def scale(self, rank: int) -> float:
-        """The factor on B A for a client of this rank; see `profiles.scale`."""
-        lora = self.lora
-        return scale_of(lora.rank if self.settings.scale == "server" else rank, lora.alpha, lora.rslora)
 
     @property
     def mixed_ranks(self) -> bool:
@@ -86,10 +82,8 @@ class ClientProfiles:
                 "clients"
             )
         if own.kind == "function":
-            clients = self._examined(sizes)
-            tiers = [self.tier_of(int(c), int(sizes[c])) for c in clients]
-            for client, tier in zip(clients, tiers):
-                again = self.tier_of(int(client), int(sizes[client]))
+            for client in self._examined(sizes).tolist():
+                tier, again = (self.tier_of(client, int(sizes[client])) for _ in range(2))
                 if again != tier:
                     what = f"it gave client {client} first {tuple(tier)}, then {tuple(again)} (rank, densities)"
                     raise allowed("profiles.function", own.function, what)

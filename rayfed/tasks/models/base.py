@@ -117,17 +117,13 @@ def in_dtype(base: FrozenBase, dtype: str) -> FrozenBase:
             parameter.data = parameter.data.to(getattr(torch, dtype))
     for module in head:
         if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(_input_to_float32)
+            module.register_forward_pre_hook(lambda _, inputs: to_float32(inputs[0]))
     return base
 
 
 def to_float32(x: Tensor) -> Tensor:
     """A 16-bit tensor as float32; any other tensor unchanged."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _input_to_float32(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (to_float32(args[0]), *args[1:])
 
 
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
