@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rayfed.config.describe import format_value
 from rayfed.config.task import Data, Model, Partition, Problem
-from rayfed.errors import allowed
+from rayfed.errors import UserError, allowed
 from rayfed.lora.adapter import LowRank
 from rayfed.tasks.base import Task
 from rayfed.tasks.data.federation import Federation
@@ -84,10 +85,11 @@ class LowRankRegression(Task):
             ("lora.train", lora.train, "all", "there is no head"),
             ("eval.controls", eval.controls, False, "there is no head"),
             ("eval.clients", eval.clients, False, "there are no classes"),
-            ("eval.early_stop", eval.early_stop, None, "there are no validation data"),
+            ("eval.early_stop", eval.early_stop and dict(eval.early_stop), None, "there are no validation data"),
         ):
             if value != wanted:
-                raise allowed(field, value, f"with data.source=lowrank {why}; allowed is {str(wanted).lower()}")
+                what = f"with data.source=lowrank {why}; allowed is {format_value(wanted, quotes=False)}"
+                raise UserError(f"{field}: got {format_value(value)}, but {what}")
         clients = self.partition.clients
         if server.cohort > clients:
             what = f"the population has only {clients} clients (partition.clients)"
