@@ -1,4 +1,4 @@
-"""Exact algebra on low-rank changes: sums, singular value decompositions, truncation, norms and distances.
+"""Exact algebra on low-rank changes: sums, singular value decompositions, truncation and norms.
 
 A change is a `LowRank`, which stands for the matrix ``scale * B @ A``, or a matrix (out, in). Ranks and scales may
 differ. A `LowRank` is multiplied out only where that costs no more (`stays_factored`). Results are a function of the
