@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,21 +18,29 @@ from rayfed import seeding
 from rayfed.config.method import Lora, Profiles, Wire
 from rayfed.errors import UserError, allowed
 from rayfed.lora.adapter import scale_of
+from rayfed.plugins import load_object
 from rayfed.profiles.profile import Profile
-from rayfed.profiles.rules import Tier, make_rule
+from rayfed.profiles.rules import Rule, Tier, make_rule
 
 MOST_EXAMINED = 100_000  # with more clients, statistics of the population are those of a random sample of this size
 
 
 class ClientProfiles:
-    """The profiles of all clients. Raises UserError if `profiles.function` cannot be imported.
-
-    ``tier_of(client, examples)`` gives a client's `Tier`; see `rayfed.profiles.rules`.
-    """
+    """The profiles of all clients. Raises UserError if `profiles.function` cannot be imported."""
 
     def __init__(self, settings: Profiles, lora: Lora, wire: Wire, seed: int) -> None:
         self.settings, self.lora, self.wire, self.seed = settings, lora, wire, seed
-        self.tier_of = make_rule(settings, lora, wire, seed)
+        self.function = load_object(settings.function, "profiles.function") if settings.function else None
+        if self.function is not None and not callable(self.function):
+            raise allowed("profiles.function", settings.function, "that is no function")
+
+    @cached_property
+    def tier_of(self) -> Rule:
+        """(client, number of its training rows) -> the client's tier."""
+        return make_rule(self.settings, self.lora, self.wire, self.seed, self.function)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "tier_of"}  # a rule is not pickled
 
     def profile(self, client: int, examples: int, t: int) -> Profile:
         """The client's profile in round ``t`` (from 0). ``examples`` is its number of training rows.
