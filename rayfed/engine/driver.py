@@ -65,7 +65,7 @@ class Driver:
         executor = RayExecutor(plan.engine, ray.put(plan))
         try:
             for _ in run_rounds(plan, executor, out, sinks, resume, uri):
-                for message in outbox.drain():  # not `yield from`: Ray resumes with send()
+                for message in outbox.drain():  # noqa: UP028 (not `yield from`: Ray resumes with send())
                     yield message
         finally:
             sinks.close()

@@ -67,7 +67,7 @@ class Truncating(LayerMethod):
 
 
 def truncated(triples: Spectrum, rank: int, scale: float, split: Split, rows: Tensor) -> LowRank:
-    """The first ``rank`` triples as a pair. A rank without a singular value gets a zero column and its row of ``rows``."""
+    """The first ``rank`` triples as a pair. A rank without a triple has zeros in B and its row of ``rows``."""
     pair = factors(triples, rank, scale, split)
     dead = triples.S[: pair.rank] <= NOISE * triples.S[0]
     B, A = torch.where(dead, 0.0, pair.B), torch.where(dead[:, None], rows[: pair.rank], pair.A)

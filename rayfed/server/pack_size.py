@@ -42,7 +42,7 @@ class LinearFit:
 
 @dataclass(frozen=True)
 class Choice:
-    """The size of packs, and what it was chosen from: what `pack.json` holds. ``tokens``: the most tokens of a client in a step."""
+    """The size of packs, and what it was chosen from, as in `pack.json`. ``tokens``: the most of a client in a step."""
 
     size: int
     cohort: int
