@@ -6,7 +6,7 @@ legend serves several figures; in a file a figure stands alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from statistics import mean
 from typing import Any
@@ -22,7 +22,7 @@ from rayfed.tracking.format import megabytes
 FEW = 12  # points of a line that gets markers
 WIDE = 6.0  # ratio of largest to smallest traffic above which the axis of bytes is a log axis
 LONG = 28  # characters of a name beside a bar
-X = Callable[[Run], Mapping[int, float]]
+X = Mapping[Run, Mapping[int, float]]  # run -> round -> place on the x axis
 
 
 def curves(comparison: Comparison, styles: Styles, x: X | None, label: str, named: bool) -> Any:
@@ -58,11 +58,7 @@ def lines(series: Mapping[str, Mapping[int, float]], percent: bool, log: bool) -
 def pareto(comparison: Comparison, styles: Styles, named: bool) -> Any:
     """One point per group: the measure against bytes. Points of the Pareto front are filled and joined."""
     figure, axes = drawing.blank(_height(styles, named))
-    points = {
-        group: (size / 1e6, score)
-        for group in comparison.groups
-        if (size := group.mean(lambda r: r.best_bytes)) is not None and (score := group.score) is not None
-    }
+    points = {group: (size / 1e6, score) for group, (size, score) in comparison.points.items()}
     front = comparison.front
     xs, ys = zip(*(points[group] for group in front))
     axes.plot(xs, ys, color=INK, linewidth=0.8, drawstyle="steps-post")

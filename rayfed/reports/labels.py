@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rayfed.config.describe import format_value
 from rayfed.reports.runs import Run, natural_key
 
 NAMED = 3  # largest number of settings in a label
@@ -91,11 +92,7 @@ def spelled(value: Any) -> str:
     """A setting's value as text: `0.25`, `true`, `[1, 4]`, and `-` for None."""
     if value is None:
         return "-"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    return f"[{', '.join(map(spelled, value))}]" if isinstance(value, list) else str(value)
+    return f"{value:g}" if isinstance(value, float) else format_value(value, quotes=False)
 
 
 def in_order(values: Sequence[Any]) -> list[Any]:

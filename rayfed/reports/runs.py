@@ -44,11 +44,6 @@ class Run:
     def seed(self) -> int:
         return int(self.settings[SEED])
 
-    @property
-    def known_answer(self) -> bool:
-        """Whether the run measures the gap to a known optimum instead of an accuracy."""
-        return self.settings["data.source"] == "lowrank"
-
     def result_settings(self) -> dict[str, Any]:
         """The settings that can change the result, without the seed."""
         return {key: value for key, value in self.settings.items() if key != SEED and decides(key)}
@@ -61,6 +56,10 @@ class Run:
     def cumulative(self, key: str) -> dict[int, int]:
         """Round -> the sum of the values up to and including that round."""
         return dict(zip((r["round"] for r in self.rounds), accumulate(r[key] for r in self.rounds)))
+
+    def measured(self, key: str) -> bool:
+        """Whether the run has a value of the metric in any round, finite or not."""
+        return bool(self.series(key)) or self.diverged(key)
 
     def diverged(self, key: str) -> bool:
         """Whether the last measured value was not finite."""

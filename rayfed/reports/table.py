@@ -71,7 +71,7 @@ def front(comparison: Comparison) -> Table:
     rows = [
         (
             group.label,
-            megabytes(group.mean(lambda r: r.best_bytes)),
+            megabytes(group.best_bytes),
             _spread(group, measure, lambda r: r.value),
             *([_spread(group, measure, lambda r: r.report)] if measure.report else []),
         )
