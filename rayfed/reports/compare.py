@@ -14,7 +14,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from rayfed.errors import UserError
-from rayfed.reports.labels import differing_settings, labels_of
+from rayfed.reports.labels import differing_settings, labels_of, printable
 from rayfed.reports.runs import Run, listed
 
 CLOSE = 0.95  # the default target, as a share of the best result
@@ -177,7 +177,7 @@ def compare(runs: Sequence[Run], notes: Sequence[str] = (), target: float | None
     measure = measure_of(runs)
     members = _members(runs)
     differing = differing_settings([group[0] for group in members])
-    labels = labels_of(members, differing)
+    labels = [printable(label) for label in labels_of(members, differing)]
 
     def grouped(goal: float | None) -> tuple[RunGroup, ...]:
         groups = []

@@ -95,7 +95,7 @@ def read_run(folder: Path, trial: bool = False) -> Run:
         raise UserError(
             f"DIR: got {str(folder)!r}, but it is neither a run directory (no metrics.jsonl) nor a sweep's (no trials/)"
         )
-    rounds = read_metrics(metrics) if metrics.is_file() else []
+    rounds = _rounds(folder)
     if not rounds:
         raise UserError(f"DIR: got {str(folder)!r}, but that run has no round yet")
     for record in rounds:
@@ -129,18 +129,18 @@ def natural_key(text: str) -> list[tuple[int, float, str]]:
 
 
 def _trials(folder: Path, notes: list[str]) -> list[Run]:
-    runs, without = [], []
-    for trial in sorted((p for p in (folder / "trials").iterdir() if p.is_dir()), key=lambda p: natural_key(p.name)):
-        metrics = trial / "metrics.jsonl"
-        if metrics.is_file() and read_metrics(metrics):
-            runs.append(read_run(trial, trial=True))
-        else:
-            without.append(trial.name)
-    if not runs:
+    trials = sorted((p for p in (folder / "trials").iterdir() if p.is_dir()), key=lambda p: natural_key(p.name))
+    started = [trial for trial in trials if _rounds(trial)]
+    if not started:
         raise UserError(f"DIR: got {str(folder)!r}, but no trial of that sweep has a round yet")
-    if without:
+    if without := [trial.name for trial in trials if trial not in started]:
         notes.append(f"{folder}: {listed('trial', without)} left out, without a round yet")
-    return runs
+    return [read_run(trial, trial=True) for trial in started]
+
+
+def _rounds(folder: Path) -> list[dict[str, Any]]:
+    metrics = folder / "metrics.jsonl"
+    return read_metrics(metrics) if metrics.is_file() else []
 
 
 def listed(noun: str, names: Sequence[str]) -> str:
