@@ -155,35 +155,23 @@ def swatch(color: str, dash: str) -> str:
     )
 
 
-def percent_axis(axis: Any, log: bool = False) -> None:
-    """Formats shares as percent. ``log``: on a log axis."""
-    from matplotlib.ticker import FuncFormatter
+def number_axis(axis: Any, percent: bool = False, log: bool = False, whole: bool = False) -> None:
+    """Formats numbers without exponents: 0.1, 1, 10; with ``percent``, shares as percent.
+
+    ``log``: a log scale with a number at every power of ten, within few decades also at 2 and 5 times a power of ten.
+    ``whole``: integers only, for rounds.
+    """
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     if log:
-        _log_scale(axis)
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g} %"))
-
-
-def plain_axis(axis: Any, log: bool = False, whole: bool = False) -> None:
-    """Formats numbers without exponents: 0.1, 1, 10. ``log``: on a log axis. ``whole``: integers only, for rounds."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    if log:
-        _log_scale(axis)
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        low, high = sorted(axis.get_view_interval())
+        few = low > 0 and high / low < FEW_DECADES
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+        axis.set_minor_formatter(NullFormatter())
     elif whole:
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-
-
-def _log_scale(axis: Any) -> None:
-    """A log scale with a number at every power of ten. Within few decades also at 2 and 5 times a power of ten."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    low, high = sorted(axis.get_view_interval())
-    few = low > 0 and high / low < FEW_DECADES
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(lambda value, _: f"{100 * value:.6g} %" if percent else f"{value:,.6g}")
 
 
 def legend(axes: Any, handles: Sequence[Any], names: Sequence[str]) -> None:

@@ -33,13 +33,11 @@ class RichView:
             redirect_stderr=redirect,
             refresh_per_second=2,
         )
-        self._rounds = 0
 
     def header(self, lines: list[str], info: RunInfo) -> None:
         """Prints the lines and starts the bar below them."""
         for number, line in enumerate(lines):
             self._console.print(Text(line, style="bold" if number == 0 else "dim"))
-        self._rounds = info.rounds
         place = round_of(info.start, info.rounds)
         self._progress.add_task("", total=info.rounds, completed=info.start, place=place, stats="", left="-")
         self._progress.start()
@@ -47,8 +45,8 @@ class RichView:
     def row(self, number: int, cells: dict[str, str], eta: float) -> None:
         """Moves the bar to round ``number``. ``eta`` is the time left in seconds."""
         stats = f"loss {cells['loss']}  accuracy {cells['accuracy']}  {cells['total MB']} MB"
-        place, left = round_of(number, self._rounds), Countdown(eta)
-        self._progress.update(TaskID(0), completed=number, refresh=True, place=place, stats=stats, left=left)
+        fields = {"place": cells["round"], "stats": stats, "left": Countdown(eta)}
+        self._progress.update(TaskID(0), completed=number, refresh=True, **fields)
 
     def note(self, text: str) -> None:
         """Prints an event above the bar."""

@@ -130,7 +130,7 @@ def test_open_console_follows_the_setting(capsys: pytest.CaptureFixture[str], tm
     for mode in ("off", "plain"):
         sink = open_console(Tracking(console=mode))
         sink.start(info(tmp_path))
-        sink.round({"round": 1})
+        sink.round({"round": 1, "time/round_s": 0.5})
         sink.event("a worker died")
         sink.finish({"a": 1}, None)
         sink.close()
