@@ -259,17 +259,13 @@ def _unfinished(groups: Sequence[RunGroup]) -> Iterator[str]:
 
 def _evaluated(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     """The runs with an evaluation, and a note on the trials without one. UserError for another run without one."""
-    evaluated, without = [], []
-    for run in runs:
-        if any(run.measured(measure.key) for measure in MEASURES):
-            evaluated.append(run)
-        elif run.trial:
-            without.append(run.folder.name)
-        else:
-            raise UserError(f"DIR: got {str(run.folder)!r}, but that run has not been evaluated yet")
-    if not evaluated:
-        raise UserError(f"DIR: {listed('trial', without)}, but none has been evaluated yet")
-    return evaluated, [f"{listed('trial', without)} left out, not evaluated yet"] if without else []
+    without = [run for run in runs if not any(run.measured(measure.key) for measure in MEASURES)]
+    if given := [run.folder for run in without if not run.trial]:
+        raise UserError(f"DIR: got {str(given[0])!r}, but that run has not been evaluated yet")
+    trials = listed("trial", [run.folder.name for run in without])
+    if len(without) == len(runs):
+        raise UserError(f"DIR: {trials}, but none has been evaluated yet")
+    return [run for run in runs if run not in without], [f"{trials} left out, not evaluated yet"] if without else []
 
 
 def _members(runs: Sequence[Run]) -> list[list[Run]]:

@@ -38,7 +38,6 @@ COLORS = tuple(light for light, _ in SERIES)
 DASHES = {"-": "", "--": "6 3", "-.": "7 3 1.5 3", ":": "1.5 3"}  # matplotlib's name -> SVG's dash array
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 VARIABLES = {color: name for name, color in LIGHT.items()} | {color: f"s{i}" for i, color in enumerate(COLORS)}
-MISSING = "matplotlib: not installed, and figures need it; pip install 'rayfed[report]'"
 SIZE = (4.6, 3.2)  # inches; small, so that the text stays readable on a phone
 SHORT = 24  # characters of a legend entry that leaves room for a second column
 FEW_DECADES = 100.0  # largest over smallest value of a log axis that gets numbers within a decade
@@ -99,7 +98,7 @@ def drawing() -> Iterator[None]:
     try:
         import matplotlib
     except ImportError:
-        raise UserError(MISSING) from None
+        raise UserError("matplotlib: not installed, and figures need it; pip install 'rayfed[report]'") from None
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # hides the message that it builds its font cache
     with matplotlib.rc_context(), warnings.catch_warnings():
         # matplotlib's font may lack a character of a name; the fonts of the page have it.
@@ -127,9 +126,7 @@ def inline_svg(figure: Any, name: str, title: str, description: str) -> str:
     head, _, body = text.partition(">")
     box = re.search(r'viewBox="([^"]*)"', head)
     assert box is not None, "matplotlib writes a viewBox"
-    body = re.sub(r'\bid="', f'id="{name}-', body)
-    body = re.sub(r"url\(#", f"url(#{name}-", body)
-    body = re.sub(r'xlink:href="#', f'href="#{name}-', body)
+    body = re.sub(r'\bid="|url\(#|xlink:href="#', rf"\g<0>{name}-", body).replace("xlink:href=", "href=")
     for color, variable in VARIABLES.items():
         body = body.replace(color, f"var(--{variable})")
     return (

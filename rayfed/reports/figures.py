@@ -56,7 +56,7 @@ def plots(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link |
     sizes = [size for size, _ in comparison.points.values()]
     if len(comparison.groups) > 2 and sizes and max(sizes) > ALIKE * min(sizes):
         caption = "Filled points are the Pareto front: no other point is better in both."
-        title = f"{_capital(measure.label)} and MB up to that round"
+        title = f"{measure.label.capitalize()} and MB up to that round"
         yield Plot("pareto", "pareto", title, caption, partial(charts.pareto, comparison, styles), True)
     yield from _heat_maps(comparison)
     runs = [run for group in styles for run in group.counted]
@@ -103,7 +103,7 @@ def run_plots(run: Run, number: int) -> Iterator[Plot]:
 
 
 def _curves(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link | None) -> Iterator[Plot]:
-    label = _capital(comparison.measure.label)
+    label = comparison.measure.label.capitalize()
     counted = [run for group in comparison.groups for run in group.counted]
     band = " The band reaches from the lowest to the highest seed." if len(counted) > len(comparison.groups) else ""
 
@@ -136,7 +136,3 @@ def _heat_maps(comparison: Comparison) -> Iterator[Plot]:
         title = f"Density and rank, {grid.method}" if grid.method else "Density and rank"
         caption = f"Large number: {shown}, mean over seeds. Small number: MB both ways.{best}"
         yield Plot(name, "grid", title, caption, partial(heat_map.draw, comparison, grid))
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayfed.config.describe import format_value
 from rayfed.reports.compare import Comparison, RunGroup
 from rayfed.reports.drawing import blank
 from rayfed.reports.labels import in_order, spelled
@@ -55,7 +54,7 @@ def heat_maps(comparison: Comparison) -> list[HeatMap]:
         chosen = [key for key in others if len({repr(group.settings.get(key)) for group in own}) > 1]
         labels = [" / ".join(map(spelled, density)) for density in densities]
         name = method if len(methods) > 1 else None
-        maps.append(HeatMap(name, axis, labels, list(map(format_value, ranks)), cells, chosen))
+        maps.append(HeatMap(name, axis, labels, list(map(str, ranks)), cells, chosen))
     return maps
 
 
@@ -86,9 +85,8 @@ def draw(comparison: Comparison, grid: HeatMap) -> Any:
         text: Any = {"ha": "center", "va": "center", "color": "#ffffff" if luminance < 0.5 else "#000000"}
         axes.text(j, i - 0.12, as_percent(value, measure), weight="bold", **text)
         axes.text(j, i + 0.24, f"{megabytes(grid.cells[i, j].mean(lambda r: r.bytes))} MB", size=7, **text)
-    axes.set(xlim=(-0.5, len(grid.ranks) - 0.5), ylim=(-0.5, len(grid.densities) - 0.5))
+    axes.set(xlim=(-0.5, len(grid.ranks) - 0.5), ylim=(len(grid.densities) - 0.5, -0.5))
     axes.set(xlabel="rank", ylabel=grid.axis)
     axes.set_xticks(range(len(grid.ranks)), grid.ranks)
     axes.set_yticks(range(len(grid.densities)), grid.densities)
-    axes.invert_yaxis()
     return figure

@@ -70,14 +70,14 @@ def _short_keys(differing: Mapping[str, tuple[Any, ...]]) -> dict[str, str]:
     for key in differing:
         down, up = key.replace("wire.up.", "wire.down."), key.replace("wire.down.", "wire.up.")
         if down == up or differing.get(down) != differing.get(up):
-            names[key] = key
+            names[key] = key.split(".")[-2:]
         elif key == down:
-            names[key] = key.rpartition(".")[2]
-    last = Counter(name.rpartition(".")[2] for name in names.values())
-    for key, name in names.items():
-        words = 1 if last[name.rpartition(".")[2]] == 1 else 2
-        names[key] = "" if key == "method.name" else " ".join(name.split(".")[-words:])
-    return names
+            names[key] = key.split(".")[-1:]
+    last = Counter(words[-1] for words in names.values())
+    return {
+        key: "" if key == "method.name" else " ".join(words if last[words[-1]] > 1 else words[-1:])
+        for key, words in names.items()
+    }
 
 
 def spelled(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from string import Template
 from xml.sax.saxutils import escape
 
 from rayfed import __version__
@@ -27,7 +28,7 @@ HEADINGS = {
     "mix": "Ranks and densities",
 }
 GAP_HEADING = "Gap and traffic"  # in place of the first one, where the measure is a gap
-STYLE = Path(__file__).with_name("page.css")
+TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def page(
@@ -46,13 +47,12 @@ def page(
         "traffic": _table(table.parts(comparison, ledgers), caption=False),
         "mix": _table(table.mix(comparison)),
     }
-    for section, heading in HEADINGS.items():
+    headings = {**HEADINGS, "curves": GAP_HEADING} if comparison.measure.lower_is_better else HEADINGS
+    for section, heading in headings.items():
         here = [plot for plot in plots if plot.section == section]
         if not here and section != "mix":
             continue
-        body.append(
-            f"<h2>{GAP_HEADING if section == 'curves' and comparison.measure.lower_is_better else heading}</h2>"
-        )
+        body.append(f"<h2>{heading}</h2>")
         if any(plot.shared_legend for plot in here):
             body.append(_legend(comparison, styles))
         body += [_figures(here), tables.get(section, "")]
@@ -64,20 +64,11 @@ def page(
         body += [f"<h3>{_text(name)}</h3>" if len(runs) > 1 else "", _facts(table.facts(run)), _figures(figures)]
     if not single:
         body.append('<p class="note">Figures of a single run: <code>rayfed report</code> with its directory.</p>')
-    body += [
-        "<h2>How to read this</h2>",
-        *(f"<p class='note'>{_text(line)}</p>" for line in _explanations(comparison, link)),
-    ]
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"/>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"/>'
-        f'<meta name="generator" content="rayfed {__version__}"/>'
-        f"<title>{_text(title)}</title><style>{css()}\n{STYLE.read_text()}</style></head>\n<body><main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main></body></html>\n"
-    )
+    body.append("<h2>How to read this</h2>")
+    body += [f"<p class='note'>{_text(line)}</p>" for line in _explanations(comparison, link)]
+    template = Template(TEMPLATE.read_text(encoding="utf-8"))
+    content = "\n".join(part for part in body if part)
+    return template.substitute(version=__version__, title=_text(title), colors=css(), body=content)
 
 
 def _title(comparison: Comparison) -> str:

@@ -19,8 +19,7 @@ from rayfed.tracking.wandb_sink import WandbSink
 if TYPE_CHECKING:
     from rayfed.config.execution import Tracking
 
-__all__ = ["EventSink", "Record", "RunInfo", "Sink", "SinkList", "Table", "Value"]
-__all__ += ["open_console", "open_sinks", "read_metrics"]
+__all__ = ["Record", "RunInfo", "Sink", "SinkList", "Table", "Value", "open_console", "open_sinks", "read_metrics"]
 
 
 def open_sinks(settings: Tracking, out: Path) -> SinkList:
@@ -30,8 +29,7 @@ def open_sinks(settings: Tracking, out: Path) -> SinkList:
     """
     events = EventSink(Path(out) / "events.log")
     sinks: list[Sink] = [JsonlSink(Path(out) / "metrics.jsonl"), events]
-    mode = wandb_mode(settings)
-    if mode != "off":
+    if (mode := wandb_mode(settings)) != "off":
         sinks.append(WandbSink(settings, mode, notify=events.event))
     return SinkList(*sinks)
 

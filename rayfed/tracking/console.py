@@ -86,9 +86,10 @@ class PlainView:
             self._write(line)
 
     def row(self, number: int, cells: dict[str, str], eta: float) -> None:
-        """One line for round ``number``: ``cells`` has texts for `round` and each of COLUMNS. Repeats the names at times.
+        """One line for round ``number``: ``cells`` has a text for `round` and each of COLUMNS.
 
-        ``eta`` is the time left in seconds; the plain view shows it as a cell only.
+        Repeats the column names at times. ``eta`` is the time left in seconds, which the plain view shows as
+        a cell only.
         """
         place = cells["round"]
         if self._rows % HEADING_EVERY == 0:

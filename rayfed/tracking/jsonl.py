@@ -27,13 +27,11 @@ class JsonlSink(Sink):
 
     def start(self, info: RunInfo) -> None:
         """Drops the lines after round ``info.start``. UserError unless every earlier round has one line, in order."""
-        records = _records(self.path) if info.start else []  # a new run ignores the contents of the file
-        earlier = [(record["round"], line) for record, line in records if record["round"] <= info.start]
-        if [number for number, _ in earlier] != list(range(1, info.start + 1)):
-            raise UserError(
-                f"{self.path}: its lines up to round {info.start} are not one for each round, in order; "
-                f"resuming after round {info.start} needs all of them"
-            )
+        start = info.start
+        records = _records(self.path) if start else []  # a new run ignores the contents of the file
+        earlier = [(record["round"], line) for record, line in records if record["round"] <= start]
+        if [number for number, _ in earlier] != list(range(1, start + 1)):
+            raise UserError(f"{self.path}: resuming after round {start} needs a line for each earlier round, in order")
         atomic_write(self.path, "".join(f"{line}\n" for _, line in earlier))
         self._file = self.path.open("ab", buffering=0)
 

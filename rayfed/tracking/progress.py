@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 import rich.table
 from rich.console import Console
@@ -45,7 +45,7 @@ class RichView:
     def row(self, number: int, cells: dict[str, str], eta: float) -> None:
         """Moves the bar to round ``number``. ``eta`` is the time left in seconds."""
         stats = f"loss {cells['loss']}  accuracy {cells['accuracy']}  {cells['total MB']} MB"
-        fields = {"place": cells["round"], "stats": stats, "left": Countdown(eta)}
+        fields: dict[str, Any] = {"place": cells["round"], "stats": stats, "left": Countdown(eta)}
         self._progress.update(TaskID(0), completed=number, refresh=True, **fields)
 
     def note(self, text: str) -> None:

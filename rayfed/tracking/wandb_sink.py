@@ -77,7 +77,8 @@ class WandbSink(Sink):
         try:
             call()
         except (Exception, SystemExit) as error:  # wandb calls sys.exit when its helper process ends badly
-            self._notify(f"wandb: {what} failed, the run continues without W&B ({type(error).__name__}: {first_line(error)})")
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            self._notify(f"wandb: {what} failed, the run continues without W&B ({reason})")
             run, self._run = self._run, None
             if run is not None:
                 self._attempt("finish", lambda: run.finish(exit_code=1))

@@ -11,17 +11,8 @@ from pathlib import Path
 import pytest
 
 from rayfed.config.execution import Tracking
-from rayfed.tracking import (
-    EventSink,
-    Record,
-    RunInfo,
-    Sink,
-    SinkList,
-    Table,
-    open_console,
-    open_sinks,
-    read_metrics,
-)
+from rayfed.tracking import Record, RunInfo, Sink, SinkList, Table, open_console, open_sinks, read_metrics
+from rayfed.tracking.events import EventSink
 from rayfed.tracking.jsonl import JsonlSink
 from rayfed.tracking.wandb_sink import WandbSink
 
@@ -140,8 +131,10 @@ def test_open_console_follows_the_setting(capsys: pytest.CaptureFixture[str], tm
 def test_importing_loads_nothing_heavy() -> None:
     code = (
         "import sys, rayfed.tracking as t, pathlib\n"
-        "from rayfed.tracking.console import ConsoleSink\nfrom rayfed.tracking.jsonl import JsonlSink\n"
-        "ConsoleSink('plain'); t.EventSink(pathlib.Path('x')); JsonlSink(pathlib.Path('y'))\n"
+        "from rayfed.tracking.console import ConsoleSink\n"
+        "from rayfed.tracking.events import EventSink\n"
+        "from rayfed.tracking.jsonl import JsonlSink\n"
+        "ConsoleSink('plain'); EventSink(pathlib.Path('x')); JsonlSink(pathlib.Path('y'))\n"
         "print([m for m in ('wandb', 'torch', 'ray', 'rich', 'pydantic', 'numpy') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
