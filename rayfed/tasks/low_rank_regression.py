@@ -130,6 +130,9 @@ class LowRankRegression(Task):
         losses = 0.5 * (outputs - labels).square().flatten(1).sum(1)
         return losses, torch.ones_like(losses)
 
+    def metric_keys(self, eval: Eval) -> tuple[str, ...]:
+        return "eval/loss", "eval/gap"
+
     def exact_metrics(self, federation: Federation, changes: Mapping[str, LowRank | Tensor]) -> dict[str, float] | None:
         """`eval/loss`: F(W). `eval/gap`: the share of the initial gap F(0) - F(W*) that is left."""
         (change,) = changes.values()

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from rayfed.config.method import Lora
     from rayfed.config.training import Eval, Server
 
+LISTS = ("recall_per_class", "confusion_matrix")  # the metrics that are not one number
+
 
 @dataclass(frozen=True)
 class TextClassification(Task):
@@ -121,7 +123,11 @@ class TextClassification(Task):
         }
 
     def metric_names(self) -> tuple[str, ...]:
-        return "accuracy", "macro_f1", "recall_per_class", "confusion_matrix"
+        return "accuracy", "macro_f1", *LISTS
+
+    def metric_keys(self, eval: Eval) -> tuple[str, ...]:
+        keys = [key for key in super().metric_keys(eval) if not any(name in key for name in LISTS)]
+        return (*keys, *(["test/accuracy_clients"] if eval.clients else []))
 
     def save_tokenizer(self, folder: Path) -> None:
         load_tokenizer(self.model).save_pretrained(folder)
