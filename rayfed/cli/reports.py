@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from rayfed.errors import UserError
@@ -41,11 +42,11 @@ def write_page(out: Path) -> None:
 
     The results are already on the disk. So an error here changes neither the results nor the exit code.
     """
-    from rayfed.reports import figures_available, read, write_report
-    from rayfed.tracking import EventSink
+    from rayfed.reports import read, write_report
+    from rayfed.tracking.events import EventSink
 
     events = EventSink(out / "events.log")
-    if not figures_available():
+    if find_spec("matplotlib") is None:
         events.event(f"no {PAGE}: matplotlib is not installed (pip install 'rayfed[report]')")
         return
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rayfed.errors import RunError, UserError
+from rayfed.errors import RunError, UserError, first_line
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -43,6 +43,5 @@ def _workspace(options: argparse.Namespace) -> None:
         try:
             workspace.save()
         except Exception as error:
-            line = (str(error).splitlines() or [""])[0]
-            raise RunError(f"workspace: not saved ({type(error).__name__}: {line})") from None
+            raise RunError(f"workspace: not saved ({type(error).__name__}: {first_line(error)})") from None
         print(f"workspace {workspace.url}")

@@ -9,7 +9,6 @@ Neither needs torch or Ray. Only `write_report` needs matplotlib (the extra `rep
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 
 from rayfed.reports.compare import Comparison, compare
@@ -17,7 +16,7 @@ from rayfed.reports.runs import find_runs
 from rayfed.reports.table import summary
 from rayfed.reports.traffic import Link, parse_link
 
-__all__ = ["Comparison", "Link", "figures_available", "parse_link", "read", "summary", "write_report"]
+__all__ = ["Comparison", "Link", "parse_link", "read", "summary", "write_report"]
 
 
 def read(folders: Iterable[str | Path], target: float | None = None) -> Comparison:
@@ -28,11 +27,6 @@ def read(folders: Iterable[str | Path], target: float | None = None) -> Comparis
     """
     runs, notes = find_runs(folders)
     return compare(runs, notes, target)
-
-
-def figures_available() -> bool:
-    """Whether matplotlib is installed, which `write_report` needs."""
-    return find_spec("matplotlib") is not None
 
 
 def write_report(comparison: Comparison, out: Path, link: Link | None = None, files: bool = True) -> Path:

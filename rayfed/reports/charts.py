@@ -6,7 +6,7 @@ legend serves several figures; in a file a figure stands alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from statistics import mean
 from typing import Any
@@ -22,12 +22,12 @@ from rayfed.tracking.format import megabytes
 FEW = 12  # points of a line that gets markers
 WIDE = 6.0  # ratio of largest to smallest traffic above which the axis of bytes is a log axis
 LONG = 28  # characters of a name beside a bar
-X = Callable[[Run], Mapping[int, float]]
+X = Mapping[Run, Mapping[int, float]]  # run -> round -> place on the x axis
 
 
 def curves(comparison: Comparison, styles: Styles, x: X | None, label: str, named: bool) -> Any:
     """The measure against rounds, or against ``x`` of each round: means with a band over seeds, the target dotted."""
-    figure, axes = drawing.blank(_height(styles, named))
+    figure, axes = _blank(styles, named)
     measure = comparison.measure
     groups = sorted(comparison.groups, key=lambda group: group in styles)  # the grey lines are drawn first
     drawn = {group: curve(group.counted, measure.key, x) for group in groups}
@@ -36,8 +36,7 @@ def curves(comparison: Comparison, styles: Styles, x: X | None, label: str, name
         axes.axhline(comparison.target, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
     _measure_axis(axes, measure)
     _x_axis(axes, label, [] if x is None else [own.x[-1] for own in drawn.values() if own.x], whole=x is None)
-    if named:
-        _group_legend(axes, handles, styles)
+    _group_legend(axes, handles, styles if named else {})
     return figure
 
 
@@ -49,7 +48,7 @@ def lines(series: Mapping[str, Mapping[int, float]], percent: bool, log: bool) -
         shown = marker if len(points) <= FEW else None
         handles += axes.plot(list(points), list(points.values()), color=color, linestyle=dash, marker=shown)
     if percent:
-        drawing.percent_axis(axes.yaxis, log)
+        drawing.number_axis(axes.yaxis, percent=True, log=log)
     _x_axis(axes, "round", whole=True)
     drawing.legend(axes, handles, list(series))
     return figure
@@ -57,12 +56,8 @@ def lines(series: Mapping[str, Mapping[int, float]], percent: bool, log: bool) -
 
 def pareto(comparison: Comparison, styles: Styles, named: bool) -> Any:
     """One point per group: the measure against bytes. Points of the Pareto front are filled and joined."""
-    figure, axes = drawing.blank(_height(styles, named))
-    points = {
-        group: (size / 1e6, score)
-        for group in comparison.groups
-        if (size := group.mean(lambda r: r.best_bytes)) is not None and (score := group.score) is not None
-    }
+    figure, axes = _blank(styles, named)
+    points = {group: (size / 1e6, score) for group, (size, score) in comparison.points.items()}
     front = comparison.front
     xs, ys = zip(*(points[group] for group in front))
     axes.plot(xs, ys, color=INK, linewidth=0.8, drawstyle="steps-post")
@@ -73,14 +68,13 @@ def pareto(comparison: Comparison, styles: Styles, named: bool) -> Any:
         (handles[group],) = axes.plot([x], [y], style.marker, color=style.color, markerfacecolor=face, markersize=7)
     _measure_axis(axes, comparison.measure)
     _x_axis(axes, "MB both ways up to that round", [x for x, _ in points.values()])
-    if named:
-        _group_legend(axes, handles, styles)
+    _group_legend(axes, handles, styles if named else {})
     return figure
 
 
 def entries(styles: Styles, way: str, named: bool) -> Any:
     """Entries sent ``way`` (`down` or `up`) per client, against rounds. Means over the seeds."""
-    figure, axes = drawing.blank(_height(styles, named))
+    figure, axes = _blank(styles, named)
     handles = {}
     for group, style in styles.items():
         seeds = [entries_per_client(run, way) for run in group.counted]
@@ -89,10 +83,9 @@ def entries(styles: Styles, way: str, named: bool) -> Any:
         (handles[group],) = axes.plot(shared, means, color=style.color, linestyle=style.dash)
     axes.set_ylim(bottom=0)
     _x_axis(axes, "round", whole=True)
-    drawing.plain_axis(axes.yaxis)
+    drawing.number_axis(axes.yaxis)
     axes.set_ylabel("entries")
-    if named:
-        _group_legend(axes, handles, styles)
+    _group_legend(axes, handles, styles if named else {})
     return figure
 
 
@@ -142,7 +135,7 @@ def ranks(styles: Styles) -> Any:
     height = 1.2 + 0.3 * len(shares) + 0.17 * len(parts)
     figure, axes = _stacked_bars(height, names, parts, edgecolor=PAPER, linewidth=0.5)
     axes.set_xlim(0, 1)
-    drawing.percent_axis(axes.xaxis)
+    drawing.number_axis(axes.xaxis, percent=True)
     return figure
 
 
@@ -179,14 +172,14 @@ def _bar_names(axes: Any, names: Sequence[str]) -> None:
 
 
 def _measure_axis(axes: Any, measure: Measure) -> None:
-    drawing.percent_axis(axes.yaxis, log=measure is GAP)
+    drawing.number_axis(axes.yaxis, percent=True, log=measure is GAP)
     axes.set_ylabel(measure.label)
 
 
 def _x_axis(axes: Any, label: str, sizes: Sequence[float] = (), whole: bool = False) -> None:
     """The x axis, on a log scale if ``sizes`` differ widely."""
     log = len(sizes) > 1 and min(sizes) > 0 and max(sizes) / min(sizes) > WIDE
-    drawing.plain_axis(axes.xaxis, log, whole)
+    drawing.number_axis(axes.xaxis, log=log, whole=whole)
     axes.set_xlabel(label + (" (log scale)" if log else ""))
 
 
@@ -195,5 +188,5 @@ def _group_legend(axes: Any, handles: Mapping[RunGroup, Any], styles: Styles) ->
     drawing.legend(axes, [handles[group] for group in named], [group.label for group in named])
 
 
-def _height(styles: Styles, named: bool) -> float:
-    return 3.0 + (0.17 * len(styles) if named else 0.0)
+def _blank(styles: Styles, named: bool) -> Any:
+    return drawing.blank(3.0 + (0.17 * len(styles) if named else 0.0))

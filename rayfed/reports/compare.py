@@ -14,7 +14,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from rayfed.errors import UserError
-from rayfed.reports.labels import differing_settings, labels_of
+from rayfed.reports.labels import differing_settings, labels_of, printable
 from rayfed.reports.runs import Run, listed
 
 CLOSE = 0.95  # the default target, as a share of the best result
@@ -36,13 +36,11 @@ class Measure:
     def better(self, a: float, b: float) -> bool:
         return a < b if self.lower_is_better else a > b
 
-    def reaches(self, value: float, target: float) -> bool:
-        return value <= target if self.lower_is_better else value >= target
-
 
 ACCURACY = Measure("eval/accuracy", "test/accuracy", "validation accuracy")
 TEST_ONLY = Measure("test/accuracy", None, "test accuracy", selects_round=False)
 GAP = Measure("eval/gap", None, "share of the gap left", lower_is_better=True, selects_round=False)
+MEASURES = (GAP, ACCURACY, TEST_ONLY)  # the first one that all runs have counts
 
 
 @dataclass(frozen=True)
@@ -99,6 +97,11 @@ class RunGroup:
         return self._mean_of_all(lambda r: r.value)
 
     @property
+    def best_bytes(self) -> float | None:
+        """Mean bytes up to the best round, over the seeds that have one."""
+        return self.mean(lambda r: r.best_bytes)
+
+    @property
     def target_bytes(self) -> float | None:
         """Mean bytes to the target; None if a seed did not reach it."""
         return self._mean_of_all(lambda r: r.target_bytes)
@@ -133,15 +136,23 @@ class Comparison:
         return sorted(self.groups, key=lambda g: (g.score is None, sign * (g.score or 0.0)))
 
     @property
+    def points(self) -> dict[RunGroup, tuple[float, float]]:
+        """Group -> (bytes up to the best round, score), for the groups with a score."""
+        return {
+            group: (size, score)
+            for group in self.groups
+            if (size := group.best_bytes) is not None and (score := group.score) is not None
+        }
+
+    @property
     def front(self) -> list[RunGroup]:
         """The Pareto front of score and bytes up to the best round, fewest bytes first."""
-        points = [(g.mean(lambda r: r.best_bytes), g.score, g) for g in self.ranked]
-        known = [(size, score, g) for size, score, g in points if size is not None and score is not None]
-        front, best = [], None
-        for _, score, group in sorted(known, key=lambda point: point[0]):  # of equal sizes the best comes first
-            if best is None or self.measure.better(score, best):
+        points, front = self.points, []
+        best = None
+        for group in sorted((g for g in self.ranked if g in points), key=lambda g: points[g][0]):
+            if best is None or self.measure.better(points[group][1], best):  # of equal sizes the best comes first
                 front.append(group)
-                best = score
+                best = points[group][1]
         return front
 
 
@@ -166,7 +177,7 @@ def compare(runs: Sequence[Run], notes: Sequence[str] = (), target: float | None
     measure = measure_of(runs)
     members = _members(runs)
     differing = differing_settings([group[0] for group in members])
-    labels = labels_of(members, differing)
+    labels = [printable(label) for label in labels_of(members, differing)]
 
     def grouped(goal: float | None) -> tuple[RunGroup, ...]:
         groups = []
@@ -183,19 +194,11 @@ def compare(runs: Sequence[Run], notes: Sequence[str] = (), target: float | None
 
 def measure_of(runs: Sequence[Run]) -> Measure:
     """The measure that all runs have. UserError if there is none."""
-    known = [run.known_answer for run in runs]
-    if all(known):
-        return GAP
-    if any(known):
-        one, other = runs[known.index(True)], runs[known.index(False)]
-        raise UserError(
-            f"DIR: {one.folder} has a known answer and {other.folder} has not, so they have no measure in common"
-        )
-    for measure in (ACCURACY, TEST_ONLY):
-        if all(run.series(measure.key) for run in runs):
+    for measure in MEASURES:
+        if all(run.measured(measure.key) for run in runs):
             return measure
-    tested = [run for run in runs if not run.series(TEST_ONLY.key)]
-    raise UserError(f"DIR: {tested[0].folder if tested else runs[0].folder} has no accuracy in common with the others")
+    found = listed("run", [str(run.folder) for run in runs])
+    raise UserError(f"DIR: got {found}, but they have none of {', '.join(m.key for m in MEASURES)} in common")
 
 
 def default_target(measure: Measure, groups: Sequence[RunGroup]) -> float | None:
@@ -216,7 +219,7 @@ def summarise(run: Run, measure: Measure, target: float | None) -> RunSummary:
     elif series and not run.diverged(measure.key):
         at = max(series)
     reports = run.series(measure.report) if measure.report else series
-    reached = next((t for t, value in series.items() if target is not None and measure.reaches(value, target)), None)
+    reached = next((t for t, value in series.items() if target is not None and not measure.better(target, value)), None)
     return RunSummary(
         round=at,
         value=None if at is None else series[at],
@@ -231,10 +234,10 @@ def summarise(run: Run, measure: Measure, target: float | None) -> RunSummary:
     )
 
 
-def curve(runs: Sequence[Run], key: str, x: Callable[[Run], Mapping[int, float]] | None = None) -> Curve:
+def curve(runs: Sequence[Run], key: str, x: Mapping[Run, Mapping[int, float]] | None = None) -> Curve:
     """The metric ``key`` against rounds, or against ``x`` of each round, at the rounds where every run has both."""
     ys = [run.series(key) for run in runs]
-    xs = [x(run) if x else {t: float(t) for t in y} for run, y in zip(runs, ys)]
+    xs = [x[run] if x else {t: float(t) for t in y} for run, y in zip(runs, ys)]
     shared = [t for t in ys[0] if all(t in known for known in (*ys, *xs))]
     columns = [[y[t] for y in ys] for t in shared]
     return Curve(
@@ -256,17 +259,13 @@ def _unfinished(groups: Sequence[RunGroup]) -> Iterator[str]:
 
 def _evaluated(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     """The runs with an evaluation, and a note on the trials without one. UserError for another run without one."""
-    evaluated, without = [], []
-    for run in runs:
-        if run.known_answer or run.series(ACCURACY.key) or run.series(TEST_ONLY.key):
-            evaluated.append(run)
-        elif run.trial:
-            without.append(run.folder.name)
-        else:
-            raise UserError(f"DIR: got {str(run.folder)!r}, but that run has not been evaluated yet")
-    if not evaluated:
-        raise UserError(f"DIR: {listed('trial', without)}, but none has been evaluated yet")
-    return evaluated, [f"{listed('trial', without)} left out, not evaluated yet"] if without else []
+    without = [run for run in runs if not any(run.measured(measure.key) for measure in MEASURES)]
+    if given := [run.folder for run in without if not run.trial]:
+        raise UserError(f"DIR: got {str(given[0])!r}, but that run has not been evaluated yet")
+    trials = listed("trial", [run.folder.name for run in without])
+    if len(without) == len(runs):
+        raise UserError(f"DIR: {trials}, but none has been evaluated yet")
+    return [run for run in runs if run not in without], [f"{trials} left out, not evaluated yet"] if without else []
 
 
 def _members(runs: Sequence[Run]) -> list[list[Run]]:

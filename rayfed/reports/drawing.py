@@ -38,7 +38,6 @@ COLORS = tuple(light for light, _ in SERIES)
 DASHES = {"-": "", "--": "6 3", "-.": "7 3 1.5 3", ":": "1.5 3"}  # matplotlib's name -> SVG's dash array
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 VARIABLES = {color: name for name, color in LIGHT.items()} | {color: f"s{i}" for i, color in enumerate(COLORS)}
-MISSING = "matplotlib: not installed, and figures need it; pip install 'rayfed[report]'"
 SIZE = (4.6, 3.2)  # inches; small, so that the text stays readable on a phone
 SHORT = 24  # characters of a legend entry that leaves room for a second column
 FEW_DECADES = 100.0  # largest over smallest value of a log axis that gets numbers within a decade
@@ -99,7 +98,7 @@ def drawing() -> Iterator[None]:
     try:
         import matplotlib
     except ImportError:
-        raise UserError(MISSING) from None
+        raise UserError("matplotlib: not installed, and figures need it; pip install 'rayfed[report]'") from None
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # hides the message that it builds its font cache
     with matplotlib.rc_context(), warnings.catch_warnings():
         # matplotlib's font may lack a character of a name; the fonts of the page have it.
@@ -127,9 +126,7 @@ def inline_svg(figure: Any, name: str, title: str, description: str) -> str:
     head, _, body = text.partition(">")
     box = re.search(r'viewBox="([^"]*)"', head)
     assert box is not None, "matplotlib writes a viewBox"
-    body = re.sub(r'\bid="', f'id="{name}-', body)
-    body = re.sub(r"url\(#", f"url(#{name}-", body)
-    body = re.sub(r'xlink:href="#', f'href="#{name}-', body)
+    body = re.sub(r'\bid="|url\(#|xlink:href="#', rf"\g<0>{name}-", body).replace("xlink:href=", "href=")
     for color, variable in VARIABLES.items():
         body = body.replace(color, f"var(--{variable})")
     return (
@@ -155,35 +152,23 @@ def swatch(color: str, dash: str) -> str:
     )
 
 
-def percent_axis(axis: Any, log: bool = False) -> None:
-    """Formats shares as percent. ``log``: on a log axis."""
-    from matplotlib.ticker import FuncFormatter
+def number_axis(axis: Any, percent: bool = False, log: bool = False, whole: bool = False) -> None:
+    """Formats numbers without exponents: 0.1, 1, 10; with ``percent``, shares as percent.
+
+    ``log``: a log scale with a number at every power of ten, within few decades also at 2 and 5 times a power of ten.
+    ``whole``: integers only, for rounds.
+    """
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     if log:
-        _log_scale(axis)
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g} %"))
-
-
-def plain_axis(axis: Any, log: bool = False, whole: bool = False) -> None:
-    """Formats numbers without exponents: 0.1, 1, 10. ``log``: on a log axis. ``whole``: integers only, for rounds."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    if log:
-        _log_scale(axis)
+        axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+        low, high = sorted(axis.get_view_interval())
+        few = low > 0 and high / low < FEW_DECADES
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+        axis.set_minor_formatter(NullFormatter())
     elif whole:
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-
-
-def _log_scale(axis: Any) -> None:
-    """A log scale with a number at every power of ten. Within few decades also at 2 and 5 times a power of ten."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    low, high = sorted(axis.get_view_interval())
-    few = low > 0 and high / low < FEW_DECADES
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(lambda value, _: f"{100 * value:.6g} %" if percent else f"{value:,.6g}")
 
 
 def legend(axes: Any, handles: Sequence[Any], names: Sequence[str]) -> None:

@@ -16,6 +16,11 @@ from rayfed.reports.traffic import DIRECTIONS, Link
 
 UNLIKE = 0.02  # difference in the share of the uplink above which each direction has its own figure
 ALIKE = 1.05  # ratio of largest to smallest traffic below which no Pareto front is drawn
+WAYS = (  # name of the figure, metric, and the direction in words
+    ("bytes", "bytes/total", "both ways", ""),
+    ("bytes-down", "bytes/down", "down", ", server to clients"),
+    ("bytes-up", "bytes/up", "up", ", clients to server"),
+)
 UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
@@ -48,9 +53,10 @@ def plots(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link |
             "Up to the first evaluated round that reached the target. Means over the seeds, if all of them reached it."
         )
         yield Plot("target", "target", title, caption, partial(charts.target, styles))
-    if len(comparison.groups) > 2 and comparison.front and _sizes_differ(comparison):
+    sizes = [size for size, _ in comparison.points.values()]
+    if len(comparison.groups) > 2 and sizes and max(sizes) > ALIKE * min(sizes):
         caption = "Filled points are the Pareto front: no other point is better in both."
-        title = f"{_capital(measure.label)} and MB up to that round"
+        title = f"{measure.label.capitalize()} and MB up to that round"
         yield Plot("pareto", "pareto", title, caption, partial(charts.pareto, comparison, styles), True)
     yield from _heat_maps(comparison)
     runs = [run for group in styles for run in group.counted]
@@ -72,7 +78,7 @@ def run_plots(run: Run, number: int) -> Iterator[Plot]:
     tier, clients = "test/accuracy_rank_", "test/accuracy_clients"
     tiers = dict.fromkeys(key for record in run.rounds for key in record if key.startswith(tier))
     plots: tuple[tuple[str, str, str, dict[str, str]], ...] = (
-        ("", "Gap against rounds" if run.known_answer else "Accuracy against rounds", "", {
+        ("", "Gap against rounds" if run.measured("eval/gap") else "Accuracy against rounds", "", {
             "share of the gap left": "eval/gap",
             "validation": "eval/accuracy",
             "test": "test/accuracy",
@@ -92,40 +98,32 @@ def run_plots(run: Run, number: int) -> Iterator[Plot]:
     )  # fmt: skip
     for suffix, title, caption, keys in plots:
         if series := {name: points for name, key in keys.items() if (points := run.series(key))}:
-            draw = partial(charts.lines, series, percent=suffix != "-loss", log=not suffix and run.known_answer)
+            draw = partial(charts.lines, series, percent=suffix != "-loss", log="share of the gap left" in series)
             yield Plot(f"run-{number}{suffix}", f"run-{number}", title, caption, draw)
 
 
 def _curves(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link | None) -> Iterator[Plot]:
-    label = _capital(comparison.measure.label)
+    label = comparison.measure.label.capitalize()
     counted = [run for group in comparison.groups for run in group.counted]
-    seeds = len(counted) > len(comparison.groups)
-    band = " The band reaches from the lowest to the highest seed." if seeds else ""
-    draw = partial(charts.curves, comparison, styles)
-    title = f"{label} against rounds"
-    yield Plot("rounds", "curves", title, f"After each round.{band}", partial(draw, None, "round"), True)
-    ways = (
-        ("bytes/total", "both ways", ""),
-        ("bytes/down", "down", ", server to clients"),
-        ("bytes/up", "up", ", clients to server"),
-    )
-    for key, words, detail in ways if _directions_differ(comparison) else ways[:1]:
-        sizes = {run: _megabytes(run, key) for run in counted}
-        name = key.replace("/", "-").removesuffix("-total")
-        caption = f"All bytes {words}{detail}, of all clients.{band}"
-        title = f"{label} against MB {words}"
-        yield Plot(name, "curves", title, caption, partial(draw, sizes.__getitem__, f"MB {words}"), True)
+    band = " The band reaches from the lowest to the highest seed." if len(counted) > len(comparison.groups) else ""
+
+    def plot(name: str, what: str, caption: str, axis: str, x: charts.X | None = None) -> Plot:
+        draw = partial(charts.curves, comparison, styles, x, axis)
+        return Plot(name, "curves", f"{label} against {what}", f"{caption}{band}", draw, True)
+
+    yield plot("rounds", "rounds", "After each round.", "round")
+    shares = [(g.mean(lambda r: r.up) or 0.0) / (g.mean(lambda r: r.bytes) or 1.0) for g in comparison.groups]
+    for name, key, words, detail in WAYS if max(shares) - min(shares) > UNLIKE else WAYS[:1]:
+        totals = {run: run.series(key) if key == "bytes/total" else run.cumulative(key) for run in counted}
+        sizes = {run: {t: size / 1e6 for t, size in own.items()} for run, own in totals.items()}
+        yield plot(name, f"MB {words}", f"All bytes {words}{detail}, of all clients.", f"MB {words}", sizes)
     if link is not None and all(run in ledgers for run in counted):
         seconds = {run: ledgers[run].seconds(link) for run in counted}
         longest = max(max(own.values(), default=0.0) for own in seconds.values())
         unit, length = next((unit for unit in UNITS if longest >= 2 * unit[1]), UNITS[-1])
         times = {run: {t: value / length for t, value in own.items()} for run, own in seconds.items()}
-        caption = (
-            f"Every client has its own link of {link}; a round waits for its slowest client. Transfers only.{band}"
-        )
-        title = f"{label} against simulated time"
-        draw = partial(draw, times.__getitem__, f"{unit} of transfer")
-        yield Plot("link-time", "curves", title, caption, draw, True)
+        caption = f"Every client has its own link of {link}; a round waits for its slowest client. Transfers only."
+        yield plot("link-time", "simulated time", caption, f"{unit} of transfer", times)
 
 
 def _heat_maps(comparison: Comparison) -> Iterator[Plot]:
@@ -134,30 +132,7 @@ def _heat_maps(comparison: Comparison) -> Iterator[Plot]:
     for grid in heat_map.heat_maps(comparison):
         among = ", ".join(grid.chosen_among)
         best = f" Each cell shows the best {among} by {measure.label}." if among else ""
-        name, title = "density-rank", "Density and rank"
-        if grid.method:
-            name, title = f"{name}-{grid.method}", f"{title}, {grid.method}"
+        name = f"density-rank-{grid.method}" if grid.method else "density-rank"
+        title = f"Density and rank, {grid.method}" if grid.method else "Density and rank"
         caption = f"Large number: {shown}, mean over seeds. Small number: MB both ways.{best}"
         yield Plot(name, "grid", title, caption, partial(heat_map.draw, comparison, grid))
-
-
-def _megabytes(run: Run, key: str) -> dict[int, float]:
-    """Round -> MB up to and including that round."""
-    sizes = run.series(key) if key == "bytes/total" else run.cumulative(key)
-    return {t: size / 1e6 for t, size in sizes.items()}
-
-
-def _directions_differ(comparison: Comparison) -> bool:
-    """Whether the share of the uplink in all bytes differs between groups."""
-    shares = [(g.mean(lambda r: r.up) or 0.0) / (g.mean(lambda r: r.bytes) or 1.0) for g in comparison.groups]
-    return max(shares) - min(shares) > UNLIKE
-
-
-def _sizes_differ(comparison: Comparison) -> bool:
-    """Whether the groups' bytes differ by more than a few percent."""
-    sizes = [size for group in comparison.groups if (size := group.mean(lambda r: r.best_bytes)) is not None]
-    return bool(sizes) and max(sizes) > ALIKE * min(sizes)
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]

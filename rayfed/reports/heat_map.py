@@ -33,35 +33,28 @@ class HeatMap:
 
 def heat_maps(comparison: Comparison) -> list[HeatMap]:
     """A map for each method whose groups have several ranks and several densities."""
-    differing = comparison.differing
+    differing, groups = comparison.differing, comparison.groups
     ways = [key for key in (DOWN, UP) if key in differing]
-    if RANK not in differing or not ways:
-        return []
-    both = all(group.settings[DOWN] == group.settings[UP] for group in comparison.groups)
-    axis = "density, both ways" if both else " / ".join(f"density {key.split('.')[1]}" for key in ways)
-    if both:
-        ways = [DOWN]
-    methods = in_order([group.settings[METHOD] for group in comparison.groups])
+    axis = " / ".join(f"density {key.split('.')[1]}" for key in ways)
+    if all(group.settings[DOWN] == group.settings[UP] for group in groups):
+        ways, axis = ways[:1], "density, both ways"
+    methods = in_order([group.settings[METHOD] for group in groups])
     maps = []
     for method in methods:
         own = [group for group in comparison.ranked if group.settings[METHOD] == method]
+        places = {group: ([group.settings[key] for key in ways], group.settings[RANK]) for group in own}
         # Ordered by the density of the first direction, then of the second.
-        pairs = in_order([[group.settings[key] for key in ways] for group in own])
-        ranks = in_order([group.settings[RANK] for group in own])
-        if len(pairs) < 2 or len(ranks) < 2:
+        densities = in_order([density for density, _ in places.values()])
+        ranks = in_order([rank for _, rank in places.values()])
+        if len(densities) < 2 or len(ranks) < 2:
             continue
-        cells: dict[tuple[int, int], RunGroup] = {}
-        for group in reversed(own):  # from the worst to the best, which stays
-            place = pairs.index([group.settings[key] for key in ways]), ranks.index(group.settings[RANK])
-            cells[place] = group
-        chosen = [
-            key
-            for key in differing
-            if key not in (RANK, DOWN, UP, METHOD) and len({repr(group.settings.get(key)) for group in own}) > 1
-        ]
-        labels = [" / ".join(map(spelled, pair)) for pair in pairs]
+        # From the worst group to the best, which stays.
+        cells = {(densities.index(places[g][0]), ranks.index(places[g][1])): g for g in reversed(own)}
+        others = [key for key in differing if key not in (RANK, DOWN, UP, METHOD)]
+        chosen = [key for key in others if len({repr(group.settings.get(key)) for group in own}) > 1]
+        labels = [" / ".join(map(spelled, density)) for density in densities]
         name = method if len(methods) > 1 else None
-        maps.append(HeatMap(name, axis, labels, [spelled(rank) for rank in ranks], cells, chosen))
+        maps.append(HeatMap(name, axis, labels, list(map(str, ranks)), cells, chosen))
     return maps
 
 
@@ -73,11 +66,11 @@ def draw(comparison: Comparison, grid: HeatMap) -> Any:
     from matplotlib.patches import Rectangle
 
     measure = comparison.measure
-    values = {}
-    for place, group in grid.cells.items():
-        value = group.mean(lambda r: r.report) if measure.report else group.score
-        if value is not None:
-            values[place] = value
+    values = {
+        place: value
+        for place, group in grid.cells.items()
+        if (value := group.mean(lambda r: r.report) if measure.report else group.score) is not None
+    }
     figure, axes = blank(1.0 + 0.55 * len(grid.densities))
     low, high = (min(values.values()), max(values.values())) if values else (0.0, 1.0)
     norm = LogNorm(low, high) if measure.lower_is_better and 0 < low < high else Normalize(low, high)
@@ -92,9 +85,8 @@ def draw(comparison: Comparison, grid: HeatMap) -> Any:
         text: Any = {"ha": "center", "va": "center", "color": "#ffffff" if luminance < 0.5 else "#000000"}
         axes.text(j, i - 0.12, as_percent(value, measure), weight="bold", **text)
         axes.text(j, i + 0.24, f"{megabytes(grid.cells[i, j].mean(lambda r: r.bytes))} MB", size=7, **text)
-    axes.set(xlim=(-0.5, len(grid.ranks) - 0.5), ylim=(-0.5, len(grid.densities) - 0.5))
+    axes.set(xlim=(-0.5, len(grid.ranks) - 0.5), ylim=(len(grid.densities) - 0.5, -0.5))
     axes.set(xlabel="rank", ylabel=grid.axis)
     axes.set_xticks(range(len(grid.ranks)), grid.ranks)
     axes.set_yticks(range(len(grid.densities)), grid.densities)
-    axes.invert_yaxis()
     return figure

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from string import Template
 from xml.sax.saxutils import escape
 
 from rayfed import __version__
@@ -26,43 +28,7 @@ HEADINGS = {
     "mix": "Ranks and densities",
 }
 GAP_HEADING = "Gap and traffic"  # in place of the first one, where the measure is a gap
-STYLE = """
-*{box-sizing:border-box}
-body{margin:0 auto;padding:1rem;max-width:76rem;background:var(--paper);color:var(--ink);
-font:1rem/1.5 system-ui,sans-serif;overflow-wrap:break-word}
-h1{font-size:1.6rem;line-height:1.2;margin:.5rem 0}
-h2{font-size:1.2rem;margin:2rem 0 .5rem;border-top:1px solid var(--grid);padding-top:1rem}
-h3{font-size:1rem;margin:1.2rem 0 .3rem}
-.lead{font-size:1.1rem}
-.figures{display:grid;gap:1.5rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));align-items:start}
-figure{margin:0;max-width:38rem}
-figure>svg{display:block;width:100%;height:auto}
-figure svg text{font-family:system-ui,sans-serif}
-figcaption{font-size:.85rem}
-figcaption b{display:block;font-size:.95rem}
-.key{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;margin:.5rem 0 1rem;padding:0;font-size:.9rem}
-.key li{display:flex;align-items:center;gap:.4rem}
-.swatch{width:28px;height:12px;flex:none}
-.wide{overflow-x:auto;margin:.5rem 0}
-table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;font-size:.85rem;padding-bottom:.3rem}
-th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap;
-vertical-align:bottom}
-thead th{white-space:normal;min-width:4.2rem}
-tbody th,th:first-child{text-align:left;padding-left:0;font-weight:600;position:sticky;left:0;background:var(--paper);
-white-space:normal;min-width:min(13rem,36vw);max-width:16rem}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem .8rem;margin:.3rem 0;font-size:.88rem}
-dt{opacity:.75}dd{margin:0;overflow-wrap:anywhere}
-.note{font-size:.88rem}
-:focus-visible{outline:2px solid var(--s0);outline-offset:2px}
-@media print{
-body{max-width:none;padding:0;font-size:10pt}
-h2,h3,.key,dl{break-after:avoid}figure,tr,dl{break-inside:avoid}
-.wide{overflow:visible}table{font-size:7pt}th,td{padding:.15rem .3rem}
-.figures{grid-template-columns:1fr 1fr}
-svg,th,td{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-}
-"""
+TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def page(
@@ -81,13 +47,12 @@ def page(
         "traffic": _table(table.parts(comparison, ledgers), caption=False),
         "mix": _table(table.mix(comparison)),
     }
-    for section, heading in HEADINGS.items():
+    headings = {**HEADINGS, "curves": GAP_HEADING} if comparison.measure.lower_is_better else HEADINGS
+    for section, heading in headings.items():
         here = [plot for plot in plots if plot.section == section]
         if not here and section != "mix":
             continue
-        body.append(
-            f"<h2>{GAP_HEADING if section == 'curves' and comparison.measure.lower_is_better else heading}</h2>"
-        )
+        body.append(f"<h2>{heading}</h2>")
         if any(plot.shared_legend for plot in here):
             body.append(_legend(comparison, styles))
         body += [_figures(here), tables.get(section, "")]
@@ -99,20 +64,11 @@ def page(
         body += [f"<h3>{_text(name)}</h3>" if len(runs) > 1 else "", _facts(table.facts(run)), _figures(figures)]
     if not single:
         body.append('<p class="note">Figures of a single run: <code>rayfed report</code> with its directory.</p>')
-    body += [
-        "<h2>How to read this</h2>",
-        *(f"<p class='note'>{_text(line)}</p>" for line in _explanations(comparison, link)),
-    ]
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"/>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"/>'
-        f'<meta name="generator" content="rayfed {__version__}"/>'
-        f"<title>{_text(title)}</title><style>{css()}{STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main></body></html>\n"
-    )
+    body.append("<h2>How to read this</h2>")
+    body += [f"<p class='note'>{_text(line)}</p>" for line in _explanations(comparison, link)]
+    template = Template(TEMPLATE.read_text(encoding="utf-8"))
+    content = "\n".join(part for part in body if part)
+    return template.substitute(version=__version__, title=_text(title), colors=css(), body=content)
 
 
 def _title(comparison: Comparison) -> str:
@@ -131,7 +87,7 @@ def _lead(comparison: Comparison) -> Iterable[str]:
         return
     report = best.mean(lambda r: r.report) if measure.report else None
     tested = f", {as_percent(report, measure)} on test" if report is not None else ""
-    sent = megabytes(best.mean(lambda r: r.best_bytes))
+    sent = megabytes(best.best_bytes)
     first = f"Best is {best.label}:" if several else "Reached"
     yield f"{first} {as_percent(best.score, measure)} {measure.label}{tested}, for {sent} MB both ways."
     reached = [(size, group.label) for group in comparison.groups if (size := group.target_bytes) is not None]

@@ -44,11 +44,6 @@ class Run:
     def seed(self) -> int:
         return int(self.settings[SEED])
 
-    @property
-    def known_answer(self) -> bool:
-        """Whether the run measures the gap to a known optimum instead of an accuracy."""
-        return self.settings["data.source"] == "lowrank"
-
     def result_settings(self) -> dict[str, Any]:
         """The settings that can change the result, without the seed."""
         return {key: value for key, value in self.settings.items() if key != SEED and decides(key)}
@@ -61,6 +56,10 @@ class Run:
     def cumulative(self, key: str) -> dict[int, int]:
         """Round -> the sum of the values up to and including that round."""
         return dict(zip((r["round"] for r in self.rounds), accumulate(r[key] for r in self.rounds)))
+
+    def measured(self, key: str) -> bool:
+        """Whether the run has a value of the metric in any round, finite or not."""
+        return bool(self.series(key)) or self.diverged(key)
 
     def diverged(self, key: str) -> bool:
         """Whether the last measured value was not finite."""
@@ -96,7 +95,7 @@ def read_run(folder: Path, trial: bool = False) -> Run:
         raise UserError(
             f"DIR: got {str(folder)!r}, but it is neither a run directory (no metrics.jsonl) nor a sweep's (no trials/)"
         )
-    rounds = read_metrics(metrics) if metrics.is_file() else []
+    rounds = _rounds(folder)
     if not rounds:
         raise UserError(f"DIR: got {str(folder)!r}, but that run has no round yet")
     for record in rounds:
@@ -130,18 +129,18 @@ def natural_key(text: str) -> list[tuple[int, float, str]]:
 
 
 def _trials(folder: Path, notes: list[str]) -> list[Run]:
-    runs, without = [], []
-    for trial in sorted((p for p in (folder / "trials").iterdir() if p.is_dir()), key=lambda p: natural_key(p.name)):
-        metrics = trial / "metrics.jsonl"
-        if metrics.is_file() and read_metrics(metrics):
-            runs.append(read_run(trial, trial=True))
-        else:
-            without.append(trial.name)
-    if not runs:
+    trials = sorted((p for p in (folder / "trials").iterdir() if p.is_dir()), key=lambda p: natural_key(p.name))
+    started = [trial for trial in trials if _rounds(trial)]
+    if not started:
         raise UserError(f"DIR: got {str(folder)!r}, but no trial of that sweep has a round yet")
-    if without:
+    if without := [trial.name for trial in trials if trial not in started]:
         notes.append(f"{folder}: {listed('trial', without)} left out, without a round yet")
-    return runs
+    return [read_run(trial, trial=True) for trial in started]
+
+
+def _rounds(folder: Path) -> list[dict[str, Any]]:
+    metrics = folder / "metrics.jsonl"
+    return read_metrics(metrics) if metrics.is_file() else []
 
 
 def listed(noun: str, names: Sequence[str]) -> str:

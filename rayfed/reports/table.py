@@ -17,6 +17,7 @@ from rayfed.tracking.format import clock, megabytes
 DETAILS = ("rounds", "sparse model, best round", "test accuracy, last round", "MB down", "MB up", "target round")
 Ledgers = Mapping[Run, Traffic]
 Number = Callable[[RunSummary], float | None]
+Columns = list[tuple[str, Callable[[RunGroup], str]]]  # name and cell of each column
 
 
 def summary(comparison: Comparison, brief: bool = False) -> Table:
@@ -26,7 +27,7 @@ def summary(comparison: Comparison, brief: bool = False) -> Table:
     """
     measure, groups = comparison.measure, comparison.groups
     seeds = any(len(group.runs) > 1 for group in groups)
-    columns: list[tuple[str, Callable[[RunGroup], str]]] = [("", lambda g: g.label)]
+    columns: Columns = [("", lambda g: g.label)]
     if seeds:
         columns.append(("seeds", lambda g: _fraction(len(g.counted), len(g.runs))))
     columns.append(("rounds", lambda g: _range([run.rounds[-1]["round"] for run in g.counted])))
@@ -50,8 +51,7 @@ def summary(comparison: Comparison, brief: bool = False) -> Table:
         columns.append(("target round", lambda g: _range([r.target_round for r in g.summaries])))
     if brief:
         columns = [(name, cell) for name, cell in columns if name not in DETAILS]
-    rows = tuple(tuple(cell(group) for _, cell in columns) for group in groups)
-    return Table(_title(comparison, seeds), tuple(name for name, _ in columns), rows)
+    return _table(_title(comparison, seeds), columns, groups)
 
 
 def differing(comparison: Comparison) -> Table:
@@ -67,17 +67,11 @@ def differing(comparison: Comparison) -> Table:
 def front(comparison: Comparison) -> Table:
     """The Pareto front of accuracy and bytes, fewest bytes first."""
     measure = comparison.measure
-    columns = ["", "MB to that round", measure.label, *(["test accuracy, best round"] if measure.report else [])]
-    rows = [
-        (
-            group.label,
-            megabytes(group.mean(lambda r: r.best_bytes)),
-            _spread(group, measure, lambda r: r.value),
-            *([_spread(group, measure, lambda r: r.report)] if measure.report else []),
-        )
-        for group in comparison.front
-    ]
-    return Table("Pareto front", tuple(columns), tuple(rows))
+    columns: Columns = [("", lambda g: g.label), ("MB to that round", lambda g: megabytes(g.best_bytes))]
+    columns.append((measure.label, lambda g: _spread(g, measure, lambda r: r.value)))
+    if measure.report:
+        columns.append(("test accuracy, best round", lambda g: _spread(g, measure, lambda r: r.report)))
+    return _table("Pareto front", columns, comparison.front)
 
 
 def parts(comparison: Comparison, ledgers: Ledgers) -> Table:
@@ -141,6 +135,11 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("time of all rounds", clock(seconds)),
         *([("not finite in the last round", str(nonfinite))] if nonfinite else []),
     ]
+
+
+def _table(title: str, columns: Columns, groups: Sequence[RunGroup]) -> Table:
+    rows = (tuple(cell(group) for _, cell in columns) for group in groups)
+    return Table(title, tuple(name for name, _ in columns), tuple(rows))
 
 
 def _title(comparison: Comparison, seeds: bool) -> str:

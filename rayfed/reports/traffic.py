@@ -1,23 +1,25 @@
 """The traffic in a run's ledger: bytes by direction and part, sizes of messages, and simulated transfer time.
 
-The folder `ledger.parquet` is read with pyarrow (its columns are those of `rayfed.wire.Ledger.table`), because a report
+The folder `ledger.parquet` is read with pandas (its columns are those of `rayfed.wire.Ledger.table`), because a report
 needs no torch. Each checkpoint adds a file to the folder. So the ledger of an unfinished run may lack its last rounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from rayfed.errors import UserError
+from rayfed.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DIRECTIONS = ("down", "up")
 PARTS = ("header", "indices", "values")
-_COLUMNS = ("round", "client", "bytes", "values", "bytes_header", "bytes_indices", "bytes_values")
+_COLUMNS = ["round", "client", "direction", "bytes", "values", "bytes_header", "bytes_indices", "bytes_values"]
 
 
 @dataclass(frozen=True)
@@ -44,55 +46,41 @@ def parse_link(text: str) -> Link:
 
 @dataclass(frozen=True, eq=False)
 class Traffic:
-    """The messages of one run: name -> column of integers, one entry per message. ``up`` is true for uploads."""
+    """The messages of one run: one row per message, with the columns of the ledger that `read_traffic` reads."""
 
-    columns: Mapping[str, npt.NDArray[np.int64]]
-    up: npt.NDArray[np.bool_]
+    messages: pd.DataFrame
 
-    def bytes(self, direction: str, part: str | None = None) -> int:
-        """Bytes in one direction (`down` or `up`), or of one part of them: `header`, `indices` or `values`."""
-        column = self.columns["bytes" if part is None else f"bytes_{part}"]
-        return int(column[self._way(direction)].sum())
+    def bytes(self, direction: str, part: str) -> int:
+        """Bytes of one part (`header`, `indices` or `values`) of the messages in one direction (`down` or `up`)."""
+        return int(self._sent(direction)[f"bytes_{part}"].sum())
 
     def entries(self, direction: str) -> tuple[float, float, float] | None:
         """Smallest, median and largest number of entries per message in one direction; None without messages."""
-        values = self.columns["values"][self._way(direction)]
-        if not values.size:
-            return None
-        return float(values.min()), float(np.median(values)), float(values.max())
+        values = self._sent(direction)["values"]
+        return (values.min(), values.median(), values.max()) if len(values) else None
 
     def seconds(self, link: Link) -> dict[int, float]:
         """Round -> simulated seconds from the start to the end of the round. Only transfers take time.
 
         Every client has its own link, downloads first and then uploads. A round lasts until its slowest client is done.
         """
-        rate = np.where(self.up, link.up, link.down) * 1e6 / 8
-        pairs = np.stack([self.columns["round"], self.columns["client"]])
-        clients, of_client = np.unique(pairs, axis=1, return_inverse=True)
-        seconds = np.zeros(clients.shape[1])
-        np.add.at(seconds, of_client.ravel(), self.columns["bytes"] / rate)
-        rounds, of_round = np.unique(clients[0], return_inverse=True)
-        slowest = np.zeros(len(rounds))
-        np.maximum.at(slowest, of_round, seconds)
-        return dict(zip(rounds.tolist(), np.cumsum(slowest).tolist()))
+        rate = np.where(self.messages["direction"] == "up", link.up, link.down) * 1e6 / 8
+        seconds = self.messages.assign(seconds=self.messages["bytes"] / rate)
+        of_client = seconds.groupby(["round", "client"])["seconds"].sum()
+        return of_client.groupby("round").max().cumsum().to_dict()
 
-    def _way(self, direction: str) -> npt.NDArray[np.bool_]:
-        return self.up == (direction == "up")
+    def _sent(self, direction: str) -> pd.DataFrame:
+        return self.messages[self.messages["direction"] == direction]
 
 
 def read_traffic(folder: Path) -> Traffic | None:
     """The ledger in a run directory; None if there is none. UserError if it is damaged."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pandas as pd
 
     path = folder / "ledger.parquet"
     if not path.exists():
         return None
     try:
-        table = pq.read_table(path)
-        columns = {name: table[name].to_numpy().astype(np.int64) for name in _COLUMNS}
-        directions = table["direction"].cast(pa.string()).to_pylist()
-    except (pa.ArrowException, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0].strip("'\"")
-        raise UserError(f"{path}: not a ledger ({reason})") from None
-    return Traffic(columns, np.array([way == "up" for way in directions], dtype=bool))
+        return Traffic(pd.read_parquet(path, columns=_COLUMNS))
+    except (KeyError, OSError, ValueError) as error:  # a column is missing, or the file is no Parquet file
+        raise UserError(f"{path}: not a ledger ({first_line(error)})") from None

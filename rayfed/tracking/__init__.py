@@ -13,27 +13,13 @@ from rayfed.tracking.console import ConsoleSink
 from rayfed.tracking.events import EventSink
 from rayfed.tracking.jsonl import JsonlSink, read_metrics
 from rayfed.tracking.sinks import Record, RunInfo, Sink, SinkList, Table, Value
-from rayfed.tracking.wandb_sink import WandbSink, wandb_mode
+from rayfed.tracking.wandb_login import wandb_mode
+from rayfed.tracking.wandb_sink import WandbSink
 
 if TYPE_CHECKING:
     from rayfed.config.execution import Tracking
 
-__all__ = [
-    "ConsoleSink",
-    "EventSink",
-    "JsonlSink",
-    "Record",
-    "RunInfo",
-    "Sink",
-    "SinkList",
-    "Table",
-    "Value",
-    "WandbSink",
-    "open_console",
-    "open_sinks",
-    "read_metrics",
-    "wandb_mode",
-]
+__all__ = ["Record", "RunInfo", "Sink", "SinkList", "Table", "Value", "open_console", "open_sinks", "read_metrics"]
 
 
 def open_sinks(settings: Tracking, out: Path) -> SinkList:
@@ -43,8 +29,7 @@ def open_sinks(settings: Tracking, out: Path) -> SinkList:
     """
     events = EventSink(Path(out) / "events.log")
     sinks: list[Sink] = [JsonlSink(Path(out) / "metrics.jsonl"), events]
-    mode = wandb_mode(settings)
-    if mode != "off":
+    if (mode := wandb_mode(settings)) != "off":
         sinks.append(WandbSink(settings, mode, notify=events.event))
     return SinkList(*sinks)
 

@@ -11,7 +11,6 @@ import os
 import statistics
 import sys
 import textwrap
-import time
 from collections import deque
 from typing import TYPE_CHECKING, Literal, TextIO
 
@@ -35,25 +34,21 @@ class ConsoleSink(Sink):
         self._rounds = 0
         self._seconds: deque[float] = deque(maxlen=RECENT)
         self._accuracy: dict[str, float] = {}
-        self._clock = time.monotonic()
 
     def start(self, info: RunInfo) -> None:
         """Shows the header."""
         self._rounds = info.rounds
-        self._clock = time.monotonic()
         self._view.header(header(info), info)
 
     def round(self, record: Record) -> None:
         """Shows the round. A missing value is `-`. Keys without a column are left out."""
-        now = time.monotonic()
-        passed, self._clock = now - self._clock, now
         values = {key: float(value) for key, value in record.items() if isinstance(value, int | float)}
-        seconds = values.get("time/round_s", passed)
+        number, seconds = int(values["round"]), values["time/round_s"]
         self._seconds.append(seconds)
         self._accuracy |= {key: values[key] for key in ("eval/accuracy", "test/accuracy") if key in values}
-        number = int(values.get("round", 0))
         eta = statistics.median(self._seconds) * max(self._rounds - number, 0)
         cells = {
+            "round": round_of(number, self._rounds),
             "loss": loss(values.get("train/loss")),
             "accuracy": percent(self._accuracy.get("eval/accuracy", self._accuracy.get("test/accuracy"))),
             "down MB": megabytes(values.get("bytes/down")),
@@ -83,21 +78,20 @@ class PlainView:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._rounds = 0
         self._rows = 0
 
     def header(self, lines: list[str], info: RunInfo) -> None:
         """Writes the lines that come before the first round."""
-        self._rounds = info.rounds
         for line in lines:
             self._write(line)
 
     def row(self, number: int, cells: dict[str, str], eta: float) -> None:
-        """One line for round ``number``: ``cells`` has a text for each of COLUMNS. Repeats the column names at times.
+        """One line for round ``number``: ``cells`` has a text for `round` and each of COLUMNS.
 
-        ``eta`` is the time left in seconds; the plain view shows it as a cell only.
+        Repeats the column names at times. ``eta`` is the time left in seconds, which the plain view shows as
+        a cell only.
         """
-        place = round_of(number, self._rounds)
+        place = cells["round"]
         if self._rows % HEADING_EVERY == 0:
             self._write(" " * len(place) + "".join(f"{name:>{width}}" for name, width in COLUMNS))
         self._rows += 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from rayfed.tracking.sinks import Scalar
 
 
@@ -26,10 +24,8 @@ def megabytes(count: float | None) -> str:
     return f"{size:.{digits}f}"
 
 
-def clock(seconds: float | None) -> str:
-    """`0:31`, `12:05`, `1:02:03`, and from 100 hours on `4d 12h`. `-` also for a number that is not finite."""
-    if seconds is None or not math.isfinite(seconds):
-        return "-"
+def clock(seconds: float) -> str:
+    """`0:31`, `12:05`, `1:02:03`, and from 100 hours on `4d 12h`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 100:

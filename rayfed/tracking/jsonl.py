@@ -26,9 +26,13 @@ class JsonlSink(Sink):
         self._file: BinaryIO | None = None
 
     def start(self, info: RunInfo) -> None:
-        """Drops the lines after round ``info.start``. UserError if an earlier round has no line."""
-        lines = _rounds_up_to(info.start, self.path)
-        atomic_write(self.path, "".join(f"{line}\n" for line in lines))
+        """Drops the lines after round ``info.start``. UserError unless every earlier round has one line, in order."""
+        start = info.start
+        records = _records(self.path) if start else []  # a new run ignores the contents of the file
+        earlier = [(record["round"], line) for record, line in records if record["round"] <= start]
+        if [number for number, _ in earlier] != list(range(1, start + 1)):
+            raise UserError(f"{self.path}: resuming after round {start} needs a line for each earlier round, in order")
+        atomic_write(self.path, "".join(f"{line}\n" for _, line in earlier))
         self._file = self.path.open("ab", buffering=0)
 
     def round(self, record: Record) -> None:
@@ -80,31 +84,12 @@ def _records(path: Path) -> list[tuple[dict[str, Any], str]]:
     lines = text.removesuffix("\n").split("\n")
     records = []
     for number, line in enumerate(lines, start=1):
-        record = _parsed(line)
-        if record is not None:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("round"), int):
             records.append((record, line))
         elif number < len(lines):
             raise UserError(f"{path}: line {number} is not a JSON object with a round, so the file is damaged")
     return records
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """The record in the line, or None if the line is no JSON object with a round."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("round"), int) else None
-
-
-def _rounds_up_to(start: int, path: Path) -> list[str]:
-    """The lines of rounds 1 to ``start``. UserError if one is missing or they are not in order."""
-    if start == 0:  # a new run; the contents of the file do not matter
-        return []
-    earlier = [(record["round"], line) for record, line in _records(path) if record["round"] <= start]
-    expected, found = list(range(1, start + 1)), [number for number, _ in earlier]
-    if found != expected:
-        missing = sorted(set(expected) - set(found))
-        reason = f"round {missing[0]} is missing" if missing else "its rounds are not in order"
-        raise UserError(f"{path}: {reason}, but resuming after round {start} needs a line for each round before it")
-    return [line for _, line in earlier]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 import rich.table
 from rich.console import Console
@@ -22,38 +22,31 @@ class RichView:
 
     def __init__(self, stream: TextIO) -> None:
         self._console = Console(file=stream, force_terminal=True, highlight=False, markup=False, emoji=False)
-        self._redirect = stream is sys.stdout  # then rich prints the output of other code above the bar
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
-        self._rounds = 0
-
-    def header(self, lines: list[str], info: RunInfo) -> None:
-        """Prints the lines and starts the bar below them."""
-        for number, line in enumerate(lines):
-            self._console.print(Text(line, style="bold" if number == 0 else "dim"))
-        self._rounds = info.rounds
+        redirect = stream is sys.stdout  # then rich prints the output of other code above the bar
         self._progress = Progress(
             TextColumn("{task.fields[place]}", markup=False),
             BarColumn(bar_width=max(8, min(40, self._console.width - TEXT_WIDTH))),
             TextColumn("{task.fields[stats]}", markup=False),
             TextColumn("eta {task.fields[left]}", style="cyan", markup=False),
             console=self._console,
-            redirect_stdout=self._redirect,
-            redirect_stderr=self._redirect,
+            redirect_stdout=redirect,
+            redirect_stderr=redirect,
             refresh_per_second=2,
         )
-        place, left = round_of(info.start, info.rounds), Countdown(None)
-        self._task = self._progress.add_task(
-            "", total=info.rounds, completed=info.start, place=place, stats="", left=left
-        )
+
+    def header(self, lines: list[str], info: RunInfo) -> None:
+        """Prints the lines and starts the bar below them."""
+        for number, line in enumerate(lines):
+            self._console.print(Text(line, style="bold" if number == 0 else "dim"))
+        place = round_of(info.start, info.rounds)
+        self._progress.add_task("", total=info.rounds, completed=info.start, place=place, stats="", left="-")
         self._progress.start()
 
     def row(self, number: int, cells: dict[str, str], eta: float) -> None:
         """Moves the bar to round ``number``. ``eta`` is the time left in seconds."""
-        assert self._progress is not None, "start comes before the first round"
         stats = f"loss {cells['loss']}  accuracy {cells['accuracy']}  {cells['total MB']} MB"
-        place, left = round_of(number, self._rounds), Countdown(eta)
-        self._progress.update(self._task, completed=number, refresh=True, place=place, stats=stats, left=left)
+        fields: dict[str, Any] = {"place": cells["round"], "stats": stats, "left": Countdown(eta)}
+        self._progress.update(TaskID(0), completed=number, refresh=True, **fields)
 
     def note(self, text: str) -> None:
         """Prints an event above the bar."""
@@ -66,19 +59,17 @@ class RichView:
 
     def stop(self) -> None:
         """Ends the bar and restores the cursor, stdout and stderr."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        self._progress.stop()
 
 
 class Countdown:
     """The time left, as text. It runs down between two rounds, because rich formats it whenever it draws the bar."""
 
-    def __init__(self, seconds: float | None) -> None:
-        self._end = None if seconds is None else time.monotonic() + seconds
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
 
     def __str__(self) -> str:
-        return clock(None if self._end is None else max(0.0, self._end - time.monotonic()))
+        return clock(max(0.0, self._end - time.monotonic()))
 
 
 def rich_table(table: Table) -> rich.table.Table:

@@ -41,9 +41,6 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
-    def __post_init__(self) -> None:
-        assert all(len(row) == len(self.columns) for row in self.rows), f"{self.title}: a row lacks or adds a cell"
-
 
 class Sink:
     """Base class of all sinks; every method does nothing. A sink ignores keys that it does not know."""

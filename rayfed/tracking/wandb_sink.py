@@ -11,22 +11,20 @@ again, from `metrics.jsonl`: offline all of them, so that the newest folder is c
 from __future__ import annotations
 
 import json
-import logging
 import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from rayfed.errors import first_line
 from rayfed.files import write_json
 from rayfed.tracking.jsonl import read_metrics
 from rayfed.tracking.sinks import Record, RunInfo, Sink, Table, scalars
-from rayfed.tracking.wandb_login import logged_in, wandb_mode
+from rayfed.tracking.wandb_login import Mode, logged_in
 
 if TYPE_CHECKING:
     from rayfed.config.execution import Tracking
-
-__all__ = ["WandbSink", "wandb_mode"]
 
 SERVICE = "WANDB_SERVICE"  # names wandb's helper process; child processes inherit the variable
 QUIET = {
@@ -42,12 +40,10 @@ _started: set[str] = set()  # helper processes that sinks in this process starte
 class WandbSink(Sink):
     """One W&B run. ``notify`` gets messages for the user: where the W&B run is, and why W&B failed."""
 
-    def __init__(
-        self, settings: Tracking, mode: Literal["online", "offline"], notify: Callable[[str], None] | None = None
-    ) -> None:
+    def __init__(self, settings: Tracking, mode: Mode, notify: Callable[[str], None]) -> None:
         self._settings = settings
         self._mode = mode
-        self._notify = notify or logging.getLogger(__name__).warning
+        self._notify = notify
         self._run: Any = None
         self._info: RunInfo | None = None
         self._finished = False
@@ -81,7 +77,8 @@ class WandbSink(Sink):
         try:
             call()
         except (Exception, SystemExit) as error:  # wandb calls sys.exit when its helper process ends badly
-            self._notify(f"wandb: {what} failed, the run continues without W&B ({_first_line(error)})")
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            self._notify(f"wandb: {what} failed, the run continues without W&B ({reason})")
             run, self._run = self._run, None
             if run is not None:
                 self._attempt("finish", lambda: run.finish(exit_code=1))
@@ -95,7 +92,7 @@ class WandbSink(Sink):
         try:
             self._run = self._init(info, mode, _run_id(info))
         except (Exception, SystemExit) as error:
-            self._notify(f"wandb: {mode} start failed, trying offline ({_first_line(error)})")
+            self._notify(f"wandb: {mode} start failed, trying offline ({type(error).__name__}: {first_line(error)})")
             _release(1)
             # While other runs need the helper process, it stays alive and blocks the id of the failed run.
             self._run = self._init(info, mode := "offline", _run_id(info, fresh=SERVICE in os.environ))
@@ -192,7 +189,3 @@ def _release(exit_code: int) -> None:
     if getattr(wandb.setup(), "most_recent_active_run", None) is None:
         _started.discard(os.environ[SERVICE])
         wandb.teardown(exit_code)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]

@@ -32,7 +32,7 @@ class Points:
     x: str
     y: str
     color: str | None = None
-    higher_is_better: bool = True
+    gradient: tuple[str, str] = (WORST, BEST)  # colors of the lowest and the highest value
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     ),
     "Density and rank": (
         Points("Accuracy by density and rank", DENSITY_UP, RANK, color="final/test_accuracy"),
-        Points("Bytes by density and rank", DENSITY_UP, RANK, color="bytes/total", higher_is_better=False),
+        Points("Bytes by density and rank", DENSITY_UP, RANK, color="bytes/total", gradient=(BEST, WORST)),
         Parallel(
             "From settings to accuracy", (DENSITY_DOWN, DENSITY_UP, RANK, "bytes/total", "final/test_accuracy")
         ),
@@ -109,8 +109,7 @@ def _panel(wr: Any, panel: Panel) -> Any:
     x, y = _run_value(wr, panel.x), _run_value(wr, panel.y)
     if panel.color is None:
         return wr.ScatterPlot(title=panel.title, x=x, y=y)
-    colors = (WORST, BEST) if panel.higher_is_better else (BEST, WORST)
-    gradient = [wr.GradientPoint(color=color, offset=offset) for color, offset in zip(colors, (0, 100))]
+    gradient = [wr.GradientPoint(color=color, offset=offset) for color, offset in zip(panel.gradient, (0, 100))]
     return wr.ScatterPlot(title=panel.title, x=x, y=y, z=_run_value(wr, panel.color), gradient=gradient)
 
 

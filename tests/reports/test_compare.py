@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import stdev
@@ -112,7 +113,7 @@ def test_runs_that_differ_in_seed_alone_are_one_group(write_run: Write) -> None:
     assert row["best round"] == "2 to 3"
     assert row["test accuracy, best round"] == "70.0 ± 14.1 %"
     assert row["MB down"] == "0.0090"  # 3 rounds of 2 clients: the mean of 12,000 and 6,000 bytes
-    mean = curve(group.counted, "eval/accuracy", lambda run: run.cumulative("bytes/down"))
+    mean = curve(group.counted, "eval/accuracy", {run: run.cumulative("bytes/down") for run in group.counted})
     assert mean.x == [3000, 6000, 9000]
     assert mean.mean == pytest.approx([0.3, 0.65, 0.7])
     assert (mean.low, mean.high) == ([0.2, 0.6, 0.5], [0.4, 0.7, 0.9])
@@ -130,7 +131,7 @@ def test_a_curve_has_the_rounds_that_all_seeds_measured(write_run: Write) -> Non
     (group,) = read(folders).groups
     own = curve(group.runs, "eval/accuracy")
     assert (own.x, own.mean) == ([2], pytest.approx([0.3]))
-    own = curve(group.runs, "eval/accuracy", lambda run: run.cumulative("bytes/up"))
+    own = curve(group.runs, "eval/accuracy", {run: run.cumulative("bytes/up") for run in group.runs})
     assert (own.x, own.mean) == ([2000], pytest.approx([0.3]))
 
 
@@ -249,9 +250,7 @@ def test_without_a_validation_split_nothing_is_chosen(write_run: Write) -> None:
 
 def test_runs_without_a_common_figure_are_refused(write_run: Write) -> None:
     known, other = write_run("a", *GAP), write_run("b")
-    with pytest.raises(
-        UserError, match=f"^DIR: {known} has a known answer and {other} has not, so they have no measure in common"
-    ):
+    with pytest.raises(UserError, match=re.escape(f"DIR: got 2 runs ({known}, {other}), but they have none of")):
         read([known, other])
 
 

@@ -15,7 +15,7 @@ from rayfed import wire
 from rayfed.errors import UserError
 from rayfed.reports import read
 from rayfed.reports.table import parts
-from rayfed.reports.traffic import Link, parse_link, read_traffic
+from rayfed.reports.traffic import PARTS, Link, parse_link, read_traffic
 
 Write = Callable[..., Path]
 
@@ -26,12 +26,12 @@ def test_traffic_is_what_the_ledger_says_of_a_real_run(tiny: Callable[..., rayfe
     assert traffic is not None
     ledger = wire.Ledger.read(tmp_path / "real" / "ledger.parquet")
     totals, rows = ledger.totals(), pq.read_table(tmp_path / "real" / "ledger.parquet").to_pylist()
-    assert set(traffic.columns["round"]) == {1, 2}
+    assert set(traffic.messages["round"]) == {1, 2}
     for way in ("down", "up"):
         own = [row for row in rows if row["direction"] == way]
         assert own
-        assert traffic.bytes(way) == totals[f"bytes/{way}"]
-        for part in ("header", "indices", "values"):
+        assert sum(traffic.bytes(way, part) for part in PARTS) == totals[f"bytes/{way}"]
+        for part in PARTS:
             assert traffic.bytes(way, part) == sum(row[f"bytes_{part}"] for row in own) > 0
         sizes = sorted(row["values"] for row in own)
         low, middle, high = traffic.entries(way) or (0, 0, 0)

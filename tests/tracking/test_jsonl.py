@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from rayfed.errors import UserError
-from rayfed.tracking import JsonlSink, Record, RunInfo, read_metrics
+from rayfed.tracking import Record, RunInfo, read_metrics
+from rayfed.tracking.jsonl import JsonlSink
 
 
 def info(out: Path, start: int = 0) -> RunInfo:

@@ -16,8 +16,11 @@ from wandb_files import runs
 
 from rayfed.config.execution import Tracking
 from rayfed.errors import UserError
-from rayfed.tracking import JsonlSink, Record, RunInfo, SinkList, Table, WandbSink, open_sinks, wandb_mode, wandb_sink
+from rayfed.tracking import Record, RunInfo, SinkList, Table, open_sinks, wandb_sink
 from rayfed.tracking import wandb_login as login
+from rayfed.tracking.jsonl import JsonlSink
+from rayfed.tracking.wandb_login import wandb_mode
+from rayfed.tracking.wandb_sink import WandbSink
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 
@@ -372,7 +375,8 @@ def test_a_process_without_close_still_ends(tmp_path: Path) -> None:
     code = (
         "import pathlib, sys\n"
         "from rayfed.config.execution import Tracking\n"
-        "from rayfed.tracking import RunInfo, WandbSink\n"
+        "from rayfed.tracking import RunInfo\n"
+        "from rayfed.tracking.wandb_sink import WandbSink\n"
         "out = pathlib.Path(sys.argv[1])\n"
         "sink = WandbSink(Tracking(), 'offline', notify=lambda text: None)\n"
         "sink.start(RunInfo('n', out, 'd', {}, 1)); sink.round({'round': 1, 'x': 2})\n"
