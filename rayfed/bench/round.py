@@ -14,12 +14,14 @@ server` is its time until the next state; `s for records` is everything after th
 from __future__ import annotations
 
 import copy
-import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from transformers import BertConfig, BertModel
 
 from rayfed.api import prepare
 from rayfed.bench.bare import bare_loop
@@ -31,6 +33,7 @@ from rayfed.config.load import assign
 from rayfed.engine.driver import stepwise
 from rayfed.server.executor import Executor, Handle, Submission, SubmissionResult
 from rayfed.server.sampling import client_costs, cohort, plan_packs
+from rayfed.tasks.models.base import load_tokenizer, quiet
 
 SETTINGS: dict[str, Any] = {
     "name": "bench-round",
@@ -45,6 +48,7 @@ SETTINGS: dict[str, Any] = {
     "engine": {"kind": "ray", "workers": 2, "threads": 1, "pack": 5},
     "tracking": {"console": "off", "wandb": "off"},
 }
+PARTS = ("s in packs", "s waiting besides", "s on the server", "s for records")
 
 
 def measure(**overrides: Any) -> list[Row]:
@@ -76,21 +80,14 @@ def compare(name: str, experiment: Experiment) -> list[Row]:
             mine, record = timed(partial(next, rounds))
             packs = executor.seconds / plan.engine.workers
             waited = record["time/train_s"] - record["time/server_s"]
-            parts.append(
-                {
-                    "s in packs": packs,
-                    "s waiting besides": waited - packs,
-                    "s on the server": record["time/server_s"],
-                    "s for records": mine.wall - record["time/train_s"],
-                }
-            )
+            parts.append((packs, waited - packs, record["time/server_s"], mine.wall - record["time/train_s"]))
             clients = _deal(plan, t)
             for padding, pad_to in paddings.items():
                 theirs, after = timed(partial(bare, before, t, clients, pad_to))
                 times[padding].append((mine, theirs))
                 difference = max(difference, float((server.state.vector - after).norm() / (after - before).norm()))
         a = f"a round on Ray, {plan.engine.workers} workers, packs of {server.plan.pack}"
-    medians = {part: statistics.median(seconds[part] for seconds in parts[1:]) for part in parts[0]}
+    medians = dict(zip(PARTS, np.median(parts[1:], 0).tolist(), strict=True))
     rows = []
     for padding, measured in times.items():
         row = compared(name, a, f"bare loop, padded {padding}", measured[1:], {}, elsewhere=True)
@@ -125,10 +122,6 @@ def _deal(plan: RunPlan, t: int) -> list[list[int]]:
 
 def _small_bert(folder: Path, experiment: Experiment) -> str:
     """A BERT of 2 layers, 128 wide, with random weights and the tokenizer of the experiment's model."""
-    from transformers import BertConfig, BertModel
-
-    from rayfed.tasks.models.base import load_tokenizer, quiet
-
     tokenizer = load_tokenizer(experiment.model)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512
