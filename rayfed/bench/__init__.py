@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from inspect import Parameter, signature
-from typing import Any
+from inspect import signature
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import Field, PositiveInt, create_model
 
 from rayfed.bench.timing import Row
-from rayfed.errors import UserError, allowed
+from rayfed.config.load import validate_as
+from rayfed.config.types import Section
+from rayfed.errors import UserError
 
 BENCHMARKS = ("aggregate", "algebra", "round", "scale", "train", "wire")
+Sizes = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
 
 
 def find(name: str) -> Callable[..., list[Row]]:
@@ -28,22 +33,12 @@ def find(name: str) -> Callable[..., list[Row]]:
 def run(name: str, given: Mapping[str, Any]) -> list[Row]:
     """Runs the benchmark with the given arguments (`uploads`, `packs`, ...; for `round`, dotted settings of a run).
 
-    UserError for an unknown benchmark or argument, or for a value that is not of the default's type.
+    UserError for an unknown benchmark or argument, or for a value that the argument's type does not allow.
     """
     measure = find(name)
-    known = signature(measure).parameters
-    if all(parameter.kind != Parameter.VAR_KEYWORD for parameter in known.values()):
-        kinds = {key: p.default for key, p in known.items() if isinstance(p.default, int | str | tuple)}
-        for key, value in given.items():
-            if key not in kinds:
-                raise UserError(f"bench {name}: got {key!r}, but allowed are {', '.join(kinds)}")
-            _check(key, value, kinds[key])
-    return measure(**given)
-
-
-def _check(key: str, value: Any, default: int | str | tuple[Any, ...]) -> None:
-    values, sample = (value, default[0]) if isinstance(default, tuple) else ([value], default)
-    kind = "whole numbers of 1 or more" if isinstance(sample, int) else "words"
-    fine = isinstance(values, list) and len(values) > 0
-    if not fine or not all(type(v) is type(sample) and (isinstance(v, str) or v >= 1) for v in values):
-        raise allowed(key, value, f"allowed is {'a list of ' if isinstance(default, tuple) else ''}{kind}")
+    arguments = signature(measure).parameters
+    if "overrides" in arguments:
+        return measure(**given)
+    types = get_type_hints(measure, include_extras=True)
+    fields: dict[str, Any] = {key: (types[key], argument.default) for key, argument in arguments.items()}
+    return measure(**dict(validate_as(create_model(name, __base__=Section, **fields), dict(given))))

@@ -12,9 +12,10 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from pydantic import PositiveInt
 
 from rayfed import wire
-from rayfed.bench.stub import Shape, StubExecutor, Upload, add_all, make_uploads, stub_plan
+from rayfed.bench.stub import LAYERS, WIDTH, StubExecutor, StubTask, Upload, add_all, make_uploads, stub_plan
 from rayfed.bench.timing import Row, one_thread, paired, timed
 from rayfed.clients.device_memory import forget_peak, peak
 from rayfed.clients.transfer import Uploadable
@@ -28,16 +29,18 @@ CASES = (("flasc", 32), ("fedit", 32), ("flasc", 1))  # methods, and clients in 
 CPU = torch.device("cpu")
 
 
-@one_thread
-def measure(uploads: int = 10_000, shape: Shape | None = None, pairs: int = 3) -> list[Row]:
+@one_thread()
+def measure(
+    uploads: PositiveInt = 10_000, layers: PositiveInt = LAYERS, width: PositiveInt = WIDTH, pairs: PositiveInt = 3
+) -> list[Row]:
     """A round of FLASC in packs, one of FedIT, and one of FLASC without packs, of so many uploads each."""
-    shape = shape or Shape()
-    made = make_uploads(shape.entries)
-    return [_method(name, uploads, pack, shape, made, pairs) for name, pack in CASES]
+    task = StubTask(layers, width)
+    made = make_uploads(task.entries)
+    return [_method(name, uploads, pack, task, made, pairs) for name, pack in CASES]
 
 
-def _method(name: str, uploads: int, pack: int, shape: Shape, made: list[Upload], pairs: int) -> Row:
-    plan = stub_plan(name, shape, uploads, uploads, 1, pack)
+def _method(name: str, uploads: int, pack: int, task: StubTask, made: list[Upload], pairs: int) -> Row:
+    plan = stub_plan(name, task, uploads, uploads, 1, pack)
     executor, optimizer = StubExecutor(made), ServerOptimizer(plan.server_optimizer, plan.server)
     state = plan.method.init(plan.start(), plan.seed)
     clients = [plan.profiles.profile(k, 1, 0) for k in range(uploads)]
@@ -55,8 +58,8 @@ def _method(name: str, uploads: int, pack: int, shape: Shape, made: list[Upload]
     server(clients)
     most = peak(CPU)
     facts = {"MB at the peak": (most - before) / 1e6, "allowed": 3 * megabytes + 200, "MB in all": most / 1e6}
-    ours = (f"{uploads} uploads of {shape.entries} at 1/16", partial(server, clients))
-    bare = ("bare index_add_", partial(add_all, made, uploads, shape.entries))
+    ours = (f"{uploads} uploads of {task.entries} at 1/16", partial(server, clients))
+    bare = ("bare index_add_", partial(add_all, made, uploads))
     row = paired(f"{name}, packs of {pack}", ours, bare, pairs, facts)
     row.facts["uploads/s"] = uploads / row.seconds_a
     if pack > 1:
@@ -66,11 +69,10 @@ def _method(name: str, uploads: int, pack: int, shape: Shape, made: list[Upload]
 
 def _worker_seconds(made: list[Upload]) -> float:
     """Seconds in which a worker decodes an upload and adds it to a pack's sum."""
-    n = wire.inspect(made[0].payload).n
-    everything = Uploadable(n, None)
+    everything = Uploadable(made[0].change.n, None)
 
     def added() -> PackSum:
-        return PackSum.of([(1.0, everything.placed(wire.decode(upload.payload))) for upload in made], n)
+        return PackSum.of([(1.0, everything.placed(wire.decode(upload.payload))) for upload in made], everything.n)
 
     added()
     return timed(added)[0].wall / len(made)

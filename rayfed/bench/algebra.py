@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from pydantic import PositiveInt
 
 from rayfed.bench.timing import Row, paired
 from rayfed.lora.adapter import Adapter, LowRank
@@ -12,7 +13,7 @@ from rayfed.methods.base import Profile, Update
 from rayfed.methods.fedhl import FedHL
 
 
-def measure(size: int = 4096, layers: int = 24, width: int = 768) -> list[Row]:
+def measure(size: PositiveInt = 4096, layers: PositiveInt = 24, width: PositiveInt = 768) -> list[Row]:
     """Three comparisons; the dense SVD of the first takes a quarter of a minute at the default size."""
     return [factored_svd(size), truncation(width), calibration(layers, width)]
 

@@ -7,10 +7,11 @@ mean. The batches are those of rayfed, so both do the same work and reach the sa
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from multiprocessing.connection import Connection
+from multiprocessing import get_context
 from typing import Any, cast
 
 import numpy as np
@@ -19,55 +20,52 @@ from torch import Tensor, nn
 
 from rayfed.clients.local_training import batches
 from rayfed.clients.plan import RunPlan
-from rayfed.lora.adapter import Layout
-from rayfed.lora.peft import lora_config
+from rayfed.lora.adapter import Entry
+from rayfed.lora.peft import PREFIX, lora_config
 from rayfed.tasks.data.tokens import Tokens
 
+TrainRound = Callable[[Tensor, int, Sequence[Sequence[int]], int | None], Tensor]
+_this_process: tuple[RunPlan, nn.Module, list[nn.Parameter]]
 
-class BareLoop:
-    """As many processes as the plan has workers, with one thread each. Use it in a `with`."""
 
-    def __init__(self, plan: RunPlan) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipes: list[Connection] = []
-        self.processes = []
-        plan = replace(plan, profiles=cast(Any, None))  # not needed here, and its rule may be a lambda
-        for _ in range(plan.engine.workers):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, plan), daemon=True)
-            process.start()
-            self.pipes.append(mine)
-            self.processes.append(process)
-        for pipe in self.pipes:
-            pipe.recv()  # the model is loaded
+@contextmanager
+def bare_loop(plan: RunPlan) -> Iterator[TrainRound]:
+    """As many processes as the plan has workers, with one thread each, and a function that trains a round on them.
 
-    def train(self, vector: Tensor, t: int, clients: Sequence[Sequence[int]], pad_to: int | None) -> Tensor:
-        """The clients' weights after round ``t``, from ``vector`` (n,): their mean (n,), weighted by examples.
+    The function takes the weights (n,) before the round, the round, the clients of each process and the tokens of every
+    row (None: as many as the longest row of its batch has). It returns the mean (n,) of the clients' weights after the
+    round, weighted by examples. The processes load the model during the first round.
+    """
+    plan = replace(plan, profiles=cast(Any, None))  # not needed here, and its rule may be a lambda
+    with ExitStack() as stack:
+        pools = [
+            stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), _load, (plan,)))
+            for _ in range(plan.engine.workers)
+        ]
 
-        ``clients``: those of each process. ``pad_to``: tokens of every row; None: as many as the longest of its batch.
-        """
-        for pipe, own in zip(self.pipes, clients, strict=True):
-            pipe.send((vector.numpy(), t, list(own), pad_to))
-        parts = [pipe.recv() for pipe in self.pipes]
-        return torch.from_numpy(sum(total for total, _ in parts) / sum(weight for _, weight in parts))
+        def train(vector: Tensor, t: int, clients: Sequence[Sequence[int]], pad_to: int | None) -> Tensor:
+            work = [
+                pool.submit(_train, vector.numpy(), t, own, pad_to) for pool, own in zip(pools, clients, strict=True)
+            ]
+            parts = [future.result() for future in work]
+            return torch.from_numpy(sum(total for total, _ in parts) / sum(examples for _, examples in parts))
 
-    def __enter__(self) -> BareLoop:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process in self.processes:
-            process.terminate()
-            process.join()
+        yield train
 
 
 def bare_model(plan: RunPlan) -> tuple[nn.Module, list[nn.Parameter]]:
-    """PEFT's model of the plan, and its trained parameters in the order of the adapter's layout."""
+    """PEFT's model of the plan, and its trained parameters in the order of the adapter's layout; no others train."""
     from peft import get_peft_model
 
     base = plan.task.load_base(plan.federation)
     config = lora_config(**plan.lora.model_dump(exclude={"train"}), head=base.head)
     model = get_peft_model(cast(Any, base.model), config).eval()
-    return model, _parameters(model, plan.start().layout)
+    model.requires_grad_(False)
+    named = dict(model.named_parameters())
+    parameters = [named[_peft_name(entry)] for entry in plan.start().layout.entries]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return model, parameters
 
 
 def train_client(
@@ -92,29 +90,25 @@ def train_client(
     return nn.utils.parameters_to_vector(parameters).detach()
 
 
-def _serve(pipe: Connection, plan: RunPlan) -> None:
+def _load(plan: RunPlan) -> None:
+    global _this_process
     torch.set_num_threads(1)
-    model, parameters = bare_model(plan)
-    pipe.send("ready")
-    while True:
-        vector, t, clients, pad_to = pipe.recv()
-        total, weight = np.zeros_like(vector), 0
-        for client in clients:
-            examples = len(plan.federation.rows_of(client))
-            trained = train_client(model, parameters, plan, torch.from_numpy(vector), client, t, pad_to)
-            total += examples * trained.numpy()
-            weight += examples
-        pipe.send((total, weight))
+    _this_process = (plan, *bare_model(plan))
 
 
-def _parameters(model: nn.Module, layout: Layout) -> list[nn.Parameter]:
-    """The model's trained parameters in the layout's order; no others train."""
-    named = dict(model.named_parameters())
-    model.requires_grad_(False)
-    parameters = []
-    for entry in layout.entries:
-        module, _, kind = entry.name.rpartition(".")
-        name = f"{module}.modules_to_save.default.{kind}" if entry.part == "head" else ""
-        parameters.append(named[f"base_model.model.{name or f'{entry.name}.lora_{entry.part}.default.weight'}"])
-        parameters[-1].requires_grad_(True)
-    return parameters
+def _train(vector: np.ndarray, t: int, clients: Sequence[int], pad_to: int | None) -> tuple[np.ndarray, int]:
+    """The sum of the clients' weights (n,), weighted by examples, and the examples."""
+    plan, model, parameters = _this_process
+    total, examples = np.zeros_like(vector), 0
+    for client in clients:
+        rows = len(plan.federation.rows_of(client))
+        total += rows * train_client(model, parameters, plan, torch.from_numpy(vector), client, t, pad_to).numpy()
+        examples += rows
+    return total, examples
+
+
+def _peft_name(entry: Entry) -> str:
+    if entry.part != "head":
+        return f"{PREFIX}{entry.name}.lora_{entry.part}.default.weight"
+    module, _, kind = entry.name.rpartition(".")
+    return f"{PREFIX}{module}.modules_to_save.default.{kind}"

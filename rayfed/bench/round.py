@@ -14,15 +14,17 @@ server` is its time until the next state; `s for records` is everything after th
 from __future__ import annotations
 
 import copy
-import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from transformers import BertConfig, BertModel
+
 from rayfed.api import prepare
-from rayfed.bench.bare import BareLoop
+from rayfed.bench.bare import bare_loop
 from rayfed.bench.timing import Row, Times, compared, timed
 from rayfed.clients.messages import TrainResult
 from rayfed.clients.plan import RunPlan
@@ -31,6 +33,7 @@ from rayfed.config.load import assign
 from rayfed.engine.driver import stepwise
 from rayfed.server.executor import Executor, Handle, Submission, SubmissionResult
 from rayfed.server.sampling import client_costs, cohort, plan_packs
+from rayfed.tasks.models.base import load_tokenizer, quiet
 
 SETTINGS: dict[str, Any] = {
     "name": "bench-round",
@@ -45,6 +48,7 @@ SETTINGS: dict[str, Any] = {
     "engine": {"kind": "ray", "workers": 2, "threads": 1, "pack": 5},
     "tracking": {"console": "off", "wandb": "off"},
 }
+PARTS = ("s in packs", "s waiting besides", "s on the server", "s for records")
 
 
 def measure(**overrides: Any) -> list[Row]:
@@ -66,44 +70,30 @@ def compare(name: str, experiment: Experiment) -> list[Row]:
     """One row for each padding of the bare loop: to `data.max_tokens`, and to the longest of a batch."""
     plan = prepare(experiment)
     paddings = {f"to {experiment.data.max_tokens}": experiment.data.max_tokens, "to the longest": None}
-    ours: list[Times] = []
-    theirs: dict[str, list[Times]] = {padding: [] for padding in paddings}
+    times: dict[str, list[tuple[Times, Times]]] = {padding: [] for padding in paddings}
     difference, parts = 0.0, []
-    with tempfile.TemporaryDirectory() as folder, stepwise(plan, Path(folder)) as server, BareLoop(plan) as bare:
+    with tempfile.TemporaryDirectory() as folder, stepwise(plan, Path(folder)) as server, bare_loop(plan) as bare:
         server.executor = executor = _Clocked(server.executor)
         rounds = server.rounds()
         for t in range(plan.server.rounds - 1):
-            before = server.state.vector
-            executor.seconds = 0.0
+            before, executor.seconds = server.state.vector, 0.0
             mine, record = timed(partial(next, rounds))
-            ours.append(mine)
-            parts.append(_parts(mine.wall, record, executor.seconds / plan.engine.workers))
+            packs = executor.seconds / plan.engine.workers
+            waited = record["time/train_s"] - record["time/server_s"]
+            parts.append((packs, waited - packs, record["time/server_s"], mine.wall - record["time/train_s"]))
             clients = _deal(plan, t)
             for padding, pad_to in paddings.items():
-                seconds, after = timed(partial(bare.train, before, t, clients, pad_to))
-                theirs[padding].append(seconds)
-                error = (server.state.vector - after).norm() / (after - before).norm()
-                difference = max(difference, float(error))
-        pack = server.plan.pack  # a number, also where engine.pack is auto
-    a = f"a round on Ray, {plan.engine.workers} workers, packs of {pack}"
-    medians = {part: statistics.median(seconds[part] for seconds in parts[1:]) for part in parts[0]}
+                theirs, after = timed(partial(bare, before, t, clients, pad_to))
+                times[padding].append((mine, theirs))
+                difference = max(difference, float((server.state.vector - after).norm() / (after - before).norm()))
+        a = f"a round on Ray, {plan.engine.workers} workers, packs of {server.plan.pack}"
+    medians = dict(zip(PARTS, np.median(parts[1:], 0).tolist(), strict=True))
     rows = []
-    for padding, measured in theirs.items():
-        row = compared(name, a, f"bare loop, padded {padding}", ours[1:], measured[1:], elsewhere=True)
+    for padding, measured in times.items():
+        row = compared(name, a, f"bare loop, padded {padding}", measured[1:], {}, elsewhere=True)
         row.facts.update({"share of its time": 1 / row.ratio, "difference": difference, **medians})
         rows.append(row)
     return rows
-
-
-def _parts(seconds: float, record: dict[str, Any], packs: float) -> dict[str, float]:
-    """The parts of a round's seconds; a worker spent ``packs`` of them on its packs."""
-    waited = record["time/train_s"] - record["time/server_s"]
-    return {
-        "s in packs": packs,
-        "s waiting besides": waited - packs,
-        "s on the server": record["time/server_s"],
-        "s for records": seconds - record["time/train_s"],
-    }
 
 
 class _Clocked(Executor):
@@ -132,10 +122,6 @@ def _deal(plan: RunPlan, t: int) -> list[list[int]]:
 
 def _small_bert(folder: Path, experiment: Experiment) -> str:
     """A BERT of 2 layers, 128 wide, with random weights and the tokenizer of the experiment's model."""
-    from transformers import BertConfig, BertModel
-
-    from rayfed.tasks.models.base import load_tokenizer, quiet
-
     tokenizer = load_tokenizer(experiment.model)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512

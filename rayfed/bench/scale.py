@@ -15,33 +15,39 @@ from __future__ import annotations
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field, PositiveInt
 
-from rayfed.bench.stub import Shape, StubExecutor, add_all, make_uploads, stub_plan
+from rayfed.bench import Sizes
+from rayfed.bench.stub import LAYERS, WIDTH, StubExecutor, StubTask, add_all, make_uploads, stub_plan
 from rayfed.bench.timing import Row, one_thread, paired
 from rayfed.clients.device_memory import forget_peak
 from rayfed.server.loop import Server
 from rayfed.tracking import open_sinks
 
-COHORTS = (10, 100, 1_000, 10_000)
 PACK = 32
-SMALL, LARGE = Shape(layers=10, width=188), Shape()
+SMALL = StubTask(layers=10, width=188)
 
 
-@one_thread
+@one_thread()
 def measure(
-    cohorts: tuple[int, ...] = COHORTS, population: int = 1_000_000, rounds: int = 20, large: Shape = LARGE
-) -> list[Row]:
-    """So many rounds of FLASC for each size of cohort; and for one of up to 1,000 of the large adapter, twice."""
+    cohorts: Sizes = (10, 100, 1_000, 10_000), population: PositiveInt = 1_000_000,
+    rounds: Annotated[int, Field(ge=2)] = 20, layers: PositiveInt = LAYERS, width: PositiveInt = WIDTH,
+) -> list[Row]:  # fmt: skip
+    """So many rounds of FLASC for each size of cohort; and for one of up to 1,000 of the large adapter, twice.
+
+    ``layers`` and ``width`` are those of the large adapter.
+    """
     cases = [(size, SMALL, 1) for size in cohorts]
-    some = min(1_000, max(cohorts))
+    some, large = min(1_000, max(cohorts)), StubTask(layers, width)
     cases += [(some, large, 1), (some, large, PACK)]
-    return [_cohort(size, population, rounds, shape, pack) for size, shape, pack in cases]
+    return [_cohort(size, population, rounds, task, pack) for size, task, pack in cases]
 
 
-def _cohort(size: int, population: int, rounds: int, shape: Shape, pack: int) -> Row:
-    plan, made = stub_plan("flasc", shape, size, population, rounds, pack), make_uploads(shape.entries)
+def _cohort(size: int, population: int, rounds: int, task: StubTask, pack: int) -> Row:
+    plan, made = stub_plan("flasc", task, size, population, rounds, pack), make_uploads(task.entries)
     resident: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         sinks = open_sinks(plan.tracking, Path(folder))
@@ -51,8 +57,8 @@ def _cohort(size: int, population: int, rounds: int, shape: Shape, pack: int) ->
             next(stream)
             resident.append(forget_peak(torch.device("cpu")) / 1e6)
 
-        ours = (f"a round, adapter of {shape.entries}, packs of {pack}", one)
-        bare = ("bare index_add_", partial(add_all, made, size, shape.entries))
+        ours = (f"a round, adapter of {task.entries}, packs of {pack}", one)
+        bare = ("bare index_add_", partial(add_all, made, size))
         row = paired(f"cohort {size} of {population}", ours, bare, rounds - 1)
         sinks.close()
     early = resident[min(3, rounds) - 1]

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import cycle, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,34 +31,28 @@ from rayfed.tasks.models.base import FrozenBase
 RANK = 16
 DENSITY = 1 / 16
 DISTINCT = 16  # different uploads: together larger than a core's cache
-
-
-@dataclass(frozen=True)
-class Shape:
-    """``layers`` square layers of ``width``, each with a pair of rank 16."""
-
-    layers: int = 25
-    width: int = 750
-
-    @property
-    def entries(self) -> int:
-        """Entries of the adapter."""
-        return 2 * RANK * self.layers * self.width
+LAYERS, WIDTH = 25, 750
 
 
 @dataclass(frozen=True)
 class StubTask(Task):
-    """A model of linear layers without memory and without a head. Nothing is trained or evaluated."""
+    """A model of ``layers`` square linear layers of ``width`` without memory and without a head. Nothing is trained."""
 
-    shape: Shape
+    layers: int = LAYERS
+    width: int = WIDTH
+
+    @property
+    def entries(self) -> int:
+        """Entries of the adapter, which has a pair of rank 16 in every layer."""
+        return 2 * RANK * self.layers * self.width
 
     def load_base(self, federation: Federation) -> FrozenBase:
-        side = self.shape.width
-        layers = {f"layer{i:03}": nn.Linear(side, side, bias=False, device="meta") for i in range(self.shape.layers)}
+        side = self.width
+        layers = {f"layer{i:03}": nn.Linear(side, side, bias=False, device="meta") for i in range(self.layers)}
         return FrozenBase(nn.ModuleDict(layers), ())
 
 
-def stub_plan(method: str, shape: Shape, cohort: int, population: int, rounds: int, pack: int) -> RunPlan:
+def stub_plan(method: str, task: StubTask, cohort: int, population: int, rounds: int, pack: int) -> RunPlan:
     """The plan of a run of ``method`` at density 1/16 both ways, on data with one row a client and no test rows."""
     experiment = validate(
         {
@@ -71,34 +67,31 @@ def stub_plan(method: str, shape: Shape, cohort: int, population: int, rounds: i
     rows, nothing = (NumberRows(empty, empty) for empty in (np.zeros((n, 0), np.float32) for n in (population, 0)))
     each = np.arange(population + 1)
     federation = Federation(rows, nothing, nothing, ("a", "b"), each[:-1], each)
-    return prepare(experiment, task=StubTask(shape), federation=federation)
+    return prepare(experiment, task=task, federation=federation)
 
 
-@dataclass(frozen=True)
-class Upload:
+class Upload(NamedTuple):
     """A vector's largest entries, and the payload that carries them."""
 
-    indices: Tensor
-    values: Tensor
+    change: Sparse
     payload: bytes
 
 
-def make_uploads(entries: int, count: int = DISTINCT) -> list[Upload]:
-    """Different uploads of normal entries at density 1/16; the same in every run."""
+def make_uploads(entries: int) -> list[Upload]:
+    """16 different uploads of normal entries at density 1/16; the same in every run."""
     made = []
-    for k in range(count):
+    for k in range(DISTINCT):
         x = torch.randn(entries, generator=torch.Generator().manual_seed(k))
         indices = wire.top_k(x, wire.keep_count(entries, DENSITY))
-        made.append(Upload(indices, x[indices], wire.encode(x, indices=indices)))
+        made.append(Upload(Sparse(entries, indices, x[indices]), wire.encode(x, indices=indices)))
     return made
 
 
-def add_all(uploads: Sequence[Upload], count: int, entries: int) -> Tensor:
+def add_all(uploads: Sequence[Upload], count: int) -> Tensor:
     """The bare loop: the sum (entries,) of ``count`` uploads by `index_add_`, without decoding anything."""
-    total = torch.zeros(entries)
-    for k in range(count):
-        upload = uploads[k % len(uploads)]
-        total.index_add_(0, upload.indices, upload.values)
+    total = torch.zeros(uploads[0].change.n)
+    for upload in islice(cycle(uploads), count):
+        total.index_add_(0, upload.change.indices, upload.change.values)
     return total
 
 
@@ -114,18 +107,18 @@ class StubExecutor(Executor):
     @cached_property
     def sum(self) -> PackSum:
         """A pack's sum. To add it costs the server the same, whatever the size of the pack."""
-        n = wire.inspect(self.uploads[0].payload).n
-        return PackSum.of([(1.0, Sparse(n, made.indices, made.values)) for made in self.uploads], n)
+        return PackSum.of([(1.0, upload.change) for upload in self.uploads], self.uploads[0].change.n)
 
     def run(self, submissions: Sequence[Submission]) -> Iterator[SubmissionResult]:
         for index, submission in enumerate(submissions):
             assert isinstance(submission.job, TrainJob)  # there are no rows to evaluate on
             orders = submission.job.orders
-            k, nothing = len(orders), (None,) * len(orders)
-            payloads = tuple(self.uploads[order.client % len(self.uploads)].payload for order in orders)
+            k = len(orders)
+            payloads = tuple(self.uploads[order.client % DISTINCT].payload for order in orders)
             sizes = tuple(map(wire.inspect, payloads))
             sums = (replace(self.sum, weight=float(k)),) if submission.job.summed else ()
             result = TrainResult(
-                () if sums else payloads, nothing, (0.0,) * k, (1,) * k, (1,) * k, (RANK,) * k, 0.0, (k,), sizes, sums
-            )
+                () if sums else payloads, (None,) * k, (0.0,) * k, (1,) * k, (1,) * k, (RANK,) * k, 0.0, (k,), sizes,
+                sums,
+            )  # fmt: skip
             yield SubmissionResult(index, result)

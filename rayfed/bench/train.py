@@ -11,23 +11,26 @@ gradients back through the layer. Attention, adapters and head are not counted.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
 
-from rayfed.bench.timing import Row, paired
+from rayfed.bench import Sizes
+from rayfed.bench.timing import Row, paired, timed
 from rayfed.clients.local_training import PackMember, TrainingContext, train_pack
 from rayfed.config import validate
+from rayfed.config.types import Names
 from rayfed.device import prepare_gpu
 from rayfed.errors import UserError
 from rayfed.lora.adapter import fresh_adapter
 from rayfed.lora.packed.stack import Stack, head_values
-from rayfed.lora.peft import layer_shape
+from rayfed.lora.peft import is_conv1d, layer_shape
 from rayfed.tasks.models.base import FrozenBase, in_dtype
 from rayfed.tasks.text_classification import TextClassification
 
@@ -36,18 +39,30 @@ CLASSES, RANK, STEPS = 10, 16, 3
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, the names of its head and of the modules that get adapters, the tokens of a row, the kind of inputs."""
+    """A model's config, its head, the modules that get adapters, the tokens of a row, the kind of inputs."""
 
-    build: Callable[[], nn.Module]
+    config: Any
     head: str
     targets: tuple[str, ...]
     tokens: int
     images: bool = False
 
 
+MINILM = AutoConfig.for_model(
+    "bert", num_labels=CLASSES, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+)
+GPT2 = AutoConfig.for_model("gpt2", num_labels=CLASSES, pad_token_id=0, use_cache=False)
+VIT = AutoConfig.for_model("vit", num_labels=CLASSES)
+SHAPES = {
+    "minilm": Shape(MINILM, "classifier", ("query", "value"), 16),
+    "gpt2": Shape(GPT2, "score", ("c_attn",), 64),
+    "vit": Shape(VIT, "classifier", ("q_proj", "v_proj"), 197, images=True),
+}
+
+
 def measure(
-    shapes: Sequence[str] = ("minilm",), packs: Sequence[int] = (1, 2, 4, 8), batch: int = 16, device: str = "cpu",
-    dtype: str = "float32", pairs: int = 3,
+    shapes: Names = ("minilm",), packs: Sizes = (1, 2, 4, 8), batch: PositiveInt = 16,
+    device: Literal["cpu", "cuda"] = "cpu", dtype: Literal["float32", "bfloat16"] = "float32", pairs: PositiveInt = 3,
 ) -> list[Row]:  # fmt: skip
     """One row for each shape and pack size. ``batch``: rows of a client's step; ``dtype``: the frozen base's.
 
@@ -56,11 +71,9 @@ def measure(
     unknown = [shape for shape in shapes if shape not in SHAPES]
     if unknown:
         raise UserError(f"shapes: got {unknown[0]!r}, but there are {', '.join(SHAPES)}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: got 'cuda', but torch finds no GPU here; allowed is cpu")
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype: got {dtype!r}, but allowed are float32 and bfloat16")
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("device: got 'cuda', but torch finds no GPU here; allowed is cpu")
         prepare_gpu(deterministic=True)  # as a run does
     place = torch.device(device)
     peak = _matmul_rate(place, getattr(torch, dtype))
@@ -87,9 +100,14 @@ class _Bench:
 
     def __init__(self, shape: Shape, batch: int, device: torch.device, dtype: str) -> None:
         torch.manual_seed(0)
-        model = in_dtype(FrozenBase(shape.build().eval(), (shape.head,)), dtype).model.to(device)
-        linear = {name: found for name, module in model.named_modules() if (found := _linear(module))}
-        self.weights = sum(out * inner for name, (out, inner) in linear.items() if not name.startswith(shape.head))
+        kind = AutoModelForImageClassification if shape.images else AutoModelForSequenceClassification
+        model = in_dtype(FrozenBase(kind.from_config(shape.config).eval(), (shape.head,)), dtype).model.to(device)
+        linear = {
+            name: layer_shape(layer)
+            for name, layer in model.named_modules()
+            if (isinstance(layer, nn.Linear) or is_conv1d(layer)) and not name.startswith(shape.head)
+        }
+        self.weights = sum(out * inner for out, inner in linear.values())
         shapes = {name: found for name, found in linear.items() if name.endswith(shape.targets)}
         adapter = fresh_adapter(shapes, head_values(model, [shape.head]), RANK, 1.0, seed=0)
         self.layout, self.vector = adapter.layout, adapter.flatten()
@@ -122,66 +140,23 @@ class _Rows:
         g, count = torch.Generator().manual_seed(1), STEPS * batch
         self.lengths = np.full(count, shape.tokens)
         if shape.images:
-            self.inputs = {"pixel_values": torch.randn(count, 3, 224, 224, generator=g).to(dtype)}
+            self.tensors = {"pixel_values": torch.randn(count, 3, 224, 224, generator=g).to(dtype)}
         else:
             ids = torch.randint(5, 1000, (count, shape.tokens), generator=g)
-            self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        self.labels = torch.randint(CLASSES, (count,), generator=g).numpy()
+            self.tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        self.tensors["labels"] = torch.randint(CLASSES, (count,), generator=g)
+        self.labels = self.tensors["labels"].numpy()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, rows: np.ndarray, padded: bool) -> dict[str, Tensor]:
-        inputs = {name: tensor[torch.from_numpy(rows)] for name, tensor in self.inputs.items()}
-        return {**inputs, "labels": torch.from_numpy(self.labels[rows])}
-
-
-def _linear(module: nn.Module) -> tuple[int, int] | None:
-    try:
-        return layer_shape(module)
-    except TypeError:
-        return None
+        return {name: tensor[torch.from_numpy(rows)] for name, tensor in self.tensors.items()}
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of one large product, the best of ten."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(10):
-        begun = time.perf_counter()
-        product = a @ a
-        float(product[0, 0])  # waits for the device
-        best = min(best, time.perf_counter() - begun)
-    return 2 * size**3 / best
-
-
-def _minilm() -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
-    return BertForSequenceClassification(_with_classes(config))
-
-
-def _gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2ForSequenceClassification
-
-    return GPT2ForSequenceClassification(_with_classes(GPT2Config(pad_token_id=0, use_cache=False)))
-
-
-def _vit() -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    return ViTForImageClassification(_with_classes(ViTConfig()))
-
-
-def _with_classes(config: Any) -> Any:
-    config.num_labels = CLASSES
-    return config
-
-
-SHAPES: dict[str, Shape] = {
-    "minilm": Shape(_minilm, "classifier", ("query", "value"), 16),
-    "gpt2": Shape(_gpt2, "score", ("c_attn",), 64),
-    "vit": Shape(_vit, "classifier", ("q_proj", "v_proj"), 197, images=True),
-}
+    # To read a number waits for the device.
+    return 2 * size**3 / min(timed(lambda: float((a @ a)[0, 0]))[0].wall for _ in range(10))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from rayfed import wire
@@ -20,8 +21,8 @@ from rayfed.bench.timing import Row, one_thread, paired, timed
 DENSITIES = (1.0, 1 / 4, 1 / 16, 1 / 64)
 
 
-@one_thread
-def measure(entries: int = 600_000, pairs: int = 25) -> list[Row]:
+@one_thread()
+def measure(entries: PositiveInt = 600_000, pairs: PositiveInt = 25) -> list[Row]:
     """Encode and decode at four densities, one set with layers of unlike density, then top-k at the same densities."""
     x = torch.randn(entries, generator=torch.Generator().manual_seed(0))
     uneven = x * torch.tensor([1.0, 0.4, 0.7, 0.25])[torch.arange(entries) // 12_000 % 4]

@@ -9,19 +9,21 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pkgutil import resolve_name
+from typing import TypeAlias
 
 from rayfed import __version__
-from rayfed.cli import doctor, reports, submit, workspace
+from rayfed.cli import reports, workspace
 from rayfed.errors import RunError, UserError
 
-TAKE_OVERRIDES = ("run", "sweep", "submit", "bench", "doctor")
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command in TAKE_OVERRIDES and all("=" in word and not word.startswith("-") for word in rest):
+    if rest and "overrides" in options and all("=" in word and not word.startswith("-") for word in rest):
         options.overrides += rest  # overrides may also follow the flags
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -45,88 +47,67 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rayfed", description="Federated LoRA fine-tuning, simulated on Ray.")
     parser.add_argument("--version", action="version", version=f"rayfed {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    out = "directory (default runs/NAME-TIME), or a URI such as s3://bucket"
 
-    run = commands.add_parser("run", help="run one experiment", description="Run the experiment in CONFIG.")
-    run.add_argument("config", metavar="CONFIG", help="YAML file; see configs/")
-    run.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as server.rounds=20")
-    _add_out(run, "run", "continue DIR from its last checkpoint")
-    run.set_defaults(action=_run)
+    run = _command(commands, "run:run", "run one experiment", "Run the experiment in CONFIG.")
+    _add_config(run, "YAML file; see configs/", "settings to change, such as server.rounds=20")
+    _add_out(run, f"run {out}/run", "continue DIR from its last checkpoint")
 
-    sweep = commands.add_parser(
-        "sweep", help="run many trials and compare them", description="Run the sweep in CONFIG."
-    )
-    sweep.add_argument("config", metavar="CONFIG", help="YAML file with a section `sweep`; see configs/sweeps/")
-    sweep.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings to change; also sweep.tune=[client.lr] and such"
-    )
-    _add_out(sweep, "sweep", "run the trials in DIR that are not finished")
-    sweep.set_defaults(action=_sweep)
+    sweep = _command(commands, "run:sweep", "run many trials and compare them", "Run the sweep in CONFIG.")
+    changes = "settings to change; also sweep.tune=[client.lr] and such"
+    _add_config(sweep, "YAML file with a section `sweep`; see configs/sweeps/", changes)
+    _add_out(sweep, f"sweep {out}/sweep", "run the trials in DIR that are not finished")
 
-    submit.add_command(commands)
-    doctor.add_command(commands)
+    about = "Submit CONFIG to a Ray cluster: a run, or a sweep where it has a section `sweep`."
+    submit = _command(commands, "submit:submit", "run or sweep as a job on a Ray cluster", about)
+    _add_config(submit, "YAML file; it is sent to the cluster", "as for run or sweep")
+    submit.add_argument("--address", metavar="URL", help="the cluster's dashboard, such as http://localhost:8265")
+    folder = "folder on the cluster's head, absolute or ~/..., or a URI (default ~/runs/JOB)"
+    _add_out(submit, folder, "continue the run or sweep in DIR")
+    include = "also send this file or folder, by its last name"
+    submit.add_argument("--include", metavar="PATH", action="append", default=[], help=include)
+    submit.add_argument("--follow", action="store_true", help="show the logs until the job ends; fail if it does")
 
-    bench = commands.add_parser("bench", help="measure what is fast, against what, on this machine")
+    about = "Say what this machine has; with CONFIG, check it, show its plan and time packs of clients."
+    doctor = _command(commands, "doctor:doctor", "what this machine can run, and how fast", about)
+    _add_config(doctor, "YAML file of a run", "settings to change", nargs="?")
+
+    bench = _command(commands, "bench:bench", "measure what is fast, against what, on this machine")
     bench.add_argument("name", metavar="NAME", help="which benchmark: aggregate, algebra, round, ...")
-    bench.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE",
-        help="its sizes, such as uploads=2000 or packs=[1,8]; for round, settings of a run",
-    )  # fmt: skip
+    sizes = "its sizes, such as uploads=2000 or packs=[1,8]; for round, settings of a run"
+    bench.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=sizes)
     bench.add_argument("--json", metavar="FILE", help="also write the figures and the machine to FILE")
-    bench.set_defaults(action=_bench)
 
     reports.add_commands(commands)
     workspace.add_command(commands)
 
-    methods = commands.add_parser("methods", help="list the methods, or explain one")
+    methods = _command(commands, "methods:methods", "list the methods, or explain one")
     methods.add_argument("name", nargs="?", metavar="NAME", help="the method to explain: its algorithm and options")
-    methods.set_defaults(action=_methods)
 
-    settings = commands.add_parser("settings", help="list every setting with its default and meaning")
+    settings = _command(commands, "settings:settings", "list every setting with its default and meaning")
     settings.add_argument("section", nargs="?", help="only this section or setting, such as client or wire.up.density")
-    settings.set_defaults(action=_settings)
     return parser
 
 
-def _add_out(parser: argparse.ArgumentParser, what: str, resume: str) -> None:
-    parser.add_argument(
-        "--out", metavar="DIR", help=f"{what} directory (default runs/NAME-TIME), or a URI such as s3://bucket/{what}"
-    )
+def _command(commands: Commands, function: str, help: str, about: str | None = None) -> argparse.ArgumentParser:
+    """Adds the command of this function, `module:name` below `rayfed.cli`. It gets the command's arguments by name."""
+
+    def action(options: argparse.Namespace) -> None:
+        arguments = {key: value for key, value in vars(options).items() if key not in ("command", "action")}
+        if arguments.get("resume") and not arguments["out"]:
+            raise UserError("--resume: needs --out, the directory to continue")
+        resolve_name(f"rayfed.cli.{function}")(**arguments)
+
+    parser = commands.add_parser(function.partition(":")[2], help=help, description=about)
+    parser.set_defaults(action=action)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser, config: str, overrides: str, nargs: str | None = None) -> None:
+    parser.add_argument("config", nargs=nargs, metavar="CONFIG", help=config)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+
+
+def _add_out(parser: argparse.ArgumentParser, out: str, resume: str) -> None:
+    parser.add_argument("--out", metavar="DIR", help=out)
     parser.add_argument("--resume", action="store_true", help=resume)
-
-
-def _run(options: argparse.Namespace) -> None:
-    from rayfed.cli.run import run
-
-    run(options.config, options.overrides, options.out, options.resume)
-
-
-def _sweep(options: argparse.Namespace) -> None:
-    from rayfed.cli.run import sweep
-
-    sweep(options.config, options.overrides, options.out, options.resume)
-
-
-def _bench(options: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from rayfed.bench import run
-    from rayfed.bench.timing import machine, table, write
-    from rayfed.config.load import parse_override
-
-    rows = run(options.name, dict(map(parse_override, options.overrides)))
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    print(table(rows))
-    if options.json:
-        write(Path(options.json), options.name, rows)
-
-
-def _methods(options: argparse.Namespace) -> None:
-    from rayfed.cli.methods import describe, describe_all
-
-    print(describe(options.name) if options.name else describe_all())
-
-
-def _settings(options: argparse.Namespace) -> None:
-    from rayfed.cli.settings import describe
-
-    print(describe(options.section))

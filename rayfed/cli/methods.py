@@ -11,6 +11,11 @@ from rayfed.methods import METHODS, Method, method_class
 from rayfed.methods._options import REQUIRED, in_words, options_of
 
 
+def methods(name: str | None) -> None:
+    """Prints all methods, or one with its options."""
+    print(describe(name) if name else describe_all())
+
+
 def describe_all() -> str:
     """Every method: its name, paper and summary, then its traffic, whether it takes mixed ranks, and its source."""
     lines = []

@@ -14,14 +14,12 @@ from pathlib import Path
 
 import rayfed
 from rayfed.cli.reports import write_page
-from rayfed.errors import UserError
 from rayfed.storage import RemoteFolder, fetch, is_uri, masked
 from rayfed.tracking import Record, RunInfo, Sink, Table
 
 
 def run(config: str, overrides: Sequence[str], out: str | None, resume: bool) -> None:
     """Runs the experiment and prints its digest and its directory."""
-    _check(out, resume, "run")
     experiment = rayfed.load_config(config, overrides)
     pack_open = " (engine.pack is not chosen yet)" if experiment.engine.pack == "auto" else ""
     print(f"settings {experiment.digest()}{pack_open}", flush=True)
@@ -35,7 +33,6 @@ def sweep(config: str, overrides: Sequence[str], out: str | None, resume: bool) 
     """Runs the sweep and prints its directory. RunError where a trial did not finish."""
     from rayfed.sweeps.sweep import check_failed, run_sweep
 
-    _check(out, resume, "sweep")
     if not out or not is_uri(out):
         result = run_sweep(config, overrides, out, resume)
         print(f"sweep directory {result.out}", flush=True)
@@ -59,8 +56,3 @@ class _PageSink(Sink):
 
     def finish(self, summary: Record, table: Table | None) -> None:
         write_page(self.out)
-
-
-def _check(out: str | None, resume: bool, what: str) -> None:
-    if resume and not out:
-        raise UserError(f"--resume: needs --out, the directory of the {what} to continue")

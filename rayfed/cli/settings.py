@@ -10,6 +10,11 @@ from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
 
 
+def settings(section: str | None) -> None:
+    """Prints the settings of the section."""
+    print(describe(section))
+
+
 def describe(section: str | None = None) -> str:
     """Every setting of the section (default: all; may be dotted) with its default, allowed values and meaning."""
     lines = []

@@ -8,7 +8,7 @@ reads it.
 
 from __future__ import annotations
 
-import argparse
+import asyncio
 import os
 import secrets
 import shlex
@@ -21,12 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayfed import __version__
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+
+from rayfed import __version__, load_config
+from rayfed.config.load import read_settings
+from rayfed.config.sweep import load_sweep
 from rayfed.errors import RunError, UserError, allowed, first_line
 from rayfed.storage import is_uri, masked, refuse_credentials, slug
 
 SENT_AT_MOST = 10_000_000  # bytes; a larger job sends data, which belong on the cluster
-LEFT_OUT = (".git", ".venv", "venv", "__pycache__")
+LEFT_OUT = {".git", ".venv", "venv", "__pycache__"}
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray prefers them to the argument
 
 
@@ -41,30 +46,13 @@ class Job:
     metadata: dict[str, str]
 
 
-def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The command, as `rayfed --help` lists it."""
-    submit = commands.add_parser(
-        "submit",
-        help="run or sweep as a job on a Ray cluster",
-        description="Submit CONFIG to a Ray cluster: a run, or a sweep where it has a section `sweep`.",
-    )
-    submit.add_argument("config", metavar="CONFIG", help="YAML file; it is sent to the cluster")
-    submit.add_argument("overrides", nargs="*", metavar="key=value", help="as for run or sweep")
-    submit.add_argument("--address", metavar="URL", help="the cluster's dashboard, such as http://localhost:8265")
-    submit.add_argument(
-        "--out", metavar="DIR", help="folder on the cluster's head, absolute or ~/..., or a URI (default ~/runs/JOB)"
-    )
-    submit.add_argument("--resume", action="store_true", help="continue the run or sweep in DIR")
-    submit.add_argument(
-        "--include", metavar="PATH", action="append", default=[], help="also send this file or folder, by its last name"
-    )
-    submit.add_argument("--follow", action="store_true", help="show the logs until the job ends; fail if it does")
-    submit.set_defaults(action=_submit)
-
-
-def _submit(options: argparse.Namespace) -> None:
-    address = _address(options.address)
-    job = plan(options.config, options.overrides, options.out, options.resume, options.include)
+def submit(
+    config: str, overrides: Sequence[str], address: str | None, out: str | None, resume: bool, include: Sequence[str],
+    follow: bool,
+) -> None:  # fmt: skip
+    """Submits the job, prints its name and the commands that follow and stop it, and follows it if ``follow``."""
+    address = _address(address)
+    job = plan(config, overrides, out, resume, include)
     client = _connect(address)
     with tempfile.TemporaryDirectory(prefix="rayfed-submit-") as folder:
         for name, source in job.files.items():
@@ -81,27 +69,22 @@ def _submit(options: argparse.Namespace) -> None:
     print(f"job {job.id}\nout {masked(job.out) if is_uri(job.out) else f'{job.out} on the head'}")
     for command in ("status", "logs --follow", "stop"):
         print(f"  ray job {command} --address {shlex.quote(address)} {job.id}")
-    if options.follow:
+    if follow:
         _follow(client, job.id)
 
 
 def plan(
-    config: str,
-    overrides: Sequence[str] = (),
-    out: str | None = None,
-    resume: bool = False,
+    config: str, overrides: Sequence[str] = (), out: str | None = None, resume: bool = False,
     include: Sequence[str] = (),
-) -> Job:
+) -> Job:  # fmt: skip
     """The job for this config. UserError where settings, paths or the size of the files to send are wrong."""
-    files = _files(config, include)
     command, name, digest, places = _settings(config, overrides)
+    files = _files(config, include)
     sent = {path.parts[:1] for path in files}
     for field, place in places.items():
         if place and not place.startswith(("/", "~")) and Path(place).parts[:1] not in sent:
             what = "a job runs in a folder of its own on the cluster; give an absolute path there, or send it with "
             raise allowed(field, place, what + "--include if it is small")
-    if resume and not out:
-        raise UserError("--resume: needs --out, the directory on the cluster to continue")
     job_id = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     out = out or f"~/runs/{job_id}"
     if is_uri(out):
@@ -109,24 +92,22 @@ def plan(
     elif not out.startswith(("/", "~/")):
         what = "a job's own folder goes with the job; give a path on the cluster's head that starts with / or ~/"
         raise allowed("--out", out, what)
-    words = ["rayfed", command, Path(config).name, *overrides]
-    entrypoint = f"{shlex.join(words)} --out {_quoted(out)}{' --resume' if resume else ''}"
+    # The cluster's shell puts in its own home folder.
+    folder = '"$HOME"/' + shlex.quote(out[2:]) if out.startswith("~/") else shlex.quote(out)
+    words = shlex.join(["rayfed", command, Path(config).name, *overrides])
+    entrypoint = f"{words} --out {folder}{' --resume' if resume else ''}"
     return Job(job_id, entrypoint, out, files, {"config": Path(config).name, "digest": digest, "rayfed": __version__})
 
 
 def _settings(config: str, overrides: Sequence[str]) -> tuple[str, str, str, dict[str, str | None]]:
     """(command, name, digest, the settings that may name local paths), after every check that needs no data."""
-    import rayfed
-    from rayfed.config.load import read_settings
-    from rayfed.config.sweep import load_sweep
-
     if "sweep" in read_settings(config) or any(override.startswith("sweep.") for override in overrides):
         settings, _ = load_sweep(config, overrides)  # the cluster checks its trials: the data are there
         command, name, digest = "sweep", str(settings.get("name", "sweep")), ""
         data, model = settings.get("data") or {}, settings.get("model") or {}
         path, base = data.get("path"), model.get("name")
     else:
-        experiment = rayfed.load_config(config, overrides)
+        experiment = load_config(config, overrides)
         command, name, digest = "run", experiment.name, experiment.digest()
         path, base = experiment.data.path, experiment.model.name
     local_base = base if base and Path(base).is_dir() else None  # else a model of a hub
@@ -140,15 +121,10 @@ def _files(config: str, include: Sequence[str]) -> dict[Path, Path]:
         root = Path(given).expanduser().resolve()
         if not root.exists():
             raise allowed("--include", given, "there is no such file or folder")
-        if root.is_file():
-            found[Path(root.name)] = root
-        for folder, names, files in os.walk(root):
-            names[:] = [name for name in names if name not in LEFT_OUT]
-            for name in files:
-                path = Path(folder) / name
-                if path.is_file():  # not a link to nothing, nor a socket
-                    found[path.relative_to(root.parent)] = path
-    sizes = {path: path.stat().st_size for path in found.values() if path.is_file()}
+        for path in (root, *root.rglob("*")):
+            if path.is_file() and not LEFT_OUT & {*path.relative_to(root).parts}:
+                found[path.relative_to(root.parent)] = path
+    sizes = {path: path.stat().st_size for path in found.values()}
     if sum(sizes.values()) > SENT_AT_MOST:
         largest = max(sizes, key=lambda path: sizes[path])
         total, alone, most = (size / 1e6 for size in (sum(sizes.values()), sizes[largest], SENT_AT_MOST))
@@ -159,11 +135,6 @@ def _files(config: str, include: Sequence[str]) -> dict[Path, Path]:
     return found
 
 
-def _quoted(out: str) -> str:
-    """The path for the cluster's shell, which puts in its own home folder."""
-    return '"$HOME"/' + shlex.quote(out[2:]) if out.startswith("~/") else shlex.quote(out)
-
-
 def _address(given: str | None) -> str:
     address = given or os.environ.get(ADDRESSES[0], "")
     if not address.startswith(("http://", "https://")):
@@ -172,8 +143,6 @@ def _address(given: str | None) -> str:
 
 
 def _connect(address: str) -> Any:
-    from ray.job_submission import JobSubmissionClient
-
     overruling = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
     try:
         with _refusals(address):
@@ -185,8 +154,6 @@ def _connect(address: str) -> Any:
 @contextmanager
 def _refusals(address: str) -> Iterator[None]:
     """Turns errors of the connection to the cluster into one line each."""
-    from ray.exceptions import AuthenticationError
-
     try:
         yield
     except AuthenticationError:
@@ -201,7 +168,6 @@ def _refusals(address: str) -> Iterator[None]:
 
 def _follow(client: Any, job_id: str) -> None:
     """Prints the job's logs until it ends. RunError where the job did not succeed, or can no longer be followed."""
-    import asyncio
 
     async def tail() -> None:
         async for text in client.tail_job_logs(job_id):

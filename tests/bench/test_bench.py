@@ -8,12 +8,12 @@ from itertools import cycle
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig
 
 from rayfed.api import prepare
 from rayfed.bench import BENCHMARKS, aggregate, algebra, bare, find, scale, train, wire
 from rayfed.bench.round import compare
-from rayfed.bench.stub import Shape, make_uploads
+from rayfed.bench.stub import RANK, make_uploads
 from rayfed.bench.timing import paired, table, write
 from rayfed.cli import main
 from rayfed.clients.local_training import PackMember, train_pack
@@ -81,14 +81,15 @@ def test_a_round_and_the_bare_loop_arrive_at_the_same_weights(tiny):
     assert 0 < min(parts) < max(parts) < 10
 
 
-SMALL = Shape(layers=3, width=50)
+SMALL = {"layers": 3, "width": 50}
+ENTRIES = 2 * RANK * 3 * 50
 
 
 def test_uploads_are_what_they_say():
-    one, other = make_uploads(SMALL.entries, count=2)
-    assert len(one.indices) == SMALL.entries // 16
-    assert not torch.equal(one.indices, other.indices)
-    assert torch.equal(make_uploads(SMALL.entries, count=1)[0].values, one.values)
+    one, other, *_ = make_uploads(ENTRIES)
+    assert len(one.change.indices) == ENTRIES // 16
+    assert not torch.equal(one.change.indices, other.change.indices)
+    assert torch.equal(make_uploads(ENTRIES)[0].change.values, one.change.values)
 
 
 def test_wire_compares_the_bytes_with_the_entropy_bound():
@@ -107,31 +108,34 @@ def test_wire_compares_the_bytes_with_the_entropy_bound():
 
 
 def test_aggregate_runs_the_servers_own_code():
-    rows = aggregate.measure(uploads=20, shape=SMALL, pairs=1)
+    rows = aggregate.measure(uploads=20, **SMALL, pairs=1)
     assert [row.name for row in rows] == ["flasc, packs of 32", "fedit, packs of 32", "flasc, packs of 1"]
-    state = 4 * SMALL.entries / 1e6
+    state = 4 * ENTRIES / 1e6
     assert rows[0].facts["allowed"] == pytest.approx(3 * 3 * state + 200)  # AdamW has two moments for each entry
     assert rows[1].facts["allowed"] == pytest.approx(3 * state + 200)
     assert all(row.facts["uploads/s"] > 0 for row in rows)
 
 
 def test_scale_runs_whole_rounds_of_a_large_population():
-    rows = scale.measure(cohorts=(10, 30), population=5_000, rounds=3, large=SMALL)
+    rows = scale.measure(cohorts=(10, 30), population=5_000, rounds=3, **SMALL)
     assert [row.name for row in rows] == [f"cohort {size} of 5000" for size in (10, 30, 30, 30)]
-    assert [row.a for row in rows[2:]] == [f"a round, adapter of {SMALL.entries}, packs of {pack}" for pack in (1, 32)]
+    assert [row.a for row in rows[2:]] == [f"a round, adapter of {ENTRIES}, packs of {pack}" for pack in (1, 32)]
     assert all(row.facts["ms a client"] > 0 and row.facts["ms a client, cpu"] > 0 for row in rows)
 
 
 def test_scale_compares_the_memory_of_the_last_round_with_that_of_the_third(monkeypatch):
     sizes = cycle([100.0, 150.0, 200.0, 900.0, 250.0])
     monkeypatch.setattr(scale, "forget_peak", lambda device: int(1e6 * next(sizes)))
-    for row in scale.measure(cohorts=(10,), population=100, rounds=5, large=SMALL):
+    for row in scale.measure(cohorts=(10,), population=100, rounds=5, **SMALL):
         facts = {"MB after round 3": 200.0, "after 5": 250.0, "times that": 1.25, "most": 900.0}
         assert facts.items() <= row.facts.items()
 
 
 def test_sizes_come_from_the_command_line(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(algebra, "measure", lambda size=4096: [paired(f"size {size}", ("a", int), ("b", int), 1)])
+    def measure(size: int = 4096):
+        return [paired(f"size {size}", ("a", int), ("b", int), 1)]
+
+    monkeypatch.setattr(algebra, "measure", measure)
     assert main(["bench", "algebra", "size=7", "--json", str(tmp_path / "b.json")]) == 0
     assert "size 7" in capsys.readouterr().out
     assert json.loads((tmp_path / "b.json").read_text())["rows"][0]["name"] == "size 7"
@@ -140,11 +144,14 @@ def test_sizes_come_from_the_command_line(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["algebra", "uploads=5"], "bench algebra: got 'uploads', but allowed are size, layers, width"),
-        (["aggregate", "uploads=0"], "uploads: got 0, but allowed is whole numbers of 1 or more"),
-        (["train", "packs=4"], "packs: got 4, but allowed is a list of whole numbers of 1 or more"),
+        (["algebra", "uploads=5"], "uploads: unknown key; allowed are size, layers, width"),
+        (["algebra", "size=4.0"], "size: got 4.0, but it should be an integer above 0"),
+        (["aggregate", "uploads=0"], "uploads: got 0, but it should be an integer above 0"),
+        (["scale", "rounds=1"], "rounds: got 1, but it should be an integer of at least 2"),
+        (["train", "packs=4"], "packs: got 4, but it should be a list of integers above 0"),
+        (["train", "packs=[]"], "packs: got [], but it should be a list of integers above 0"),
         (["train", "shapes=[bert]"], "shapes: got 'bert', but there are minilm, gpt2, vit"),
-        (["train", "dtype=int8"], "dtype: got 'int8', but allowed are float32 and bfloat16"),
+        (["train", "dtype=int8"], "dtype: got 'int8', but it should be float32 or bfloat16"),
         (["round", "client.lrr=1"], "client.lrr: unknown key; did you mean client.lr?"),
     ],
 )
@@ -156,10 +163,11 @@ def test_a_refusal_is_one_line(capsys, arguments, line):
 
 
 def test_train_counts_clients_and_tokens(monkeypatch):
-    tiny = train.Shape(lambda: BertForSequenceClassification(BertConfig(
+    config = BertConfig(
         num_labels=train.CLASSES, vocab_size=1000, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=8,
-    )), "classifier", ("query", "value"), tokens=5)  # fmt: skip
+    )  # fmt: skip
+    tiny = train.Shape(config, "classifier", ("query", "value"), tokens=5)
     monkeypatch.setitem(train.SHAPES, "tiny", tiny)
     (row,) = train.measure(shapes=["tiny"], packs=[3], batch=2, pairs=1, dtype="bfloat16")
     assert row.name == "tiny, 2 rows of 5 tokens"

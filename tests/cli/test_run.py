@@ -87,7 +87,7 @@ def test_a_missing_config_is_one_line(refused: Callable[..., str], tmp_path: Pat
 
 
 def test_resume_needs_a_directory(refused: Callable[..., str], config: Path) -> None:
-    assert refused(config, "--resume") == "--resume: needs --out, the directory of the run to continue"
+    assert refused(config, "--resume") == "--resume: needs --out, the directory to continue"
 
 
 def test_the_directory_must_be_free(refused: Callable[..., str], config: Path, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_includes_are_sent_by_their_last_name_without_environments_and_history(c
         (["server.round=3"], "server.round: unknown key; did you mean server.rounds?"),
         (["--out", "runs/x"], "--out: got 'runs/x', but a job's own folder goes with the job"),
         (["--out", "s3://key:secret@bucket/x"], "--out: the URI has a password, a key or a query string, but"),
-        (["--resume"], "--resume: needs --out, the directory on the cluster to continue"),
+        (["--resume"], "--resume: needs --out, the directory to continue"),
         (["--include", "/nowhere/x"], "--include: got '/nowhere/x', but there is no such file or folder"),
         (
             ["data.source=files", "data.client=owner", "data.path=my/rows"],

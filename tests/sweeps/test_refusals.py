@@ -347,7 +347,7 @@ def test_the_directory_must_be_free_or_a_sweeps(refused, sweep_file, tmp_path: P
     assert "but it is not empty; continue it with --resume" in refused(path, "--out", used)
     assert "no sweep directory: it has no sweep.yaml" in refused(path, "--out", used, "--resume")
     assert refused(path, "--out", used / "notes.txt").endswith("notes.txt is a file")
-    assert refused(path, "--resume") == "--resume: needs --out, the directory of the sweep to continue"
+    assert refused(path, "--resume") == "--resume: needs --out, the directory to continue"
 
 
 def test_trials_on_a_gpu_say_how_they_share_it(sweep_file, monkeypatch) -> None:
