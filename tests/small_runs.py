@@ -6,6 +6,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from rayfed.config.task import Data, Model, Partition
+from rayfed.tasks.text_classification import TextClassification
+
+CLASSIFICATION = TextClassification(Data(), Partition(), Model(), 0)
+"""For the loss of texts and images alone: data and model are not read."""
+
 LOWRANK: dict[str, Any] = {  # the problem with a known answer: milliseconds a round, no model to load
     "name": "tiny",
     "data": {"source": "lowrank"},
