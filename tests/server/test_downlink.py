@@ -1,4 +1,4 @@
-"""What may come up is worked out once for clients that train alike, and an upload lands where it belongs."""
+"""Downloads: which entries a client may upload, and where an upload's values belong in the adapter."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from rayfed import wire
 from rayfed.errors import RunError
 from rayfed.lora.adapter import Adapter, LowRank
+from rayfed.clients.transfer import Uploadable
 from rayfed.methods import Start, Trainable
 from rayfed.methods.base import Sparse
-from rayfed.server.downlink import Download, Uploadable
+from rayfed.server.downlink import Download
 
 LAYOUT = Adapter({"a": LowRank(torch.zeros(2, 1), torch.zeros(1, 3), 1.0)}, {}).layout  # A in 0 to 2, B in 3 and 4
 
@@ -47,10 +48,10 @@ def test_the_budget_counts_what_would_train_had_everything_arrived():
     assert download(has).uploadable(personal).places.tolist() == [0]
 
 
-def test_the_answer_is_kept_for_the_next_client_that_trains_alike():
+def test_the_entries_are_computed_once_for_clients_that_train_the_same_parts():
     sent = download()
     first = sent.uploadable(Trainable(parts=("B",)))
     assert sent.uploadable(Trainable(parts=("B",))) is first
     assert sent.uploadable(Trainable()).places is None
     assert sent.uploadable(Trainable(parts=("B",))).places.tolist() == [3, 4]
-    assert len(sent._asked) == 1  # one answer, however different the clients are
+    assert len(sent._cached) == 1  # memory does not grow with the clients

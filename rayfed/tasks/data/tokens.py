@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from rayfed.errors import UserError, allowed
+from rayfed.errors import allowed
 from rayfed.tasks.data.dataset import Split
 
 if TYPE_CHECKING:
@@ -83,9 +83,9 @@ class Tokens:
 def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tokens:
     """The split's texts as tokens, special ones included, each text cut to at most ``max_tokens``.
 
-    A text that has no tokens at all (an empty one, where the tokenizer adds no special tokens) becomes one token: the
-    end, start, padding or unknown token, whichever exists first. Raises UserError where ``max_tokens`` leaves no room
-    beside the special tokens, or is more than the tokenizer's model takes.
+    ``tokenizer`` has a padding token. A text that has no tokens at all (an empty one, where the tokenizer adds no special
+    tokens) becomes one token: the end, start or padding token, whichever exists first. Raises UserError where
+    ``max_tokens`` leaves no room beside the special tokens, or is more than the tokenizer's model takes.
     """
     special = tokenizer.num_special_tokens_to_add()
     if max_tokens <= special:  # a tokenizer asked for less silently cuts nothing
@@ -107,7 +107,5 @@ def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int) 
 
 
 def _filler(tokenizer: PreTrainedTokenizerBase) -> int:
-    for name in ("eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id"):
-        if (token := getattr(tokenizer, name)) is not None:
-            return int(token)
-    raise UserError("data.text: got an empty text, but the model's tokenizer has no token that could stand for it")
+    ids = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    return next(int(token) for token in ids if token is not None)

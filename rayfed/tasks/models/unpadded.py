@@ -201,7 +201,8 @@ def probe_texts(config: Any, longest: int) -> tuple[Tokens, list[Segment]]:
     drawn = np.random.default_rng(0).integers(0, config.vocab_size - (pad_id >= 0), sum(lengths))
     drawn += (pad_id >= 0) & (drawn >= pad_id)  # any token but padding
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = Tokens(drawn.astype(np.int32), offsets, np.zeros(len(lengths), dtype=np.int64))
+    labels = np.zeros(len(lengths), dtype=np.int64)
+    tokens = Tokens(drawn.astype(np.int32), offsets, labels, config.pad_token_id or 0)
     return tokens, [Segment(0, 2, lengths=lengths[:2]), Segment(1, 4, lengths=lengths[2:])]
 
 

@@ -1,4 +1,4 @@
-"""Every tier's model is what its clients would decode."""
+"""The model of a tier is the model that its clients decode from their download."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import pytest
 import torch
 
 import rayfed
+from rayfed.api import prepare
 from rayfed.engine.local_executor import LocalExecutor
-from rayfed.methods import build
 from rayfed.server.evaluation.targets import tier_models
-from rayfed.tasks.data.federation import form_federation
-from rayfed.tasks.models.spec import describe_model
 
 
 @pytest.mark.parametrize("scale", ["own", "server"])
@@ -27,13 +25,10 @@ def test_truncations_differ_and_the_largest_tier_of_fedhl_is_the_best_approximat
 
 
 def test_density_tiers_keep_the_largest_entries(tiny):
-    experiment = tiny("profiles.kind=tiers", "profiles.densities_down=[0.25,1.0]", "eval.tiers=true")
-    federation = form_federation(experiment)
-    model_spec = describe_model(experiment, len(federation.classes))
-    method = build("flasc")
-    state = method.init(model_spec.start(experiment), experiment.seed)
-    executor = LocalExecutor(experiment, federation, model_spec)
-    models = tier_models(method, state, experiment, federation.sizes, 0, executor)
+    plan = prepare(tiny("profiles.kind=tiers", "profiles.densities_down=[0.25,1.0]", "eval.tiers=true"))
+    state = plan.method.init(plan.start(), plan.seed)
+    executor = LocalExecutor(plan)
+    models = tier_models(plan, state, 0, executor)
     executor.close()
     assert sorted(models) == ["_rank_4", "_rank_4_density_0.25"]
     sparse, _ = models["_rank_4_density_0.25"]
@@ -44,9 +39,9 @@ def test_density_tiers_keep_the_largest_entries(tiny):
 
 
 @pytest.mark.parametrize("name", ["flora", "fedview"])
-def test_a_base_beneath_counts_and_personal_methods_have_no_tiers(tiny, tmp_path, name):
+def test_the_change_of_the_base_counts_and_personal_methods_have_no_tiers(tiny, tmp_path, name):
     record = rayfed.run(tiny(f"method.name={name}", "eval.tiers=true"), out=tmp_path / "run").metrics[-1]
-    if name == "flora":  # everybody has merged everything
+    if name == "flora":  # every client has merged the whole change
         assert record["test/loss_rank_4"] == pytest.approx(record["test/loss"], rel=1e-5)
     else:
         assert not any(key.startswith("test/loss_rank") for key in record)
