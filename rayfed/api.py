@@ -18,8 +18,8 @@ from rayfed import config
 from rayfed.config import Experiment
 from rayfed.config.marks import settings_digest
 from rayfed.errors import UserError
-from rayfed.storage import RemoteFolder, is_uri, local_folder, slug
-from rayfed.tracking import Fan, RunInfo, Sink, Table, open_console, open_sinks
+from rayfed.storage import RemoteFolder, fetch, is_uri, slug
+from rayfed.tracking import Record, Sink, SinkList, Table, open_console
 
 if TYPE_CHECKING:
     from torch import nn
@@ -157,7 +157,8 @@ def run(
         out = fetch(uri, resume)
     out = Path(out) if out is not None else Path("runs") / f"{slug(experiment.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
     plan = _plan(_check_out(out, experiment, resume), parts, federation)
-    console = _Summary(Fan(open_console(plan.tracking), *([sink] if sink else [])))
+    summary = _Summary()
+    console = SinkList(open_console(plan.tracking), summary, *([sink] if sink else []))
     try:
         if plan.engine.kind == "ray":
             from rayfed.engine.driver import run_on_ray
@@ -166,12 +167,14 @@ def run(
             forget_base()
             run_on_ray(plan, out, resume, uri, console)
         else:
-            _run_here(plan, out, resume, uri, console)
+            from rayfed.engine.local_executor import run_here
+
+            run_here(plan, out, resume, uri, console)
     finally:
         console.close()
         if uri and (out / "config.yaml").is_file():
             RemoteFolder(uri).upload(out)
-    return RunResult(out, console.summary)
+    return RunResult(out, summary.figures)
 
 
 def load_model(run: str | Path) -> nn.Module:
@@ -193,25 +196,6 @@ def load_model(run: str | Path) -> nn.Module:
     base = build_components(experiment).task.load_base(federation)
     model = in_dtype(base, experiment.model.dtype).model
     return PeftModel.from_pretrained(model, str(Path(run) / "adapter")).eval()
-
-
-def fetch(uri: str, resume: bool) -> Path:
-    """The folder on this machine of a run or sweep whose directory belongs at ``uri``; what is there is downloaded.
-
-    UserError where nothing can be written there, or where something is there and ``resume`` is not set.
-    """
-    remote, here = RemoteFolder(uri), local_folder(uri)
-    there = remote.files()
-    if there and not resume:
-        raise UserError(f"--out: got {remote.uri!r}, but it is not empty; continue it with --resume or name another")
-    if not resume and here.exists():
-        raise UserError(
-            f"--out: got {remote.uri!r}, but an earlier run for it is still in {here}; add --resume, or remove that"
-        )
-    remote.check_writable()
-    if there and not here.exists():
-        remote.download(here)
-    return here
 
 
 def _plan(experiment: Experiment, parts: Components, federation: Federation | None) -> RunPlan:
@@ -270,27 +254,17 @@ def _described_model(experiment: Experiment, parts: Components, federation: Fede
     return spec
 
 
-def _run_here(plan: RunPlan, out: Path, resume: bool, uri: str | None, console: Sink) -> None:
-    from rayfed.engine.local_executor import LocalExecutor
-    from rayfed.engine.rounds import run_rounds
-
-    sinks = Fan(open_sinks(plan.tracking, out), console)
-    executor = LocalExecutor(plan)
-    try:
-        for _ in run_rounds(plan, executor, out, sinks, resume, uri):
-            pass
-    finally:
-        sinks.close()
-        executor.close()
-
-
 def _with_method(experiment: Experiment, method: Method | None) -> Experiment:
     """The settings with a method object's import path and options in the place of `method`."""
     if method is None:
         return experiment
-    cls, fields = type(method), dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
-    options: dict[str, Any] = {field.name: getattr(method, field.name) for field in fields}
-    section = type(experiment.method)(name=f"{cls.__module__}:{cls.__qualname__}", **options)
+    cls = type(method)
+    package, _, file = cls.__module__.rpartition(".")
+    name = file if package == "rayfed.methods" else f"{cls.__module__}:{cls.__qualname__}"
+    fields: Sequence[Any] = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+    options = {field.name: getattr(method, field.name) for field in fields}
+    plain = {key: value for key, value in options.items() if isinstance(value, bool | int | float | str | None)}
+    section = type(experiment.method).model_validate({"name": name, **plain})
     return experiment.model_copy(update={"method": section})
 
 
@@ -343,25 +317,11 @@ def _check_out(out: Path, experiment: Experiment, resume: bool) -> Experiment:
     return experiment
 
 
-class _Summary:
-    """The console, and the summary that passes through it."""
+class _Summary(Sink):
+    """Keeps the summary of a run."""
 
-    def __init__(self, console: Sink) -> None:
-        self.console = console
-        self.summary: Mapping[str, Any] = {}
+    def __init__(self) -> None:
+        self.figures: Mapping[str, Any] = {}
 
-    def start(self, info: RunInfo) -> None:
-        self.console.start(info)
-
-    def round(self, record: Mapping[str, Any]) -> None:
-        self.console.round(record)
-
-    def event(self, text: str) -> None:
-        self.console.event(text)
-
-    def finish(self, summary: Mapping[str, Any], table: Table | None) -> None:
-        self.summary = summary
-        self.console.finish(summary, table)
-
-    def close(self) -> None:
-        self.console.close()
+    def finish(self, summary: Record, table: Table | None) -> None:
+        self.figures = summary

@@ -1,4 +1,4 @@
-"""Devices: how tensors get there, and what every process that trains sets first, so that equal plans give equal bits."""
+"""Devices: how tensors get there, and what a process that trains sets first, so that equal plans give equal bits."""
 
 from __future__ import annotations
 

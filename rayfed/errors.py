@@ -12,5 +12,11 @@ class RunError(RuntimeError):
 
 
 def allowed(field: str, value: object, what: str) -> UserError:
-    """The one-line refusal every part uses: ``field: value is not allowed: what``."""
+    """The refusal that every part uses, ``field: got VALUE, but what``, as an error to raise."""
     return UserError(f"{field}: got {value!r}, but {what}")
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first non-empty line of the error's text, at most ``limit`` characters; the class name if there is none."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)[:limit]

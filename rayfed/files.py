@@ -1,4 +1,4 @@
-"""Files written whole or not at all: a temporary neighbour first, then one rename."""
+"""Atomic writes: a file or folder is written under a temporary name in the same folder and then renamed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; renames it onto ``path`` when the block ends without an error.
 
-    Works for a file or a folder made at the yielded path. Whatever a failed block left is removed.
+    The block creates a file or a folder at the yielded path. If the block fails, the temporary path is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,13 +33,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Writes ``data`` (text as UTF-8) to ``path`` whole or not at all."""
+    """Writes ``data`` (text as UTF-8) to ``path`` atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON, atomically. NaN and infinities are refused: they are not JSON."""
+    """Writes ``value`` as indented JSON, atomically. NaN and infinities, which JSON does not have, raise ValueError."""
     atomic_write(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
@@ -51,7 +51,7 @@ def _remove(path: Path) -> None:
 
 
 def _flush_tree(path: Path) -> None:
-    """Asks the operating system to put the file, or a folder and all in it, on the disk before the rename names it."""
+    """Flushes the file, or the folder and everything in it, to the disk."""
     if path.is_dir():
         for entry in path.iterdir():
             _flush_tree(entry)

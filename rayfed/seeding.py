@@ -1,7 +1,7 @@
-"""Keyed randomness: every random draw belongs to (run seed, purpose, and whatever else names it).
+"""Keyed randomness: the key of a random draw is (run seed, purpose, parts), as in (0, "batches", round 3, client 7).
 
-A draw never depends on the process that makes it or on what was drawn before. So worker count, arrival order,
-retries and resumes cannot change a result: whoever needs "client 7's batch order in round 3" asks for exactly that.
+A draw depends on its key alone, never on the process or on earlier draws. So worker count, arrival order, retries and
+resumes cannot change a result.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Part = int | str
 
 
 def derive_seed(seed: int, purpose: str, *parts: Part) -> int:
-    """A 63-bit key for one draw: SHA-256 of the run seed, the purpose and the parts that name the draw.
+    """The seed of one draw, from 0 to 2^63 - 1: SHA-256 of the run seed, the purpose and the parts.
 
-    ``parts`` may be integers (round, client, step) or strings (layer names); 1 and "1" give different keys.
+    ``parts`` are integers (round, client, step) or strings (layer names). 1 and "1" give different seeds.
     """
-    # By value, not by type name: NumPy's integers name the same draw as Python's.
+    # NumPy integers must give the same seed as Python integers, so only the value counts.
     named = (f"str:{part}" if isinstance(part, str) else f"int:{operator.index(part)}" for part in parts)
     text = "\x1f".join([str(seed), purpose, *named])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
@@ -35,7 +35,7 @@ def numpy_rng(seed: int, purpose: str, *parts: Part) -> np.random.Generator:
 
 
 def torch_rng(seed: int, purpose: str, *parts: Part) -> torch.Generator:
-    """A CPU torch generator for the named draw. Drawing on the CPU keeps the bits equal on every device."""
+    """A CPU torch generator for the named draw. A draw on the CPU has the same bits whatever device trains."""
     import torch
 
     return torch.Generator().manual_seed(derive_seed(seed, purpose, *parts))

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from rayfed.errors import RunError, UserError
+from rayfed.errors import RunError, UserError, first_line
 from rayfed.files import atomic_path
 
 PRUNED = {"checkpoints", "clients", "ledger.parquet"}  # folders that lose files while a run goes on
@@ -40,12 +40,12 @@ def local_folder(uri: str) -> Path:
 
 
 def masked(uri: str) -> str:
-    """The URI with `***` in place of user-info and query: fit for messages and logs."""
+    """The URI for messages and logs, with `***` in place of user-info and query."""
     return re.sub(r"\?.*", "?***", USER_INFO.sub(r"\1://***@", uri))
 
 
 def refuse_credentials(uri: str) -> None:
-    """UserError where the URI holds a password, a key or a query string. The message does not show the URI."""
+    """Raises UserError if the URI has a password, a key or a query string. The message does not show the URI."""
     infos = USER_INFO.findall(uri)
     if "?" in uri or any(":" in info or scheme.lower() not in NAMES_BEFORE_AT for scheme, info in infos):
         raise UserError(
@@ -55,7 +55,7 @@ def refuse_credentials(uri: str) -> None:
 
 
 class RemoteFolder:
-    """The folder at a URI. UserError where the URI holds credentials or cannot be opened."""
+    """The folder at a URI. UserError if the URI has credentials or cannot be opened."""
 
     def __init__(self, uri: str) -> None:
         import fsspec.core
@@ -63,7 +63,7 @@ class RemoteFolder:
 
         refuse_credentials(uri)
         self.uri = masked(uri)
-        # fsspec names adlfs, the package to install, for `abfs` alone.
+        # fsspec's error names the package to install, adlfs, only for `abfs`.
         known_implementations.setdefault("abfss", known_implementations["abfs"])
         with self._user_error("opened"):
             self._system, root = fsspec.core.url_to_fs(uri)
@@ -76,7 +76,7 @@ class RemoteFolder:
             return self._files()
 
     def check_writable(self) -> None:
-        """UserError where a file cannot be written and deleted: better now than after the first checkpoint."""
+        """Raises UserError where a file cannot be written and deleted. Called before a run starts to train."""
         name = f".rayfed-{secrets.token_hex(4)}"
         with self._user_error("written"):
             self._make_parent(name)
@@ -84,7 +84,7 @@ class RemoteFolder:
             self._system.rm_file(self._path(name))
 
     def download(self, folder: Path) -> None:
-        """Downloads all files to the local ``folder``, which appears whole or not at all.
+        """Downloads all files to the local ``folder``. If that fails, ``folder`` does not exist afterwards.
 
         Checkpoints whose upload was interrupted are left out. UserError where a file cannot be read.
         """
@@ -106,7 +106,7 @@ class RemoteFolder:
         if not folder.is_dir():
             return
         try:
-            # Checkpoints are listed first: the files that a checkpoint refers to exist before the checkpoint does.
+            # Checkpoints are listed before other files: a checkpoint is written after the files that it refers to.
             checkpoints = {n: stamp for n, stamp in _local_files(folder).items() if _checkpoint(n)}
             found = {n: stamp for n, stamp in _local_files(folder).items() if not _checkpoint(n)} | checkpoints
             changed = [n for n, stamp in found.items() if self._uploaded.get(n) != stamp]
@@ -125,8 +125,8 @@ class RemoteFolder:
             self._prune(folder)
         except Exception as error:
             raise RunError(
-                f"--out: {self.uri} could not be written ({_line(error)}); the local folder {folder} has everything, "
-                "and --resume uploads again"
+                f"--out: {self.uri} could not be written ({first_line(error)}); "
+                f"the local folder {folder} has everything, and --resume uploads again"
             ) from None
 
     def _prune(self, folder: Path) -> None:
@@ -142,14 +142,14 @@ class RemoteFolder:
     def _files(self) -> dict[str, int]:
         self._system.invalidate_cache()  # another machine may have written since
         root = self._root.strip("/")
-        # fsspec's own search takes a folder that cannot be listed for empty; the searches of object stores do not.
+        # By default fsspec's search treats a folder that cannot be listed as empty. Object stores raise an error.
         options = {} if self._system.async_impl else {"on_error": "raise"}
         try:
             found = self._system.find(self._root, detail=True, **options)
         except FileNotFoundError:
             return {}
         sizes = {n.strip("/").removeprefix(root).strip("/"): info.get("size") or 0 for n, info in found.items()}
-        # This also leaves out "..", which would name a file outside the folder.
+        # The check for a leading dot also excludes "..", which would name a file outside the folder.
         return {n: size for n, size in sizes.items() if n and not any(p.startswith(".") for p in n.split("/"))}
 
     def _make_parent(self, name: str) -> None:
@@ -165,7 +165,7 @@ class RemoteFolder:
         try:
             yield
         except Exception as error:  # every storage library has exceptions of its own
-            raise UserError(f"--out: got {self.uri!r}, but it cannot be {done} ({_line(error)})") from None
+            raise UserError(f"--out: got {self.uri!r}, but it cannot be {done} ({first_line(error)})") from None
 
 
 def _local_files(folder: Path) -> dict[str, tuple[int, int]]:
@@ -191,6 +191,20 @@ def _order(name: str) -> tuple[int, str]:
     return (1 + name.endswith("/checkpoint.json") if _checkpoint(name) else 0), name
 
 
-def _line(error: Exception) -> str:
-    """The first line of the error's message, or its type where there is none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def fetch(uri: str, resume: bool) -> Path:
+    """The folder on this machine of a run or sweep whose directory belongs at ``uri``; what is there is downloaded.
+
+    UserError where nothing can be written there, or where something is there and ``resume`` is not set.
+    """
+    remote, here = RemoteFolder(uri), local_folder(uri)
+    there = remote.files()
+    if there and not resume:
+        raise UserError(f"--out: got {remote.uri!r}, but it is not empty; continue it with --resume or name another")
+    if not resume and here.exists():
+        raise UserError(
+            f"--out: got {remote.uri!r}, but an earlier run for it is still in {here}; add --resume, or remove that"
+        )
+    remote.check_writable()
+    if there and not here.exists():
+        remote.download(here)
+    return here

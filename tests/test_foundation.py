@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rayfed import seeding
-from rayfed.errors import RunError, UserError, allowed
+from rayfed.errors import RunError, UserError, allowed, first_line
 from rayfed.files import atomic_path, atomic_write, write_json
 
 # keys
@@ -167,6 +167,13 @@ def test_a_refusal_names_the_field_the_value_and_what_is_allowed() -> None:
     assert str(allowed("server.cohort", 11, "there are only 10 clients")) == (
         "server.cohort: got 11, but there are only 10 clients"
     )
+
+
+def test_the_first_line_of_an_error() -> None:
+    assert first_line(OSError("\n  disk full \nat byte 9")) == "disk full"
+    assert first_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert first_line(ValueError("x" * 300)) == "x" * 200
+    assert first_line(ValueError("abc"), limit=2) == "ab"
 
 
 def test_bad_input_is_a_value_error_and_a_broken_run_is_not() -> None:

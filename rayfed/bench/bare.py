@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rayfed.clients.local_training import batches
 from rayfed.config import Experiment
 from rayfed.lora.adapter import Layout
-from rayfed.lora.packed.stack import peft_config
+from rayfed.lora.peft import lora_config
 from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.base import base_of
 
@@ -67,7 +67,8 @@ def _serve(pipe: Connection, experiment: Experiment, federation: Federation, lay
 
     torch.set_num_threads(1)
     base = base_of(experiment, len(federation.classes))
-    model: Any = get_peft_model(base.model, peft_config(experiment, base.head)).eval()
+    config = lora_config(**experiment.lora.model_dump(exclude={"train"}), head=base.head)
+    model: Any = get_peft_model(base.model, config).eval()
     parameters = _parameters(model, layout)
     pipe.send("ready")
     while True:

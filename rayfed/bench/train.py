@@ -24,8 +24,8 @@ from rayfed.config import validate
 from rayfed.engine.setup import prepare_gpu
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, fresh_adapter
-from rayfed.lora.packed.layers import layer_shape
 from rayfed.lora.packed.stack import Stack, head_values
+from rayfed.lora.peft import layer_shape
 from rayfed.tasks.models.base import FrozenBase, in_dtype
 
 CLASSES, RANK, STEPS = 10, 16, 3

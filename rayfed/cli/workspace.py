@@ -1,4 +1,4 @@
-"""`rayfed workspace`: a W&B workspace with the panels that rayfed's runs fill, as a file and, with a login, in W&B."""
+"""`rayfed workspace`: writes a W&B workspace for rayfed's runs to a file and, with a login, to W&B."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from rayfed.errors import RunError, UserError
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The command, as `rayfed --help` lists it."""
+    """Adds the command to the parser."""
     workspace = commands.add_parser(
         "workspace",
         help="a W&B workspace for rayfed's runs",
-        description="Write the definition of a W&B workspace; with --save, also make it in your project.",
+        description="Write the definition of a W&B workspace; with --save, also create it in your project.",
     )
     workspace.add_argument("--project", metavar="NAME", default="rayfed", help="W&B project (default rayfed)")
     workspace.add_argument("--entity", metavar="NAME", help="W&B entity; needed with --save")
     workspace.add_argument("--name", metavar="TEXT", default="rayfed", help="the workspace's name (default rayfed)")
     workspace.add_argument(
-        "--out", metavar="FILE", default="workspace.json", help="the definition (default workspace.json)"
+        "--out", metavar="FILE", default="workspace.json", help="file of the definition (default workspace.json)"
     )
-    workspace.add_argument("--save", action="store_true", help="make the workspace in W&B; needs `wandb login`")
+    workspace.add_argument("--save", action="store_true", help="also create the workspace in W&B; needs `wandb login`")
     workspace.set_defaults(action=_workspace)
 
 
@@ -31,9 +31,9 @@ def _workspace(options: argparse.Namespace) -> None:
     from rayfed.tracking.workspace import build, definition
 
     if options.save and not options.entity:
-        raise UserError("--entity: needed with --save, the W&B user or team that has the project")
+        raise UserError("--entity: needed with --save; the W&B user or team that owns the project")
     if options.save and not logged_in():
-        raise UserError("--save: needs a login: `wandb login`, or WANDB_API_KEY")
+        raise UserError("--save: needs a login: run `wandb login` or set WANDB_API_KEY")
     if Path(options.out).is_dir():
         raise UserError(f"--out: got {options.out!r}, but that is a folder")
     workspace = build(options.project, options.entity or "", options.name)

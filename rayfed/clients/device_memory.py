@@ -1,7 +1,7 @@
-"""The memory of the device on which clients train: what to do when it runs out, how much is taken, how much is free.
+"""The memory of the device on which clients train: what happens when it runs out, how much is used, how much is free.
 
-On a GPU torch's own allocator counts. On a CPU it is the process's resident memory. Linux alone can forget its peak, so
-that a lower one is seen after it; elsewhere the peak is that of the process's whole life, and so rather too high.
+On a GPU, torch's allocator counts. On a CPU, the resident memory of the process counts. Only Linux can reset the peak;
+on other systems the peak is that of the process's life, and so too high.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LIMIT, USED = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "curren
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether the error says that the device's memory did not do."""
+    """Whether the error says that the device ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in NO_MORE)
@@ -39,44 +39,41 @@ def ran_out(error: BaseException) -> bool:
 def in_halves(
     items: Sequence[T], work: Callable[[Sequence[T]], R], device: torch.device, alone: Callable[[T], str]
 ) -> list[R]:
-    """What ``work`` makes of all items; where memory does not do, of each half, and so on: one result a part.
+    """[work(items)]; where memory runs out, the results of both halves, and so on: one result a part.
 
     The rule is fixed (halves in order; of an odd number, the first is the larger), so the bits are those of a plan with
-    these parts.
-
-    Raises:
-        RunError: one item is too much; ``alone`` says which.
+    these parts. RunError where a single item does not fit; ``alone`` names the item.
     """
     try:
         return [work(items)]
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-    # Behind the error, nothing refers to what was half done any more.
+    # Outside the handler, the error's traceback does not keep the failed attempt's tensors alive.
     if len(items) == 1:
         raise too_little(alone(items[0]), device)
-    let_go(device)
+    free_unused(device)
     middle = -(-len(items) // 2)
     return [result for part in (items[:middle], items[middle:]) for result in in_halves(part, work, device, alone)]
 
 
 def too_little(what: str, device: torch.device) -> RunError:
-    """What to say where the smallest part does not fit."""
+    """The error where the smallest part does not fit."""
     return RunError(
         f"{what} needs more memory than {device} has; lower client.batch_size or data.max_tokens, or set "
         "engine.gradient_checkpointing"
     )
 
 
-def let_go(device: torch.device) -> None:
-    """Gives back what nothing refers to any more."""
+def free_unused(device: torch.device) -> None:
+    """Frees memory to which nothing refers any more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def forget_peak(device: torch.device) -> int:
-    """Starts a new peak; returns the bytes that are taken now."""
+    """Resets the peak; returns the bytes that are used now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -86,7 +83,7 @@ def forget_peak(device: torch.device) -> int:
 
 
 def peak(device: torch.device) -> int:
-    """Bytes taken at the peak since it was last forgotten."""
+    """Bytes used at the peak since `forget_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     whole_life = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -94,24 +91,24 @@ def peak(device: torch.device) -> int:
 
 
 def free(engine: Engine) -> int:
-    """Bytes that this process may still take: its share of what is free, if others train on the device, too."""
+    """Bytes that this process may still use: its share of the free memory where other workers use the device, too."""
     if engine.device == "cuda":
-        nobodys, _ = torch.cuda.mem_get_info()
+        unused, _ = torch.cuda.mem_get_info()
         own = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         shared = engine.kind == "ray" and engine.gpus < 1
-        return int((nobodys + own) * (engine.gpus if shared else 1))
+        return int((unused + own) * (engine.gpus if shared else 1))
     return _free_on_this_machine() // (engine.workers if engine.kind == "ray" else 1)
 
 
 def _free_on_this_machine() -> int:
-    """What the kernel would hand out without swapping, and no more than is left of a container's limit."""
+    """What the kernel can give without swapping, and no more than is left of a container's limit."""
     try:
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
         available = int(found[1]) * 1024 if found else None
     except OSError:
         available = None
     if available is None:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # some of it is in use
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # assume that half is in use
     try:
         return min(available, int(LIMIT.read_text()) - int(USED.read_text()))
     except (OSError, ValueError):  # no container, or one without a limit ("max")
@@ -119,7 +116,7 @@ def _free_on_this_machine() -> int:
 
 
 def _status(name: str) -> int:
-    """A line of Linux's account of this process, in bytes; 0 where there is none."""
+    """An entry of /proc/self/status in bytes; 0 where there is none."""
     try:
         found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
     except OSError:

@@ -1,9 +1,9 @@
 """Local training of a pack: K clients, each from its own start, on its own data, in shared forward and backward passes.
 
-For every client, whatever pack it is in: its batches are its own, in its own order. Its loss is the mean over its own rows
-(losses are summed over clients, so no gradient is rescaled). Its gradient is clipped by its own norm. Its dropout is keyed
-by the client and its tokens. After its last step it leaves the batch, and its values are saved at once: moments and weight
-decay cannot move them any more. Entries that do not train keep the bits they were decoded to.
+For every client, whatever pack it is in: its batches are its own, in its own order. Its loss is the mean over its own
+rows (losses are summed over clients, so no gradient is rescaled). Its gradient is clipped by its own norm. Its dropout
+is keyed by the client and its tokens. After its last step it leaves the batch, and its values are saved at once:
+moments and weight decay cannot move them any more. Entries that do not train keep the bits they were decoded to.
 
 A step runs in this order, and each part is one function: batch, losses, backward, gradients, step. docs/architecture.md
 says which further hooks of objectives belong to which part.
@@ -37,9 +37,9 @@ Forward = Callable[[dict[str, Tensor]], Tensor]
 class PackMember:
     """One client of a pack.
 
-    ``start`` (n,) are its decoded start values, ``support`` (n,) marks the entries that train, ``rows`` are its training
-    rows. ``base`` is the frozen change of the base under its adapter. ``rates`` are factors on the learning rate by part,
-    equal in a pack.
+    ``start`` (n,) are its decoded start values, ``support`` (n,) marks the entries that train, ``rows`` are its
+    training rows. ``base`` is the frozen change of the base under its adapter. ``rates`` are factors on the learning
+    rate by part, equal in a pack.
     """
 
     client: int
@@ -49,7 +49,7 @@ class PackMember:
     rows: np.ndarray
     base: BaseChange = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
-    objective: Objective = Plain()
+    objective: Objective = field(default_factory=Plain)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class _PackTraining:
         self.plans = [batches(m.rows, context.settings, context.seed, t, m.client) for m in members]
         context.stack.load([m.layout.unflatten(m.start) for m in members], [m.base for m in members])
         self.parameters = _Parameters(context.stack, members)
-        # A payload so sparse that nothing arrived can leave nothing to train: the clients then measure their loss only.
+        # Where nothing arrived and only arrived entries train, the clients just measure their loss.
         trained = self.parameters.trained
         self.optimizer = _optimizer(self.parameters.groups(lr), context.settings) if trained else None
         self.losses = torch.zeros(len(members), dtype=torch.float64, device=context.device)
@@ -128,7 +128,7 @@ class _PackTraining:
                 self._update(self.optimizer)
             if ended := [slot for slot in active if step + 1 == len(self.plans[slot])]:
                 stack.snapshot(ended)
-        vectors = stack.read([member.layout for member in self.members])
+        vectors = stack.read_snapshots([member.layout for member in self.members])
         return [
             TrainedClient(vector, loss / len(plan), sum(map(len, plan)), len(plan))
             for vector, loss, plan in zip(vectors, self.losses.tolist(), self.plans, strict=True)
@@ -159,13 +159,13 @@ class _PackTraining:
         labels = batch.pop("labels")
         sums, counts = c.task.loss(c.forward(batch).float(), labels)
         runs = c.stack.batch.segments_of(sums)
-        means = runs.grid(sums[:, None]).sum((1, 2)) / runs.grid(counts[:, None]).sum((1, 2))
-        self.losses += runs.into(means.detach().double(), len(self.members))
+        means = runs.pad(sums[:, None]).sum((1, 2)) / runs.pad(counts[:, None]).sum((1, 2))
+        self.losses += runs.scatter(means.detach().double(), len(self.members))
         penalties = (self.members[slot].objective.penalty(c.stack.factors(slot)) for slot in active)
         return torch.stack([means.sum(), *(penalty for penalty in penalties if penalty is not None)]).sum()
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
-        """From gradients to the next values: mask, clip, step; entries that do not train get their start values back."""
+        """The step: mask, clip, optimizer; entries that do not train get their start values back."""
         self.parameters.mask_gradients()
         if self.context.settings.clip_norm is not None:
             self.parameters.clip(self.context.settings.clip_norm)

@@ -1,7 +1,11 @@
-"""What the server asks of a worker, and what comes back: plain values that any process can be sent.
+"""The messages between server and workers: jobs and their results. All are plain values that can be pickled.
 
-Vectors travel beside a job as payloads, ``bytes`` made by `wire`; a job names them by position. Some are traffic (what
-a client downloads); others stand for what it holds already, and only the simulation moves them.
+Vectors travel beside a job as payloads, ``bytes`` made by `rayfed.wire`; a job refers to them by position. Some
+payloads are traffic: what a client downloads. Others stand for what a client has already, and only the simulation moves
+them.
+
+A further payload of an objective (DESIGN: extra messages down and up) is one more field of `ClientOrder` and
+`TrainResult`; see docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -21,28 +25,28 @@ SplitName = Literal["train", "validation", "test"]
 
 @dataclass(frozen=True)
 class ClientOrder:
-    """One client's part of a training job."""
+    """One client's part of a training job. The fields of type ``int | None`` are positions among the job's payloads."""
 
     client: int
     layout: Layout
-    payload: int  # which of the job's payloads it downloads: the entries it does not hold
+    payload: int  # its download: the entries that it does not know
     trainable: Trainable
-    budget: int  # at most so many entries go up
+    budget: int  # the largest number of entries that it sends
     density_up: float
     values: str  # number format of its upload
     weight: float = 1.0  # of its change in the aggregation
-    known: int | None = None  # the payload with the entries it holds already
-    base: int | None = None  # the payload with the frozen change of its base
+    known: int | None = None  # the entries that it has already
+    base: int | None = None  # the frozen change of its base
     base_layout: Layout | None = None
-    merge: int | None = None  # the payload with a change that it merges into its base before it trains
+    merge: int | None = None  # a change that it merges into its base before it trains; also a download
     merge_layout: Layout | None = None
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Train a pack of clients: round t (from 0), learning rate, the orders in pack order.
+    """Train a pack of clients in round t (from 0) at the learning rate ``lr``.
 
-    With ``summed`` the uploads stay where they were made, and their sum comes back.
+    With ``summed`` the worker returns the sum of the uploads instead of the uploads.
     """
 
     t: int
@@ -53,11 +57,10 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Per order: the encoded upload, the mean training loss over its steps, examples seen and steps done.
+    """The results of a pack, one entry a client: upload, mean training loss over its steps, examples seen, steps done.
 
-    ``personal_values`` holds, encoded, what a client keeps for itself: its personal entries; None where nothing is personal.
-    ``sizes`` says what each upload held. A summed job gives ``summed``, a sum for every part, in place of uploads: they
-    are counted as if they had come.
+    ``personal`` holds each client's personal entries, encoded; None where nothing is personal. ``sizes`` describes each
+    upload. A summed job has no uploads but ``summed``, one sum a part; its uploads are counted by their sizes.
     """
 
     uploads: tuple[bytes, ...]
@@ -65,9 +68,9 @@ class TrainResult:
     losses: tuple[float, ...]
     examples: tuple[int, ...]
     steps: tuple[int, ...]
-    ranks: tuple[int, ...]  # the largest rank among the layers that the client trained; 0 without adapters
+    ranks: tuple[int, ...]  # the largest trained rank over the layers; 0 without adapters
     seconds: float
-    parts: tuple[int, ...]  # how many clients trained together, in order: the pack, or less where memory did not do
+    parts: tuple[int, ...]  # numbers of clients that trained together: the pack, or less where memory was short
     sizes: tuple[Sizes, ...]
     summed: tuple[PackSum, ...] = ()
 
@@ -96,7 +99,8 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class FeatureJob:
-    """The frozen base's features (what its head sees) for rows start to stop of a split, in order of length."""
+    """Compute the frozen base's features (the inputs of its head) for rows start to stop, counted in order of
+    length."""
 
     split: SplitName
     start: int
@@ -105,7 +109,7 @@ class FeatureJob:
 
 @dataclass(frozen=True)
 class FeatureResult:
-    """What a head sees of each row, and the row's class."""
+    """The features of each row, and the row's label."""
 
     features: Tensor  # (rows, width) float32
     labels: Tensor  # (rows,) int64
@@ -113,7 +117,7 @@ class FeatureResult:
 
 @dataclass(frozen=True)
 class MeasureJob:
-    """Measure packs of these sizes, in ascending order, each of the first clients named; see `clients.measure`."""
+    """Measure packs of these ascending sizes, each of the first clients named; see `rayfed.clients.pack_timing`."""
 
     clients: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -121,7 +125,7 @@ class MeasureJob:
 
 @dataclass(frozen=True)
 class PackTiming:
-    """A pack of so many clients: tokens and seconds of a step, and the bytes that training it needs at the peak."""
+    """A pack of ``size`` clients: tokens and seconds of a step, and the bytes that training needs at the peak."""
 
     size: int
     tokens: float
@@ -131,7 +135,7 @@ class PackTiming:
 
 @dataclass(frozen=True)
 class MeasureResult:
-    """The sizes that fit and seemed to pay, and the bytes that the worker may take for its packs."""
+    """The sizes that fit into memory and seemed to pay, and the bytes that the worker may take for its packs."""
 
     measured: tuple[PackTiming, ...]
     memory: int

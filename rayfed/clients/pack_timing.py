@@ -1,8 +1,8 @@
-"""What packs of this model cost on this process's device: seconds and memory of a step, by the size of the pack.
+"""The cost of packs on this process's device: seconds and memory of a step, by the size of the pack.
 
-Real clients of the run take two steps each, the largest adapter training in full. Every size is tried once and then
-timed three times, of which the fastest counts. Sizes grow until memory ends, or until growing has twice in a row made
-a client's share of a step hardly any shorter.
+Real clients of the run take two steps each, with the largest adapter, of which every entry trains. Every size is tried
+once and then timed three times; the fastest time counts. Sizes grow until memory is short, or until a larger pack has
+twice in a row hardly shortened a client's share of a step.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ PAYS = 0.03  # a larger pack pays if it saves at least this share of the time
 
 
 def measure(trainer: Trainer, clients: Sequence[int], sizes: Sequence[int], room: int) -> Iterator[PackTiming]:
-    """Packs of the first so many ``clients``, for each of the ascending ``sizes``, as far as ``room`` bytes go.
+    """Yields the timing of packs of the first clients, for each of the ascending ``sizes``, within ``room`` bytes.
 
-    RunError where not even the first size fits.
+    RunError where the first size does not fit.
     """
     plan, device, data = trainer.plan, trainer.device, trainer.context.data
     settings = plan.client.model_copy(update={"steps": STEPS})
@@ -43,7 +43,7 @@ def measure(trainer: Trainer, clients: Sequence[int], sizes: Sequence[int], room
         train_pack(context, members, lr=settings.lr, t=0)
         return time.perf_counter() - begun
 
-    held, dull, last = device_memory.forget_peak(device), 0, float("inf")
+    used, unhelpful, last = device_memory.forget_peak(device), 0, float("inf")
     for size in sizes:
         device_memory.forget_peak(device)
         try:
@@ -60,9 +60,9 @@ def measure(trainer: Trainer, clients: Sequence[int], sizes: Sequence[int], room
             for c in clients[:size]
             for batch in batches(rows[c], settings, plan.seed, 0, c)
         )
-        taken = max(device_memory.peak(device) - held, 0)
+        taken = max(device_memory.peak(device) - used, 0)
         yield PackTiming(size, tokens / STEPS, seconds, taken)
-        dull = dull + 1 if seconds / size > (1 - PAYS) * last else 0
+        unhelpful = unhelpful + 1 if seconds / size > (1 - PAYS) * last else 0
         last = seconds / size
-        if dull == 2 or 2 * taken > room:
+        if unhelpful == 2 or 2 * taken > room:
             return

@@ -28,7 +28,7 @@ from rayfed.wire import Payload
 
 @dataclass(frozen=True)
 class Uploadable:
-    """The entries of an adapter (n,) that a client may send up: ``places`` (m,) int64, rising; None: all."""
+    """The entries of an adapter (n,) that a client may send up: ``places`` (m,) int64, ascending; None: all."""
 
     n: int
     places: Tensor | None
@@ -58,16 +58,16 @@ def received(payload: Payload) -> Tensor | None:
     return mask
 
 
-def assemble(layout: Layout, payload: Payload, held: Payload | None) -> tuple[Tensor, Tensor | None]:
-    """What a client starts from (n,), and which entries it has a value for (n,), None: all.
+def assemble(layout: Layout, payload: Payload, known: Payload | None) -> tuple[Tensor, Tensor | None]:
+    """(start (n,), has (n,)): a client's start values, and the entries for which it has a value (None: all).
 
-    ``payload`` fills the entries that it does not hold, in their order; ``held`` has the others at their indices.
+    ``known`` holds the entries that the client has already, at their indices. ``payload`` fills the others, in order.
     """
     arrived = received(payload)
-    if held is None:
+    if known is None:
         return payload.dense(), arrived
-    start, has = held.dense(), torch.zeros(layout.size, dtype=torch.bool)
-    has[slice(None) if held.indices is None else held.indices] = True
+    start, has = known.dense(), torch.zeros(layout.size, dtype=torch.bool)
+    has[slice(None) if known.indices is None else known.indices] = True
     travels = ~has
     start[travels] = payload.dense()
     has[travels] = True if arrived is None else arrived
@@ -85,10 +85,12 @@ def merged_base(base: BaseChange, merge: Adapter | None) -> BaseChange:
 
 
 def upload(method: Method, result: TrainedClient, member: PackMember, order: ClientOrder) -> bytes:
-    """What the client sends: of its changes to the entries that trained, those the method picks.
+    """The client's upload: of the changes to the entries that trained, those that the method selects.
 
-    Entries outside the support are known to both sides not to have changed, and personal ones stay: neither takes
-    index bits.
+    Both sides know that entries outside the support have not changed and that personal entries stay at the client, so
+    neither of them takes index bits. The top-k of the upload is taken here (`Method.select`; by default `wire.top_k`).
+
+    RunError where training gave values that are not finite.
     """
     uploaded = order.trainable.uploaded(member.layout, member.support)
     change = (result.vector - member.start) * uploaded
@@ -111,18 +113,21 @@ def sums(
     orders: Sequence[ClientOrder],
     parts: Sequence[int],
 ) -> tuple[PackSum, ...]:
-    """The uploads of a pack, summed up by its parts of so many clients."""
+    """The sums of a pack's uploads, one for each of its ``parts`` (numbers of clients).
+
+    The uploads are decoded as the server would decode them, so a sum has the same bits wherever it is computed.
+    """
 
     def change(payload: bytes, member: PackMember, order: ClientOrder) -> tuple[float, Tensor | Sparse]:
         places = Uploadable.of(order.trainable.uploaded(member.layout, member.support))
         return order.weight, places.placed(wire.decode(channel.deliver(payload)))
 
-    changes = map(change, uploads, members, orders)  # one at a time: of all, only the sum is in memory
+    changes = map(change, uploads, members, orders)  # one decoded upload is in memory at a time
     return tuple(PackSum.of(islice(changes, part), members[0].layout.size) for part in parts)
 
 
 def personal_values(result: TrainedClient, member: PackMember, order: ClientOrder) -> bytes | None:
-    """The client's personal entries after training, for the simulation to give back to it; no traffic."""
+    """The client's personal entries after training, encoded; None where nothing is personal. They are no traffic."""
     if not order.trainable.personal:
         return None
     personal = member.layout.mask(*order.trainable.personal)

@@ -1,7 +1,7 @@
 """The driver actor: runs the rounds next to its workers and streams what happens to the process that started the run.
 
-The driver writes the run directory; the starting process only watches. So a run goes on at the speed of the cluster, and
-the terminal can be slow.
+The driver writes the run directory; the starting process only watches. So a run goes on at the speed of the cluster,
+and the terminal can be slow.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from rayfed.engine.ray_executor import RayExecutor
 from rayfed.engine.rounds import run_rounds, with_pack_size
 from rayfed.errors import RunError, UserError
 from rayfed.server.loop import Server
-from rayfed.tracking import Fan, Record, RunInfo, Sink, Table, open_sinks
+from rayfed.tracking import Record, RunInfo, Sink, SinkList, Table, open_sinks
 
 Message = tuple[str, tuple[Any, ...]]
 
 
-class Outbox:
-    """A sink that keeps calls until they are sent on: each is a method's name and its arguments."""
+class Outbox(Sink):
+    """A sink that stores calls until they are sent on: each is a method's name and its arguments."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
@@ -45,11 +45,8 @@ class Outbox:
     def event(self, text: str) -> None:
         self.messages.append(("event", (text,)))
 
-    def finish(self, summary: Mapping[str, Any], table: Table | None) -> None:
+    def finish(self, summary: Record, table: Table | None) -> None:
         self.messages.append(("finish", (summary, table)))
-
-    def close(self) -> None:
-        pass
 
     def drain(self) -> list[Message]:
         messages, self.messages = self.messages, []
@@ -64,7 +61,7 @@ class Driver:
 
         torch.set_num_threads(1)  # the driver's own sums are element-wise; its cores belong to the workers
         outbox = Outbox()
-        sinks = Fan(open_sinks(plan.tracking, out), outbox)
+        sinks = SinkList(open_sinks(plan.tracking, out), outbox)
         executor = RayExecutor(plan.engine, ray.put(plan))
         try:
             for _ in run_rounds(plan, executor, out, sinks, resume, uri):
@@ -91,7 +88,7 @@ def run_on_ray(plan: RunPlan, out: Path, resume: bool, uri: str | None, console:
         waiting = check_places(plan.engine)
         if waiting:
             console.event(waiting)
-        _pickle_by_value(plan.method, plan.task, plan.profiles)
+        _pickle_by_value(plan)
         actor: Any = ray.remote(num_cpus=0)(Driver)
         driver = actor.options(scheduling_strategy=beside_the_starting_process()).remote()
         try:
@@ -118,7 +115,7 @@ def stepwise(plan: RunPlan, out: Path) -> Iterator[Server]:
         plan = with_gpu_share(plan)
         executor = RayExecutor(plan.engine, ray.put(plan))
         plan, choice = with_pack_size(plan, executor)
-        yield Server(plan, executor, out, Fan(), False, choice)
+        yield Server(plan, executor, out, SinkList(), False, choice)
         executor.close()
     finally:
         ray.shutdown()
@@ -140,12 +137,12 @@ def _start(engine: Engine) -> None:
     start_ray(engine.address, engine.workers * engine.cpus_per_worker)
 
 
-def _pickle_by_value(*objects: object) -> None:
-    """Sends the code of a user's own classes along: the workers may be unable to import their modules."""
+def _pickle_by_value(plan: RunPlan) -> None:
+    """Sends the code of a user's own classes and functions along: workers may be unable to import their modules."""
     from ray import cloudpickle
 
-    for value in objects:
-        module = sys.modules[type(value).__module__]
-        package = module.__name__.partition(".")[0]
-        if package not in ("rayfed", "__main__", "builtins"):
-            cloudpickle.register_pickle_by_value(sys.modules.get(package, module))
+    function = (plan.profiles.settings.function or "").partition(":")[0]
+    for name in (type(plan.method).__module__, type(plan.task).__module__, function):
+        package = name.partition(".")[0]
+        if package not in ("", "rayfed", "__main__", "builtins") and name in sys.modules:
+            cloudpickle.register_pickle_by_value(sys.modules.get(package, sys.modules[name]))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
 from rayfed.clients.plan import RunPlan
 from rayfed.clients.trainer import Trainer
 from rayfed.device import prepare_process
+from rayfed.engine.rounds import run_rounds
 from rayfed.server.executor import Executor, Submission, SubmissionResult
+from rayfed.tracking import Sink, SinkList, open_sinks
 
 
 class LocalExecutor(Executor):
@@ -26,3 +29,15 @@ class LocalExecutor(Executor):
 
     def close(self) -> None:
         torch.set_num_threads(self.threads)  # the caller's process goes on with its own setting
+
+
+def run_here(plan: RunPlan, out: Path, resume: bool, uri: str | None, console: Sink) -> None:
+    """Runs the plan in this process and shows ``console`` what happens; see `rayfed.engine.rounds.run_rounds`."""
+    sinks = SinkList(open_sinks(plan.tracking, out), console)
+    executor = LocalExecutor(plan)
+    try:
+        for _ in run_rounds(plan, executor, out, sinks, resume, uri):
+            pass
+    finally:
+        sinks.close()
+        executor.close()

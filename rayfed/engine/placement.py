@@ -1,8 +1,8 @@
-"""Where workers go: one bundle a worker in a placement group, spread over the cluster's nodes or packed on few.
+"""The placement of workers: one bundle a worker in a placement group, spread over the cluster's nodes or packed on few.
 
-The driver is not in the group: it stays beside the process that started the run, where the run directory is, and holds
-no resources. On a cluster whose head has no GPU that is a CPU node. When a node of the group is lost, Ray finds its
-bundles another place as soon as there is one; what the run does meanwhile is the executor's business.
+The driver is not in the group. It runs on the node of the process that started the run, because the run directory is
+there, and holds no resources. On a cluster whose head has no GPU, that is a CPU node. When a node of the group is lost,
+Ray places its bundles again as soon as there is room; meanwhile the executor goes on with the other workers.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Bundle = dict[str, float]
 
 
 def bundle_of(engine: Engine) -> Bundle:
-    """What one worker holds; empty where it asks for nothing."""
+    """The resources of one worker; empty where it asks for none."""
     asked = {"CPU": engine.cpus_per_worker, "GPU": engine.gpus}
     return {name: amount for name, amount in asked.items() if amount}
 
 
 def reserve(engine: Engine) -> PlacementGroup | None:
-    """A group with a bundle for each worker, not yet placed.
+    """A placement group with a bundle for each worker, not yet placed.
 
-    None where workers hold nothing, or where a trial of a sweep has reserved their places already.
+    None where workers need no resources, or where a trial of a sweep has reserved places for them.
     """
     bundle = bundle_of(engine)
     if not bundle or ray.util.get_current_placement_group() is not None:
@@ -40,15 +40,15 @@ def reserve(engine: Engine) -> PlacementGroup | None:
 
 
 def in_group(group: PlacementGroup | None) -> Any:
-    """The scheduling strategy of a worker: any free bundle of the group. None: of a trial's group, or Ray's choice."""
+    """A worker's scheduling strategy: any free bundle of the group. None: the trial's group, or Ray's default."""
     return None if group is None else PlacementGroupSchedulingStrategy(group)
 
 
 def beside_the_starting_process() -> Any:
-    """Where the driver goes, because the run directory is there.
+    """The driver's scheduling strategy: the node of the starting process.
 
-    A trial of a sweep holds a placement group: its driver joins the first bundle, the trial's own, and its workers
-    follow into the others; outside the group they might wait for resources that other trials hold.
+    A trial of a sweep has a placement group. Its driver joins the first bundle, the trial's own, and its workers use
+    the others; outside the group they might wait for resources that other trials hold.
     """
     group = ray.util.get_current_placement_group()
     if group is not None:

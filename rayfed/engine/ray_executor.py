@@ -2,8 +2,8 @@
 
 A worker is one process with a trainer. The executor gives each idle worker the next job and waits for the first result.
 When a worker dies, its job returns to the front of the queue and a new worker is started. Jobs are functions of their
-arguments, so the result is the one that the dead worker would have given. A new worker gets jobs once it is ready: where a
-lost node leaves no room for it, the other workers go on without it.
+arguments, so the result is the one that the dead worker would have given. A new worker gets jobs once it is ready:
+where a lost node leaves no room for it, the other workers go on without it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Worker:
 
 
 class RayExecutor(Executor):
-    """`engine.workers` actors, each holding `cpus_per_worker` CPUs and `gpus` GPUs. ``plan``: a reference to a RunPlan."""
+    """`engine.workers` actors, each holding `cpus_per_worker` CPUs and `gpus` GPUs. ``plan``: a reference to a
+    RunPlan."""
 
     def __init__(self, engine: Engine, plan: ray.ObjectRef) -> None:
         self.engine, self.plan = engine, plan

@@ -1,1 +1,7 @@
-"""The adapter, its exact algebra, stacked layers that train many adapters at once, and PEFT in and out."""
+"""LoRA as tensors: no Ray, no models, no settings.
+
+- `adapter`: the adapter (pairs, scales, head) and its flat vector.
+- `algebra`: exact sums, decompositions, norms and distances of low-rank changes.
+- `peft`: PEFT in and out: config, target modules, files.
+- `packed/`: layers that train the adapters of many clients in one batch.
+"""

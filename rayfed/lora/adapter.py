@@ -1,12 +1,12 @@
 """The adapter: what federated LoRA trains, sends and averages.
 
-An adapted layer has a low-rank pair (B, A) and an explicit scale; the layer's change is ``scale * B @ A``. Beside the
-pairs an adapter carries the task head, trained in full. As one flat vector the entries stand in a fixed order (layers
-by name, A before B, then the head by name), whatever order the mappings were made in: masks, payloads and server
-optimizers of any two processes agree on what entry i is.
+Each adapted layer has a low-rank pair (B, A) and a scale. The layer's change is ``scale * B @ A``. An adapter also has
+the task head, which is trained in full. The flat vector of an adapter has a fixed order: layers by name, A before B
+before R, then the head by name. The order of the mappings does not matter, so masks, payloads and server optimizers in
+all processes agree on what entry i is.
 
-Shapes: B (out, r), A (r, in); out and in are the layer's, also for Conv1D, which stores its weight transposed. A method
-that trains between two frozen factors has a core R (r, r) beside them: the change is ``scale * B @ R @ A``.
+Shapes: B (out, r), A (r, in), where out and in are those of the layer, also for Conv1D, which stores its weight
+transposed. Some methods train a core R (r, r) between two frozen factors: the change is ``scale * B @ R @ A``.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class LowRank:
         return self.scale * (pair.B @ pair.A)
 
     def folded(self) -> LowRank:
-        """The same change without a core: it goes into B."""
+        """The same change without a core: B (out, r) is multiplied by R."""
         return self if self.R is None else LowRank(self.B @ self.R, self.A, self.scale)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Low-rank pairs by layer name and head tensors by parameter name."""
+    """Low-rank pairs by layer name, and the head's weights (out, in) and biases (out,) by parameter name."""
 
     layers: Mapping[str, LowRank]
     head: Mapping[str, Tensor]
@@ -82,7 +82,7 @@ class Adapter:
         return Layout(tuple(entries), {name: self.layers[name].scale for name in sorted(self.layers)})
 
     def flatten(self) -> Tensor:
-        """All entries as one float32 vector (n,), a copy, in the layout's order."""
+        """A copy of all entries as one float32 vector (n,), in the order of `layout`."""
         parts = [self._tensor(entry).reshape(-1).to(torch.float32) for entry in self.layout.entries]
         return torch.cat(parts) if parts else torch.zeros(0)
 
@@ -97,10 +97,10 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor stands in the flat vector: entries start to start + numel, row-major."""
+    """The place of one tensor in the flat vector: entries start to start + numel, in row-major order."""
 
     name: str
-    part: str  # one of PARTS; "W" is a frozen change of the base, a matrix (out, in)
+    part: str  # one of PARTS; "W" is a base change as a matrix (out, in)
     shape: tuple[int, ...]
     start: int
 
@@ -111,14 +111,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """The order and shapes of an adapter's entries: the key to its flat vector."""
+    """The order and shapes of the tensors in an adapter's flat vector, and the scale of each layer."""
 
     entries: tuple[Entry, ...]
     scales: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
-        """Entries in the flat vector: n."""
+        """n, the length of the flat vector."""
         return self.entries[-1].start + self.entries[-1].numel if self.entries else 0
 
     def unflatten(self, vector: Tensor) -> Adapter:
@@ -135,11 +135,11 @@ class Layout:
         )
 
     def matrices(self, vector: Tensor) -> dict[str, Tensor]:
-        """The frozen changes that stand in the vector as matrices (out, in), by layer; views."""
+        """The base changes in ``vector`` (n,) that are matrices (out, in), by layer, as views."""
         return {e.name: vector[e.start : e.start + e.numel].view(e.shape) for e in self.entries if e.part == "W"}
 
     def mask(self, *parts: str) -> Tensor:
-        """A boolean vector (n,): which entries belong to the given parts (of PARTS)."""
+        """A boolean vector (n,): True for entries of the given parts (of PARTS)."""
         mask = torch.zeros(self.size, dtype=torch.bool)
         for entry in self.entries:
             if entry.part in parts:
@@ -147,7 +147,7 @@ class Layout:
         return mask
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values that JSON can store; `from_json` gives the same layout back."""
+        """The layout as plain values that JSON can store. `from_json` is the inverse."""
         return {"entries": [[e.name, e.part, list(e.shape)] for e in self.entries], "scales": dict(self.scales)}
 
     @classmethod
@@ -162,9 +162,9 @@ class Layout:
 def flatten_changes(
     changes: Mapping[str, LowRank | Tensor], head: Mapping[str, Tensor] | None = None
 ) -> tuple[Tensor, Layout]:
-    """Changes of any form, and a head, as one float32 vector (n,) with its layout: pairs and head first, then matrices.
+    """Pairs, head and matrices (out, in), in this order, as one float32 vector (n,), with its layout.
 
-    ``layout.unflatten`` gives the pairs and the head back, ``layout.matrices`` the rest.
+    ``layout.unflatten`` returns the pairs and the head, ``layout.matrices`` the matrices.
     """
     pairs = {name: change for name, change in changes.items() if isinstance(change, LowRank)}
     adapter = Adapter(pairs, head or {})
@@ -186,9 +186,9 @@ def scale_of(rank: int, alpha: float, rslora: bool = False) -> float:
 def fresh_adapter(
     shapes: Mapping[str, tuple[int, int]], head: Mapping[str, Tensor], rank: int, scale: float, seed: int
 ) -> Adapter:
-    """An adapter that changes nothing yet: B = 0, A uniform in +-1/sqrt(in) as PEFT draws it, keyed by layer name.
+    """An adapter as PEFT initialises it: B = 0, A uniform in +-1/sqrt(in). The draw is keyed by seed and layer name.
 
-    ``shapes`` gives (out, in) per layer; ``head`` the head's start values, copied.
+    ``shapes`` has (out, in) of each layer. The values of ``head`` are copied.
     """
     layers = {}
     for name, (out, inner) in shapes.items():

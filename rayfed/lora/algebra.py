@@ -1,23 +1,24 @@
 """Exact algebra on low-rank changes: sums, singular value decompositions, truncation, norms and distances.
 
-Promises: a `LowRank` stands for the matrix ``scale * B @ A``, and every function here answers for that matrix, whatever
-the ranks and scales. An out x in matrix is formed only where that is no dearer (`stays_factored`). Results are a
-function of the inputs' bits (on one machine with one thread count), carry no gradient and may share storage with the
-inputs; their dtype is the inputs', float32 or float64, unless ``dtype`` names the one to compute and answer in.
-Changes of different shapes, and tensors that are no matrix, are a ValueError everywhere.
+A change is a `LowRank`, which stands for the matrix ``scale * B @ A``, or a matrix (out, in). Ranks and scales may
+differ. A `LowRank` is multiplied out only where that costs no more (`stays_factored`). Results are a function of the
+inputs' bits (on one machine with one thread count), carry no gradient and may share storage with the inputs. Their
+dtype is ``dtype`` if given, else the inputs' (float32 or float64). Every function raises ValueError for changes of
+different shapes and for tensors that are not matrices.
 
     sum_k w_k s_k B_k A_k = B A        with  B = [B_1 | ... | B_K],  A = [w_1 s_1 A_1; ...; w_K s_K A_K]
     s B A = (Q_B u) S (v Q_A^T)        with  B = Q_B R_B,  A^T = Q_A R_A,  s R_B R_A^T = u S v    (the core, R x R)
     <s B A, t D C> = s t tr((B^T D)(C A^T))
 
-Rounding in a factored product is relative to ``|scale| ||B|| ||A||``, as in the product itself: where large factors
-cancel, float32 answers lose digits and ``dtype=torch.float64`` keeps them.
+Rounding in a factored product is relative to ``|scale| ||B|| ||A||``, as in the product itself. Where large factors
+cancel, float32 results lose digits; ``dtype=torch.float64`` avoids that.
 
 Shapes: B (out, r), A (r, in), U (out, k), S (k,), Vh (k, in); R is a sum of ranks.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ Split = Literal["b", "sqrt"]
 class Spectrum:
     """The leading singular triples of a matrix, ``U @ diag(S) @ Vh``: U (out, k), S (k,) descending, Vh (k, in).
 
-    In each column of U the entry of the largest magnitude is positive (the first of equals).
+    In each column of U the (first) entry of the largest magnitude is positive.
     """
 
     U: Tensor
@@ -50,17 +51,16 @@ class Spectrum:
 
 
 def stays_factored(out: int, in_: int, rank: int) -> bool:
-    """The cost rule: a change of this rank is worked on as factors if ``rank < min(out, in_)``, else as a matrix.
+    """The cost rule: a change of this rank is computed with as factors if ``rank < min(out, in_)``, else as a matrix.
 
-    With n the smaller side and m the larger, an SVD takes about ``6(m+n)R^2 + 24R^3`` operations by factors and
-    ``6mn^2 + 20n^3 + 2mnR`` densely: they meet at R near 0.9 n for square layers and 1.2 n for long ones. Gram
-    products, ``2R^2(m+n)`` against ``4mnR``, win for all ranks below n.
+    For sides m >= n, an SVD takes about ``6(m+n)R^2 + 24R^3`` operations by factors and ``6mn^2 + 20n^3 + 2mnR`` as a
+    matrix: equal at R near 0.9 n (m = n) to 1.2 n (m >> n). Gram products take ``2R^2(m+n)`` against ``4mnR``.
     """
     return rank < min(out, in_)
 
 
 def stack(pairs: Sequence[LowRank], weights: Sequence[float], *, dtype: torch.dtype | None = None) -> LowRank:
-    """The weighted sum ``sum_k w_k s_k B_k A_k``, exactly, as one pair whose rank is the sum of ranks; its scale is 1.
+    """The exact weighted sum ``sum_k w_k s_k B_k A_k`` as one pair of scale 1. Its rank is the sum of the ranks.
 
     ``weights`` has one number of any sign for each pair. ValueError for no pairs, or another number of weights.
     """
@@ -76,13 +76,10 @@ def stack(pairs: Sequence[LowRank], weights: Sequence[float], *, dtype: torch.dt
 def svd(change: LowRank | Tensor, rank: int | None = None, *, dtype: torch.dtype | None = None) -> Spectrum:
     """The exact thin SVD, its first ``rank`` triples (all: min(out, in, R) of them).
 
-    A pair costs O((out + in) R^2 + R^3), by QR of both factors and the SVD of their R x R core, in float64; a matrix
-    (and a pair of a rank that `stays_factored` turns down) a full dense SVD. Zero and rank-deficient changes are fine:
-    singular values past the true rank are then rounding noise, at most about 1e-7 of the first (float64: 1e-15), and
-    their vectors arbitrary but orthonormal.
-
-    Raises:
-        ValueError: ``rank`` under 1, a dtype that is neither float32 nor float64. RunError: NaN or an infinity.
+    For a pair: QR of both factors and the SVD of their R x R core, in float64, O((out + in) R^2 + R^3). For a matrix,
+    and for ranks that `stays_factored` excludes: a dense SVD. Singular values past the true rank are rounding noise, at
+    most about 1e-7 of the first (float64: 1e-15); their vectors are arbitrary but orthonormal. ValueError for a rank
+    under 1 and a dtype that is neither float32 nor float64; RunError for NaN and infinities.
     """
     _check_rank(rank)
     if isinstance(change, LowRank):
@@ -101,45 +98,33 @@ def svd(change: LowRank | Tensor, rank: int | None = None, *, dtype: torch.dtype
 
 
 def top_svd(
-    W: Tensor,
-    rank: int,
-    *,
-    oversample: int = 16,
-    iterations: int = 4,
-    seed: int = 0,
-    exact: bool | None = None,
+    W: Tensor, rank: int, *, oversample: int = 16, iterations: int = 4, seed: int = 0, exact: bool | None = None,
     dtype: torch.dtype | None = None,
-) -> Spectrum:
+) -> Spectrum:  # fmt: skip
     """The top min(rank, out, in) singular triples of a matrix (out, in): exact where that is cheap, else randomised.
 
-    Exact, by `svd`, if the smaller side is at most 256 or under 6 (rank + oversample); ``exact`` overrules that. Else
-    by subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4): the start is drawn from ``seed``,
-    ``oversample`` further directions are followed, ``iterations`` passes of W W^T made. Either way U S Vh projects W,
-    so ``||W - U S Vh||_F^2 = ||W||_F^2 - sum S^2`` tells exactly what is missed: see `tail_energy`.
+    Exact, by `svd`, if the smaller side is at most 256 or under 6 (rank + oversample), or as ``exact`` says. Else by
+    subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) from a start drawn with ``seed``, with
+    ``oversample`` further directions and ``iterations`` products with W W^T. In both cases U S Vh is a projection of W,
+    so the error is known exactly: ``||W - U S Vh||_F^2 = ||W||_F^2 - sum S^2`` (see `tail_energy`).
 
-    Measured at 768 x 768 and rank 48, float32, on two cores: 13 to 18 ms against 130 to 190 ms exactly. Excess of
-    ``||W - U S Vh||_F`` over the best possible, and the largest error of a singular value in units of the first:
+    Measured at 768 x 768 and rank 48, float32, on two cores: 13 to 18 ms (2 iterations: 8 to 12 ms, exact: 130 to
+    190 ms). Relative excess of ``||W - U S Vh||_F`` over the best possible, and largest error of a singular value in
+    units of the first one, for singular values f(j), j = 0, 1, ..., and for a Gaussian matrix:
 
-        spectrum (j = 0, 1, ...)    excess    singular values
-        exp(-j / 30)                1e-6      8e-7
-        1 / (j + 1)                 2e-4      4e-5
-        1 / sqrt(j + 1)             6e-4      2e-3
-        Gaussian matrix             5e-3      3e-2
-        all equal                   0         1e-6
+        f(j)                    exp(-j / 30)   1 / (j + 1)   1 / sqrt(j + 1)   Gaussian   constant
+        excess                  1e-6           2e-4          6e-4              5e-3       0
+        excess, 2 iterations    3e-4           3e-3          5e-3              1e-2       0
+        singular values         8e-7           4e-5          2e-3              3e-2       1e-6
 
-    Two iterations take 8 to 12 ms, for an excess of 3e-4, 3e-3, 5e-3, 1e-2 and 0. A matrix whose true rank is at most
-    rank + oversample comes out exact to rounding.
-
-    Raises:
-        ValueError: as `svd`; a negative ``oversample`` or ``iterations``.
+    The result is exact to rounding if the true rank of W is at most rank + oversample. ValueError and RunError as
+    `svd`; ValueError for a negative ``oversample`` or ``iterations``.
     """
     _check_rank(rank)
     if oversample < 0 or iterations < 0:
         raise ValueError(f"oversample and iterations must be 0 or more, got {oversample} and {iterations}")
     small, width = min(_shape(W)), rank + oversample
-    if exact is None:
-        exact = small <= 256 or small < 6 * width
-    if exact:
+    if exact or (exact is None and (small <= 256 or small < 6 * width)):
         return svd(W, rank, dtype=dtype)
     (W,) = _cast(dtype, W)
     # Drawn on the CPU in float64: every device and dtype starts from the same subspace.
@@ -147,7 +132,7 @@ def top_svd(
     start = torch.randn(W.shape[1], min(width, small), generator=generator, dtype=torch.float64).to(W)
     Q = torch.linalg.qr(W @ start).Q
     for _ in range(iterations):
-        # One QR a pass: another between the two products costs a quarter more time and changes no digit above.
+        # One QR per iteration. A second one between the two products takes 25 % more time and changes no digit above.
         Q = torch.linalg.qr(W @ (W.T @ Q)).Q
     P, R = torch.linalg.qr(W.T @ Q)  # so that Q Q^T W = Q R^T P^T
     u, S, vh = torch.linalg.svd(_finite(R.T))
@@ -157,9 +142,8 @@ def top_svd(
 def factors(spectrum: Spectrum, rank: int, scale: float, split: Split = "b") -> LowRank:
     """The first min(rank, k) triples as a pair of the given scale: ``scale * B @ A = U S Vh``.
 
-    ``split`` "b" puts the singular values in B (``B = U S / scale``, ``A = Vh``), "sqrt" their roots in each factor
-    (``B = U sqrt(S / scale)``, ``A = sqrt(S / scale) Vh``). ValueError for a rank under 1, a scale that is not over 0,
-    another split.
+    ``split`` "b": ``B = U S / scale``, ``A = Vh``. "sqrt": ``B = U sqrt(S / scale)``, ``A = sqrt(S / scale) Vh``.
+    ValueError for a rank under 1, a scale that is not over 0, another split.
     """
     _check_rank(rank)
     _check_scale(scale)
@@ -179,15 +163,11 @@ def truncate(
 
 
 def tail_energy(S: Tensor, total_energy: float, rank: int) -> float:
-    """``||W - W^r||_F^2``: the squared singular values past ``rank``, from the leading ones and the total energy.
+    """``||W - W^r||_F^2``: the sum of the squared singular values past ``rank``.
 
-    Beyond those in S the tail holds ``total_energy - sum S^2``. Up to 32 roundings of the total that difference is
-    noise of S and counts as 0 (float32: 4e-6 of the total; a spectrum in float64 resolves smaller tails).
-
-    Args:
-        S: the leading singular values (k,), of `svd` or `top_svd`.
-        total_energy: ``||W||_F^2``, from `norm`; at least 0 and finite, else ValueError.
-        rank: 0 or more, else ValueError; past k it is taken as k, for S says no more.
+    ``S`` (k,) are the leading singular values, from `svd` or `top_svd`; ``total_energy`` is ``||W||_F^2``, from `norm`.
+    The values past S contribute ``total_energy - sum S^2``, or 0 where that is at most 32 roundings of the total
+    (float32: 4e-6 of it). A rank over k counts as k. ValueError for a negative rank, or a total not in [0, inf).
     """
     if rank < 0 or not 0 <= total_energy < math.inf:
         raise ValueError(f"rank and total_energy must be 0 or more and finite, got {rank} and {total_energy}")
@@ -200,8 +180,8 @@ def tail_energy(S: Tensor, total_energy: float, rank: int) -> float:
 def pad(pair: LowRank, rank: int, A_fresh: Tensor) -> LowRank:
     """The same change at a larger rank: new columns of B are 0, new rows of A are rows r to ``rank`` of ``A_fresh``.
 
-    With both at 0 the new ranks would never receive a gradient; beside a random row in A, B can train. ``A_fresh`` is
-    (rank or more, in). ValueError for a rank under the pair's, or another shape.
+    If the new rows of A were 0 too, the new ranks would never get a gradient. ``A_fresh`` is (rank or more, in).
+    ValueError for a rank under the pair's, or another shape.
     """
     if rank < pair.rank:
         raise ValueError(f"rank: got {rank}, but the pair has rank {pair.rank} already")
@@ -211,11 +191,10 @@ def pad(pair: LowRank, rank: int, A_fresh: Tensor) -> LowRank:
 
 
 def revive(pair: LowRank, A_fresh: Tensor, tol: float = 1e-8) -> LowRank:
-    """Nearly the same change without dead ranks: those get the row of ``A_fresh`` (r or more, in) and B's column 0.
+    """Nearly the same change, in which every rank can train: a dead rank j gets ``A_fresh[j]`` in A and 0 in B.
 
-    Rank j is dead if neither side can train the other: both ``||B[:, j]||`` and ``||A[j]||`` are at most
-    ``sqrt(tol) ||A_fresh[j]||``. A rank with one side alive (B = 0 at the start of training) is left as it is. For each
-    dead rank the change moves by at most ``|scale| tol ||A_fresh[j]||^2``. ValueError for a shape, or a negative tol.
+    Rank j is dead if ``||B[:, j]||`` and ``||A[j]||`` are both at most ``sqrt(tol) ||A_fresh[j]||``. Each moves the
+    change by at most ``|scale| tol ||A_fresh[j]||^2``. ``A_fresh`` is (r or more, in). ValueError for another shape.
     """
     if not tol >= 0:
         raise ValueError(f"tol: got {tol!r}, but it must be 0 or more")
@@ -226,13 +205,13 @@ def revive(pair: LowRank, A_fresh: Tensor, tol: float = 1e-8) -> LowRank:
 
 
 def rescale(pair: LowRank, scale: float) -> LowRank:
-    """The same change under another scale: B takes the ratio, A stays. ValueError unless ``scale`` is over 0."""
+    """The same change with another scale: B is multiplied by the ratio. ValueError unless ``scale`` is over 0."""
     _check_scale(scale)
     return LowRank(pair.B.detach() * (pair.scale / scale), pair.A.detach(), scale)
 
 
 def inner(x: LowRank | Tensor, y: LowRank | Tensor) -> float:
-    """The Frobenius inner product ``tr(x^T y)`` of two changes of one layer, in float64 whatever their dtypes."""
+    """The Frobenius inner product ``tr(x^T y)`` of two changes of one layer, computed in float64."""
     shape = _same_shape(x, y)
     if isinstance(x, LowRank) and isinstance(y, LowRank) and stays_factored(*shape, max(x.rank, y.rank)):
         B, A, D, C = _cast(torch.float64, x.B, x.A, y.B, y.A)
@@ -247,7 +226,7 @@ def inner(x: LowRank | Tensor, y: LowRank | Tensor) -> float:
 
 
 def norm(x: LowRank | Tensor) -> float:
-    """The Frobenius norm, in float64. For a pair by Gram matrices: within 1e-8 of ``|scale| ||B|| ||A||``."""
+    """The Frobenius norm, computed in float64. For a pair the error is at most 1e-8 of ``|scale| ||B|| ||A||``."""
     if isinstance(x, LowRank):
         return math.sqrt(max(inner(x, x), 0.0))
     _shape(x)
@@ -255,11 +234,10 @@ def norm(x: LowRank | Tensor) -> float:
 
 
 def distance(x: LowRank | Tensor, y: LowRank | Tensor) -> float:
-    """``||x - y||_F`` in float64, also of changes that are nearly equal.
+    """``||x - y||_F``, computed in float64. Accurate for changes that are nearly equal, too.
 
-    Two pairs are compared by the triangles of the QR of ``[B_x | B_y]`` and ``[A_x; -A_y]``, anything else entry by
-    entry. The error is about 1e-15 of the size of x and y (``|scale| ||B|| ||A||`` for pairs), where a difference of
-    squared norms would be off by 1e-8 of it.
+    For two pairs: from the R factors of ``[B_x | B_y]`` and ``[A_x; -A_y]^T``. The error is about 1e-15 of the size of
+    x and y (``|scale| ||B|| ||A||`` for pairs). A difference of squared norms would have an error of 1e-8.
     """
     shape = _same_shape(x, y)
     if not (isinstance(x, LowRank) and isinstance(y, LowRank)):
@@ -267,26 +245,19 @@ def distance(x: LowRank | Tensor, y: LowRank | Tensor) -> float:
     change = stack([x, y], [1.0, -1.0], dtype=torch.float64)
     if not stays_factored(*shape, change.rank):
         return norm(_dense64(change))
-    R_B = torch.linalg.qr(change.B, mode="r").R
-    R_A = torch.linalg.qr(change.A.T, mode="r").R
+    R_B, R_A = (torch.linalg.qr(X, mode="r").R for X in (change.B, change.A.T))
     return norm(R_B @ R_A.T)
 
 
 def add(dense: Tensor, pair: LowRank, weight: float = 1.0) -> Tensor:
     """``dense + weight * scale * B @ A`` as a new matrix (out, in), in the dtype of ``dense``."""
-    return add_(dense.detach().clone(), pair, weight)
-
-
-def add_(dense: Tensor, pair: LowRank, weight: float = 1.0) -> Tensor:
-    """As `add`, in place; gives ``dense`` back."""
     _same_shape(dense, pair)
     B, A = pair.B.detach().to(dense), pair.A.detach().to(dense)
-    dense.detach().addmm_(B, A, alpha=weight * pair.scale)
-    return dense
+    return torch.addmm(dense.detach(), B, A, alpha=weight * pair.scale)
 
 
 def _signed(U: Tensor, S: Tensor, Vh: Tensor) -> Spectrum:
-    # LAPACK's signs vary with the machine and the blocking; argmax gives the first of equal magnitudes.
+    # LAPACK's signs depend on the machine. argmax returns the first of equal magnitudes.
     largest = U.gather(0, U.abs().argmax(dim=0, keepdim=True))
     sign = torch.where(largest < 0, -1.0, 1.0).to(U)
     return Spectrum(U * sign, S, sign.T * Vh)
@@ -296,8 +267,7 @@ def _qr(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The thin QR of X (m, r) in float64, as Y (m, r), M (r, r), R (r, r): ``X = Y M R``, with ``Y M`` orthonormal."""
     X64, one = X.double(), torch.eye(X.shape[1], dtype=torch.float64, device=X.device)
     if X.dtype == torch.float32:
-        # Cholesky of the Gram matrix takes a third of Householder's time; its error, cond(X)^2 roundings of float64, is
-        # under 1e-8 here: less than the result's own rounding. Dependent or zero columns are left to Householder.
+        # A third of the time of a QR. Its error is cond(X)^2 roundings of float64, so cond(X) is limited to about 1e4.
         R, failed = torch.linalg.cholesky_ex(X64.T @ X64, upper=True)
         M = torch.linalg.solve_triangular(R, one, upper=True)
         if not failed and R.norm() * M.norm() < 1e4:
@@ -307,11 +277,10 @@ def _qr(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cast(dtype: torch.dtype | None, *tensors: Tensor) -> list[Tensor]:
-    """The tensors without gradient, in ``dtype`` or else in the widest of theirs."""
-    for tensor in tensors if dtype is None else ():
-        dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
+    """The tensors without gradient, in ``dtype`` or, if that is None, in their widest dtype."""
+    dtype = dtype or functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype: got {dtype}, but this algebra is done in float32 or float64: name one by dtype=")
+        raise ValueError(f"dtype: got {dtype}, but float32 or float64 is needed: name one by dtype=")
     return [tensor.detach().to(dtype) for tensor in tensors]
 
 

@@ -1,19 +1,27 @@
-"""Adapters in PEFT's file format: a folder that `PeftModel.from_pretrained` loads.
+"""PEFT in and out: the LoRA config, the layers that it targets, and adapters in PEFT's file format.
 
-Written from the tensors alone, without the base model. Values are stored as they are (float32); the scale travels as
-`lora_alpha`, so that PEFT computes the same ``alpha / r`` (or ``alpha / sqrt(r)``) that the run trained with.
+`match_targets` finds the layers that PEFT would adapt for the same `target_modules`: names, a regular expression,
+`all-linear`, or PEFT's default for the architecture.
+
+`save_peft` writes a folder that `PeftModel.from_pretrained` loads. It needs the tensors alone, not the base model.
+Values are stored as float32. The scale is stored as `lora_alpha`, so that PEFT computes the ``alpha / r`` (or
+``alpha / sqrt(r)``) that the run trained with.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from rayfed.errors import UserError
 from rayfed.files import atomic_path
 from rayfed.lora.adapter import Adapter, LowRank, scale_of
 
@@ -23,17 +31,116 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."
 
 
-def peft_settings(config: LoraConfig, layers: Iterable[str], *, base: str, conv1d: bool) -> dict[str, Any]:
-    """The content of `adapter_config.json`: plain values, the same for equal runs.
+def lora_config(
+    *, rank: int, alpha: float, rslora: bool, dropout: float, target_modules: str | Sequence[str] | None,
+    layers_to_transform: Sequence[int] | None, head: Sequence[str] = (), task_type: str = "SEQ_CLS",
+) -> LoraConfig:  # fmt: skip
+    """PEFT's config of an adapter.
 
-    ``layers`` are the adapted layers' names; ``base`` is the base model's name or folder; ``conv1d`` says that the
-    layers store their weights transposed (GPT-2).
+    ``target_modules`` and ``layers_to_transform`` mean what they mean in PEFT. ``head`` names the modules that are
+    trained in full (PEFT's `modules_to_save`).
+    """
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type=task_type,
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT declares int, but computes with floats as well
+        use_rslora=rslora,
+        lora_dropout=dropout,
+        target_modules=target_modules if isinstance(target_modules, str | None) else list(target_modules),
+        layers_to_transform=None if layers_to_transform is None else list(layers_to_transform),
+        modules_to_save=list(head) or None,
+    )
+
+
+def match_targets(model: nn.Module, config: LoraConfig, head: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """(out, in) of every layer that gets an adapter, by module name, in model order.
+
+    Modules of the ``head`` are never targets. Where the config's `target_modules` is None, PEFT's default for the
+    architecture is written into the config.
+
+    Raises:
+        UserError: the regular expression is invalid, nothing matches, a matched module is no linear layer, or the rank
+            exceeds a layer's smaller side.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    if config.target_modules is None:
+        kind = getattr(getattr(model, "config", None), "model_type", "custom")
+        if kind not in DEFAULTS:
+            raise UserError(f"lora.target_modules: got null, but PEFT has no default for {kind!r}; name the modules")
+        config.target_modules = list(DEFAULTS[kind])
+    targets = config.target_modules
+    shown = repr(targets if isinstance(targets, str) else sorted(targets))
+    got = f"lora.target_modules: got {shown}"
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise UserError(
+                f"{got}, but it is no regular expression ({error}); a list of names is allowed, too"
+            ) from None
+    shapes: dict[str, tuple[int, int]] = {}
+    linear: set[str] = set()
+    for name, module in model.named_modules():
+        if not name or any(name == h or name.startswith(h + ".") for h in head):
+            continue
+        try:
+            shape = layer_shape(module)
+            linear.add(name.rpartition(".")[2])
+        except TypeError:
+            shape = None
+        if shape if targets == "all-linear" else check_target_module_exists(config, name):
+            if shape is None:
+                raise UserError(
+                    f"{got}, but it matches {name}, a {type(module).__name__}; "
+                    "adapters fit linear layers (nn.Linear, Conv1D)"
+                )
+            shapes[name] = shape
+    if not shapes and config.layers_to_transform is not None:
+        raise UserError(
+            f"lora.layers_to_transform: got {config.layers_to_transform}, but no layer of these numbers has modules "
+            f"that match {shown}"
+        )
+    if not shapes:
+        raise UserError(f"{got}, but it matches no layer; this model's linear layers are {', '.join(sorted(linear))}")
+    name, shape = min(shapes.items(), key=lambda item: min(item[1]))
+    if config.r > min(shape):
+        raise UserError(
+            f"lora.rank: got {config.r}, but {name} is {shape[0]} x {shape[1]}; at most {min(shape)} is allowed"
+        )
+    return shapes
+
+
+def layer_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of an nn.Linear or a transformers Conv1D. TypeError for any other module."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    if is_conv1d(layer):
+        inner, outer = layer.weight.shape  # type: ignore[misc]
+        return outer, inner
+    raise TypeError(f"{type(layer).__name__} is neither nn.Linear nor Conv1D")
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether the layer is GPT-2's Conv1D, whose weight is stored as (in, out). PEFT calls this `fan_in_fan_out`."""
+    # By class name, because this package does not import transformers.
+    return type(layer).__name__ == "Conv1D" and getattr(layer, "weight", torch.empty(0)).ndim == 2
+
+
+def peft_settings(config: LoraConfig, layers: Iterable[str], *, base: str, conv1d: bool) -> dict[str, Any]:
+    """The content of `adapter_config.json`: plain values that JSON can store, equal for equal arguments.
+
+    ``layers`` are the names of the adapted layers. ``base`` is the name or folder of the base model. ``conv1d`` says
+    that the layers store their weights transposed (GPT-2).
     """
     settings: dict[str, Any] = config.to_dict()
     targets = settings["target_modules"]
-    if targets is None or targets == "all-linear":  # resolved once, so that a reader needs no PEFT to know them
+    if targets is None or targets == "all-linear":  # replaced by names, so that a reader of the file needs no PEFT
         targets = layers
-    # PEFT keeps names in a set, whose order differs from process to process.
+    # PEFT stores names in a set, whose order differs from process to process.
     settings["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
     settings |= {"base_model_name_or_path": base, "fan_in_fan_out": conv1d, "inference_mode": True}
     return json.loads(json.dumps(settings, default=sorted))  # sets become lists
@@ -42,9 +149,13 @@ def peft_settings(config: LoraConfig, layers: Iterable[str], *, base: str, conv1
 def save_peft(
     path: Path, adapter: Adapter, settings: Mapping[str, Any], files: Mapping[str, str] | None = None
 ) -> None:
-    """Writes `adapter_config.json` and `adapter_model.safetensors` (and further small text ``files``) to ``path``.
+    """Writes `adapter_config.json`, `adapter_model.safetensors` and the text ``files`` to the folder ``path``.
 
-    ``settings`` are the run's `peft_settings`. All pairs must have its rank and scale: else ValueError.
+    ``settings`` come from `peft_settings`. ``files`` maps file names to contents. An existing folder is replaced. If
+    writing fails, the old folder stays.
+
+    Raises:
+        ValueError: a pair whose rank or scale is not that of ``settings``.
     """
     ranks = {pair.rank for pair in adapter.layers.values()}
     if ranks and ranks != {settings["r"]}:
@@ -60,19 +171,22 @@ def save_peft(
     texts = {"adapter_config.json": json.dumps(settings, indent=2, sort_keys=True) + "\n", **(files or {})}
     with atomic_path(path) as folder:
         folder.mkdir()
-        whole = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
-        save_file(whole, folder / "adapter_model.safetensors", {"format": "pt"})
+        copies = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}  # safetensors takes no views
+        save_file(copies, folder / "adapter_model.safetensors", {"format": "pt"})
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8")
 
 
 def load_peft(path: Path, scale: float, head: Sequence[str] = ()) -> Adapter:
-    """The adapter in a PEFT folder (safetensors only; pickled files are not read). ``scale`` is that of every layer.
+    """The adapter in a PEFT folder. Only safetensors are read, never pickles.
 
-    ``head`` names the modules that are head; other tensors than theirs and LoRA pairs raise ValueError.
+    ``scale`` is the scale of every layer. ``head`` names the modules of the head.
+
+    Raises:
+        ValueError: a tensor that belongs to neither a LoRA pair nor the head.
     """
     tensors = load_file(Path(path) / "adapter_model.safetensors")
-    factors: dict[str, dict[str, object]] = {}
+    factors: dict[str, dict[str, Any]] = {}
     rest = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
@@ -83,4 +197,4 @@ def load_peft(path: Path, scale: float, head: Sequence[str] = ()) -> Adapter:
             rest[name] = tensor
         else:
             raise ValueError(f"{path}: {key} is neither a LoRA pair nor part of the head {tuple(head)}")
-    return Adapter({n: LowRank(f["B"], f["A"], scale) for n, f in factors.items()}, rest)  # type: ignore[arg-type]
+    return Adapter({n: LowRank(f["B"], f["A"], scale) for n, f in factors.items()}, rest)

@@ -1,7 +1,7 @@
-"""Runs against each other: what counts, which runs are one setting at several seeds, who reaches a target for how much.
+"""Compares runs: which of them differ in the seed alone, their best rounds, and their bytes to a target.
 
-The best round of a run is chosen by its validation accuracy; what is reported of that round is its test accuracy, which
-never took part in the choice. The known-answer problem has neither: there the gap after the last round counts.
+The best round of a run is the one with the best validation accuracy. The report shows its test accuracy, which has no
+part in the choice. The known-answer problem has no test data; there the gap after the last round counts.
 """
 
 from __future__ import annotations
@@ -17,41 +17,48 @@ from rayfed.errors import UserError
 from rayfed.reports.labels import differing_settings, labels_of
 from rayfed.reports.runs import Run, listed
 
-CLOSE = 0.95  # the default target: so much of the way that the best goes
+CLOSE = 0.95  # the default target, as a share of the best result
 
 
 @dataclass(frozen=True)
 class Measure:
-    """The figure that curves show and targets are set in, and its twin that is reported."""
+    """The metric ``key`` of curves and targets, and the metric ``report`` that is reported for the best round.
+
+    Values are shares, 0 to 1 for an accuracy. Without ``selects_round`` the last measured round counts, not the best.
+    """
 
     key: str
     report: str | None
     label: str
-    falls: bool = False
-    chooses: bool = True
+    lower_is_better: bool = False
+    selects_round: bool = True
 
     def better(self, a: float, b: float) -> bool:
-        return a < b if self.falls else a > b
+        return a < b if self.lower_is_better else a > b
 
     def reaches(self, value: float, target: float) -> bool:
-        return value <= target if self.falls else value >= target
+        return value <= target if self.lower_is_better else value >= target
 
 
 ACCURACY = Measure("eval/accuracy", "test/accuracy", "validation accuracy")
-TEST_ONLY = Measure("test/accuracy", None, "test accuracy", chooses=False)
-GAP = Measure("eval/gap", None, "share of the gap left", falls=True, chooses=False)
+TEST_ONLY = Measure("test/accuracy", None, "test accuracy", selects_round=False)
+GAP = Measure("eval/gap", None, "share of the gap left", lower_is_better=True, selects_round=False)
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One run in figures. ``value`` and ``report`` are of the ``round`` that counts; None where nothing is finite."""
+class RunSummary:
+    """The numbers of one run. ``value``, ``report``, ``masked`` and ``best_bytes`` belong to ``round``, which counts.
+
+    They are None if no round counts. Bytes are sums over all clients: ``down`` and ``up`` of all rounds, ``best_bytes``
+    and ``target_bytes`` of the rounds up to ``round`` and ``target_round``.
+    """
 
     round: int | None
     value: float | None
     report: float | None
     masked: float | None
     last_report: float | None
-    bytes_then: int | None
+    best_bytes: int | None
     down: int
     up: int
     target_round: int | None
@@ -64,42 +71,53 @@ class Reading:
 
 @dataclass(frozen=True, eq=False)
 class RunGroup:
-    """Runs that differ in their seed alone. Means are over ``counted``: those that came to their end, if any did."""
+    """Runs that differ in the seed alone.
+
+    Means are over ``counted``: the finished runs, or all runs if none is finished. Each has an entry in ``summaries``.
+    """
 
     label: str
     runs: tuple[Run, ...]
     counted: tuple[Run, ...]
-    readings: tuple[Reading, ...]  # of those that count
+    summaries: tuple[RunSummary, ...]
 
-    def values(self, figure: Callable[[Reading], float | None]) -> list[float]:
-        return [value for reading in self.readings if (value := figure(reading)) is not None]
+    def values(self, number: Callable[[RunSummary], float | None]) -> list[float]:
+        """The number for each summary that has it."""
+        return [value for summary in self.summaries if (value := number(summary)) is not None]
 
-    def mean(self, figure: Callable[[Reading], float | None]) -> float | None:
-        return mean(values) if (values := self.values(figure)) else None
+    def mean(self, number: Callable[[RunSummary], float | None]) -> float | None:
+        """Mean over the seeds that have the number; None if none has."""
+        return mean(values) if (values := self.values(number)) else None
 
-    def deviation(self, figure: Callable[[Reading], float | None]) -> float | None:
-        """Sample deviation over the seeds (n - 1 below); None for fewer than two."""
-        return stdev(values) if len(values := self.values(figure)) > 1 else None
+    def deviation(self, number: Callable[[RunSummary], float | None]) -> float | None:
+        """Sample standard deviation (n - 1) over the seeds; None for fewer than two."""
+        return stdev(values) if len(values := self.values(number)) > 1 else None
 
     @property
     def score(self) -> float | None:
-        """The mean of the figure that chooses; None where it was not finite at some seed."""
-        return self.mean(lambda r: r.value) if all(r.value is not None for r in self.readings) else None
+        """The mean of the measure; None if a seed has no finite value."""
+        return self._mean_of_all(lambda r: r.value)
 
     @property
     def target_bytes(self) -> float | None:
-        """Mean bytes to the target, if every seed that counts reached it."""
-        values = self.values(lambda r: r.target_bytes)
-        return mean(values) if len(values) == len(self.readings) else None
+        """Mean bytes to the target; None if a seed did not reach it."""
+        return self._mean_of_all(lambda r: r.target_bytes)
 
     @property
     def settings(self) -> Mapping[str, Any]:
         return self.runs[0].settings
 
+    def _mean_of_all(self, number: Callable[[RunSummary], float | None]) -> float | None:
+        return mean(values) if len(values := self.values(number)) == len(self.summaries) else None
+
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Everything a report shows. ``differing``: dotted setting -> its value in each group, None where it has none."""
+    """Everything a report shows.
+
+    ``target`` is a value of the measure. ``differing`` maps a dotted setting to its value in each group; the value is
+    None if a group has no such setting. ``notes`` are one-line remarks on runs that are left out.
+    """
 
     measure: Measure
     groups: tuple[RunGroup, ...]
@@ -110,17 +128,17 @@ class Comparison:
 
     @property
     def ranked(self) -> list[RunGroup]:
-        """Groups from the best figure that chooses to the worst; those without one last."""
-        sign = 1 if self.measure.falls else -1
+        """Groups from the best score to the worst; groups without a score last."""
+        sign = 1 if self.measure.lower_is_better else -1
         return sorted(self.groups, key=lambda g: (g.score is None, sign * (g.score or 0.0)))
 
     @property
     def front(self) -> list[RunGroup]:
-        """Groups that no other beats in both the figure that chooses and the bytes to it, fewest bytes first."""
-        points = [(g, g.mean(lambda r: r.bytes_then), g.score) for g in self.groups]
-        known = [(g, size, score) for g, size, score in points if size is not None and score is not None]
+        """The Pareto front of score and bytes up to the best round, fewest bytes first."""
+        points = [(g.mean(lambda r: r.best_bytes), g.score, g) for g in self.ranked]
+        known = [(size, score, g) for size, score, g in points if size is not None and score is not None]
         front, best = [], None
-        for group, _, score in sorted(known, key=lambda p: (p[1], p[2] if self.measure.falls else -p[2])):
+        for _, score, group in sorted(known, key=lambda point: point[0]):  # of equal sizes the best comes first
             if best is None or self.measure.better(score, best):
                 front.append(group)
                 best = score
@@ -129,7 +147,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Curve:
-    """A group's mean over its seeds, and the lowest and highest of them, where all of them were measured."""
+    """The mean, lowest and highest value over the seeds, at the points ``x`` that all seeds measured."""
 
     x: list[float]
     mean: list[float]
@@ -138,81 +156,83 @@ class Curve:
 
 
 def compare(runs: Sequence[Run], notes: Sequence[str] = (), target: float | None = None) -> Comparison:
-    """Groups the runs and reads them. UserError, one line, where they share no measure or the target is none."""
+    """Groups the runs over their seeds and summarises them. ``target``: a share, 0 to 1 exclusive.
+
+    UserError if the runs have no measure in common, a run was not evaluated, or the target is no such share.
+    """
     if target is not None and not 0 < target < 1:
         raise UserError(f"--target: got {target:g}, but it should be a share between 0 and 1, such as 0.8")
-    runs, left_out = _measured(runs)
+    runs, left_out = _evaluated(runs)
     measure = measure_of(runs)
     members = _members(runs)
     differing = differing_settings([group[0] for group in members])
     labels = labels_of(members, differing)
-    counted = [tuple(run for run in group if run.finished) or tuple(group) for group in members]
-    goal = default_target(measure, counted) if target is None else target
-    groups = tuple(
-        RunGroup(label, tuple(group), whole, tuple(read(run, measure, goal) for run in whole))
-        for label, group, whole in zip(labels, members, counted)
-    )
-    said = (*notes, *left_out, *_unfinished(groups))
-    return Comparison(measure, groups, goal, target is not None, differing, said)
+
+    def grouped(goal: float | None) -> tuple[RunGroup, ...]:
+        groups = []
+        for label, own in zip(labels, members):
+            counted = tuple(run for run in own if run.finished) or tuple(own)
+            summaries = tuple(summarise(run, measure, goal) for run in counted)
+            groups.append(RunGroup(label, tuple(own), counted, summaries))
+        return tuple(groups)
+
+    goal = default_target(measure, grouped(None)) if target is None else target
+    groups = grouped(goal)
+    return Comparison(measure, groups, goal, target is not None, differing, (*notes, *left_out, *_unfinished(groups)))
 
 
 def measure_of(runs: Sequence[Run]) -> Measure:
-    """What all runs can be compared by; UserError where there is no such figure."""
+    """The measure that all runs have. UserError if there is none."""
     known = [run.known_answer for run in runs]
     if all(known):
         return GAP
     if any(known):
         one, other = runs[known.index(True)], runs[known.index(False)]
         raise UserError(
-            f"DIR: {one.folder} has a known answer and {other.folder} has not, so they share no figure to compare"
+            f"DIR: {one.folder} has a known answer and {other.folder} has not, so they have no measure in common"
         )
     for measure in (ACCURACY, TEST_ONLY):
         if all(run.series(measure.key) for run in runs):
             return measure
     tested = [run for run in runs if not run.series(TEST_ONLY.key)]
-    raise UserError(f"DIR: {tested[0].folder if tested else runs[0].folder} shares no accuracy with the others")
+    raise UserError(f"DIR: {tested[0].folder if tested else runs[0].folder} has no accuracy in common with the others")
 
 
-def default_target(measure: Measure, groups: Sequence[Sequence[Run]]) -> float | None:
-    """95 % of the best mean accuracy; for a gap, what is left after 95 % of the best's way. None without a best."""
-    best: float | None = None
-    for group in groups:
-        values = [read(run, measure, None).value for run in group]
-        known = [value for value in values if value is not None]
-        if len(known) == len(group) and (best is None or measure.better(mean(known), best)):
-            best = mean(known)
-    if best is None:
+def default_target(measure: Measure, groups: Sequence[RunGroup]) -> float | None:
+    """95 % of the best accuracy; for a gap, what is left after 95 % of the best reduction. None without a score."""
+    scores = [group.score for group in groups if group.score is not None]
+    if not scores:
         return None
-    return 1 - CLOSE * (1 - best) if measure.falls else CLOSE * best
+    return 1 - CLOSE * (1 - min(scores)) if measure.lower_is_better else CLOSE * max(scores)
 
 
-def read(run: Run, measure: Measure, target: float | None) -> Reading:
-    """The run's figures, at its best round by validation, or where nothing chooses, at its last measured one."""
+def summarise(run: Run, measure: Measure, target: float | None) -> RunSummary:
+    """The numbers of the run at its best round by validation or, if the measure selects no round, at its last one."""
     series = run.series(measure.key)
     total = {record["round"]: record["bytes/total"] for record in run.rounds}
     at = None
-    if measure.chooses:
-        at = max(series, key=lambda t: series[t], default=None)  # the first of equals
+    if measure.selects_round:
+        at = max(series, key=lambda t: series[t], default=None)  # the first of equal rounds
     elif series and not run.diverged(measure.key):
         at = max(series)
     reports = run.series(measure.report) if measure.report else series
-    reached = [t for t, value in series.items() if target is not None and measure.reaches(value, target)]
-    return Reading(
+    reached = next((t for t, value in series.items() if target is not None and measure.reaches(value, target)), None)
+    return RunSummary(
         round=at,
         value=None if at is None else series[at],
         report=None if at is None else reports.get(at),
         masked=None if at is None else run.series("test/accuracy_masked").get(at),
         last_report=None if run.diverged(measure.key) or not reports else reports[max(reports)],
-        bytes_then=None if at is None else total[at],
+        best_bytes=None if at is None else total[at],
         down=sum(record["bytes/down"] for record in run.rounds),
         up=sum(record["bytes/up"] for record in run.rounds),
-        target_round=reached[0] if reached else None,
-        target_bytes=total[reached[0]] if reached else None,
+        target_round=reached,
+        target_bytes=None if reached is None else total[reached],
     )
 
 
 def curve(runs: Sequence[Run], key: str, x: Callable[[Run], Mapping[int, float]] | None = None) -> Curve:
-    """The figure against rounds or what ``x`` gives for each round, at the rounds that every run has of both."""
+    """The metric ``key`` against rounds, or against ``x`` of each round, at the rounds where every run has both."""
     ys = [run.series(key) for run in runs]
     xs = [x(run) if x else {t: float(t) for t in y} for run, y in zip(runs, ys)]
     shared = [t for t in ys[0] if all(t in known for known in (*ys, *xs))]
@@ -228,33 +248,36 @@ def curve(runs: Sequence[Run], key: str, x: Callable[[Run], Mapping[int, float]]
 def _unfinished(groups: Sequence[RunGroup]) -> Iterator[str]:
     for group in groups:
         if len(group.counted) < len(group.runs):
-            out = ", ".join(f"seed {run.seed}" for run in group.runs if run not in group.counted)
-            yield f"{group.label}: not finished and not in its means: {out}"
+            seeds = ", ".join(f"seed {run.seed}" for run in group.runs if run not in group.counted)
+            yield f"{group.label}: left out of the means, not finished: {seeds}"
         elif not group.counted[0].finished:
-            yield f"{group.label}: not finished, read as far as it came"
+            yield f"{group.label}: not finished, shown up to its last round"
 
 
-def _measured(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
-    """The runs with an evaluation, and a note on the trials without; UserError for a run without."""
-    kept, without = [], []
+def _evaluated(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """The runs with an evaluation, and a note on the trials without one. UserError for another run without one."""
+    evaluated, without = [], []
     for run in runs:
         if run.known_answer or run.series(ACCURACY.key) or run.series(TEST_ONLY.key):
-            kept.append(run)
+            evaluated.append(run)
         elif run.trial:
             without.append(run.folder.name)
         else:
             raise UserError(f"DIR: got {str(run.folder)!r}, but that run has not been evaluated yet")
-    if not kept:
+    if not evaluated:
         raise UserError(f"DIR: {listed('trial', without)}, but none has been evaluated yet")
-    return kept, [f"{listed('trial', without)} left out, not evaluated so far"] if without else []
+    return evaluated, [f"{listed('trial', without)} left out, not evaluated yet"] if without else []
 
 
 def _members(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs by their settings but for the seed, each list by seed. A seed run twice starts a list of its own."""
+    """Lists of runs with the same settings except the seed, in the order of the seed.
+
+    If a seed occurs twice, the second run starts another list.
+    """
     found: dict[tuple[str, int], list[Run]] = {}
     times: Counter[tuple[str, int]] = Counter()
     for run in runs:
-        settings = json.dumps(run.deciding(), sort_keys=True, default=str)
+        settings = json.dumps(run.result_settings(), sort_keys=True, default=str)
         found.setdefault((settings, times[settings, run.seed]), []).append(run)
         times[settings, run.seed] += 1
     return [sorted(group, key=lambda run: run.seed) for group in found.values()]

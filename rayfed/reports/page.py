@@ -1,4 +1,4 @@
-"""The page: one file of HTML (well-formed XML too) that needs no script, no network and no other file."""
+"""The page: one HTML file, also well-formed XML, without scripts and without references to other files."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from xml.sax.saxutils import escape
 
 from rayfed import __version__
 from rayfed.reports import table
-from rayfed.reports.compare import Comparison, RunGroup
-from rayfed.reports.curves import Looks
+from rayfed.reports.compare import Comparison
+from rayfed.reports.drawing import MUTED, Styles, css, inline_svg, swatch
 from rayfed.reports.figures import Plot
 from rayfed.reports.labels import printable
-from rayfed.reports.plots import inline, swatch
-from rayfed.reports.style import MUTED, css
-from rayfed.reports.table import Ledgers, share
+from rayfed.reports.table import Ledgers, as_percent
 from rayfed.reports.traffic import Link
 from rayfed.tracking import Table
-from rayfed.tracking.console import megabytes
+from rayfed.tracking.format import megabytes
 
-RUN_BY_RUN = 6  # runs that get a section of their own
+SINGLE_RUNS = 6  # largest number of runs that get their own sections
 HEADINGS = {
     "curves": "Accuracy and traffic",
     "target": "Bytes to the target",
@@ -27,6 +25,7 @@ HEADINGS = {
     "traffic": "Traffic by part",
     "mix": "Ranks and densities",
 }
+GAP_HEADING = "Gap and traffic"  # in place of the first one, where the measure is a gap
 STYLE = """
 *{box-sizing:border-box}
 body{margin:0 auto;padding:1rem;max-width:76rem;background:var(--paper);color:var(--ink);
@@ -67,38 +66,43 @@ svg,th,td{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 
 
 def page(
-    comparison: Comparison, ledgers: Ledgers, looks: Looks, plots: Sequence[Plot], own: Sequence[Sequence[Plot]],
+    comparison: Comparison, ledgers: Ledgers, styles: Styles, plots: Sequence[Plot], single: Sequence[Sequence[Plot]],
     link: Link | None,
 ) -> str:  # fmt: skip
-    """The whole page. ``plots`` are the comparison's figures, ``own`` those of each run that gets a section."""
+    """The HTML of the page. ``plots`` are the figures of the comparison, ``single`` the figures of each run."""
     title = _title(comparison)
-    body = [f"<h1>{_text(title)}</h1>", *_lead(comparison)]
+    body = [f"<h1>{_text(title)}</h1>", *(f'<p class="lead">{_text(line)}</p>' for line in _lead(comparison))]
     body += [f'<p class="note">{_text(note)}</p>' for note in comparison.notes]
     body += ["<h2>Summary</h2>", _table(table.summary(comparison))]
     if comparison.differing:
         body += ["<h2>Settings that differ</h2>", _table(table.differing(comparison), caption=False)]
-    extra = {
-        "pareto": lambda: _table(table.front(comparison), caption=False),
-        "traffic": lambda: _table(table.parts(comparison, ledgers), caption=False),
-        "mix": lambda: _table(table.mix(comparison)),
+    tables = {
+        "pareto": _table(table.front(comparison), caption=False),
+        "traffic": _table(table.parts(comparison, ledgers), caption=False),
+        "mix": _table(table.mix(comparison)),
     }
     for section, heading in HEADINGS.items():
         here = [plot for plot in plots if plot.section == section]
         if not here and section != "mix":
             continue
-        body.append(f"<h2>{_heading(comparison, section, heading)}</h2>")
-        if any(plot.keyed for plot in here):
-            body.append(_key(comparison, looks))
-        body += [_figures(here), extra[section]() if section in extra else ""]
+        body.append(
+            f"<h2>{GAP_HEADING if section == 'curves' and comparison.measure.lower_is_better else heading}</h2>"
+        )
+        if any(plot.shared_legend for plot in here):
+            body.append(_legend(comparison, styles))
+        body += [_figures(here), tables.get(section, "")]
     runs = [run for group in comparison.groups for run in group.runs]
-    if own:
+    if single:
         body.append(f"<h2>{'Run by run' if len(runs) > 1 else 'The run'}</h2>")
-    for run, figures in zip(runs, own):
+    for run, figures in zip(runs, single):
         name = run.folder.resolve().name
         body += [f"<h3>{_text(name)}</h3>" if len(runs) > 1 else "", _facts(table.facts(run)), _figures(figures)]
-    if not own:
-        body.append('<p class="note">Single runs: <code>rayfed report</code> with the run\'s own directory.</p>')
-    body += ["<h2>How to read this</h2>", *(f"<p class='note'>{_text(line)}</p>" for line in _words(comparison, link))]
+    if not single:
+        body.append('<p class="note">Figures of a single run: <code>rayfed report</code> with its directory.</p>')
+    body += [
+        "<h2>How to read this</h2>",
+        *(f"<p class='note'>{_text(line)}</p>" for line in _explanations(comparison, link)),
+    ]
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
@@ -119,78 +123,67 @@ def _title(comparison: Comparison) -> str:
 
 
 def _lead(comparison: Comparison) -> Iterable[str]:
-    """What a reader in a hurry should know."""
+    """The main results: the best score, and the fewest bytes to the target."""
     measure, best = comparison.measure, comparison.ranked[0]
-    score = best.score
-    if score is None:
-        yield '<p class="lead">No run has a finite figure.</p>'
+    several = len(comparison.groups) > 1
+    if best.score is None:
+        yield "No run has a finite value."
         return
     report = best.mean(lambda r: r.report) if measure.report else None
-    tested = f", {share(report, measure)} on test" if report is not None else ""
-    size = megabytes(best.mean(lambda r: r.bytes_then))
-    first = "Best" if len(comparison.groups) > 1 else "Reached"
-    name = f" is {best.label}:" if len(comparison.groups) > 1 else ""
-    yield (
-        f'<p class="lead">{_text(f"{first}{name} {share(score, measure)} {measure.label}{tested}, for {size} MB")}'
-        " both ways.</p>"
-    )
-    there = [group for group in comparison.groups if group.target_bytes is not None]
-    if comparison.target is not None and len(comparison.groups) > 1 and there:
-        cheap = min(there, key=_bytes)
-        words = (
-            f"Fewest bytes to {share(comparison.target, measure)} {measure.label}: {cheap.label}, "
-            f"{megabytes(cheap.target_bytes)} MB; {len(there)} of {len(comparison.groups)} reach it."
-        )
-        yield f'<p class="lead">{_text(words)}</p>'
-
-
-def _bytes(group: RunGroup) -> float:
-    return group.target_bytes or 0.0
-
-
-def _words(comparison: Comparison, link: Link | None) -> Iterable[str]:
-    measure = comparison.measure
-    yield "MB are 1e6 bytes, the lengths of what was encoded, header and indices included, for all clients of a round."
-    if measure.chooses:
-        yield "The best round is chosen by validation accuracy; its test accuracy had no part in the choice."
-    elif measure.report is None and not measure.falls:
-        yield "There is no validation split, so no round is chosen: the last test accuracy counts."
-    else:
-        yield "The gap is F(W) - F(W*) as a share of F(0) - F(W*): exact. The last round counts."
-    if comparison.target is not None:
-        by = "given" if comparison.given_target else (
-            "95 % of the best mean accuracy" if not measure.falls else "what is left after 95 % of the best's way"
-        )  # fmt: skip
+    tested = f", {as_percent(report, measure)} on test" if report is not None else ""
+    sent = megabytes(best.mean(lambda r: r.best_bytes))
+    first = f"Best is {best.label}:" if several else "Reached"
+    yield f"{first} {as_percent(best.score, measure)} {measure.label}{tested}, for {sent} MB both ways."
+    reached = [(size, group.label) for group in comparison.groups if (size := group.target_bytes) is not None]
+    if comparison.target is not None and several and reached:
+        fewest, label = min(reached, key=lambda pair: pair[0])
         yield (
-            f"The target is {share(comparison.target, measure)} {measure.label}, {by}, reached in the first evaluated "
-            "round at or beyond it. It is the dotted line in the curves."
+            f"Fewest bytes to {as_percent(comparison.target, measure)} {measure.label}: {label}, "
+            f"{megabytes(fewest)} MB; {len(reached)} of {len(comparison.groups)} reach it."
+        )
+
+
+def _explanations(comparison: Comparison, link: Link | None) -> Iterable[str]:
+    measure = comparison.measure
+    yield "1 MB is 1e6 bytes. Bytes are the lengths of the encoded messages of all clients, with headers and indices."
+    if measure.selects_round:
+        yield "The best round has the best validation accuracy. Its test accuracy has no part in the choice."
+    elif measure.lower_is_better:
+        yield "The gap is (F(W) - F(W*)) / (F(0) - F(W*)), computed exactly. The last round counts."
+    else:
+        yield "There is no validation split, so no round is chosen: the last test accuracy counts."
+    if comparison.target is not None:
+        default = (
+            "what is left after 95 % of the best reduction" if measure.lower_is_better else "95 % of the best mean"
+        )
+        yield (
+            f"The target is {as_percent(comparison.target, measure)} {measure.label} "
+            f"({'given' if comparison.given_target else default}), the dotted line in the curves. A run reaches the "
+            "target in the first evaluated round at or beyond it."
         )
     if any(len(group.runs) > 1 for group in comparison.groups):
-        yield "Runs that differ in their seed alone are one line: the mean, a sample deviation in tables."
+        yield (
+            "Runs that differ in the seed alone are one group: curves show the mean, tables the mean ± the sample "
+            "standard deviation."
+        )
     if link is not None:
         yield f"Simulated time: {link}; each client downloads, then uploads; no latency, no training time."
 
 
-def _heading(comparison: Comparison, section: str, heading: str) -> str:
-    if section == "curves" and comparison.measure.falls:
-        return "Gap and traffic"
-    return heading
-
-
-def _key(comparison: Comparison, looks: Looks) -> str:
+def _legend(comparison: Comparison, styles: Styles) -> str:
     if len(comparison.groups) == 1:
         return ""
-    items = [f"<li>{swatch(look.color, look.dash, None)}{_text(group.label)}</li>" for group, look in looks.items()]
-    if rest := len(comparison.groups) - len(looks):
+    items = [f"<li>{swatch(style.color, style.dash)}{_text(group.label)}</li>" for group, style in styles.items()]
+    if rest := len(comparison.groups) - len(styles):
         words = f"{rest} more, with a worse {comparison.measure.label}"
-        items.append(f"<li>{swatch(MUTED[1], '-', None)}{words}</li>")
+        items.append(f"<li>{swatch(MUTED, '-')}{words}</li>")
     return f'<ul class="key">{"".join(items)}</ul>'
 
 
 def _figures(plots: Iterable[Plot]) -> str:
     cells = []
     for plot in plots:
-        svg = inline(plot.draw(False), plot.name, plot.title, plot.caption or plot.title)
+        svg = inline_svg(plot.figure(standalone=False), plot.name, plot.title, plot.caption or plot.title)
         cells.append(f"<figure>{svg}<figcaption><b>{_text(plot.title)}</b>{_text(plot.caption)}</figcaption></figure>")
     return f'<div class="figures">{"".join(cells)}</div>' if cells else ""
 
@@ -213,7 +206,7 @@ def _facts(facts: Iterable[tuple[str, str]]) -> str:
 
 
 def _text(text: str) -> str:
-    """Fit for HTML and XML, also inside an attribute; a number and its unit stay on one line."""
+    """Escaped for HTML and XML, also inside an attribute. A number and its unit stay on one line."""
     shown = printable(text)
     for unit in ("%", "MB "):
         shown = shown.replace(f" {unit}", f"\N{NO-BREAK SPACE}{unit}")

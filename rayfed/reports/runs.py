@@ -1,7 +1,7 @@
-"""Runs as they lie on the disk: settings, a record a round, and whether they came to their end.
+"""Reads runs from the disk: their settings, their rounds, and whether they finished.
 
-A directory is a run's, with `config.yaml` and `metrics.jsonl`, or a sweep's, whose `trials/*` are runs. Nothing here
-needs torch or Ray, and a run that is still going can be read like any other.
+A directory belongs to a run, with `config.yaml` and `metrics.jsonl`, or to a sweep, whose `trials/*` are runs. Reading
+needs neither torch nor Ray. A run that is still going can be read too.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,17 @@ from rayfed.errors import UserError
 from rayfed.tracking import read_metrics
 
 SEED = "seed"
-NEEDED = ("bytes/down", "bytes/up", "bytes/total")  # of every round; what was measured may be null
-ENDS = ("start", "resume", "stopped", "finish")  # first words of the events that tell how far a run came
-LISTED = 5  # names that a note spells out
+REQUIRED = ("bytes/down", "bytes/up", "bytes/total")  # keys of every round; metrics may be null
+STATES = ("start", "resume", "stopped", "finish")  # first words of the events that start or end a run
+LISTED = 5  # names in a note
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run. ``settings`` has every dotted key, defaults included; ``rounds`` the lines of its metrics.jsonl."""
+    """One run. ``settings`` maps every dotted key to its value, defaults included.
+
+    ``rounds`` are the records of its metrics.jsonl. ``trial``: whether the run belongs to a sweep.
+    """
 
     folder: Path
     name: str
@@ -42,27 +46,24 @@ class Run:
 
     @property
     def known_answer(self) -> bool:
-        """Whether its figure is the gap to a known optimum instead of an accuracy."""
+        """Whether the run measures the gap to a known optimum instead of an accuracy."""
         return self.settings["data.source"] == "lowrank"
 
-    def deciding(self) -> dict[str, Any]:
-        """The settings that decide the result, but for the seed."""
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that can change the result, without the seed."""
         return {key: value for key, value in self.settings.items() if key != SEED and decides(key)}
 
     def series(self, key: str) -> dict[int, float]:
-        """Round -> value, in order, where the run measured a finite one."""
-        return {record["round"]: record[key] for record in self.rounds if record.get(key) is not None}
+        """Round -> value, for the rounds with a finite number. Lists, such as a recall per class, are left out."""
+        values = ((record["round"], record.get(key)) for record in self.rounds)
+        return {t: value for t, value in values if isinstance(value, int | float)}
 
-    def sums(self, key: str) -> dict[int, int]:
-        """Round -> what the rounds up to it add up to."""
-        total, sums = 0, {}
-        for record in self.rounds:
-            total += record[key]
-            sums[record["round"]] = total
-        return sums
+    def cumulative(self, key: str) -> dict[int, int]:
+        """Round -> the sum of the values up to and including that round."""
+        return dict(zip((r["round"] for r in self.rounds), accumulate(r[key] for r in self.rounds)))
 
     def diverged(self, key: str) -> bool:
-        """Whether the value was not finite when it was last measured."""
+        """Whether the last measured value was not finite."""
         for record in reversed(self.rounds):
             if record.get(key) is not None:
                 return False
@@ -72,40 +73,47 @@ class Run:
 
 
 def find_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
-    """(the runs in these run and sweep directories, notes on what was left out of sweeps).
+    """(the runs in these run and sweep directories, notes on trials that are left out).
 
-    A directory given twice counts once. UserError, one line, for what is neither, and for a run without a round.
+    A run that is given twice counts once. UserError if a directory has no run or a run has no round.
     """
     runs: dict[Path, Run] = {}
     notes: list[str] = []
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise UserError(f"DIR: got {str(folder)!r}, but there is no such folder")
-        found = [read_run(folder)] if _is_run(folder) else _trials(folder, notes)
+        is_sweep = (folder / "trials").is_dir() and not (folder / "metrics.jsonl").is_file()
+        found = _trials(folder, notes) if is_sweep else [read_run(folder)]
         for run in found:
             runs.setdefault(run.folder.resolve(), run)
     return list(runs.values()), notes
 
 
 def read_run(folder: Path, trial: bool = False) -> Run:
-    """The run in the folder; UserError, one line, where it has no round or is damaged."""
-    rounds = read_metrics(folder / "metrics.jsonl")
+    """The run in the folder. UserError if it has no round, no settings or a damaged file."""
+    metrics, config = folder / "metrics.jsonl", folder / "config.yaml"
+    if not (metrics.is_file() or config.is_file()):
+        raise UserError(
+            f"DIR: got {str(folder)!r}, but it is neither a run directory (no metrics.jsonl) nor a sweep's (no trials/)"
+        )
+    rounds = read_metrics(metrics) if metrics.is_file() else []
     if not rounds:
         raise UserError(f"DIR: got {str(folder)!r}, but that run has no round yet")
     for record in rounds:
-        for key in NEEDED:
+        for key in REQUIRED:
             if not isinstance(record.get(key), int):
-                raise UserError(f"{folder / 'metrics.jsonl'}: round {record['round']} has no {key}")
-    if not (folder / "config.yaml").is_file():
+                raise UserError(f"{metrics}: round {record['round']} has no {key}")
+    if not config.is_file():
         raise UserError(f"DIR: got {str(folder)!r}, but it has no config.yaml, so its settings are unknown")
-    given = read_settings(folder / "config.yaml")
-    settings = {**_defaults(), **flatten(given)}
+    # An older run's config.yaml may lack new settings; these have their defaults.
+    defaults = {key: field.default for key, field in iter_fields(Experiment) if not field.is_required()}
+    settings = {**flatten(defaults), **flatten(read_settings(config))}
     finished = rounds[-1]["round"] >= settings["server.rounds"] or _last_event(folder / "events.log") == "finish"
     return Run(folder, str(settings["name"]), settings, rounds, finished, trial)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted keys. Tuples become lists, as YAML has them."""
+    """Dotted key -> value of the nested settings. Tuples become lists, as in YAML."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -115,57 +123,35 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def natural(text: str) -> list[tuple[int, float, str]]:
-    """A sort key by which `rank=4` comes before `rank=16`."""
+def natural_key(text: str) -> list[tuple[int, float, str]]:
+    """A sort key that orders numbers in the text by size: `rank=4` before `rank=16`."""
     pieces = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", text)
     return [(0, float(piece), "") if i % 2 else (1, 0.0, piece) for i, piece in enumerate(pieces)]
 
 
-def _is_run(folder: Path) -> bool:
-    if (folder / "metrics.jsonl").is_file():
-        return True
-    if (folder / "trials").is_dir():
-        return False
-    if (folder / "config.yaml").is_file():
-        raise UserError(f"DIR: got {str(folder)!r}, but that run has no round yet")
-    raise UserError(
-        f"DIR: got {str(folder)!r}, but that is no run directory (it has no metrics.jsonl) and no sweep's (no trials/)"
-    )
-
-
 def _trials(folder: Path, notes: list[str]) -> list[Run]:
     runs, without = [], []
-    for place in sorted((p for p in (folder / "trials").iterdir() if p.is_dir()), key=lambda p: natural(p.name)):
-        metrics = place / "metrics.jsonl"
+    for trial in sorted((p for p in (folder / "trials").iterdir() if p.is_dir()), key=lambda p: natural_key(p.name)):
+        metrics = trial / "metrics.jsonl"
         if metrics.is_file() and read_metrics(metrics):
-            runs.append(read_run(place, trial=True))
+            runs.append(read_run(trial, trial=True))
         else:
-            without.append(place.name)
+            without.append(trial.name)
     if not runs:
         raise UserError(f"DIR: got {str(folder)!r}, but no trial of that sweep has a round yet")
     if without:
-        notes.append(f"{folder}: {listed('trial', without)} left out, without a round so far")
+        notes.append(f"{folder}: {listed('trial', without)} left out, without a round yet")
     return runs
 
 
 def listed(noun: str, names: Sequence[str]) -> str:
-    """`3 trials (a, b, c)`, and no more than a few of the names."""
+    """`3 trials (a, b, c)`, with at most five names."""
     shown = ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
     return f"{len(names)} {noun}{'s' if len(names) != 1 else ''} ({shown})"
 
 
-def _defaults() -> dict[str, Any]:
-    """What a setting is where an older run's config.yaml does not name it."""
-    return flatten({key: field.default for key, field in iter_fields(Experiment) if not field.is_required()})
-
-
 def _last_event(path: Path) -> str | None:
-    """The first word of the last event that tells how far the run came."""
-    if not path.is_file():
-        return None
-    last = None
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        word = re.match(r"\S+ (\w+)", line)
-        if word and word[1] in ENDS:
-            last = word[1]
-    return last
+    """The first word of the last event that started or ended the run."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    words = (re.match(r"\S+ (\w+)", line) for line in reversed(text.splitlines()))
+    return next((word[1] for word in words if word and word[1] in STATES), None)

@@ -1,42 +1,44 @@
-"""The tables of a report, as finished text: the terminal and the page show the same cells."""
+"""The tables of a report, as formatted text. The terminal and the page show the same cells."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
 
-from rayfed.reports.compare import Comparison, Measure, Reading, RunGroup
+from rayfed.reports.compare import Comparison, Measure, RunGroup, RunSummary
 from rayfed.reports.labels import spelled
 from rayfed.reports.runs import Run
 from rayfed.reports.traffic import DIRECTIONS, PARTS, Traffic
 from rayfed.tracking import Table
-from rayfed.tracking.console import clock, megabytes
+from rayfed.tracking.format import clock, megabytes
 
-SPARE = ("rounds", "its sparse model", "test accuracy, last", "MB down", "MB up", "in round")  # not in the brief table
+DETAILS = ("rounds", "sparse model, best round", "test accuracy, last round", "MB down", "MB up", "target round")
 Ledgers = Mapping[Run, Traffic]
-Figure = Callable[[Reading], float | None]
+Number = Callable[[RunSummary], float | None]
 
 
 def summary(comparison: Comparison, brief: bool = False) -> Table:
-    """A line a group: what it reached, in which round, for how many bytes, and what it took to the target.
+    """One row per group: its score, the round of the score, its bytes, and the bytes and round to the target.
 
-    ``brief`` leaves out what a narrow terminal has no room for.
+    ``brief`` leaves out the columns DETAILS, for a narrow terminal.
     """
     measure, groups = comparison.measure, comparison.groups
     seeds = any(len(group.runs) > 1 for group in groups)
     columns: list[tuple[str, Callable[[RunGroup], str]]] = [("", lambda g: g.label)]
     if seeds:
-        columns.append(("seeds", lambda g: _share(len(g.counted), len(g.runs))))
-    columns.append(("rounds", lambda g: _numbers(g, [run.rounds[-1]["round"] for run in g.counted])))
-    if measure.chooses:
-        columns.append(("best round", lambda g: _numbers(g, [r.round for r in g.readings])))
-    when = " then" if measure.chooses else ", last"
-    columns.append((measure.label + when, lambda g: _spread(g, measure, _value)))
+        columns.append(("seeds", lambda g: _fraction(len(g.counted), len(g.runs))))
+    columns.append(("rounds", lambda g: _range([run.rounds[-1]["round"] for run in g.counted])))
+    if measure.selects_round:
+        columns.append(("best round", lambda g: _range([r.round for r in g.summaries])))
+    when = "best round" if measure.selects_round else "last round"
+    columns.append((f"{measure.label}, {when}", lambda g: _spread(g, measure, lambda r: r.value)))
     if measure.report:
-        columns.append(("test accuracy then", lambda g: _spread(g, measure, lambda r: r.report)))
+        columns.append(("test accuracy, best round", lambda g: _spread(g, measure, lambda r: r.report)))
         if any(group.values(lambda r: r.masked) for group in groups):
-            columns.append(("its sparse model", lambda g: _spread(g, measure, lambda r: r.masked)))
-        columns.append(("test accuracy, last", lambda g: _spread(g, measure, lambda r: r.last_report)))
+            columns.append(("sparse model, best round", lambda g: _spread(g, measure, lambda r: r.masked)))
+        columns.append(("test accuracy, last round", lambda g: _spread(g, measure, lambda r: r.last_report)))
     columns += [
         ("MB down", lambda g: megabytes(g.mean(lambda r: r.down))),
         ("MB up", lambda g: megabytes(g.mean(lambda r: r.up))),
@@ -44,16 +46,16 @@ def summary(comparison: Comparison, brief: bool = False) -> Table:
     ]
     goal = comparison.target
     if goal is not None:
-        columns.append((f"MB to {share(goal, measure)}", _to_target))
-        columns.append(("in round", lambda g: _numbers(g, [r.target_round for r in g.readings])))
+        columns.append((f"MB to {as_percent(goal, measure)}", _to_target))
+        columns.append(("target round", lambda g: _range([r.target_round for r in g.summaries])))
     if brief:
-        columns = [(name, cell) for name, cell in columns if name not in SPARE]
+        columns = [(name, cell) for name, cell in columns if name not in DETAILS]
     rows = tuple(tuple(cell(group) for _, cell in columns) for group in groups)
     return Table(_title(comparison, seeds), tuple(name for name, _ in columns), rows)
 
 
 def differing(comparison: Comparison) -> Table:
-    """The settings that differ, a line a group."""
+    """The settings that differ, one row per group."""
     keys = list(comparison.differing)
     rows = (
         (group.label, *(spelled(comparison.differing[key][i]) for key in keys))
@@ -63,14 +65,14 @@ def differing(comparison: Comparison) -> Table:
 
 
 def front(comparison: Comparison) -> Table:
-    """The groups that nothing beats in both accuracy and bytes, fewest bytes first."""
+    """The Pareto front of accuracy and bytes, fewest bytes first."""
     measure = comparison.measure
-    columns = ["", "MB by then", measure.label, *(["test accuracy then"] if measure.report else [])]
+    columns = ["", "MB to that round", measure.label, *(["test accuracy, best round"] if measure.report else [])]
     rows = [
         (
             group.label,
-            megabytes(group.mean(lambda r: r.bytes_then)),
-            _spread(group, measure, _value),
+            megabytes(group.mean(lambda r: r.best_bytes)),
+            _spread(group, measure, lambda r: r.value),
             *([_spread(group, measure, lambda r: r.report)] if measure.report else []),
         )
         for group in comparison.front
@@ -79,20 +81,20 @@ def front(comparison: Comparison) -> Table:
 
 
 def parts(comparison: Comparison, ledgers: Ledgers) -> Table:
-    """Traffic by direction and part, mean over the seeds, and how many entries a message has."""
+    """MB by direction and part, and entries per message. Means over the seeds."""
     columns = ["", *(f"{way}: {part}" for way in DIRECTIONS for part in PARTS)]
     columns += [f"entries a message {way}" for way in DIRECTIONS]
     rows = []
     for group in comparison.groups:
-        known = [ledgers[run] for run in group.counted if run in ledgers]
-        if known:
-            sizes = [megabytes(_mean([t.bytes(way, part) for t in known])) for way in DIRECTIONS for part in PARTS]
-            rows.append((group.label, *sizes, *(_entries(known, way) for way in DIRECTIONS)))
+        own = [ledgers[run] for run in group.counted if run in ledgers]
+        if own:
+            sizes = [megabytes(mean(t.bytes(way, part) for t in own)) for way in DIRECTIONS for part in PARTS]
+            rows.append((group.label, *sizes, *(_entries(own, way) for way in DIRECTIONS)))
     return Table("Traffic by part, MB", tuple(columns), tuple(rows))
 
 
 def mix(comparison: Comparison) -> Table:
-    """Who took part: the share of client rounds by rank, the densities that are set."""
+    """The share of client rounds by rank, and the densities of the settings."""
     ranks = sorted({rank for group in comparison.groups for rank in rank_shares(group)})
     rows = []
     for group in comparison.groups:
@@ -104,25 +106,22 @@ def mix(comparison: Comparison) -> Table:
 
 
 def rank_shares(group: RunGroup) -> dict[int, float]:
-    """Rank -> its share of the client rounds; where no ranks are counted, all clients have the server's."""
+    """Rank -> its share of the client rounds, 0 to 1. Without counts, all clients have `lora.rank`."""
     prefix = "clients/rank_"
-    counts: dict[int, float] = {}
-    for run in group.counted:
-        for record in run.rounds:
-            for key, count in record.items():
-                if key.startswith(prefix) and count:
-                    rank = int(key.removeprefix(prefix))
-                    counts[rank] = counts.get(rank, 0) + count
-    total = sum(counts.values())
-    if not total:
+    counts: Counter[int] = Counter()
+    for record in (record for run in group.counted for record in run.rounds):
+        for key, count in record.items():
+            if key.startswith(prefix) and count:
+                counts[int(key.removeprefix(prefix))] += count
+    if not counts:
         return {int(group.settings["lora.rank"]): 1.0}
-    return {rank: counts[rank] / total for rank in sorted(counts)}
+    return {rank: counts[rank] / counts.total() for rank in sorted(counts)}
 
 
-def share(value: float, measure: Measure, deviation: float | None = None) -> str:
-    """`81.2 %`, `81.2 ± 0.4 %`; a gap, which may be tiny, with three digits that mean something."""
+def as_percent(value: float, measure: Measure, deviation: float | None = None) -> str:
+    """`81.2 %`, `81.2 ± 0.4 %`. A gap, which may be tiny, has three significant digits."""
     digits = 1
-    if measure.falls:
+    if measure.lower_is_better:
         digits = 2 - math.floor(math.log10(100 * abs(value))) if value else 0
         digits = min(max(digits, 0), 12)
     around = "" if deviation is None else f" ± {100 * deviation:.{digits}f}"
@@ -130,74 +129,66 @@ def share(value: float, measure: Measure, deviation: float | None = None) -> str
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
-    """What one run is: where it lies, how far it came, how long it took."""
+    """(name, value) pairs of one run: directory, method, seed, rounds, time."""
     state = "finished" if run.finished else "not finished"
     seconds = sum(record.get("time/round_s") or 0.0 for record in run.rounds)
-    lost = run.rounds[-1].get("nonfinite")
+    nonfinite = run.rounds[-1].get("nonfinite")
     return [
         ("directory", str(run.folder)),
         ("method", str(run.settings["method.name"])),
         ("seed", str(run.seed)),
         ("rounds", f"{run.rounds[-1]['round']} of {run.settings['server.rounds']}, {state}"),
         ("time of all rounds", clock(seconds)),
-        *([("not finite in the last round", str(lost))] if lost else []),
+        *([("not finite in the last round", str(nonfinite))] if nonfinite else []),
     ]
 
 
 def _title(comparison: Comparison, seeds: bool) -> str:
     measure = comparison.measure
-    how = "best round chosen on validation, reported on test" if measure.chooses else "figures of the last round"
+    how = "best round chosen on validation, reported on test" if measure.selects_round else "values of the last round"
     return f"{how}; mean ± deviation over the seeds" if seeds else how
 
 
-def _value(reading: Reading) -> float | None:
-    return reading.value
-
-
-def _spread(group: RunGroup, measure: Measure, figure: Figure) -> str:
-    """`81.2 ± 0.4 %`, with how many seeds it is of where not all have it."""
-    centre = group.mean(figure)
-    if centre is None:
+def _spread(group: RunGroup, measure: Measure, number: Number) -> str:
+    """`81.2 ± 0.4 %`; with the number of seeds, if some seeds have no value."""
+    center = group.mean(number)
+    if center is None:
         return "diverged" if any(run.diverged(measure.key) for run in group.counted) else "-"
-    few, all_ = len(group.values(figure)), len(group.readings)
-    return share(centre, measure, group.deviation(figure)) + (f" ({few}/{all_})" if few < all_ else "")
+    seeds, total = len(group.values(number)), len(group.summaries)
+    return as_percent(center, measure, group.deviation(number)) + (f" ({seeds}/{total})" if seeds < total else "")
 
 
 def _to_target(group: RunGroup) -> str:
     if group.target_bytes is not None:
         return megabytes(group.target_bytes)
     reached = len(group.values(lambda r: r.target_bytes))
-    return f"{reached}/{len(group.readings)} reached it" if reached else "not reached"
+    return f"{reached}/{len(group.summaries)} reached it" if reached else "not reached"
 
 
-def _numbers(group: RunGroup, numbers: Sequence[int | None]) -> str:
-    """`20`, or `18 to 20` where the seeds differ."""
-    known = [number for number in numbers if number is not None]
+def _range(rounds: Sequence[int | None]) -> str:
+    """`20`, or `18 to 20` if the seeds differ."""
+    known = [number for number in rounds if number is not None]
     if not known:
         return "-"
     return str(known[0]) if min(known) == max(known) else f"{min(known)} to {max(known)}"
 
 
-def _share(part: int, whole: int) -> str:
-    return str(whole) if part == whole else f"{part}/{whole}"
+def _fraction(part: int, total: int) -> str:
+    return str(total) if part == total else f"{part}/{total}"
 
 
 def _entries(ledgers: Sequence[Traffic], way: str) -> str:
     sizes = [size for ledger in ledgers if (size := ledger.entries(way)) is not None]
     if not sizes:
         return "-"
-    low, middle, high = min(s[0] for s in sizes), _mean([s[1] for s in sizes]), max(s[2] for s in sizes)
+    low, middle, high = min(s[0] for s in sizes), mean(s[1] for s in sizes), max(s[2] for s in sizes)
     return f"{middle:,.0f}" if low == high else f"{middle:,.0f} ({low:,.0f} to {high:,.0f})"
 
 
 def _density(group: RunGroup, way: str) -> str:
-    """As it is set: per tier where tiers have their own, with its decay."""
+    """The density of the settings: one for each tier if tiers have their own, with its decay."""
     settings = group.settings
     own = settings.get(f"profiles.densities_{way}")
     text = " | ".join(map(spelled, own)) if own else spelled(settings[f"wire.{way}.density"])
     decay = settings[f"wire.{way}.decay"]
     return text if decay == 1 else f"{text}, times {spelled(decay)} every {settings[f'wire.{way}.every']}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

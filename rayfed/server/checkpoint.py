@@ -1,9 +1,8 @@
-"""Checkpoints: everything the next round depends on, written whole or not at all.
+"""Checkpoints: everything that the next round depends on, written whole or not at all.
 
 `checkpoints/round-000012/` holds `state.safetensors` (method state under `method.`, server-optimizer moments under
-`optimizer.`) and `checkpoint.json` (round, settings digest, the method's facts, early stopping, who has merged what,
-which files hold what clients keep, the state's digest). No pickles. A checkpoint whose tensors do not give its recorded
-digest is refused.
+`optimizer.`) and `checkpoint.json` (round, settings digest, the method's facts, progress, base updates, client state
+files, state digest). There are no pickles. A checkpoint whose tensors do not give its recorded digest is refused.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Checkpoint:
 def state_digest(round: int, method: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], clients: str = "") -> str:
     """SHA-256 (64 hex digits) over the round and every tensor's name, type, shape and bytes: equal iff the bits are.
 
-    ``clients`` stands for what single clients keep.
+    ``clients`` is the digest of the client state, see `rayfed.server.client_state`.
     """
     digest = hashlib.sha256((str(round) + clients).encode())
     for prefix, tensors in (("method", method), ("optimizer", optimizer)):
@@ -88,7 +87,7 @@ def latest(folder: Path, experiment: str) -> Checkpoint | None:
 
 
 def client_rows(folder: Path) -> list[list[list[Any]]]:
-    """The rows on clients' files of every checkpoint that is still there."""
+    """The rows about client state files of every checkpoint in the folder."""
     return [json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))["clients"] for path in _all(folder)]
 
 

@@ -1,8 +1,8 @@
-"""What single clients keep between rounds, off the heap: one safetensors file per client and change.
+"""Client state on the disk: the tensors of single clients that a method stores between rounds.
 
-A method's state maps client ids to tensors. After every round `settle` writes what is new to
-`clients/<client>/round-<t>.safetensors` and puts in its place a `StoredTensors`, which reads the file when it is asked. A
-checkpoint names the files it needs; those that no kept checkpoint names are removed.
+A method's state maps client ids to tensors. After every round `ClientStore.save` writes what is new to
+`clients/<client>/round-<t>.safetensors` and puts `StoredTensors` in its place, which read the file on access. A
+checkpoint names the files that it needs; files that no checkpoint names are removed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rayfed.files import atomic_write
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """One client's tensors, each read from their file when it is asked for; equal digests are equal bits.
+    """One client's tensors, each read from the file on access. Equal digests are equal bits.
 
     UserError, at the first access, where the file is not the one that was written.
     """
@@ -49,7 +49,7 @@ class StoredTensors(Mapping[str, Tensor]):
     @contextmanager
     def _opened(self) -> Iterator[Any]:
         try:
-            if not self._checked:  # once: it takes longer than all the rest, and nobody writes into the file
+            if not self._checked:  # once: it takes longer than all the rest, and nothing writes into the file
                 if hashlib.sha256(self.path.read_bytes()).hexdigest() != self.digest:
                     raise ValueError("its bytes are not those that were written")
                 self._checked = True
@@ -60,41 +60,41 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 class ClientStore:
-    """The files of one run."""
+    """The client state files of one run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def save(self, clients: Mapping[int, Mapping[str, Tensor]], round: int) -> dict[int, StoredTensors]:
-        """Writes what is not yet on the disk and returns the same mapping, backed by files."""
-        settled: dict[int, StoredTensors] = {}
+        """Writes the tensors that are not on the disk yet; returns the same mapping, backed by files."""
+        stored: dict[int, StoredTensors] = {}
         for client, tensors in clients.items():
             if isinstance(tensors, StoredTensors):
-                settled[client] = tensors
+                stored[client] = tensors
                 continue
             data = save({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())})
             path = self._path(client, round)
             atomic_write(path, data)
-            settled[client] = StoredTensors(path, round, hashlib.sha256(data).hexdigest())
-        return settled
+            stored[client] = StoredTensors(path, round, hashlib.sha256(data).hexdigest())
+        return stored
 
     def to_json(self, clients: Mapping[int, Mapping[str, Tensor]]) -> list[list[Any]]:
         """[client, round, digest] of every client, for a checkpoint."""
-        return [[client, kept.round, kept.digest] for client, kept in _kept(clients)]
+        return [[client, tensors.round, tensors.digest] for client, tensors in _stored(clients)]
 
     def restore(self, rows: list[list[Any]]) -> dict[int, StoredTensors]:
         """The mapping that `to_json` described; UserError where a file is missing."""
         found = {int(c): StoredTensors(self._path(int(c), int(r)), int(r), str(digest)) for c, r, digest in rows}
-        for kept in found.values():
-            if not kept.path.exists():
-                raise UserError(f"--resume: {kept.path} is missing; start the run anew")
+        for tensors in found.values():
+            if not tensors.path.exists():
+                raise UserError(f"--resume: {tensors.path} is missing; start the run anew")
         return found
 
-    def prune(self, named: list[list[list[Any]]]) -> None:
+    def prune(self, checkpoints: list[list[list[Any]]]) -> None:
         """Removes the files that none of these checkpoints' rows name."""
-        wanted = {self._path(int(client), int(round)) for rows in named for client, round, _ in rows}
+        needed = {self._path(int(client), int(round)) for rows in checkpoints for client, round, _ in rows}
         for path in self.folder.glob("*/round-*.safetensors"):
-            if path not in wanted:
+            if path not in needed:
                 path.unlink()
 
     def _path(self, client: int, round: int) -> Path:
@@ -102,14 +102,14 @@ class ClientStore:
 
 
 def digest_of(clients: Mapping[int, Mapping[str, Tensor]]) -> str:
-    """What the state's digest takes up for its clients; empty where no client keeps anything."""
+    """The clients' part of the state digest (64 hex digits); empty where no client has state."""
     if not clients:
         return ""
-    text = "|".join(f"{client}:{kept.digest}" for client, kept in sorted(_kept(clients)))
+    text = "|".join(f"{client}:{tensors.digest}" for client, tensors in sorted(_stored(clients)))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _kept(clients: Mapping[int, Mapping[str, Tensor]]) -> Iterator[tuple[int, StoredTensors]]:
+def _stored(clients: Mapping[int, Mapping[str, Tensor]]) -> Iterator[tuple[int, StoredTensors]]:
     for client, tensors in clients.items():
-        assert isinstance(tensors, StoredTensors), "settle the clients first"
+        assert isinstance(tensors, StoredTensors), "save the clients first"
         yield client, tensors

@@ -1,8 +1,8 @@
-"""What a run leaves for others to use: the global model as a PEFT adapter and, where asked for, as merged weights.
+"""The export of a run: the global model as a PEFT adapter and, where asked for, as merged weights.
 
 An adapter of rank r (`export.adapter_rank`, by default `lora.rank`) holds a layer's change exactly where the change has
-at most that rank; else it holds the best approximation of that rank, and the share of the energy (squared Frobenius
-norm over all layers) that is lost is stated. Merged weights lose nothing.
+at most that rank. Otherwise it holds the best approximation of that rank, and the lost share of the energy (squared
+Frobenius norm over all layers) is reported. Merged weights lose nothing.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from rayfed.files import atomic_path
 from rayfed.lora.adapter import Adapter, LowRank, scale_of
 from rayfed.lora.algebra import factors as of_rank
 from rayfed.lora.algebra import norm, pad, rescale, svd, tail_energy
-from rayfed.lora.packed.layers import is_conv1d
-from rayfed.lora.peft import save_peft
+from rayfed.lora.peft import is_conv1d, save_peft
 from rayfed.tasks.models.base import MeanPooledClassifier, in_dtype
 
 Changes = Mapping[str, LowRank | Tensor]

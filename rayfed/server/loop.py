@@ -4,8 +4,8 @@ The server owns the global state. A round is trained, evaluated, recorded and wr
 run leaves in its directory is written here or by the sinks, always in this order: the round's metrics, the ledger, then
 the checkpoint that vouches for both. So a checkpoint never promises what is not on the disk.
 
-`time/round_s` is the time from the draw of a cohort to its record, `time/train_s` the time from there to the next state,
-and `time/server_s` is the latter without the time spent waiting for clients.
+`time/round_s` is the time from the draw of a cohort to its record, `time/train_s` the time from there to the next
+state, and `time/server_s` is the latter without the time spent waiting for clients.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Server:
                 return
             record, dense_bytes = self._round(t)
             self.done = t + 1
-            self.progress.add(record, dense_bytes, self.plan.eval.early_stop)
+            self.progress.add(record, self.plan.task.metric, dense_bytes, self.plan.eval.early_stop)
             self.sinks.round(record)
             for text in self.executor.drain_events():
                 self.sinks.event(text)
@@ -107,7 +107,7 @@ class Server:
         head = {**plan.model.frozen_head, **plan.method.head(self.state)}
         exported = export(plan, self.out, global_changes(plan.method, self.state), head)
         baselines = measure_baselines(plan, self.done, self.executor) if plan.eval.controls else None
-        summary = {**summarize(self.progress, self.ledger, self.done, baselines), **exported}
+        summary = {**summarize(plan, self.progress, self.ledger, self.done, baselines), **exported}
         self.sinks.finish(summary, closing_table(plan, summary))
         return summary
 

@@ -1,4 +1,4 @@
-"""Server optimizers: how the mean of the clients' changes moves the global state.
+"""Server optimizers: how the mean of the clients' changes is applied to the global state.
 
 With Delta the mean change (the negative of the pseudo-gradient), x the state, eta the learning rate, element-wise:
 
@@ -9,7 +9,7 @@ With Delta the mean change (the negative of the pseudo-gradient), x the state, e
               x <- x + eta m / (sqrt(v) + tau),  v starts at tau^2             Reddi et al. 2021, Algorithm 2
     adamw     torch's AdamW on the gradient -Delta: bias correction, decoupled weight decay, as FLASC's code has it
 
-adamw's weight decay acts on every entry, also on those nobody sent this round.
+adamw's weight decay acts on every entry, also on entries that no client sent this round.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ RATES = {"fedavg": 1.0, "sgd": 1.0, "fedavgm": 1.0, "fedadam": 1e-3, "adamw": 1e
 
 
 class ServerOptimizer:
-    """Moves named tensors and keeps their moments. ``lr`` may be set before each round."""
+    """Updates named tensors and stores their moments. ``lr`` may be set before each round.
+
+    ``kind``: fedavg, sgd, fedavgm, fedadam or adamw. UserError where a setting does not belong to it.
+    """
 
     def __init__(self, kind: str, settings: Server) -> None:
         if kind == "fedavg" and settings.lr is not None:
@@ -43,7 +46,7 @@ class ServerOptimizer:
         self.state: dict[str, Tensor] = {}
 
     def advance(self, name: str, value: Tensor, change: Tensor) -> Tensor:
-        """The tensor's next value from its mean change; shapes equal. Updates the moments kept under ``name``."""
+        """The tensor's next value from its mean change; shapes equal. Updates the moments of ``name``."""
         if value.shape != change.shape:
             raise ValueError(f"{name}: value {tuple(value.shape)} and change {tuple(change.shape)} differ in shape")
         if self.kind == "fedavg":
@@ -61,7 +64,7 @@ class ServerOptimizer:
         return self._adamw(name, value, change)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over the moments of a checkpoint."""
+        """Restores the moments of a checkpoint."""
         self.state = {name: tensor.clone() for name, tensor in tensors.items()}
 
     def _moment(self, name: str, kind: str, like: Tensor, start: float) -> Tensor:

@@ -1,14 +1,14 @@
 """`engine.pack: auto`: how many clients train together, chosen once, before the first round, from measurements.
 
-A step of a pack with x tokens is taken to last a + b x seconds and to need c + d x bytes; the lines are fitted to what
-`rayfed.clients.pack_timing` finds on a worker. Then, for packs of k clients,
+The model: a step of a pack with x tokens lasts a + b x seconds and needs c + d x bytes. The lines are fitted to the
+measurements of a worker (`rayfed.clients.pack_timing`). For packs of k clients,
 
     packs = ceil(cohort / k),  round = ceil(packs / workers) (a + b tokens cohort / packs)      (up to a factor: steps)
 
-Of the sizes up to the largest that was measured, if they fit into most of the memory, the choice is the smallest whose
-round is at most 3 % longer than the shortest: a size has to pay for what it takes. So packs never grow beyond one for
-every worker: one that idles makes no round shorter. The choice is a function of the measurements; these have noise,
-so both are written down, and the run goes on, resumes and is repeated with the number.
+Candidates are the sizes up to the largest measured one that fit into 80 % of the free memory. The choice is the
+smallest size whose round is at most 3 % longer than the shortest. So no worker is left without a pack. The choice is a
+function of the measurements. Measurements are noisy, so both are written down, and the run is resumed and repeated with
+the number.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class LinearFit:
 
 @dataclass(frozen=True)
 class Choice:
-    """The size of packs, and what it was chosen from. ``tokens``: what a step has of each client, at most."""
+    """The size of packs, and what it was chosen from. ``tokens``: the most tokens of a client in a step."""
 
     size: int
     cohort: int
     workers: int
-    memory: int  # bytes that are free for one worker
+    memory: int  # free bytes of one worker
     tokens: float
     seconds: LinearFit
     bytes: LinearFit
@@ -58,11 +58,11 @@ class Choice:
         return asdict(self)
 
     def time_model(self) -> str:
-        """How long a step takes, in words."""
+        """The duration of a step, in words."""
         return f"{1e3 * self.seconds.fixed:.1f} ms, and {1e3 * self.seconds.slope * self.tokens:.1f} ms a client"
 
     def memory_model(self) -> str:
-        """What a step needs, in words."""
+        """The memory of a step, in words."""
         fixed, each = self.bytes.fixed / 2**20, self.bytes.slope * self.tokens / 2**20
         return f"{fixed:.0f} MiB, and {each:.1f} MiB a client; {self.memory / 2**30:.1f} GiB are free for a worker"
 
@@ -90,9 +90,9 @@ def choose_size(measured: Sequence[PackTiming], cohort: int, workers: int, memor
     """The choice for rounds of ``cohort`` clients on ``workers`` that have ``memory`` bytes each; see the module."""
     x = [m.tokens for m in measured]
     seconds, space = line(x, [m.seconds for m in measured]), line(x, [m.bytes for m in measured])
-    # No measurement may lie above: what is needed must not be guessed too low.
-    missing = max(m.bytes - space.at(m.tokens) for m in measured)
-    space = LinearFit(space.fixed + max(missing, 0.0), space.slope)
+    # The line is raised over all measurements: memory must not be underestimated.
+    above = max(m.bytes - space.at(m.tokens) for m in measured)
+    space = LinearFit(space.fixed + max(above, 0.0), space.slope)
     tokens = max(m.tokens / m.size for m in measured)
 
     def length(size: int) -> float:

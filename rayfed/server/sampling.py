@@ -1,8 +1,8 @@
 """The clients of a round: who takes part (the cohort), and who trains together (the packs).
 
-Packs decide bits, because they decide the order of sums. So the plan of packs is a function of the settings and the data
-alone, never of the worker that is idle. A client's cost is the number of tokens on which it trains in a round. The clients
-are dealt out in order of falling cost, each to the cheapest pack that has room. So packs cost about the same, and no worker
+Packs decide bits, because they decide the order of sums. So the packs are a function of the settings and the data,
+never of the worker that is idle. A client's cost is the number of tokens on which it trains in a round. Clients are
+dealt out in order of falling cost, each to the cheapest pack that has room. So packs cost about the same, and no worker
 is left with the longest pack at the end (Graham's rule: with as many workers as packs, a round takes at most 4/3 of the
 shortest possible time, if no pack fills up).
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 from rayfed import seeding
 from rayfed.config.training import Client
-from rayfed.methods import Profile
+from rayfed.profiles.profile import Profile
 from rayfed.tasks.data.federation import Federation
 
 
@@ -35,8 +35,8 @@ def cohort(holders: np.ndarray, count: int, seed: int, t: int) -> list[int]:
 def client_costs(federation: Federation, settings: Client) -> np.ndarray:
     """Tokens that each client trains on in a round, (clients,) float64; 0 for clients without data."""
     sizes = federation.sizes
-    held = np.concatenate([[0], np.cumsum(federation.train.lengths[federation.rows], dtype=np.float64)])
-    tokens = held[federation.starts[1:]] - held[federation.starts[:-1]]
+    ends = np.concatenate([[0], np.cumsum(federation.train.lengths[federation.rows], dtype=np.float64)])
+    tokens = ends[federation.starts[1:]] - ends[federation.starts[:-1]]
     if settings.steps is None:
         return tokens * settings.epochs
     mean = tokens / np.maximum(sizes, 1)
@@ -44,9 +44,9 @@ def client_costs(federation: Federation, settings: Client) -> np.ndarray:
 
 
 def plan_packs(clients: Sequence[Profile], size: int, costs: np.ndarray) -> list[list[Profile]]:
-    """The cohort in packs of at most ``size`` clients, as few as can be, the costliest first.
+    """The cohort in as few packs of at most ``size`` clients as possible, the costliest pack first.
 
-    ``costs`` (clients of the population,) are `client_costs`. In a pack, clients stand as they do in the cohort.
+    ``costs`` (clients of the population,) are `client_costs`. Within a pack, clients have the order of the cohort.
     """
     count = -(-len(clients) // size)
     packs: list[list[int]] = [[] for _ in range(count)]

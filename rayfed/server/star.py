@@ -1,7 +1,7 @@
 """One round of the star topology: the server sends to every client of the cohort and receives from each of them.
 
-`train_round` is the round as one function of the state. Another topology (a gossip graph, say) is another such function;
-see docs/architecture.md.
+`train_round` is the round as one function of the state. Another topology (a gossip graph, say) is another such
+function; see docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rayfed.errors import RunError
 from rayfed.methods import PackSum, Update
 from rayfed.profiles.profile import Profile
 from rayfed.server.base_updates import BaseUpdates
-from rayfed.server.downlink import Downlink, Download, merged_base
+from rayfed.server.downlink import Downlink, Download
 from rayfed.server.evaluation.diagnostics import Diagnostics
 from rayfed.server.executor import Executor, Handle, Submission, SubmissionResult, in_order
 from rayfed.server.optimizers import ServerOptimizer, scheduled
@@ -143,7 +143,7 @@ def _decoded(
         None if personal is None else wire.decode(personal).dense(),
     )
     if log.diagnostics is not None:
-        log.diagnostics.see(update, merged_base(received.start.base, received.start.merge))
+        log.diagnostics.add(update, merged_base(received.start.base, received.start.merge))
     return update
 
 

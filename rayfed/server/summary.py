@@ -15,93 +15,100 @@ from rayfed.tracking import Table
 
 @dataclass
 class Progress:
-    """Chosen on validation, reported on test: the test figures of the best round never chose it."""
+    """The task's metric (`Task.metric`) over the rounds so far: the best round is chosen on validation, never on
+    test."""
 
     best_round: int | None = None
-    best_accuracy: float | None = None  # validation, 0 to 1
-    best_test_accuracy: float | None = None
-    last_accuracy: float | None = None
-    last_test_accuracy: float | None = None
-    last_test_accuracy_masked: float | None = None
-    last_test_accuracy_clients: float | None = None  # the mean over the clients, see server.per_client
-    last_gap: float | None = None  # where the answer is known: share of the initial gap that is left
-    dense_bytes: int = 0  # what the messages so far would have weighed dense, in fp32
+    best: float | None = None  # on validation
+    best_test: float | None = None  # the test metric of the best round
+    last: float | None = None  # on validation
+    last_test: float | None = None
+    last_test_masked: float | None = None
+    last_test_clients: float | None = None  # the mean over the clients, see `rayfed.server.evaluation.per_client`
+    last_gap: float | None = None  # where the answer is known: the share of the initial gap that is left
+    dense_bytes: int = 0  # of the messages so far, had every entry travelled in fp32
     stale: int = 0  # evaluations since the last improvement that counted
-    mark: float | None = None  # the accuracy an improvement is measured from
+    mark: float | None = None  # the value from which an improvement is measured
     stopped: bool = False
 
-    def add(self, record: Mapping[str, Any], dense_bytes: int, rule: EarlyStop | None) -> None:
-        """Adds a round's record, and its messages' bytes had they been dense; rounds without evaluation change no best."""
+    def add(self, record: Mapping[str, Any], metric: str | None, dense_bytes: int, rule: EarlyStop | None) -> None:
+        """Adds a round's record, and the bytes of its messages had they been dense.
+
+        A round that was not evaluated changes neither the best round nor early stopping.
+        """
         self.dense_bytes += dense_bytes
-        if record.get("test/accuracy") is not None:
-            self.last_test_accuracy = record["test/accuracy"]
-            self.last_test_accuracy_masked = record.get("test/accuracy_masked")
-            self.last_test_accuracy_clients = record.get("test/accuracy_clients")
         self.last_gap = record.get("eval/gap", self.last_gap)
-        accuracy = record.get("eval/accuracy")
-        if accuracy is None:
+        if record.get(f"test/{metric}") is not None:
+            self.last_test = record[f"test/{metric}"]
+            self.last_test_masked = record.get(f"test/{metric}_masked")
+            self.last_test_clients = record.get(f"test/{metric}_clients")
+        value = record.get(f"eval/{metric}")
+        if value is None:
             return
-        self.last_accuracy = accuracy
-        if self.best_accuracy is None or accuracy > self.best_accuracy:
-            self.best_round, self.best_accuracy = record["round"], accuracy
-            self.best_test_accuracy = record.get("test/accuracy")
+        self.last = value
+        if self.best is None or value > self.best:
+            self.best_round, self.best, self.best_test = record["round"], value, record.get(f"test/{metric}")
         if rule is None:
             return
-        if self.mark is None or accuracy > self.mark + rule.min_delta:
-            self.mark, self.stale = accuracy, 0
+        if self.mark is None or value > self.mark + rule.min_delta:
+            self.mark, self.stale = value, 0
         else:
             self.stale += 1
         self.stopped = self.stale >= rule.patience
 
     def to_json(self) -> dict[str, Any]:
+        """The progress as JSON values, for a checkpoint."""
         return asdict(self)
 
 
-def summarize(progress: Progress, ledger: wire.Ledger, rounds: int, baselines: Baselines | None) -> dict[str, Any]:
-    """Unpadded figures: accuracies (0 to 1), bytes both ways, the bytes of the same run sent dense in fp32."""
+def summarize(
+    plan: RunPlan, progress: Progress, ledger: wire.Ledger, rounds: int, baselines: Baselines | None
+) -> dict[str, Any]:
+    """The summary as one flat mapping: metrics (accuracies from 0 to 1), bytes both ways, bytes had all been dense."""
+    metric = plan.task.metric or "accuracy"
     return {
         "rounds": rounds,
         "best/round": progress.best_round,
-        "best/eval_accuracy": progress.best_accuracy,
-        "best/test_accuracy": progress.best_test_accuracy,
-        "final/eval_accuracy": progress.last_accuracy,
-        "final/test_accuracy": progress.last_test_accuracy,
-        "final/test_accuracy_masked": progress.last_test_accuracy_masked,
-        "final/test_accuracy_clients": progress.last_test_accuracy_clients,
+        f"best/eval_{metric}": progress.best,
+        f"best/test_{metric}": progress.best_test,
+        f"final/eval_{metric}": progress.last,
+        f"final/test_{metric}": progress.last_test,
+        f"final/test_{metric}_masked": progress.last_test_masked,
+        f"final/test_{metric}_clients": progress.last_test_clients,
         "final/gap": progress.last_gap,
         **ledger.totals(),
         "bytes/total": ledger.total_bytes,
         "bytes/dense": progress.dense_bytes,
-        "head_only/test_accuracy": baselines.same_rounds if baselines else None,
-        "head_only/test_accuracy_central": baselines.central if baselines else None,
+        f"head_only/test_{metric}": baselines.same_rounds if baselines else None,
+        f"head_only/test_{metric}_central": baselines.central if baselines else None,
     }
 
 
 def closing_table(plan: RunPlan, summary: dict[str, Any]) -> Table:
-    """What a reader should see last: this run, the same run sent dense, the frozen base."""
-    down, up = plan.wire.down, plan.wire.up
+    """The table at the end: this run, the same run sent dense, the frozen base."""
+    down, up, metric = plan.wire.down, plan.wire.up, plan.task.metric or "accuracy"
     name = f"{plan.settings['method']['name']}, density {_density(down.density)} down, {_density(up.density)} up"
-    accuracy, masked = summary["final/test_accuracy"], summary["final/test_accuracy_masked"]
-    rows = [(name, accuracy, summary["bytes/total"])]
-    if masked is not None:  # what FLASC's own code evaluates
+    final = {suffix: summary[f"final/test_{metric}{suffix}"] for suffix in ("", "_masked", "_clients")}
+    rows = [(name, final[""], summary["bytes/total"])]
+    if final["_masked"] is not None:  # what FLASC's own code evaluates
         rows = [
-            (f"{name}, as clients receive it", masked, summary["bytes/total"]),
-            ("  the server's dense copy", accuracy, None),
+            (f"{name}, as clients receive it", final["_masked"], summary["bytes/total"]),
+            ("  the server's dense copy", final[""], None),
         ]
-    rows.append(("  mean over the clients, each on data like its own", summary["final/test_accuracy_clients"], None))
+    rows.append(("  mean over the clients, each on data like its own", final["_clients"], None))
     if summary["bytes/total"] < summary["bytes/dense"]:
         times = summary["bytes/dense"] / summary["bytes/total"]
         rows.append((f"  the same messages sent dense: {times:.1f}x", None, summary["bytes/dense"]))
-    rows.append(("frozen base, only the head trained, same rounds", summary["head_only/test_accuracy"], None))
-    rows.append(("  trained centrally to convergence", summary["head_only/test_accuracy_central"], None))
-    shown = tuple(
-        (label, "" if accuracy is None else f"{100 * accuracy:.1f} %", "" if size is None else f"{size / 1e6:.2f}")
-        for label, accuracy, size in rows
-        if accuracy is not None or size is not None
+    rows.append(("frozen base, only the head trained, same rounds", summary[f"head_only/test_{metric}"], None))
+    rows.append(("  trained centrally to convergence", summary[f"head_only/test_{metric}_central"], None))
+    cells = tuple(
+        (label, "" if value is None else f"{100 * value:.1f} %", "" if size is None else f"{size / 1e6:.2f}")
+        for label, value, size in rows
+        if value is not None or size is not None
     )
     if summary["final/gap"] is not None:
-        shown += (("share of the initial gap to the optimum that is left", f"{summary['final/gap']:.3%}", ""),)
-    return Table(f"After {summary['rounds']} rounds", ("", "test accuracy", "MB both ways"), shown)
+        cells += (("share of the initial gap to the optimum that is left", f"{summary['final/gap']:.3%}", ""),)
+    return Table(f"After {summary['rounds']} rounds", ("", f"test {metric}", "MB both ways"), cells)
 
 
 def _density(value: float) -> str:

@@ -31,7 +31,7 @@ from rayfed.sweeps.plan import Bundle, Trial, bundles, fits
 from rayfed.sweeps.trial import outcome, settle, settle_stopped, work
 from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.cache import keep_base
-from rayfed.tracking import Fan, Record, RunInfo, Scalar, Table
+from rayfed.tracking import Record, RunInfo, Sink, SinkList, Table, Value
 
 SETTINGS = {  # read by Tune where the sweep starts
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in the settings mean what they mean to `rayfed run`
@@ -135,12 +135,12 @@ def _trainable(
 ) -> None:
     trial = trials[config["trial"]]
     keep_base()
-    sink = _Reports(trial.experiment.server.rounds) if watched else Fan()
+    sink = _Reports(trial.experiment.server.rounds) if watched else SinkList()
     work(trial, out, ray.get(data[trial.data]), sink)
     tune.report({"ended": 1})
 
 
-class _Reports:
+class _Reports(Sink):
     """A sink that tells Tune the figures of every round but the last: whoever has come so far is not to be stopped."""
 
     def __init__(self, rounds: int) -> None:
@@ -157,7 +157,7 @@ class _Reports:
     def event(self, text: str) -> None:
         pass
 
-    def finish(self, summary: Mapping[str, Scalar], table: Table | None) -> None:
+    def finish(self, summary: Mapping[str, Value], table: Table | None) -> None:
         pass
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Tasks: what is learned. One file a task; data sources, models and the known-answer problem have folders of their own."""
+"""Tasks: what is learned. One file a task; data sources, models and the known-answer problem have their own folders."""
 
 from __future__ import annotations
 

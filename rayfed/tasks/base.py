@@ -1,8 +1,8 @@
 """The base class of tasks: what is learned.
 
-A task reads rows and deals them out to clients, makes batches of tensors, loads the frozen base model, and gives the loss
-per row and the metrics. Training, evaluation, messages and methods know a task by these functions alone. docs/architecture.md
-shows where each of them is called.
+A task reads rows and deals them out to clients, makes batches of tensors, loads the frozen base model, and gives the
+loss per row and the metrics. Training, evaluation, messages and methods know a task by these functions alone.
+docs/architecture.md shows where each of them is called.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Metric = float | list[Any] | None
 class Task:
     """What is learned. A task is pickled to every worker, so it holds settings, not data or models."""
 
-    metric: str = "accuracy"
-    """The metric that chooses the best round and stops early. More is better."""
+    metric: str | None = "accuracy"
+    """The metric that chooses the best round and stops early, from 0 to 1; more is better. None: there is none."""
 
     @classmethod
     def from_settings(cls, *, data: Data, problem: Problem, partition: Partition, model: Model, seed: int) -> Self:
@@ -78,7 +78,7 @@ class Task:
         return outputs
 
     def metrics(self, predictions: Tensor, labels: Tensor, federation: Federation) -> dict[str, Metric]:
-        """The metrics of a split beside its loss, by name. Called once for a split, with all its rows in their order."""
+        """A split's metrics beside its loss, by name. Called once a split, with all of its rows in their order."""
         return {}
 
     def metric_names(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The problem with a known answer: federated low-rank regression on one linear layer (`data.source: lowrank`).
 
-Rows of numbers take the place of tokens, and one linear layer without bias, frozen at 0, is the base model: the model is
-its change. The loss of a row is half the squared distance from its target. The metrics need no evaluation data: the
+Rows of numbers take the place of tokens, and one linear layer without bias, frozen at 0, is the base model: the model
+is its change. The loss of a row is half the squared distance from its target. The metrics need no evaluation data: the
 distance of the global model from the optimum is exact (`rayfed.tasks.known_answer.problem`).
 """
 
@@ -69,6 +69,8 @@ class LowRankRegression(Task):
     partition: Partition
     model: Model
     seed: int
+
+    metric = None
 
     @classmethod
     def from_settings(cls, *, data: Data, problem: Problem, partition: Partition, model: Model, seed: int) -> Self:

@@ -1,6 +1,7 @@
-"""Sinks: where a run's numbers and events go. `metrics.jsonl` and `events.log` always, W&B and the console as set.
+"""Sinks: the destinations of a run's numbers and events.
 
-The process that runs the rounds opens `open_sinks`; the process that the user looks at opens `open_console`.
+`metrics.jsonl` and `events.log` are always written; W&B and the console follow the section `tracking`. The process
+that runs the rounds opens `open_sinks`. The process that the user started opens `open_console`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from rayfed.tracking.console import ConsoleSink
 from rayfed.tracking.events import EventSink
 from rayfed.tracking.jsonl import JsonlSink, read_metrics
-from rayfed.tracking.sinks import Fan, Record, RunInfo, Scalar, Sink, Table
+from rayfed.tracking.sinks import Record, RunInfo, Sink, SinkList, Table, Value
 from rayfed.tracking.wandb_sink import WandbSink, wandb_mode
 
 if TYPE_CHECKING:
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
 __all__ = [
     "ConsoleSink",
     "EventSink",
-    "Fan",
     "JsonlSink",
     "Record",
     "RunInfo",
-    "Scalar",
     "Sink",
+    "SinkList",
     "Table",
+    "Value",
     "WandbSink",
     "open_console",
     "open_sinks",
@@ -35,16 +36,19 @@ __all__ = [
 ]
 
 
-def open_sinks(settings: Tracking, out: Path) -> Fan:
-    """The sinks of a run in the directory `out`: metrics, events and, unless it is off, W&B."""
+def open_sinks(settings: Tracking, out: Path) -> SinkList:
+    """The sinks of a run in the directory ``out``: metrics, events and, unless `tracking.wandb` is off, W&B.
+
+    UserError if `tracking.wandb` asks for W&B and wandb is not installed.
+    """
     events = EventSink(Path(out) / "events.log")
     sinks: list[Sink] = [JsonlSink(Path(out) / "metrics.jsonl"), events]
     mode = wandb_mode(settings)
     if mode != "off":
-        sinks.append(WandbSink(settings, mode, say=events.event))
-    return Fan(*sinks)
+        sinks.append(WandbSink(settings, mode, notify=events.event))
+    return SinkList(*sinks)
 
 
 def open_console(settings: Tracking) -> Sink:
-    """The console as set, on this process's stdout."""
-    return ConsoleSink(settings.console)
+    """The console on this process's stdout. If `tracking.console` is off, a sink that shows nothing."""
+    return Sink() if settings.console == "off" else ConsoleSink(settings.console)

@@ -1,8 +1,8 @@
-"""`metrics.jsonl`: one line of strict JSON a round, the run's own record and what every report reads.
+"""`metrics.jsonl`: one line of strict JSON per round. All reports read this file.
 
-JSON has no NaN and no infinities. Such a value is written as null, as if it had not been measured, and the line gets
-one more key, `nonfinite`, that says what it was: `{"round": 7, "train/loss": null, "nonfinite": "train/loss=nan"}`. So
-every reader can parse the line, and a diverged loss can still be told from one that was never computed.
+JSON has no NaN and no infinities. Such a value, also inside a list, is written as null, like a value that was not
+measured. The line then has the key `nonfinite` with the values: `{"round": 7, "train/loss": null, "nonfinite":
+"train/loss=nan"}`. So every reader can parse the line, and a diverged loss differs from a loss that was not computed.
 """
 
 from __future__ import annotations
@@ -10,94 +10,101 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from rayfed.errors import UserError
 from rayfed.files import atomic_write
-from rayfed.tracking.sinks import Record, RunInfo, Scalar, Table
+from rayfed.tracking.sinks import Record, RunInfo, Sink
 
 
-class JsonlSink:
-    """Appends every round to `path`. A line that `round` returned from is on the disk."""
+class JsonlSink(Sink):
+    """Appends every round to ``path``. When `round` returns, the line is on the disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._file: BinaryIO | None = None
 
     def start(self, info: RunInfo) -> None:
-        """Keeps the lines of rounds 1 to `info.start` and drops later ones, which the resumed run makes again."""
-        kept = _rounds_up_to(info.start, self.path)
-        atomic_write(self.path, "".join(f"{line}\n" for line in kept))
+        """Drops the lines after round ``info.start``. UserError if an earlier round has no line."""
+        lines = _rounds_up_to(info.start, self.path)
+        atomic_write(self.path, "".join(f"{line}\n" for line in lines))
         self._file = self.path.open("ab", buffering=0)
 
     def round(self, record: Record) -> None:
-        """Appends the line. It is one unbuffered write, so a crash can tear the last line only."""
+        """Appends the line in one unbuffered write, so a crash can cut off the last line only."""
         assert self._file is not None, "start comes before the first round, and nothing after close"
         self._file.write(f"{to_line(record)}\n".encode())
         os.fsync(self._file.fileno())
 
-    def event(self, text: str) -> None:
-        """Events are not metrics."""
-
-    def finish(self, summary: Mapping[str, Scalar], table: Table | None) -> None:
-        """The results follow from the rounds."""
-
     def close(self) -> None:
-        """Closes the file; every line is already on the disk."""
+        """Closes the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rounds in a `metrics.jsonl`, also of a run that is still going: a last line without its end is left out."""
-    return [json.loads(line) for line in _whole_lines(Path(path))]
+    """The rounds in a `metrics.jsonl`, lists included. Leaves out an incomplete last line.
+
+    UserError if there is no such file or another line is no record.
+    """
+    return [record for record, _ in _records(Path(path))]
 
 
 def to_line(record: Record) -> str:
     """A record as one line of strict JSON; see the module's docstring for NaN and infinities."""
-    bad = {key: value for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
-    line = {key: None if key in bad else value for key, value in record.items()}
-    if bad:
-        line["nonfinite"] = " ".join(f"{key}={value}" for key, value in bad.items())
+    nonfinite: list[str] = []
+    line = {key: _finite(value, key, nonfinite) for key, value in record.items()}
+    if nonfinite:
+        line["nonfinite"] = " ".join(nonfinite)
     return json.dumps(line, allow_nan=False)
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The text of every line. A torn last line is dropped; a broken line before it means the file was damaged."""
+def _finite(value: Any, name: str, nonfinite: list[str]) -> Any:
+    """The value with None for numbers that are not finite, which are added to ``nonfinite`` as `name=nan`."""
+    if isinstance(value, list):
+        return [_finite(item, f"{name}[{i}]", nonfinite) for i, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        nonfinite.append(f"{name}={value}")
+        return None
+    return value
+
+
+def _records(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """Every record with its line, without an incomplete last line. UserError if an earlier line is no record."""
     try:
         text = path.read_bytes().decode(errors="replace")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is its folder a run directory?") from None
-    lines = text.split("\n")
-    if lines[-1] == "":
-        lines.pop()
+    lines = text.removesuffix("\n").split("\n")
+    records = []
     for number, line in enumerate(lines, start=1):
-        if not _is_record(line):
-            if number == len(lines):
-                return lines[:-1]
+        record = _parsed(line)
+        if record is not None:
+            records.append((record, line))
+        elif number < len(lines):
             raise UserError(f"{path}: line {number} is not a JSON object with a round, so the file is damaged")
-    return lines
+    return records
 
 
-def _is_record(line: str) -> bool:
+def _parsed(line: str) -> dict[str, Any] | None:
+    """The record in the line, or None if the line is no JSON object with a round."""
     try:
-        value = json.loads(line)
+        record = json.loads(line)
     except ValueError:
-        return False
-    return isinstance(value, dict) and isinstance(value.get("round"), int)
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("round"), int) else None
 
 
 def _rounds_up_to(start: int, path: Path) -> list[str]:
-    """The lines of rounds 1 to `start`, all of them and in order, or a refusal."""
-    if start == 0:  # nothing to keep, whatever the file holds
+    """The lines of rounds 1 to ``start``. UserError if one is missing or they are not in order."""
+    if start == 0:  # a new run; the contents of the file do not matter
         return []
-    by_round = [(json.loads(line)["round"], line) for line in _whole_lines(path)]
-    kept = [(number, line) for number, line in by_round if number <= start]
-    if [number for number, _ in kept] != list(range(1, start + 1)):
-        missing = sorted(set(range(1, start + 1)) - {number for number, _ in kept})
-        what = f"round {missing[0]} is missing" if missing else "its rounds are not in order"
-        raise UserError(f"{path}: {what}, but resuming after round {start} needs a line for each round before it")
-    return [line for _, line in kept]
+    earlier = [(record["round"], line) for record, line in _records(path) if record["round"] <= start]
+    expected, found = list(range(1, start + 1)), [number for number, _ in earlier]
+    if found != expected:
+        missing = sorted(set(expected) - set(found))
+        reason = f"round {missing[0]} is missing" if missing else "its rounds are not in order"
+        raise UserError(f"{path}: {reason}, but resuming after round {start} needs a line for each round before it")
+    return [line for _, line in earlier]

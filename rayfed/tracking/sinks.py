@@ -1,24 +1,26 @@
-"""What a run tells the world, and the one interface for listening to it.
+"""The interface between a run and the places that record or show the run.
 
-A sink gets `start`, then a `round` for every finished round and an `event` whenever something happened, then `finish`;
-`close` is always called, also after an error. Where a run is shown is never known to the code that runs it.
+A sink gets `start` once, then `round` after every finished round and `event` whenever something happens, then
+`finish`. `close` is always called, also after an error. The code that runs the rounds knows no sink by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 Scalar = float | int | str | None
-Record = Mapping[str, Scalar]
-"""One round: the keys of `metrics.jsonl`. `round` counts from 1; what was not measured is None or absent."""
+Value = Scalar | list[Any]
+"""A scalar, or a list of finite floats, ints, strings, None and such lists: recall per class, a confusion matrix."""
+Record = Mapping[str, Value]
+"""One round: the keys of `metrics.jsonl`. `round` counts from 1. A metric that was not measured is None or absent."""
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What is known when a run starts."""
+    """What is known when a run starts. ``digest`` is the digest of the settings in ``config``."""
 
     name: str
     out: Path
@@ -26,14 +28,14 @@ class RunInfo:
     config: Mapping[str, Any]
     rounds: int
     start: int = 0
-    """Rounds already done: 0, or where a resumed run continues."""
+    """Number of finished rounds: 0, or the round after which a resumed run continues."""
     facts: Mapping[str, Scalar] = field(default_factory=dict)
-    """Worth knowing, not worth a setting: population, clients without data, trainable parameters, ..."""
+    """Facts for the reader that are no settings: population, clients without data, trainable parameters, ..."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A small table of finished text. Every row has one cell a column."""
+    """A small table of formatted text. Every row has one cell per column."""
 
     title: str
     columns: tuple[str, ...]
@@ -43,11 +45,11 @@ class Table:
         assert all(len(row) == len(self.columns) for row in self.rows), f"{self.title}: a row lacks or adds a cell"
 
 
-class Sink(Protocol):
-    """Something that watches a run. Keys it does not know are no error."""
+class Sink:
+    """Base class of all sinks; every method does nothing. A sink ignores keys that it does not know."""
 
     def start(self, info: RunInfo) -> None:
-        """The run begins, or continues after `info.start` rounds."""
+        """The run begins, or continues after ``info.start`` rounds."""
 
     def round(self, record: Record) -> None:
         """A round is finished."""
@@ -55,49 +57,51 @@ class Sink(Protocol):
     def event(self, text: str) -> None:
         """Something happened: a worker died and was replaced, the run stops early, ..."""
 
-    def finish(self, summary: Mapping[str, Scalar], table: Table | None) -> None:
-        """All rounds are done and these are the results."""
+    def finish(self, summary: Record, table: Table | None) -> None:
+        """All rounds are finished. ``summary`` and ``table`` are the results."""
 
     def close(self) -> None:
-        """Lets go of files, terminals and processes: after success, after errors, and a second time does nothing."""
+        """Releases files, terminals and processes. A second call does nothing."""
 
 
-class Fan:
-    """A sink that passes everything on to several sinks, in order."""
+class SinkList(Sink):
+    """Passes every call to several sinks, in order. An error in one sink stops the call, except in `close`."""
 
     def __init__(self, *sinks: Sink) -> None:
         self.sinks = sinks
 
     def start(self, info: RunInfo) -> None:
-        """To all. A sink that fails stops it, here and below: what must be kept could not be."""
+        """Starts every sink."""
         for sink in self.sinks:
             sink.start(info)
 
     def round(self, record: Record) -> None:
-        """To all."""
+        """Passes the round to every sink."""
         for sink in self.sinks:
             sink.round(record)
 
     def event(self, text: str) -> None:
-        """To all."""
+        """Passes the event to every sink."""
         for sink in self.sinks:
             sink.event(text)
 
-    def finish(self, summary: Mapping[str, Scalar], table: Table | None) -> None:
-        """To all."""
+    def finish(self, summary: Record, table: Table | None) -> None:
+        """Passes the results to every sink."""
         for sink in self.sinks:
             sink.finish(summary, table)
 
     def close(self) -> None:
-        """Closes every sink, also when one fails; then the first failure is raised."""
-        failures = [error for sink in self.sinks if (error := _failure(sink.close)) is not None]
-        if failures:
-            raise failures[0]
+        """Closes every sink, even if one fails. Then raises the first error."""
+        errors = []
+        for sink in self.sinks:
+            try:
+                sink.close()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
 
-def _failure(call: Callable[[], None]) -> Exception | None:
-    try:
-        call()
-    except Exception as error:
-        return error
-    return None
+def scalars(values: Record) -> dict[str, float | int | str]:
+    """The measured values that are scalars: without None and without lists."""
+    return {key: value for key, value in values.items() if value is not None and not isinstance(value, list)}

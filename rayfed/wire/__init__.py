@@ -1,6 +1,7 @@
-"""What passes between server and client: which entries travel, as which bytes, and how many of them there were.
+"""Messages between server and client: choosing the entries to send, encoding them as bytes, and counting the bytes.
 
-Nothing else in rayfed makes these bytes. Pure tensor code: no Ray, no models, no I/O but the ledger's files.
+All bytes that a run counts are made here. Pure tensor code: no Ray, no models, no settings. Only the ledger reads and
+writes files.
 """
 
 from rayfed.wire.codec import HEADER_BYTES, Payload, Sizes, WireError, decode, encode, inspect

@@ -1,8 +1,8 @@
 """The payload: the bytes that pass between server and client.
 
-Promises: a payload says all that is needed to read it; the same arguments give the same bytes; damage is refused.
-Every byte but the checksum's own is under a CRC-32, so no truncation, extension or flipped bit decodes. The byte counts
-of header, indices and values add up to the payload's length.
+A payload can be read without further information. Equal arguments give equal bytes. A CRC-32 covers every byte except
+its own four, so a truncated or extended payload, or one with a flipped bit, is refused. The byte counts of header,
+indices and values add up to the payload's length.
 
 A payload of format version 1, little-endian throughout:
 
@@ -35,17 +35,17 @@ HEADER_BYTES = _FIELDS.size + _CRC.size
 
 
 class WireError(ValueError):
-    """Bytes that are not a whole, unharmed payload this code can read; the message says why in one line."""
+    """The bytes are not a complete, undamaged payload of a known version. The message gives the reason in one line."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a payload holds, as its header says; the three byte counts add up to its length."""
+    """The sizes that a payload's header states. The three byte counts add up to the payload's length."""
 
     n: int
     """Length of the dense vector."""
     count: int
-    """Values that travel: the count papers quote."""
+    """Values that travel: the count that papers report."""
     bytes_header: int
     bytes_indices: int
     bytes_values: int
@@ -72,7 +72,7 @@ class Payload:
         return self.values.numel()
 
     def dense(self) -> Tensor:
-        """The vector the receiver sees: float32, shape (n,), a fresh tensor on the CPU that may be written to."""
+        """The vector that the receiver gets: float32, shape (n,), a new tensor on the CPU."""
         if self.indices is None:
             return self.values.clone()
         dense = torch.zeros(self.n)
@@ -85,7 +85,7 @@ def encode(x: Tensor, *, indices: Tensor | None = None, values: str = "fp32") ->
     Args:
         x: float32, shape (n,), any device, n up to ``MAX_LENGTH``.
         indices: int64, shape (k,), strictly increasing within 0 to n - 1: only ``x[indices]`` travels.
-            None: every entry travels, and no index bytes.
+            None: every entry travels, and there are no index bytes.
         values: the value format, one of ``FORMATS``.
 
     Returns:
@@ -113,13 +113,13 @@ def encode(x: Tensor, *, indices: Tensor | None = None, values: str = "fp32") ->
 
 
 def decode(data: bytes | memoryview) -> Payload:
-    """Reads a payload, every byte of it checked.
+    """Reads a payload and checks every byte of it.
 
     Args:
         data: one whole payload, as ``encode`` returned it; may be read-only.
 
     Returns:
-        The payload; its tensors are fresh, on the CPU, and share no memory with ``data``.
+        The payload. Its tensors are on the CPU and share no memory with ``data``.
 
     Raises:
         WireError: too short, wrong magic, another version, truncated, trailing bytes, checksum mismatch, or sections
@@ -142,16 +142,16 @@ def decode(data: bytes | memoryview) -> Payload:
 
 
 def inspect(data: bytes | memoryview) -> Sizes:
-    """What a payload holds, from its header and length alone: no section is read and no checksum taken.
+    """The sizes of a payload, from its header and its length. No section is read and no checksum is computed.
 
     Raises:
-        WireError: as ``decode``, save for damage that only the checksum or the sections themselves can show.
+        WireError: as ``decode``, except for damage that only the checksum or the sections show.
     """
     return _read_header(memoryview(data).cast("B"))[0]
 
 
 def _read_header(view: memoryview) -> tuple[Sizes, int, str]:
-    """Sizes, index coding and value format; checks all that needs no look at the sections."""
+    """Sizes, index coding and value format. Checks everything that can be checked without the sections."""
     if len(view) < HEADER_BYTES:
         raise WireError(f"payload: too short, {len(view)} bytes where the header alone takes {HEADER_BYTES}")
     magic, version, format, coding, n, count, bytes_indices, bytes_values = _FIELDS.unpack_from(view)
@@ -168,7 +168,7 @@ def _read_header(view: memoryview) -> tuple[Sizes, int, str]:
         raise WireError(f"payload: {len(view) - whole} trailing bytes after {whole}")
     if format >= len(FORMATS):
         raise WireError(f"payload: unknown value format {format}")
-    # Section lengths follow from the counts wherever they can, so a false count cannot claim memory.
+    # The length of the value section must fit the count. So a false count cannot make `decode` allocate memory.
     if not count <= n <= MAX_LENGTH or bytes_values != value_bytes(count, FORMATS[format]):
         raise WireError(f"payload: {count} of {n} entries do not take {bytes_values} value bytes in {FORMATS[format]}")
     if coding == Coding.ALL and (count != n or bytes_indices):

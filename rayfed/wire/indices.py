@@ -1,18 +1,18 @@
 """The coding of a sorted set of k indices out of n: which entries a sparse payload carries.
 
-Promises: decoding gives back exactly the set; equal sets give equal bytes; bytes that are not the coding of k indices
-below n are refused. For large random sets the bytes stay within 5 % of the entropy ``n H(k / n)`` at every density from
-1/1000 to 1/2 (worst near 0.38), and within 2 % at 1/4, 1/16, 1/64 and 1/256. Where density differs between regions they
+Decoding returns exactly the set. Equal sets give equal bytes. Bytes that are not the coding of k indices below n are
+refused. For large random sets the bytes stay within 5 % of the entropy ``n H(k / n)`` at every density from 1/1000 to
+1/2 (worst near 0.38), and within 2 % at 1/4, 1/16, 1/64 and 1/256. Where the density differs between regions the bytes
 go below that bound, because the code adapts per block.
 
 Codings:
 
 * ``ALL``, ``NONE``: k == n, k == 0. No bytes.
 * ``BITMAP``: one bit per entry, lowest bit first.
-* ``GAPS``: the gaps between neighbours, Rice coded (`rice.py`).
-* ``ABSENT``: the same for the entries that do not travel; shorter over density 1/2.
-* ``RUNS``: the same for the places where travelling starts and stops, after their count (u32); whole rows or layers
-  cost next to nothing.
+* ``GAPS``: the gaps between neighbouring indices, Rice coded (`rice.py`).
+* ``ABSENT``: as ``GAPS``, for the indices that are not in the set. Shorter above density 1/2.
+* ``RUNS``: the number (u32) of places where runs of consecutive indices start or stop, then these places as in
+  ``GAPS``. Whole rows or layers take a few bytes.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _checked(indices: Indices, n: int) -> Indices:
 
 
 def _gaps(positions: Indices) -> Gaps:
-    """How many entries lie before each position, back to the position before it."""
+    """The number of entries between each position and the position before it."""
     narrow = positions.astype(np.uint32)
     gaps = narrow.copy()
     gaps[1:] -= narrow[:-1]
@@ -139,7 +139,7 @@ def _mask(indices: Indices, n: int) -> npt.NDArray[np.bool_]:
 
 
 def _boundaries(indices: Indices, breaks: Indices, n: int) -> Indices:
-    """Where travelling starts, stops, starts, ...; a stop at n goes unsaid. ``breaks``: the last member of each run."""
+    """Where runs start, stop, start, ..., without a stop at n. ``indices[breaks]`` end all runs but the last."""
     bounds = np.empty(2 * breaks.size + 2, np.int64)
     bounds[0], bounds[-1] = indices[0], indices[-1] + 1
     bounds[1:-1:2], bounds[2:-1:2] = indices[breaks] + 1, indices[breaks + 1]

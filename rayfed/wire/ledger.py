@@ -5,7 +5,7 @@ travelled, which papers report as parameters sent.
 
 On disk the ledger is a folder of Parquet files. Each checkpoint adds one file, named by its last round. The files in
 name order are one table, ordered by round, client and direction. ``pyarrow.parquet.read_table(folder)`` and
-``pandas.read_parquet(folder)`` read it. In memory only the rows since the last write and the totals of each round stay.
+``pandas.read_parquet(folder)`` read it. Memory has only the totals of each round and the rows since the last write.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from rayfed.errors import first_line
 from rayfed.files import atomic_path
 from rayfed.wire.codec import Sizes, inspect
 
@@ -31,7 +32,7 @@ _TOTALS = ("bytes/down", "bytes/up", "params/down", "params/up")
 
 
 class Ledger:
-    """The traffic of a run so far. To add a row and to ask for totals takes constant time, however long the run."""
+    """The traffic of a run so far. `add` and `totals` take constant time, however long the run is."""
 
     def __init__(self) -> None:
         self._pending = array("q")  # the rows since the last write, one after the other, in the order of COLUMNS
@@ -40,7 +41,7 @@ class Ledger:
         self._run = [0, 0, 0, 0, 0]
 
     def __len__(self) -> int:
-        """Number of payloads that travelled."""
+        """The number of payloads that travelled."""
         return self._run[4]
 
     def add(self, *, round: int, client: int, direction: Direction, payload: bytes | memoryview) -> None:
@@ -54,12 +55,12 @@ class Ledger:
 
         Raises:
             ValueError: round, client or direction out of range.
-            WireError: the bytes are no payload (a ValueError too).
+            WireError: the bytes are no payload. WireError is a ValueError, too.
         """
         self.add_sizes(round=round, client=client, direction=direction, sizes=inspect(payload))
 
     def add_sizes(self, *, round: int, client: int, direction: Direction, sizes: Sizes) -> None:
-        """Records one payload of which only the sizes are known; otherwise as `add`."""
+        """As `add`, for a payload of which only the sizes are known."""
         if direction not in DIRECTIONS:
             raise ValueError(f"direction: got {direction!r}, but payloads travel {' or '.join(DIRECTIONS)}")
         if not self._written < round < 2**31:
@@ -75,8 +76,8 @@ class Ledger:
         """The traffic of one round, or of the whole run when ``round`` is None.
 
         Returns:
-            ``bytes/down``, ``bytes/up`` (serialised) and ``params/down``, ``params/up`` (entries that travelled);
-            zeros for a round without traffic.
+            ``bytes/down``, ``bytes/up`` (serialised) and ``params/down``, ``params/up`` (entries that travelled). All
+            are 0 for a round without traffic.
         """
         numbers = self._run if round is None else self._by_round.get(round, [0, 0, 0, 0, 0])
         return dict(zip(_TOTALS, numbers[:4], strict=True))
@@ -102,9 +103,9 @@ class Ledger:
         return pa.concat_tables([*map(_read, _parts(folder) if folder else ()), pa.table(arrays)])
 
     def write(self, folder: Path) -> None:
-        """Writes the rows since the last write as the folder's next part, whole or not at all, and forgets them.
+        """Atomically writes the rows since the last write as the folder's next part and drops them from memory.
 
-        Without such rows nothing is written, except for a part without rows where the folder has no part yet.
+        If there are no such rows, nothing is written, except for an empty part where the folder has no part yet.
         """
         rows = self.table()
         if len(rows) or not _parts(folder):
@@ -116,7 +117,7 @@ class Ledger:
     def read(cls, folder: Path, up_to_round: int | None = None) -> Ledger:
         """Reads the totals of a folder, or of its rounds up to ``up_to_round``. The rows stay on the disk.
 
-        A run that goes on calls `resume`: its next part must follow the last part of the folder.
+        A run that continues calls `resume`, because its next part must follow the last part of the folder.
 
         Raises:
             ValueError: a part is no Parquet file, lacks a column of the ledger, or names an unknown direction.
@@ -144,7 +145,7 @@ class Ledger:
 
     @classmethod
     def resume(cls, folder: Path, round: int) -> Ledger:
-        """Removes the rows after ``round`` from the folder, then reads it; otherwise as `read`.
+        """Removes the rows after ``round`` from the folder, then reads it as `read` does.
 
         At round 0, without a checkpoint, the folder may be missing.
         """
@@ -189,4 +190,4 @@ def _read(path: Path) -> pa.Table:
         with pq.ParquetFile(path) as file:
             return file.read().select(COLUMNS)
     except (pa.ArrowException, KeyError, OSError) as error:
-        raise ValueError(f"{path}: not a part of a ledger ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: not a part of a ledger ({first_line(error)})") from None

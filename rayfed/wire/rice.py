@@ -1,12 +1,12 @@
 """Rice codes of gaps (Rice & Plaunt 1971), in NumPy passes over whole arrays.
 
-A Rice code with parameter r writes ``gap >> r`` in unary and the low r bits as they are; it is near optimal for the
-geometric gaps of a random set (Golomb 1966, Gallager & van Voorhis 1975). Blocks of gaps have parameters of their own,
-and the two halves go to separate streams:
+A Rice code with parameter r writes ``gap >> r`` in unary and the low r bits as they are. It is near optimal for the
+geometric gaps of a random set (Golomb 1966, Gallager & van Voorhis 1975). Each block of gaps has its own parameter. Low
+bits and unary parts are separate streams:
 
     u8 log2(block)  |  5 bits r for each block of gaps  |  low bits, grouped by r  |  unary: quotient zeros, then a one
 
-Promises: equal gaps give equal bytes; bytes that are not the code of ``count`` gaps below n are refused.
+Equal gaps give equal bytes. Bytes that are not the code of ``count`` gaps below n are refused.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy.typing as npt
 import torch
 
 _LOG2_BLOCK = 8
-"""How many gaps share one Rice parameter, as a power of 2. 256 follow changes from layer to layer, and the parameters
-take under 1 % of the bits; 1024 take 10 % more where a dense factor alternates with a sparse one, 64 lose at 1/4."""
+"""log2 of the number of gaps that share one Rice parameter. With 256 gaps the parameters take under 1 % of the bits.
+1024 gaps would take 10 % more bits where dense and sparse factors alternate; 64 gaps would take more at density 1/4."""
 
-_RICE_BITS = 5  # gaps stay under 2^31, so no parameter goes over 30
+_RICE_BITS = 5  # gaps are below 2^31, so parameters are at most 30
 
 Bytes = npt.NDArray[np.uint8]
 Gaps = npt.NDArray[np.uint32]
@@ -27,7 +27,7 @@ Integers = npt.NDArray[np.integer]
 
 
 def encode_gaps(gaps: Gaps) -> bytes:
-    """Codes at least one gap; all of them, and one entry after each, fit a vector of 2^31 - 1 entries."""
+    """Codes one or more gaps (count,). The gaps and one entry after each must fit a vector of 2^31 - 1 entries."""
     size = min(1 << _LOG2_BLOCK, gaps.size)
     blocks = _in_blocks(gaps, size)
     rice = _best_rice(blocks, np.minimum(size, gaps.size - size * np.arange(len(blocks))))
@@ -48,8 +48,8 @@ def encode_gaps(gaps: Gaps) -> bytes:
 
 
 def decode_gaps(raw: Bytes, count: int, n: int) -> npt.NDArray[np.int64]:
-    """The positions in a vector of ``n`` entries that have these ``count`` gaps before them. ValueError if damaged."""
-    # Each gap takes a bit at least. Asking that first keeps a false count from claiming memory.
+    """The positions (count,) in a vector of ``n`` entries that have these gaps before them. ValueError if damaged."""
+    # Each gap takes at least one bit. This check comes first, so that a false count cannot allocate memory.
     if not 1 <= count <= 8 * raw.size or raw[0] > 31:
         raise ValueError(f"indices: {raw.size} bytes do not hold {count} gaps")
     size = min(1 << int(raw[0]), count)
@@ -71,7 +71,7 @@ def decode_gaps(raw: Bytes, count: int, n: int) -> npt.NDArray[np.int64]:
     quotients = np.append(ones[size - 1 : -1 : size], ones[-1]) - sizes  # summed over each block
     quotients[1:] -= ones[size - 1 : -1 : size]
     quotients[0] += 1
-    # Bounded before they are shifted, and their sum before it is spread: 64 bits hold the sum, and 32 all the rest.
+    # These checks exclude overflow below: with them, sums fit 64 bits and single values fit 32.
     if (quotients > (n >> rice.astype(np.int64))).any():
         raise ValueError(f"indices: a gap beyond {n} entries")
     last = int((quotients << rice).sum()) + int(low.sum(dtype=np.int64)) + count - 1
@@ -89,17 +89,18 @@ def decode_gaps(raw: Bytes, count: int, n: int) -> npt.NDArray[np.int64]:
 
 
 def unpack_bits(raw: Bytes, bits: int) -> npt.NDArray[np.bool_]:
-    """``bits`` bits that fill ``raw`` exactly, lowest first; the padding of the last byte must be zero."""
+    """The ``bits`` bits of ``raw`` as booleans (bits,), lowest first. ValueError for another length or set padding."""
     _check_padding(raw, bits)
     return np.unpackbits(raw, count=bits, bitorder="little").view(np.bool_)
 
 
 def _best_rice(blocks: Gaps, sizes: npt.NDArray[np.int64]) -> Bytes:
-    """The parameter with the fewest bits for each block (row) of ``sizes`` gaps; the rest of a row is zeros.
+    """The parameter with the fewest bits for each block (row) of ``sizes`` gaps. The rest of a row is zeros.
 
-    One more low bit costs a bit per gap and saves ``U(r) - U(r + 1)``, where ``U(r) = sum(gap >> r)``. The saving falls
-    as r grows, so the best r is the first at which it no longer pays. It is at least U(r) / 2, and U(r) is more than
-    ``sum(gap) / 2^r - size``: so it pays while ``3 size 2^r <= sum(gap)``, and the search may begin after that.
+    One more low bit costs one bit per gap and saves ``U(r) - U(r + 1)``, where ``U(r) = sum(gap >> r)``. The saving
+    falls as r grows, so the best r is the first one at which the saving is no larger than the cost. The saving is at
+    least U(r) / 2, and U(r) is more than ``sum(gap) / 2^r - size``. So r can grow while ``3 size 2^r <= sum(gap)``, and
+    the search begins after that.
     """
     sums = np.add.reduce(blocks, axis=1, dtype=np.uint32)  # below 2^31
     begin = int((sums // (3 * sizes)).min()).bit_length()
@@ -118,12 +119,12 @@ def _best_rice(blocks: Gaps, sizes: npt.NDArray[np.int64]) -> Bytes:
 
 
 def _running_sum(steps: Gaps) -> npt.NDArray[np.int64]:
-    """The sums up to each step, all below 2^31. Torch takes half of NumPy's time."""
+    """Cumulative sums, all below 2^31. Torch takes half of the time of NumPy."""
     return torch.from_numpy(steps.view(np.int32)).cumsum(0, dtype=torch.int64).numpy()
 
 
 def _widths(rice: Integers) -> list[int]:
-    """The parameters that occur and leave low bits, smallest first."""
+    """The parameters over 0 that occur, smallest first."""
     return [width for width in np.flatnonzero(np.bincount(rice)).tolist() if width]
 
 
@@ -135,15 +136,15 @@ def _in_blocks(values: Integers, size: int) -> Gaps:
 
 
 _DOUBLES = ("<u2", "<u4", "<u8")
-_MANY = 1000  # from so many values on, passes over whole words pay
+_MANY = 1000  # from this number of values on, joining values in words is faster
 
 
 def _pack(values: Integers, width: int) -> bytes:
-    """Values of ``width`` bits (at most 31) one after the other, lowest bit first."""
+    """Packs values of ``width`` bits (at most 31) one after the other, lowest bit first."""
     if width > 8 or values.size < _MANY:
         bits = np.unpackbits(values.astype("<u4").view(np.uint8), bitorder="little").reshape(values.size, 32)
         return np.packbits(bits[:, :width], bitorder="little").tobytes()
-    # Eight values fill `width` bytes. Neighbours are joined to pairs, pairs to fours, fours to a word of eight.
+    # Eight values fill `width` bytes. Values are joined to pairs, pairs to fours, fours to a word of eight.
     words: Integers = np.zeros(-(-values.size // 8) * 8, np.uint8)
     words[: values.size] = values
     for joined, double in enumerate(_DOUBLES):
@@ -155,13 +156,13 @@ def _pack(values: Integers, width: int) -> bytes:
         words |= high
     eights = words.view(np.uint8).reshape(-1, 8)
     packed = np.empty((len(eights), width), np.uint8)
-    for byte in range(width):  # few long copies, rather than many of a few bytes
+    for byte in range(width):  # few long copies are faster than many short ones
         packed[:, byte] = eights[:, byte]
     return packed.tobytes()[: (values.size * width + 7) // 8]
 
 
 def _unpack(raw: Bytes, count: int, width: int) -> Integers:
-    """What ``_pack`` wrote."""
+    """The inverse of `_pack`."""
     _check_padding(raw, count * width)
     if width > 8 or count < _MANY:
         bits = np.zeros((count, 32), np.uint8)

@@ -1,11 +1,11 @@
 """Which entries of a flat vector travel: the largest ones, by magnitude.
 
-Promises: ``top_k`` keeps exactly ``k`` entries, the same ones on every machine, device and thread count. Equal
-magnitudes are broken by the lowest index, so the choice is a function of the values alone. Every order of kept and
-dropped entries agrees: no dropped magnitude exceeds a kept one. NaN and infinities are refused rather than ranked.
+``top_k`` selects exactly ``k`` entries, the same ones on every machine, device and thread count. Of equal magnitudes
+the one with the lowest index is selected first, so the choice is a function of the values alone. NaN and infinities are
+refused, because they have no order.
 
-FLASC (arXiv 2406.05233, algorithm 1) applies this once to the whole flat vector of trainable parameters, downlink and
-uplink alike; ``keep_count`` is the count its published code uses.
+FLASC (arXiv 2406.05233, algorithm 1) applies ``top_k`` to the whole flat vector of trainable parameters, for both
+downlink and uplink. ``keep_count`` is the count in its published code.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 _AS_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SAMPLE = 10_000  # entries that are looked at for a first guess of the threshold
+_SAMPLE = 10_000  # size of the sample from which a first threshold is estimated
 
 Integers = npt.NDArray[np.signedinteger]
 
 
 def keep_count(n: int, density: float) -> int:
-    """How many of ``n`` entries travel at ``density``: ``floor(density * n)``, the product taken in floats.
+    """How many of ``n`` entries travel at ``density``: ``floor(density * n)``.
 
-    The float product is that of the paper's code, so 0.29 of 100 entries is 28 of them, not 29.
+    The product is computed in floating point, as in the paper's code: 0.29 of 100 entries are 28, not 29.
 
     Args:
         n: length of the vector, at least 0.
@@ -48,8 +48,8 @@ def keep_count(n: int, density: float) -> int:
 def top_k(x: Tensor, k: int) -> Tensor:
     """The indices of the ``k`` largest magnitudes of a flat vector, in ascending order.
 
-    Ties go to the lowest index; ``-0.0`` and ``0.0`` tie. The threshold is found by selection, O(n), not by a sort:
-    a sample bounds it from below, and only what reaches that bound is looked at closely.
+    Of equal magnitudes the lowest index comes first; ``-0.0`` and ``0.0`` are equal. The threshold is found in O(n) by
+    selection, not by a sort: a sample gives a lower bound, and only entries from that bound on are compared further.
 
     Args:
         x: shape (n,), any real floating dtype, any device. Not changed.
@@ -59,14 +59,14 @@ def top_k(x: Tensor, k: int) -> Tensor:
         int64 indices, shape (min(k, n),), strictly increasing, on the device of ``x``.
 
     Raises:
-        ValueError: ``x`` is not flat or not floating, holds NaN or an infinity, or ``k`` is negative.
+        ValueError: ``x`` is not flat or not floating, has a NaN or an infinity, or ``k`` is negative.
     """
     if x.ndim != 1 or not x.dtype.is_floating_point or x.element_size() not in _AS_INTEGERS:
         raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, but top_k takes a flat floating vector")
     if k < 0:
         raise ValueError(f"k: got {k}, but it must be 0 or more")
     n = x.numel()
-    # IEEE magnitudes order as their bit patterns do, infinities and NaN last, and integers are selected faster.
+    # IEEE magnitudes have the order of their bit patterns, infinities and NaN last. Selection is faster on integers.
     integer = _AS_INTEGERS[x.element_size()]
     bits = (x.detach().cpu().contiguous().view(integer) & torch.iinfo(integer).max).numpy()
     if n and bits.max() >= torch.tensor(torch.inf, dtype=x.dtype).view(integer).item():
@@ -97,8 +97,8 @@ def top_mask(x: Tensor, density: float) -> Tensor:
 
 
 def _largest(bits: Integers, k: int) -> npt.NDArray[np.intp]:
-    """Where the k largest of non-negative integers stand, 1 <= k < len(bits): ascending, ties to the lowest index."""
-    # A lower bound from a sample leaves little more than k to select from. It may turn out too high; 1 never does.
+    """The indices of the k largest of non-negative integers, ascending; 1 <= k < len(bits). Ties: the lowest index."""
+    # A lower bound from a sample leaves little more than k candidates. It may be too high; then 1 is the bound.
     bound = _lower_bound(bits, k)
     candidates = np.flatnonzero(bits >= bound)
     if candidates.size < k and bound > 1:
@@ -114,10 +114,11 @@ def _largest(bits: Integers, k: int) -> npt.NDArray[np.intp]:
 
 
 def _lower_bound(bits: Integers, k: int) -> int:
-    """At least 1, and most likely a little below the k-th largest; which entries are kept never depends on it."""
-    sample = bits[:: max(bits.size // _SAMPLE, 1) | 1]  # an odd stride: rows of a factor have an even length
+    """A bound of at least 1, probably a little below the k-th largest. The result of `_largest` never depends on it."""
+    # The stride is odd, because an even one would meet the same columns of a factor again and again.
+    sample = bits[:: max(bits.size // _SAMPLE, 1) | 1]
     expected = sample.size * k / bits.size
     rank = math.ceil(expected + 4 * math.sqrt(expected) + 4)  # four standard deviations of the count
-    # Untrained B factors and sparse changes are mostly zeros, and selection among so many ties is 40 times slower.
+    # Untrained B factors and sparse changes are mostly zeros. Selection among so many ties is 40 times slower.
     sample = sample[sample != 0]
     return 1 if rank > sample.size else int(np.partition(sample, sample.size - rank)[sample.size - rank])

@@ -1,7 +1,7 @@
 """The coding of the values that travel: fp32, bf16, fp16 or int8.
 
-Promises: ``fp32`` gives back every bit pattern, negative zeros and NaN payloads included. The others are rounded to the
-nearest (ties to even), the same on every machine, and never turn a finite value into an infinity. All bytes are
+``fp32`` keeps every bit pattern, negative zeros and NaN payloads included. The other formats round to the nearest value
+(ties to even), give the same bits on every machine, and never turn a finite value into an infinity. All bytes are
 little-endian.
 
 ======  =====================  ==============================================================================
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 FORMATS = ("fp32", "bf16", "fp16", "int8")
-"""The value formats; a format's position is its number in the payload header."""
+"""The value formats. The index of a format in this tuple is its number in the payload header."""
 
 _BLOCK = 256  # int8 values that share a scale
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-assert sys.byteorder == "little", "tensors are written as they lie in memory, so rayfed needs a little-endian machine"
+assert sys.byteorder == "little", "rayfed writes tensors as they are in memory and needs a little-endian machine"
 
 
 def value_bytes(count: int, format: str) -> int:
@@ -49,19 +49,21 @@ def encode_values(x: Tensor, format: str) -> bytes:
 
     Args:
         x: float32, shape (count,), any device.
-        format: ``fp32``, ``bf16``, ``fp16`` or ``int8``. The halves keep infinities and write every NaN as one.
+        format: ``fp32``, ``bf16``, ``fp16`` or ``int8``. bf16 and fp16 keep infinities and write every NaN as the same
+            bits.
 
     Returns:
         ``value_bytes(count, format)`` bytes, a function of the values and the format alone.
 
     Raises:
-        ValueError: ``x`` is not a flat float32 vector, the format is unknown, or ``int8`` meets NaN or an infinity.
+        ValueError: ``x`` is not a flat float32 vector, the format is unknown, or ``x`` has a NaN or an infinity and the
+            format is ``int8``.
     """
     return bytes(value_section(x, format))
 
 
 def value_section(x: Tensor, format: str) -> bytes | memoryview:
-    """As ``encode_values``, but fp32 is not copied: what comes back may lie in the memory of ``x``."""
+    """As ``encode_values``, but without a copy for fp32: the result may share memory with ``x``."""
     if x.ndim != 1 or x.dtype != torch.float32:
         raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, but values are written from flat float32")
     value_bytes(0, format)  # refuses an unknown format
@@ -82,7 +84,7 @@ def decode_values(data: bytes | memoryview, count: int, format: str) -> Tensor:
         format: the format they were written in.
 
     Returns:
-        float32, shape (count,), on the CPU, writable, sharing no memory with ``data``.
+        float32, shape (count,), on the CPU, in memory of its own.
 
     Raises:
         ValueError: unknown format, wrong length, or int8 bytes that ``encode_values`` never writes.
@@ -104,7 +106,7 @@ def _to_half(x: Tensor, dtype: torch.dtype) -> Tensor:
     half = x.clamp(-limit, limit).to(dtype)
     special = ~torch.isfinite(x)
     if special.any():
-        # Casts give a NaN different bits in vector code and in its scalar tail, so each NaN is written as the same one.
+        # A cast of NaN gives different bits in vector code and in scalar code, so every NaN is set to the same bits.
         half[special] = x[special].to(dtype)
         half[x.isnan()] = torch.nan
     return half
@@ -115,13 +117,13 @@ def _blocks(count: int) -> int:
 
 
 def _encode_int8(x: Tensor) -> bytes:
-    """Largest magnitude of each block (fp32), then one signed byte for each value: round(127 v / largest)."""
+    """The largest magnitude of each block (fp32), then one signed byte per value: round(127 v / largest)."""
     padded = np.zeros((_blocks(x.numel()), _BLOCK), np.float32)
     padded.reshape(-1)[: x.numel()] = x.numpy()
     largest = np.abs(padded).max(axis=1)
     if not np.isfinite(largest).all():
         raise ValueError("x: holds NaN or an infinity, which int8 cannot write; use fp32, bf16 or fp16")
-    # Dividing first keeps the ratio within [-1, 1], in subnormal and in huge blocks alike. Blocks of zeros divide by 1.
+    # Dividing first keeps the ratio within [-1, 1] for very small and very large blocks. Blocks of zeros divide by 1.
     padded /= np.where(largest == 0, np.float32(1), largest)[:, None]
     padded *= np.float32(127)
     levels = np.rint(padded, out=padded).astype(np.int8).reshape(-1)[: x.numel()]

@@ -19,7 +19,7 @@ from rayfed.cli import main
 from rayfed.clients.local_training import PackMember, train_pack
 from rayfed.clients.trainer import Trainer
 from rayfed.errors import UserError
-from rayfed.lora.packed.stack import peft_config
+from rayfed.lora.peft import lora_config
 from rayfed.tasks.data.federation import form_federation
 from rayfed.tasks.models.base import base_of
 from rayfed.tasks.models.spec import describe_model
@@ -73,7 +73,9 @@ def test_the_bare_loop_trains_a_client_as_rayfed_does(tiny):
         seed=experiment.seed, device=torch.device("cpu"),
     )  # fmt: skip
     base = base_of(experiment, len(federation.classes))
-    model = get_peft_model(base.model, peft_config(experiment, base.head)).eval()
+    model = get_peft_model(
+        base.model, lora_config(**experiment.lora.model_dump(exclude={"train"}), head=base.head)
+    ).eval()
     parameters = bare._parameters(model, start.layout)
     for pad_to in (None, 16):
         theirs = bare._client(model, parameters, vector, rows, client, 0, pad_to, experiment, federation)

@@ -73,14 +73,14 @@ def test_compare_prints_the_table(bare: Path, capsys: Capture) -> None:
         "": "bare",
         "rounds": "1",
         "best round": "1",
-        "validation accuracy then": "50.0 %",
-        "test accuracy then": "40.0 %",
-        "test accuracy, last": "40.0 %",
+        "validation accuracy, best round": "50.0 %",
+        "test accuracy, best round": "40.0 %",
+        "test accuracy, last round": "40.0 %",
         "MB down": "0.0006",
         "MB up": "0.0004",
         "MB both ways": "0.0010",
         "MB to 45.0 %": "0.0010",
-        "in round": "1",
+        "target round": "1",
     }
 
 
@@ -117,7 +117,7 @@ def test_what_is_no_run_is_refused_in_one_line(command: str, bare: Path, tmp_pat
     assert refused(capsys, command, bare / "config.yaml").endswith("but there is no such folder")
     (tmp_path / "empty").mkdir()
     assert refused(capsys, command, bare, tmp_path / "empty") == (
-        f"DIR: got '{tmp_path / 'empty'}', but that is no run directory (it has no metrics.jsonl) and no sweep's "
+        f"DIR: got '{tmp_path / 'empty'}', but it is neither a run directory (no metrics.jsonl) nor a sweep's "
         "(no trials/)"
     )
     (tmp_path / "sweep" / "trials" / "a").mkdir(parents=True)

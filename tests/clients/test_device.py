@@ -20,8 +20,8 @@ from rayfed.clients.messages import EvalJob
 from rayfed.clients.trainer import Trainer
 from rayfed.config.training import Client
 from rayfed.lora.adapter import fresh_adapter
-from rayfed.lora.packed.layers import layer_shape
 from rayfed.lora.packed.stack import Stack, head_values
+from rayfed.lora.peft import layer_shape
 from rayfed.tasks.data.tokens import Tokens
 from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel
 

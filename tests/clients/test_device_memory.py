@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import rayfed
-from rayfed.clients import device_memory
-from rayfed.clients import trainer
+from rayfed.clients import device_memory, trainer
 from rayfed.errors import RunError
 
 CPU = torch.device("cpu")
@@ -105,7 +104,7 @@ def test_a_batch_that_does_not_fit_is_evaluated_by_halves(tiny, tmp_path, monkey
 
     monkeypatch.setattr(trainer.Trainer, "forward", small)
     monkeypatch.setattr(
-        device_memory, "let_go", lambda device: None
+        device_memory, "free_unused", lambda device: None
     )  # nothing really ran out, and it takes a second or so
     run = rayfed.run(tiny(*settings), out=tmp_path / "parts")
     assert max(rows) > 2

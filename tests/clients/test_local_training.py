@@ -15,7 +15,8 @@ from torch import nn
 from rayfed.clients.local_training import PackMember, TrainingContext, batches, train_pack
 from rayfed.config.training import Client
 from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.lora.packed.stack import Stack, head_values, match
+from rayfed.lora.packed.stack import Stack, head_values
+from rayfed.lora.peft import match_targets
 from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel
 
 TARGETS = ["query", "value", "intermediate.dense"]
@@ -43,7 +44,7 @@ def lab(request, base, tokens):
 
 def lab_with(base, tokens, flat):
     """Makes members with random starts and trains packs of them, each on a fresh copy of the base."""
-    shapes = match(base().model, config_for(base(), 1), base().head)
+    shapes = match_targets(base().model, config_for(base(), 1), base().head)
     head = head_values(base().model, base().head)
 
     def member(client, rows, rank=2, support=None):

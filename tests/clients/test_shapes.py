@@ -17,8 +17,8 @@ from small_runs import CLASSIFICATION
 from rayfed.clients.local_training import PackMember, TrainingContext, train_pack
 from rayfed.config.training import Client
 from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.lora.packed.layers import layer_shape
 from rayfed.lora.packed.stack import Stack, head_values
+from rayfed.lora.peft import layer_shape
 from rayfed.tasks.models.base import FrozenBase, in_dtype
 from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
 

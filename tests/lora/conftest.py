@@ -24,6 +24,28 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def assert_close_float32() -> Callable[[Any, Any], None]:
+    """assert_close_float32(found, expected): equal up to the rounding of float32, for one tensor or for lists of them.
+
+    Two correct float32 computations differ by rounding. In a sum of n terms the roundings add up like a random walk, to
+    about sqrt(n) * eps of the largest values (Higham 2002, section 4.2). n is at most 128, the widest layer here, and a
+    gradient passes through about 16 such sums one after the other (8 products forward and 8 backward in each of the 2
+    layers, some of them in parallel). Their roundings add up like a random walk, too: sqrt(128 * 16) * eps = 5e-6,
+    relative to the largest value of all tensors given, because small gradients are differences of large terms.
+    """
+    import torch
+
+    def check(found: Any, expected: Any) -> None:
+        found, expected = (list(ts) if isinstance(ts, list) else [ts] for ts in (found, expected))
+        size = max(float(tensor.detach().abs().max()) for tensor in expected)
+        tolerance = (128 * 16) ** 0.5 * torch.finfo(torch.float32).eps * size
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def base(tiny_bert: Path, tiny_gpt2: Path) -> Callable[[str], Any]:
     """base("bert" | "mean" | "gpt2") -> a fresh copy of a frozen `Base`."""
     from rayfed.config.task import Model

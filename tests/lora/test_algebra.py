@@ -34,7 +34,7 @@ def oracle(x: LowRank | Tensor) -> Tensor:
 
 
 def size(x: LowRank) -> float:
-    """What rounding in a product is relative to."""
+    """The size to which rounding in a product is relative."""
     return abs(x.scale) * float(x.B.double().norm() * x.A.double().norm())
 
 
@@ -85,7 +85,7 @@ def cohorts(draw: st.DrawFn, dtype: torch.dtype) -> tuple[list[LowRank], list[fl
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_cohort_is_the_dense_sum(dtype):
-    @settings(deadline=None, max_examples=60)
+    @settings(deadline=None)
     @given(cohorts(dtype))
     def check(cohort):
         pairs, weights = cohort
@@ -453,7 +453,7 @@ def test_rescale_keeps_the_change(dtype, old, new):
     assert torch.equal(algebra.rescale(pair_of(9, 7, 3, 2.0), 0.5).dense(), pair_of(9, 7, 3, 2.0).dense())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None)
 @given(
     st.sampled_from([(13, 7), (7, 13), (40, 30)]),
     st.lists(st.sampled_from([0, 1, 3, 6, 9, 20]), min_size=2, max_size=2),
@@ -509,8 +509,6 @@ def test_add_is_the_sum_in_the_matrix_dtype(dtype):
     assert got.dtype == dtype
     assert torch.equal(W, before)
     assert (oracle(got) - expected).norm() <= TOLERANCE[dtype] * expected.norm()
-    assert algebra.add_(W, pair, -0.3) is W
-    assert torch.equal(W, got)
     torch.testing.assert_close(algebra.add(before, pair), before + oracle(pair).to(dtype))
     # addmm alone would broadcast these.
     for wrong in (gaussian(1, 7), gaussian(9, 1)):

@@ -11,8 +11,8 @@ from transformers import AutoModelForSequenceClassification
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.packed.segments import Segment
-from rayfed.lora.packed.stack import Stack, head_values, match
-from rayfed.lora.peft import load_peft, peft_settings, save_peft
+from rayfed.lora.packed.stack import Stack, head_values
+from rayfed.lora.peft import load_peft, lora_config, match_targets, peft_settings, save_peft
 
 CLASSES = 4
 TARGETS = {"bert": ["query", "output.dense"], "mean": ["query", "intermediate.dense"], "gpt2": ["c_attn", "c_fc"]}
@@ -40,7 +40,7 @@ def saved(base, inputs, random_adapter, tmp_path):
     def make(kind, targets, rslora=False, **options):
         fresh = base(kind)
         config = config_for(fresh, targets, use_rslora=rslora, **options)
-        shapes = match(fresh.model, copy.deepcopy(config), fresh.head)
+        shapes = match_targets(fresh.model, copy.deepcopy(config), fresh.head)
         scale = 5 / 2**0.5 if rslora else 5 / 2
         adapter = random_adapter(shapes, head_values(fresh.model, fresh.head), 2, scale, seed=3)
         stack = Stack(fresh.model, shapes, fresh.head)
@@ -55,14 +55,14 @@ def saved(base, inputs, random_adapter, tmp_path):
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("kind", ["bert", "mean", "gpt2"])
-def test_peft_loads_what_was_saved_and_computes_the_same(base, inputs, saved, kind, rslora):
+def test_peft_loads_what_was_saved_and_computes_the_same(base, inputs, saved, assert_close_float32, kind, rslora):
     folder, adapter, logits = saved(kind, TARGETS[kind], rslora)
     fresh = base(kind).model
     before = fresh(**inputs).logits
     loaded = PeftModel.from_pretrained(fresh, str(folder)).eval()
     with torch.no_grad():
         after = loaded(**inputs).logits
-    torch.testing.assert_close(after, logits, rtol=1e-6, atol=1e-6)
+    assert_close_float32(after, logits)
     assert float((after - before).detach().abs().max()) > 0.1
     for name, value in adapter.head.items():
         module, _, part = name.rpartition(".")
@@ -71,7 +71,7 @@ def test_peft_loads_what_was_saved_and_computes_the_same(base, inputs, saved, ki
 
 
 @pytest.mark.parametrize(("kind", "folder_of"), [("bert", "tiny_bert"), ("gpt2", "tiny_gpt2")])
-def test_a_stock_model_needs_no_rayfed_to_be_read(request, inputs, saved, kind, folder_of):
+def test_a_stock_model_needs_no_rayfed_to_be_read(request, inputs, saved, assert_close_float32, kind, folder_of):
     """A fresh head drawn by transformers is replaced by the adapter's own."""
     folder, _, logits = saved(kind, TARGETS[kind])
     path = request.getfixturevalue(folder_of)
@@ -79,7 +79,7 @@ def test_a_stock_model_needs_no_rayfed_to_be_read(request, inputs, saved, kind, 
     model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=CLASSES, pad_token_id=0)
     loaded = PeftModel.from_pretrained(model, str(folder)).eval()
     with torch.no_grad():
-        torch.testing.assert_close(loaded(**inputs).logits, logits, rtol=1e-6, atol=1e-6)
+        assert_close_float32(loaded(**inputs).logits, logits)
 
 
 @pytest.mark.parametrize(
@@ -94,11 +94,11 @@ def test_a_stock_model_needs_no_rayfed_to_be_read(request, inputs, saved, kind, 
         ("gpt2", "all-linear", {}),
     ],
 )
-def test_every_way_to_name_the_layers_comes_back(base, inputs, saved, kind, targets, options):
+def test_every_way_to_name_the_layers_comes_back(base, inputs, saved, assert_close_float32, kind, targets, options):
     folder, _, logits = saved(kind, targets, **options)
     loaded = PeftModel.from_pretrained(base(kind).model, str(folder)).eval()
     with torch.no_grad():
-        torch.testing.assert_close(loaded(**inputs).logits, logits, rtol=1e-6, atol=1e-6)
+        assert_close_float32(loaded(**inputs).logits, logits)
 
 
 def test_load_gives_the_saved_adapter_back(base, saved):
@@ -175,3 +175,22 @@ def test_saving_leaves_the_callers_config_as_it_was(tmp_path):
     before = config.to_dict()
     save(tmp_path / "adapter", pair_adapter(), config, "b", True)
     assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers", "stored"),
+    [(("a", "b"), (1,), ({"a", "b"}, [1])), ("all-linear", None, ("all-linear", None)), (None, (0,), (None, [0]))],
+)
+def test_the_config_has_pefts_names(targets, layers, stored):
+    config = lora_config(
+        rank=3,
+        alpha=2.5,
+        rslora=True,
+        dropout=0.25,
+        target_modules=targets,
+        layers_to_transform=layers,
+        head=("score",),
+    )
+    assert (config.r, config.lora_alpha, config.use_rslora, config.lora_dropout) == (3, 2.5, True, 0.25)
+    assert (config.target_modules, config.layers_to_transform) == stored
+    assert (config.task_type, config.modules_to_save) == ("SEQ_CLS", ["score"])

@@ -16,7 +16,7 @@ from peft import get_peft_model
 import rayfed
 from rayfed.clients.local_training import batches
 from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.lora.packed.stack import peft_config
+from rayfed.lora.peft import lora_config
 from rayfed.server.checkpoint import latest, load_tensors
 from rayfed.server.sampling import cohort
 from rayfed.tasks.data.federation import form_federation
@@ -40,7 +40,9 @@ class PeftClient:
     def __init__(self, experiment, federation):
         base = load_base(experiment.model, len(federation.classes), experiment.seed)
         self.start = describe_model(experiment, len(federation.classes)).start(experiment)
-        self.model = get_peft_model(base.model, peft_config(experiment, base.head)).eval()
+        self.model = get_peft_model(
+            base.model, lora_config(**experiment.lora.model_dump(exclude={"train"}), head=base.head)
+        ).eval()
         named = dict(self.model.named_parameters())
         self.parameters = []
         for entry in self.start.layout.entries:

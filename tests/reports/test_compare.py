@@ -31,16 +31,16 @@ def cells(folders: list[Path], target: float | None = None) -> dict[str, dict[st
 def test_the_best_round_is_chosen_on_validation_and_reported_on_test(write_run: Write) -> None:
     masked = {"test/accuracy_masked": [0.1, 0.2, 0.3, 0.4]}
     folder = write_run("a", eval=[0.5, 0.8, 0.8, 0.7], test=[0.9, 0.6, 0.65, 0.95], more=masked)
-    (reading,) = read([folder]).groups[0].readings
-    assert (reading.round, reading.value, reading.report, reading.masked) == (2, 0.8, 0.6, 0.2)
-    assert reading.last_report == 0.95
-    assert reading.bytes_then == 2 * (2000 + 1000)
+    (found,) = read([folder]).groups[0].summaries
+    assert (found.round, found.value, found.report, found.masked) == (2, 0.8, 0.6, 0.2)
+    assert found.last_report == 0.95
+    assert found.best_bytes == 2 * (2000 + 1000)
     row = cells([folder])["a"]
     assert row["best round"] == "2"
-    assert row["validation accuracy then"] == "80.0 %"
-    assert row["test accuracy then"] == "60.0 %"
-    assert row["its sparse model"] == "20.0 %"
-    assert row["test accuracy, last"] == "95.0 %"
+    assert row["validation accuracy, best round"] == "80.0 %"
+    assert row["test accuracy, best round"] == "60.0 %"
+    assert row["sparse model, best round"] == "20.0 %"
+    assert row["test accuracy, last round"] == "95.0 %"
 
 
 def test_the_table_is_what_a_real_run_left_in_metrics_and_ledger(
@@ -49,22 +49,22 @@ def test_the_table_is_what_a_real_run_left_in_metrics_and_ledger(
     out = tmp_path / "real"
     result = rayfed.run(tiny("server.rounds=3", "wire.down.density=0.25", "wire.up.density=0.5"), out)
     comparison = read([out], target=0.01)
-    (reading,) = comparison.groups[0].readings
+    (found,) = comparison.groups[0].summaries
     lines = read_metrics(out / "metrics.jsonl")
     ledger = wire.Ledger.read(out / "ledger.parquet")
     best = max(lines, key=lambda line: line["eval/accuracy"])
-    assert (reading.round, reading.value, reading.report) == (
+    assert (found.round, found.value, found.report) == (
         best["round"],
         best["eval/accuracy"],
         best["test/accuracy"],
     )
-    assert reading.masked == best["test/accuracy_masked"]
-    assert {"bytes/down": reading.down, "bytes/up": reading.up}.items() <= ledger.totals().items()
-    assert reading.bytes == ledger.total_bytes
+    assert found.masked == best["test/accuracy_masked"]
+    assert {"bytes/down": found.down, "bytes/up": found.up}.items() <= ledger.totals().items()
+    assert found.bytes == ledger.total_bytes
     first = ledger.totals(1)
-    assert (reading.target_round, reading.target_bytes) == (1, first["bytes/down"] + first["bytes/up"])
-    assert reading.round == result.summary["best/round"]
-    assert reading.report == result.summary["best/test_accuracy"]
+    assert (found.target_round, found.target_bytes) == (1, first["bytes/down"] + first["bytes/up"])
+    assert found.round == result.summary["best/round"]
+    assert found.report == result.summary["best/test_accuracy"]
     assert comparison.groups[0].counted[0].finished
 
 
@@ -75,7 +75,7 @@ def test_bytes_to_a_target_count_up_to_the_first_round_that_reached_it(write_run
     assert [group.target_bytes for group in comparison.groups] == [2 * (100 + 1000), None]
     rows = cells([run, other], target=0.6)
     assert rows["lr 0.001"]["MB to 60.0 %"] == "0.0022"
-    assert rows["lr 0.001"]["in round"] == "4"
+    assert rows["lr 0.001"]["target round"] == "4"
     assert rows["lr 0.5"]["MB to 60.0 %"] == "not reached"
 
 
@@ -110,12 +110,19 @@ def test_runs_that_differ_in_seed_alone_are_one_group(write_run: Write) -> None:
     (row,) = cells(folders).values()
     assert row["seeds"] == "2"
     assert row["best round"] == "2 to 3"
-    assert row["test accuracy then"] == "70.0 ± 14.1 %"
+    assert row["test accuracy, best round"] == "70.0 ± 14.1 %"
     assert row["MB down"] == "0.0090"  # 3 rounds of 2 clients: the mean of 12,000 and 6,000 bytes
-    mean = curve(group.counted, "eval/accuracy", lambda run: run.sums("bytes/down"))
+    mean = curve(group.counted, "eval/accuracy", lambda run: run.cumulative("bytes/down"))
     assert mean.x == [3000, 6000, 9000]
     assert mean.mean == pytest.approx([0.3, 0.65, 0.7])
     assert (mean.low, mean.high) == ([0.2, 0.6, 0.5], [0.4, 0.7, 0.9])
+
+
+def test_a_list_valued_metric_is_in_no_series(write_run: Write) -> None:
+    more = {"test/recall": [[0.5, None], [0.25, 1.0]], "test/accuracy_rank_4": [[0.5], None]}
+    (group,) = read([write_run("a", more=more)]).groups
+    assert group.runs[0].series("test/recall") == group.runs[0].series("test/accuracy_rank_4") == {}
+    assert group.runs[0].series("eval/accuracy") == {1: 0.5, 2: 0.6}
 
 
 def test_a_curve_has_the_rounds_that_all_seeds_measured(write_run: Write) -> None:
@@ -123,7 +130,7 @@ def test_a_curve_has_the_rounds_that_all_seeds_measured(write_run: Write) -> Non
     (group,) = read(folders).groups
     own = curve(group.runs, "eval/accuracy")
     assert (own.x, own.mean) == ([2], pytest.approx([0.3]))
-    own = curve(group.runs, "eval/accuracy", lambda run: run.sums("bytes/up"))
+    own = curve(group.runs, "eval/accuracy", lambda run: run.cumulative("bytes/up"))
     assert (own.x, own.mean) == ([2000], pytest.approx([0.3]))
 
 
@@ -141,10 +148,10 @@ def test_an_unfinished_seed_is_in_no_mean_and_said(write_run: Write) -> None:
     (group,) = comparison.groups
     assert group.score == 0.7
     assert cells([done, going])[group.label]["seeds"] == "1/2"
-    assert comparison.notes == (f"{group.label}: not finished and not in its means: seed 1",)
+    assert comparison.notes == (f"{group.label}: left out of the means, not finished: seed 1",)
     alone = read([going])
     assert alone.groups[0].score == 0.2
-    assert alone.notes == ("b: not finished, read as far as it came",)
+    assert alone.notes == ("b: not finished, shown up to its last round",)
 
 
 def test_a_run_that_stopped_early_is_finished(write_run: Write) -> None:
@@ -212,7 +219,7 @@ def test_where_the_answer_is_known_the_last_gap_counts(write_run: Write) -> None
     assert comparison.target == pytest.approx(1 - 0.95 * 0.9)
     assert [group.label for group in comparison.ranked] == ["lr 0.2", "lr 0.1"]
     rows = cells(folders)
-    assert rows["lr 0.2"]["share of the gap left, last"] == "10.0 %"
+    assert rows["lr 0.2"]["share of the gap left, last round"] == "10.0 %"
     assert rows["lr 0.1"]["MB to 14.5 %"] == "0.0060"
     assert not any("test" in column for column in rows["lr 0.1"])
 
@@ -227,8 +234,8 @@ def test_a_run_that_diverged_has_no_earlier_round_to_speak_for_it(write_run: Wri
     comparison = read(folders)
     assert [group.score for group in comparison.groups] == [None, None]
     rows = cells(folders, target=0.4)
-    assert rows["lr 0.001"]["share of the gap left, last"] == "diverged"
-    assert rows["lr 1"]["share of the gap left, last"] == "30.0 % (1/2)"
+    assert rows["lr 0.001"]["share of the gap left, last round"] == "diverged"
+    assert rows["lr 1"]["share of the gap left, last round"] == "30.0 % (1/2)"
     assert comparison.front == []
     assert comparison.target is None
 
@@ -236,13 +243,15 @@ def test_a_run_that_diverged_has_no_earlier_round_to_speak_for_it(write_run: Wri
 def test_without_a_validation_split_nothing_is_chosen(write_run: Write) -> None:
     folder = write_run("a", eval=[None, None, None], test=[0.5, 0.9, 0.7])
     row = cells([folder])["a"]
-    assert row["test accuracy, last"] == "70.0 %"
+    assert row["test accuracy, last round"] == "70.0 %"
     assert "best round" not in row
 
 
 def test_runs_without_a_common_figure_are_refused(write_run: Write) -> None:
     known, other = write_run("a", *GAP), write_run("b")
-    with pytest.raises(UserError, match=f"^DIR: {known} has a known answer and {other} has not, so they share no fig"):
+    with pytest.raises(
+        UserError, match=f"^DIR: {known} has a known answer and {other} has not, so they have no measure in common"
+    ):
         read([known, other])
 
 
@@ -268,7 +277,7 @@ def test_a_sweep_is_its_trials(write_run: Write, tmp_path: Path) -> None:
     comparison = read([tmp_path / "sweep"])
     assert [group.label for group in comparison.groups] == ["rank 4", "rank 16"]
     assert [group.score for group in comparison.groups] == pytest.approx([0.59, 0.71])
-    assert comparison.notes == (f"{tmp_path / 'sweep'}: 1 trial (rank=64,seed=0) left out, without a round so far",)
+    assert comparison.notes == (f"{tmp_path / 'sweep'}: 1 trial (rank=64,seed=0) left out, without a round yet",)
     write_run("c", "lora.rank=8")
     assert len(read([tmp_path / "sweep", tmp_path / "c"]).groups) == 3
 

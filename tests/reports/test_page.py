@@ -15,7 +15,7 @@ import pytest
 
 from rayfed.errors import UserError
 from rayfed.reports import Link, read, write_report
-from rayfed.reports.style import DARK, LIGHT, SHOWN, css, looks
+from rayfed.reports.drawing import COLORS, DARK, LIGHT, css, group_styles
 
 Write = Callable[..., Path]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -73,9 +73,9 @@ def test_every_figure_has_a_title_and_a_caption(page: Path) -> None:
     titles = [texts(figure.find("svg/title")) for figure in figures]  # type: ignore[arg-type]
     expected = ["against rounds", "against MB both ways", "against MB down", "against MB up", "against simulated time"]
     expected = [f"Validation accuracy {rest}" for rest in expected]
-    expected += ["MB both ways to 67.5 % validation accuracy", "Validation accuracy and the MB it took"]
-    expected += ["Density and rank", "Traffic by part", "Ranks that took part"]
-    assert titles == [*expected, "Entries a client receives in a round", "Entries a client sends in a round"]
+    expected += ["MB both ways to 67.5 % validation accuracy", "Validation accuracy and MB up to that round"]
+    expected += ["Density and rank", "Traffic by part", "Ranks of the clients"]
+    assert titles == [*expected, "Entries that a client receives per round", "Entries that a client sends per round"]
     for figure in figures:
         svg = figure.find("svg")
         assert svg is not None
@@ -94,7 +94,7 @@ def test_the_page_says_what_the_tables_say(page: Path) -> None:
     assert "Fewest bytes to 67.5 % validation accuracy: d1.0r4, 0.0354 MB; 2 of 4 reach it." in said
     heads = [texts(cell) for cell in root.findall(".//table")[1].findall("thead/tr/th")]
     assert heads == ["", "lora.rank", "wire.up.density"]
-    assert "Single runs: rayfed report" in said
+    assert "Figures of a single run: rayfed report" in said
     assert [path.name for path in page.parent.iterdir()] == ["report.html"]
 
 
@@ -105,8 +105,8 @@ def test_one_run_shows_its_own_figures(write_run: Write, tmp_path: Path) -> None
     root = tree(write_report(read([folder]), folder))
     titles = [texts(title) for title in root.findall(".//figure/svg/title")]
     assert titles[-4:] == [
-        "Accuracy against rounds", "Loss against rounds", "What each tier of clients would receive",
-        "What each client gets",
+        "Accuracy against rounds", "Loss against rounds", "Test accuracy by tier of clients",
+        "Test accuracy over the clients",
     ]  # fmt: skip
     letters = [texts(text) for text in root.findall(".//figure/svg//text")]
     assert {"validation", "validation, sparse model", "test", "training", "rank 4, density 0.25"} <= set(letters)
@@ -177,11 +177,11 @@ def test_colours_can_be_told_from_the_paper() -> None:
 
 
 def test_of_many_settings_the_best_have_colours(write_run: Write, tmp_path: Path) -> None:
-    folders = [write_run(f"r{i}", f"client.lr={i + 1}", eval=[0.1 + i / 20]) for i in range(SHOWN + 3)]
+    folders = [write_run(f"r{i}", f"client.lr={i + 1}", eval=[0.1 + i / 20]) for i in range(len(COLORS) + 3)]
     comparison = read(folders)
-    own = looks(comparison.groups, comparison.ranked)
-    assert [group.label for group in own] == [f"lr {i + 1}" for i in range(3, SHOWN + 3)]
-    assert len({look.color for look in own.values()}) == SHOWN
+    styles = group_styles(comparison.groups, comparison.ranked)
+    assert [group.label for group in styles] == [f"lr {i + 1}" for i in range(3, len(COLORS) + 3)]
+    assert len({style.color for style in styles.values()}) == len(COLORS)
     said = texts(tree(write_report(comparison, tmp_path / "out", files=False)))
     assert "3 more, with a worse validation accuracy" in said
 
@@ -194,6 +194,19 @@ def test_without_matplotlib_the_refusal_names_the_extra(
     with pytest.raises(UserError, match=r"^matplotlib: not installed, .*pip install 'rayfed\[report\]'$"):
         write_report(comparison, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_without_a_score_there_is_no_pareto_front(write_run: Write, tmp_path: Path) -> None:
+    """In each of three groups one seed diverges: no group has a score, and some have bytes."""
+    nan = {"nonfinite": [None, "eval/gap=inf"]}
+    folders = []
+    for lr in (1, 2, 3):
+        settings = "data.source=lowrank", "partition.kind=natural", f"client.lr={lr}"
+        folders.append(write_run(f"{lr}-0", *settings, eval=[0.6, 0.3], up=500 * lr))
+        folders.append(write_run(f"{lr}-1", *settings, "seed=1", eval=[0.6, None], more=nan))
+    said = texts(tree(write_report(read(folders), tmp_path / "out", files=False)))
+    assert "No run has a finite value." in said
+    assert "Pareto" not in said
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rayfed import wire
+from rayfed.clients.transfer import Uploadable
 from rayfed.errors import RunError
 from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.clients.transfer import Uploadable
 from rayfed.methods import Start, Trainable
 from rayfed.methods.base import Sparse
 from rayfed.server.downlink import Download

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rayfed.lora.adapter import LowRank
 from rayfed.api import prepare
 from rayfed.clients.plan import RunPlan
+from rayfed.lora.adapter import LowRank
 from rayfed.server.export import as_adapter, export
 from rayfed.tasks.models.base import load_base
 

@@ -1,4 +1,4 @@
-"""A run's records and files: bytes as they were encoded, checkpoints, and the evaluation of the model that is exported."""
+"""A run's records and files: bytes as they were encoded, checkpoints, evaluation of the exported model."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import yaml
 from small_runs import LOWRANK
 
 from rayfed.sweeps.trial import work
-from rayfed.tracking import Fan
+from rayfed.tracking import SinkList
 
 
 class HereInOrder:
@@ -30,7 +30,7 @@ class HereInOrder:
         self.ran.append([])
         for trial in trials:
             self.ran[-1].append(trial.name)
-            work(trial, out, federations[trial.data], Fan())
+            work(trial, out, federations[trial.data], SinkList())
             listener.settled(trial.name)
 
 

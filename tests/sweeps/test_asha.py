@@ -16,7 +16,7 @@ from rayfed.sweeps.plan import Trial, plan_trials
 from rayfed.sweeps.sweep import run_sweep
 from rayfed.sweeps.table import line_of, table_of
 from rayfed.sweeps.trial import outcome, place, record_of, settle_stopped, work
-from rayfed.tracking import Fan, read_metrics
+from rayfed.tracking import SinkList, read_metrics
 
 GRID = {"seed": {"grid": [0, 1]}}
 
@@ -87,7 +87,7 @@ def test_what_a_directory_vouches_for(sweep_file, tmp_path: Path) -> None:
     path = sweep_file({"parameters": GRID, "stop": rule}, server={"rounds": 5}, checkpoint={"every": 2, "keep": 9})
     (trial, other), federations, sweep = planned(path)
     assert shown(tmp_path, trial) == []
-    work(trial, tmp_path, federations[trial.data], Fan())
+    work(trial, tmp_path, federations[trial.data], SinkList())
 
     def rounds() -> list[int]:
         return [record["round"] for record in shown(tmp_path, trial)]
@@ -108,7 +108,7 @@ def test_a_stopped_trial_is_no_finished_one(sweep_file, tmp_path: Path, here) ->
     path, out = sweep_file(section), tmp_path / "out"
     trials, federations, sweep = planned(path)
     for trial in trials:
-        work(trial, out, federations[trial.data], Fan())
+        work(trial, out, federations[trial.data], SinkList())
     (out / "sweep.yaml").write_text("")
     settle_stopped(out, trials[3], 2)
     line = line_of(out, trials[3], sweep)

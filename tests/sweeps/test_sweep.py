@@ -19,7 +19,7 @@ from rayfed.errors import RunError, UserError
 from rayfed.sweeps.plan import Trial, plan_trials
 from rayfed.sweeps.sweep import run_sweep
 from rayfed.sweeps.trial import in_one_line, locked, outcome, place, record_of, work
-from rayfed.tracking import Fan, read_metrics
+from rayfed.tracking import SinkList, read_metrics
 
 # 1e30 diverges in its first round.
 SWEEP = {"parameters": {"client.lr": {"grid": [0.02, 1e30, 0.05, 0.1]}}, "concurrency": 1}
@@ -110,7 +110,7 @@ def test_trials_that_are_done_need_no_ray(sweep_file, tmp_path: Path, monkeypatc
     path, out = sweep_file({"parameters": {"seed": {"grid": [0, 1]}}}), tmp_path / "out"
     trials, federations = planned(path)
     for trial in trials:
-        work(trial, out, federations[trial.data], Fan())
+        work(trial, out, federations[trial.data], SinkList())
         assert outcome(out, trial).status == "done"
     (out / "sweep.yaml").write_text("")
     monkeypatch.setitem(sys.modules, "rayfed.sweeps.on_tune", None)
@@ -158,7 +158,7 @@ def test_only_what_the_first_seeds_choose_runs_on_the_others(sweep_file, tmp_pat
 def test_a_trial_is_a_run_of_its_own(sweep_file, tmp_path: Path) -> None:
     path = sweep_file({"parameters": {"seed": {"grid": [3]}}})
     (trial,), federations = planned(path)
-    work(trial, tmp_path, federations[trial.data], Fan())
+    work(trial, tmp_path, federations[trial.data], SinkList())
     alone = rayfed.run(trial.experiment, tmp_path / "alone")
     mine = read_metrics(place(tmp_path, trial) / "metrics.jsonl")
     assert [r["state/digest"] for r in mine] == [r["state/digest"] for r in alone.metrics]
@@ -175,7 +175,7 @@ def test_federations_are_shared_by_trials_with_the_same_data(sweep_file, tmp_pat
     assert set(federations) == {trials[0].data, trials[1].data}
     assert len(federations) == 2
     monkeypatch.setattr("rayfed.tasks.data.federation.form_federation", None)  # the data are not loaded again
-    work(trials[0], tmp_path, federations[trials[0].data], Fan())
+    work(trials[0], tmp_path, federations[trials[0].data], SinkList())
     assert outcome(tmp_path, trials[0]).error is None
 
 
@@ -187,7 +187,7 @@ def test_a_trial_that_was_killed_at_its_start_starts_again(sweep_file, tmp_path:
     from rayfed.config import dump_config
 
     (folder / left).write_text(dump_config(trial.experiment))
-    work(trial, tmp_path, federations[trial.data], Fan())
+    work(trial, tmp_path, federations[trial.data], SinkList())
     assert outcome(tmp_path, trial).status == "done"
 
 
@@ -198,7 +198,7 @@ def test_whatever_a_trial_raises_is_recorded_in_one_line(sweep_file, tmp_path: P
         raise MemoryError("\n  out of memory:\n details")
 
     monkeypatch.setattr("rayfed.sweeps.trial.run", fail)
-    work(trial, tmp_path, federations[trial.data], Fan())
+    work(trial, tmp_path, federations[trial.data], SinkList())
     ended = outcome(tmp_path, trial)
     assert (ended.status, ended.error) == ("failed", "MemoryError: out of memory:")
     assert in_one_line(RunError("a\nb")) == "a"

@@ -1,4 +1,4 @@
-"""metrics.jsonl: strict, whole, and after a resume the same file as without the interruption."""
+"""metrics.jsonl: strict JSON, complete, and after a resume the same file as without the interruption."""
 
 from __future__ import annotations
 
@@ -57,6 +57,25 @@ def test_non_finite_numbers_become_null_and_are_named(tmp_path: Path) -> None:
     }
 
 
+def test_lists_are_read_back_with_null_for_what_is_not_finite(tmp_path: Path) -> None:
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.start(info(tmp_path))
+    sink.round({"round": 1, "test/recall": [0.5, None, 1.0], "test/confusion": [[3, 0], [1, 2]]})
+    sink.round({"round": 2, "test/recall": [0.5, float("nan"), 1.0], "a": [[1.0, float("inf")]]})
+    sink.close()
+    for line in sink.path.read_text().splitlines():
+        strict(line)
+    assert read_metrics(sink.path) == [
+        {"round": 1, "test/recall": [0.5, None, 1.0], "test/confusion": [[3, 0], [1, 2]]},
+        {
+            "round": 2,
+            "test/recall": [0.5, None, 1.0],
+            "a": [[1.0, None]],
+            "nonfinite": "test/recall[1]=nan a[0][1]=inf",
+        },
+    ]
+
+
 def test_a_finite_round_has_no_further_key(tmp_path: Path) -> None:
     assert set(read_metrics(write(tmp_path, range(1, 2)))[0]) == set(record(1))
 
@@ -81,7 +100,7 @@ def test_resume_gives_the_file_of_an_uninterrupted_run(tmp_path: Path, start: in
     assert write(tmp_path / "cut", range(start + 1, 8), start=start).read_bytes() == whole
 
 
-def test_resume_drops_a_torn_last_line(tmp_path: Path) -> None:
+def test_resume_drops_an_incomplete_last_line(tmp_path: Path) -> None:
     path = write(tmp_path, range(1, 4))
     whole = path.read_bytes()
     with path.open("ab") as file:
@@ -91,7 +110,7 @@ def test_resume_drops_a_torn_last_line(tmp_path: Path) -> None:
     assert path.read_bytes() == whole
 
 
-def test_resume_ends_a_whole_last_line_that_lost_its_newline(tmp_path: Path) -> None:
+def test_resume_ends_a_complete_last_line_without_newline(tmp_path: Path) -> None:
     path = write(tmp_path, range(1, 4))
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
@@ -99,7 +118,7 @@ def test_resume_ends_a_whole_last_line_that_lost_its_newline(tmp_path: Path) -> 
     assert path.read_bytes() == whole
 
 
-def test_resume_keeps_the_old_bytes_and_not_a_new_spelling(tmp_path: Path) -> None:
+def test_resume_does_not_reformat_earlier_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"round":1,   "later/key": "ü"}\n')
     write(tmp_path, range(0), start=1)
@@ -122,7 +141,7 @@ def test_resume_without_a_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1}', '"round"'])
-def test_a_broken_line_in_the_middle_is_damage(tmp_path: Path, line: str) -> None:
+def test_a_broken_line_in_the_middle_is_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f"{json.dumps(record(1))}\n{line}\n{json.dumps(record(3))}\n")
     with pytest.raises(UserError, match="line 2"):

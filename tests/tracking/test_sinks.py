@@ -1,4 +1,4 @@
-"""The fan, the event log, what the package opens, and what importing it costs."""
+"""The list of sinks, the event log, which sinks a run opens, and what the import loads."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 
 from rayfed.config.execution import Tracking
 from rayfed.tracking import (
-    ConsoleSink,
     EventSink,
-    Fan,
     JsonlSink,
     Record,
     RunInfo,
+    Sink,
+    SinkList,
     Table,
     WandbSink,
     open_console,
@@ -26,57 +26,57 @@ from rayfed.tracking import (
 )
 
 
-class Witness:
-    """A sink that writes down what it was told, in a list it may share."""
+class Recorder(Sink):
+    """Appends every call to a list, which several recorders may share."""
 
-    def __init__(self, name: str, heard: list[tuple[str, ...]], fail: str = "") -> None:
-        self.name, self.heard, self.fail = name, heard, fail
+    def __init__(self, name: str, calls: list[tuple[str, str]], fail: str = "") -> None:
+        self.name, self.calls, self.fail = name, calls, fail
 
-    def _hear(self, what: str) -> None:
-        self.heard.append((self.name, what))
-        if what == self.fail:
-            raise OSError(f"{self.name} cannot {what}")
+    def _add(self, call: str) -> None:
+        self.calls.append((self.name, call))
+        if call == self.fail:
+            raise OSError(f"{self.name} cannot {call}")
 
     def start(self, info: RunInfo) -> None:
-        self._hear("start")
+        self._add("start")
 
     def round(self, record: Record) -> None:
-        self._hear(f"round {record['round']}")
+        self._add(f"round {record['round']}")
 
     def event(self, text: str) -> None:
-        self._hear(text)
+        self._add(text)
 
     def finish(self, summary: Record, table: Table | None) -> None:
-        self._hear("finish")
+        self._add("finish")
 
     def close(self) -> None:
-        self._hear("close")
+        self._add("close")
 
 
 def info(out: Path, start: int = 0) -> RunInfo:
     return RunInfo("run", out, "0123456789abcdef", {"seed": 1}, rounds=2, start=start, facts={"population": 7})
 
 
-def test_fan_passes_everything_on_in_order(tmp_path: Path) -> None:
-    heard: list[tuple[str, ...]] = []
-    fan = Fan(Witness("a", heard), Witness("b", heard))
-    fan.start(info(tmp_path))
-    fan.round({"round": 1})
-    fan.event("oh")
-    fan.finish({}, None)
-    fan.close()
-    assert heard == [(n, w) for w in ("start", "round 1", "oh", "finish", "close") for n in "ab"]
+def test_every_sink_gets_every_call_in_order(tmp_path: Path) -> None:
+    calls: list[tuple[str, str]] = []
+    sinks = SinkList(Recorder("a", calls), Recorder("b", calls))
+    sinks.start(info(tmp_path))
+    sinks.round({"round": 1})
+    sinks.event("oh")
+    sinks.finish({}, None)
+    sinks.close()
+    assert calls == [(n, w) for w in ("start", "round 1", "oh", "finish", "close") for n in "ab"]
 
 
-def test_fan_closes_all_and_raises_the_first_failure() -> None:
-    heard: list[tuple[str, ...]] = []
-    fan = Fan(Witness("a", heard), Witness("b", heard, fail="close"), Witness("c", heard, fail="close"))
+def test_all_sinks_are_closed_and_the_first_error_is_raised() -> None:
+    calls: list[tuple[str, str]] = []
+    sinks = SinkList(Recorder("a", calls), Recorder("b", calls, fail="close"), Recorder("c", calls, fail="close"))
     with pytest.raises(OSError, match="b cannot close"):
-        fan.close()
-    assert heard == [("a", "close"), ("b", "close"), ("c", "close")]
+        sinks.close()
+    assert calls == [("a", "close"), ("b", "close"), ("c", "close")]
 
 
-def test_a_table_with_a_ragged_row_is_a_defect() -> None:
+def test_a_table_refuses_a_row_of_another_length() -> None:
     with pytest.raises(AssertionError):
         Table("t", ("a", "b"), (("1", "2"), ("3",)))
 
@@ -85,7 +85,7 @@ def test_events_are_stamped_lines_in_the_order_they_happened(tmp_path: Path) -> 
     sink = EventSink(tmp_path / "logs" / "events.log")
     sink.start(info(tmp_path))
     sink.event("a worker died:\n  out of memory\n")
-    sink.finish({"test/accuracy": 0.5, "eval/loss": None}, None)
+    sink.finish({"test/accuracy": 0.5, "eval/loss": None, "test/recall": [0.5, 0.25]}, None)
     sink.close()
     sink.close()
     lines = [line.split(" ", 1) for line in sink.path.read_text().splitlines()]
@@ -99,7 +99,7 @@ def test_events_are_stamped_lines_in_the_order_they_happened(tmp_path: Path) -> 
         assert abs(datetime.fromisoformat(stamp) - datetime.now(UTC)) < timedelta(minutes=1)
 
 
-def test_event_log_continues_on_resume_and_mends_a_torn_line(tmp_path: Path) -> None:
+def test_event_log_continues_on_resume_after_an_incomplete_line(tmp_path: Path) -> None:
     path = tmp_path / "events.log"
     first = EventSink(path)
     first.start(info(tmp_path))
@@ -114,28 +114,30 @@ def test_event_log_continues_on_resume_and_mends_a_torn_line(tmp_path: Path) -> 
 
 
 def test_open_sinks_writes_metrics_and_events_and_leaves_wandb_off(tmp_path: Path) -> None:
-    fan = open_sinks(Tracking(wandb="off"), tmp_path / "run")
-    assert [type(sink) for sink in fan.sinks] == [JsonlSink, EventSink]
-    fan.start(info(tmp_path / "run"))
-    fan.round({"round": 1, "train/loss": 2.0})
-    fan.finish({}, None)
-    fan.close()
+    sinks = open_sinks(Tracking(wandb="off"), tmp_path / "run")
+    assert [type(sink) for sink in sinks.sinks] == [JsonlSink, EventSink]
+    sinks.start(info(tmp_path / "run"))
+    sinks.round({"round": 1, "train/loss": 2.0})
+    sinks.finish({}, None)
+    sinks.close()
     assert read_metrics(tmp_path / "run" / "metrics.jsonl") == [{"round": 1, "train/loss": 2.0}]
     assert len((tmp_path / "run" / "events.log").read_text().splitlines()) == 2
 
 
 def test_open_sinks_has_wandb_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    fan = open_sinks(Tracking(), tmp_path)
-    assert [type(sink) for sink in fan.sinks] == [JsonlSink, EventSink, WandbSink]
-    fan.close()
+    sinks = open_sinks(Tracking(), tmp_path)
+    assert [type(sink) for sink in sinks.sinks] == [JsonlSink, EventSink, WandbSink]
+    sinks.close()
 
 
 def test_open_console_follows_the_setting(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for mode in ("off", "plain"):
         sink = open_console(Tracking(console=mode))
-        assert isinstance(sink, ConsoleSink)
         sink.start(info(tmp_path))
+        sink.round({"round": 1})
+        sink.event("a worker died")
+        sink.finish({"a": 1}, None)
         sink.close()
         assert bool(capsys.readouterr().out) == (mode == "plain")
 

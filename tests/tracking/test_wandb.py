@@ -1,4 +1,4 @@
-"""W&B: how a run is tracked, that an offline run holds everything, and that nothing W&B does reaches the run."""
+"""W&B: how a run is tracked, that an offline run has everything, and that no error of W&B reaches the run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from wandb_files import runs
 
 from rayfed.config.execution import Tracking
 from rayfed.errors import UserError
-from rayfed.tracking import Fan, JsonlSink, Record, RunInfo, Table, WandbSink, open_sinks, wandb_mode, wandb_sink
+from rayfed.tracking import JsonlSink, Record, RunInfo, SinkList, Table, WandbSink, open_sinks, wandb_mode, wandb_sink
 from rayfed.tracking import wandb_login as login
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 
 
 @pytest.fixture(autouse=True)
-def _nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
@@ -45,6 +45,7 @@ def record(number: int) -> Record:
         "eval/accuracy": number / 10 if number % 2 else None,
         "bytes/total": 1000 * number,
         "clients/odd": 2,
+        "test/recall": [0.5, 0.25],
         "state/digest": f"{number:08x}",
     }
 
@@ -99,7 +100,7 @@ def test_mode_from_files(tmp_path: Path, file: str, text: str, mode: str) -> Non
     assert wandb_mode(Tracking()) == mode
 
 
-def test_a_login_elsewhere_is_no_login_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_login_to_another_server_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     netrc = tmp_path / "keys"
     netrc.write_text(f"machine api.wandb.ai login user password {KEY}\n")
     netrc.chmod(0o600)
@@ -111,7 +112,7 @@ def test_a_login_elsewhere_is_no_login_here(tmp_path: Path, monkeypatch: pytest.
     assert wandb_mode(Tracking()) == "online"
 
 
-def test_without_the_package_auto_is_off_and_a_wish_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_auto_is_off_and_offline_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(login, "find_spec", lambda name: None)
     assert wandb_mode(Tracking()) == "off"
     with pytest.raises(UserError, match=r"tracking\.wandb: got 'offline'"):
@@ -122,9 +123,9 @@ def test_without_the_package_auto_is_off_and_a_wish_is_refused(monkeypatch: pyte
 
 
 def rows(first: int, last: int) -> list[dict[str, Any]]:
-    """What the history has to hold: every record without its Nones, at the step of its round."""
-    present = [{k: v for k, v in record(n).items() if v is not None} for n in range(first, last + 1)]
-    return [{**row, "_step": row["round"]} for row in present]
+    """What the history must contain: the scalars of every record, at the step of its round."""
+    absent = (None, [0.5, 0.25])
+    return [{k: v for k, v in record(n).items() if v not in absent} | {"_step": n} for n in range(first, last + 1)]
 
 
 def helpers() -> list[str]:
@@ -132,19 +133,19 @@ def helpers() -> list[str]:
 
 
 def play(out: Path, first: int, last: int, done: bool = True) -> list[str]:
-    """Runs the sink in a thread, as an actor would; returns what it said."""
+    """Runs the sink in a thread, as an actor would; returns its messages."""
     said: list[str] = []
     settings = Tracking(wandb="offline", project="p", group="g", tags=("a", "b"))
 
     def body() -> None:
-        sink = Fan(JsonlSink(out / "metrics.jsonl"), WandbSink(settings, "offline", say=said.append))
+        sink = SinkList(JsonlSink(out / "metrics.jsonl"), WandbSink(settings, "offline", notify=said.append))
         sink.start(info(out, start=first - 1))
         assert helpers(), "no helper process: then this test could not see one stay either"
         for number in range(first, last + 1):
             sink.round(record(number))
-        sink.event("nothing to W&B")
+        sink.event("ignored")
         if done:
-            sink.finish({"test/accuracy": 0.5, "probe": None}, TABLE)
+            sink.finish({"test/accuracy": 0.5, "probe": None, "recall": [0.5]}, TABLE)
         sink.close()
         sink.close()
 
@@ -168,7 +169,7 @@ def test_offline_run_holds_everything_and_leaves_no_process(tmp_path: Path, capf
     assert run["config"]["facts"] == {"population": 350}
     assert run["config"]["digest"] == "0123456789abcdef"
     assert run["summary"]["test/accuracy"] == 0.5
-    assert "probe" not in run["summary"]
+    assert {"probe", "recall", "test/recall"}.isdisjoint(run["summary"])
     (file,) = (out / "wandb").glob(f"offline-run-*/files/{run['summary']['table']['path']}")
     table = json.loads(file.read_text())
     assert (tuple(table["columns"]), tuple(map(tuple, table["data"]))) == (TABLE.columns, TABLE.rows)
@@ -180,29 +181,29 @@ def test_offline_run_holds_everything_and_leaves_no_process(tmp_path: Path, capf
     assert "wandb sync" in said[0]
 
 
-@pytest.mark.parametrize("wish", [True, False])
-def test_the_adapter_is_an_artifact_of_the_run(tmp_path: Path, wish: bool) -> None:
+@pytest.mark.parametrize("artifact", [True, False])
+def test_the_adapter_is_an_artifact_of_the_run(tmp_path: Path, artifact: bool) -> None:
     out = tmp_path / "out"
     (out / "adapter").mkdir(parents=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (out / "adapter" / name).write_text("{}")
-    sink = WandbSink(Tracking(wandb="offline", artifact=wish), "offline", say=[].append)
+    sink = WandbSink(Tracking(wandb="offline", artifact=artifact), "offline", notify=[].append)
     sink.start(info(out))
     sink.round(record(1))
     sink.finish({"test/accuracy": 0.5}, None)
     sink.close()
     (run,) = runs(out)
     assert run["exit"] == 0
-    if wish:
+    if artifact:
         name, kind, files = run["artifact"]
         assert (name, kind) == (f"adapter-{run['id']}", "model")
-        assert files == {path.name: str(path) for path in (out / "adapter").iterdir()}  # the run's own, no copies
+        assert files == {path.name: str(path) for path in (out / "adapter").iterdir()}  # not copied
     else:
         assert "artifact" not in run
 
 
-def test_the_newest_part_of_a_resumed_run_is_whole(tmp_path: Path) -> None:
-    """What the first process logged may have died with it, so the second logs it again."""
+def test_the_newest_folder_of_a_resumed_run_is_complete(tmp_path: Path) -> None:
+    """The rounds of the first process may be lost, so the second process logs them again."""
     out = tmp_path / "out"
     play(out, 1, 3, done=False)
     play(out, 3, 5)  # a checkpoint older than the last logged round: round 3 is made again
@@ -232,7 +233,7 @@ def test_a_resumed_run_online_logs_what_wandb_lacks(tmp_path: Path, monkeypatch:
     for number in range(1, 6):
         before.round(record(number))
     before.close()
-    sink = WandbSink(Tracking(), "online", say=[].append)
+    sink = WandbSink(Tracking(), "online", notify=[].append)
     sink.start(info(tmp_path, start=4))
     sink.round(record(5))
     assert Run.logged == [3, 4, 5]
@@ -249,7 +250,7 @@ def test_other_settings_in_the_same_directory_are_another_run(tmp_path: Path) ->
 
 
 def test_other_runs_of_this_process_stay_alive(tmp_path: Path) -> None:
-    first, second = (WandbSink(Tracking(wandb="offline"), "offline", say=[].append) for _ in range(2))
+    first, second = (WandbSink(Tracking(wandb="offline"), "offline", notify=[].append) for _ in range(2))
     first.start(info(tmp_path / "1"))
     second.start(info(tmp_path / "2"))
     first.round(record(1))
@@ -262,7 +263,7 @@ def test_other_runs_of_this_process_stay_alive(tmp_path: Path) -> None:
     assert [runs(tmp_path / name)[0]["history"] for name in "12"] == [rows(1, 1), rows(1, 1)]
 
 
-# What W&B must not do
+# Errors of W&B
 
 
 def test_online_without_network_goes_on_offline(
@@ -272,11 +273,11 @@ def test_online_without_network_goes_on_offline(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setitem(wandb_sink.QUIET, "init_timeout", 2.0)
-    fan = open_sinks(Tracking(), out)
-    fan.start(info(out))
-    fan.round(record(1))
-    fan.finish({}, None)
-    fan.close()
+    sinks = open_sinks(Tracking(), out)
+    sinks.start(info(out))
+    sinks.round(record(1))
+    sinks.finish({}, None)
+    sinks.close()
     assert helpers() == []
     assert [run["history"] for run in runs(out)] == [rows(1, 1)]
     log = (out / "events.log").read_text()
@@ -293,12 +294,12 @@ def test_online_without_network_goes_on_offline(
 
 def test_online_beside_a_living_run_goes_on_offline_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    living = WandbSink(Tracking(wandb="offline"), "offline", say=said.append)
+    living = WandbSink(Tracking(wandb="offline"), "offline", notify=said.append)
     living.start(info(tmp_path / "living"))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setitem(wandb_sink.QUIET, "init_timeout", 2.0)
-    other = WandbSink(Tracking(), "online", say=said.append)
+    other = WandbSink(Tracking(), "online", notify=said.append)
     other.start(info(tmp_path / "other"))
     for sink in (other, living):
         sink.round(record(1))
@@ -308,16 +309,16 @@ def test_online_beside_a_living_run_goes_on_offline_too(tmp_path: Path, monkeypa
     assert [runs(tmp_path / name)[0]["history"] for name in ("other", "living")] == [rows(1, 1), rows(1, 1)]
 
 
-def test_online_asked_for_but_not_logged_in_asks_nobody(tmp_path: Path) -> None:
+def test_online_without_a_login_tracks_offline(tmp_path: Path) -> None:
     said: list[str] = []
-    sink = WandbSink(Tracking(wandb="online"), "online", say=said.append)
+    sink = WandbSink(Tracking(wandb="online"), "online", notify=said.append)
     sink.start(info(tmp_path))
     sink.close()
     assert "not logged in" in said[0]
     assert len(runs(tmp_path)) == 1
 
 
-def test_a_helper_process_of_a_dead_parent_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_helper_process_of_an_ended_parent_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SERVICE", f"3-1-unix-{tmp_path}/gone.sock")
     play(tmp_path, 1, 2)
     assert helpers() == []
@@ -325,7 +326,7 @@ def test_a_helper_process_of_a_dead_parent_is_no_obstacle(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no\nmore lines"), SystemExit(3)])
-def test_failures_are_told_once_and_never_reach_the_run(
+def test_an_error_is_reported_once_and_never_reaches_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     class Broken:
@@ -339,7 +340,7 @@ def test_failures_are_told_once_and_never_reach_the_run(
             assert exit_code == 1
 
     said: list[str] = []
-    sink = WandbSink(Tracking(), "offline", say=said.append)
+    sink = WandbSink(Tracking(), "offline", notify=said.append)
     sink._run = broken = Broken()
     for number in (1, 2, 3):
         sink.round(record(number))
@@ -347,30 +348,33 @@ def test_failures_are_told_once_and_never_reach_the_run(
     sink.close()
     assert broken.calls == 1
     assert len(said) == 1
-    assert said[0].startswith(f"wandb: log failed, going on without it ({type(error).__name__}")
+    assert said[0].startswith(f"wandb: log failed, the run continues without W&B ({type(error).__name__}")
     assert "\n" not in said[0]
 
 
-def test_nothing_can_start_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_continues_when_no_start_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr(WandbSink, "_init", refuse)
-    fan = open_sinks(Tracking(), tmp_path)
-    fan.start(info(tmp_path))
-    fan.round(record(1))
-    fan.finish({}, TABLE)
-    fan.close()
-    assert "wandb: start failed, going on without it (OSError: disk full)" in (tmp_path / "events.log").read_text()
+    sinks = open_sinks(Tracking(), tmp_path)
+    sinks.start(info(tmp_path))
+    sinks.round(record(1))
+    sinks.finish({}, TABLE)
+    sinks.close()
+    assert (
+        "wandb: start failed, the run continues without W&B (OSError: disk full)"
+        in (tmp_path / "events.log").read_text()
+    )
 
 
-def test_a_process_that_forgets_to_close_still_ends(tmp_path: Path) -> None:
+def test_a_process_without_close_still_ends(tmp_path: Path) -> None:
     code = (
         "import pathlib, sys\n"
         "from rayfed.config.execution import Tracking\n"
         "from rayfed.tracking import RunInfo, WandbSink\n"
         "out = pathlib.Path(sys.argv[1])\n"
-        "sink = WandbSink(Tracking(), 'offline', say=lambda text: None)\n"
+        "sink = WandbSink(Tracking(), 'offline', notify=lambda text: None)\n"
         "sink.start(RunInfo('n', out, 'd', {}, 1)); sink.round({'round': 1, 'x': 2})\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60, cwd=Path(__file__).parents[2])

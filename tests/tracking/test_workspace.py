@@ -1,4 +1,4 @@
-"""The W&B workspace names only what runs write, and wandb-workspaces makes of it what it says."""
+"""The W&B workspace uses only names that runs log, and every name is in the JSON that W&B stores."""
 
 from __future__ import annotations
 
@@ -14,16 +14,25 @@ import rayfed
 from rayfed.cli import main
 from rayfed.config import Experiment
 from rayfed.config.describe import iter_fields
-from rayfed.tracking.workspace import SECTIONS, Curves, build, definition, names
+from rayfed.tracking.workspace import SECTIONS, Curves, Panel, Parallel, build, definition
 
 ROOT = Path(__file__).parents[2]
 PANELS = [panel for panels in SECTIONS.values() for panel in panels]
 needs_package = pytest.mark.skipif(find_spec("wandb_workspaces") is None, reason="wandb-workspaces is not installed")
 
 
+def names(panel: Panel) -> tuple[str, ...]:
+    """The names that the panel shows: metrics, values of the summary, settings as `config:KEY`."""
+    if isinstance(panel, Curves):
+        return panel.x, *panel.y
+    if isinstance(panel, Parallel):
+        return panel.columns
+    return tuple(name for name in (panel.x, panel.y, panel.color) if name is not None)
+
+
 @pytest.fixture(scope="module")
 def written(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]]:
-    """(metrics of a round, figures of a summary) that two small runs wrote, one of them on the known answer."""
+    """(metrics of a round, values of a summary) of two small runs, one of them on the known-answer problem."""
     folder = tmp_path_factory.mktemp("runs")
     texts = tiny("server.rounds=1", "wire.down.density=0.5", "wire.up.density=0.5", "eval.clients=true")
     overrides = ["server.rounds=1", "engine.kind=local", "tracking.console=off", "tracking.wandb=off"]
@@ -37,7 +46,9 @@ def written(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[set[st
 def test_panels_name_only_what_exists(panel: Any, written: tuple[set[str], set[str]]) -> None:
     rounds, summary = written
     settings = {f"config:{key}" for key, _ in iter_fields(Experiment)}
-    exists = rounds if isinstance(panel, Curves) else settings | summary | rounds  # W&B keeps a round's last in both
+    exists = (
+        rounds if isinstance(panel, Curves) else settings | summary | rounds
+    )  # W&B copies the last round to the summary
     assert set(names(panel)) - exists == set()
 
 
@@ -53,7 +64,7 @@ def leaves(value: Any) -> Iterator[str]:
 
 
 def spelled(name: str, panel: Any) -> str:
-    """As W&B stores it: a setting by its section's value, a figure of the summary as such, a metric by its name."""
+    """The name as W&B stores it: `section.value.key` for a setting, `summary:name` for a value of the summary."""
     if name.startswith("config:"):
         return name.replace(".", ".value.", 1)
     return name if isinstance(panel, Curves) else f"summary:{name}"
@@ -87,7 +98,7 @@ def test_the_command_writes_the_definition(tmp_path: Path, capsys: pytest.Captur
         (["--out", "."], "--out: got '.', but that is a folder"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
+def test_wrong_options_are_refused_in_one_line(
     words: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
@@ -101,7 +112,7 @@ def test_what_is_wrong_is_said_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_the_package_it_says_what_to_install(
+def test_without_the_package_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "wandb_workspaces.reports.v2", None)

@@ -4,6 +4,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from bit_flips import flipped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,7 +38,7 @@ def resealed(data: bytes, field: int, value: int) -> bytes:
     return head + struct.pack("<I", zlib.crc32(data[HEADER_BYTES:], zlib.crc32(head))) + data[HEADER_BYTES:]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(deadline=None)
 @given(
     st.integers(0, 3000),
     st.one_of(st.none(), st.floats(0, 1)),
@@ -94,7 +95,7 @@ def test_every_entry_takes_no_index_bytes():
 
 
 def test_payload_bytes_are_pinned():
-    """The format is a promise to payloads already written: a change here needs a new version number."""
+    """Payloads that exist must stay readable: a change here needs a new version number."""
     data = encode(torch.tensor([0.0, 1.5, 0.0, -2.0] + [0.0] * 96), indices=torch.tensor([1, 3]))
     head = b"rfed\x01\x00" + bytes([Coding.GAPS]) + struct.pack("<IIIQ", 100, 2, 3, 8)
     body = b"\x08\x00\x0a" + struct.pack("<ff", 1.5, -2.0)
@@ -119,20 +120,18 @@ def test_every_truncation_is_refused(name):
             inspect(data[:length])
 
 
+@pytest.mark.parametrize("most", [256, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("name", PAYLOADS)
-def test_every_flipped_bit_is_refused(name):
-    data = PAYLOADS[name]
-    for bit in range(8 * len(data)):
-        bad = bytearray(data)
-        bad[bit // 8] ^= 1 << bit % 8
+def test_a_flipped_bit_is_refused(name, most):
+    for bad in flipped(PAYLOADS[name], most):
         with pytest.raises(WireError):
-            decode(bytes(bad))
+            decode(bad)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(deadline=None)
 @given(st.sampled_from(sorted(PAYLOADS)), st.data())
 def test_damage_behind_a_right_checksum_raises_nothing_but_wire_errors(name, data):
-    """A wrong writer seals its payload well: the sections are still checked against each other."""
+    """The checksum is right but a header field is wrong: the sections are checked against each other."""
     payload = PAYLOADS[name]
     field = data.draw(st.integers(2, 7))
     small = st.integers(0, 60) if field >= 4 else st.integers(0, 7)

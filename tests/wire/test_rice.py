@@ -36,7 +36,7 @@ def test_padding_bits_must_be_zero(count, width):
 
 @pytest.mark.parametrize("mean", [0, 0.3, 1, 2.9, 3, 6, 15, 200, 1e5])
 def test_every_block_has_its_best_parameter(mean):
-    """The search begins late and ends early; the shortest code of every block, by trying all, is what it finds."""
+    """The search, which skips parameters, finds the same one as trying all of them."""
     rng = np.random.default_rng(1)
     gaps = rng.geometric(1 / (1 + mean * rng.choice([1, 1, 4], 2000))) - 1
     blocks = rice._in_blocks(gaps, 256)
@@ -58,7 +58,7 @@ def test_blocks_of_any_size_are_read(monkeypatch, log2_block):
 
 
 def test_the_bytes_of_format_version_1_stay_what_they_are():
-    """Old payloads must be read, and the bytes that a run counts must not change under it."""
+    """Old payloads must stay readable, and the byte counts of a run must not change."""
     draw = np.random.default_rng(5).random(20_000)
     digest = hashlib.sha256()
     for density in (1 / 64, 1 / 16, 1 / 4, 0.8):

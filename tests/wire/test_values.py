@@ -83,7 +83,7 @@ def test_halves_keep_infinities_and_write_one_nan(format):
     assert len(np.unique(halves[:, 2:])) == 1  # in vector lanes and in the scalar tail alike
 
 
-@settings(max_examples=200, deadline=None)
+@settings(deadline=None)
 @given(st.lists(FINITE, max_size=600))
 def test_int8_keeps_its_error_bound(values):
     x = torch.tensor(values, dtype=torch.float32)

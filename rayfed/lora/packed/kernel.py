@@ -1,17 +1,17 @@
-"""The low-rank change of a stacked layer, as one autograd function over all slots of a pack.
+"""The LoRA term of a stacked layer for all segments of a batch, as one autograd function.
 
-For the rows of slot k, with u their (dropped-out) input, x the input itself and y what the frozen layer makes of it:
+For the rows of slot k: x is the layer's input, u is x after dropout, and y is the output of the frozen layer.
 
-    y += s_k (u A_k^T) B_k^T + x F_k^T              F_k: the slot's frozen change of the base, if it has one
+    y += s_k (u A_k^T) B_k^T + x F_k^T              F_k: the frozen base change of the slot, if there is one
 
     z = s_k u A_k^T,  h = s_k dy B_k
-    dB_k = dy^T z,   dA_k = h^T u,   du = h A_k,   dx = dy F_k,   dy passes through
+    dB_k = dy^T z,   dA_k = h^T u,   du = h A_k,   dx = dy F_k,   dy is passed on
 
-The scale stands on the narrow side: r columns to multiply instead of out. Nothing as wide as the layer is made that
-could be added in place; autograd's own way through the same equations makes several such temporaries. A batch whose
-runs are taken together (`Segments.batched`) needs as many products for K slots as for one: each line above is batched.
+The scale multiplies the r columns of z and h, not the O columns of y. Terms are added to y and dx in place; autograd's
+own backward for the same equations would allocate several tensors as large as y. For batched segments
+(`Segments.batched`) each line above is one batched product, however many slots there are.
 
-Shape suffixes: K runs, C entries of the longest; R largest rank, I layer input, O layer output.
+Shape suffixes: K segments or slots, C entries of the longest segment, R largest rank, I layer input, O layer output.
 """
 
 from __future__ import annotations
@@ -30,123 +30,133 @@ from rayfed.lora.packed.segments import Segments
 
 
 @dataclass
-class Fixed:
-    """What does not train in a layer's slots: their scales, and the frozen changes of their base (None: no change)."""
+class SlotConstants:
+    """What does not train in a layer, by slot: the scale s_k and the frozen base change F_k (O, I), or None."""
 
     scales: list[float]
-    frozen: list[LowRank | Tensor | None]
-    _tensors: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+    base_changes: list[LowRank | Tensor | None]
+    _scales: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
 
-    def scales_as(self, like: Tensor) -> Tensor:
-        """The scales, (slots, 1, 1), in the type and on the device of ``like``."""
-        if like.dtype not in self._tensors:
-            made = torch.tensor(self.scales, dtype=like.dtype).view(-1, 1, 1)
-            self._tensors[like.dtype] = to_device(made, like.device)
-        return self._tensors[like.dtype]
+    def scales_like(self, x: Tensor) -> Tensor:
+        """The scales (slots, 1, 1) in the dtype and on the device of ``x``."""
+        if x.dtype not in self._scales:
+            scales = torch.tensor(self.scales, dtype=x.dtype).view(-1, 1, 1)
+            self._scales[x.dtype] = to_device(scales, x.device)
+        return self._scales[x.dtype]
 
-    def changes(self, runs: Segments, each: int) -> Iterator[tuple[slice, LowRank | Tensor]]:
-        """The frozen changes and the rows they apply to; neighbours with the same change come as one."""
-        if not any(change is not None for change in self.frozen):
+    def base_changes_of(self, segments: Segments, per_entry: int) -> Iterator[tuple[slice, LowRank | Tensor]]:
+        """The base changes and the rows of the flattened input (total * per_entry, I) to which they apply.
+
+        Neighbouring segments with the same change are one slice.
+        """
+        if not any(change is not None for change in self.base_changes):
             return
-        ends = [0, *accumulate(each * size for size in runs.sizes)]
-        for _, run in groupby(range(len(runs.slots)), lambda i: id(self.frozen[runs.slots[i]])):
-            first, *rest = run
-            change = self.frozen[runs.slots[first]]
+        ends = [0, *accumulate(per_entry * size for size in segments.sizes)]
+        for _, group in groupby(range(len(segments.slots)), lambda i: id(self.base_changes[segments.slots[i]])):
+            first, *rest = group
+            change = self.base_changes[segments.slots[first]]
             if change is not None:
                 yield slice(ends[first], ends[(rest or [first])[-1] + 1]), change
 
 
-def change(y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, runs: Segments, fixed: Fixed) -> Tensor:
-    """``y`` plus the change, in place. y (rows, ..., O); x and u (rows, ..., I), or tokens as ``runs`` has them."""
-    result: Tensor = _Change.apply(y.contiguous(), x, u, A_KRI, B_KOR, runs, fixed)
+def add_lora_(
+    y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, segments: Segments, constants: SlotConstants
+) -> Tensor:
+    """Adds the LoRA term and the base change to ``y`` in place and returns ``y``.
+
+    Shapes: y (rows, ..., O); x and u (rows, ..., I); or tokens in place of rows, as in ``segments``.
+    """
+    result: Tensor = _AddLora.apply(y.contiguous(), x, u, A_KRI, B_KOR, segments, constants)
     return result
 
 
-class _Change(torch.autograd.Function):
+class _AddLora(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, runs: Segments, fixed: Fixed
-    ) -> Tensor:
+        ctx: Any, y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, segments: Segments,
+        constants: SlotConstants,
+    ) -> Tensor:  # fmt: skip
         flat_y, flat_x, flat_u = (t.reshape(-1, t.shape[-1]) for t in (y, x, u.to(A_KRI.dtype)))
-        each = len(flat_y) // runs.count  # rows of the flat form per row, or token, that is shared out
-        if runs.batched:
-            z_KCR = torch.bmm(runs.grid(flat_u), runs.of(A_KRI).mT).mul_(runs.of(fixed.scales_as(A_KRI)))
-            if runs.even:
-                _add(runs.grid(flat_y), z_KCR, runs.of(B_KOR).mT)
+        per_entry = len(flat_y) // segments.total  # vectors per row, or per token
+        if segments.batched:
+            scales, B_KRO = segments.select(constants.scales_like(A_KRI)), segments.select(B_KOR).mT
+            z_KCR = torch.bmm(segments.pad(flat_u), segments.select(A_KRI).mT).mul_(scales)
+            if segments.equal_sizes:
+                _add_product(segments.pad(flat_y), z_KCR, B_KRO)
             else:
-                flat_y += runs.row(torch.bmm(z_KCR, runs.of(B_KOR).mT))
-            narrow = [z_KCR]
+                flat_y += segments.unpad(torch.bmm(z_KCR, B_KRO))
+            z_saved = [z_KCR]
         else:
-            narrow = []
-            for k, rows in _rows(runs, each):
-                z = (flat_u[rows] @ A_KRI[k].T).mul_(fixed.scales[k])
-                _add(flat_y[rows], z, B_KOR[k].T)
-                narrow.append(z)
-        for rows, frozen in fixed.changes(runs, each):
-            if isinstance(frozen, LowRank):
-                _add(flat_y[rows], (flat_x[rows].to(frozen.A.dtype) @ frozen.A.T).mul_(frozen.scale), frozen.B.T)
+            z_saved = []
+            for k, rows in _slot_rows(segments, per_entry):
+                z = (flat_u[rows] @ A_KRI[k].T).mul_(constants.scales[k])
+                _add_product(flat_y[rows], z, B_KOR[k].T)
+                z_saved.append(z)
+        for rows, F in constants.base_changes_of(segments, per_entry):
+            if isinstance(F, LowRank):
+                _add_product(flat_y[rows], (flat_x[rows].to(F.A.dtype) @ F.A.T).mul_(F.scale), F.B.T)
             else:
-                _add(flat_y[rows], flat_x[rows], frozen.T)
-        ctx.save_for_backward(u, A_KRI, B_KOR, *narrow)
-        ctx.runs, ctx.fixed, ctx.each, ctx.x_shape = runs, fixed, each, x.shape
+                _add_product(flat_y[rows], flat_x[rows], F.T)
+        ctx.save_for_backward(u, A_KRI, B_KOR, *z_saved)
+        ctx.segments, ctx.constants, ctx.per_entry, ctx.x_shape = segments, constants, per_entry, x.shape
         ctx.mark_dirty(y)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        u, A_KRI, B_KOR, *narrow = ctx.saved_tensors
-        runs, fixed = ctx.runs, ctx.fixed
+        u, A_KRI, B_KOR, *z_saved = ctx.saved_tensors
+        segments, constants = ctx.segments, ctx.constants
         _, need_x, *needs, _, _ = ctx.needs_input_grad
         flat_dy = dy.reshape(-1, dy.shape[-1])
-        wide, flat_u = flat_dy.to(A_KRI.dtype), u.to(A_KRI.dtype).reshape(-1, u.shape[-1])
-        way_back = _batched if runs.batched else _one_by_one
-        du, dA, dB = way_back(wide, flat_u, A_KRI, B_KOR, narrow, runs, fixed, needs)
+        fine_dy, flat_u = flat_dy.to(A_KRI.dtype), u.to(A_KRI.dtype).reshape(-1, u.shape[-1])
+        backward = _backward_batched if segments.batched else _backward_by_segment
+        du, dA, dB = backward(fine_dy, flat_u, A_KRI, B_KOR, z_saved, segments, constants, needs)
         dx = None
-        for rows, frozen in fixed.changes(runs, ctx.each) if need_x else ():
+        for rows, F in constants.base_changes_of(segments, ctx.per_entry) if need_x else ():
             dx = flat_dy.new_zeros(len(flat_dy), u.shape[-1]) if dx is None else dx
-            if isinstance(frozen, LowRank):
-                _add(dx[rows], (wide[rows] @ frozen.B).mul_(frozen.scale), frozen.A)
+            if isinstance(F, LowRank):
+                _add_product(dx[rows], (fine_dy[rows] @ F.B).mul_(F.scale), F.A)
             else:
-                _add(dx[rows], flat_dy[rows], frozen)
+                _add_product(dx[rows], flat_dy[rows], F)
         du_shaped = None if du is None else du.to(u.dtype).view(u.shape)
         return dy, None if dx is None else dx.view(ctx.x_shape), du_shaped, dA, dB, None, None
 
 
-Found = tuple[Tensor | None, Tensor | None, Tensor | None]  # du, dA, dB
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # du, dA, dB
 
 
-def _batched(
-    dy: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, narrow: list[Tensor], runs: Segments, fixed: Fixed,
-    needs: list[bool],
-) -> Found:  # fmt: skip
+def _backward_batched(
+    dy: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, z_saved: list[Tensor], segments: Segments,
+    constants: SlotConstants, needs: list[bool],
+) -> Gradients:  # fmt: skip
     need_u, need_A, need_B = needs
     du, dA, dB = None, None, None
-    dy_KCO = runs.grid(dy)
+    dy_KCO = segments.pad(dy)
     if need_B:
-        dB = runs.into(torch.bmm(dy_KCO.mT, narrow[0]), len(B_KOR))
+        dB = segments.scatter(torch.bmm(dy_KCO.mT, z_saved[0]), len(B_KOR))
     if need_A or need_u:
-        h_KCR = torch.bmm(dy_KCO, runs.of(B_KOR)).mul_(runs.of(fixed.scales_as(A_KRI)))
+        h_KCR = torch.bmm(dy_KCO, segments.select(B_KOR)).mul_(segments.select(constants.scales_like(A_KRI)))
         if need_A:
-            dA = runs.into(torch.bmm(h_KCR.mT, runs.grid(u)), len(A_KRI))
+            dA = segments.scatter(torch.bmm(h_KCR.mT, segments.pad(u)), len(A_KRI))
         if need_u:
-            du = runs.row(torch.bmm(h_KCR, runs.of(A_KRI)))
+            du = segments.unpad(torch.bmm(h_KCR, segments.select(A_KRI)))
     return du, dA, dB
 
 
-def _one_by_one(
-    dy: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, narrow: list[Tensor], runs: Segments, fixed: Fixed,
-    needs: list[bool],
-) -> Found:  # fmt: skip
+def _backward_by_segment(
+    dy: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, z_saved: list[Tensor], segments: Segments,
+    constants: SlotConstants, needs: list[bool],
+) -> Gradients:  # fmt: skip
     need_u, need_A, need_B = needs
     du = torch.empty_like(u) if need_u else None
     dA = torch.zeros_like(A_KRI) if need_A else None
     dB = torch.zeros_like(B_KOR) if need_B else None
-    for z, (k, rows) in zip(narrow, _rows(runs, len(u) // runs.count), strict=True):
+    for z, (k, rows) in zip(z_saved, _slot_rows(segments, len(u) // segments.total), strict=True):
         if dB is not None:
             torch.mm(dy[rows].T, z, out=dB[k])
         if dA is not None or du is not None:
-            h = (dy[rows] @ B_KOR[k]).mul_(fixed.scales[k])
+            h = (dy[rows] @ B_KOR[k]).mul_(constants.scales[k])
             if dA is not None:
                 torch.mm(h.T, u[rows], out=dA[k])
             if du is not None:
@@ -154,17 +164,17 @@ def _one_by_one(
     return du, dA, dB
 
 
-def _rows(runs: Segments, each: int) -> Iterator[tuple[int, slice]]:
-    """Each slot and its rows of the flat form."""
+def _slot_rows(segments: Segments, per_entry: int) -> Iterator[tuple[int, slice]]:
+    """The slot of each segment and its rows in the flattened input (total * per_entry, I)."""
     start = 0
-    for slot, size in zip(runs.slots, runs.sizes):
-        yield slot, slice(start, start + each * size)
-        start += each * size
+    for slot, size in zip(segments.slots, segments.sizes):
+        yield slot, slice(start, start + per_entry * size)
+        start += per_entry * size
 
 
-def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right`` in place, batched or not, also where the base computes in a coarser number format."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right`` in place, for 2 or 3 dimensions. ``total`` and ``left`` may have a coarser dtype."""
     if left.dtype == right.dtype == total.dtype:
         total.baddbmm_(left, right) if total.ndim == 3 else total.addmm_(left, right)
     else:
-        total += left.to(right.dtype) @ right  # summed in the finer format, rounded once
+        total += left.to(right.dtype) @ right  # summed in the finer dtype, rounded once

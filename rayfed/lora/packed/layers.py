@@ -1,10 +1,10 @@
 """Stacked layers: the adapters and heads of K clients over one frozen model, in one forward pass.
 
-The rows of a batch belong to clients in consecutive runs (`rayfed.lora.packed.segments`), and each run passes through its own
-client's factors. K = 1 is a pack of one: there is no second path. Ranks may differ; shorter pairs are padded with zeros
-on both sides, where gradients are zero, so it stays zero.
+Each client has a slot. Each segment of the batch (`rayfed.lora.packed.segments`) passes through the factors of its own
+slot. One client alone is a stack of one slot, so there is one code path. Ranks may differ: shorter pairs are padded
+with zeros in both factors. The gradients of this padding are zero, so it stays zero.
 
-Shape suffixes: K slots of the pack, R largest rank, I layer input, O layer output.
+Shape suffixes: K slots, C entries of the longest segment, R largest rank, I layer input, O layer output.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from torch import Tensor, nn
 
 from rayfed.device import to_device
 from rayfed.lora.adapter import LowRank
-from rayfed.lora.packed.dropout import dropped, feature_keys
-from rayfed.lora.packed.kernel import Fixed, change
+from rayfed.lora.packed.dropout import feature_keys, hash_dropout
+from rayfed.lora.packed.kernel import SlotConstants, add_lora_
 from rayfed.lora.packed.segments import Batch
+from rayfed.lora.peft import layer_shape
 
 
 class StackedLora(nn.Module):
-    """A frozen linear layer plus, for each slot, ``scale * B A`` of its input and a frozen change of the base.
+    """A frozen linear layer plus, for each slot, ``scale * B A`` and a frozen base change.
 
-    Its slots are those last loaded; there are none before. ``name`` keys its dropout.
+    Input (rows, ..., I), output (rows, ..., O), or tokens in place of rows. There are no slots before the first `load`.
+    ``name`` is the layer's name, from which dropout derives its feature keys.
     """
 
     def __init__(self, base: nn.Module, batch: Batch, dropout: float = 0.0, name: str = "") -> None:
@@ -35,23 +37,26 @@ class StackedLora(nn.Module):
         self.A_KRI = nn.Parameter(torch.zeros(0, 1, inner))
         self.B_KOR = nn.Parameter(torch.zeros(0, outer, 1))
         self.R_KRR: nn.Parameter | None = None  # the core between B and A, where a method has one
-        self.fixed = Fixed([], [])
+        self.constants = SlotConstants([], [])
         self.features_I = to_device(feature_keys(name, inner), self.device) if dropout else None
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        runs = self.batch.segments_of(x)
-        keys = runs.keys(x.shape[:-1]) if self.features_I is not None else None
-        u = x if keys is None or self.features_I is None else dropped(x, self.dropout, keys, self.features_I)
+        segments = self.batch.segments_of(x)
+        keys = segments.dropout_keys(x.shape[:-1]) if self.features_I is not None else None
+        u = x if keys is None or self.features_I is None else hash_dropout(x, self.dropout, keys, self.features_I)
         B_KOR = self.B_KOR if self.R_KRR is None else self.B_KOR @ self.R_KRR
-        return change(y, x, u, self.A_KRI, B_KOR, runs, self.fixed)
+        return add_lora_(y, x, u, self.A_KRI, B_KOR, segments, self.constants)
 
     @torch.no_grad()
-    def load(self, pairs: Sequence[LowRank | None], frozen: Sequence[LowRank | Tensor | None] = ()) -> None:
-        """Makes a slot for every pair (None: no change), as wide as the widest of them; what was there before is gone.
+    def load(self, pairs: Sequence[LowRank | None], base_changes: Sequence[LowRank | Tensor | None] = ()) -> None:
+        """Replaces all slots: one for every pair, B (O, r) and A (r, I), at the largest of their ranks.
 
-        ``frozen`` holds the frozen change of the base beneath each pair, or nothing. Bits and memory follow what is
-        loaded alone.
+        None as a pair is a slot without a LoRA term. ``base_changes`` has the frozen base change (O, I) of every slot,
+        or is empty. Memory and bits depend on these arguments alone.
+
+        Raises:
+            ValueError: some pairs have a core and some have none.
         """
         slots, rank = len(pairs), max((pair.rank for pair in pairs if pair is not None), default=1)
         A_KRI = torch.zeros(slots, rank, self.A_KRI.shape[2], dtype=self.A_KRI.dtype)
@@ -67,21 +72,23 @@ class StackedLora(nn.Module):
             raise ValueError("pairs with a core and pairs without one do not fit into one stack")
         self.A_KRI, self.B_KOR = (nn.Parameter(to_device(t, self.device)) for t in (A_KRI, B_KOR))
         self.R_KRR = nn.Parameter(to_device(R_KRR, self.device)) if True in cores else None
-        there: dict[int, LowRank | Tensor | None] = {}  # clients that share a change share it on the device, too
-        for below in frozen:
-            if id(below) not in there:
-                there[id(below)] = self._there(below)
-        beneath = [there[id(below)] for below in frozen] or [None] * slots
-        self.fixed = Fixed([0.0 if pair is None else pair.scale for pair in pairs], beneath)
+        # By identity: slots that share a base change share its copy on the device.
+        copies = {id(change): self._on_device(change) for change in {id(c): c for c in base_changes}.values()}
+        on_device = [copies[id(change)] for change in base_changes] or [None] * slots
+        self.constants = SlotConstants([0.0 if pair is None else pair.scale for pair in pairs], on_device)
 
-    def _there(self, frozen: LowRank | Tensor | None) -> LowRank | Tensor | None:
-        if isinstance(frozen, LowRank):
-            return LowRank(to_device(frozen.B, self.device), to_device(frozen.A, self.device), frozen.scale)
-        return None if frozen is None else to_device(frozen, self.device)
+    def _on_device(self, change: LowRank | Tensor | None) -> LowRank | Tensor | None:
+        if isinstance(change, LowRank):
+            return LowRank(to_device(change.B, self.device), to_device(change.A, self.device), change.scale)
+        return None if change is None else to_device(change, self.device)
 
 
 class StackedLinear(nn.Module):
-    """A linear layer of the head that every slot trains in full. Its slots are those last loaded."""
+    """A linear layer of the head that every slot trains in full.
+
+    Input (rows, ..., I), output (rows, ..., O), or tokens in place of rows. Before the first `load` there is one slot
+    with the layer's own values.
+    """
 
     def __init__(self, layer: nn.Linear, batch: Batch) -> None:
         super().__init__()
@@ -93,35 +100,20 @@ class StackedLinear(nn.Module):
 
     @torch.no_grad()
     def load(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> None:
-        """Makes a slot for every weight (out, in), with its bias (out,) where the layer has one."""
+        """Replaces all slots: one for every weight (O, I), with its bias (O,) where the layer has one."""
         self.weight_KOI = nn.Parameter(to_device(torch.stack(list(weights)).to(self.weight_KOI.dtype), self.device))
         if self.bias_KO is not None:
             self.bias_KO = nn.Parameter(to_device(torch.stack(list(biases)).to(self.bias_KO.dtype), self.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        runs, x = self.batch.segments_of(x), x.to(self.weight_KOI.dtype)
-        if runs.batched:
-            y_KCO = torch.bmm(runs.grid(x.reshape(-1, x.shape[-1])), runs.of(self.weight_KOI).mT)
+        segments, x = self.batch.segments_of(x), x.to(self.weight_KOI.dtype)
+        if segments.batched:
+            y_KCO = torch.bmm(segments.pad(x.reshape(-1, x.shape[-1])), segments.select(self.weight_KOI).mT)
             if self.bias_KO is not None:
-                y_KCO = y_KCO + runs.of(self.bias_KO)[:, None]
-            y = runs.row(y_KCO)
+                y_KCO = y_KCO + segments.select(self.bias_KO)[:, None]
+            y = segments.unpad(y_KCO)
         else:
             biases = [None] * len(self.weight_KOI) if self.bias_KO is None else list(self.bias_KO)
-            parts = zip(runs.slots, runs.each(x))
+            parts = zip(segments.slots, segments.split(x))
             y = torch.cat([nn.functional.linear(part, self.weight_KOI[k], biases[k]) for k, part in parts])
         return y.view(*x.shape[:-1], self.out_features)
-
-
-def layer_shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of an nn.Linear or a transformers Conv1D; TypeError for anything else."""
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features
-    if is_conv1d(layer):
-        inner, outer = layer.weight.shape  # type: ignore[misc]
-        return outer, inner
-    raise TypeError(f"{type(layer).__name__} is neither nn.Linear nor Conv1D")
-
-
-def is_conv1d(layer: nn.Module) -> bool:
-    """GPT-2's Conv1D: a linear layer whose weight is stored (in, out). Told by name: no transformers here."""
-    return type(layer).__name__ == "Conv1D" and getattr(layer, "weight", torch.empty(0)).ndim == 2

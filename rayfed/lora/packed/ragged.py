@@ -1,7 +1,7 @@
-"""Runs of different length side by side: what one batched product needs, and the way back.
+"""Sequences of different lengths and their padded batch, for products of the whole batch at once.
 
-A `RaggedIndex` has a line of equal length for every run; behind the shorter runs there are free places, which hold zeros. Both
-ways are gathers, and each is the other's gradient: no sum whose order could change, and no sort to keep it.
+`RaggedIndex.pad` does what `torch.nn.utils.rnn.pad_sequence` does, and `unpad` is its inverse. Both are gathers, and
+each is the gradient of the other. No sum is involved, so the order of additions cannot change the bits.
 """
 
 from __future__ import annotations
@@ -16,45 +16,47 @@ from rayfed.device import to_device
 
 
 class RaggedIndex:
-    """Where the entries of runs of these ``sizes`` stand: ``lines`` runs of up to ``longest`` entries each."""
+    """Where the entries of ``count`` sequences of these ``sizes`` are in a padded batch (count, longest).
+
+    ``padding_mask`` (count * longest,) is True at padding.
+    """
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
-        self.lines, self.longest = len(sizes), max(sizes)
+        self.count, self.longest = len(sizes), max(sizes)
         lengths, column = torch.tensor(sizes)[:, None], torch.arange(self.longest)
-        first, taken = lengths.cumsum(0) - lengths, column < lengths
-        self.places = to_device(taken.flatten().nonzero().squeeze(1), device)  # (entries,): each entry's place
-        self.sources = to_device(
-            torch.where(taken, first + column, first).flatten(), device
-        )  # (places,): a free one's: any
-        self.free = to_device(~taken.flatten(), device)  # (places,) bool
+        first, filled = lengths.cumsum(0) - lengths, column < lengths
+        self._places = to_device(filled.flatten().nonzero().squeeze(1), device)  # (entries,): position when padded
+        # (count * longest,): the entry at each position. Padding repeats the first entry of its sequence.
+        self._sources = to_device(torch.where(filled, first + column, first).flatten(), device)
+        self.padding_mask = to_device(~filled.flatten(), device)
 
     def pad(self, x: Tensor) -> Tensor:
-        """(entries, ...) -> (lines * longest, ...), zeros in the free places."""
+        """(entries, ...) -> (count * longest, ...), with zeros as padding."""
         result: Tensor = _Move.apply(x, self, True)
         return result
 
     def unpad(self, x: Tensor) -> Tensor:
-        """(lines * longest, ...) -> (entries, ...); what is in the free places counts for nothing."""
+        """(count * longest, ...) -> (entries, ...). The padding is ignored."""
         result: Tensor = _Move.apply(x, self, False)
         return result
 
-    def _spread(self, x: Tensor) -> Tensor:
-        free = self.free.view(-1, *[1] * (x.ndim - 1))
-        return x.index_select(0, self.sources).masked_fill_(free, 0)  # filled, not multiplied: 0 times NaN is NaN
+    def _pad(self, x: Tensor) -> Tensor:
+        mask = self.padding_mask.view(-1, *[1] * (x.ndim - 1))
+        return x.index_select(0, self._sources).masked_fill_(mask, 0)  # filled, not multiplied: 0 times NaN is NaN
 
-    def _gather(self, x: Tensor) -> Tensor:
-        return x.index_select(0, self.places)
+    def _unpad(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self._places)
 
 
 class _Move(torch.autograd.Function):
-    """One way forward (``spread``, or gather), the other way back."""
+    """Pads or unpads. The gradient does the opposite."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: RaggedIndex, spread: bool) -> Tensor:
-        ctx.grid, ctx.spread = grid, spread
-        return grid._spread(x) if spread else grid._gather(x)
+    def forward(ctx: Any, x: Tensor, index: RaggedIndex, pad: bool) -> Tensor:
+        ctx.index, ctx.pad = index, pad
+        return index._pad(x) if pad else index._unpad(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.grid._gather(dy) if ctx.spread else ctx.grid._spread(dy), None, None
+        return ctx.index._unpad(dy) if ctx.pad else ctx.index._pad(dy), None, None

@@ -1,10 +1,10 @@
-"""Whose rows pass through the model: every slot of a pack owns a run of them, and each stacked layer asks which.
+"""Which rows of a batch belong to which client: each client of a pack has one segment of consecutive rows.
 
-Rows lie one below the other in the first dimension, padded to one length, or their tokens lie end to end without any
-padding (`rayfed.tasks.models.unpadded`); which of the two, a tensor's shape tells. What layers need to know about either is found
-once a batch and kept in a `Segments`.
+The rows are either padded to one length, (rows, tokens, I), or their tokens are concatenated without padding,
+(1, tokens, I) or (tokens, I), see `rayfed.tasks.models.unpadded`. The shape of a tensor tells which. A stacked layer
+asks the `Batch` for the `Segments` of its input. They are made once per batch and form.
 
-Shape suffixes: K runs, each of a slot of its own; C entries of the longest run.
+Shape suffixes: K segments, each of its own slot; C entries (rows or tokens) of the longest segment; I features.
 """
 
 from __future__ import annotations
@@ -27,123 +27,122 @@ from rayfed.lora.packed.ragged import RaggedIndex
 class Segment:
     """Consecutive rows of the batch that belong to one slot.
 
-    `key` makes its dropout (None: no dropout); `lengths` are its rows' tokens, needed where they lie end to end.
+    ``dropout_key`` is the client's key for this step (None: no dropout). ``lengths`` are the tokens of each row, needed
+    for batches without padding.
     """
 
     slot: int
     rows: int
-    key: int | None = None
+    dropout_key: int | None = None
     lengths: Sequence[int] | None = None
 
     @cached_property
     def tokens(self) -> int:
-        """Tokens of all rows; one each where they have no lengths."""
+        """Tokens of all rows; one per row if there are no lengths."""
         return sum(self.lengths) if self.lengths is not None else self.rows
 
 
 class Batch:
-    """The segments of the batch now passing through the model; shared by all stacked layers of a model."""
+    """The segments of the batch that is passing through the model. All stacked layers of a model share one."""
 
     def __init__(self) -> None:
         self.segments: Sequence[Segment] = []
-        self._segments: dict[bool, Segments] = {}
+        self._cache: dict[bool, Segments] = {}
 
     @contextmanager
     def using(self, segments: Sequence[Segment]) -> Iterator[None]:
-        self.segments, self._segments = segments, {}
+        """Forward passes inside the `with` block take batches of these segments, in this order."""
+        self.segments, self._cache = segments, {}
         try:
             yield
         finally:
-            self.segments, self._segments = [], {}
+            self.segments, self._cache = [], {}
 
     def segments_of(self, x: Tensor) -> Segments:
-        """How ``x`` is shared out: by rows (rows, ..., I), or by tokens (1, tokens, I) or (tokens, I), end to end.
+        """The segments of ``x``: by rows for (rows, ..., I), by tokens for (1, tokens, I) and (tokens, I).
 
-        ValueError where rows are not what the segments announced.
+        Raises:
+            ValueError: ``x`` has another number of rows and tokens than the segments.
         """
         rows = sum(s.rows for s in self.segments)
-        flat = x.shape[0] != rows  # otherwise padded, or one vector a row
-        if flat:
+        by_token = x.shape[0] != rows  # else padded, or one vector per row
+        if by_token:
             tokens, found = sum(s.tokens for s in self.segments), x.shape[:-1].numel()
             if found != tokens or x.shape[0] not in (1, tokens):
                 raise ValueError(
                     f"the batch has {x.shape[0]} rows, its segments {rows} of {tokens} tokens: "
                     "rows stay whole and in order"
                 )
-        if flat not in self._segments:
-            self._segments[flat] = Segments(self.segments, flat, x.device)
-        return self._segments[flat]
+        if by_token not in self._cache:
+            self._cache[by_token] = Segments(self.segments, by_token, x.device)
+        return self._cache[by_token]
 
 
 class Segments:
-    """Runs of rows (``flat``: of tokens), each of a slot of its own, in the order of the batch.
+    """The segments of one batch, in rows or (``by_token``) in tokens, and how to split, pad and index by them.
 
-    ``batched``: the runs are computed in one product for all, side by side in a grid. That pays where they are equally
-    long, and on a device that is slow to start a product always; a CPU takes runs of different length one by one.
+    ``batched``: one batched product computes all segments, from `pad`. It pays where all segments have one size, and
+    always on a GPU, where starting a kernel is slow. A CPU computes segments of different sizes one after the other.
     """
 
-    def __init__(self, segments: Sequence[Segment], flat: bool, device: torch.device) -> None:
-        self.segments, self.flat, self.device = segments, flat, device
+    def __init__(self, segments: Sequence[Segment], by_token: bool, device: torch.device) -> None:
+        self.segments, self.by_token, self.device = segments, by_token, device
         self.slots = [s.slot for s in segments]
-        self.sizes = [s.tokens if flat else s.rows for s in segments]
-        self.count = sum(self.sizes)
-        self.even = len(set(self.sizes)) == 1
-        self.batched = device.type != "cpu" or (self.even and len(segments) > 1)
+        self.sizes = [s.tokens if by_token else s.rows for s in segments]
+        self.total = sum(self.sizes)
+        self.equal_sizes = len(set(self.sizes)) == 1
+        self.batched = device.type != "cpu" or (self.equal_sizes and len(segments) > 1)
         self._keys: dict[tuple[int, ...], Tensor] = {}
 
-    def each(self, x: Tensor) -> list[Tensor]:
-        """The runs of x, as views: (rows, ..., I), or (tokens, I)."""
-        return list((x.reshape(self.count, -1) if self.flat else x).split(self.sizes))
+    def split(self, x: Tensor) -> list[Tensor]:
+        """The segments of x as views: (rows, ..., I) each, or (tokens, I) each."""
+        return list((x.reshape(self.total, -1) if self.by_token else x).split(self.sizes))
 
-    def grid(self, x: Tensor) -> Tensor:
-        """(count * m, I) -> (K, C * m, I): the runs side by side, zeros behind the shorter ones; a view where even."""
+    def pad(self, x: Tensor) -> Tensor:
+        """(total * m, I) -> (K, C * m, I), for m vectors per entry, padded with zeros. A view if sizes are equal."""
         K, width = len(self.slots), x.shape[-1]
-        return (x if self.even else self._grid.pad(x.reshape(self.count, -1))).view(K, -1, width)
+        return (x if self.equal_sizes else self._ragged.pad(x.reshape(self.total, -1))).view(K, -1, width)
 
-    def row(self, grid: Tensor) -> Tensor:
-        """`grid` turned back: (K, C * m, I) -> (count * m, I)."""
-        width = grid.shape[-1]
-        if self.even:
-            return grid.reshape(-1, width)
-        return self._grid.unpad(grid.reshape(self._grid.lines * self._grid.longest, -1)).view(-1, width)
+    def unpad(self, padded: Tensor) -> Tensor:
+        """The inverse of `pad`: (K, C * m, I) -> (total * m, I)."""
+        width = padded.shape[-1]
+        if self.equal_sizes:
+            return padded.reshape(-1, width)
+        return self._ragged.unpad(padded.reshape(len(self.slots) * self._ragged.longest, -1)).view(-1, width)
 
-    def of(self, stacked: Tensor) -> Tensor:
-        """The runs' slots of something stacked (slots, ...): (K, ...), a view where the slots follow each other."""
+    def select(self, stacked: Tensor) -> Tensor:
+        """The slots of the segments: (slots, ...) -> (K, ...). A view if the slots are consecutive."""
         first, last = self.slots[0], self.slots[-1]
         if self.slots == list(range(first, last + 1)):
             return stacked[first : last + 1]
         return stacked.index_select(0, self._index)
 
-    def into(self, found: Tensor, slots: int) -> Tensor:
-        """`of` turned back: (K, ...) -> (slots, ...), zeros in slots without a run."""
+    def scatter(self, values: Tensor, slots: int) -> Tensor:
+        """The inverse of `select`: (K, ...) -> (slots, ...), with zeros in slots that have no segment."""
         if self.slots == list(range(slots)):
-            return found
-        return found.new_zeros(slots, *found.shape[1:]).index_copy_(0, self._index, found)
+            return values
+        return values.new_zeros(slots, *values.shape[1:]).index_copy_(0, self._index, values)
 
-    def counts(self, like: Tensor) -> Tensor:
-        """(K,): the rows of every run."""
-        return self._sent(torch.tensor(self.sizes, dtype=like.dtype))
-
-    def keys(self, shape: torch.Size) -> Tensor | None:
-        """Keys for dropout of entries that lie like this, (*shape, 1) int32; None where nothing is dropped."""
-        if any(s.key is None for s in self.segments):
+    def dropout_keys(self, shape: torch.Size) -> Tensor | None:
+        """Token keys for an input of shape (*shape, I): (*shape, 1) int32. None if a segment has no key."""
+        if any(s.dropout_key is None for s in self.segments):
             return None
         if shape not in self._keys:
-            found = []
+            keys = []
             for s in self.segments:
-                assert s.key is not None
-                alike = [shape[1:].numel()] * s.rows
-                found.append(token_keys(s.key, s.lengths if self.flat and s.lengths is not None else alike))
-            self._keys[shape] = self._sent(torch.from_numpy(np.concatenate(found))).view(*shape, 1)
+                assert s.dropout_key is not None
+                padded = [shape[1:].numel()] * s.rows
+                keys.append(token_keys(s.dropout_key, s.lengths if self.by_token and s.lengths is not None else padded))
+            self._keys[shape] = self._to_device(torch.from_numpy(np.concatenate(keys))).view(*shape, 1)
         return self._keys[shape]
 
     @cached_property
     def _index(self) -> Tensor:
-        return self._sent(torch.tensor(self.slots))
+        return self._to_device(torch.tensor(self.slots))
 
     @cached_property
-    def _grid(self) -> RaggedIndex:
+    def _ragged(self) -> RaggedIndex:
         return RaggedIndex(self.sizes, self.device)
 
-    def _sent(self, tensor: Tensor) -> Tensor:
+    def _to_device(self, tensor: Tensor) -> Tensor:
         return to_device(tensor, self.device)

@@ -1,10 +1,13 @@
-"""The baselines of an experiment (`eval.controls`): what the frozen base reaches when only a head on top of it is trained.
+"""The baselines of an experiment (`eval.controls`): what the frozen base reaches when only a head on top of it is
+trained.
 
 Both figures need only the base's features, which are computed once:
 
-- *same rounds*: the run's own federation, cohorts, batches, local and server optimizer, everything sent, but only the head
+- *same rounds*: the run's own federation, cohorts, batches, local and server optimizer, everything sent, but only the
+head
   trains. The difference from the run is what the adapters did.
-- *central*: the head trained to convergence on all rows at once, regularised by validation. It is harder to beat, because
+- *central*: the head trained to convergence on all rows at once, regularised by validation. It is harder to beat,
+because
   it knows no federation.
 """
 

@@ -1,7 +1,7 @@
-"""How far a round's global model lies from two plain averages of what the clients trained.
+"""The distances of a round's global model from two plain averages of the clients' trained models.
 
     mean of products    D = sum_k p_k (F_k + s_k B_k A_k)                          the average of the clients' models
-    product of means    P = sum_k p_k F_k + (sum_k p_k s_k B_k) (sum_k p_k A_k)    what averaging factors makes of it
+    product of means    P = sum_k p_k F_k + (sum_k p_k s_k B_k) (sum_k p_k A_k)    the result of averaging factors
 
 with F_k the frozen change of the base under client k's adapter, ranks padded with zeros, p_k the server's weights. The
 taxonomy is that of Sum-Product and Product-Sum methods (arXiv 2508.01348). Reported are ``||W - D|| / ||D||`` and
@@ -22,7 +22,7 @@ from rayfed.methods.base import BaseChange
 
 
 class Diagnostics:
-    """Takes in one round's updates, then compares. All sums in float64."""
+    """Adds up one round's updates, then compares. All sums are in float64."""
 
     def __init__(self) -> None:
         self._weight = 0.0
@@ -30,8 +30,8 @@ class Diagnostics:
         self._bases: dict[str, Tensor] = {}
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}  # sums of s B (out, r_max) and of A (r_max, in)
 
-    def see(self, update: Update, base: BaseChange) -> None:
-        """Adds one client: what it trained, over the base it trained on."""
+    def add(self, update: Update, base: BaseChange) -> None:
+        """Adds one client: its trained adapter, over the base it trained on."""
         self._weight += update.weight
         for name, trained in update.trained.layers.items():
             pair = trained.folded()
@@ -71,7 +71,7 @@ class Diagnostics:
 
 
 def _widened(total: Tensor, rank: int, axis: int) -> Tensor:
-    """The sum with room for ``rank`` ranks."""
+    """The sum, padded with zeros to ``rank`` ranks along ``axis``."""
     missing = rank - total.shape[axis]
     if missing <= 0:
         return total

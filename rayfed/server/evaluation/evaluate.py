@@ -50,7 +50,8 @@ def evaluate(
 ) -> dict[tuple[str, SplitName], SplitOutputs]:  # fmt: skip
     """Every model's outputs on every split that has rows; with ``classes``, on the rows of these classes alone.
 
-    ``models`` maps a suffix of metric keys to a model. The models reach the workers losslessly and are no client traffic.
+    ``models`` maps a suffix of metric keys to a model. The models reach the workers losslessly and are no client
+    traffic.
     """
     submissions: list[Submission] = []
     where: list[tuple[str, SplitName]] = []
@@ -72,8 +73,8 @@ def metrics(
 ) -> dict[str, Metric]:  # fmt: skip
     """Loss and the task's metrics of each model on each split; None for a split without rows.
 
-    Keys are `eval/loss`, `eval/accuracy` and so on for the validation split, `test/...` for the test split, each followed
-    by the model's suffix.
+    Keys are `eval/loss`, `eval/accuracy` and so on for the validation split, `test/...` for the test split, each
+    followed by the model's suffix.
     """
     found: dict[str, Metric] = {}
     for suffix in suffixes:

@@ -1,7 +1,7 @@
-"""The frozen base with only a head on top, trained centrally to convergence: what a method must beat to matter.
+"""The linear probe: the frozen base with only a head on top, trained centrally to convergence.
 
-Centrally, on all training rows at once, and with the regularisation that validates best: a stronger baseline than any
-federated head could be.
+The head sees all training rows at once and has the regularisation that validates best, so it is a stronger baseline
+than any federated head.
 """
 
 from __future__ import annotations

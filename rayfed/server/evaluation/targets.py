@@ -1,8 +1,8 @@
 """Evaluation targets: which models are evaluated after a round, and the metrics they get.
 
 The targets are the global model; the sparse model that clients receive (`eval.masked`, suffix `_masked`); and what each
-tier of clients receives (`eval.tiers`, suffix `_rank_4` and such): its start adapter as it decodes it, over its base. FLASC
-evaluates under every tier's mask; with mixed ranks, the truncation counts.
+tier of clients receives (`eval.tiers`, suffix `_rank_4` and such): its start adapter as it decodes it, over its base.
+FLASC evaluates under every tier's mask; with mixed ranks, the truncation counts.
 """
 
 from __future__ import annotations

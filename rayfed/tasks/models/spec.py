@@ -15,9 +15,8 @@ from torch import Tensor
 
 from rayfed.config.method import Lora
 from rayfed.errors import UserError
-from rayfed.lora.packed.layers import is_conv1d
-from rayfed.lora.packed.stack import head_values, match, peft_config
-from rayfed.lora.peft import peft_settings
+from rayfed.lora.packed.stack import head_values
+from rayfed.lora.peft import is_conv1d, lora_config, match_targets, peft_settings
 from rayfed.tasks.models.base import FrozenBase, in_dtype
 from rayfed.tasks.models.checkpointing import layers_of
 from rayfed.tasks.models.unpadded import Padded, Unpadded
@@ -51,8 +50,8 @@ def describe_model(
     """
     if gradient_checkpointing:
         layers_of(base.model)  # raises UserError where there are none
-    config = peft_config(lora, base.heads)
-    shapes = match(base.model, config, base.heads)
+    config = lora_config(**lora.model_dump(exclude={"train"}), head=base.heads)
+    shapes = match_targets(base.model, config, base.heads)
     conv1d = any(is_conv1d(base.model.get_submodule(name)) for name in shapes)
     return ModelSpec(
         shapes,

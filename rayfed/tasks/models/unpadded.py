@@ -145,8 +145,8 @@ class _Row:
     def _padded(self, x: Tensor, value: float) -> Tensor:
         """(tokens, ...) -> (texts, longest, ...)."""
         texts = self.sequences.texts()
-        padded = texts.pad(x).view(texts.lines, texts.longest, *x.shape[1:])
-        return padded.masked_fill(texts.free.view(*padded.shape[:2]), value) if value else padded
+        padded = texts.pad(x).view(texts.count, texts.longest, *x.shape[1:])
+        return padded.masked_fill(texts.padding_mask.view(*padded.shape[:2]), value) if value else padded
 
 
 def choose_batching(model: nn.Module, longest: int) -> Unpadded | Padded:

@@ -196,7 +196,7 @@ def _gridded(
 
     def tile(x: Tensor) -> Tensor:  # (1, H, T, D) -> (N, H, C, D)
         spread = grid.pad(_every_head(x, query)[0].transpose(0, 1))
-        return spread.view(grid.lines, grid.longest, *spread.shape[1:]).transpose(1, 2)
+        return spread.view(grid.count, grid.longest, *spread.shape[1:]).transpose(1, 2)
 
     y_NHCD = nn.functional.scaled_dot_product_attention(
         tile(query), tile(key), tile(value), attn_mask=seen, scale=scale

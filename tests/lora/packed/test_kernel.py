@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rayfed.lora.adapter import LowRank
-from rayfed.lora.packed.kernel import Fixed, change
+from rayfed.lora.packed.kernel import SlotConstants, add_lora_
 from rayfed.lora.packed.layers import StackedLinear, StackedLora
 from rayfed.lora.packed.segments import Batch, Segment, Segments
 
@@ -22,101 +22,101 @@ def frozen_forms():
     return {"nothing": None, "matrix": matrix, "pair": pair}
 
 
-def shared_out(slots, sizes, together=None):
-    runs = Segments([Segment(slot, size) for slot, size in zip(slots, sizes)], False, torch.device("cpu"))
-    runs.batched = runs.batched if together is None else together
-    return runs
+def segments_of(slots, sizes, batched=None):
+    segments = Segments([Segment(slot, size) for slot, size in zip(slots, sizes)], False, torch.device("cpu"))
+    segments.batched = segments.batched if batched is None else batched
+    return segments
 
 
-def written_out(y, x, u, A, B, runs, fixed):
+def written_out(y, x, u, A, B, segments, constants):
     rows, start = [], 0
-    for k, size in zip(runs.slots, runs.sizes):
+    for k, size in zip(segments.slots, segments.sizes):
         r = slice(start, start + size)
         start += size
-        total = y[r] + fixed.scales[k] * (u[r] @ A[k].T @ B[k].T)
-        if isinstance(fixed.frozen[k], LowRank):
-            total = total + x[r] @ fixed.frozen[k].dense().T
-        elif fixed.frozen[k] is not None:
-            total = total + x[r] @ fixed.frozen[k].T
+        total = y[r] + constants.scales[k] * (u[r] @ A[k].T @ B[k].T)
+        if isinstance(constants.base_changes[k], LowRank):
+            total = total + x[r] @ constants.base_changes[k].dense().T
+        elif constants.base_changes[k] is not None:
+            total = total + x[r] @ constants.base_changes[k].T
         rows.append(total)
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
+@pytest.mark.parametrize("batched", [False, True], ids=["by segment", "batched"])
 @pytest.mark.parametrize("sizes", [(2, 3, 1), (2, 2, 2)], ids=["ragged", "even"])
 @pytest.mark.parametrize("slots", [(2, 0, 1), (1, 2, 3), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("shape", [(6,), (6, 4)])
 @pytest.mark.parametrize("form", ["nothing", "matrix", "pair"])
-def test_values_and_all_gradients(shape, form, slots, sizes, together):
+def test_values_and_all_gradients(shape, form, slots, sizes, batched):
     g = torch.Generator().manual_seed(0)
 
     def draw(*size):
         return torch.randn(*size, generator=g, dtype=torch.float64, requires_grad=True)
 
     frozen = frozen_forms()[form]
-    runs = shared_out(slots, sizes, together)
-    fixed = Fixed([2.0, -1.0, 0.5, 3.0], [None, frozen, frozen, frozen])
+    segments = segments_of(slots, sizes, batched)
+    constants = SlotConstants([2.0, -1.0, 0.5, 3.0], [None, frozen, frozen, frozen])
     tensors = [draw(*shape, OUT), draw(*shape, IN), draw(*shape, IN), draw(4, RANK, IN), draw(4, OUT, RANK)]
     results = []
-    for function in (change, written_out):
+    for function in (add_lora_, written_out):
         leaves = [t.detach().clone().requires_grad_() for t in tensors]
         y, x, u, A, B = leaves
-        out = function(y * 1.0, x, u, A, B, runs, fixed)  # y is what a layer made: no leaf
+        out = function(y * 1.0, x, u, A, B, segments, constants)  # y is what a layer made: no leaf
         (out * torch.arange(out.numel(), dtype=torch.float64).view_as(out).sin()).sum().backward()
         results.append([out.detach()] + [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves])
     for mine, theirs in zip(*results):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_a_run_of_nan_stays_its_own(together):
-    """Also where a longer run's place beside it is free: 0 times NaN would be NaN."""
+@pytest.mark.parametrize("batched", [False, True])
+def test_nan_in_one_segment_reaches_no_other(batched):
+    """Padding is filled with zeros, not multiplied by zero: 0 times NaN would be NaN."""
     g = torch.Generator().manual_seed(0)
-    runs, fixed = shared_out((0, 1), (1, 4), together), Fixed([1.0, 1.0], [None, None])
+    segments, constants = segments_of((0, 1), (1, 4), batched), SlotConstants([1.0, 1.0], [None, None])
     A, B = torch.randn(2, RANK, IN, generator=g), torch.randn(2, OUT, RANK, generator=g)
     found = []
     for bad in (0.0, torch.nan):
         x = torch.randn(5, IN, generator=torch.Generator().manual_seed(3))
         x[0] += bad
         leaves = [t.clone().requires_grad_() for t in (x, A, B)]
-        out = change(torch.zeros(5, OUT), leaves[0], *leaves, runs, fixed)
+        out = add_lora_(torch.zeros(5, OUT), leaves[0], *leaves, segments, constants)
         out.sum().backward()
         found.append([out[1:].detach(), *(leaf.grad[1:] for leaf in leaves)])
     for clean, beside in zip(*found):
         assert torch.equal(clean, beside)
 
 
-def test_x_that_is_its_own_dropped_input_gets_both_gradients():
+def test_without_dropout_x_gets_both_gradients():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4, IN, generator=g, dtype=torch.float64, requires_grad=True)
     A = torch.randn(1, RANK, IN, generator=g, dtype=torch.float64, requires_grad=True)
     B = torch.randn(1, OUT, RANK, generator=g, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(OUT, IN, generator=g, dtype=torch.float64)
-    runs, fixed = shared_out((0,), (4,)), Fixed([0.5], [frozen_forms()["matrix"]])
-    assert torch.autograd.gradcheck(lambda x, A, B: change(x @ weight.T, x, x, A, B, runs, fixed), (x, A, B))
+    segments, constants = segments_of((0,), (4,)), SlotConstants([0.5], [frozen_forms()["matrix"]])
+    assert torch.autograd.gradcheck(lambda x, A, B: add_lora_(x @ weight.T, x, x, A, B, segments, constants), (x, A, B))
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_a_coarser_base_keeps_its_format_and_the_factors_theirs(together):
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_bfloat16_base_and_float32_factors_keep_their_dtypes(batched):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(4, IN, generator=g).bfloat16()
     A = torch.randn(2, RANK, IN, generator=g, requires_grad=True)
     B = torch.randn(2, OUT, RANK, generator=g, requires_grad=True)
-    runs, fixed = (
-        shared_out((0, 1), (3, 1), together),
-        Fixed([0.5, 0.5], [torch.randn(OUT, IN, generator=g)] * 2),
+    segments, constants = (
+        segments_of((0, 1), (3, 1), batched),
+        SlotConstants([0.5, 0.5], [torch.randn(OUT, IN, generator=g)] * 2),
     )
     y = torch.zeros(4, OUT, dtype=torch.bfloat16)
-    out = change(y.clone(), x, x, A, B, runs, fixed)
+    out = add_lora_(y.clone(), x, x, A, B, segments, constants)
     assert out.dtype == torch.bfloat16
-    wanted = written_out(y.float(), x.float(), x.float(), A, B, runs, fixed)
+    wanted = written_out(y.float(), x.float(), x.float(), A, B, segments, constants)
     torch.testing.assert_close(out.float(), wanted, rtol=0.02, atol=0.05)
     out.float().sum().backward()
     assert A.grad.dtype == torch.float32
     assert bool(A.grad.any())
 
 
-def test_a_frozen_change_is_a_changed_weight():
+def test_a_base_change_acts_as_a_changed_weight():
     """A slot over base + F gives what a slot over a base of weight W + F gives."""
     torch.manual_seed(0)
     plain, changed = torch.nn.Linear(IN, OUT), torch.nn.Linear(IN, OUT)
@@ -134,26 +134,26 @@ def test_a_frozen_change_is_a_changed_weight():
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
 
 
-def test_clients_over_the_same_change_of_the_base_take_it_in_one_product():
-    """As many products as changes that differ, and what came as one tensor stays one."""
+def test_neighbours_with_the_same_base_change_share_one_product():
+    """One product per distinct change. A change that several clients share has one copy."""
     layer = torch.nn.Linear(IN, OUT)
     stacked = StackedLora(layer, Batch())
     shared, other = torch.randn(OUT, IN), torch.randn(OUT, IN)
     stacked.load([LowRank(torch.ones(OUT, 1), torch.ones(1, IN), 1.0)] * 4, [shared, shared, None, other])
-    assert stacked.fixed.frozen[0] is stacked.fixed.frozen[1]
-    runs = shared_out((0, 1, 2, 3), (2, 1, 3, 2))
-    assert [rows for rows, _ in stacked.fixed.changes(runs, 10)] == [slice(0, 30), slice(60, 80)]
+    assert stacked.constants.base_changes[0] is stacked.constants.base_changes[1]
+    segments = segments_of((0, 1, 2, 3), (2, 1, 3, 2))
+    assert [rows for rows, _ in stacked.constants.base_changes_of(segments, 10)] == [slice(0, 30), slice(60, 80)]
 
 
-def test_loading_makes_room_for_exactly_what_is_loaded():
+def test_load_makes_one_slot_per_pair_at_the_largest_rank():
     stacked = StackedLora(torch.nn.Linear(IN, OUT), Batch())
     pairs = [LowRank(torch.ones(OUT, rank), torch.ones(rank, IN), rank) for rank in (1, 4)]
     for load, slots, rank in ((pairs, 2, 4), ([*pairs, None], 3, 4), (pairs[:1], 1, 1)):
         stacked.load(load)
         assert stacked.A_KRI.shape == (slots, rank, IN)
         assert stacked.B_KOR.shape == (slots, OUT, rank)
-        assert stacked.fixed.scales == [0.0 if pair is None else pair.scale for pair in load]
-        assert stacked.fixed.frozen == [None] * slots
+        assert stacked.constants.scales == [0.0 if pair is None else pair.scale for pair in load]
+        assert stacked.constants.base_changes == [None] * slots
         assert stacked.A_KRI.sum() == IN * sum(pair.rank for pair in load if pair is not None)
     head = StackedLinear(torch.nn.Linear(IN, OUT), Batch())
     head.load([torch.ones(OUT, IN)] * 3, [torch.ones(OUT)] * 3)

@@ -1,4 +1,4 @@
-"""Runs side by side: what is put into a grid comes back, gradients are those of plain padding, free places are zero."""
+"""Padding of segments: values and gradients are those of `pad_sequence`, and unpadding is the inverse."""
 
 from __future__ import annotations
 
@@ -18,75 +18,75 @@ def drawn(*shape):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_a_grid_is_plain_padding(sizes):
-    grid = RaggedIndex(sizes, CPU)
+def test_padding_is_pad_sequence(sizes):
+    index = RaggedIndex(sizes, CPU)
     x = drawn(sum(sizes), 3).requires_grad_()
-    weights = drawn(grid.lines, grid.longest, 3)
-    padded = nn.utils.rnn.pad_sequence(list(x.split(list(sizes))), batch_first=True)
-    spread = grid.pad(x).view(grid.lines, grid.longest, 3)
-    assert torch.equal(spread, padded)
-    assert torch.equal(grid.unpad(spread.flatten(0, 1)), x)
-    (expected,) = torch.autograd.grad((padded * weights).sum(), x)
-    (found,) = torch.autograd.grad((spread * weights).sum(), x)
+    weights = drawn(index.count, index.longest, 3)
+    expected = nn.utils.rnn.pad_sequence(list(x.split(list(sizes))), batch_first=True)
+    padded = index.pad(x).view(index.count, index.longest, 3)
+    assert torch.equal(padded, expected)
+    assert torch.equal(index.unpad(padded.flatten(0, 1)), x)
+    (expected,) = torch.autograd.grad((expected * weights).sum(), x)
+    (found,) = torch.autograd.grad((padded * weights).sum(), x)
     assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_both_ways_have_the_gradients_of_finite_differences(sizes):
-    grid = RaggedIndex(sizes, CPU)
-    assert torch.autograd.gradcheck(grid.spread, (drawn(sum(sizes), 2).requires_grad_(),))
-    assert torch.autograd.gradcheck(grid.gather, (drawn(grid.lines * grid.longest, 2).requires_grad_(),))
+def test_gradients_are_those_of_finite_differences(sizes):
+    index = RaggedIndex(sizes, CPU)
+    assert torch.autograd.gradcheck(index.pad, (drawn(sum(sizes), 2).requires_grad_(),))
+    assert torch.autograd.gradcheck(index.unpad, (drawn(index.count * index.longest, 2).requires_grad_(),))
 
 
-def test_nan_behind_a_run_reaches_nobody():
-    grid = RaggedIndex((1, 3), CPU)
-    spread = grid.pad(torch.tensor([torch.nan, 1.0, 2.0, 3.0]))
-    assert torch.equal(spread.isnan(), torch.tensor([True] + 5 * [False]))
-    filled = torch.zeros(6).masked_fill(grid.free, torch.nan)
-    assert not grid.unpad(filled).isnan().any()
+def test_nan_reaches_no_other_sequence():
+    index = RaggedIndex((1, 3), CPU)
+    padded = index.pad(torch.tensor([torch.nan, 1.0, 2.0, 3.0]))
+    assert torch.equal(padded.isnan(), torch.tensor([True] + 5 * [False]))
+    filled = torch.zeros(6).masked_fill(index.padding_mask, torch.nan)
+    assert not index.unpad(filled).isnan().any()
 
 
 @pytest.mark.parametrize("slots", [(0, 1, 2), (1, 2, 3), (3, 0, 2)], ids=str)
 @pytest.mark.parametrize("sizes", [(2, 1, 3), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("wide", [1, 4])
-def test_what_is_shared_out_comes_back(slots, sizes, wide):
-    runs = Segments([Segment(slot, size) for slot, size in zip(slots, sizes)], False, CPU)
+def test_unpad_and_scatter_are_inverses(slots, sizes, wide):
+    segments = Segments([Segment(slot, size) for slot, size in zip(slots, sizes)], False, CPU)
     x, stacked = drawn(sum(sizes) * wide, 5), drawn(4, 2, 3)
-    grid = runs.grid(x)
-    assert grid.shape == (3, max(sizes) * wide, 5)
-    for k, (run, size) in enumerate(zip(x.view(sum(sizes), wide, 5).split(list(sizes)), sizes)):
-        assert torch.equal(grid[k, : size * wide], run.flatten(0, 1))
-        assert not grid[k, size * wide :].any()
-    assert torch.equal(runs.row(grid), x)
-    assert torch.equal(runs.of(stacked), stacked[list(slots)])
-    back = runs.into(runs.of(stacked), 4)
+    padded = segments.pad(x)
+    assert padded.shape == (3, max(sizes) * wide, 5)
+    for k, (own, size) in enumerate(zip(x.view(sum(sizes), wide, 5).split(list(sizes)), sizes)):
+        assert torch.equal(padded[k, : size * wide], own.flatten(0, 1))
+        assert not padded[k, size * wide :].any()
+    assert torch.equal(segments.unpad(padded), x)
+    assert torch.equal(segments.select(stacked), stacked[list(slots)])
+    back = segments.scatter(segments.select(stacked), 4)
     (left_out,) = set(range(4)) - set(slots)
     assert torch.equal(back[list(slots)], stacked[list(slots)])
     assert not back[left_out].any()
 
 
 def test_slots_may_come_in_any_order():
-    runs = Segments([Segment(slot, 1) for slot in (2, 0, 1)], False, CPU)
+    segments = Segments([Segment(slot, 1) for slot in (2, 0, 1)], False, CPU)
     stacked = drawn(3, 2)
-    assert torch.equal(runs.into(runs.of(stacked), 3), stacked)
+    assert torch.equal(segments.scatter(segments.select(stacked), 3), stacked)
 
 
-def test_a_cpu_takes_ragged_runs_one_by_one_and_a_gpu_never():
-    runs = {"alone": [4], "even": [2, 2], "ragged": [1, 3]}
+def test_a_cpu_batches_equal_sizes_only_and_a_gpu_always():
+    cases = {"alone": [4], "equal": [2, 2], "ragged": [1, 3]}
 
-    def together(device):
-        segments = {name: [Segment(k, n) for k, n in enumerate(sizes)] for name, sizes in runs.items()}
-        return {name: Segments(found, False, torch.device(device)).batched for name, found in segments.items()}
+    def batched(device):
+        segments = {name: [Segment(k, n) for k, n in enumerate(sizes)] for name, sizes in cases.items()}
+        return {name: Segments(own, False, torch.device(device)).batched for name, own in segments.items()}
 
-    assert together("cpu") == {"alone": False, "even": True, "ragged": False}
-    assert together("meta") == {"alone": True, "even": True, "ragged": True}
+    assert batched("cpu") == {"alone": False, "equal": True, "ragged": False}
+    assert batched("meta") == {"alone": True, "equal": True, "ragged": True}
 
 
-def test_rows_and_tokens_are_told_apart_by_the_shape_and_found_once():
+def test_the_shape_tells_rows_from_tokens():
     batch = Batch()
     with batch.using([Segment(0, 2, lengths=[3, 1]), Segment(1, 1, lengths=[2])]):
         rows, tokens = batch.segments_of(torch.zeros(3, 7)), batch.segments_of(torch.zeros(1, 6, 7))
-        assert (rows.sizes, rows.flat) == ([2, 1], False)
-        assert (tokens.sizes, tokens.flat) == ([4, 2], True)
+        assert (rows.sizes, rows.by_token) == ([2, 1], False)
+        assert (tokens.sizes, tokens.by_token) == ([4, 2], True)
         assert batch.segments_of(torch.zeros(3, 5, 7)) is rows
         assert batch.segments_of(torch.zeros(6, 7)) is tokens

@@ -1,4 +1,4 @@
-"""A process loads a base model once for all runs that need the same; no run can tell, and no run changes the weights."""
+"""A process loads a base model once for all runs that need the same model, and no run changes its weights."""
 
 from __future__ import annotations
 

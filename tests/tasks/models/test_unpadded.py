@@ -9,9 +9,9 @@ import transformers
 from torch import nn
 
 from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.lora.packed.layers import layer_shape
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_layers, head_values
+from rayfed.lora.peft import layer_shape
 from rayfed.tasks.data.tokens import Tokens
 from rayfed.tasks.models.base import MeanPooledClassifier
 from rayfed.tasks.models.unpadded import Padded, Unpadded, UnpaddedModel, choose_batching
