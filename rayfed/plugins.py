@@ -1,7 +1,8 @@
-"""The members of an axis (methods, objectives, weightings, channels): found by file name, or brought by import path.
+"""Finds the members of an axis (methods, objectives, weightings, channels, tasks) by name.
 
-A member is one class in one file of the axis's package; the file's name is the member's name. A file whose name starts
-with an underscore, and `base`, hold no member. A user's own member is named `package.module:Class`.
+A member is one class in one file of the axis's package, and the name of the file is the name of the member. `base` and
+files whose names start with an underscore are not members. A user's own member is named by its import path,
+`package.module:Class`.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ T = TypeVar("T")
 
 @cache
 def member_names(package: str) -> tuple[str, ...]:
-    """The members' names of an axis's package, sorted; no member is imported."""
+    """The names of the members of an axis's package, sorted. Does not import the members."""
     names = (module.name for module in pkgutil.iter_modules(import_module(package).__path__) if not module.ispkg)
     return tuple(sorted(name for name in names if name != "base" and not name.startswith("_")))
 
 
 def member_class(package: str, name: str, base: type[T], field: str) -> type[T]:
-    """The member's class: by its file's name, or by import path for a class outside the package.
+    """The class of the member ``name``: the name of its file, or the import path of a class outside the package.
 
-    Raises UserError, which names ``field``, where there is no such member or where it is no subclass of ``base``.
+    Raises UserError for the setting ``field`` if there is no such member or if it is not a subclass of ``base``.
     """
     if ":" in name:
         found = load_object(name, field)
@@ -49,18 +50,19 @@ def member_class(package: str, name: str, base: type[T], field: str) -> type[T]:
 
 
 def load_object(path: str, field: str) -> Any:
-    """The object at the import path `package.module:name`. UserError, which names ``field``, where there is none."""
+    """The object at the import path `package.module:name`. UserError for the setting ``field`` if there is none."""
     module, _, name = path.partition(":")
     try:
         found = getattr(import_module(module), name, None)
     except Exception as error:
-        reason = f"{type(error).__name__}: {_one_line(error)}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise allowed(field, path, f"{module} cannot be imported ({reason}); is its folder on PYTHONPATH?") from error
     if found is None:
         raise allowed(field, path, f"{module} has no function or class {name}")
     return found
 
 
-def _one_line(text: object) -> str:
+def one_line(text: object) -> str:
+    """The text in one line of at most 120 characters, for error messages."""
     line = " ".join(str(text).split())
     return line if len(line) <= 120 else line[:117] + "..."

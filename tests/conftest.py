@@ -23,8 +23,9 @@ settings.register_profile("thorough", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist, one process runs all tests that share a Ray cluster, first, and a file's tests for its fixtures."""
+    """With pytest-xdist, a file's tests share a process, and so do all tests on the Ray cluster, which come first."""
     on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
     items.sort(key=lambda item: item.path not in on_ray)
     for item in items:

@@ -1,4 +1,4 @@
-"""Channels: what happens between the bytes that are sent and the bytes that arrive. One file a channel."""
+"""Channels: what happens to a payload between the two ends. One file per channel."""
 
 from rayfed.channels.base import Channel
 from rayfed.channels.lossless import Lossless

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 class Channel:
-    """Carries one payload from one side to the other. It must be a function of the payload and its own settings."""
+    """Carries one payload from one end to the other. The result depends on the payload and the settings only."""
 
     def deliver(self, payload: bytes) -> bytes:
-        """The payload as the other side receives it. ``payload`` is made by `rayfed.wire.encode`."""
+        """The payload as the other end receives it. `rayfed.wire.encode` made ``payload``."""
         raise NotImplementedError

@@ -33,10 +33,11 @@ from rayfed.clients.messages import (
 )
 from rayfed.clients.pack_timing import measure
 from rayfed.clients.plan import RunPlan
-from rayfed.clients.transfer import assemble, merged_base, personal_values, sums, upload
+from rayfed.clients.transfer import assemble, personal_values, sums, upload
 from rayfed.errors import RunError
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_layers
+from rayfed.methods._messages import merged
 from rayfed.methods.base import BaseChange
 from rayfed.tasks.models.base import in_dtype
 from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
@@ -142,7 +143,7 @@ class Trainer:
             base = bases[order.base]
         if order.merge is not None:
             assert order.merge_layout is not None
-            base = merged_base(base, order.merge_layout.unflatten(decoded[order.merge].dense()))
+            base = merged(base, order.merge_layout.unflatten(decoded[order.merge].dense()))
         return PackMember(
             order.client,
             order.layout,

@@ -19,10 +19,9 @@ from rayfed.channels import Channel
 from rayfed.clients.local_training import PackMember, TrainedClient
 from rayfed.clients.messages import ClientOrder
 from rayfed.errors import RunError
-from rayfed.lora.adapter import Adapter, Layout, LowRank
-from rayfed.lora.algebra import add
+from rayfed.lora.adapter import Layout
 from rayfed.methods import Method, PackSum
-from rayfed.methods.base import BaseChange, Sparse
+from rayfed.methods.base import Sparse
 from rayfed.wire import Payload
 
 
@@ -72,16 +71,6 @@ def assemble(layout: Layout, payload: Payload, known: Payload | None) -> tuple[T
     start[travels] = payload.dense()
     has[travels] = True if arrived is None else arrived
     return start, has
-
-
-def merged_base(base: BaseChange, merge: Adapter | None) -> BaseChange:
-    """The change of the base under a client's adapter, once the client has merged what it received for that."""
-    merged: dict[str, LowRank | Tensor] = dict(base)
-    for name, pair in (merge.layers if merge else {}).items():
-        below = merged.get(name)
-        dense = below.dense() if isinstance(below, LowRank) else below
-        merged[name] = pair if dense is None else add(dense, pair)
-    return merged
 
 
 def upload(method: Method, result: TrainedClient, member: PackMember, order: ClientOrder) -> bytes:

@@ -88,6 +88,11 @@ class _OneLine(reprlib.Repr):
 _ONE_LINE = _OneLine()
 
 
+def in_words(kind: Any) -> str:
+    """The values that a type allows, in words: `Annotated[float, Field(ge=0)]` is "a number of at least 0"."""
+    return _describe_type(kind, [])
+
+
 def _describe_type(kind: Any, metadata: list[Any]) -> str:
     origin, inside = get_origin(kind), get_args(kind)
     if origin is Annotated:

@@ -1,281 +1,148 @@
-"""What a federated LoRA method is: state in, state out.
+"""The base class of methods. A federated LoRA method is a function from state to state.
 
-A method decides what is sent to each client, which entries train, and how uploads become the next global state. It
-knows adapters and client profiles; no Ray, no models, no files. What travels is decided around it:
+A method decides what every client receives, which entries train, and how the uploads become the next global state. It
+works on adapters and client profiles. It knows no Ray, no models and no files. In every round the server calls
 
-1. `broadcast` says where a client starts: its adapter, and the frozen change of the base beneath it. Entries of the
-   adapter that the client has already (``known``) do not travel; of the others the wire sends the largest, or those of
-   ``mask``. The client trains what it decoded.
-2. `select` picks, at the client, which of its changes go up; `trainable` says what trains and what stays personal.
-3. `aggregate` gets start and change of every client as decoded, pack after pack. A `sum_in_worker` method asks for no more
-   than the sum of the weighted changes; the server hands it `PackSum` packs, which may come from where they were
-   trained. The server optimizer is an axis of its own, handed over as ``advance``.
-4. `news` is what every client must merge into its base after a round; the server counts it for each client that takes
-   part, together with the news of the rounds it missed (or the whole change of the base where that is smaller).
+1. `broadcast` for each client (for each tier, if the method is not `personal`): where the client starts. The wire then
+   encodes the start: entries that the client knows do not travel; of the others the largest travel, or those of a mask.
+2. `trainable` for each client: which entries train, and which of them stay with the client.
+3. `select` at each client whose upload is sparse: which entries of its change go up.
+4. `aggregate` once: the next state, from the decoded start and change of every client.
+5. `base_update` once: what every client must merge into its base. The server counts it for each client that takes
+   part, for all rounds that the client missed, or the whole change of the base where that is smaller.
 
-The state holds global tensors, and under ``clients`` what belongs to single clients and survives between rounds. Both
-are checkpointed; neither is traffic.
+The server optimizer, the aggregation weights, the densities and the number formats are settings of their own.
+docs/write-a-method.md shows how to write a method; `rayfed/methods/flasc.py` is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, Layout, LowRank
-from rayfed.objectives.base import Objective
+from rayfed.methods._means import Advance, fedavg, mean_change
+from rayfed.methods._messages import BaseChange, PackSum, Sparse, Start, Trainable, Update, Updates
+from rayfed.methods._options import check_options
+from rayfed.methods._state import State
 from rayfed.profiles.profile import Profile
 from rayfed.wire import top_k
 
-BaseChange = Mapping[str, LowRank | Tensor]
-"""A frozen change of the base: by layer a low-rank pair or a matrix (out, in), whichever is cheaper."""
+Source = Literal["paper read", "authors' code read", "abstract only", "secondary", "ours"]
 
-Advance = Callable[[str, Tensor, Tensor], Tensor]
-"""One server-optimizer step: (name of the tensor, its value, its mean change) -> its next value, all of one shape."""
-
-_IN_CACHE = 2**15  # entries whose float64 temporaries stay in a core's cache
+ANY_OPTIMIZER = ("fedavg", "sgd", "fedavgm", "fedadam", "adamw")
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a client starts, before the wire: a flat vector (n,) with its layout, over a frozen change of the base.
+class Method:
+    """One federated LoRA method. A subclass is a frozen dataclass of its options, or any class that pickles.
 
-    ``mask`` (n,) names the entries to send; None leaves the choice to the wire (the largest by magnitude). With
-    ``dense`` everything travels this round, both ways, whatever the client's densities. ``known`` (n,) marks entries
-    that never travel, since the client has them: drawn from a seed it knows, or its own from an earlier round.
-    ``extra`` (m,) travels beside the adapter, whole. ``base`` is the change of the base that the client has by then.
+    Every option of a dataclass is a field of a type that YAML has (a number, a string, true or false, one of some
+    words; null), with a default and a docstring. A type such as pydantic's NonNegativeFloat gives a number its range.
+    The base class checks the options and raises UserError.
     """
 
-    vector: Tensor
-    layout: Layout
-    mask: Tensor | None = None
-    dense: bool = False
-    known: Tensor | None = None
-    merge: Adapter | None = None
-    base: BaseChange = field(default_factory=dict)
+    paper: ClassVar[str] = ""
+    """Where the method was published, such as "arXiv 2406.05233"."""
+    summary: ClassVar[str] = ""
+    """What the method does, in one line of at most about 80 characters."""
+    traffic_down: ClassVar[str] = "r (in + out)"
+    """The entries that a client receives per layer and round. r, in, out: rank and layer sizes; d: densities."""
+    traffic_up: ClassVar[str] = "r (in + out)"
+    """The entries that a client sends per layer and round."""
+    source: ClassVar[Source] = "ours"
+    """What was read to write the method."""
 
+    weights: ClassVar[str] = "examples"
+    """The paper's aggregation weights: the name of a weighting."""
+    optimizer: ClassVar[str] = "fedavg"
+    """The paper's server optimizer."""
+    optimizers: ClassVar[tuple[str, ...]] = ("fedavg",)
+    """The server optimizers that make sense with the method."""
+    mixed_ranks: ClassVar[bool] = False
+    """True if clients may have different ranks."""
+    sparse_down: ClassVar[bool] = True
+    """True if downloads may be sparse or rounded."""
+    sparse_up: ClassVar[bool] = True
+    """True if uploads may be sparse or rounded."""
+    personal: bool = False
+    """True if every client gets a payload of its own. False: clients of equal rank and density share one."""
+    sum_in_worker: ClassVar[bool] = False
+    """True if `aggregate` needs only the sum of the weighted changes. Then the server may pass `PackSum`s, which are
+    added up where the clients trained. It is false as well where the sum would do but is mostly zeros."""
 
-@dataclass(frozen=True)
-class Trainable:
-    """Which entries train: whole parts, or of these only ``entries`` (n,), or only what the client has a value for."""
+    state_class: ClassVar[type[State]] = State
+    """The class of the method's state."""
 
-    parts: tuple[str, ...] = ("A", "B", "head")
-    received_only: bool = False  # only entries that arrived in the payload, or were held
-    entries: Tensor | None = None
-    personal: tuple[
-        str, ...
-    ] = ()  # parts that train and are never uploaded: they come back as `Update.personal_values`
-    rates: Mapping[str, float] = field(default_factory=dict)  # part -> factor on the client's learning rate
-    objective: Objective | None = None  # the client's own; None: the run's
-
-    def whole(self, layout: Layout) -> Tensor:
-        """Boolean (n,): the entries that could train, had everything arrived."""
-        whole = layout.mask(*self.parts)
-        return whole if self.entries is None else whole & self.entries
-
-    def support(self, layout: Layout, received: Tensor | None) -> Tensor:
-        """Boolean (n,): the entries that train. ``received`` (n,): which the client has a value for; None: all.
-
-        Server and client compute it alike, so an upload needs no indices for entries that cannot have changed.
-        """
-        whole = self.whole(layout)
-        return whole & received if self.received_only and received is not None else whole
-
-    def uploaded(self, layout: Layout, support: Tensor) -> Tensor:
-        """Boolean (n,): the entries of ``support`` that may be sent up."""
-        return support & ~layout.mask(*self.personal) if self.personal else support
-
-    def same_support(self, other: Trainable) -> bool:
-        """Do the three above surely answer the same? Given ``entries`` are compared by identity."""
-        mine, others = ((t.parts, t.received_only, t.personal) for t in (self, other))
-        return mine == others and self.entries is other.entries
-
-
-@dataclass(frozen=True)
-class Sparse:
-    """A vector (n,) of zeros, but for ``values`` (k,), float32, at ``indices`` (k,), int64, all different."""
-
-    n: int
-    indices: Tensor
-    values: Tensor
-
-    def dense(self) -> Tensor:
-        """The vector (n,), float32; a fresh tensor."""
-        return torch.zeros(self.n).index_copy_(0, self.indices, self.values)
-
-
-@dataclass(frozen=True)
-class Update:
-    """What came back from one client, as decoded: ``start`` (n,) it trained from, and how it ``sparse_change`` (n,).
-
-    A method reads ``change``, or adds the change to a sum by ``add_to``, which costs as much as was sent.
-    ``personal_values`` (n,): its trained values in the personal parts, zeros elsewhere; None where nothing is personal.
-    """
-
-    client: Profile
-    weight: float
-    start: Tensor
-    sparse_change: Tensor | Sparse
-    layout: Layout
-    stats: Mapping[str, float] = field(default_factory=dict)
-    personal_values: Tensor | None = None
-
-    @cached_property
-    def change(self) -> Tensor:
-        """The change it made (n,), float32."""
-        return self.sparse_change.dense() if isinstance(self.sparse_change, Sparse) else self.sparse_change
-
-    def add_to(self, total: Tensor) -> None:
-        """Adds ``weight * change`` to ``total`` (n,), float64, in place; the same bits in either form of ``sparse_change``."""
-        add_weighted(total, self.weight, self.sparse_change)
-
-    @property
-    def trained(self) -> Adapter:
-        """The client's adapter after training, as far as it was uploaded."""
-        return self.layout.unflatten(self.start + self.change)
-
-    @property
-    def sent(self) -> Adapter:
-        """The adapter the client started from, as it decoded it."""
-        return self.layout.unflatten(self.start)
-
-
-@dataclass(frozen=True)
-class PackSum:
-    """The updates of a pack as one addend: ``total`` (n,) = sum_k weight_k change_k, float64; and all weight."""
-
-    weight: float
-    total: np.ndarray
-
-    @classmethod
-    def of(cls, changes: Iterable[tuple[float, Tensor | Sparse]], size: int) -> PackSum:
-        """Adds weighted changes of ``size`` entries, in their order; the same bits wherever it is done."""
-        total, weights = torch.zeros(size, dtype=torch.float64), 0.0
-        for weight, moved in changes:
-            add_weighted(total, weight, moved)
-            weights += weight
-        return cls(weights, total.numpy())
-
-    def add_to(self, total: Tensor) -> None:
-        """Adds the sum to ``total`` (n,), float64, in place."""
-        sums = total.numpy()
-        np.add(sums, self.total, out=sums)  # in NumPy: what comes through Ray may only be read, which torch warns of
-
-
-class State(Protocol):
-    """A method's global state: tensors that safetensors can store, plus plain JSON values."""
-
-    @property
-    def clients(self) -> Mapping[int, Mapping[str, Tensor]]:
-        """What single clients keep between rounds, by client id."""
-
-    @property
-    def report(self) -> Mapping[str, float]:
-        """Figures about the last aggregation, for the metrics (`method/...`)."""
-
-    def tensors(self) -> dict[str, Tensor]: ...
-
-    def facts(self) -> dict[str, Any]: ...
-
-
-class Method(Protocol):
-    """One federated LoRA method; see the module docstring, and `flasc.py` for one. `Defaults` has the usual answers."""
-
-    weights: str  # "uniform" or "examples": the paper's aggregation weights
-    optimizer: str  # the paper's server optimizer
-    optimizers: tuple[str, ...]  # server optimizers that make sense with it
-    mixed_ranks: bool  # may clients have different ranks?
-    sparse_down: bool  # may downloads be sparse or rounded?
-    sparse_up: bool  # may uploads be?
-    personal: bool  # does every client get a payload of its own, rather than every tier?
-    sum_in_worker: (
-        bool  # does `aggregate` need only the sum of the weighted changes? Then it takes `PackSum` packs as well
-    )
+    def __post_init__(self) -> None:
+        """Checks the options. UserError for a value that an option does not allow."""
+        check_options(type(self), vars(self))
 
     def init(self, adapter: Adapter, seed: int) -> Any:
-        """The state before round 0. ``adapter``: fresh (B = 0, A random), of the largest rank, with its scale."""
+        """The state before the first round. Called once a run.
+
+        ``adapter`` has the largest rank of all clients, B = 0, a random A, and the start values of the head. It has no
+        layers if only the head trains. ``seed`` is the run's seed, for what the method draws.
+        """
+        raise NotImplementedError
 
     def restore(
         self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], clients: Mapping[int, Mapping[str, Tensor]]
     ) -> Any:
-        """The state that gave these `tensors()`, `facts()` and `clients`."""
+        """The state that gave these `State.tensors`, `State.facts` and `State.clients`. Called when a run resumes."""
+        return self.state_class.restore(tensors, facts, clients)
 
-    def broadcast(self, state: Any, client: Profile) -> Start: ...
+    def broadcast(self, state: Any, client: Profile) -> Start:
+        """Where a client starts in the round that begins with ``state``. Must not change the state.
 
-    def trainable(self, state: Any, client: Profile) -> Trainable: ...
-
-    def select(self, start: Tensor, change: Tensor, layout: Layout, budget: int, density: float) -> Tensor:
-        """At the client: which entries to upload, as sorted indices into (n,).
-
-        ``change`` (n,) is zero where nothing trained or nothing may be sent; at most ``budget`` indices.
+        Called once for each tier, or for each client of a `personal` method. `aggregate` may call it again.
         """
-
-    def aggregate(self, state: Any, updates: Iterable[Any], advance: Advance = ...) -> Any:
-        """The next state. ``updates``: `Update`s; where the method is ``sum_in_worker``, these, `PackSum` packs, or both."""
-
-    def base_update(self, state: Any) -> Tensor | None:
-        """What every client must receive of the last round to merge it into its base, (m,); None: nothing."""
-
-    def delta(self, state: Any, layer: str) -> LowRank | Tensor:
-        """The global model's whole change of a layer (the base's included): what is evaluated and exported."""
-
-    def head(self, state: Any) -> Mapping[str, Tensor]: ...
-
-    def layers(self, state: Any) -> tuple[str, ...]: ...
-
-
-class Defaults:
-    """What most methods answer."""
-
-    weights = "examples"
-    optimizer = "fedavg"
-    optimizers: ClassVar[tuple[str, ...]] = ("fedavg",)
-    mixed_ranks = False
-    sparse_down = True
-    sparse_up = True
-    personal = False
-    sum_in_worker = False  # also where the sum would do, but is mostly zeros: Fed-SB's cores, S-LoRA's sparse stage
+        raise NotImplementedError
 
     def trainable(self, state: Any, client: Profile) -> Trainable:
+        """Which entries the client trains in the round that begins with ``state``. Called once for each client."""
         return Trainable()
 
     def select(self, start: Tensor, change: Tensor, layout: Layout, budget: int, density: float) -> Tensor:
+        """Which entries a client uploads, as sorted int64 indices into (n,), at most ``budget`` of them.
+
+        Called at the client, if its upload is sparse. ``start`` (n,) is the vector from which it trained. ``change``
+        (n,) is zero where nothing trained and where nothing may be sent. ``density`` is the client's, in (0, 1].
+        """
         return top_k(change, budget)
 
+    def aggregate(self, state: Any, updates: Iterable[Any], advance: Advance = fedavg) -> Any:
+        """The state after the round that began with ``state``. Called once a round; must not change ``state``.
+
+        ``updates`` is a stream of one `Update` for each client that trained, in a fixed order. It can be read once;
+        to keep all of them takes memory for the whole cohort. A `sum_in_worker` method gets `PackSum`s as well.
+        ``advance(name, value, mean_change)`` takes one step of the server optimizer. It stores its moments by name, so
+        each name must stand for the same entries in every round. ValueError if no update has a positive weight.
+        """
+        raise NotImplementedError
+
     def base_update(self, state: Any) -> Tensor | None:
+        """What every client must merge into its base after the last round, (m,); None: nothing. Called once a round."""
         return None
 
+    def delta(self, state: Any, layer: str) -> LowRank | Tensor:
+        """The global model's whole change of a layer, the change of the base included: a pair or a matrix (out, in).
 
-def fedavg(name: str, value: Tensor, change: Tensor) -> Tensor:
-    """The plainest server step: add the mean change."""
-    return value + change
+        Called for evaluation and export.
+        """
+        raise NotImplementedError
+
+    def head(self, state: Any) -> Mapping[str, Tensor]:
+        """The global head by parameter name. Called for evaluation and export."""
+        raise NotImplementedError
+
+    def layers(self, state: Any) -> tuple[str, ...]:
+        """The names of the adapted layers. Called for evaluation and export."""
+        raise NotImplementedError
 
 
-def add_weighted(total: Tensor, weight: float, moved: Tensor | Sparse) -> None:
-    """Adds ``weight * moved`` to ``total`` (n,), float64, in place; the same bits in either form."""
-    if isinstance(moved, Sparse):
-        total.scatter_add_(0, moved.indices, moved.values.double().mul_(weight))
-        return
-    for part, values in zip(total.split(_IN_CACHE), moved.split(_IN_CACHE)):
-        part += weight * values.double()
-
-
-def mean_change(updates: Iterable[Update | PackSum], size: int) -> Tensor:
-    """``sum_k p_k change_k`` as float32 (n,); p_k are the weights scaled to sum 1. Consumes updates one at a time.
-
-    Sums in float64, in the order given: memory stays at one vector whatever the cohort, and rounding of the sum is
-    below that of its terms.
-    """
-    total, weight = torch.zeros(size, dtype=torch.float64), 0.0
-    for update in updates:
-        update.add_to(total)
-        weight += update.weight
-    if weight <= 0:
-        raise ValueError("no update with a positive weight to aggregate")
-    return (total / weight).float()
+__all__ = [
+    "ANY_OPTIMIZER", "Advance", "BaseChange", "Method", "PackSum", "Profile", "Source", "Sparse", "Start", "Trainable",
+    "Update", "Updates", "fedavg", "mean_change",
+]  # fmt: skip

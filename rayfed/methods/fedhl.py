@@ -1,95 +1,72 @@
-"""FedHL (arXiv 2505.18494): a full-rank global change, truncated for each client and calibrated for the truncation.
+"""FedHL (arXiv 2505.18494): a full-rank global change, truncated for each client, and a mean without truncation bias.
 
-The server keeps a matrix W (out, in) per layer, 0 at first: the LoRA change, never the pretrained weight. In a round
+The server stores a matrix W (out, in) per layer, 0 at first: the LoRA change, never the pretrained weight. In a round
 
     W^r = best rank-r approximation of W            down: r (out + in) entries, as factors
     W_i = s_i B_i A_i                               what client i of rank r_i trained from W^{r_i}; up: its factors
     W  <- advance(W, sum_i p_i (W_i - W^{r_i}))     W^{r_i} as the client decoded it
 
-so truncation costs a client accuracy in where it starts and costs W nothing: without local training it stays as it is,
-bit for bit, whatever the ranks; with all r_i >= rank(W) it is the exact mean of products. W being dense, its gauge is
-fixed and any server optimizer may act on it. Clients are weighted against the truncation they suffered,
+So truncation costs a client accuracy at its start, and costs W nothing. Without local training W keeps its bits,
+whatever the ranks are. If all r_i >= rank(W), the step is the exact mean of products. W is a dense matrix, so any
+server optimizer may act on it. A client counts less the more it lost to truncation:
 
     e_i = sum over layers ||W - W^{r_i}||_F^2,      p_i = (e_i^gamma + eps)^-1 / sum_j (e_j^gamma + eps)^-1
 
-and the head is averaged with the same p_i. A client that loses nothing (e_i = 0) can take nearly all the weight:
-`weights_max` and `effective_cohort`, 1 / sum p_i^2, are among the metrics. A rank that has nothing to carry starts from
-B = 0 and its row of the run's first A, which is all ranks in round 0.
+The head is averaged with the same p_i. A client that loses nothing (e_i = 0) can take nearly all the weight; the
+metrics `weights_max` and `effective_cohort`, 1 / sum p_i^2, show that. A rank without a singular value starts from
+B = 0 and its row of the run's first A. In round 0 all ranks do.
 
-Of the paper only the abstract was at hand. The rules come from an independent
-implementation that quotes the paper's Eq. 8, Theorem 3 and Eq. 15: the square in gamma = 2 is the literal reading of
-Eq. 15 over Eq. 8, gamma = 1 is what minimises ``sum p_i^2 e_i`` on the simplex. The calibration of a layer is one
-product of stacked factors; only r_max singular triples and the energy of W are computed, once a round.
+Source: secondary; deviates: the rules come from an independent implementation that quotes the paper's Eq. 8, Theorem 3
+and Eq. 15, and from the abstract. gamma = 2 is the literal reading of Eq. 15 over Eq. 8. gamma = 1 minimises
+``sum p_i^2 e_i`` on the simplex (derived). Only r_max singular triples and the energy of W are computed.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+from pydantic import NonNegativeFloat, PositiveFloat
 
-from rayfed.errors import allowed
 from rayfed.lora.adapter import Adapter
-from rayfed.methods._state import Global, ProductMean, advance_head, product_change
-from rayfed.methods._truncation import Truncating, decomposed, truncation_report
-from rayfed.methods.base import Advance, Update, fedavg
+from rayfed.methods import ANY_OPTIMIZER, Advance, LayerState, ProductMean, Update, Updates, fedavg, product_change
+from rayfed.methods._truncation import Truncating, decomposed, truncation_error
 
 
 @dataclass(frozen=True)
 class FedHL(Truncating):
-    """Truncations down, calibrated averaging; any ranks, any server optimizer."""
+    """Truncations down, an unbiased mean; any ranks, any server optimizer."""
 
-    gamma: float = 2.0
-    """Power of the truncation error in the weights: 2 reads the paper literally, 1 minimises the error of the mean, 0
-    ignores the error; 0 or more."""
-    eps: float = 1e-6
-    """Keeps the weight of a client without truncation error finite; over 0. The default is that implementation's."""
+    gamma: NonNegativeFloat = 2.0
+    """Power of the truncation error in the weights. 2 reads the paper literally, 1 minimises the error of the mean, 0
+    ignores the error."""
+    eps: PositiveFloat = 1e-6
+    """Makes the weight of a client without truncation error finite. Default: the independent implementation's."""
     data: Literal["ignore", "examples"] = "ignore"
-    """Whether weights grow with the data too: not in Eq. 15; or they are multiplied by the server's weights, which are
-    the clients' numbers of examples unless `server.weights` says otherwise."""
+    """Whether weights grow with the clients' data. `ignore`: no, as in Eq. 15. `examples`: they are multiplied by the
+    server's weights, which are the clients' numbers of examples unless `server.weights` says otherwise."""
     split: Literal["sqrt", "b"] = "sqrt"
-    """Where the singular values go: their roots in B and in A, or all in B, which diverges at lower local rates (0.02
-    against 0.05 in a pilot on the problem with a known answer)."""
+    """Where the singular values go. `sqrt`: their roots in B and in A. `b`: all in B, which diverges at lower local
+    rates (0.02 against 0.05 on the problem with a known answer)."""
 
-    optimizers = ("fedavg", "sgd", "fedavgm", "fedadam", "adamw")
+    paper = "arXiv 2505.18494"
+    summary = "full-rank global model; unbiased mean, weights that counter truncation"
+    down = up = "r_k (in + out)"
+    source = "secondary"
+    optimizers = ANY_OPTIMIZER
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.gamma < math.inf:
-            raise allowed("method.gamma", self.gamma, "it must be 0 or more, and finite")
-        if not 0 < self.eps < math.inf:
-            raise allowed("method.eps", self.eps, "it must be over 0, and finite")
+    def init(self, adapter: Adapter, seed: int) -> LayerState:
+        return decomposed(super().init(adapter, seed), {name: pair.dense() for name, pair in adapter.layers.items()})
 
-    def init(self, adapter: Adapter, seed: int) -> Global:
-        start = super().init(adapter, seed)
-        return decomposed(start, {name: pair.dense() for name, pair in adapter.layers.items()})
-
-    def aggregate(self, state: Global, updates: Iterable[Update], advance: Advance = fedavg) -> Global:
-        total, weights, ranks = ProductMean(), [], []
+    def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
+        mean = ProductMean()
         for update in updates:
-            ranks.append(update.client.rank)
-            weights.append(self._weight(state, update))
-            total.add(weights[-1], Adapter({}, update.layout.unflatten(update.change).head))
-            for name, pair in product_change(update).items():
-                total.add_pair(name, weights[-1], pair)
-        layers = {}
-        for name, W in state.layers.items():
-            assert isinstance(W, Tensor)
-            layers[name] = advance(f"W.{name}", W, total.matrix(name))
-        head = advance_head(state.head, total.head(), advance)
-        shares = [weight / total.weight for weight in weights]
-        report = truncation_report(state, ranks) | {
-            "weights_max": max(shares),
-            "effective_cohort": 1 / math.fsum(share**2 for share in shares),
-        }
-        state = replace(state, head=head, rounds=state.rounds + 1, report=report)
-        # Half the usual passes do: W loses nothing by a truncation that is not quite the best.
-        return decomposed(state, layers, passes=2)
+            mean.add(self._weight(state, update), update, product_change(update))
+        layers = {name: advance(f"W.{name}", W, mean.matrix(name)) for name, W in state.matrices.items()}
+        # Half the usual passes are enough: W loses nothing if a truncation is not quite the best.
+        return self.next(state, mean, advance, layers, passes=2, **mean.weights_report())
 
-    def _weight(self, state: Global, update: Update) -> float:
-        """p_i, before it is divided by the cohort's sum. An update that the server gives no weight has none here."""
-        error = float(state.extras["errors"][update.client.rank])
+    def _weight(self, state: LayerState, update: Update) -> float:
+        """p_i, not yet divided by the cohort's sum. It is 0 if the server gives the update no weight."""
         data = update.weight if self.data == "examples" else float(update.weight > 0)
-        return data / (error**self.gamma + self.eps)
+        return data / (truncation_error(state, update.client.rank) ** self.gamma + self.eps)

@@ -1,47 +1,47 @@
 """FedSRD (Yan et al., arXiv 2510.04601), our reading: sparse uploads, a full-rank mean, sparse projected downloads.
 
-1. Sparsify. A client trains both factors and uploads the entries of its changes dB_k, dA_k that move the weights most.
-   An entry's importance is the norm of the change of the weights it stands for,
+1. Sparsify. A client trains both factors. It uploads the entries of its changes dB_k, dA_k that move the weights most.
+   An entry's importance is the norm of the change of the weights that it stands for:
 
        I(dB[u, v]) = s |dB[u, v]| ||A[v, :]||        I(dA[u, v]) = s |dA[u, v]| ||B_k[:, u]||
 
-   the largest over all layers, as many as `wire.up.density` allows; of the head the largest changes, the same share.
-2. Reconstruct. The server rebuilds what arrived as products, with (B, A) what the clients started from,
+   The largest over all layers go up, as many as `wire.up.density` allows; of the head the largest changes, the same
+   share.
+2. Reconstruct. The server forms the products of what arrived. (B, A) is where the clients started:
 
        D = sum_k p_k s (B_k A_k - B A) = sum_k p_k s (dB_k A + B_k dA_k)
 
-3. Decompose. D becomes a change of one factor, the other fixed: least squares, factors alternating from round 0 on,
+3. Decompose. D becomes a change of one factor by least squares. The other factor is fixed; they alternate from round 0:
 
        even rounds    dB = argmin ||s dB A - D||_F = D A^+ / s        odd rounds    dA = B^+ D / s
 
-   B first, since B^+ of the initial B = 0 is 0. Of dB (or dA) and of the head's mean change the most important entries
-   are kept, the share `density` of each; the global model moves by these, and only these travel down.
+   B goes first, since B^+ of the initial B = 0 is 0. Of dB (or dA) and of the head's mean change the most important
+   entries stay, the share `density` of each. The global model moves by these, and only these travel down.
 
-The projection is linear, so it is taken client by client with r x r cores, and D is never formed. What either side
-prunes is lost: there is no error feedback, and what D has outside the fixed factor's span is dropped too.
+The projection is linear. So it is taken client by client with r x r cores, and D is never formed. What either side
+prunes is lost: there is no error feedback. What D has outside the fixed factor's span is lost too.
 
-A client keeps the global model of its last round and downloads the entries that changed since then, whatever it missed;
-a new client downloads everything. So each client has a payload of its own, and all of them start from the server's
-exact model, which no other sparsity or rounding of downloads may spoil: `wire.down` stays dense.
+A client has the global model of its last round. It downloads the entries that changed since then; a new client
+downloads everything. So each client has a payload of its own, and all start from the server's exact model. No other
+sparsity or rounding of downloads may spoil that: `wire.down` stays dense.
 
-The paper's text was not at hand. The order of steps is collected from its abstract, the importance (without s, which
-makes layers of different scales comparable) from a third party's summary; the pairing of the projection with rounds,
-one ranking over all layers, the head's share and the catch-up are ours. The head is not in the ranking, for in early
-rounds its changes outweigh those of all factors, and B would stay 0.
+Source: abstract only; deviates: the order of steps is the abstract's. The importance (without s, which makes layers of
+different scales comparable) comes from a third party's summary. Ours are the pairing of the projection with rounds, one
+ranking over all layers, the head's share (in one ranking its early changes would leave no room for B), the catch-up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rayfed.errors import RunError, UserError
+from rayfed.config.types import Density
+from rayfed.errors import RunError
 from rayfed.lora.adapter import Adapter, Layout, LowRank
-from rayfed.methods._factor_mean import FactorMean, FactorState
-from rayfed.methods.base import Advance, Profile, Start, Update, fedavg
+from rayfed.methods import Advance, FactorMean, FactorState, Profile, Start, Updates, fedavg
+from rayfed.methods._means import positive
 from rayfed.methods.rolora import trained_factor
 from rayfed.wire import keep_count, top_k
 
@@ -50,17 +50,18 @@ from rayfed.wire import keep_count, top_k
 class FedSRD(FactorMean):
     """Importance-pruned changes up, one factor's projected and pruned change down."""
 
-    density: float = 0.1
-    """Share of the projected factor's and the head's entries that the server changes and sends, over 0 and at most 1.
-    Default: the 90 % saving that the paper's abstract claims."""
+    density: Density = 0.1
+    """Share of the projected factor's and the head's entries that the server changes and sends. Default: the 90 %
+    saving that the abstract claims."""
 
+    paper = "arXiv 2510.04601"
+    summary = "important changes up, one factor's projected change down (our reading)"
+    traffic_down = "density r out or in, missed rounds too"
+    traffic_up = "d_up r (in + out)"
+    source = "abstract only"
     optimizers = ("fedavg",)
     sparse_down = False
     personal = True
-
-    def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise UserError(f"method.density: got {self.density}, but over 0 and at most 1 is allowed")
 
     def init(self, adapter: Adapter, seed: int) -> FactorState:
         state = super().init(adapter, seed)
@@ -76,7 +77,7 @@ class FedSRD(FactorMean):
         score = importance(layout.unflatten(start), layout.unflatten(start + change), change)
         return _largest(score, layout, budget, density)
 
-    def aggregate(self, state: FactorState, updates: Iterable[Update], advance: Advance = fedavg) -> FactorState:
+    def aggregate(self, state: FactorState, updates: Updates, advance: Advance = fedavg) -> FactorState:
         factor, layout = trained_factor(state), state.layout
         current = layout.unflatten(state.vector)
         fixed = {name: pair.A if factor == "B" else pair.B for name, pair in current.layers.items()}
@@ -85,53 +86,44 @@ class FedSRD(FactorMean):
         total = torch.zeros(layout.size, dtype=torch.float64)
         sums, weights, clients = layout.unflatten(total), 0.0, dict(state.clients)  # sums: views of total
         for update in updates:
-            sent, moved = update.sent, layout.unflatten(update.change)
-            for name, pair in sent.layers.items():
+            moved = update.moved
+            for name, pair in update.sent.layers.items():
                 core = _projected(pair, moved.layers[name], inverse[name], factor)
                 (sums.layers[name].B if factor == "B" else sums.layers[name].A).add_(core, alpha=update.weight)
             for name, tensor in moved.head.items():
                 sums.head[name].add_(tensor, alpha=update.weight)
             weights += update.weight
             clients[update.client.client] = {"seen": torch.tensor(state.rounds, dtype=torch.int32)}
-        if weights <= 0:
-            raise ValueError("no update with a positive weight to aggregate")
-        change = (total / weights).float()
+        change = (total / positive(weights)).float()
         if not bool(torch.isfinite(change).all()):
             raise RunError("the clients' mean change has values that are not finite; lower client.lr")
-        kept, share = self._prune(change, current, layout, factor)
-        vector = advance("vector", state.vector, kept)
+        pruned, share = self._prune(change, current, layout, factor)
+        vector = advance("vector", state.vector, pruned)
         changed = torch.where(vector != state.vector, state.rounds + 1, state.extras["changed"])
-        return replace(
-            state,
-            vector=vector,
-            rounds=state.rounds + 1,
-            extras={"changed": changed},
-            clients=clients,
-            report={"energy_kept": share},
-        )
+        return state.next(vector=vector, extras={"changed": changed}, clients=clients, report={"energy_kept": share})
 
     def _prune(self, change: Tensor, current: Adapter, layout: Layout, factor: str) -> tuple[Tensor, float]:
-        """The most important entries of the server's change, zeros elsewhere; the share of importance^2 they hold."""
+        """The most important entries of the server's change, zeros elsewhere; and their share of sum importance^2."""
         score = importance(current, current, change)
         budget = keep_count(int(layout.mask(factor, "head").sum()), self.density)
         chosen = _largest(score, layout, budget, self.density)
-        kept = torch.zeros_like(change)
-        kept[chosen] = change[chosen]
+        pruned = torch.zeros_like(change)
+        pruned[chosen] = change[chosen]
         energy = float(score.double().square().sum())
-        return kept, float(score[chosen].double().square().sum()) / energy if energy else 1.0
+        return pruned, float(score[chosen].double().square().sum()) / energy if energy else 1.0
 
 
 def importance(start: Adapter, trained: Adapter, change: Tensor) -> Tensor:
-    """How much each entry of ``change`` (n,) moves the weights, (n,): dB beneath the start's A, dA behind trained B.
+    """How much each entry of ``change`` (n,) moves the weights, (n,): dB with the start's A, dA with the trained B.
 
-    Finite: what float32 cannot hold, of a run that diverges, is its largest number.
+    It is finite: what float32 cannot hold, in a run that diverges, becomes its largest number.
     """
     score = change.abs()
     entries = start.layout.unflatten(score)  # views: scaled in place
     for name, pair in entries.layers.items():
         pair.B.mul_(start.layers[name].A.norm(dim=1) * pair.scale)
         pair.A.mul_((trained.layers[name].B.norm(dim=0) * pair.scale)[:, None])
-    return score.nan_to_num_()  # NaN: a change of 0 beneath an infinite norm
+    return score.nan_to_num_()  # NaN: a change of 0 times an infinite norm
 
 
 def _largest(score: Tensor, layout: Layout, budget: int, density: float) -> Tensor:

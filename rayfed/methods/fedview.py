@@ -1,83 +1,85 @@
-"""FedView: a full-rank global change, and for every client a view of it, repaired by low-rank corrections.
+"""FedView: a full-rank global change, and for every client a view of it, which low-rank corrections bring up to date.
 
-The server keeps a matrix W (out, in) per layer, and per client k its view V_k: the sum of what that client was sent, 0
-at first. In a round with client k of rank r and scale s
+The server stores a matrix W (out, in) per layer. Per client k it stores the view V_k: the sum of what that client was
+sent, 0 at first. In a round with client k of rank r and scale s
 
     C_k  = best rank-r approximation of W - V_k            down: r (out + in) entries, however many rounds k missed
     V_k <- V_k + C_k, as decoded                           the client's model is now the base plus V_k
     W   <- advance(W, sum_k p_k s (B_k A_k - B A))         up: r (out + in); (B, A) is where the client started
 
-What a correction leaves out, by its rank or by a sparse download, is still in W - V_k the next time: error feedback on
-the way down. So views forget truncation over time, where FedHL's clients train on a truncation of W for ever. The
-change of W is a dense matrix in a fixed gauge: momentum and adaptive server optimizers are well defined.
+What a correction leaves out, by its rank or by a sparse download, is still in W - V_k the next time. That is error
+feedback on the way down: views lose their truncation over time, where FedHL's clients train on a truncation of W for
+ever. W is a dense matrix, so momentum and adaptive server optimizers are well defined.
 
 ``start`` says what the client's factors are when it begins to train:
 
-    correction   (B, A) = C_k, over the base V_k: every rank moves from the first step, where the model moved lately
-    fresh        B = 0 and A random, over the base V_k + C_k; for a client of every round and enough rank this is FLoRA
+    correction   (B, A) = C_k, on the base V_k: every rank moves from the first step, where the model moved lately
+    fresh        B = 0 and A random, on the base V_k + C_k; for a client of every round and enough rank this is FLoRA
     half         the leading half of C_k's ranks as in `correction`, the other half as in `fresh`
 
-``split`` says how C_k = U S V^T becomes factors: A's row j is n_j V_j^T and B's column j is S_j / (s n_j) U_j, with
+``split`` says how C_k = U S V^T becomes factors. A's row j is n_j V_j^T and B's column j is S_j / (s n_j) U_j, with
 
     floored      n_j = max(sqrt(S_j / s), floor a)         a = 1 / sqrt(3), the norm of a random row
     balanced     n_j = sqrt(S_j / s)                       steps shrink with the corrections, and may die out
     b            n_j = a                                   steps in B of one size, whatever the correction
 
-A rank whose S_j is rounding error (round 0; a view that is up to date) starts at B = 0 and a random row of A instead.
-Random rows are drawn from (run seed, layer, round, client). The rows of `fresh` and `half` are known before anything
-is sent and never travel, nor does the B = 0 beside them; their part of C_k travels in ``Start.extra``, whole, and is
-merged. A row that stands in for a rounding error travels, since the client cannot know that it is one.
+If S_j is a rounding error (round 0; a view that is up to date), rank j starts at B = 0 and a random row of A. Random
+rows are drawn from (run seed, layer, round, client). A client knows the rows of `fresh` and `half`, and their B = 0,
+before anything is sent; they never travel. Their part of C_k travels as ``Start.merge``. A row that replaces a
+rounding error travels, since the client cannot know that it does.
 
-The method is this project's own: derived and piloted here. A client's view is what its own weights are, so it
-stores nothing more; the simulator keeps one dense view per layer for each client seen, and takes one truncated SVD per
-client and layer (two for `fresh` and `half`, which repeat it when they aggregate).
+A client's view is its own weights, so the client stores nothing more. The simulator stores one dense view per layer for
+each client that took part, and takes one truncated SVD per client and layer (two for `fresh` and `half`).
+
+Source: ours; deviates: nothing. Prior art: ECLoRA (doi 10.1109/TNNLS.2025.3586545) adds back one global error.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from rayfed.errors import allowed
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import add, norm, top_svd
-from rayfed.methods._state import Global, Layered, ProductMean, advance_head, product_change
-from rayfed.methods.base import Advance, BaseChange, Profile, Start, Update, fedavg
+from rayfed.methods import LayerMethod, LayerState, ProductMean, product_change
+from rayfed.methods._messages import matrix
+from rayfed.methods.base import ANY_OPTIMIZER, Advance, BaseChange, Profile, Start, Updates, fedavg
 from rayfed.seeding import torch_rng
 
 ROW = 1 / math.sqrt(3)  # a row of in entries uniform in +-1/sqrt(in) has this norm, in the mean square
-TINY = 1e-6  # a singular value under this share of ||W|| + ||V_k|| is rounding error of float32
+TINY = 1e-6  # a singular value under this share of ||W|| + ||V_k|| is a rounding error of float32
 
 
 @dataclass(frozen=True)
-class FedView(Layered):
+class FedView(LayerMethod):
     """Corrections of rank r_k down, changes of rank r_k up; any ranks, any server optimizer."""
 
     start: Literal["correction", "half", "fresh"] = "correction"
     """Where local training starts: at the correction's factors, at fresh ones, or half of each."""
     split: Literal["floored", "balanced", "b"] = "floored"
     """How a correction is divided between B and A."""
-    floor: float = 0.6
-    """For `floored`: the least norm of a row of A, in units of a random row's; at least 0 (which is `balanced`)."""
+    floor: NonNegativeFloat = 0.6
+    """For `floored`: the least norm of a row of A, in units of a random row's. 0 is `balanced`."""
 
-    optimizers = ("fedavg", "sgd", "fedavgm", "fedadam", "adamw")
+    paper = "derived here"
+    summary = "full-rank global model; corrections with error feedback down"
+    down = up = "r_k (in + out)"
+    source = "ours"
+    optimizers = ANY_OPTIMIZER
     mixed_ranks = True
     personal = True
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.floor < math.inf:
-            raise allowed("method.floor", self.floor, "it must be 0 or more, and finite")
-
-    def init(self, adapter: Adapter, seed: int) -> Global:
+    def init(self, adapter: Adapter, seed: int) -> LayerState:
         layers = {name: pair.dense() for name, pair in adapter.layers.items()}
-        return Global(layers, dict(adapter.head), notes={"seed": seed})
+        return LayerState(layers=layers, head=dict(adapter.head), notes={"seed": seed})
 
-    def broadcast(self, state: Global, client: Profile) -> Start:
+    def broadcast(self, state: LayerState, client: Profile) -> Start:
         view = state.clients.get(client.client, {})
         begun = {"correction": client.rank, "half": (client.rank + 1) // 2, "fresh": 0}[self.start]
         begin: dict[str, LowRank] = {}
@@ -86,23 +88,21 @@ class FedView(Layered):
             begin[name], merge[name] = self._correct(state, client, name, view.get(name), begun)
         adapter = Adapter(begin, state.head)
         if begun == client.rank:
-            return Start(adapter.flatten(), adapter.layout, base=view)
-        known = {name: _fresh_ranks(pair, begun) for name, pair in begin.items()}
-        held = Adapter(known, {name: torch.zeros_like(tensor) for name, tensor in state.head.items()})
-
-        return Start(
-            adapter.flatten(), adapter.layout, known=held.flatten().bool(), merge=Adapter(merge, {}), base=view
-        )
+            return Start.of(adapter, base=view)
+        known = {name: _ranks_from(begun, pair) for name, pair in begin.items()}
+        marks = Adapter(known, {name: torch.zeros_like(tensor) for name, tensor in state.head.items()})
+        return Start.of(adapter, known=marks.flatten().bool(), merge=Adapter(merge, {}), base=view)
 
     def _correct(
-        self, state: Global, client: Profile, name: str, view: Tensor | None, begun: int
+        self, state: LayerState, client: Profile, name: str, view: Tensor | None, begun: int
     ) -> tuple[LowRank, LowRank]:
-        """The pair a client trains from, and what it merges first: C_k's first ``begun`` ranks, and the others."""
-        W = _matrix(state, name)
-        # Two passes do where four are usual: what they miss of a correction is in the next one.
+        """The pair from which a client trains, and what it merges first: ``begun`` ranks of C_k, and the others."""
+        W = state.matrices[name]
+        # Two passes are enough where four are usual: what they miss of a correction is in the next one.
         spectrum = top_svd(W if view is None else W - view, client.rank, iterations=2)
         U, S, Vh = spectrum.U, spectrum.S, spectrum.Vh
-        merge = LowRank(U[:, begun:] * S[begun:], Vh[begun:], 1.0)
+        # Row by row in memory, as clients decode it. Then their merge has the server's bits.
+        merge = LowRank((U[:, begun:] * S[begun:]).contiguous(), Vh[begun:].contiguous(), 1.0)
         U, S, Vh = U[:, :begun], S[:begun] / client.scale, Vh[:begun]
         rows = S.sqrt() if self.split != "b" else torch.full_like(S, ROW)
         if self.split == "floored":
@@ -117,55 +117,35 @@ class FedView(Layered):
         B[:, : len(S)] = torch.where(alive, U * (S / rows), 0.0)
         return LowRank(B, A, client.scale), merge
 
-    def aggregate(self, state: Global, updates: Iterable[Update], advance: Advance = fedavg) -> Global:
-        total = ProductMean()
-        clients = dict(state.clients)
-        behind: list[float] = []
+    def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
+        mean, clients, behind = ProductMean(), dict(state.clients), []
         for update in updates:
-            client, sent = update.client, update.sent
-            total.add(update.weight, Adapter({}, update.layout.unflatten(update.change).head))
-            for name, pair in product_change(update).items():
-                total.add_pair(name, update.weight, pair)
-            base = (
-                clients.get(client.client, {}) if self.start == "correction" else _merged(self.broadcast(state, client))
-            )
-            clients[client.client] = {name: _plus(base.get(name), pair) for name, pair in sent.layers.items()}
-            behind.append(_distance(state, clients[client.client]))
-        layers = {name: advance(f"W.{name}", _matrix(state, name), total.matrix(name)) for name in state.layers}
-        head = advance_head(state.head, total.head(), advance)
+            mean.add(update.weight, update, product_change(update))
+            k = update.client.client
+            base: BaseChange = clients.get(k, {})
+            if self.start != "correction":
+                base = self.broadcast(state, update.client).merged_base
+            clients[k] = {name: _sum(base.get(name), pair) for name, pair in update.sent.layers.items()}
+            behind.append(_distance(state, clients[k]))
+        layers = {name: advance(f"W.{name}", W, mean.matrix(name)) for name, W in state.matrices.items()}
+        head = mean.head()
         report = {"view_error": sum(behind) / len(behind)}
-        return replace(state, layers=layers, head=head, rounds=state.rounds + 1, clients=clients, report=report)
-
-    def delta(self, state: Global, layer: str) -> Tensor:
-        return _matrix(state, layer)
+        return state.next_with_head(advance, head, layers=layers, clients=clients, report=report)
 
 
-def _matrix(state: Global, name: str) -> Tensor:
-    W = state.layers[name]
-    assert isinstance(W, Tensor)
-    return W
-
-
-def _fresh_ranks(pair: LowRank, begun: int) -> LowRank:
-    """Ones in the ranks from ``begun`` on, zeros before."""
+def _ranks_from(begun: int, pair: LowRank) -> LowRank:
+    """A pair of these shapes with ones in the ranks from ``begun`` on, and zeros before."""
     fresh = (torch.arange(pair.rank) >= begun).float()
     return LowRank(fresh.expand(pair.B.shape), fresh[:, None].expand(pair.A.shape), 1.0)
 
 
-def _plus(base: LowRank | Tensor | None, pair: LowRank) -> Tensor:
-    """The view after a pair more."""
-    if base is None:
-        return pair.dense()
-    return add(base.dense() if isinstance(base, LowRank) else base, pair)
+def _sum(base: LowRank | Tensor | None, pair: LowRank) -> Tensor:
+    """The base's change plus the pair, as a matrix."""
+    return pair.dense() if base is None else add(matrix(base), pair)
 
 
-def _distance(state: Global, view: Mapping[str, Tensor]) -> float:
+def _distance(state: LayerState, view: Mapping[str, Tensor]) -> float:
     """``||W - V_k|| / ||W||`` over all layers: what the client's model lacked of the global one as it trained."""
-    lacks = math.hypot(*(norm(_matrix(state, name) - view[name]) for name in view))
-    whole = math.hypot(*(norm(_matrix(state, name)) for name in view))
+    lacks = math.hypot(*(norm(state.matrices[name] - view[name]) for name in view))
+    whole = math.hypot(*(norm(state.matrices[name]) for name in view))
     return lacks / whole if whole else 0.0
-
-
-def _merged(start: Start) -> BaseChange:
-    base, merge = start.base, start.merge.layers if start.merge else {}
-    return {name: add(base[name], pair) if name in base else pair for name, pair in merge.items()}

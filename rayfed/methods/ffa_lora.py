@@ -2,70 +2,59 @@
 
     B <- sum_k p_k B_k,   A = A_0   =>   s B A_0 = sum_k p_k s B_k A_0
 
-Only B and the head travel, r out entries a layer both ways; A_0 comes from the run's seed. The equations come from a
-collection; the paper's own text was not at hand.
+Only B and the head travel, r out entries a layer both ways; A_0 comes from the run's seed. No options.
 
-Mixed ranks are nested: client k has the first r_k rows of A_0 and, under its own scale s_k, the first columns of B:
+Mixed ranks are nested. Client k has the first r_k rows of A_0 and, under its own scale s_k, the first columns of B:
 
     down    B_k = (s / s_k) B[:, :r_k]                              its product is s B[:, :r_k] A_0[:r_k]
     B     <- advance(B, sum_k p_k (s_k / s) [dB_k | 0])             dB_k: its change of what it decoded
 
-which moves ``s B A_0`` by exactly ``sum_k p_k s_k dB_k A_0[:r_k]``. Averaging changes rather than values keeps what a
-client does not own, or was not sent: with equal ranks and nothing sparse both are the equation above. As A_0 never
-changes, B's entries mean the same in every round, and any server optimizer may act on them. No options.
+That moves ``s B A_0`` by exactly ``sum_k p_k s_k dB_k A_0[:r_k]``. Because changes are averaged, not values, B keeps
+its entries where a client has no rank or received nothing. With equal ranks and dense downloads it is the equation
+above. A_0 never changes, so B's entries mean the same in every round and any server optimizer may act on them.
+
+Source: secondary; deviates: nothing known for equal ranks; nested ranks are ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.lora.algebra import rescale
-from rayfed.methods._state import Global, Layered, ProductMean, advance_head, first_ranks, pairs
-from rayfed.methods.base import Advance, Profile, Start, Trainable, Update, fedavg
+from rayfed.methods import HeadMean, LayerMethod, LayerState
+from rayfed.methods._nested_ranks import nested
+from rayfed.methods.base import ANY_OPTIMIZER, Advance, Profile, Start, Trainable, Updates, fedavg
 
 
 @dataclass(frozen=True)
-class FFALoRA(Layered):
+class FFALoRA(LayerMethod):
     """Freeze A, average B. No options."""
 
-    optimizers: ClassVar[tuple[str, ...]] = ("fedavg", "sgd", "fedavgm", "fedadam", "adamw")
+    paper = "arXiv 2403.12313"
+    summary = "A frozen and shared; average B"
+    down = up = "r_k out"
+    source = "secondary"
+    optimizers: ClassVar[tuple[str, ...]] = ANY_OPTIMIZER
     mixed_ranks = True
 
-    def init(self, adapter: Adapter, seed: int) -> Global:
-        return Global(dict(adapter.layers), dict(adapter.head))
+    def broadcast(self, state: LayerState, client: Profile) -> Start:
+        return Start.of(nested(state, client.rank, client.scale), "A")
 
-    def broadcast(self, state: Global, client: Profile) -> Start:
-        layers = {
-            name: first_ranks(rescale(pair, client.scale), client.rank, client.scale)
-            for name, pair in pairs(state).items()
-        }
-        adapter = Adapter(layers, state.head)
-        return Start(adapter.flatten(), adapter.layout, known=adapter.layout.mask("A"))
-
-    def trainable(self, state: Global, client: Profile) -> Trainable:
+    def trainable(self, state: LayerState, client: Profile) -> Trainable:
         return Trainable(parts=("B", "head"))
 
-    def aggregate(self, state: Global, updates: Iterable[Update], advance: Advance = fedavg) -> Global:
-        now, heads = pairs(state), ProductMean()
-        sums = {name: torch.zeros(pair.B.shape, dtype=torch.float64) for name, pair in now.items()}
+    def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
+        pairs, mean = state.pairs, HeadMean()
+        sums = {name: torch.zeros(pair.B.shape, dtype=torch.float64) for name, pair in pairs.items()}
         for update in updates:
-            change = update.layout.unflatten(update.change)
-            heads.add(update.weight, Adapter({}, change.head))
-            for name, own in change.layers.items():
-                share = update.weight * own.scale / now[name].scale
-                sums[name][:, : own.rank] += share * own.B.double()
-        head = advance_head(state.head, heads.head(), advance)
+            mean.count(update.weight, update)
+            for name, own in update.moved.layers.items():
+                sums[name][:, : own.rank] += update.weight * own.scale / pairs[name].scale * own.B.double()
+        head_change = mean.head()
         layers = {
-            name: replace(pair, B=advance(f"B.{name}", pair.B, (sums[name] / heads.weight).float()))
-            for name, pair in now.items()
+            name: replace(pair, B=advance(f"B.{name}", pair.B, (sums[name] / mean.weight).float()))
+            for name, pair in pairs.items()
         }
-        return replace(state, layers=layers, head=head, rounds=state.rounds + 1)
-
-    def delta(self, state: Global, layer: str) -> LowRank | Tensor:
-        return state.layers[layer]
+        return state.next_with_head(advance, head_change, layers=layers)

@@ -5,65 +5,58 @@
          = (D - s Bbar Abar) Abar^T (Abar Abar^T + lam I)^-1 / s
     B   <- Bbar + dB,   A <- Abar
 
-With lam = 0 the product is the exact mean D, projected on the row space of Abar; with a large lam it is FedIT's. All
-clients have one rank r, and so one scale s; traffic is FedIT's, r (in + out) entries a layer both ways.
+With lam = 0 the product is the exact mean D, projected on the row space of Abar. With a large lam it is FedIT's. All
+clients have one rank r, and so one scale s. Traffic is FedIT's, r (in + out) entries a layer both ways.
 
-A sparse or rounded download leaves nothing out of the means: they are the server's values plus the mean
-changes, and what the wire kept back is put back into D. The correction re-factors the model each round, so momentum has
-no meaning: the server step is the plain one.
+A sparse or rounded download takes nothing out of the means: they are the server's values plus the mean changes, and D
+counts what the wire left out. The correction re-factors the model each round, so momentum has no meaning: the server
+step is the plain one.
 
-Objective and closed form come from a collection, the scale made explicit by us; the paper's own text was not at hand,
-so lam's default is ours.
+Source: secondary; deviates: the scale in the closed form and the default of lam are ours.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from rayfed.errors import allowed
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import norm
-from rayfed.methods._factor_mean import FactorMean, FactorState
-from rayfed.methods._state import Change, ProductMean, trained_product
-from rayfed.methods.base import Advance, Update, fedavg
+from rayfed.methods import Change, ChangeMean, FactorMean, FactorState, ProductMean
+from rayfed.methods._means import trained_product
+from rayfed.methods.base import Advance, Updates, fedavg
 
 
 @dataclass(frozen=True)
 class LoRAFAIR(FactorMean):
     """The mean of factors, and a least-squares step of B towards the mean of products."""
 
-    lam: float = 0.01
-    """Weight of ``||dB||^2``; 0 or more. Abar Abar^T starts near a third of the identity. The default is ours."""
+    lam: NonNegativeFloat = 0.01
+    """Weight of ``||dB||^2``. Abar Abar^T starts near a third of the identity. The default is ours."""
 
+    paper = "arXiv 2411.14961"
+    summary = "average the factors, correct B towards the mean of products"
+    source = "secondary"
     optimizers = ("fedavg",)
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.lam < math.inf:
-            raise allowed("method.lam", self.lam, "it must be 0 or more, and finite")
-
-    def aggregate(self, state: FactorState, updates: Iterable[Update], advance: Advance = fedavg) -> FactorState:
-        products, total = ProductMean(), torch.zeros(state.layout.size, dtype=torch.float64)
+    def aggregate(self, state: FactorState, updates: Updates, advance: Advance = fedavg) -> FactorState:
+        factors, products = ChangeMean(state.layout.size), ProductMean()
         for update in updates:
-            meant = self.broadcast(state, update.client)
-            update.add_to(total)
-            products.add(update.weight, Adapter(trained_product(update, meant), {}))
-        if products.weight <= 0:
-            raise ValueError("no update with a positive weight to aggregate")
-        vector = advance("vector", state.vector, (total / products.weight).float())
+            factors.add(update)
+            products.add(update.weight, update, trained_product(update, self.broadcast(state, update.client)))
+        vector = advance("vector", state.vector, factors.mean())
         mean = state.layout.unflatten(vector)
         layers, before, after, whole = {}, 0.0, 0.0, 0.0
         for name, pair in mean.layers.items():
             D = products.layer(name)
             layers[name], gaps = self._correct(D, pair)
             before, after, whole = before + gaps[0], after + gaps[1], whole + norm(D) ** 2
-        vector = Adapter(layers, mean.head).flatten()
         report = {"gap_before": _share(before, whole), "gap": _share(after, whole)}
-        return replace(state, vector=vector, rounds=state.rounds + 1, report=report)
+        return state.next(vector=Adapter(layers, mean.head).flatten(), report=report)
 
     def _correct(self, D: Change, mean: LowRank) -> tuple[LowRank, tuple[float, float]]:
         """The pair with B corrected, and its squared distance from D before and after."""

@@ -1,65 +1,64 @@
 """SLoRA (Babakniya et al., arXiv 2308.06522): a sparse first stage finds where LoRA should start.
 
-Stage 1, rounds 0 to `rounds_sparse` - 1: sparse full fine-tuning. Of every adapted matrix one random mask, drawn once,
-lets the share `rho` of the entries train; W (out, in) is the layer's change so far and p_k ~ n_k:
+Stage 1, rounds 0 to `rounds_sparse` - 1, is sparse full fine-tuning. One random mask per adapted matrix, drawn once,
+lets the share `rho` of its entries train. W (out, in) is the layer's change so far, and p_k ~ n_k:
 
     W <- W + sum_k p_k (W_k - W)           on the mask; zero elsewhere; about rho out in entries travel, both ways
 
-Stage 2 begins with the last sparse round's result: the best approximation of rank r becomes the LoRA pair,
+Stage 2 begins with the result of the last sparse round. Its best approximation of rank r becomes the LoRA pair,
 
     s B A = U_r S_r V_r^T  of  W           on the pretrained base; what the truncation cuts off is dropped
 
-and FedIT takes over: B <- sum_k p_k B_k, A <- sum_k p_k A_k, with r (in + out) entries both ways. The head trains and
-is averaged in both stages.
+and FedIT follows: B <- sum_k p_k B_k, A <- sum_k p_k A_k, with r (in + out) entries both ways. The head trains and is
+averaged in both stages.
 
-A client trains W as an adapter like any other: one factor is W, the other the identity on the layer's shorter side,
-scale 1, rank min(in, out). Both ends know the identity and the entries outside the mask, which do not travel; nor do
-indices of the mask, drawn from the run's seed. Since entry i of the flat vector means another thing in each stage, and
-the gauge changes, no server optimizer could carry its moments over: the plain mean is the only step.
+A client trains W in the form of an adapter: one factor is W, the other the identity on the layer's shorter side, scale
+1, rank min(in, out). Both ends know the identity and the entries outside the mask, so these do not travel. The mask is
+drawn from the run's seed, so its indices do not travel either. Entry i of the flat vector means something else in each
+stage, so no server optimizer could keep its moments: the plain mean is the only step.
 
-The equations are collected facts about the paper, not its text. Our choices: the mask has the share `rho` in each
-matrix by itself, matrices that LoRA does not adapt stay frozen in stage 1 as well, and a direction that W does not have
-(a singular value of zero) starts as LoRA does, with B = 0 and a random row in A. `lost_energy` reports the share of
-||W||_F^2, over all layers, that the truncation dropped.
+Source: secondary; deviates: ours are the share `rho` in each matrix by itself; that matrices without LoRA stay frozen
+in stage 1; and that a direction that W does not have (a singular value of zero) starts as LoRA does, with B = 0 and a
+random row in A. `lost_energy` reports the share of ||W||_F^2, over all layers, that the truncation dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
-from rayfed.errors import UserError
+from rayfed.config.types import Density
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import factors, norm, pad, svd, tail_energy
-from rayfed.methods._state import Change, Global, Layered, first_ranks
-from rayfed.methods.base import Advance, Profile, Start, Trainable, Update, fedavg, mean_change
+from rayfed.methods import Change, LayerMethod, LayerState
+from rayfed.methods._layers import first_ranks
+from rayfed.methods.base import Advance, Profile, Start, Trainable, Updates, fedavg, mean_change
 from rayfed.seeding import torch_rng
 from rayfed.wire import keep_count
 
 
 @dataclass(frozen=True)
-class SLoRA(Layered):
+class SLoRA(LayerMethod):
     """Sparse rounds, one SVD, then FedIT."""
 
-    rounds_sparse: int = 5
-    """Rounds of stage 1; 1 or more. Default: ours, a few rounds only prepare the start."""
-    rho: float = 0.01
-    """Share of each adapted matrix's entries that train in stage 1, over 0 and at most 1. Default: the paper's 1 %."""
+    rounds_sparse: PositiveInt = 5
+    """Rounds of stage 1. Default: ours; a few rounds are enough to find a start."""
+    rho: Density = 0.01
+    """Share of each adapted matrix's entries that train in stage 1. Default: the paper's 1 %."""
     split: Literal["b", "sqrt"] = "b"
-    """How the SVD becomes factors: singular values all in B, or their roots in each. Default: ours; it leaves A's rows
-    as long as those of a LoRA start."""
+    """Where the singular values go. `b`: all in B, which leaves A's rows as long as those of a LoRA start. `sqrt`:
+    their roots in each. Default: ours."""
 
-    def __post_init__(self) -> None:
-        if self.rounds_sparse < 1:
-            raise UserError(f"method.rounds_sparse: got {self.rounds_sparse}, but 1 or more is allowed")
-        if not 0 < self.rho <= 1:
-            raise UserError(f"method.rho: got {self.rho}, but over 0 and at most 1 is allowed")
+    paper = "arXiv 2308.06522"
+    summary = "sparse full fine-tuning first, then LoRA from its SVD"
+    down = up = "rho in out, then r (in + out)"
+    source = "secondary"
 
-    def init(self, adapter: Adapter, seed: int) -> Global:
+    def init(self, adapter: Adapter, seed: int) -> LayerState:
         layers: dict[str, Change] = {}
         extras: dict[str, Tensor] = {}
         for name, pair in adapter.layers.items():
@@ -70,43 +69,37 @@ class SLoRA(Layered):
             layers[name] = W
             extras |= {f"mask.{name}": mask.view(W.shape), f"A.{name}": pair.A}
         scales = {name: pair.scale for name, pair in adapter.layers.items()}
-        return Global(layers, dict(adapter.head), extras=extras, notes={"scales": scales})
+        return LayerState(layers=layers, head=dict(adapter.head), extras=extras, notes={"scales": scales})
 
-    def broadcast(self, state: Global, client: Profile) -> Start:
-        adapter = _adapter(state)
-        held = ~_on_mask(state) if self._sparse(state) else None
-        return Start(adapter.flatten(), adapter.layout, known=held)
+    def broadcast(self, state: LayerState, client: Profile) -> Start:
+        return Start.of(_adapter(state), known=~_on_mask(state) if self._sparse(state) else None)
 
-    def trainable(self, state: Global, client: Profile) -> Trainable:
-        return Trainable(entries=_on_mask(state)) if self._sparse(state) else Trainable()
+    def trainable(self, state: LayerState, client: Profile) -> Trainable:
+        return Trainable(entries=_on_mask(state) if self._sparse(state) else None)
 
-    def aggregate(self, state: Global, updates: Iterable[Update], advance: Advance = fedavg) -> Global:
+    def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         sparse, adapter = self._sparse(state), _adapter(state)
         change = mean_change(updates, adapter.layout.size)
         new = adapter.layout.unflatten(advance("vector", adapter.flatten(), change))
-        # Copies: views would keep the whole flat vector alive, identities included.
+        # Copies: views would hold the whole flat vector in memory, identities included.
         layers = {name: _matrix(pair).clone() if sparse else _copy(pair) for name, pair in new.layers.items()}
-        head = {name: tensor.clone() for name, tensor in new.head.items()}
-        state = replace(state, layers=layers, head=head, rounds=state.rounds + 1, report={})
+        state = state.next(layers=layers, head={name: tensor.clone() for name, tensor in new.head.items()})
         return self._to_lora(state) if state.rounds == self.rounds_sparse else state
 
-    def delta(self, state: Global, layer: str) -> Change:
-        return state.layers[layer]
-
-    def _sparse(self, state: Global) -> bool:
+    def _sparse(self, state: LayerState) -> bool:
         """Whether the round that starts from this state belongs to stage 1."""
         return state.rounds < self.rounds_sparse
 
-    def _to_lora(self, state: Global) -> Global:
-        """The state in stage 2's form: the truncated SVD of every W. The mask and the spare A have done their work."""
+    def _to_lora(self, state: LayerState) -> LayerState:
+        """The state in stage 2's form: the truncated SVD of every W. The mask and the spare A are no longer needed."""
         pairs: dict[str, Change] = {}
         lost = total = 0.0
         for name, W in state.layers.items():
             A, scale = state.extras[f"A.{name}"], state.notes["scales"][name]
             rank = A.shape[0]
             spectrum = svd(W, dtype=torch.float64)
-            found = int((spectrum.S[:rank] > 1e-6 * spectrum.S[0]).sum())  # none of a W of 0
-            pair = first_ranks(factors(spectrum, rank, scale, self.split), found, scale)
+            alive = int((spectrum.S[:rank] > 1e-6 * spectrum.S[0]).sum())  # none if W is 0
+            pair = first_ranks(factors(spectrum, rank, scale, self.split), alive, scale)
             pairs[name] = pad(_copy(pair), rank, A)
             energy = norm(W) ** 2
             lost, total = lost + tail_energy(spectrum.S, energy, rank), total + energy
@@ -114,19 +107,22 @@ class SLoRA(Layered):
         return replace(state, layers=pairs, extras={}, notes={}, report=report)
 
 
-def _adapter(state: Global) -> Adapter:
-    """The global adapter in the form that clients train: stage 1's matrices beside an identity, stage 2's pairs."""
-    pairs = {name: layer if isinstance(layer, LowRank) else _beside(layer, 1.0) for name, layer in state.layers.items()}
+def _adapter(state: LayerState) -> Adapter:
+    """The global adapter in the form that clients train: stage 1's matrices with an identity, stage 2's pairs."""
+    pairs = {
+        name: layer if isinstance(layer, LowRank) else _with_identity(layer, 1.0)
+        for name, layer in state.layers.items()
+    }
     return Adapter(pairs, state.head)
 
 
-def _on_mask(state: Global) -> Tensor:
+def _on_mask(state: LayerState) -> Tensor:
     """Boolean (n,), in stage 1: the entries that train, which are those on the masks and the head's."""
-    marks = {name: _beside(state.extras[f"mask.{name}"].float(), 0.0) for name in state.layers}
+    marks = {name: _with_identity(state.extras[f"mask.{name}"].float(), 0.0) for name in state.layers}
     return Adapter(marks, {name: torch.ones_like(tensor) for name, tensor in state.head.items()}).flatten().bool()
 
 
-def _beside(W: Tensor, diagonal: float) -> LowRank:
+def _with_identity(W: Tensor, diagonal: float) -> LowRank:
     """W as one factor; the other is ``diagonal`` times the identity, on the shorter side."""
     out, inner = W.shape
     other = diagonal * torch.eye(min(out, inner))
@@ -134,7 +130,7 @@ def _beside(W: Tensor, diagonal: float) -> LowRank:
 
 
 def _matrix(pair: LowRank) -> Tensor:
-    """The W that `_beside` made the pair of."""
+    """The W of which `_with_identity` made the pair."""
     return pair.B if pair.A.shape[1] <= pair.B.shape[0] else pair.A
 
 

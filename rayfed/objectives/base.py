@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Objective:
-    """What a client minimises besides its task's loss. A subclass is a frozen dataclass of its settings."""
+    """What a client minimises in addition to its task's loss. A subclass is a frozen dataclass of its settings."""
 
     def penalty(self, factors: Iterable[tuple[Tensor, Tensor]]) -> Tensor | None:
         """A scalar that is added to the client's mean loss in every step, or None for no penalty.

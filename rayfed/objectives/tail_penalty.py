@@ -16,10 +16,12 @@ from rayfed.objectives.base import Objective
 
 @dataclass(frozen=True)
 class TailPenalty(Objective):
-    """Penalises the ranks from ``start`` on, with ``weight`` >= 0."""
+    """Penalises the last ranks of an adapter."""
 
     weight: float
+    """Factor on the penalty; 0 or more."""
     start: int
+    """The first rank that is penalised, from 0."""
 
     def penalty(self, factors: Iterable[tuple[Tensor, Tensor]]) -> Tensor | None:
         norms = [

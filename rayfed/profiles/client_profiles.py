@@ -1,7 +1,8 @@
-"""Which rank and densities every client has, by the settings under `profiles`.
+"""The rank and the densities of every client, from the settings under `profiles`.
 
-A profile is a pure function of the settings and the client (its id and its number of rows): the same in every process
-and round, but for the wire's density decay. Nothing is stored per client, so a population may have millions of clients.
+A profile is a pure function of the settings, the client and its number of training rows. It is the same in every
+process, and in every round except for the decay of the densities. Nothing is stored per client, so a population may
+have millions of clients.
 """
 
 from __future__ import annotations
@@ -19,25 +20,28 @@ from rayfed.lora.adapter import scale_of
 from rayfed.profiles.profile import Profile
 from rayfed.profiles.rules import Tier, make_rule
 
-MOST_EXAMINED = 100_000  # clients that are asked for their tier, at most, to learn about a population
+MOST_EXAMINED = 100_000  # with more clients, statistics of the population are those of a random sample of this size
 
 
 class ClientProfiles:
-    """Every client's profile. Raises UserError where `profiles.function` cannot be imported."""
+    """The profiles of all clients. Raises UserError if `profiles.function` cannot be imported.
+
+    ``tier_of(client, examples)`` gives a client's `Tier`; see `rayfed.profiles.rules`.
+    """
 
     def __init__(self, settings: Profiles, lora: Lora, wire: Wire, seed: int) -> None:
         self.settings, self.lora, self.wire, self.seed = settings, lora, wire, seed
         self.tier_of = make_rule(settings, lora, wire, seed)
 
     def profile(self, client: int, examples: int, t: int) -> Profile:
-        """The client's rank, scale and densities in round ``t``; ``examples``: its number of training rows.
+        """The client's profile in round ``t`` (from 0). ``examples`` is its number of training rows.
 
-        UserError where a user's function gives a wrong answer.
+        Raises UserError if the user's function returns an invalid value.
         """
         return self.of_tier(self.tier_of(client, examples), t, client, examples)
 
     def of_tier(self, tier: Tier, t: int, client: int = -1, examples: int = 1) -> Profile:
-        """The profile of any client of the tier in round ``t``."""
+        """The profile of a client of this tier in round ``t`` (from 0)."""
         return Profile(
             client=client,
             rank=tier.rank,
@@ -48,32 +52,32 @@ class ClientProfiles:
         )
 
     def scale(self, rank: int) -> float:
-        """The factor on B A for a client of that rank; see `profiles.scale`."""
+        """The factor on B A for a client of this rank; see `profiles.scale`."""
         lora = self.lora
         return scale_of(lora.rank if self.settings.scale == "server" else rank, lora.alpha, lora.rslora)
 
     @property
     def mixed_ranks(self) -> bool:
-        """Whether a client may have another rank than the server (lora.rank), by the settings alone.
+        """Whether the settings allow a client with another rank than the server (lora.rank).
 
-        A user's function counts as mixed, because its answers are not known.
+        A user's function counts as mixed, because its values are unknown.
         """
         own, largest = self.settings, self.lora.rank
         if own.kind in ("uniform", "normal"):
-            return own.low < largest  # else low = high = largest
+            return own.low < largest  # otherwise low = high = largest
         return own.kind == "function" or any(rank != largest for rank in own.ranks or ())
 
     def may_be_sparse(self, direction: Literal["down", "up"], rounds: int) -> bool:
-        """Whether a client's density may be below 1 in one of so many rounds, by the settings alone."""
+        """Whether the settings allow a density below 1 in one of the first ``rounds`` rounds."""
         wire = getattr(self.wire, direction)
         own = getattr(self.settings, f"densities_{direction}")
         return bool(wire.density_at(rounds - 1, None if own is None else min(own)) < 1)
 
     def check(self, sizes: np.ndarray) -> None:
-        """Refuses (UserError) profiles that do not fit the population. ``sizes`` (clients,): training rows per client.
+        """Raises UserError if the profiles do not fit the population. ``sizes`` (clients,): training rows per client.
 
-        A list needs one entry a client. A user's function must give every client that holds data (of more than 100,000,
-        so many of them) a rank, and the same one when it is asked again.
+        A list needs one entry per client. A user's function must return a valid value for every client with training
+        rows (for 100,000 random ones, if there are more), and the same value when it is called again.
         """
         own = self.settings
         if own.kind == "list" and own.entries != len(sizes):
@@ -83,18 +87,18 @@ class ClientProfiles:
             )
         if own.kind == "function":
             clients = self._examined(sizes)
-            answers = [self.tier_of(int(c), int(sizes[c])) for c in clients]
-            for client, answer in zip(clients, answers):
+            tiers = [self.tier_of(int(c), int(sizes[c])) for c in clients]
+            for client, tier in zip(clients, tiers):
                 again = self.tier_of(int(client), int(sizes[client]))
-                if again != answer:
-                    what = f"it gave client {client} first {tuple(answer)}, then {tuple(again)} (rank, densities)"
+                if again != tier:
+                    what = f"it gave client {client} first {tuple(tier)}, then {tuple(again)} (rank, densities)"
                     raise allowed("profiles.function", own.function, what)
 
     def tier_mix(self, sizes: np.ndarray) -> dict[Tier, int]:
-        """How many clients that hold data belong to each tier, smallest rank first.
+        """The number of clients with training rows in each tier, smallest rank first.
 
-        ``sizes`` (clients,): training rows per client. Exact where tiers follow from the id alone, and for up to
-        100,000 clients with data; of more, so many are drawn (by a key of their own), and the counts are theirs.
+        ``sizes`` (clients,): training rows per client. If a tier depends on more than the client's number and there are
+        more than 100,000 such clients, the counts are those of 100,000 random clients (keyed by the seed).
         """
         own = self.settings
         mix: Counter[Tier] = Counter()
@@ -108,22 +112,25 @@ class ClientProfiles:
         return dict(sorted(mix.items()))
 
     def rank_mix(self, sizes: np.ndarray) -> dict[int, int]:
-        """How many clients that hold data have each rank, smallest first; see `tier_mix`."""
+        """The number of clients with training rows of each rank, smallest first; see `tier_mix`."""
         mix: Counter[int] = Counter()
         for tier, count in self.tier_mix(sizes).items():
             mix[tier.rank] += count
         return dict(mix)
 
     def _examined(self, sizes: np.ndarray) -> np.ndarray:
-        """All clients that hold data, or 100,000 of them by chance: evenly spaced ones could all be of one tier."""
-        holders = np.flatnonzero(sizes)
-        if len(holders) <= MOST_EXAMINED:
-            return holders
-        return seeding.numpy_rng(self.seed, "profile.mix").choice(holders, MOST_EXAMINED, replace=False)
+        """All clients with training rows, or MOST_EXAMINED random ones. Evenly spaced clients could share one tier."""
+        clients = np.flatnonzero(sizes)
+        if len(clients) <= MOST_EXAMINED:
+            return clients
+        return seeding.numpy_rng(self.seed, "profile.mix").choice(clients, MOST_EXAMINED, replace=False)
 
 
 def describe(mix: Mapping[int, int]) -> str:
-    """A rank mix in words: `rank 4: 75.0 %, rank 16: 25.0 %`; of many ranks their span, mean and most frequent."""
+    """A rank mix in words, such as `rank 4: 75.0 %, rank 16: 25.0 %`.
+
+    Of more than 8 ranks: their range, their mean and the three most frequent.
+    """
     total = sum(mix.values())
     named = sorted(mix, key=lambda rank: -mix[rank])[:3] if len(mix) > 8 else list(mix)
     shares = [f"rank {rank}: {mix[rank] / total:.1%}".replace("%", " %") for rank in named]

@@ -1,4 +1,4 @@
-"""A client in one round, as methods and weightings see it."""
+"""The profile of a client in one round, which methods and weightings read."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Profile:
-    """One client in one round: who it is and what its device and link allow."""
+    """One client in one round: its number, its data, and what its device and link allow."""
 
     client: int
     rank: int
-    scale: float = 1.0  # of its adapter: alpha / r, or alpha / sqrt(r)
+    scale: float = 1.0  # the factor on B A: alpha / r, or alpha / sqrt(r) with lora.rslora
     density_down: float = 1.0  # share of entries it receives this round, in (0, 1]
     density_up: float = 1.0  # share of entries it sends this round, in (0, 1]
-    examples: int = 1  # training rows it holds
+    examples: int = 1  # number of its training rows
 
     @property
     def tier(self) -> tuple[int, float]:
-        """Clients of one tier receive the same payload, unless the method is `personal`."""
+        """(rank, density_down). Clients of one tier receive the same payload, unless the method is `personal`."""
         return self.rank, self.density_down

@@ -1,9 +1,9 @@
-"""The rules that give a client its tier (rank and densities), one for every `profiles.kind`.
+"""The rules that give a client its tier (rank and densities): one rule for every `profiles.kind`.
 
-Where chance decides, a client has one number u in (0, 1), keyed by (run seed, "profile", client), and the settings say
-which rank stands at that quantile. The number does not change with the settings. So when shares, limits or the spread
-change, most clients keep their rank, and `tiers`, `heavy_tailed` (both in the order of `ranks`), `uniform` and `normal`
-all give a client with a larger u the later entry or the larger rank.
+In a random rule, every client has one number u in (0, 1), keyed by (run seed, "profile", client). The rank is the
+quantile of u in the distribution that the settings describe. u does not depend on the settings: if shares, limits or
+the spread change, most clients have the same rank as before. A larger u gives the larger rank for `uniform` and
+`normal`, and the later entry of `ranks` for `tiers` and `heavy_tailed`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 from rayfed import seeding
 from rayfed.config.method import Lora, Profiles, Wire
 from rayfed.errors import UserError, allowed
-from rayfed.plugins import load_object
+from rayfed.plugins import load_object, one_line
 
 
 class Tier(NamedTuple):
-    """What a client's device and link allow, before the density decays."""
+    """The rank and the densities of a client, before the decay of the densities."""
 
     rank: int
     density_down: float
@@ -31,13 +31,14 @@ class Tier(NamedTuple):
 
 
 Rule = Callable[[int, int], Tier]
-"""(client, its number of training rows) -> its tier."""
+"""(client, number of its training rows) -> tier of the client."""
 
 
 def make_rule(settings: Profiles, lora: Lora, wire: Wire, seed: int) -> Rule:
-    """The rule of `profiles.kind`. Nothing is computed for clients that are not asked about.
+    """The rule of `profiles.kind`.
 
-    UserError where the user's function cannot be imported; the rule itself raises UserError for a wrong answer of it.
+    Raises UserError if the user's function cannot be imported. The rule raises UserError if that function fails or
+    returns an invalid value.
     """
     densities = wire.down.density, wire.up.density
     low, high = settings.low, settings.high or lora.rank
@@ -72,50 +73,47 @@ def make_rule(settings: Profiles, lora: Lora, wire: Wire, seed: int) -> Rule:
             return lambda client, examples: Tier(low + int(_u(seed, client) * (high - low + 1)), *densities)
         case "normal":
             mean = (low + high) / 2 if settings.mean is None else settings.mean
-            law = NormalDist(mean, settings.std or (high - low) / 4 or 1.0)
-            return lambda client, examples: Tier(round(min(max(law.inv_cdf(_u(seed, client)), low), high)), *densities)
+            normal = NormalDist(mean, settings.std or (high - low) / 4 or 1.0)
+            return lambda client, examples: Tier(
+                round(min(max(normal.inv_cdf(_u(seed, client)), low), high)), *densities
+            )
         case "function":
             return _user_rule(settings.function or "", lora.rank, densities, seed)
 
 
 def _u(seed: int, client: int) -> float:
-    """The client's own number, uniform in the open interval (0, 1): 52 bits of its key, and a half.
+    """The client's number u, uniform in the open interval (0, 1): (52 random bits + 1/2) / 2^52.
 
-    It is at most 1 - 2^-53, so its product with a positive x stays below x after rounding.
+    u is at most 1 - 2^-53, so u * x, rounded, is below x for any positive x.
     """
     return ((seeding.derive_seed(seed, "profile", client) >> 11) + 0.5) * 2.0**-52
 
 
 def _user_rule(path: str, largest: int, densities: tuple[float, float], seed: int) -> Rule:
-    """The rule of a user's function (`profiles.function`), with every answer checked."""
+    """The rule of a user's function (`profiles.function`); it checks every value that the function returns."""
     field = "profiles.function"
     function = load_object(path, field)
     if not callable(function):
         raise allowed(field, path, "that is no function")
 
-    def refused(client: int, what: str) -> UserError:
+    def invalid(client: int, what: str) -> UserError:
         return allowed(field, path, f"for client {client} it {what}")
 
     def rule(client: int, examples: int) -> Tier:
         try:
             answer = function(client=client, examples=examples, seed=seed)
         except Exception as error:
-            raise refused(client, f"raised {type(error).__name__}: {_one_line(error)}") from error
+            raise invalid(client, f"raised {type(error).__name__}: {one_line(error)}") from error
         rank, down, up = answer if isinstance(answer, tuple | list) and len(answer) == 3 else (answer, *densities)
         if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or not 1 <= rank <= largest:
-            raise refused(
+            raise invalid(
                 client,
-                f"returned {_one_line(repr(answer))}; it should be a rank from 1 to {largest} (lora.rank), or "
+                f"returned {one_line(repr(answer))}; it should be a rank from 1 to {largest} (lora.rank), or "
                 "(rank, density_down, density_up)",
             )
         for density in (down, up):
             if isinstance(density, bool) or not isinstance(density, int | float | np.floating) or not 0 < density <= 1:
-                raise refused(client, f"returned {_one_line(repr(answer))}; densities should be in (0, 1]")
+                raise invalid(client, f"returned {one_line(repr(answer))}; densities should be in (0, 1]")
         return Tier(int(rank), float(down), float(up))
 
     return rule
-
-
-def _one_line(text: object) -> str:
-    line = " ".join(str(text).split())
-    return line if len(line) <= 120 else line[:117] + "..."

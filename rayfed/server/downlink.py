@@ -17,9 +17,9 @@ from torch import Tensor
 
 from rayfed import wire
 from rayfed.channels import Channel
-from rayfed.clients.transfer import Uploadable, assemble, merged_base
+from rayfed.clients.transfer import Uploadable, assemble
 from rayfed.errors import RunError
-from rayfed.lora.adapter import Adapter, Layout, LowRank, flatten_changes
+from rayfed.lora.adapter import Layout, LowRank, flatten_changes
 from rayfed.methods import Method, Start, Trainable
 from rayfed.methods.base import BaseChange
 from rayfed.profiles.profile import Profile
@@ -64,7 +64,7 @@ class Download:
         """The client's model: its start adapter over its base, as one vector (n,) with its layout."""
         adapter = self.start.layout.unflatten(self.vector)
         changes: dict[str, LowRank | Tensor] = {name: pair.folded() for name, pair in adapter.layers.items()}
-        for name, below in merged_base(self.start.base, self.start.merge).items():
+        for name, below in self.start.merged_base.items():
             under = below.dense() if isinstance(below, LowRank) else below
             above = changes.get(name)
             changes[name] = under + above.dense() if isinstance(above, LowRank) else under
@@ -124,7 +124,7 @@ class Downlink:
         payloads: tuple[bytes, ...] = (payload,)
         merge, merge_layout = None, None
         if start.merge is not None:
-            beside = wire.encode(Adapter(start.merge.layers, {}).flatten())
+            beside = wire.encode(start.merge.flatten())
             payloads, merge, merge_layout = (payload, beside), self.executor.put(beside), start.merge.layout
         return Download(
             start, payloads, self.executor.put(arrived), decoded, has, known, base, base_layout, merge, merge_layout

@@ -15,7 +15,6 @@ from typing import Any, cast
 from rayfed import wire
 from rayfed.clients.messages import ClientOrder, TrainJob, TrainResult
 from rayfed.clients.plan import RunPlan
-from rayfed.clients.transfer import merged_base
 from rayfed.errors import RunError
 from rayfed.methods import PackSum, Update
 from rayfed.profiles.profile import Profile
@@ -143,7 +142,7 @@ def _decoded(
         None if personal is None else wire.decode(personal).dense(),
     )
     if log.diagnostics is not None:
-        log.diagnostics.add(update, merged_base(received.start.base, received.start.merge))
+        log.diagnostics.add(update, received.start.merged_base)
     return update
 
 

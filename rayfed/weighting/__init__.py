@@ -1,4 +1,4 @@
-"""Weightings: how much each client counts in the aggregation. One file a weighting; `server.weights` names it."""
+"""Weightings: how much each client counts in the aggregation. One file per weighting; `server.weights` names it."""
 
 from rayfed.plugins import member_class
 from rayfed.weighting.base import Weighting

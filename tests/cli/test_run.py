@@ -99,10 +99,10 @@ SETTINGS = {
     "more clients than rows": ("partition.clients=999", "partition.clients: got 999, but there are only 128 training"),
     "unknown method": ("method.name=flask", "method.name: got 'flask', but did you mean flasc? allowed are "),
     "unknown method option": ("method.topk=3", "method.topk: flasc has no such option; allowed are mask, train"),
-    "wrong option value": ("method.mask=soft", "method.mask: got 'soft', but allowed are refresh, fixed"),
+    "wrong option value": ("method.mask=soft", "method.mask: got 'soft', but it should be refresh or fixed"),
     "option value that is a list": (
         "method.mask=[fixed]",
-        "method.mask: got ['fixed'], but allowed are refresh, fixed",
+        "method.mask: got ['fixed'], but it should be refresh or fixed",
     ),
     "a rate for fedavg": (
         "server.optimizer=fedavg server.lr=0.1",

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from method_oracles import training
 
-from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.methods import Profile
 from rayfed.methods.fedex_lora import FedExLoRA
@@ -114,48 +111,3 @@ def test_report_says_what_a_cap_loses(play, random_adapter):
     assert reports[None]["residual_lost"] == 0.0
     assert reports[1]["residual_lost"] == pytest.approx(lost, rel=1e-5)
     assert 0 < reports[3]["residual_lost"] < lost
-
-
-def test_without_local_training_nothing_moves(play, random_adapter):
-    method = FedExLoRA()
-    state = first = method.init(begun(random_adapter, False), seed=7)
-    for cohort in COHORTS:
-        state, _ = play(method, state, cohort)
-        assert not any(W.any() for W in state.base.values())
-    assert all(torch.equal(method.delta(state, name), method.delta(first, name)) for name in SHAPES)
-
-
-def test_no_rank_is_sent_dead(play, random_adapter):
-    method = FedExLoRA()
-    state = method.init(begun(random_adapter, True), seed=7)
-    for train in (None, training(6)):
-        start = method.broadcast(state, COHORTS[0][0])
-        for pair in start.layout.unflatten(start.vector).layers.values():
-            assert bool((pair.B.norm(dim=0) + pair.A.norm(dim=1) > 0).all())
-        assert start.base is state.base
-        state, _ = play(method, state, COHORTS[0], train)
-
-
-def test_restored_state_goes_on_to_the_same_bits(play, random_adapter):
-    method = FedExLoRA(rank_cap=3)
-    state, _ = play(method, method.init(begun(random_adapter, False), seed=7), COHORTS[0], training(7))
-    again = method.restore(state.tensors(), json.loads(json.dumps(state.facts())), state.clients)
-    one, _ = play(method, state, COHORTS[1], training(8))
-    two, _ = play(method, again, COHORTS[1], training(8))
-    assert one.facts() == two.facts()
-    assert all(torch.equal(tensor, two.tensors()[name]) for name, tensor in one.tensors().items())
-
-
-def test_a_round_without_weight_is_refused(play, random_adapter):
-    method = FedExLoRA()
-    state = method.init(begun(random_adapter, True), seed=7)
-    with pytest.raises(ValueError, match="weight"):
-        play(method, state, COHORTS[0], training(9), weights=[0.0, 0.0, 0.0])
-    with pytest.raises(ValueError, match="weight"):
-        method.aggregate(state, iter([]))
-
-
-@pytest.mark.parametrize("rank_cap", [0, -1, 1.5, True, "all"])
-def test_rank_cap_out_of_range_is_refused(rank_cap):
-    with pytest.raises(UserError, match=r"method\.rank_cap"):
-        FedExLoRA(rank_cap=rank_cap)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from method_oracles import close, dense, product, training, truncation
 
-from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, LowRank, fresh_adapter
 from rayfed.methods.base import Profile
 from rayfed.methods.fedhl import FedHL
@@ -164,24 +161,3 @@ def test_round_zero_sends_the_shared_rows_and_no_rank_is_ever_dead(play, random_
         assert torch.equal(pair.A[2:], fresh.layers[name].A[2:4])
         assert not pair.B[:, 2:].any()
         assert ((pair.B.norm(dim=0) > 0) | (pair.A.norm(dim=1) > 0)).all()
-
-
-def test_a_restored_state_continues_to_the_same_bits(play, random_adapter):
-    method = FedHL()
-    state, _ = play(
-        method, method.init(begin(random_adapter, "random"), 0), [profile(k) for k in range(4)], training(8)
-    )
-    restored = method.restore(state.tensors(), json.loads(json.dumps(state.facts())), state.clients)
-    ends = [play(method, s, [profile(2), profile(4)], training(9))[0].tensors() for s in (state, restored)]
-    assert ends[0].keys() == ends[1].keys()
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
-
-
-def test_refusals(play, random_adapter):
-    for options in ({"gamma": -1.0}, {"gamma": float("nan")}, {"eps": 0.0}):
-        with pytest.raises(UserError, match=rf"^method.{next(iter(options))}: got"):
-            FedHL(**options)
-    state = FedHL().init(begin(random_adapter, "fresh"), 0)
-    for data in ("ignore", "examples"):
-        with pytest.raises(ValueError, match="no update with a positive weight"):
-            play(FedHL(data=data), state, [profile(0)], weights=[0.0])

@@ -1,7 +1,5 @@
 """FedSA: A is averaged; B and the head stay with their client, and nothing of them reaches anybody else."""
 
-import json
-
 import pytest
 import torch
 
@@ -92,30 +90,10 @@ def test_the_server_step_moves_a_alone(play, random_adapter):
     assert torch.equal(after.vector != state.vector, state.layout.mask("A"))
 
 
-def test_nobody_learns_nothing_moves(play, random_adapter):
-    method = FedSA()
-    first = state = begin(method, random_adapter, zero_B=False)
-    for cohort in COHORTS:
-        state, _ = play(method, state, [Profile(c.client, 2, 4.0) for c in cohort])
-    assert torch.equal(state.vector, first.vector)
-    assert all(torch.equal(method.own(state, k).flatten(), first.vector) for k in range(4))
-    assert all(torch.equal(method.delta(state, n).dense(), method.delta(first, n).dense()) for n in SHAPES)
-
-
-def test_restored_state_goes_on_with_the_same_bits(play, random_adapter):
-    method = FedSA()
-    state, _ = play(method, begin(method, random_adapter), COHORTS[0], noise(0))
-    again = method.restore(state.tensors(), json.loads(json.dumps(state.facts())), state.clients)
-    ends = [play(method, s, COHORTS[1], noise(1))[0] for s in (state, again)]
-    assert torch.equal(ends[0].vector, ends[1].vector)
-    for k in range(3):
-        assert torch.equal(method.own(ends[0], k).flatten(), method.own(ends[1], k).flatten())
-
-
 def test_an_update_without_its_personal_parts_is_refused(play, random_adapter):
     method = FedSA()
     state = begin(method, random_adapter)
     _, updates = play(method, state, COHORTS[0], noise(0))
-    object.__setattr__(updates[0], "kept", None)
+    object.__setattr__(updates[0], "personal_values", None)
     with pytest.raises(ValueError, match="personal"):
         method.aggregate(state, updates)

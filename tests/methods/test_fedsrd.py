@@ -1,11 +1,8 @@
 """FedSRD (our reading): importance decides what goes up, one factor's projected change comes down, pruned too."""
 
-import json
-
 import pytest
 import torch
 
-from rayfed.errors import UserError
 from rayfed.methods.base import Profile
 from rayfed.methods.fedsrd import FedSRD
 
@@ -147,36 +144,9 @@ def test_a_loud_head_does_not_silence_the_factors(play, random_adapter):
     assert any(method.delta(state, name).dense().any() for name in SHAPES)
 
 
-def test_nobody_learns_nothing_moves(play, random_adapter):
-    method = FedSRD()
-    first = state = begin(method, random_adapter)
-    for cohort in COHORTS:
-        state, _ = play(method, state, cohort)
-    assert torch.equal(state.vector, first.vector)
-    assert state.report == {"energy_kept": 1.0}
-
-
 def test_a_round_for_a_beneath_a_b_of_zero_is_finite(play, random_adapter):
     method = FedSRD(density=1.0)
     state, _ = play(method, begin(method, random_adapter), COHORTS[0])  # nobody learned: B is still 0
     state, _ = play(method, state, COHORTS[1], noise(1, ("A",)))
     assert torch.isfinite(state.vector).all()
     assert all(not method.delta(state, name).dense().any() for name in SHAPES)
-
-
-def test_restored_state_goes_on_with_the_same_bits(play, random_adapter):
-    method = FedSRD(density=0.3)
-    state, _ = play(method, begin(method, random_adapter), COHORTS[0], noise(0))
-    again = method.restore(state.tensors(), json.loads(json.dumps(state.facts())), state.clients)
-    ends = [play(method, s, COHORTS[2], noise(1))[0] for s in (state, again)]
-    for name, tensor in ends[0].tensors().items():
-        assert torch.equal(tensor, ends[1].tensors()[name])
-    assert torch.equal(method.broadcast(ends[0], COHORTS[0][0]).known, method.broadcast(ends[1], COHORTS[0][0]).known)
-
-
-def test_options_and_weights_out_of_range_are_refused(play, random_adapter):
-    for value in (0.0, 1.5, float("nan")):
-        with pytest.raises(UserError, match="density: got"):
-            FedSRD(density=value)
-    with pytest.raises(ValueError, match="positive weight"):
-        play(FedSRD(), begin(FedSRD(), random_adapter), COHORTS[0], weights=[0.0, 0.0])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from method_oracles import begun, dense, relative, training
@@ -96,22 +94,3 @@ def test_a_server_optimizer_gets_each_B_and_head_by_name(play, random_adapter):
     for name in SHAPES:
         halfway = (whole.layers[name].B + first.layers[name].B) / 2
         torch.testing.assert_close(state.layers[name].B, halfway)
-
-
-def test_restored_state_goes_on_to_the_same_bits(play, random_adapter):
-    method = FFALoRA()
-    state, _ = play(method, method.init(begun(random_adapter, False), seed=7), COHORTS[0], training(6))
-    again = method.restore(state.tensors(), json.loads(json.dumps(state.facts())), state.clients)
-    one, _ = play(method, state, COHORTS[1], training(7))
-    two, _ = play(method, again, COHORTS[1], training(7))
-    assert one.facts() == two.facts()
-    assert all(torch.equal(tensor, two.tensors()[name]) for name, tensor in one.tensors().items())
-
-
-def test_a_round_without_weight_is_refused(play, random_adapter):
-    method = FFALoRA()
-    state = method.init(begun(random_adapter, True), seed=7)
-    with pytest.raises(ValueError, match="weight"):
-        play(method, state, COHORTS[0], training(8), weights=[0.0, 0.0, 0.0])
-    with pytest.raises(ValueError, match="weight"):
-        method.aggregate(state, iter([]))

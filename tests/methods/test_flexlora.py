@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from method_oracles import close, dense, product, training, truncation
@@ -107,20 +105,3 @@ def test_long_stacks_and_ranks_over_the_layers_size(play, random_adapter):
     pair = start.layout.unflatten(start.vector).layers["narrow"]
     close(pair, dense(state.layers["narrow"]))
     assert torch.equal(pair.A[3:], state.extras["A.narrow"][3:])
-
-
-def test_a_restored_state_continues_to_the_same_bits(play, random_adapter):
-    method = FlexLoRA()
-    state, _ = play(
-        method, method.init(begin(random_adapter, "random"), 0), [profile(k) for k in range(3)], training(6)
-    )
-    restored = method.restore(state.tensors(), json.loads(json.dumps(state.facts())), state.clients)
-    ends = [play(method, s, [profile(2), profile(4)], training(7))[0].tensors() for s in (state, restored)]
-    assert ends[0].keys() == ends[1].keys()
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
-
-
-def test_refuses_a_round_without_weight(play, random_adapter):
-    method = FlexLoRA()
-    with pytest.raises(ValueError, match="no update with a positive weight"):
-        play(method, method.init(begin(random_adapter, "fresh"), 0), [profile(0)], weights=[0.0])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from method_oracles import begun, dense, mean_of_products, relative, training
@@ -54,15 +52,6 @@ def test_base_is_the_sum_of_the_news(play, random_adapter):
             assert torch.equal(before[name].addmm(B.clone(), A.clone()), state.base[name])
 
 
-def test_without_local_training_nothing_moves(play, random_adapter):
-    method = FLoRA()
-    state = first = method.init(begun(random_adapter, False), seed=7)
-    for cohort in COHORTS:
-        state, _ = play(method, state, cohort)
-    assert all(torch.equal(method.delta(state, name), method.delta(first, name)) for name in method.layers(first))
-    assert all(torch.equal(state.head[name], first.head[name]) for name in first.head)
-
-
 def test_start_is_fresh_nested_alive_and_known(play, random_adapter):
     method = FLoRA()
     state = method.init(begun(random_adapter, False), seed=7)
@@ -83,24 +72,3 @@ def test_start_is_fresh_nested_alive_and_known(play, random_adapter):
             assert not pair.B.any()
     assert torch.equal(starts[2].known, ~starts[2].layout.mask("head"))
     assert starts[2].base is state.base
-
-
-def test_restored_state_goes_on_to_the_same_bits(play, random_adapter):
-    method = FLoRA()
-    state, _ = play(method, method.init(begun(random_adapter, False), seed=7), COHORTS[0], training(4))
-    again = method.restore(state.tensors(), json.loads(json.dumps(state.facts())), state.clients)
-    assert torch.equal(method.base_update(again), method.base_update(state))
-    assert method.layers(again) == method.layers(state)
-    one, _ = play(method, state, COHORTS[1], training(5))
-    two, _ = play(method, again, COHORTS[1], training(5))
-    assert one.facts() == two.facts()
-    assert all(torch.equal(tensor, two.tensors()[name]) for name, tensor in one.tensors().items())
-
-
-def test_a_round_without_weight_is_refused(play, random_adapter):
-    method = FLoRA()
-    state = method.init(begun(random_adapter, True), seed=7)
-    with pytest.raises(ValueError, match="weight"):
-        play(method, state, COHORTS[0], training(6), weights=[0.0, 0.0, 0.0])
-    with pytest.raises(ValueError, match="weight"):
-        method.aggregate(state, iter([]))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from method_oracles import training
 
-from rayfed.errors import UserError
 from rayfed.methods import Profile
 from rayfed.methods.florist import FLoRIST
 
@@ -89,19 +86,3 @@ def test_without_local_training_nothing_moves_and_nothing_is_sent(play, random_a
     assert torch.equal(method.base_update(state), torch.zeros(len(SHAPES)))
     state, _ = play(method, state, COHORTS[1], training(5))
     assert all(not torch.equal(method.delta(state, name), method.delta(first, name)) for name in SHAPES)
-
-
-def test_restored_state_goes_on_to_the_same_bits(play, random_adapter):
-    method = FLoRIST()
-    state, _ = play(method, method.init(random_adapter(SHAPES, 4, 2.0, seed=1), seed=7), COHORTS[0], training(6))
-    again = method.restore(state.tensors(), json.loads(json.dumps(state.facts())), state.clients)
-    one, _ = play(method, state, COHORTS[1], training(7))
-    two, _ = play(method, again, COHORTS[1], training(7))
-    assert one.facts() == two.facts()
-    assert all(torch.equal(tensor, two.tensors()[name]) for name, tensor in one.tensors().items())
-
-
-@pytest.mark.parametrize("tau", [0.0, -0.1, 1.01, float("nan")])
-def test_tau_out_of_range_is_refused(tau):
-    with pytest.raises(UserError, match=r"method\.tau"):
-        FLoRIST(tau=tau)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from method_oracles import begun, dense, relative, training
 
-from rayfed.errors import UserError
 from rayfed.lora.adapter import LowRank
 from rayfed.methods import Profile
 from rayfed.methods.flora import fresh_A
@@ -99,17 +96,6 @@ def test_ranks_are_nested_and_alive(play, random_adapter, block_rounds):
         state, _ = play(method, state, cohort, train)
 
 
-def test_without_local_training_nothing_moves(play, random_adapter):
-    method = RACLoRA(block_rounds=2)
-    start = begun(random_adapter, False)
-    state = method.init(start, seed=7)
-    for cohort in COHORTS:
-        state, _ = play(method, state, cohort)
-        assert all(relative(method.delta(state, name), dense(pair)) < 1e-6 for name, pair in start.layers.items())
-    settled, _ = play(method, state, COHORTS[0])
-    assert all(torch.equal(method.delta(settled, name), method.delta(state, name)) for name in SHAPES)
-
-
 def test_a_server_rate_scales_the_merged_change(play, random_adapter):
     method = RACLoRA()
     state = method.init(begun(random_adapter, True), seed=7)
@@ -117,22 +103,3 @@ def test_a_server_rate_scales_the_merged_change(play, random_adapter):
     half, _ = play(method, state, COHORTS[0], training(6), advance=lambda name, value, change: value + 0.5 * change)
     for name in SHAPES:
         torch.testing.assert_close(method.delta(half, name), 0.5 * method.delta(whole, name))
-
-
-@pytest.mark.parametrize("block_rounds", [1, 2])
-def test_restored_state_goes_on_to_the_same_bits(play, random_adapter, block_rounds):
-    method = RACLoRA(block_rounds=block_rounds)
-    state, _ = play(method, method.init(begun(random_adapter, False), seed=7), COHORTS[0], training(7))
-    again = method.restore(state.tensors(), json.loads(json.dumps(state.facts())), state.clients)
-    one, _ = play(method, state, COHORTS[1], training(8))
-    two, _ = play(method, again, COHORTS[1], training(8))
-    assert one.facts() == two.facts()
-    assert all(torch.equal(tensor, two.tensors()[name]) for name, tensor in one.tensors().items())
-
-
-def test_options_and_rounds_out_of_range_are_refused(play, random_adapter):
-    with pytest.raises(UserError, match=r"method\.block_rounds"):
-        RACLoRA(block_rounds=0)
-    method = RACLoRA()
-    with pytest.raises(ValueError, match="weight"):
-        method.aggregate(method.init(begun(random_adapter, True), seed=7), iter([]))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from method_oracles import close, dense, training
@@ -102,17 +100,6 @@ def test_no_rank_is_ever_dead(play, random_adapter):
             assert torch.equal(pair.A[alive:], fresh.layers[name].A[alive:])
             assert not pair.B[:, alive:].any()
         state, _ = play(method, state, [profile(2)], training(4))
-
-
-def test_a_restored_state_continues_to_the_same_bits(play, random_adapter):
-    method = RaFLoRA()
-    state, _ = play(
-        method, method.init(begin(random_adapter, "random"), 0), [profile(k) for k in range(3)], training(6)
-    )
-    restored = method.restore(state.tensors(), json.loads(json.dumps(state.facts())), state.clients)
-    ends = [play(method, s, [profile(2), profile(4)], training(7))[0].tensors() for s in (state, restored)]
-    assert ends[0].keys() == ends[1].keys()
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
 def test_an_update_without_weight_counts_for_nothing(play, random_adapter):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from method_oracles import close, training
@@ -97,18 +95,3 @@ def test_an_index_nobody_owns_keeps_its_value_whatever_the_rate(play, random_ada
         assert torch.equal(after.layers[name].B[:, 2:], pair.B[:, 2:])
         assert torch.equal(after.layers[name].A[2:], pair.A[2:])
         torch.testing.assert_close(after.layers[name].A - pair.A, 2 * (plain.layers[name].A - pair.A))
-
-
-def test_a_restored_state_continues_to_the_same_bits(play, random_adapter):
-    method = RBLA()
-    state, _ = play(method, method.init(begin(random_adapter, "fresh"), 0), [profile(k) for k in range(3)], training(6))
-    restored = method.restore(state.tensors(), json.loads(json.dumps(state.facts())), state.clients)
-    ends = [play(method, s, [profile(2), profile(4)], training(7))[0].tensors() for s in (state, restored)]
-    assert ends[0].keys() == ends[1].keys()
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
-
-
-def test_refuses_a_round_without_weight(play, random_adapter):
-    method = RBLA()
-    with pytest.raises(ValueError, match="no update with a positive weight"):
-        play(method, method.init(begin(random_adapter, "fresh"), 0), [profile(0)], weights=[0.0])

@@ -1,7 +1,5 @@
 """RoLoRA: one factor moves a round, B first, and the mean of factors is the mean of products."""
 
-import json
-
 import pytest
 import torch
 
@@ -81,14 +79,6 @@ def test_only_the_factor_that_trains_goes_up(play, random_adapter):
         assert all(not u.change[~allowed].any() for u in updates)
 
 
-def test_nobody_learns_nothing_moves(play, random_adapter):
-    method = RoLoRA()
-    first = state = start_state(method, random_adapter, zero_B=False)
-    for cohort in COHORTS:
-        state, _ = play(method, state, cohort)
-    assert torch.equal(state.vector, first.vector)
-
-
 def test_what_does_not_travel_is_what_the_client_has(play, random_adapter):
     method, everybody = RoLoRA(down="changed"), COHORTS[2]
     state = start_state(method, random_adapter, zero_B=True)
@@ -100,18 +90,3 @@ def test_what_does_not_travel_is_what_the_client_has(play, random_adapter):
         assert torch.equal(start.vector[start.known], has[start.known])
         assert torch.equal(~start.known, state.layout.mask("BA"[t % 2], "head"))
     assert RoLoRA().broadcast(state, everybody[0]).known is None
-
-
-def test_restored_state_goes_on_with_the_same_bits(play, random_adapter):
-    method = RoLoRA()
-    state, _ = play(method, start_state(method, random_adapter, zero_B=True), COHORTS[0], noise(0))
-    again = method.restore(state.tensors(), json.loads(json.dumps(state.facts())), state.clients)
-    ends = [play(method, s, COHORTS[1], noise(1))[0] for s in (state, again)]
-    assert torch.equal(ends[0].vector, ends[1].vector)
-    assert ends[0].facts() == ends[1].facts()
-
-
-def test_without_weight_there_is_no_mean(play, random_adapter):
-    method = RoLoRA()
-    with pytest.raises(ValueError, match="positive weight"):
-        play(method, start_state(method, random_adapter, zero_B=True), COHORTS[0], noise(0), weights=[0.0, 0.0])

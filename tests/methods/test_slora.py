@@ -1,11 +1,8 @@
 """SLoRA: sparse rounds on one mask, the best approximation of rank r as LoRA's start, then FedIT."""
 
-import json
-
 import pytest
 import torch
 
-from rayfed.errors import UserError
 from rayfed.methods.base import Profile
 from rayfed.methods.slora import SLoRA
 
@@ -118,23 +115,3 @@ def test_nobody_learns_nothing_moves_and_no_rank_is_dead(play, random_adapter, a
             assert pair.B.is_contiguous()
             assert pair.A.is_contiguous()
         assert state.report.get("lost_energy", 0.0) < 1e-9
-
-
-@pytest.mark.parametrize("rounds", [1, 2, 3])
-def test_restored_state_goes_on_with_the_same_bits(play, random_adapter, rounds):
-    method = SLoRA(rounds_sparse=2, rho=0.4)
-    state = begin(method, random_adapter)
-    for t in range(rounds):
-        state, _ = play(method, state, COHORTS[t], noise(t))
-    again = method.restore(state.tensors(), json.loads(json.dumps(state.facts())), state.clients)
-    ends = [play(method, s, COHORTS[3], noise(3))[0] for s in (state, again)]
-    assert method.layers(ends[0]) == method.layers(ends[1])
-    for name, tensor in ends[0].tensors().items():
-        assert torch.equal(tensor, ends[1].tensors()[name])
-    assert ends[0].facts() == ends[1].facts()
-
-
-def test_options_out_of_range_are_refused():
-    for option, value in (("rounds_sparse", 0), ("rho", 0.0), ("rho", 1.5), ("rho", float("nan"))):
-        with pytest.raises(UserError, match=f"{option}: got"):
-            SLoRA(**{option: value})

@@ -1,47 +1,44 @@
-"""The README's example of a new method: one file, one line, and it runs like the others."""
+"""The worked example of docs/write-a-method.md: one file, and it runs like the others."""
 
 from __future__ import annotations
 
 import re
 import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import rayfed
-from rayfed.methods import METHODS, MethodInfo, build
+from rayfed.lora.adapter import Adapter, LowRank
+from rayfed.methods import Profile, build
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "write-a-method.md"
+NAME = "fedmedian:FedMedian"
 
 
 @pytest.fixture
-def fedmedian(monkeypatch):
-    """The README's two code blocks, put where they say they belong."""
-    section = README.read_text(encoding="utf-8").partition("### Add a method")[2]
-    source, line = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[:2]
-    module = types.ModuleType("rayfed.methods.fedmedian")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(source, "fedmedian.py", "exec"), module.__dict__)
-    registered = eval("{" + line + "}", {"MethodInfo": MethodInfo})
-    for name, card in registered.items():
-        monkeypatch.setitem(METHODS, name, card)
-    return build(*registered)
+def fedmedian(tmp_path, monkeypatch):
+    """The first code block of the page, in a file of the name that the page gives it."""
+    (source,) = re.findall(r"`fedmedian.py`:\n\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "fedmedian.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield build(NAME)
+    sys.modules.pop("fedmedian", None)
+
+
+def test_the_page_names_it_as_it_is_built():
+    assert f"method.name={NAME}" in PAGE.read_text(encoding="utf-8")
 
 
 def test_it_runs_like_the_others(fedmedian, tiny, tmp_path):
-    result = rayfed.run(tiny("method.name=fedmedian", "wire.up.density=0.5"), out=tmp_path / "run")
+    result = rayfed.run(tiny(f"method.name={NAME}", "wire.up.density=0.5"), out=tmp_path / "run")
     assert len({record["state/digest"] for record in result.metrics}) == 2
     assert result.metrics[-1]["test/accuracy_masked"] is None
 
 
 def test_it_computes_the_median(fedmedian, play, random_adapter):
-    from rayfed.lora.adapter import Adapter, LowRank
-    from rayfed.methods.base import Profile
-
-    shapes = {"layer": (4, 3)}
-    state = fedmedian.init(random_adapter(shapes, 2, 1.0, 0), seed=0)
+    state = fedmedian.init(random_adapter({"layer": (4, 3)}, 2, 1.0, 0), seed=0)
 
     def train(client, start, adapter):
         step = (-1.0, 0.5, 1e6)[client.client]

@@ -1,6 +1,7 @@
-"""A federation: rows in three splits, and who holds which training rows. Made once, read-only, shared by all workers.
+"""A federation: rows in three splits, and the training rows of every client.
 
-Arrays are flat NumPy arrays, so Ray's object store hands them to every worker without a copy.
+It is made once, read-only and shared by all workers. Its arrays are flat NumPy arrays, which workers read from Ray's
+object store without a copy.
 """
 
 from __future__ import annotations
@@ -14,40 +15,41 @@ from torch import Tensor
 
 
 class Rows(Protocol):
-    """The rows of a split, as tensors on demand."""
+    """The rows of a split. `batch` makes tensors of some of them."""
 
     def __len__(self) -> int: ...
 
     @property
     def labels(self) -> np.ndarray:
-        """(n, ...): one entry a row."""
+        """(n, ...): one label per row."""
 
     @property
     def lengths(self) -> np.ndarray:
-        """(n,) int64: tokens per row; 1 where rows have no tokens."""
+        """(n,) int64: tokens per row; 1 per row if rows have no tokens."""
 
     def batch(self, rows: np.ndarray, padded: bool) -> dict[str, Tensor]:
         """The given rows (indices, any order) as tensors by name, ``labels`` among them.
 
-        Either padded to the longest row, or end to end without padding where the task's batches can be so.
+        With ``padded``, rows are padded to the longest of them. Otherwise they are concatenated without padding; only
+        tasks whose `batching` can be `Unpadded` support that.
         """
 
 
 @dataclass(frozen=True)
 class Federation:
-    """Three splits and their classes (or outputs). The training rows of client c are rows[starts[c]:starts[c + 1]]."""
+    """Three splits and their classes (or outputs). Client c has the training rows ``rows[starts[c]:starts[c + 1]]``."""
 
     train: Rows
     validation: Rows
     test: Rows
     classes: tuple[str, ...]
-    rows: np.ndarray  # (n,) int64
+    rows: np.ndarray  # (n,) int64: indices into train, client after client
     starts: np.ndarray  # (clients + 1,) int64
-    extra: Any = None  # what else the task needs of its data
+    extra: Any = None  # more data that the task needs
 
     @property
     def clients(self) -> int:
-        """Clients in the population, those without data included."""
+        """Number of clients in the population, including clients without training rows."""
         return len(self.starts) - 1
 
     @cached_property
@@ -57,14 +59,14 @@ class Federation:
 
     @cached_property
     def holders(self) -> np.ndarray:
-        """The clients that hold data, in ascending order: those that can take part."""
+        """The clients that have training rows, ascending. Only they can take part in a round."""
         return np.flatnonzero(self.sizes)
 
     def rows_of(self, client: int) -> np.ndarray:
-        """The client's training rows: indices into ``train``."""
+        """The client's training rows, as indices into ``train``."""
         return self.rows[self.starts[client] : self.starts[client + 1]]
 
     def split(self, name: str) -> Rows:
-        """The split of that name: train, validation or test."""
+        """The split named ``train``, ``validation`` or ``test``."""
         rows: Rows = getattr(self, name)
         return rows

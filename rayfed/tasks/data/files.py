@@ -1,8 +1,8 @@
 """Labelled texts in local files: JSON lines, CSV (both may be gzipped) or Parquet.
 
-A folder holds `train.*` and, optionally, `test.*` and `validation.*` (or `val.*`, `dev.*`), one file per split; other
-files (README, labels.json, oos_test.jsonl) are left alone. A single file is the training split, from which the others
-are drawn.
+A folder has `train.*` and, optionally, `test.*` and `validation.*` (or `val.*`, `dev.*`), one file per split. Other
+files (README, labels.json, oos_test.jsonl) are ignored. A single file is the training split, and the other splits are
+drawn from it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from rayfed.config.task import Data
 from rayfed.errors import UserError, allowed
-from rayfed.tasks.data.dataset import SPLITS, Source, Table
+from rayfed.tasks.data.table import SPLITS, Source, Table
 
 INTEGER = re.compile(r"[+-]?\d+")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -25,22 +25,22 @@ Columns = dict[str, list[Any]]
 
 
 def read_files(settings: Data) -> Source:
-    """The splits found at ``data.path``, with the columns that ``settings`` name and the names of the others.
+    """The splits at ``data.path``: the columns that ``settings`` name, and the names of the other columns.
 
-    JSON lines: one object a line, blank lines skipped, a key that a row lacks is null there. CSV: UTF-8 with a header;
-    everything is text, but a label column of integers throughout is integers, and one of numbers throughout is numbers.
-    Raises UserError, with file and line where there is one, if something is missing or malformed.
+    JSON lines: one object per line; blank lines are skipped; a key that a row lacks is null. CSV: UTF-8 with a header;
+    all columns are text, except that a label column of only integers is read as integers, and one of only numbers as
+    numbers. Raises UserError, with the file and if possible the line, if something is missing or malformed.
     """
-    assert settings.path is not None  # the schema demands it
+    assert settings.path is not None  # checked by the settings
     path = Path(settings.path).expanduser()
     if not path.exists():
         raise allowed("data.path", settings.path, "there is no such file or folder")
     if path.is_dir():
-        files = {split: file for split in SPLITS if (file := _only(path, split)) is not None}
+        files = {split: file for split in SPLITS if (file := _split_file(path, split)) is not None}
         if "train" not in files:
-            there = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
+            present = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
             what = f"the folder needs a train file ({', '.join('train' + ending for ending in READERS)}); it holds"
-            raise allowed("data.path", settings.path, f"{what} {there}")
+            raise allowed("data.path", settings.path, f"{what} {present}")
     else:
         if _ending(path) is None:
             raise allowed("data.path", settings.path, f"a data file ends in {', '.join(READERS)}")
@@ -52,8 +52,8 @@ def _ending(path: Path) -> str | None:
     return next((ending for ending in READERS if path.name.lower().endswith(ending)), None)
 
 
-def _only(folder: Path, split: str) -> Path | None:
-    """The folder's one file for the split; None if it has none."""
+def _split_file(folder: Path, split: str) -> Path | None:
+    """The folder's file for the split; None if there is none. UserError if there are several."""
     found = [
         entry
         for entry in sorted(folder.iterdir())
@@ -72,7 +72,7 @@ def _read(path: Path, settings: Data) -> Columns:
         return READERS[ending](path, settings)
     except UserError:
         raise
-    # pyarrow's errors are ValueErrors and OSErrors; a cut or corrupt gzip file is one of the rest.
+    # pyarrow raises ValueError and OSError; a truncated or corrupt gzip file raises one of the others.
     except (ValueError, OSError, EOFError, zlib.error) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"data.path: {path} cannot be read: {reason}") from error
@@ -99,7 +99,8 @@ def _csv(path: Path, settings: Data) -> Columns:
     import pyarrow
     from pyarrow import csv
 
-    # Text, or pyarrow would turn texts into dates and owners 007 into 7. One thread, or errors name no row.
+    # Read as strings: pyarrow would turn texts into dates and the client 007 into 7. With more than one thread, errors
+    # do not name the row.
     as_text = {name: pyarrow.string() for name in (settings.text, settings.label, settings.client) if name}
     with pyarrow.input_stream(str(path)) as stream:
         if not stream.read(1):
@@ -113,17 +114,17 @@ def _csv(path: Path, settings: Data) -> Columns:
         )
     columns = _columns(table.column_names, settings, lambda name: table.column(name).to_pylist(), table.num_rows)
     if settings.label in columns:
-        columns[settings.label] = _typed(columns[settings.label])
+        columns[settings.label] = _parse_labels(columns[settings.label])
     return columns
 
 
-def _typed(labels: list[str]) -> list[Any]:
-    """CSV has no types: integers if all are; numbers if all are (to be refused as such); else the strings they are."""
+def _parse_labels(labels: list[str]) -> list[Any]:
+    """CSV has no types: integers if all labels are integers, numbers if all are numbers, otherwise strings."""
     if all(INTEGER.fullmatch(label) for label in labels):
         return [int(label) for label in labels]
     if all(NUMBER.fullmatch(label) for label in labels):
         return [float(label) for label in labels]
-    return [label or None for label in labels]  # an empty cell is a missing label, not a class without a name
+    return [label or None for label in labels]  # an empty cell is a missing label
 
 
 def _parquet(path: Path, settings: Data) -> Columns:
@@ -139,11 +140,11 @@ def _parquet(path: Path, settings: Data) -> Columns:
 
 
 def _columns(names: list[str], settings: Data, column: Callable[[str], list[Any]], rows: int) -> Columns:
-    """The columns that the settings ask for; the others as names only, for a refusal to tell what is there."""
-    asked = (settings.text, settings.label, settings.client)
-    if twice := sorted({name for name in names if name in asked and names.count(name) > 1}):
+    """The columns that the settings name. The other columns are empty: error messages list their names."""
+    wanted = (settings.text, settings.label, settings.client)
+    if twice := sorted({name for name in names if name in wanted and names.count(name) > 1}):
         raise UserError(f"data.path: the column {twice[0]!r} is there twice")
-    return {name: column(name) if name in asked else [] for name in names} if rows else {}
+    return {name: column(name) if name in wanted else [] for name in names} if rows else {}
 
 
 READERS: dict[str, Callable[[Path, Data], Columns]] = {

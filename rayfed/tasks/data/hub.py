@@ -1,4 +1,4 @@
-"""Labelled texts of the Hugging Face hub, or of a local folder in one of its layouts."""
+"""Labelled texts from the Hugging Face hub, or from a local folder that `datasets.load_dataset` can load."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayfed.config.task import Data
 from rayfed.errors import UserError, allowed
-from rayfed.tasks.data.dataset import SPLITS, Source, Table
+from rayfed.tasks.data.table import SPLITS, Source, Table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -15,39 +15,39 @@ if TYPE_CHECKING:
 def read_hub(settings: Data) -> Source:
     """The splits of the data set ``data.name`` (configuration ``data.subset``), found by their names.
 
-    A label column that is a ClassLabel brings its class names. A validation or test split in which no row is labelled
-    (-1 throughout, as in GLUE's tests) counts as one that the data set lacks. Code that comes with a data set is never
-    run. Raises UserError with the library's reason where the data set cannot be loaded: unknown, or no network.
+    A ClassLabel column gives the class names. A validation or test split without any label (-1 in all rows, as in
+    GLUE's test splits) counts as missing. Code that comes with a data set is never run. Raises UserError, with the
+    library's reason, if the data set cannot be loaded, for example for lack of a network.
     """
     from datasets import ClassLabel, DatasetDict, load_dataset
 
-    assert settings.name is not None  # the schema demands it
+    assert settings.name is not None  # checked by the settings
     name = settings.name if settings.subset is None else f"{settings.name} ({settings.subset})"
     try:
         loaded = load_dataset(settings.name, settings.subset)
-    except Exception as error:  # whatever went wrong between here and the hub: its reason, in one line
+    except Exception as error:  # datasets and the hub client raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"data.name: {name} cannot be loaded: {reason}") from error
-    assert isinstance(loaded, DatasetDict)  # no split and no streaming were asked for
-    found = {split: here for split, names in SPLITS.items() if (here := [n for n in names if n in loaded])}
-    for split, here in found.items():
-        if len(here) > 1:
-            what = f"its splits {' and '.join(map(repr, here))} both stand for the {split} split"
+    assert isinstance(loaded, DatasetDict)  # because neither a split nor streaming was requested
+    found = {split: own for split, names in SPLITS.items() if (own := [n for n in names if n in loaded])}
+    for split, own in found.items():
+        if len(own) > 1:
+            what = f"its splits {' and '.join(map(repr, own))} both stand for the {split} split"
             raise allowed("data.name", name, what)
     if "train" not in found:
         raise allowed("data.name", name, f"it needs a split 'train'; it has {', '.join(map(repr, loaded))}")
     feature = loaded[found["train"][0]].features.get(settings.label)
-    names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
+    class_names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
     tables = {}
-    for split, (own, *_) in found.items():
-        columns = _columns(loaded[own], settings)
+    for split, (own_name, *_) in found.items():
+        columns = _columns(loaded[own_name], settings)
         labels = columns.get(settings.label, [])
-        if split == "train" or names is None or not labels or any(label not in (-1, None) for label in labels):
-            tables[split] = Table(f"{name}, split {own!r}", columns)
-    return Source(tables, names)
+        if split == "train" or class_names is None or not labels or any(label not in (-1, None) for label in labels):
+            tables[split] = Table(f"{name}, split {own_name!r}", columns)
+    return Source(tables, class_names)
 
 
 def _columns(dataset: Dataset, settings: Data) -> dict[str, list[Any]]:
-    """The columns that the settings ask for; the others as names only, for a refusal to tell what is there."""
-    asked = (settings.text, settings.label, settings.client)
-    return {name: dataset[name][:] if name in asked else [] for name in dataset.column_names}
+    """The columns that the settings name. The other columns are empty: error messages list their names."""
+    wanted = (settings.text, settings.label, settings.client)
+    return {name: dataset[name][:] if name in wanted else [] for name in dataset.column_names}

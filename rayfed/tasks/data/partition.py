@@ -1,12 +1,12 @@
-"""Who holds which training rows.
+"""Divides the training rows among the clients.
 
-All kinds but `natural` deal shuffled rows: within a class (within all rows for `iid`) it is chance which client gets
-which row, so neighbours in a file do not gather with one client.
+Except for `natural`, rows are shuffled first, within a class or for `iid` over all rows. So rows that are neighbours in
+a file do not go to one client.
 
-The partitioners are our own rather than flwr-datasets': that package takes seconds to import (it pulls in plotting)
-and about as long again to hand out 350 clients through `Dataset.select`; its IidPartitioner cuts without shuffling,
-its PathologicalPartitioner may leave classes out or fail for asking more holders of a class than it has rows. A class
-is divided here as its DirichletPartitioner (without balancing) divides it, but for the order in which clients stand.
+flwr-datasets has such partitioners, too, but takes seconds to import (it imports plotting) and about as long again to
+select the rows of 350 clients. Its IidPartitioner does not shuffle. Its PathologicalPartitioner may leave classes out,
+or fail if a class has fewer rows than clients. `dirichlet` divides a class as its DirichletPartitioner without
+self-balancing does, except that the clients are shuffled, too.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ def partition(labels: np.ndarray, owners: np.ndarray | None, settings: Partition
 
     ``labels`` (n,) int; ``owners`` (n,) str, for `natural` only. Draws are keyed by ``seed`` (purpose "partition").
 
-    - `iid`: clients differ by at most one row in size.
+    - `iid`: the sizes of two clients differ by at most one row.
     - `dirichlet`: each class is divided among the clients by shares from Dirichlet(alpha) (Yurochkin et al. 2019,
-      arXiv 1905.12022, without its balancing).
-    - `flasc`: each client draws class shares from Dirichlet(alpha), and every class is divided in proportion to what
-      the clients drew for it (FLASC, arXiv 2406.05233). That code rounds each client's part on its own, which can
-      leave rows over or run out of them; here the cumulative parts are cut, so each row is used once, and a client
-      that is due a fraction of a row sometimes gets one.
-    - `pathological`: `classes` classes per client. Classes are dealt from shuffled decks, so each has equally many
-      holders give or take one or two, who share its rows equally (a class with fewer rows than holders leaves some
-      without).
-    - `natural`: one client per owner, in the order of their names.
+      arXiv 1905.12022, without the balancing).
+    - `flasc`: each client draws class shares from Dirichlet(alpha). Every class is divided in proportion to the shares
+      that the clients drew for it (FLASC, arXiv 2406.05233). FLASC's code rounds the part of every client by itself,
+      so rows can be left over or run out. Here the cumulative parts are rounded: every row is used once, and a client
+      whose part is a fraction of a row may get one row.
+    - `pathological`: ``classes`` classes per client, taken in turn from shuffled lists of all classes. So the classes
+      have equally many clients, give or take one or two. The clients of a class get equal parts of its rows; if there
+      are fewer rows than clients, some get none.
+    - `natural`: one client per owner, in the order of the owners' names.
 
-    Clients may come out empty, except with `natural`. Raises UserError where there are fewer rows than clients, no
-    owners, or `classes` is more than there are or too few to give each class a holder.
+    Clients may be empty, except with `natural`. Raises UserError if there are fewer rows than clients, if there are no
+    owners, if ``classes`` exceeds the number of classes, or if it is too small for every class to have a client.
     """
     if settings.kind == "natural":
         if owners is None:
@@ -51,64 +51,68 @@ def partition(labels: np.ndarray, owners: np.ndarray | None, settings: Partition
         return _gather(rng.permutation(np.arange(len(labels)) % clients), clients)
     present, classes = np.unique(labels, return_inverse=True)
     if settings.kind == "pathological":
-        shares = _dealt(clients, len(present), settings.classes, rng)
+        shares = _pathological_shares(clients, len(present), settings.classes, rng)
     else:
         logs = _log_gamma(settings.alpha, (clients, len(present)), rng)
         if settings.kind == "flasc":
             logs -= np.logaddexp.reduce(logs, axis=1, keepdims=True)  # each client's shares of the classes sum to 1
         shares = np.exp(logs - np.logaddexp.reduce(logs, axis=0))
-    return _gather(_cut(classes, shares, rng), clients)
+    return _gather(_divide(classes, shares, rng), clients)
 
 
 def describe(parts: list[np.ndarray], labels: np.ndarray) -> dict[str, float]:
-    """Counts of ``clients`` and of the ``empty`` ones; over the others ``rows_min``, ``rows_median``, ``rows_max`` and
-    ``classes_mean``, the mean number of different classes a client holds (all 0 if there are none)."""
-    held = [part for part in parts if len(part)]
-    sizes = [len(part) for part in held] or [0]
+    """Statistics of a partition, given the rows of each client and the labels (n,) of all rows.
+
+    ``clients`` and ``empty`` count all clients and the clients without rows. ``rows_min``, ``rows_median``,
+    ``rows_max`` and ``classes_mean`` (the mean number of different classes) are over clients with rows; 0 if there are
+    none.
+    """
+    filled = [part for part in parts if len(part)]
+    sizes = [len(part) for part in filled] or [0]
     return {
         "clients": len(parts),
-        "empty": len(parts) - len(held),
+        "empty": len(parts) - len(filled),
         "rows_min": min(sizes),
         "rows_median": float(np.median(sizes)),
         "rows_max": max(sizes),
-        "classes_mean": float(np.mean([len(np.unique(labels[part])) for part in held])) if held else 0.0,
+        "classes_mean": float(np.mean([len(np.unique(labels[part])) for part in filled])) if filled else 0.0,
     }
 
 
 def _log_gamma(alpha: float, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Logarithms of Gamma(alpha) draws; normalised, they are Dirichlet draws.
+    """Logarithms of Gamma(alpha) draws; normalised Gamma draws are Dirichlet draws.
 
-    In logarithms, because with a small alpha the draws themselves underflow to 0 and a class that is 0 at every client
-    cannot be normalised. Gamma(a) is Gamma(a + 1) * U^(1/a).
+    With a small alpha the draws themselves underflow to 0, and a class that is 0 for every client cannot be normalised.
+    Gamma(a) has the distribution of Gamma(a + 1) * U^(1/a), with U uniform in (0, 1].
     """
     uniform = 1.0 - rng.random(shape)  # in (0, 1]
     return np.log(rng.gamma(alpha + 1.0, size=shape)) + np.log(uniform) / alpha
 
 
-def _dealt(clients: int, classes: int, hand: int, rng: np.random.Generator) -> np.ndarray:
-    """(clients, classes) shares: each client holds ``hand`` classes, and a class's holders share it equally."""
-    if hand > classes:
-        raise allowed("partition.classes", hand, f"the training rows have only {classes} classes")
-    if clients * hand < classes:
-        what = f"{clients} clients need at least {-(-classes // clients)} each for all {classes} classes to be held"
-        raise allowed("partition.classes", hand, what)
-    holds = np.zeros((clients, classes))
-    deck: list[int] = []
-    for client in holds:
-        for _ in range(hand):
-            if all(client[card] for card in deck):
-                deck += rng.permutation(classes).tolist()
-            card = next(card for card in deck if not client[card])
-            deck.remove(card)
-            client[card] = 1.0
-    return holds / holds.sum(axis=0)
+def _pathological_shares(clients: int, classes: int, per_client: int, rng: np.random.Generator) -> np.ndarray:
+    """(clients, classes) shares: ``per_client`` classes per client, and equal shares for all clients of a class."""
+    if per_client > classes:
+        raise allowed("partition.classes", per_client, f"the training rows have only {classes} classes")
+    if clients * per_client < classes:
+        what = f"{clients} clients need at least {-(-classes // clients)} each to cover all {classes} classes"
+        raise allowed("partition.classes", per_client, what)
+    chosen = np.zeros((clients, classes))
+    queue: list[int] = []
+    for client in chosen:
+        for _ in range(per_client):
+            if all(client[c] for c in queue):
+                queue += rng.permutation(classes).tolist()
+            c = next(c for c in queue if not client[c])
+            queue.remove(c)
+            client[c] = 1.0
+    return chosen / chosen.sum(axis=0)
 
 
-def _cut(classes: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The client of each row (n,): every class is shuffled and cut by its column of ``shares`` (clients, classes).
+def _divide(classes: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The client of each row (n,), given the class of each row (n,) and ``shares`` (clients, classes).
 
-    Clients stand in another order for each class. In one order for all, it would be the same ones that get the odd row
-    of class after class, and with even shares and few rows some would end up with everything and others with nothing.
+    The rows of a class are shuffled and divided by its column of ``shares``. The clients are shuffled for each class,
+    too: in one order, the same clients would get the rows that rounding leaves over in every class.
     """
     owner = np.empty(len(classes), dtype=np.int64)
     for c in range(shares.shape[1]):
@@ -119,14 +123,14 @@ def _cut(classes: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> n
 
 
 def _sizes(rows: int, shares: np.ndarray) -> np.ndarray:
-    """``rows`` rows divided by ``shares`` (sum 1): the steps between the floors of the cumulative shares times rows."""
-    # A hair more: three thirds of nine rows add up to 8.999... in floating point.
+    """The number of rows for each of ``shares`` (sum 1): the differences of floor(rows * cumulative share)."""
+    # 1e-9 corrects rounding: three thirds of nine rows add up to 8.999... in floating point.
     cuts = np.minimum(np.floor(np.cumsum(shares) * rows + 1e-9).astype(np.int64), rows)
     cuts[-1] = rows
     return np.diff(cuts, prepend=0)
 
 
 def _gather(client: np.ndarray, clients: int) -> list[np.ndarray]:
-    """The rows of each client, ascending, from the client of each row."""
+    """The rows of each client, ascending, given the client of each row."""
     order = np.argsort(client, kind="stable").astype(np.int64)
     return np.split(order, np.cumsum(np.bincount(client, minlength=clients))[:-1]) if clients else []

@@ -1,15 +1,15 @@
-"""Real labelled text that every machine has: the functions of Python's own standard library, label = module.
+"""Labelled texts without a download: the functions of Python's standard library, labelled by module.
 
-One row is the body of a function or method: no decorators, no `def` line (it holds the name) and no docstring, but
-with its comments, dedented. Nested functions stay inside their parent's body and are no rows of their own. Bodies of
-fewer than 8 words and repeated bodies (the first stays) are dropped. Of the modules and packages that every Python
-ships as source, the 20 with most rows are the classes.
+One row is the body of a function or method, with its comments, dedented. Decorators, the `def` line (it contains the
+name) and the docstring are removed. Nested functions are part of the outer function's body and not rows themselves.
+Bodies of fewer than 8 words are dropped, and of equal bodies all but the first. The classes are the 20 modules and
+packages with the most rows, among those that every Python has as source.
 
-At most 4,000 rows are used (`ROWS`): classes above a common limit are cut to it, by taking rows at even steps through
-their files; the limit is the largest with which the total fits. So large packages do not crowd out small modules.
+At most 4,000 rows are used (`ROWS`). Every class gets at most L of its rows, evenly spaced through its files, where L
+is the largest number for which the total fits. So large packages do not crowd out small modules.
 
-The rows depend on the Python version (another one has other functions, and perhaps another 20th module), and on
-nothing else: not on the platform's file order and not on a seed. Say which Python a result comes from.
+The rows depend only on the Python version: another version has other functions, and perhaps another 20th module. They
+depend neither on the order of files on the platform nor on a seed. Report the Python version with a result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rayfed.errors import UserError
-from rayfed.tasks.data.dataset import Source, Table
+from rayfed.tasks.data.table import Source, Table
 
 CLASSES = 20
 ROWS = 4000
@@ -33,13 +33,13 @@ WORDS = 8
 SKIPPED = (
     {"test", "tests", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}  # not the library itself
     | {"encodings", "pydoc_data", "this", "antigravity", "turtledemo"}  # tables, generated text and demos
-    | {"distutils", "lib2to3", "ensurepip", "venv"}  # gone from later versions, or packaged apart by distributions
-    | {"tkinter", "idlelib", "turtle"}  # need Tk, and are packaged apart too
+    | {"distutils", "lib2to3", "ensurepip", "venv"}  # removed in later versions, or separate packages in distributions
+    | {"tkinter", "idlelib", "turtle"}  # need Tk, and are separate packages, too
 )
 
 
 class Row(NamedTuple):
-    """A function's body, the top-level module or package it is in, and its file relative to the library."""
+    """A function's body, its top-level module or package, and its file relative to the library."""
 
     text: str
     label: str
@@ -47,11 +47,11 @@ class Row(NamedTuple):
 
 
 def read_stdlib(root: Path | None = None) -> Source:
-    """The standard library's functions as one table (to be split by the caller): columns text, label and file.
+    """The standard library's functions as one training table with the columns text, label and file.
 
-    ``root``: the library's folder; None: the running Python's. ``file`` (such as `email/charset.py`) can serve as
-    ``data.client``: clients are then source files. Takes some seconds, most of them in the parser. Raises UserError
-    where the sources are not on the machine (some embedded Pythons ship them zipped or compiled).
+    ``root`` is the library's folder (None: of the running Python). With ``data.client: file``, every source file (such
+    as `email/charset.py`) is a client. Takes some seconds, mostly for parsing. Raises UserError if the machine does not
+    have the source files (some embedded Pythons have only zipped or compiled modules).
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     texts: set[str] = set()
@@ -73,7 +73,7 @@ def read_stdlib(root: Path | None = None) -> Source:
 
 
 def _files(root: Path) -> list[Path]:
-    """The library's source files, sorted by name. Private modules are left out: they are parts of public ones."""
+    """The library's source files, sorted by name, without private modules, which are parts of public ones."""
     found: list[Path] = []
     for entry in root.iterdir() if root.is_dir() else ():
         if entry.name.startswith("_") or entry.stem in SKIPPED:
@@ -88,35 +88,36 @@ def _files(root: Path) -> list[Path]:
 def _bodies(path: Path) -> Iterator[str]:
     """The bodies of a file's outermost functions and of its classes' methods, in source order."""
     with tokenize.open(path) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the parser warns of old escapes; they are not ours to mend
+        warnings.simplefilter("ignore")  # the parser warns of invalid escapes in the library
         source = file.read()
         tree = ast.parse(source)
-    lines = source.split("\n")  # as the parser counts lines; str.splitlines would also split at form feeds
+    lines = source.split("\n")  # as the parser does; str.splitlines also splits at form feeds
     for function in _outermost(tree):
         yield _body(function, lines)
 
 
 def _outermost(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The outermost functions below ``node``, and the methods of classes."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             yield child
-        elif not isinstance(child, ast.expr):  # into classes, and into `if` and `try` around definitions
+        elif not isinstance(child, ast.expr):  # classes, and `if` and `try` around definitions
             yield from _outermost(child)
 
 
 def _body(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
-    """From the first statement after the docstring to the function's last line; "" where there is none."""
+    """The lines from the first statement after the docstring to the end; "" if there is no statement."""
     documented = ast.get_docstring(function, clean=False) is not None
     above = function.body[0].end_lineno if documented else function.lineno
     statements = function.body[1:] if documented else function.body
-    assert above is not None  # the parser sets it
+    assert above is not None  # always set by the parser
     if not statements:
         return ""
     first = statements[0]
     start = min([first.lineno, *(decorator.lineno for decorator in getattr(first, "decorator_list", []))])
     line = lines[first.lineno - 1]
     before = line.encode()[: first.col_offset].decode()  # the parser counts columns in UTF-8 bytes
-    if before.strip():  # `def f(): return 1`, or a docstring with `; x = 1` behind it: they share the line
+    if before.strip():  # the statement shares its line with `def f():` or with a docstring
         body = [line[len(before) :], *lines[first.lineno : function.end_lineno]]
     else:
         while start - 1 > above and lines[start - 2].lstrip().startswith("#"):  # comments above the first statement
@@ -127,13 +128,13 @@ def _body(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) ->
 
 
 def _balanced(rows: list[Row]) -> list[Row]:
-    """The rows of the richest modules, none with more than the common limit with which the total is at most ROWS."""
+    """The rows of the CLASSES largest modules, at most ROWS in total; see the module's docstring."""
     counts = Counter(row.label for row in rows)
-    richest = sorted(counts, key=lambda label: (-counts[label], label))[:CLASSES]
-    limit = max((m for m in range(ROWS + 1) if sum(min(counts[label], m) for label in richest) <= ROWS), default=0)
-    kept: list[Row] = []
-    for label in sorted(richest):
+    largest = sorted(counts, key=lambda label: (-counts[label], label))[:CLASSES]
+    limit = max((m for m in range(ROWS + 1) if sum(min(counts[label], m) for label in largest) <= ROWS), default=0)
+    balanced: list[Row] = []
+    for label in sorted(largest):
         own = [row for row in rows if row.label == label]
         used = min(len(own), limit)
-        kept += (own[i * len(own) // used] for i in range(used))
-    return kept
+        balanced += (own[i * len(own) // used] for i in range(used))
+    return balanced

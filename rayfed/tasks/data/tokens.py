@@ -1,8 +1,7 @@
-"""Tokenised texts as three flat arrays: what workers share, and what a batch is cut from.
+"""Tokenised texts as three flat arrays without padding, and the batches made of them.
 
-Unpadded arrays lie in shared memory without a copy and hold no padding; a batch holds none either (`flat`), or is padded to
-the longest of its own rows (`batch`).
-The arrays may be read-only (they come from an object store), so nothing here writes into them.
+Workers share the arrays in memory without a copy. A batch is either padded to the longest of its texts, or has no
+padding at all. The arrays may be read-only (as those from an object store are), so nothing here writes to them.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from rayfed.tasks.data.dataset import Split
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-AT_ONCE = 1000  # texts per call of the tokenizer: enough to keep its threads busy, little enough to hold as lists
+CHUNK = 1000  # texts per call of the tokenizer: enough for its threads, and few enough for Python lists
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """n texts as token ids, one after the other. Text i is ``ids[offsets[i]:offsets[i + 1]]``, at least one token."""
+    """n concatenated texts as token ids. Text i is ``ids[offsets[i]:offsets[i + 1]]`` and has at least one token."""
 
     ids: np.ndarray  # (total,) int32
     offsets: np.ndarray  # (n + 1,) int64, from 0 to total
     labels: np.ndarray  # (n,) int64, class indices
-    pad_id: int = 0  # fills padded batches
+    pad_id: int = 0  # the padding token of padded batches
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -40,10 +39,10 @@ class Tokens:
         return np.diff(self.offsets)
 
     def batch(self, rows: np.ndarray, padded: bool) -> dict[str, torch.Tensor]:
-        """The given texts (indices, any order) as int64 tensors; ``labels`` (b,).
+        """The given b texts (indices, any order) as int64 tensors, ``labels`` (b,) among them.
 
-        Padded on the right to the longest of them: ``input_ids`` (b, longest) holds ``pad_id`` where ``attention_mask``
-        (b, longest) is 0. Or end to end, see `unpadded`.
+        With ``padded``, ``input_ids`` and ``attention_mask`` are (b, longest): texts are padded on the right with
+        ``pad_id``, where the mask is 0. Otherwise see `unpadded`.
         """
         if not padded:
             return self.unpadded(rows)
@@ -56,23 +55,23 @@ class Tokens:
         return {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-            "labels": torch.from_numpy(self.labels[rows].astype(np.int64)),  # indexing and astype copy: writable
+            "labels": torch.from_numpy(self.labels[rows].astype(np.int64)),  # a copy: writable
         }
 
     def unpadded(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        """The given texts (indices, any order) as int64 tensors without padding, end to end.
+        """The given b texts (indices, any order) as int64 tensors, concatenated without padding.
 
         ``input_ids`` (1, tokens); ``position_ids`` (1, tokens), from 0 in every text; ``labels`` (b,).
         """
-        places, positions = self._token_places(rows)
+        indices, positions = self._token_indices(rows)
         return {
-            "input_ids": torch.from_numpy(self.ids[places].astype(np.int64))[None],
+            "input_ids": torch.from_numpy(self.ids[indices].astype(np.int64))[None],
             "position_ids": torch.from_numpy(positions)[None],
             "labels": torch.from_numpy(self.labels[rows].astype(np.int64)),
         }
 
-    def _token_places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of every token of the given texts, its place in ``ids`` and its position in its text."""
+    def _token_indices(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For every token of the given texts: its index in ``ids``, and its position in its text; both (tokens,)."""
         starts = self.offsets[rows]
         lengths = self.offsets[np.asarray(rows) + 1] - starts
         ends = np.cumsum(lengths)
@@ -81,20 +80,20 @@ class Tokens:
 
 
 def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tokens:
-    """The split's texts as tokens, special ones included, each text cut to at most ``max_tokens``.
+    """The split's texts as tokens, each text cut to at most ``max_tokens`` tokens, special tokens included.
 
-    ``tokenizer`` has a padding token. A text that has no tokens at all (an empty one, where the tokenizer adds no special
-    tokens) becomes one token: the end, start or padding token, whichever exists first. Raises UserError where
-    ``max_tokens`` leaves no room beside the special tokens, or is more than the tokenizer's model takes.
+    ``tokenizer`` has a padding token. A text without any token (an empty text, if the tokenizer adds no special tokens)
+    becomes one token: the end, start or padding token, the first of them that exists. Raises UserError if
+    ``max_tokens`` leaves no room for more than the special tokens, or exceeds the length that the tokenizer allows.
     """
     special = tokenizer.num_special_tokens_to_add()
-    if max_tokens <= special:  # a tokenizer asked for less silently cuts nothing
+    if max_tokens <= special:  # with a smaller limit, a tokenizer silently cuts nothing
         raise allowed("data.max_tokens", max_tokens, f"the tokenizer alone adds {special} special tokens to each text")
     if max_tokens > tokenizer.model_max_length:
         raise allowed("data.max_tokens", max_tokens, f"the model takes at most {tokenizer.model_max_length} tokens")
     lists: list[list[int]] = []
-    for start in range(0, len(split), AT_ONCE):
-        texts = split.texts[start : start + AT_ONCE]
+    for start in range(0, len(split), CHUNK):
+        texts = split.texts[start : start + CHUNK]
         options = {"return_attention_mask": False, "return_token_type_ids": False}
         lists += tokenizer(texts, truncation=True, max_length=max_tokens, padding=False, **options)["input_ids"]
     if not all(lists):
@@ -107,5 +106,6 @@ def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int) 
 
 
 def _filler(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that replaces an empty text."""
     ids = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
     return next(int(token) for token in ids if token is not None)

@@ -1,25 +1,26 @@
-"""A federated problem whose answer is known: linear regression with an optimum of a chosen rank.
+"""A federated problem with a known answer: linear regression whose optimum has a chosen rank (derived here).
 
-One layer without a bias, frozen at 0, so a model is its change W (out, in). Client k holds n rows (x, y) and the loss
+The model is one layer without a bias. Its weights are frozen at 0, so the model equals its change W (out, in). Client k
+has n rows (x, y) and the loss
 
     f_k(W) = 1/(2n) sum_rows ||y - W x||^2 = 1/2 tr((W - W_k) H_k (W - W_k)^T),   H_k = X_k^T X_k / n,   Y_k = X_k W_k^T
 
-with a curvature H_k and an optimum W_k of its own. The objective is the mean over clients, F = (1/K) sum_k f_k:
+with its own curvature H_k and its own optimum W_k. The objective is the mean over clients, F = (1/K) sum_k f_k, and
 
     F(W) - F(W*) = 1/2 tr((W - W*) H (W - W*)^T),    H = (1/K) sum_k H_k
 
-exactly, with W* of the chosen rank, because the clients' shifts W_k - W* are made to cancel in the gradient at W*:
+holds exactly, with W* of the chosen rank, because the shifts W_k - W* cancel in the gradient at W*:
 
-    H_k  = Q_k diag(l) Q_k^T      Q_k a random rotation; l log-spaced, l_max / l_min = condition, mean 1
-    D_k  = Gaussian, of norm shift ||W*||
+    H_k  = Q_k diag(l) Q_k^T      Q_k a random orthogonal matrix; l log-spaced, l_max / l_min = condition, mean 1
+    D_k  = Gaussian, of Frobenius norm shift ||W*||
     W_k  = W* + D_k - M           M = (sum_k D_k H_k) (sum_k H_k)^-1, so that sum_k (W_k - W*) H_k = 0
 
-Rows are scaled orthonormal columns turned by H_k^(1/2), so H_k is as stated and not merely so on average. Two settings
-make clients differ: ``condition`` (of what each sees; at 1 all see alike) and ``shift`` (of what each wants; at 0 all
-want W*, and a method without bias reaches it exactly).
+X_k is a matrix with orthonormal columns, scaled, times H_k^(1/2), so H_k is exact and not only an expectation. Two
+settings make clients differ: ``condition`` (at 1 all clients have the same curvature) and ``shift`` (at 0 all clients
+have the optimum W*, and a method without bias reaches it exactly).
 
-The data are float32. H and W* are computed from them as stored, in float64: the normal equations' solution, which is
-the matrix of chosen rank up to the rounding of the data.
+The data are float32. H and W* are computed from the rounded data, in float64: W* solves the normal equations, and has
+the chosen rank up to the rounding of the data.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ from rayfed import seeding
 
 @dataclass(frozen=True)
 class Problem:
-    """Rows of all clients, client after client, and what is to be found. N = clients * rows."""
+    """The rows of all clients, client after client, and the optimum. N = clients * rows."""
 
     features: np.ndarray  # (N, in) float32
     targets: np.ndarray  # (N, out) float32
-    owner: np.ndarray  # (N,) int64: which client holds a row: 0 to clients - 1, ascending
+    owner: np.ndarray  # (N,) int64: the client of each row, 0 to clients - 1, ascending
     rank: int  # of the optimum
 
     @cached_property
     def curvature(self) -> np.ndarray:
-        """H (in, in), float64: the mean of the clients' curvatures."""
+        """H (in, in), float64: the mean curvature of the clients."""
         X = self.features.astype(np.float64)
         return X.T @ X / len(X)
 
@@ -56,16 +57,17 @@ class Problem:
 
     @cached_property
     def floor(self) -> float:
-        """F(W*), in float64: what no single model can do away with."""
+        """F(W*), float64: the smallest loss of any single model."""
         residual = self.targets - self.features.astype(np.float64) @ self.optimum.T
         return 0.5 * float(np.square(residual).sum()) / len(residual)
 
     @property
     def clients(self) -> int:
+        """Number of clients."""
         return int(self.owner[-1]) + 1
 
     def rows(self, client: int) -> tuple[np.ndarray, np.ndarray]:
-        """One client's X (rows, in) and Y (rows, out)."""
+        """X_k (rows, in) and Y_k (rows, out) of one client."""
         own = self.owner == client
         return self.features[own], self.targets[own]
 
@@ -74,16 +76,20 @@ def make_problem(
     *, out: int = 32, inner: int = 32, rank: int = 12, clients: int = 120, rows: int = 64, condition: float = 10.0,
     shift: float = 0.5, seed: int = 0,
 ) -> Problem:  # fmt: skip
-    """Draws a problem, keyed by ``seed``. ||W*||_F is sqrt(rank), its singular values those of a Gaussian product.
+    """Draws a problem, keyed by ``seed``.
 
-    Raises:
-        ValueError: sizes under 1, a rank over min(out, inner), fewer rows than ``inner`` (H_k would be singular),
-            ``condition`` under 1, or a negative ``shift``.
+    The layer has ``inner`` inputs and ``out`` outputs, and every client has ``rows`` rows. W* is a product of Gaussian
+    matrices, (out, rank) and (rank, inner), scaled to the Frobenius norm sqrt(rank). Raises ValueError if a size is
+    below 1, ``rank`` exceeds min(out, inner), ``rows`` is below ``inner`` (H_k would be singular), ``condition`` is
+    below 1, or ``shift`` is negative.
     """
     if min(out, inner, rank, clients) < 1 or rank > min(out, inner):
-        raise ValueError(f"got out {out}, inner {inner}, rank {rank}, clients {clients}: no such problem")
+        raise ValueError(
+            f"got out {out}, inner {inner}, rank {rank}, clients {clients}, but they must be 1 or more, "
+            "and rank at most min(out, inner)"
+        )
     if rows < inner:
-        raise ValueError(f"rows: got {rows}, but a client needs at least as many as there are inputs, {inner}")
+        raise ValueError(f"rows: got {rows}, but a client needs at least one row per input, {inner}")
     if not 1 <= condition < np.inf or not 0 <= shift < np.inf:
         raise ValueError(f"condition must be 1 or more and shift 0 or more, got {condition} and {shift}")
     rng = seeding.numpy_rng(seed, "lowrank.optimum")
@@ -110,16 +116,16 @@ def make_problem(
 
 
 def loss(problem: Problem, W: npt.ArrayLike) -> float:
-    """``F(W)``, in float64: the gap and what is left even at the optimum, where the clients' own optima differ."""
+    """F(W) of W (out, in), in float64."""
     return gap(problem, W) + problem.floor
 
 
 def gap(problem: Problem, W: npt.ArrayLike) -> float:
-    """``F(W) - F(W*)``, exact, in float64; W (out, in)."""
+    """F(W) - F(W*) of W (out, in), exact, in float64."""
     error = np.asarray(W, np.float64) - problem.optimum
     return 0.5 * float(((error @ problem.curvature) * error).sum())
 
 
 def share(problem: Problem, W: npt.ArrayLike) -> float:
-    """The share of the gap at W = 0 that is left: 1 at the start, 0 at the optimum."""
+    """The gap of W (out, in) relative to the gap of W = 0: 1 at the start, 0 at the optimum."""
     return gap(problem, W) / gap(problem, np.zeros_like(problem.optimum))

@@ -1,10 +1,12 @@
-"""FrozenBase models for text classification: any AutoModelForSequenceClassification, or an encoder with a mean-pooled head.
+"""The frozen base models of text classification, and their tokenizers.
 
-A `FrozenBase` is a frozen model in evaluation mode (its own dropout is off: features are deterministic, and clients trained
-side by side cannot disturb each other) plus the names of its head modules, which federated training trains in full
-(or, with `model.head: frozen`, leaves as they are).
-The head is every module whose weights the checkpoint lacks, so an exported adapter always carries all that was not in
-the checkpoint; where the checkpoint lacks none, it is PEFT's choice for sequence classification (classifier, score).
+A `FrozenBase` is any AutoModelForSequenceClassification, or an encoder with a mean-pooled linear head. It is in
+evaluation mode, without its own dropout: features are deterministic, and clients in one batch cannot influence each
+other. It knows the names of its head's modules. The head is trained in full; with `model.head: frozen` it is not
+trained.
+
+The head is every module whose weights the checkpoint lacks. So an exported adapter contains all weights that are not in
+the checkpoint. If the checkpoint lacks none, the head is PEFT's choice for sequence classification (classifier, score).
 """
 
 from __future__ import annotations
@@ -24,14 +26,13 @@ from rayfed.errors import UserError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-
 PEFT_HEADS = ("classifier", "score")
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "sp_model")
 
 
 @dataclass(frozen=True)
 class FrozenBase:
-    """A frozen base model, and the names of the modules that make up its head: those that train, those that do not."""
+    """A frozen base model, and the names of its head's modules: trained (``head``) or not (``frozen_head``)."""
 
     model: nn.Module
     head: tuple[str, ...]
@@ -39,12 +40,12 @@ class FrozenBase:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """The head's modules, whether they train or not: what never gets an adapter and is always exported."""
+        """All modules of the head, trained or not. They never get an adapter, and they are always exported."""
         return self.head + self.frozen_head
 
 
 class MeanPooledClassifier(nn.Module):
-    """An encoder, the mean over its real tokens, one linear layer. Takes and returns what transformers models do."""
+    """An encoder, the mean over all tokens but the padding, one linear layer. Called as transformers' models are."""
 
     def __init__(self, encoder: nn.Module, classes: int, normalize: bool) -> None:
         super().__init__()
@@ -56,10 +57,10 @@ class MeanPooledClassifier(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **_: Any) -> Any:
         from transformers.modeling_outputs import SequenceClassifierOutput
 
-        states = widened(self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state)
+        states = to_float32(self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state)
         weights = attention_mask.unsqueeze(-1).to(states.dtype)
         pooled = (states * weights).sum(1) / weights.sum(1)
-        if self.normalize:  # unit variance per feature, so that one learning rate suits the head and the adapters
+        if self.normalize:  # to a mean square of 1, so that one learning rate suits the head and the adapters
             pooled = nn.functional.normalize(pooled, dim=-1) * pooled.shape[-1] ** 0.5
         logits = self.classifier(pooled)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
@@ -67,10 +68,10 @@ class MeanPooledClassifier(nn.Module):
 
 
 def load_base(settings: Model, classes: int, seed: int) -> FrozenBase:
-    """The base model with its weights, float32, frozen, in evaluation mode, on the CPU.
+    """Loads the base model: float32, frozen, in evaluation mode, on the CPU, with a head for ``classes`` classes.
 
-    Weights that the checkpoint lacks are drawn with a generator keyed by ``seed``: every process gets the same ones.
-    Raises UserError where the model cannot be loaded.
+    Weights that the checkpoint lacks are drawn, keyed by ``seed``, so every process gets the same weights. Raises
+    UserError if the model cannot be loaded, has a BatchNorm, or has no head that can be found.
     """
     from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -88,35 +89,35 @@ def load_base(settings: Model, classes: int, seed: int) -> FrozenBase:
                 output_loading_info=True,
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise _refusal(settings, error) from None
+            raise _cannot_load(settings, error) from None
         missing = {str(key) for key in report["missing_keys"]}
         missing |= {str(key[0]) for key in report["mismatched_keys"]}
         if settings.pooling == "mean":
-            # An encoder's own pooler is not used; whether the checkpoint has one does not matter.
             if isinstance(getattr(model, "pooler", None), nn.Module):
-                model.pooler = None  # else `all-linear` would adapt, and send, a layer that nothing passes through
+                model.pooler = None  # it is not used, but `all-linear` would adapt and send it
             model, missing = MeanPooledClassifier(model, classes, settings.normalize), set()
             torch.manual_seed(seeding.derive_seed(seed, "model.head"))
             nn.init.normal_(model.classifier.weight, std=0.02)
             nn.init.zeros_(model.classifier.bias)
-    mixing = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if mixing:
-        raise UserError(f"model.name: got {settings.name!r}, but {mixing[0]} is a BatchNorm, which mixes clients")
+    norms = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        raise UserError(f"model.name: got {settings.name!r}, but {norms[0]} is a BatchNorm, which mixes clients")
     head = _head(model, missing)
     if settings.head == "trained":
         return FrozenBase(model.eval().requires_grad_(False), head)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeding.derive_seed(seed, "model.frozen_head"))
         for name in head:
-            _orthonormal(model.get_submodule(name))
+            _make_orthonormal(model.get_submodule(name))
     return FrozenBase(model.eval().requires_grad_(False), (), head)
 
 
 def in_dtype(base: FrozenBase, dtype: str) -> FrozenBase:
-    """The base with its frozen weights in that number format (`model.dtype`). Its modules change, shared weights do not.
+    """Converts the frozen weights to ``dtype`` (`model.dtype`: float32 or bfloat16) and returns the same base.
 
-    The head keeps float32, and so the logits have it: its linear layers widen their inputs. Buffers stay as they are:
-    16-bit models, too, compute with their rotary frequencies in float32.
+    The base gets converted copies of its weights; shared weights do not change. The head and the logits stay float32:
+    the head's linear layers convert their inputs. Buffers stay as they are, because 16-bit models, too, compute with
+    rotary frequencies in float32.
     """
     if dtype == "float32":
         return base
@@ -127,26 +128,29 @@ def in_dtype(base: FrozenBase, dtype: str) -> FrozenBase:
             parameter.data = parameter.data.to(getattr(torch, dtype))
     for module in head:
         if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(_widen_input)
+            module.register_forward_pre_hook(_input_to_float32)
     return base
 
 
-def widened(x: Tensor) -> Tensor:
-    """Numbers of 16 bits as float32, others as they are."""
+def to_float32(x: Tensor) -> Tensor:
+    """A 16-bit tensor as float32; any other tensor unchanged."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _widen_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (widened(args[0]), *args[1:])
+def _input_to_float32(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (to_float32(args[0]), *args[1:])
 
 
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, with a padding token (the end-of-text token where the model has none)."""
+    """The model's tokenizer. Its padding token is the end-of-text token if it has no padding token.
+
+    Raises UserError if the tokenizer cannot be loaded or has neither token.
+    """
     from transformers import AutoTokenizer
 
     folder = Path(model_path(settings))
     if folder.is_dir() and not any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
-        # transformers would make one up that knows no words
+        # transformers would return an empty tokenizer, which knows no words
         raise UserError(f"model.name: got {settings.name!r}, but this folder holds no tokenizer")
     with quiet():
         try:
@@ -154,7 +158,7 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
                 model_path(settings), trust_remote_code=settings.trust_remote_code
             )
         except (OSError, ValueError, KeyError) as error:
-            raise _refusal(settings, error) from None
+            raise _cannot_load(settings, error) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -163,12 +167,12 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
 
 
 def longest_input(settings: Model) -> int | None:
-    """The most tokens the model has positions for, or None where it sets no limit."""
+    """The largest number of tokens that the model has positions for; None if it has no limit."""
     with quiet():
         config = _config(settings, 2)
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if limit and "roberta" in str(getattr(config, "model_type", "")):
-        limit -= config.pad_token_id + 1  # its positions start behind the padding's
+        limit -= config.pad_token_id + 1  # RoBERTa's positions start after the padding token's id
     return limit
 
 
@@ -195,20 +199,21 @@ def _config(settings: Model, classes: int) -> PretrainedConfig:
                 model_path(settings), num_labels=classes, trust_remote_code=settings.trust_remote_code
             )
         except (OSError, ValueError, KeyError) as error:
-            raise _refusal(settings, error) from None
+            raise _cannot_load(settings, error) from None
     config.problem_type = "single_label_classification"
     if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = load_tokenizer(settings).pad_token_id  # GPT-2 needs it to find each text's last token
+        config.pad_token_id = load_tokenizer(settings).pad_token_id  # GPT-2 finds a text's last token by it
     return config
 
 
 def _head(model: nn.Module, missing: set[str]) -> tuple[str, ...]:
+    """The names of the head's modules, given the parameters that the checkpoint lacks."""
     names = {name for name, _ in model.named_children() if name in PEFT_HEADS}
     encoder = getattr(model, "base_model_prefix", None)
     for parameter, _ in model.named_parameters():
         if parameter in missing:
             top = parameter.split(".")[0]
-            # A head is one module of the model; a gap inside the encoder (a pooler, say) is the layer itself.
+            # Outside the encoder the head is a child of the model. Inside (a pooler), it is the layer itself.
             names.add(parameter.rpartition(".")[0] if top == encoder else top)
     if not names:
         children = ", ".join(name for name, _ in model.named_children())
@@ -216,8 +221,8 @@ def _head(model: nn.Module, missing: set[str]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _orthonormal(head: nn.Module) -> None:
-    """Random orthonormal rows (columns, where a matrix has fewer) for every weight matrix, no bias."""
+def _make_orthonormal(head: nn.Module) -> None:
+    """Gives every weight matrix random orthonormal rows (or columns, if there are fewer), and sets biases to 0."""
     for name, parameter in head.named_parameters():
         if parameter.dim() > 1:
             nn.init.orthogonal_(parameter)
@@ -225,13 +230,13 @@ def _orthonormal(head: nn.Module) -> None:
             nn.init.zeros_(parameter)
 
 
-def _refusal(settings: Model, error: Exception) -> UserError:
+def _cannot_load(settings: Model, error: Exception) -> UserError:
     reason = " ".join(str(error).split())
     return UserError(f"model.name: got {settings.name!r}, but it cannot be loaded: {reason[:300]}")
 
 
 class quiet:
-    """Keeps transformers' loading bars and notes about the new head out of the run's output."""
+    """Suppresses transformers' progress bars and its warnings about the new head."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging

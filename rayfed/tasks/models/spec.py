@@ -1,7 +1,7 @@
-"""What a run trains on top of which model: found out once, before anything starts.
+"""The description of the model that a run trains: adapted layers, head, number format, batching.
 
-Describing a model lets PEFT match the targets, so a wrong model, target or rank is refused here. Driver and workers
-receive the description and never ask again.
+It is made once, before any actor starts, so a wrong model, target or rank is an error at that time. The driver and all
+workers use the same description.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from rayfed.tasks.models.unpadded import Padded, Unpadded
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The adapted layers' (out, in) by name, the head's values by parameter name, and PEFT's view of both."""
+    """What a run trains, and on which base."""
 
-    shapes: Mapping[str, tuple[int, int]]
-    head: Mapping[str, Tensor]  # the initial values of the head, where it trains
-    frozen_head: Mapping[str, Tensor]  # the values of the head, where it does not
+    shapes: Mapping[str, tuple[int, int]]  # (out, in) of every adapted layer, by name
+    head: Mapping[str, Tensor]  # initial values of the trained head, by parameter name; empty if the head is frozen
+    frozen_head: Mapping[str, Tensor]  # values of the frozen head, by parameter name; empty if the head is trained
     peft: Mapping[str, Any]  # the content of adapter_config.json
-    parameters: int  # of the base model, its head included
+    parameters: int  # number of parameters of the base model, with its head
     dtype: str  # number format of the frozen weights
     batching: Unpadded | Padded
 
     @property
     def entries(self) -> int:
-        """Entries of all adapted layers' weights: the size of a dense change of the base."""
+        """Number of entries of all adapted layers' weights: the size of a dense change of the base."""
         return sum(out * inner for out, inner in self.shapes.values())
 
 
@@ -45,11 +45,11 @@ def describe_model(
 ) -> ModelSpec:
     """Describes what the run trains on the base model.
 
-    Raises UserError where no module or an unfit one matches the targets, where the rank exceeds a layer's size, where
-    the head cannot be trained, or where the model cannot checkpoint gradients.
+    Raises UserError if the targets match no module or a module that cannot be adapted, if the rank exceeds a layer's
+    size, if the head cannot be trained, or if ``gradient_checkpointing`` is true and the model does not support it.
     """
     if gradient_checkpointing:
-        layers_of(base.model)  # raises UserError where there are none
+        layers_of(base.model)  # raises UserError if there are none
     config = lora_config(**lora.model_dump(exclude={"train"}), head=base.heads)
     shapes = match_targets(base.model, config, base.heads)
     conv1d = any(is_conv1d(base.model.get_submodule(name)) for name in shapes)
@@ -65,13 +65,13 @@ def describe_model(
 
 
 def check_dtype(base: FrozenBase, name: str, dtype: str) -> None:
-    """Runs a made-up text through the base in the number format. UserError where a layer refuses another's output."""
+    """Converts the base to ``dtype`` and runs a text of two tokens. Raises UserError if that fails."""
     base = in_dtype(base, dtype)
     ids = torch.ones(1, 2, dtype=torch.int64)
     try:
         with torch.no_grad():
             base.model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    except Exception as error:  # any model may come
+    except Exception as error:  # any model may be configured, so any error may occur
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"model.dtype: got {dtype!r}, but {name!r} cannot compute in it ({reason}); allowed is float32"

@@ -1,11 +1,12 @@
-"""Attention over texts that lie end to end: every token sees its own text and nothing else.
+"""Attention over concatenated texts: every token attends to its own text only.
 
-transformers lets a model call an attention function of our own; `varlen_attention` is it, and reads from `PackedSequences` where the texts
-of the batch end. On a CPU the texts are taken in tiles of up to 64 tokens, each under a block-diagonal mask: a product
-per text, or per length, spends its time on starting products, and one padded batch computes mostly padding. A tile
-never spans two clients, because a masked entry is a factor 0, and 0 times a diverged neighbour's NaN is NaN.
+`varlen_attention` is registered with transformers, whose models then call it. It takes the ends of the texts from the
+`PackedSequences` in use. On a CPU the texts are grouped into tiles of up to 64 tokens, each with a block-diagonal mask.
+One product per text would spend its time on overhead, and one padded batch would compute mostly padding. A tile never
+has texts of two clients: a masked entry has the weight 0, and 0 times the NaN of a diverged client is NaN.
 
-Shape suffixes: H heads, T tokens of the batch, D width of a head, N tiles, C tokens of the largest tile.
+Shape suffixes: H heads, T tokens of the batch, D width of a head, N tiles, C tokens of a tile (of the largest, if
+tiles are padded).
 """
 
 from __future__ import annotations
@@ -21,122 +22,131 @@ from torch import Tensor, nn
 from rayfed.device import to_device
 from rayfed.lora.packed.ragged import RaggedIndex
 
-NAME = (
-    "rayfed_varlen"  # under which transformers knows `varlen_attention`; no mask is registered with it, so none is made
-)
+NAME = "rayfed_varlen"  # of `varlen_attention` in transformers; no mask function has this name, so no mask is made
 TILE = 64  # tokens; a longer text is a tile of its own
-LONG = 128  # tokens; with a longer text, scores take more memory than they save time
-UNKNOWN = ("softcap", "s_aux", "position_bias")  # variants of attention that nothing here computes
+LONG = 128  # tokens; with a longer text, saving the scores costs more memory than it is worth
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments for other variants of attention
 
-_token_places: ContextVar[PackedSequences | None] = ContextVar("sequences", default=None)
+_in_use: ContextVar[PackedSequences | None] = ContextVar("packed_sequences", default=None)
 
 
 class PackedSequences:
-    """How the texts of one batch lie in its row: made once a batch, read by every layer."""
+    """The lengths of a batch's concatenated texts, and the tiles, masks and indices that attention needs.
+
+    They are made once per batch, and every layer uses them.
+    """
 
     def __init__(self, clients: Sequence[Sequence[int]], device: torch.device) -> None:
-        """``clients``: of each client in the batch, the tokens of each of its texts."""
+        """``clients``: for each client in the batch, the number of tokens of each of its texts."""
         self.device = device
         self.lengths = [length for lengths in clients for length in lengths]
         self.longest = max(self.lengths)
-        room = TILE if device.type == "cpu" else max(TILE, self.longest)  # a grid is as wide as its longest tile anyway
+        # Elsewhere than on a CPU all tiles are padded to the longest, so they may have the length of the longest text.
+        room = TILE if device.type == "cpu" else max(TILE, self.longest)
         self.tiles = [tile for lengths in clients for tile in _tiles(lengths, room)]
         self.sizes = [sum(tile) for tile in self.tiles]
-        self._kept: dict[Any, Any] = {}
+        self._cache: dict[Any, Any] = {}
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        token = _token_places.set(self)
+        """`varlen_attention` uses these sequences inside the `with` block."""
+        token = _in_use.set(self)
         try:
             yield
         finally:
-            _token_places.reset(token)
+            _in_use.reset(token)
 
     def masks(self, causal: bool, dtype: torch.dtype) -> list[Tensor | None]:
-        """Per tile what is added to its scores (C, C), -inf where a token may not look; None where it may everywhere.
+        """For each tile the mask (C, C) to add to its scores: -inf where a token may not attend, otherwise 0.
 
-        None for a long text, too, of which `_by_tile` knows by itself what is causal.
+        None if every token may attend to all tokens, and for a long causal text, which `_attention_by_tile` masks.
         """
-        return self._once((causal, dtype), lambda: [self._mask(tile, causal, dtype) for tile in self.tiles])
+        return self._cached((causal, dtype), lambda: [self._mask(tile, causal, dtype) for tile in self.tiles])
 
-    def ends(self) -> Tensor:
-        """(texts + 1,) int32: where the texts start and end, from 0 to T."""
+    def offsets(self) -> Tensor:
+        """(texts + 1,) int32: text i has the tokens from offset i to offset i + 1; from 0 to T."""
         sizes = torch.tensor([0, *self.lengths], dtype=torch.int32)
-        return self._once("ends", lambda: to_device(sizes.cumsum(0, dtype=torch.int32), self.device))
+        return self._cached("offsets", lambda: to_device(sizes.cumsum(0, dtype=torch.int32), self.device))
 
     def texts(self) -> RaggedIndex:
-        """The texts side by side."""
-        grid: RaggedIndex = self._once("texts", lambda: RaggedIndex(self.lengths, self.device))
-        return grid
+        """The index that pads the texts."""
+        index: RaggedIndex = self._cached("texts", lambda: RaggedIndex(self.lengths, self.device))
+        return index
 
-    def grid(self, causal: bool) -> tuple[RaggedIndex, Tensor]:
-        """The tiles as one batch, and who sees whom: (N, 1, C, C), True where seen. Free places see each other."""
-        grid = self._once("grid", lambda: RaggedIndex(self.sizes, self.device))
-        return grid, self._once(("seen", causal), lambda: to_device(self._seen(causal), self.device))
+    def padded_tiles(self, causal: bool) -> tuple[RaggedIndex, Tensor]:
+        """The index that pads the tiles, and their mask (N, 1, C, C), True where a token may attend.
 
-    def _seen(self, causal: bool) -> Tensor:
+        Padding attends to padding, so no row of the mask is all False.
+        """
+        index = self._cached("tiles", lambda: RaggedIndex(self.sizes, self.device))
+        return index, self._cached(("tile mask", causal), lambda: to_device(self._padded_mask(causal), self.device))
+
+    def _padded_mask(self, causal: bool) -> Tensor:
         width = max(self.sizes)
-        owners = torch.stack([
-            torch.cat([_owners(tile), torch.full((width - size,), len(tile))])
+        texts = torch.stack([
+            torch.cat([_text_of_token(tile), torch.full((width - size,), len(tile))])
             for tile, size in zip(self.tiles, self.sizes)
         ])  # fmt: skip
-        seen = owners[:, None, :, None] == owners[:, None, None, :]
-        return seen & torch.ones(width, width, dtype=torch.bool).tril() if causal else seen
+        mask = texts[:, None, :, None] == texts[:, None, None, :]
+        return mask & torch.ones(width, width, dtype=torch.bool).tril() if causal else mask
 
     def _mask(self, tile: Sequence[int], causal: bool, dtype: torch.dtype) -> Tensor | None:
         if len(tile) == 1 and (not causal or tile[0] > LONG):
             return None
-        owners = _owners(tile)
-        hidden = owners[:, None] != owners
+        texts = _text_of_token(tile)
+        hidden = texts[:, None] != texts
         if causal:
             hidden |= torch.ones_like(hidden).triu(1)
         return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
-    def _once(self, key: Any, make: Any) -> Any:
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
+    def _cached(self, key: Any, make: Any) -> Any:
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
 
 def varlen_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, **named: Any,
+    scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """What transformers calls: query (1, H, T, D), key and value (1, H or fewer, T, D); returns (1, T, H, D).
+    """The attention function for transformers: query (1, H, T, D), key and value (1, H or fewer, T, D).
 
-    Raises ValueError for what it cannot do: the model is then run with padding, see `rayfed.tasks.models.unpadded`.
+    Returns (1, T, H, D), and None for the attention weights. Raises ValueError for a variant of attention that it does
+    not compute; such a model needs padding, see `rayfed.tasks.models.unpadded`.
     """
-    sequences = _token_places.get()
+    sequences = _in_use.get()
     if (
         sequences is None
         or query.shape[2] != sum(sequences.lengths)
         or key.shape[2] != query.shape[2]
         or len(query) != 1
     ):
-        raise ValueError("attention over flat rows wants the row that is in use")
-    if attention_mask is not None or dropout or any(named.get(name) is not None for name in UNKNOWN):
-        raise ValueError("flat rows know no other masks, no dropout in attention, no bias and no cap")
-    window = named.get("sliding_window")
+        raise ValueError("attention without padding needs the lengths of the batch in use")
+    if attention_mask is not None or dropout or any(kwargs.get(name) is not None for name in UNSUPPORTED):
+        raise ValueError("attention without padding supports no other mask, dropout, bias or cap")
+    window = kwargs.get("sliding_window")
     if window is not None and window < sequences.longest:
         raise ValueError(f"a text of {sequences.longest} tokens is longer than the window of {window}")
-    causal = named.get("is_causal")
+    causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", False) if causal is None else causal)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if query.device.type == "cpu":
-        key, value = _every_head(key, query), _every_head(value, query)
+        key, value = _repeat_heads(key, query), _repeat_heads(value, query)
         if sequences.longest > LONG:
-            return _by_tile(query, key, value, sequences, causal, scale), None
-        return _Tiles.apply(query, key, value, sequences.sizes, sequences.masks(causal, query.dtype), scale), None
-    if _flash_takes(query):
-        return _varlen(query, key, value, sequences, causal, scale), None
-    return _gridded(query, key, value, sequences, causal, scale), None
+            return _attention_by_tile(query, key, value, sequences, causal, scale), None
+        return _TiledAttention.apply(
+            query, key, value, sequences.sizes, sequences.masks(causal, query.dtype), scale
+        ), None
+    if _flash_supports(query):
+        return _flash_attention(query, key, value, sequences, causal, scale), None
+    return _padded_attention(query, key, value, sequences, causal, scale), None
 
 
-class _Tiles(torch.autograd.Function):
-    """Attention tile by tile, written out: with short texts, and unlike torch's own, most of its time is arithmetic.
+class _TiledAttention(torch.autograd.Function):
+    """Attention of short texts, tile by tile, with less overhead per call than torch's own function.
 
-    Scores are kept for the way back, H times a tile's size for every token, which is why texts must be short. Results
-    and gradients are written where the model's layout (T, H, D) has them, so nothing needs joining or copying after.
+    It saves the attention weights for the gradient: H times the size of the tile per token, so texts must be short. It
+    writes results and gradients directly into the model's layout (T, H, D).
     """
 
     @staticmethod
@@ -174,10 +184,10 @@ class _Tiles(torch.autograd.Function):
         return *(t.transpose(1, 2) for t in grads), None, None, None
 
 
-def _by_tile(
+def _attention_by_tile(
     query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences, causal: bool, scale: float
 ) -> Tensor:
-    """A call of torch's own per tile; it keeps no scores, so that texts may be long."""
+    """One call of torch's function per tile. It saves no scores, so texts may be long."""
     tiles = zip(*(t.split(sequences.sizes, dim=2) for t in (query, key, value)), sequences.masks(causal, query.dtype))
     parts = [
         nn.functional.scaled_dot_product_attention(
@@ -188,57 +198,55 @@ def _by_tile(
     return torch.cat(parts, dim=1)
 
 
-def _gridded(
+def _padded_attention(
     query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences, causal: bool, scale: float
 ) -> Tensor:
-    """All tiles in one call, padded to the largest: few kernels, for a device that is slow to start one."""
-    grid, seen = sequences.grid(causal)
+    """All tiles in one call, padded to the largest: few kernel launches, for a GPU."""
+    index, mask = sequences.padded_tiles(causal)
 
-    def tile(x: Tensor) -> Tensor:  # (1, H, T, D) -> (N, H, C, D)
-        spread = grid.pad(_every_head(x, query)[0].transpose(0, 1))
-        return spread.view(grid.count, grid.longest, *spread.shape[1:]).transpose(1, 2)
+    def pad(x: Tensor) -> Tensor:  # (1, H, T, D) -> (N, H, C, D)
+        padded = index.pad(_repeat_heads(x, query)[0].transpose(0, 1))
+        return padded.view(index.count, index.longest, *padded.shape[1:]).transpose(1, 2)
 
-    y_NHCD = nn.functional.scaled_dot_product_attention(
-        tile(query), tile(key), tile(value), attn_mask=seen, scale=scale
-    )
-    return grid.unpad(y_NHCD.transpose(1, 2).flatten(0, 1))[None]
+    y_NHCD = nn.functional.scaled_dot_product_attention(pad(query), pad(key), pad(value), attn_mask=mask, scale=scale)
+    return index.unpad(y_NHCD.transpose(1, 2).flatten(0, 1))[None]
 
 
-def _varlen(
+def _flash_attention(
     query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences, causal: bool, scale: float
 ) -> Tensor:
-    """The kernel made for it: flash attention by cumulative lengths."""
+    """Flash attention over concatenated texts, given their offsets."""
     from torch.nn.attention.varlen import varlen_attn
 
     q_THD, k_THD, v_THD = (
-        t[0].transpose(0, 1).contiguous() for t in (query, _every_head(key, query), _every_head(value, query))
+        t[0].transpose(0, 1).contiguous() for t in (query, _repeat_heads(key, query), _repeat_heads(value, query))
     )
     window = (-1, 0) if causal else (-1, -1)
-    ends, longest = sequences.ends(), sequences.longest
-    y_THD: Any = varlen_attn(q_THD, k_THD, v_THD, ends, ends, longest, longest, scale=scale, window_size=window)
+    offsets, longest = sequences.offsets(), sequences.longest
+    y_THD: Any = varlen_attn(q_THD, k_THD, v_THD, offsets, offsets, longest, longest, scale=scale, window_size=window)
     return y_THD[None]
 
 
-def _flash_takes(query: Tensor) -> bool:
-    """16 bits, heads of a width that it knows, and a GPU from Ampere on."""
+def _flash_supports(query: Tensor) -> bool:
+    """Whether flash attention supports it: 16 bits, heads of width 8, 16, ..., 256, and a GPU of Ampere or newer."""
     if query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] % 8 or query.shape[-1] > 256:
         return False
     return query.device.type != "cuda" or torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def _every_head(x: Tensor, query: Tensor) -> Tensor:
-    """Keys or values shared by groups of heads, once for every head."""
+def _repeat_heads(x: Tensor, query: Tensor) -> Tensor:
+    """Keys or values that groups of heads share, repeated for every head of ``query``."""
     shared = query.shape[1] // x.shape[1]
     return x if shared == 1 else x.repeat_interleave(shared, dim=1)
 
 
-def _owners(tile: Sequence[int]) -> Tensor:
-    """Which of the tile's texts each of its tokens belongs to."""
+def _text_of_token(tile: Sequence[int]) -> Tensor:
+    """(C,): for each token of the tile the number of its text, from 0."""
     return torch.repeat_interleave(torch.tensor(tile))
 
 
 def _tiles(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Neighbouring texts together, up to so many tokens; a longer text alone."""
+    """Groups neighbouring texts into tiles of up to ``room`` tokens. A longer text is a tile of its own."""
     tiles: list[list[int]] = []
     left = 0
     for length in lengths:

@@ -170,7 +170,7 @@ def test_natural_on_real_domains() -> None:
         (
             "pathological",
             {"classes": 2, "clients": 4},
-            "partition.classes: got 2, but 4 clients need at least 3 each for all 10 classes to be held",
+            "partition.classes: got 2, but 4 clients need at least 3 each to cover all 10 classes",
         ),
         ("natural", {}, "data.client: got null, but partition.kind=natural needs the column"),
     ],

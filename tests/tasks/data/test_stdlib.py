@@ -10,8 +10,9 @@ import pytest
 from rayfed.config.task import Data
 from rayfed.errors import UserError
 from rayfed.tasks.data import stdlib as stdlib_source
-from rayfed.tasks.data.dataset import Source, load_data
+from rayfed.tasks.data.dataset import load_data
 from rayfed.tasks.data.stdlib import read_stdlib
+from rayfed.tasks.data.table import Source
 
 FILE = '''
 """Module docstring."""

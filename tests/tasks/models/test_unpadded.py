@@ -115,7 +115,7 @@ def trained(kind, tokens, how):
     [
         ("mean", Unpadded("mean")),
         ("bert", Unpadded("first")),
-        ("roberta", Unpadded("first", start=2)),
+        ("roberta", Unpadded("first", first_position=2)),
         ("distilbert", Unpadded("first")),
         ("gpt2", Unpadded("last")),
         ("llama", Unpadded("last")),
@@ -139,7 +139,7 @@ def test_without_padding_a_model_computes_what_it_computes_with_padding(tokens, 
     ("kind", "longest", "reason"),
     [
         ("mistral", 31, "a text of 31 tokens is longer than the window of 30"),
-        ("deberta", 20, "its logits would be others"),  # its attention is its own
+        ("deberta", 20, "its logits differ without padding"),  # its attention is its own
         ("albert", 20, "its pooler does not see every token's state"),
     ],
 )
@@ -159,7 +159,7 @@ def test_a_window_that_no_text_exceeds_does_not_matter():
 def test_the_choice_stands_whatever_the_longest_text(kind, longest):
     found = choose_batching(model_of(kind), longest)
     assert isinstance(found, Unpadded)
-    assert longest == 1 or found.reads == {"gpt2": "last", "mean": "mean"}[kind]
+    assert longest == 1 or found.head_input == {"gpt2": "last", "mean": "mean"}[kind]
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "mean", "mistral"])
@@ -182,7 +182,7 @@ def test_choosing_leaves_the_model_as_it_was(tokens, kind):
 
 def test_a_model_of_no_known_build_is_padded():
     found = choose_batching(nn.Linear(3, 3), 10)
-    assert found == Padded("Linear: it does not tell its encoder from its head")
+    assert found == Padded("Linear: it has no encoder apart from its head")
 
 
 def test_the_choice_is_said_in_words():

@@ -39,7 +39,7 @@ def by_attend(query, key, value, clients, causal, scale):
 
 
 def by_grid(query, key, value, clients, causal, scale):
-    return attention._gridded(query, key, value, PackedSequences(clients, CPU), causal, scale)
+    return attention._padded_attention(query, key, value, PackedSequences(clients, CPU), causal, scale)
 
 
 @pytest.mark.parametrize("shared", [1, 2])
@@ -104,7 +104,7 @@ def test_attention_of_another_kind_is_refused(named):
         varlen_attention(
             nn.Module(), *heads, **{"attention_mask": None, "sliding_window": 5}
         )  # reaches as far as any text
-        with pytest.raises(ValueError, match=r"flat rows know no|longer than the window"):
+        with pytest.raises(ValueError, match=r"supports no other mask|longer than the window"):
             varlen_attention(nn.Module(), *heads, **{"attention_mask": None, **named})
 
 

@@ -1,0 +1,69 @@
+"""`rayfed methods`: the methods as text, and one method with all its options."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from itertools import pairwise
+
+from rayfed.methods import METHODS, Method, method_class
+from rayfed.methods._options import REQUIRED, in_words, options_of
+
+
+def describe_all() -> str:
+    """Every method: its name, paper and summary, then its traffic, whether it takes mixed ranks, and its source."""
+    lines = []
+    for name in METHODS:
+        cls = method_class(name)
+        lines.append(f"{name:<10} {cls.paper:<16} {cls.summary}")
+        ranks = "mixed ranks" if cls.mixed_ranks else "one rank"
+        lines.append(f"{'':<10} down {cls.traffic_down}; up {cls.traffic_up}; {ranks}; source: {cls.source}")
+    lines.append("Traffic is in entries per layer and round. `rayfed methods NAME` shows a method's options.")
+    return "\n".join(lines)
+
+
+def describe(name: str) -> str:
+    """One method: what it is, its traffic, its defaults, and every option with its default, range and meaning.
+
+    ``name`` may be an import path. UserError where there is no such method.
+    """
+    cls = method_class(name)
+    facts = {
+        "paper": cls.paper,
+        "source": cls.source,
+        "down": f"{cls.traffic_down} entries per layer and round",
+        "up": f"{cls.traffic_up} entries per layer and round",
+        "ranks": "clients may have different ranks" if cls.mixed_ranks else "all clients have one rank",
+        "weights": f"{cls.weights} (server.weights)",
+        "optimizer": f"{cls.optimizer} (server.optimizer); allowed are {', '.join(cls.optimizers)}",
+    }
+    lines = [f"{name}: {cls.summary}", *(f"  {key:<10} {value}" for key, value in facts.items())]
+    meanings, options = _meanings(cls), options_of(cls)
+    for option, found in options.items():
+        default = "(no default)" if found.default is REQUIRED else _yaml(found.default)
+        lines.append(f"method.{option} = {default}  [{in_words(found.annotation)}]")
+        if option in meanings:
+            lines.append(textwrap.fill(meanings[option], 100, initial_indent="    ", subsequent_indent="    "))
+    return "\n".join(lines if options else [*lines, "  no options"])
+
+
+def _meanings(cls: type[Method]) -> dict[str, str]:
+    """The docstring under each option's field, from the source of the class and of its bases."""
+    meanings: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        try:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        except (OSError, TypeError):  # a class without source, such as `object`
+            continue
+        body = tree.body if isinstance(tree, ast.ClassDef) else []
+        for field, text in pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+                meanings[field.target.id] = " ".join(str(ast.literal_eval(text.value)).split())
+    return meanings
+
+
+def _yaml(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)

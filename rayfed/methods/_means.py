@@ -1,0 +1,158 @@
+"""Weighted means over a cohort: of flat changes, of products and of heads. All sums are taken in float64, in order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from rayfed.lora.adapter import LowRank
+from rayfed.lora.algebra import stack
+from rayfed.methods._messages import PackSum, Start, Update, matrix
+
+Advance = Callable[[str, Tensor, Tensor], Tensor]
+"""One server-optimizer step: (name of a tensor, its value, its mean change) -> its next value, all of one shape."""
+
+
+def fedavg(name: str, value: Tensor, change: Tensor) -> Tensor:
+    """The plain server step: add the mean change."""
+    return value + change
+
+
+def mean_change(updates: Iterable[Update | PackSum], size: int) -> Tensor:
+    """``sum_k p_k change_k`` as float32 (n,), where p_k are the weights divided by their sum.
+
+    Takes one update at a time, so memory is one vector whatever the cohort. ValueError if no weight is positive.
+    """
+    mean = ChangeMean(size)
+    for update in updates:
+        mean.add(update)
+    return mean.mean()
+
+
+class ChangeMean:
+    """`mean_change` in steps, for methods that look at each update as well."""
+
+    def __init__(self, size: int) -> None:
+        self.total, self.weight = torch.zeros(size, dtype=torch.float64), 0.0
+
+    def add(self, update: Update | PackSum) -> None:
+        """Adds one update, or the sum of a pack."""
+        update.add_to(self.total)
+        self.weight += update.weight
+
+    def mean(self) -> Tensor:
+        """The mean change (n,), float32. ValueError if no weight is positive."""
+        return (self.total / positive(self.weight)).float()
+
+
+class HeadMean:
+    """The weighted mean of the clients' changes of the head, with their weights and ranks."""
+
+    def __init__(self) -> None:
+        self.weight = 0.0
+        self.weights: list[float] = []
+        self.ranks: list[int] = []
+        self._head: dict[str, Tensor] = {}
+
+    def count(self, weight: float, update: Update) -> None:
+        """Counts one client: its weight, its rank and its change of the head."""
+        self.weight += weight
+        self.weights.append(weight)
+        self.ranks.append(update.client.rank)
+        for name, tensor in update.moved.head.items():
+            total = self._head.setdefault(name, torch.zeros(tensor.shape, dtype=torch.float64))
+            total += weight * tensor.double()
+
+    def head(self) -> dict[str, Tensor]:
+        """The mean change of the head, float32. ValueError if no weight is positive."""
+        total = positive(self.weight)
+        return {name: (tensor / total).float() for name, tensor in self._head.items()}
+
+    def shares(self) -> list[float]:
+        """p_k of every client, in order: the weights divided by their sum. ValueError if no weight is positive."""
+        total = positive(self.weight)
+        return [weight / total for weight in self.weights]
+
+    def weights_report(self) -> dict[str, float]:
+        """The largest p_k, and the effective cohort ``1 / sum p_k^2``."""
+        shares = self.shares()
+        return {"weights_max": max(shares), "effective_cohort": 1 / math.fsum(share**2 for share in shares)}
+
+
+class ProductMean(HeadMean):
+    """``sum_k p_k s_k B_k A_k`` by layer and ``sum_k p_k head_k``, added up one client at a time.
+
+    A layer stays factored while the sum of ranks is below min(out, in). Then it becomes one float64 matrix. So memory
+    is bounded, whatever the cohort.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pairs: dict[str, list[tuple[float, LowRank]]] = {}
+        self._dense: dict[str, Tensor] = {}
+
+    def add(self, weight: float, update: Update, products: Mapping[str, LowRank]) -> None:
+        """Counts one client, and adds ``weight`` times its ``products`` by layer."""
+        self.count(weight, update)
+        for name, pair in products.items():
+            self.add_product(name, weight, pair)
+
+    def add_product(self, name: str, weight: float, pair: LowRank) -> None:
+        """Adds ``weight`` times one layer's product, without counting a client."""
+        if name in self._dense:
+            self._dense[name].addmm_(pair.B.double(), pair.A.double(), alpha=weight * pair.scale)
+            return
+        pairs = self._pairs.setdefault(name, [])
+        pairs.append((weight, pair))
+        out, inner = pair.B.shape[0], pair.A.shape[1]
+        if sum(p.rank for _, p in pairs) >= min(out, inner):
+            self._dense[name] = torch.zeros(out, inner, dtype=torch.float64)
+            for earlier, p in self._pairs.pop(name):
+                self._dense[name].addmm_(p.B.double(), p.A.double(), alpha=earlier * p.scale)
+
+    def layer(self, name: str) -> LowRank | Tensor:
+        """The layer's mean: a pair of scale 1, or a float32 matrix. ValueError if no weight is positive."""
+        total = positive(self.weight)
+        if name in self._dense:
+            return (self._dense[name] / total).float()
+        pairs = self._pairs[name]
+        return stack([pair for _, pair in pairs], [weight / total for weight, _ in pairs])
+
+    def matrix(self, name: str) -> Tensor:
+        """The layer's mean as a float32 matrix (out, in), whatever the ranks."""
+        return matrix(self.layer(name))
+
+
+def product_change(update: Update) -> dict[str, LowRank]:
+    """How a client's training changed the product of each layer, ``s (B_k A_k - B A)``, as a pair of twice the rank.
+
+    The pair is ``[dB | B] [A_k; dA]``. No products are subtracted, so it is exactly 0 where nothing moved.
+    """
+    sent, trained = update.sent.layers, update.trained.layers
+    return {
+        name: LowRank(torch.cat([pair.B, sent[name].B], 1), torch.cat([trained[name].A, pair.A]), pair.scale)
+        for name, pair in update.moved.layers.items()
+    }
+
+
+def trained_product(update: Update, start: Start) -> dict[str, LowRank]:
+    """A client's product of each layer, as if the client had received all of ``start``.
+
+    If everything arrived, it is the trained pair. If the download was sparse or rounded, it is the product of ``start``
+    plus `product_change`, of three times the rank: then a part of the state that did not travel is not lost. In both
+    cases column j of B belongs to rank j modulo the client's rank.
+    """
+    if torch.equal(update.start, start.vector):
+        return dict(update.trained.layers)
+    changes, starts = product_change(update), start.layout.unflatten(start.vector).layers
+    return {name: stack([starts[name], changes[name]], [1.0, 1.0]) for name in changes}
+
+
+def positive(weight: float) -> float:
+    """The sum of weights. ValueError if it is not positive."""
+    if weight <= 0:
+        raise ValueError("no update with a positive weight to aggregate")
+    return weight

@@ -1,0 +1,28 @@
+"""The raw columns that a data source reads, before any check: `Table` and `Source`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+SPLITS = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}
+"""The splits, and the names that files and hub data sets may give them."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One split: columns of plain Python values, unchecked."""
+
+    origin: str  # where the rows come from, for error messages
+    columns: dict[str, list[Any]]  # a column that the settings do not name may be an empty list
+
+    def __len__(self) -> int:
+        return max(map(len, self.columns.values()), default=0)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The splits that a source has, ``train`` always among them, and the names of its classes if it has names."""
+
+    tables: dict[str, Table]
+    class_names: tuple[str, ...] | None = None

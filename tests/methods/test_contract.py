@@ -1,0 +1,187 @@
+"""What every method promises, on small made adapters: a file in rayfed/methods/ is tested by being there."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from method_oracles import NON_SQUARE, dense, training
+from safetensors.torch import load, save
+
+from rayfed.lora.adapter import Adapter, LowRank
+from rayfed.methods import METHODS, Profile, build
+
+RANK = 4
+VARIANTS = [
+    ("fedex_lora", {"rank_cap": 3}),
+    ("fedhl", {"gamma": 1.0, "data": "examples", "split": "b"}),
+    ("fedview", {"start": "half", "split": "b"}),
+    ("fedview", {"start": "fresh", "split": "balanced"}),
+    ("flasc", {"mask": "fixed", "train": "masked"}),
+    ("florist", {"tau": 0.9}),
+    ("hetlora", {"gamma": 0.5, "weighting": "given", "regularizer": 0.0}),
+    ("hetlora", {"gamma": 0.5}),
+    ("lora_a2", {"head_budget": "whole"}),
+    ("rac_lora", {"block_rounds": 2}),
+    ("raflora", {"orphans": "zero"}),
+    ("rolora", {"down": "changed"}),
+    ("slora", {"rounds_sparse": 2, "rho": 0.4}),
+    ("slora", {"rounds_sparse": 1, "split": "sqrt"}),
+]
+CASES = [(name, {}) for name in METHODS] + VARIANTS
+DECAYS = ("flexlora", "hetlora", "fedsrd")  # with mixed ranks, or with a pruned change, the paper's equation loses some
+every_method = pytest.mark.parametrize(
+    ("name", "options"), CASES, ids=[f"{n}-{'-'.join(map(str, o.values()))}" for n, o in CASES]
+)
+
+
+def cohorts(method):
+    """Three rounds: all clients, two with sparse messages where the method allows them, one small client."""
+    ranks = (4, 1, 2) if method.mixed_ranks else (RANK,) * 3
+    whole = [Profile(k, r, 8.0 / r, examples=(3, 1, 5)[k]) for k, r in enumerate(ranks)]
+    down, up = (0.5 if method.sparse_down else 1.0), (0.3 if method.sparse_up else 1.0)
+    sparse = [replace(whole[0], density_up=up), replace(whole[2], density_down=down)]
+    return [whole, sparse, [whole[1]]]
+
+
+def started(method, random_adapter, zero=False):
+    adapter = random_adapter(NON_SQUARE, RANK, 2.0, seed=1)
+    if zero:
+        layers = {name: LowRank(torch.zeros_like(p.B), p.A, p.scale) for name, p in adapter.layers.items()}
+        adapter = Adapter(layers, adapter.head)
+    return method.init(adapter, seed=7)
+
+
+def restored(method, state):
+    """The state as a checkpoint gives it back: tensors through safetensors, facts through JSON."""
+    tensors = load(save({name: tensor.clone().contiguous() for name, tensor in state.tensors().items()}))
+    clients = {k: load(save({n: t.clone().contiguous() for n, t in kept.items()})) for k, kept in state.clients.items()}
+    return method.restore(tensors, json.loads(json.dumps(state.facts())), clients)
+
+
+def assert_equal_states(one, two):
+    for first, second in ((one.tensors(), two.tensors()), *((one.clients[k], two.clients[k]) for k in one.clients)):
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert one.clients.keys() == two.clients.keys()
+    assert one.facts() == two.facts()
+
+
+@every_method
+@pytest.mark.parametrize("zero", [True, False], ids=["B = 0", "random B"])
+def test_a_restored_state_goes_on_to_the_same_bits(play, random_adapter, name, options, zero):
+    method = build(name, **options)
+    state = started(method, random_adapter, zero)
+    for t, cohort in enumerate(cohorts(method)):
+        again = restored(method, state)
+        assert_equal_states(state, again)
+        before = {key: tensor.clone() for key, tensor in state.tensors().items()}
+        after, _ = play(method, state, cohort, training(t))
+        twin, _ = play(method, again, cohort, training(t))
+        assert_equal_states(after, twin)
+        assert all(torch.equal(before[key], tensor) for key, tensor in state.tensors().items())  # it was not changed
+        assert after.rounds == t + 1
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in after.tensors().values())
+        assert all(isinstance(value, float) for value in after.report.values())
+        state = after
+    assert method.layers(state) == tuple(sorted(NON_SQUARE))
+
+
+@every_method
+def test_without_local_training_the_model_stays(play, random_adapter, name, options):
+    method = build(name, **options)
+    first = state = started(method, random_adapter)
+    for cohort in cohorts(method):
+        # Equal full ranks and dense messages for the papers whose equations lose something otherwise.
+        rank = {"rank": RANK, "scale": 2.0} if name in DECAYS or options.get("orphans") == "zero" else {}
+        cohort = [replace(client, density_down=1.0, density_up=1.0, **rank) for client in cohort]
+        state, updates = play(method, state, cohort)
+        assert not any(update.change.any() for update in updates)
+        for layer in method.layers(first):
+            W = dense(method.delta(first, layer))
+            assert (dense(method.delta(state, layer)) - W).norm() <= 1e-5 * W.norm()
+    for key, tensor in method.head(first).items():
+        torch.testing.assert_close(method.head(state)[key], tensor)
+
+
+@every_method
+def test_a_start_fits_its_layout_and_no_rank_is_dead(play, random_adapter, name, options):
+    """A rank with zeros in both factors gets no gradient. The rank that a client asked for is the rank it gets."""
+    method = build(name, **options)
+    for zero in (True, False):
+        state = started(method, random_adapter, zero)
+        for t, cohort in enumerate([*cohorts(method), cohorts(method)[0]]):
+            for client in cohorts(method)[0]:
+                start, trainable = method.broadcast(state, client), method.trainable(state, client)
+                assert start.vector.dtype == torch.float32
+                assert start.vector.shape == (start.layout.size,)
+                for mask in (start.mask, start.known, trainable.entries):
+                    assert mask is None or (mask.dtype == torch.bool and mask.shape == start.vector.shape)
+                adapter = start.layout.unflatten(start.vector)
+                assert adapter.head.keys() == {"head.weight"}
+                assert sorted(adapter.layers) == sorted(NON_SQUARE)
+                for layer, pair in adapter.layers.items():
+                    assert (pair.B.shape[0], pair.A.shape[1]) == NON_SQUARE[layer]
+                    assert bool(((pair.A != 0).any(1) | (pair.B != 0).any(0)).all())
+                    pruned = client.client in state.clients and name == "hetlora"
+                    assert (
+                        trainable.entries is not None
+                        or pruned
+                        or (pair.rank, pair.scale)
+                        == ((client.rank, client.scale) if method.mixed_ranks else (RANK, 2.0))
+                    )
+                if getattr(state, "base", None):
+                    assert start.base is state.base  # the server encodes one base once
+                if start.merge is not None:
+                    assert not start.merge.head
+                    assert start.merged_base.keys() == NON_SQUARE.keys()
+            state, _ = play(method, state, cohort, training(t) if t else None)
+
+
+@every_method
+def test_a_round_without_weight_is_refused(play, random_adapter, name, options):
+    method = build(name, **options)
+    state = started(method, random_adapter)
+    with pytest.raises(ValueError, match="no update with a positive weight"):
+        play(method, state, cohorts(method)[0], training(0), weights=[0.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match="no update with a positive weight"):
+        method.aggregate(state, iter([]))
+
+
+@every_method
+def test_the_server_optimizer_sees_each_name_with_one_shape(play, random_adapter, name, options):
+    """Moments are stored by name. Where a server optimizer has moments, a name stands for the same entries for ever."""
+    method, shapes = build(name, **options), {}
+    state = started(method, random_adapter)
+    for t, cohort in enumerate(cohorts(method)):
+        seen = []
+
+        def advance(key, value, change, seen=seen):
+            assert value.shape == change.shape
+            assert value.shape == shapes.setdefault(key, value.shape) or method.optimizers == ("fedavg",)
+            seen.append(key)
+            return value + change
+
+        state, _ = play(method, state, cohort, training(t), advance=advance)
+        assert len(set(seen)) == len(seen) > 0
+
+
+@every_method
+def test_it_runs_where_only_the_head_trains(play, random_adapter, name, options):
+    method = build(name, **options)
+    state = method.init(random_adapter({}, RANK, 2.0, seed=1), seed=7)
+    for t, cohort in enumerate(cohorts(method)):
+        assert method.layers(state) == ()
+        before = {key: tensor.clone() for key, tensor in method.head(state).items()}
+        state, _ = play(method, restored(method, state), cohort, training(t))
+        assert not torch.equal(method.head(state)["head.weight"], before["head.weight"])
+        assert all(value == value for value in state.report.values())  # no NaN
+
+
+@every_method
+def test_it_pickles(name, options):
+    method = build(name, **options)
+    assert pickle.loads(pickle.dumps(method)) == method
