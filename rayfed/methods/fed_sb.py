@@ -33,7 +33,7 @@ class FedSB(LayerMethod):
 
     paper = "arXiv 2502.15436"
     summary = "frozen factors; average the core between them"
-    down = up = "r^2"
+    traffic_down = traffic_up = "r^2"
     source = "secondary"
     optimizers = ANY_OPTIMIZER
 

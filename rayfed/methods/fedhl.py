@@ -51,7 +51,7 @@ class FedHL(Truncating):
 
     paper = "arXiv 2505.18494"
     summary = "full-rank global model; unbiased mean, weights that counter truncation"
-    down = up = "r_k (in + out)"
+    traffic_down = traffic_up = "r_k (in + out)"
     source = "secondary"
     optimizers = ANY_OPTIMIZER
 

@@ -34,7 +34,7 @@ class FedSA(FactorMean):
 
     paper = "arXiv 2410.01463"
     summary = "average A; B and the head stay with the client"
-    down = up = "r in"
+    traffic_down = traffic_up = "r in"
     source = "secondary"
     personal = True
 

@@ -69,7 +69,7 @@ class FedView(LayerMethod):
 
     paper = "derived here"
     summary = "full-rank global model; corrections with error feedback down"
-    down = up = "r_k (in + out)"
+    traffic_down = traffic_up = "r_k (in + out)"
     source = "ours"
     optimizers = ANY_OPTIMIZER
     mixed_ranks = True

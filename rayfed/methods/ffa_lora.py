@@ -34,7 +34,7 @@ class FFALoRA(LayerMethod):
 
     paper = "arXiv 2403.12313"
     summary = "A frozen and shared; average B"
-    down = up = "r_k out"
+    traffic_down = traffic_up = "r_k out"
     source = "secondary"
     optimizers: ClassVar[tuple[str, ...]] = ANY_OPTIMIZER
     mixed_ranks = True

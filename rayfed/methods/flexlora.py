@@ -29,7 +29,7 @@ class FlexLoRA(Truncating):
 
     paper = "arXiv 2402.11505"
     summary = "mean of products, redistributed by SVD"
-    down = up = "r_k (in + out)"
+    traffic_down = traffic_up = "r_k (in + out)"
     source = "secondary"
 
     def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:

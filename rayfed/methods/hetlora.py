@@ -55,7 +55,7 @@ class HetLoRA(Nested):
 
     paper = "arXiv 2401.06432"
     summary = "truncate, zero-pad, weigh by norm, prune ranks"
-    down = up = "r_k (in + out)"
+    traffic_down = traffic_up = "r_k (in + out)"
     source = "secondary"
 
     @property

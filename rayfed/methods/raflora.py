@@ -37,7 +37,7 @@ class RaFLoRA(Truncating):
 
     paper = "arXiv 2602.13486"
     summary = "FlexLoRA with weights by rank band"
-    down = up = "r_k (in + out)"
+    traffic_down = traffic_up = "r_k (in + out)"
     source = "secondary"
 
     def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:

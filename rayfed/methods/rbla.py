@@ -27,7 +27,7 @@ class RBLA(Nested):
 
     paper = "arXiv 2408.08699"
     summary = "average every rank index over the clients that own it"
-    down = up = "r_k (in + out)"
+    traffic_down = traffic_up = "r_k (in + out)"
     source = "secondary"
     optimizers = ("fedavg", "sgd")
 

@@ -55,7 +55,7 @@ class SLoRA(LayerMethod):
 
     paper = "arXiv 2308.06522"
     summary = "sparse full fine-tuning first, then LoRA from its SVD"
-    down = up = "rho in out, then r (in + out)"
+    traffic_down = traffic_up = "rho in out, then r (in + out)"
     source = "secondary"
 
     def init(self, adapter: Adapter, seed: int) -> LayerState:
