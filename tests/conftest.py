@@ -23,18 +23,18 @@ settings.register_profile("thorough", max_examples=500, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist, a file's tests share a process, and so do all tests on the Ray cluster, which come first."""
+    """Files with tests on Ray come first: they take longest, and so no process of pytest-xdist is left with one."""
     on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
     items.sort(key=lambda item: item.path not in on_ray)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in on_ray else str(item.path)))
 
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> None:
-    """Ray with 4 CPUs in this process: started once, and again where a module with a Ray of its own has stopped it."""
+    """Ray with 4 CPUs, shared by all tests of this process that use the fixture.
+
+    It is started once, and again where a module with a Ray of its own has stopped it.
+    """
     import ray
 
     if not ray.is_initialized():
