@@ -2,7 +2,8 @@
 
 A run appends to files and renames them, which object stores cannot do. The run therefore works in a local folder, and
 the folder is uploaded after every checkpoint and once more when the command ends. At any moment the remote folder can
-be resumed: files go first, checkpoints next, the `checkpoint.json` of each checkpoint last, and deletions after that.
+be resumed: files go first, checkpoints next, the `checkpoint.json` of each checkpoint after its tensors, the records
+of a sweep's trials (`trials/NAME.json`: the trial has ended) last, and deletions after that.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path, PurePosixPath
 from rayfed.errors import RunError, UserError, first_line
 from rayfed.files import atomic_path
 
-PRUNED = {"checkpoints", "clients", "ledger.parquet"}  # folders that lose files while a run goes on
+# Folders that lose files while a run goes on. Their files are never rewritten: the name says the round.
+PRUNED = {"checkpoints", "clients", "ledger.parquet"}
 # In these schemes a word before "@" is a user name or a container. In all others the word may be a key.
 NAMES_BEFORE_AT = {"abfs", "abfss", "az", "ftp", "hdfs", "oci", "sftp", "smb", "ssh"}
 # User-info reaches to the last "@" once it has a colon, because secret keys of S3 may contain "/" and "@".
@@ -68,7 +70,7 @@ class RemoteFolder:
         with self._user_error("opened"):
             self._system, root = fsspec.core.url_to_fs(uri)
         self._root = root.rstrip("/")
-        self._uploaded: dict[str, tuple[int, int]] = {}
+        self._uploaded: dict[str, tuple[int, int]] | None = None
 
     def files(self) -> dict[str, int]:
         """Size in bytes of every remote file by POSIX name relative to the folder. Hidden files are left out."""
@@ -100,19 +102,23 @@ class RemoteFolder:
     def upload(self, folder: Path) -> None:
         """Uploads files that are new or changed since this object's last upload or download; deletes pruned files.
 
-        Hidden files stay local. Other processes may write to ``folder`` meanwhile. A missing ``folder`` changes
-        nothing. RunError where the remote folder cannot be written.
+        An object's first upload leaves out files that are never rewritten and have their size at the remote already:
+        another object has uploaded them. Hidden files stay local. Other processes may write to ``folder`` meanwhile. A
+        missing ``folder`` changes nothing. RunError where the remote folder cannot be written.
         """
         if not folder.is_dir():
             return
         try:
-            # Checkpoints are listed before other files: a checkpoint is written after the files that it refers to.
-            checkpoints = {n: stamp for n, stamp in _local_files(folder).items() if _checkpoint(n)}
-            found = {n: stamp for n, stamp in _local_files(folder).items() if not _checkpoint(n)} | checkpoints
+            # Records and checkpoints are listed first: the files that they refer to exist before they do.
+            later = {n: stamp for n, stamp in _local_files(folder).items() if _stage(n)}
+            found = {n: stamp for n, stamp in _local_files(folder).items() if not _stage(n)} | later
+            if self._uploaded is None:
+                there = self._files()
+                self._uploaded = {n: s for n, s in found.items() if _pruned(n) and there.get(n) == s[0]}
             changed = [n for n, stamp in found.items() if self._uploaded.get(n) != stamp]
             vanished = set()  # checkpoints that a run has pruned since the listing
             for name in sorted(changed, key=_order):
-                if _order(name)[0] == 2 and _checkpoint(name) in vanished:
+                if _stage(name) == 2 and _checkpoint(name) in vanished:
                     continue
                 self._make_parent(name)
                 try:
@@ -132,7 +138,7 @@ class RemoteFolder:
     def _prune(self, folder: Path) -> None:
         """Deletes remote files of folders in PRUNED that are not in ``folder``; `checkpoint.json` before the rest."""
         for name in sorted(self._files(), key=_order, reverse=True):
-            if PRUNED.intersection(PurePosixPath(name).parts[:-1]) and not (folder / name).is_file():
+            if _pruned(name) and not (folder / name).is_file():
                 with suppress(FileNotFoundError):
                     self._system.rm_file(self._path(name))
                 if not self._system.async_impl:
@@ -186,20 +192,33 @@ def _checkpoint(name: str) -> str | None:
     return match[1] if match else None
 
 
+def _pruned(name: str) -> bool:
+    return bool(PRUNED.intersection(PurePosixPath(name).parts[:-1]))
+
+
+def _stage(name: str) -> int:
+    """When a file is uploaded: 0 other files, 1 a checkpoint's tensors, 2 `checkpoint.json`, 3 a trial's record."""
+    if _checkpoint(name):
+        return 1 + name.endswith("/checkpoint.json")
+    return 3 if re.fullmatch(r"(?:.*/)?trials/[^/]+\.json", name) else 0
+
+
 def _order(name: str) -> tuple[int, str]:
-    """Sort key of an upload: other files, files of checkpoints, `checkpoint.json`."""
-    return (1 + name.endswith("/checkpoint.json") if _checkpoint(name) else 0), name
+    return _stage(name), name
 
 
-def fetch(uri: str, resume: bool) -> Path:
-    """The folder on this machine of a run or sweep whose directory belongs at ``uri``; what is there is downloaded.
+def fetch(uri: str, resume: bool, marker: str = "config.yaml") -> Path:
+    """The local folder of a run or sweep whose directory is at ``uri``; a directory that is there is downloaded.
 
-    UserError where nothing can be written there, or where something is there and ``resume`` is not set.
+    ``marker`` is the file by which such a directory is known. UserError where nothing can be written at the URI, or
+    where the folder there is not empty and either ``resume`` is not set or it has no ``marker``.
     """
     remote, here = RemoteFolder(uri), local_folder(uri)
     there = remote.files()
     if there and not resume:
         raise UserError(f"--out: got {remote.uri!r}, but it is not empty; continue it with --resume or name another")
+    if there and marker not in there:
+        raise UserError(f"--resume: got {remote.uri!r}, but that is no directory to resume: it has no {marker}")
     if not resume and here.exists():
         raise UserError(
             f"--out: got {remote.uri!r}, but an earlier run for it is still in {here}; add --resume, or remove that"

@@ -75,14 +75,21 @@ def test_a_round_trip_keeps_every_file(memory: Any, tmp_path: Path, scheme: str)
     assert contents(tmp_path / "again") == contents(tmp_path / "run")
 
 
-def test_checkpoints_are_uploaded_last_and_checkpoint_json_after_its_tensors(
+def test_checkpoints_go_after_other_files_checkpoint_json_after_its_tensors_and_records_of_trials_last(
     memory: Any, put: list[str], tmp_path: Path
 ) -> None:
-    write(tmp_path, *FILES, *CHECKPOINT, *(f"trials/b/{name}" for name in (*FILES, *CHECKPOINT)), "zz.log")
+    write(
+        tmp_path,
+        *FILES,
+        *CHECKPOINT,
+        *(f"trials/b/{name}" for name in (*FILES, *CHECKPOINT)),
+        "zz.log",
+        "trials/b.json",
+    )
     RemoteFolder(URI).upload(tmp_path)
     tensors, facts = CHECKPOINT
-    assert put[-4:] == [tensors, f"trials/b/{tensors}", facts, f"trials/b/{facts}"]
-    assert len(put) == 2 * len(FILES) + 1 + 4
+    assert put[-5:] == [tensors, f"trials/b/{tensors}", facts, f"trials/b/{facts}", "trials/b.json"]
+    assert len(put) == 2 * len(FILES) + 1 + 5
 
 
 def test_only_new_and_changed_files_are_uploaded_again(memory: Any, put: list[str], tmp_path: Path) -> None:
@@ -104,8 +111,17 @@ def test_only_new_and_changed_files_are_uploaded_again(memory: Any, put: list[st
     fresh.download(tmp_path / "other")
     fresh.upload(tmp_path / "other")
     assert put == []  # what was just downloaded
-    RemoteFolder(URI).upload(folder)
-    assert len(put) == len(FILES) + len(CHECKPOINT) + 1
+
+
+def test_a_fresh_object_skips_files_that_are_never_rewritten_and_have_their_size_at_the_remote(
+    memory: Any, put: list[str], tmp_path: Path
+) -> None:
+    write(tmp_path, *FILES, *CHECKPOINT)
+    RemoteFolder(URI).upload(tmp_path)
+    put.clear()
+    (tmp_path / "clients/3/round-000002.safetensors").write_text("of another size")
+    RemoteFolder(URI).upload(tmp_path)
+    assert put == ["adapter/x.bin", "clients/3/round-000002.safetensors", "config.yaml", "metrics.jsonl"]
 
 
 @pytest.mark.parametrize("prefix", ["", "trials/a/"])

@@ -1,7 +1,7 @@
 """Benchmarks: what is fast, against what, on this machine. `rayfed bench NAME` prints a table and may write JSON.
 
-A benchmark pairs A and B in turn, in one process and one run, and reports ratios with their spread: times alone say
-more about the machine than about the code.
+A benchmark runs A and B in turn, in one process, and reports ratios with their spread. Times alone say more about the
+machine than about the code. Each benchmark is a module of this package with a function `measure`.
 """
 
 from __future__ import annotations
@@ -12,31 +12,23 @@ from inspect import Parameter, signature
 from typing import Any
 
 from rayfed.bench.timing import Row
-from rayfed.errors import UserError
+from rayfed.errors import UserError, allowed
 
-BENCHMARKS = {
-    "aggregate": "rayfed.bench.aggregate:measure",
-    "algebra": "rayfed.bench.algebra:measure",
-    "round": "rayfed.bench.round:measure",
-    "scale": "rayfed.bench.scale:measure",
-    "train": "rayfed.bench.train:measure",
-    "wire": "rayfed.bench.wire:measure",
-}
+BENCHMARKS = ("aggregate", "algebra", "round", "scale", "train", "wire")
 
 
 def find(name: str) -> Callable[..., list[Row]]:
     """The benchmark of that name; UserError where there is none."""
     if name not in BENCHMARKS:
-        raise UserError(f"bench: got {name!r}, but there are {', '.join(BENCHMARKS)}")
-    module, _, function = BENCHMARKS[name].partition(":")
-    found: Callable[..., list[Row]] = getattr(import_module(module), function)
-    return found
+        raise UserError(f"bench: got {name!r}, but allowed are {', '.join(BENCHMARKS)}")
+    measure: Callable[..., list[Row]] = import_module(f"rayfed.bench.{name}").measure
+    return measure
 
 
 def run(name: str, given: Mapping[str, Any]) -> list[Row]:
-    """Runs it with the arguments given (`uploads`, `packs`, ...; for `round`, dotted settings of a run).
+    """Runs the benchmark with the given arguments (`uploads`, `packs`, ...; for `round`, dotted settings of a run).
 
-    UserError for a benchmark or an argument that there is not, or a value that is not of the default's kind.
+    UserError for an unknown benchmark or argument, or for a value that is not of the default's type.
     """
     measure = find(name)
     known = signature(measure).parameters
@@ -44,7 +36,7 @@ def run(name: str, given: Mapping[str, Any]) -> list[Row]:
         kinds = {key: p.default for key, p in known.items() if isinstance(p.default, int | str | tuple)}
         for key, value in given.items():
             if key not in kinds:
-                raise UserError(f"bench {name}: got {key!r}, but it takes {', '.join(kinds)}")
+                raise UserError(f"bench {name}: got {key!r}, but allowed are {', '.join(kinds)}")
             _check(key, value, kinds[key])
     return measure(**given)
 
@@ -54,6 +46,4 @@ def _check(key: str, value: Any, default: int | str | tuple[Any, ...]) -> None:
     kind = "whole numbers of 1 or more" if isinstance(sample, int) else "words"
     fine = isinstance(values, list) and len(values) > 0
     if not fine or not all(type(v) is type(sample) and (isinstance(v, str) or v >= 1) for v in values):
-        raise UserError(
-            f"{key}: got {value!r}, but it takes {'a list of ' if isinstance(default, tuple) else ''}{kind}"
-        )
+        raise allowed(key, value, f"allowed is {'a list of ' if isinstance(default, tuple) else ''}{kind}")

@@ -1,39 +1,40 @@
-"""Federated LoRA as one writes it without rayfed: the yardstick of `rayfed bench round`.
+"""Federated LoRA as one writes it without rayfed: the reference of `rayfed bench round`.
 
-PEFT's model in each process; per client the global weights are copied in, a fresh SGD optimizer takes its batches one
-by one, padded, and the weights are read out; the processes return weighted sums and the caller takes the mean. Batches
-are the ones that rayfed would take, so both do the same work and reach the same weights.
+Each process has PEFT's model. For a client, the global weights are copied in, a fresh SGD optimizer takes the client's
+batches one by one, padded, and the weights are read out. The processes return weighted sums, and the caller takes the
+mean. The batches are those of rayfed, so both do the same work and reach the same weights.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rayfed.clients.local_training import batches
-from rayfed.config import Experiment
+from rayfed.clients.plan import RunPlan
 from rayfed.lora.adapter import Layout
 from rayfed.lora.peft import lora_config
-from rayfed.tasks.data.federation import Federation
-from rayfed.tasks.models.base import base_of
+from rayfed.tasks.data.tokens import Tokens
 
 
 class BareLoop:
-    """As many processes as there are workers, one thread each. Close it, or use it in a `with`."""
+    """As many processes as the plan has workers, with one thread each. Use it in a `with`."""
 
-    def __init__(self, experiment: Experiment, federation: Federation, layout: Layout) -> None:
+    def __init__(self, plan: RunPlan) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
-        for _ in range(experiment.engine.workers):
+        plan = replace(plan, profiles=cast(Any, None))  # not needed here, and its rule may be a lambda
+        for _ in range(plan.engine.workers):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, experiment, federation, layout), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, plan), daemon=True)
             process.start()
             self.pipes.append(mine)
             self.processes.append(process)
@@ -41,7 +42,7 @@ class BareLoop:
             pipe.recv()  # the model is loaded
 
     def train(self, vector: Tensor, t: int, clients: Sequence[Sequence[int]], pad_to: int | None) -> Tensor:
-        """The mean, weighted by examples, of what the clients make of ``vector`` (n,) in round ``t``; (n,).
+        """The clients' weights after round ``t``, from ``vector`` (n,): their mean (n,), weighted by examples.
 
         ``clients``: those of each process. ``pad_to``: tokens of every row; None: as many as the longest of its batch.
         """
@@ -50,59 +51,60 @@ class BareLoop:
         parts = [pipe.recv() for pipe in self.pipes]
         return torch.from_numpy(sum(total for total, _ in parts) / sum(weight for _, weight in parts))
 
-    def close(self) -> None:
-        for process in self.processes:
-            process.terminate()
-            process.join()
-
     def __enter__(self) -> BareLoop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        for process in self.processes:
+            process.terminate()
+            process.join()
 
 
-def _serve(pipe: Connection, experiment: Experiment, federation: Federation, layout: Layout) -> None:
+def bare_model(plan: RunPlan) -> tuple[nn.Module, list[nn.Parameter]]:
+    """PEFT's model of the plan, and its trained parameters in the order of the adapter's layout."""
     from peft import get_peft_model
 
-    torch.set_num_threads(1)
-    base = base_of(experiment, len(federation.classes))
-    config = lora_config(**experiment.lora.model_dump(exclude={"train"}), head=base.head)
-    model: Any = get_peft_model(base.model, config).eval()
-    parameters = _parameters(model, layout)
-    pipe.send("ready")
-    while True:
-        vector, t, clients, pad_to = pipe.recv()
-        total, weight = np.zeros_like(vector), 0
-        for client in clients:
-            rows = federation.rows_of(client)
-            trained = _client(
-                model, parameters, torch.from_numpy(vector), rows, client, t, pad_to, experiment, federation
-            )
-            total += len(rows) * trained.numpy()
-            weight += len(rows)
-        pipe.send((total, weight))
+    base = plan.task.load_base(plan.federation)
+    config = lora_config(**plan.lora.model_dump(exclude={"train"}), head=base.head)
+    model = get_peft_model(cast(Any, base.model), config).eval()
+    return model, _parameters(model, plan.start().layout)
 
 
-def _client(
-    model: nn.Module, parameters: list[nn.Parameter], vector: Tensor, rows: np.ndarray, client: int, t: int,
-    pad_to: int | None, experiment: Experiment, federation: Federation,
+def train_client(
+    model: nn.Module, parameters: list[nn.Parameter], plan: RunPlan, vector: Tensor, client: int, t: int,
+    pad_to: int | None,
 ) -> Tensor:  # fmt: skip
-    settings = experiment.client
+    """The client's weights (n,) after round ``t``, from ``vector`` (n,)."""
+    settings, data = plan.client, cast(Tokens, plan.federation.train)
     with torch.no_grad():
         nn.utils.vector_to_parameters(vector.clone(), parameters)  # they become views of it
     optimizer = torch.optim.SGD(parameters, settings.lr, settings.momentum, weight_decay=settings.weight_decay)
-    for batch in batches(rows, settings, experiment.seed, t, client):
-        inputs = federation.train.batch(batch, federation.pad_id)
+    for batch in batches(plan.federation.rows_of(client), settings, plan.seed, t, client):
+        inputs = data.batch(batch, padded=True)
         labels = inputs.pop("labels")
         if pad_to is not None:
             extra = (0, pad_to - inputs["input_ids"].shape[1])
-            inputs["input_ids"] = nn.functional.pad(inputs["input_ids"], extra, value=federation.pad_id)
+            inputs["input_ids"] = nn.functional.pad(inputs["input_ids"], extra, value=data.pad_id)
             inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], extra)
         optimizer.zero_grad(set_to_none=True)
         nn.functional.cross_entropy(model(**inputs).logits, labels).backward()
         optimizer.step()
     return nn.utils.parameters_to_vector(parameters).detach()
+
+
+def _serve(pipe: Connection, plan: RunPlan) -> None:
+    torch.set_num_threads(1)
+    model, parameters = bare_model(plan)
+    pipe.send("ready")
+    while True:
+        vector, t, clients, pad_to = pipe.recv()
+        total, weight = np.zeros_like(vector), 0
+        for client in clients:
+            examples = len(plan.federation.rows_of(client))
+            trained = train_client(model, parameters, plan, torch.from_numpy(vector), client, t, pad_to)
+            total += examples * trained.numpy()
+            weight += examples
+        pipe.send((total, weight))
 
 
 def _parameters(model: nn.Module, layout: Layout) -> list[nn.Parameter]:

@@ -1,13 +1,14 @@
-"""Seconds a round, against the loop that one writes without rayfed: the same clients and batches, in one run.
+"""Seconds a round on Ray, against the loop that one writes without rayfed: the same clients and batches, in one run.
 
-A is a whole round on Ray: downlink, training, wire, aggregation, books, checkpoint; no evaluation. B is `bare`: nothing
-is encoded, counted or written there. B has as many processes as A has workers, with one thread each, and its clients
-are dealt out as alike as packs are. Every round is run by all of them in turn, from the same weights; as everything is
-sent dense, both must arrive at the same weights, and `difference` says how nearly they do (relative, the largest).
+A is a whole round on Ray: downlink, training, wire, aggregation, ledger, checkpoint, without evaluation. B is
+`rayfed.bench.bare`, which encodes, counts and writes nothing. B has as many processes as A has workers, with one
+thread each, and its clients are dealt out as evenly as packs are. A and both variants of B run every round in turn,
+from the same weights. Everything is sent dense, so both must arrive at the same weights; `difference` is the largest
+relative error.
 
-Where A's seconds go, medians of the rounds: `s in packs`, a worker's share of what its packs took themselves (decode,
-train, encode); `s waiting besides`, what the server waited longer than that (Ray, and one worker for the other); `s on
-the server` until it has the next state; `s for the books`, all that follows.
+A's seconds, as medians over the rounds: `s in packs` is a worker's share of the time that the packs took (decode,
+train, encode); `s waiting besides` is how much longer the server waited (Ray, and one worker for the other); `s on the
+server` is its time until the next state; `s for records` is everything after that.
 """
 
 from __future__ import annotations
@@ -20,18 +21,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rayfed.api import prepare
 from rayfed.bench.bare import BareLoop
 from rayfed.bench.timing import Row, Times, compared, timed
 from rayfed.clients.messages import TrainResult
+from rayfed.clients.plan import RunPlan
 from rayfed.config import Experiment, validate
 from rayfed.config.load import assign
 from rayfed.engine.driver import stepwise
-from rayfed.profiles.client_profiles import profile
 from rayfed.server.executor import Executor, Handle, Submission, SubmissionResult
-from rayfed.server.loop import Server
-from rayfed.server.sampling import cohort, plan_packs
-from rayfed.tasks.data.federation import Federation, form_federation
-from rayfed.tasks.models.spec import describe_model
+from rayfed.server.sampling import client_costs, cohort, plan_packs
 
 SETTINGS: dict[str, Any] = {
     "name": "bench-round",
@@ -65,80 +64,69 @@ def measure(**overrides: Any) -> list[Row]:
 
 def compare(name: str, experiment: Experiment) -> list[Row]:
     """One row for each padding of the bare loop: to `data.max_tokens`, and to the longest of a batch."""
-    federation = form_federation(experiment)
-    model_spec = describe_model(experiment, len(federation.classes))
+    plan = prepare(experiment)
     paddings = {f"to {experiment.data.max_tokens}": experiment.data.max_tokens, "to the longest": None}
     ours: list[Times] = []
     theirs: dict[str, list[Times]] = {padding: [] for padding in paddings}
-    difference, where = 0.0, []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        stepwise(experiment, federation, model_spec, Path(folder)) as server,
-        BareLoop(experiment, federation, server.state.layout) as bare,
-    ):
+    difference, parts = 0.0, []
+    with tempfile.TemporaryDirectory() as folder, stepwise(plan, Path(folder)) as server, BareLoop(plan) as bare:
         server.executor = executor = _Clocked(server.executor)
         rounds = server.rounds()
-        for t in range(experiment.server.rounds - 1):
+        for t in range(plan.server.rounds - 1):
             before = server.state.vector
             executor.seconds = 0.0
             mine, record = timed(partial(next, rounds))
             ours.append(mine)
-            where.append(_where(mine.wall, record, executor.seconds / experiment.engine.workers))
-            clients = _dealt(experiment, federation, server, t)
+            parts.append(_parts(mine.wall, record, executor.seconds / plan.engine.workers))
+            clients = _deal(plan, t)
             for padding, pad_to in paddings.items():
                 seconds, after = timed(partial(bare.train, before, t, clients, pad_to))
                 theirs[padding].append(seconds)
                 error = (server.state.vector - after).norm() / (after - before).norm()
                 difference = max(difference, float(error))
-        pack = server.experiment.engine.pack  # a number, whatever was asked for
-    a = f"a round on Ray, {experiment.engine.workers} workers, packs of {pack}"
+        pack = server.plan.pack  # a number, also where engine.pack is auto
+    a = f"a round on Ray, {plan.engine.workers} workers, packs of {pack}"
+    medians = {part: statistics.median(seconds[part] for seconds in parts[1:]) for part in parts[0]}
     rows = []
     for padding, measured in theirs.items():
         row = compared(name, a, f"bare loop, padded {padding}", ours[1:], measured[1:], elsewhere=True)
-        medians = {name: statistics.median(part[name] for part in where[1:]) for name in where[0]}
         row.facts.update({"share of its time": 1 / row.ratio, "difference": difference, **medians})
         rows.append(row)
     return rows
 
 
-def _where(seconds: float, record: dict[str, Any], packs: float) -> dict[str, float]:
-    """What a round of so many seconds went to; a worker spent ``packs`` of them on its packs."""
+def _parts(seconds: float, record: dict[str, Any], packs: float) -> dict[str, float]:
+    """The parts of a round's seconds; a worker spent ``packs`` of them on its packs."""
     waited = record["time/train_s"] - record["time/server_s"]
     return {
         "s in packs": packs,
         "s waiting besides": waited - packs,
         "s on the server": record["time/server_s"],
-        "s for the books": seconds - record["time/train_s"],
+        "s for records": seconds - record["time/train_s"],
     }
 
 
-class _Clocked:
-    """A executor of which the seconds that packs took on their workers are added up."""
+class _Clocked(Executor):
+    """An executor that adds up the seconds that packs took on their workers."""
 
     def __init__(self, executor: Executor) -> None:
         self.executor, self.seconds = executor, 0.0
 
-    def put(self, payload: Any) -> Handle:
+    def put(self, payload: bytes) -> Handle:
         return self.executor.put(payload)
 
-    def run(self, tasks: Sequence[Submission]) -> Iterator[SubmissionResult]:
-        for done in self.executor.run(tasks):
+    def run(self, submissions: Sequence[Submission]) -> Iterator[SubmissionResult]:
+        for done in self.executor.run(submissions):
             self.seconds += done.result.seconds if isinstance(done.result, TrainResult) else 0.0
             yield done
 
-    def drain_events(self) -> list[str]:
-        return self.executor.drain_events()
 
-    def close(self) -> None:
-        self.executor.close()
-
-
-def _dealt(experiment: Experiment, federation: Federation, server: Server, t: int) -> list[list[int]]:
-    """The round's clients, dealt out to the bare loop's processes so that all have like many tokens."""
-    sizes, workers = federation.sizes, experiment.engine.workers
-    drawn = cohort(federation.holders, experiment.server.cohort, experiment.seed, t)
-    clients = [profile(c, int(sizes[c]), experiment, t) for c in drawn]
-    packs = plan_packs(clients, -(-len(clients) // workers), server.costs)
+def _deal(plan: RunPlan, t: int) -> list[list[int]]:
+    """The round's clients, dealt out to the bare loop's processes so that all have about the same number of tokens."""
+    federation, workers = plan.federation, plan.engine.workers
+    drawn = cohort(federation.holders, plan.server.cohort, plan.seed, t)
+    clients = [plan.profiles.profile(c, int(federation.sizes[c]), t) for c in drawn]
+    packs = plan_packs(clients, -(-len(clients) // workers), client_costs(federation, plan.client))
     return [[client.client for client in pack] for pack in packs] + [[]] * (workers - len(packs))
 
 

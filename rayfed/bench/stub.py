@@ -1,30 +1,34 @@
-"""A run without a model: clients that answer at once, so that all the time there is goes into everything else.
+"""A run without a model: its clients answer at once, so a benchmark measures everything but training.
 
-The adapter has 600,000 entries by default. Its clients send one of a few uploads that were made before the clock runs.
+The adapter has 600,000 entries by default. Clients send one of a few uploads that are made before the clock starts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayfed import wire
+from rayfed.api import prepare
 from rayfed.clients.messages import TrainJob, TrainResult
-from rayfed.config import Experiment
+from rayfed.clients.plan import RunPlan
+from rayfed.config import validate
 from rayfed.methods import PackSum
 from rayfed.methods.base import Sparse
-from rayfed.server.executor import Handle, Submission, SubmissionResult
-from rayfed.tasks.models.spec import ModelSpec
-from rayfed.tasks.models.unpadded import Padded
+from rayfed.server.executor import Executor, Submission, SubmissionResult
+from rayfed.tasks.base import Task
+from rayfed.tasks.data.federation import Federation
+from rayfed.tasks.low_rank_regression import NumberRows
+from rayfed.tasks.models.base import FrozenBase
 
 RANK = 16
-DISTINCT = 16  # uploads that differ: more than a core's cache holds
+DENSITY = 1 / 16
+DISTINCT = 16  # different uploads: together larger than a core's cache
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,35 @@ class Shape:
         """Entries of the adapter."""
         return 2 * RANK * self.layers * self.width
 
-    def model_spec(self) -> ModelSpec:
-        """As if a model had been looked at; there is no head."""
-        shapes = {f"layer{i:03}": (self.width, self.width) for i in range(self.layers)}
-        return ModelSpec(shapes, {}, {}, {}, 0, Padded("nothing trains"))
+
+@dataclass(frozen=True)
+class StubTask(Task):
+    """A model of linear layers without memory and without a head. Nothing is trained or evaluated."""
+
+    shape: Shape
+
+    def load_base(self, federation: Federation) -> FrozenBase:
+        side = self.shape.width
+        layers = {f"layer{i:03}": nn.Linear(side, side, bias=False, device="meta") for i in range(self.shape.layers)}
+        return FrozenBase(nn.ModuleDict(layers), ())
+
+
+def stub_plan(method: str, shape: Shape, cohort: int, population: int, rounds: int, pack: int) -> RunPlan:
+    """The plan of a run of ``method`` at density 1/16 both ways, on data with one row a client and no test rows."""
+    experiment = validate(
+        {
+            "method": {"name": method},
+            "lora": {"rank": RANK, "target_modules": "all-linear"},
+            "wire": {"down": {"density": DENSITY}, "up": {"density": DENSITY}},
+            "server": {"cohort": cohort, "rounds": rounds},
+            "engine": {"pack": pack},
+            "tracking": {"console": "off", "wandb": "off"},
+        }
+    )
+    rows, nothing = (NumberRows(empty, empty) for empty in (np.zeros((n, 0), np.float32) for n in (population, 0)))
+    each = np.arange(population + 1)
+    federation = Federation(rows, nothing, nothing, ("a", "b"), each[:-1], each)
+    return prepare(experiment, task=StubTask(shape), federation=federation)
 
 
 @dataclass(frozen=True)
@@ -54,80 +83,49 @@ class Upload:
     payload: bytes
 
 
-def make_uploads(entries: int, density: float, count: int = DISTINCT) -> list[Upload]:
-    """Different uploads of a density, each of normal entries; the same in every run."""
+def make_uploads(entries: int, count: int = DISTINCT) -> list[Upload]:
+    """Different uploads of normal entries at density 1/16; the same in every run."""
     made = []
     for k in range(count):
         x = torch.randn(entries, generator=torch.Generator().manual_seed(k))
-        indices = wire.top_k(x, wire.keep_count(entries, density))
+        indices = wire.top_k(x, wire.keep_count(entries, DENSITY))
         made.append(Upload(indices, x[indices], wire.encode(x, indices=indices)))
     return made
 
 
-def settings(method: str, density: float, cohort: int, population: int, rounds: int) -> Experiment:
-    """A run's settings; what concerns data and model is never asked for."""
-    return Experiment.model_validate(
-        {
-            "method": {"name": method},
-            "lora": {"rank": RANK},
-            "wire": {"down": {"density": density}, "up": {"density": density}},
-            "partition": {"clients": population},
-            "server": {"cohort": cohort, "rounds": rounds},
-            "tracking": {"console": "off", "wandb": "off"},
-        }
-    )
+def add_all(uploads: Sequence[Upload], count: int, entries: int) -> Tensor:
+    """The bare loop: the sum (entries,) of ``count`` uploads by `index_add_`, without decoding anything."""
+    total = torch.zeros(entries)
+    for k in range(count):
+        upload = uploads[k % len(uploads)]
+        total.index_add_(0, upload.indices, upload.values)
+    return total
 
 
 @dataclass
-class StubExecutor:
-    """Answers every training job with uploads from its list, by client id; there is nothing to evaluate.
+class StubExecutor(Executor):
+    """Answers every training job with uploads from its list, by client id. There is nothing to evaluate.
 
-    Where a pack is to be summed, always the sum of the same uploads, made before the clock runs.
+    A pack that is to be summed always gets the sum of the same uploads, made before the clock starts.
     """
 
     uploads: Sequence[Upload]
 
     @cached_property
     def sum(self) -> PackSum:
-        """What a worker makes of its pack, whatever its size: to add it costs the driver the same."""
+        """A pack's sum. To add it costs the server the same, whatever the size of the pack."""
         n = wire.inspect(self.uploads[0].payload).n
         return PackSum.of([(1.0, Sparse(n, made.indices, made.values)) for made in self.uploads], n)
 
-    def put(self, payload: bytes) -> Handle:
-        return payload
-
-    def run(self, tasks: Sequence[Submission]) -> Iterator[SubmissionResult]:
-        for index, task in enumerate(tasks):
-            assert isinstance(task.job, TrainJob)  # there are no rows to evaluate on
-            orders = task.job.orders
+    def run(self, submissions: Sequence[Submission]) -> Iterator[SubmissionResult]:
+        for index, submission in enumerate(submissions):
+            assert isinstance(submission.job, TrainJob)  # there are no rows to evaluate on
+            orders = submission.job.orders
             k, nothing = len(orders), (None,) * len(orders)
             payloads = tuple(self.uploads[order.client % len(self.uploads)].payload for order in orders)
             sizes = tuple(map(wire.inspect, payloads))
-            sums = (replace(self.sum, weight=float(k)),) if task.job.summed else ()
+            sums = (replace(self.sum, weight=float(k)),) if submission.job.summed else ()
             result = TrainResult(
                 () if sums else payloads, nothing, (0.0,) * k, (1,) * k, (1,) * k, (RANK,) * k, 0.0, (k,), sizes, sums
             )
             yield SubmissionResult(index, result)
-
-    def drain_events(self) -> list[str]:
-        return []
-
-    def close(self) -> None:
-        pass
-
-
-def memory(name: str) -> float:
-    """This process's memory in MB as Linux counts it: `VmRSS` now, `VmHWM` at its peak; nan on other systems."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024 / 1e6
-    except OSError:
-        pass
-    return float("nan")
-
-
-def forget_peak() -> None:
-    """From now on `VmHWM` is the peak since now, where the system can do that."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

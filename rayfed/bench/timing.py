@@ -1,7 +1,7 @@
-"""Paired timing: A and B in turn, so that whatever slows the machine slows both.
+"""Paired timing: A and B in turn, so that a slow phase of the machine slows both.
 
-Two clocks: wall time, and the processor time of this process over all its threads, which others on the machine disturb
-less.
+There are two clocks: wall time, and the processor time of this process over all its threads. Other processes disturb
+processor time less.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _T = TypeVar("_T")
 class Row:
     """One comparison: seconds (the best of each side), how many times faster A is (median of the pairs, and range).
 
-    ``cpu_...``: the same by processor time; None where the work is done in other processes.
+    ``cpu_...``: the same by processor time; None where other processes do the work. ``threads`` are torch's. ``facts``
+    are further measurements: errors, sizes.
     """
 
     name: str
@@ -41,8 +42,8 @@ class Row:
     cpu_a: float | None
     cpu_b: float | None
     cpu_ratio: float | None
-    threads: int  # of torch
-    facts: dict[str, Any] = field(default_factory=dict)  # whatever else was measured: errors, sizes
+    threads: int
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def paired(
@@ -62,27 +63,19 @@ def compared(
     """The row of A's and B's times, pair by pair. ``elsewhere``: other processes did the work."""
     import torch
 
-    ratios = [theirs.wall / mine.wall for mine, theirs in zip(fast, slow, strict=True)]
-    by_cpu = [theirs.cpu / mine.cpu for mine, theirs in zip(fast, slow, strict=True)]
-    return Row(
-        name,
-        a,
-        b,
-        min(mine.wall for mine in fast),
-        min(theirs.wall for theirs in slow),
-        statistics.median(ratios),
-        min(ratios),
-        max(ratios),
-        None if elsewhere else min(mine.cpu for mine in fast),
-        None if elsewhere else min(theirs.cpu for theirs in slow),
-        None if elsewhere else statistics.median(by_cpu),
-        torch.get_num_threads(),
-        facts or {},
-    )
+    pairs = list(zip(fast, slow, strict=True))
+    ratios = [theirs.wall / mine.wall for mine, theirs in pairs]
+    wall = min(mine.wall for mine in fast), min(theirs.wall for theirs in slow)
+    cpu: tuple[float | None, float | None, float | None] = (None, None, None)
+    if not elsewhere:
+        by_cpu = statistics.median(theirs.cpu / mine.cpu for mine, theirs in pairs)
+        cpu = min(mine.cpu for mine in fast), min(theirs.cpu for theirs in slow), by_cpu
+    spread = statistics.median(ratios), min(ratios), max(ratios)
+    return Row(name, a, b, *wall, *spread, *cpu, torch.get_num_threads(), facts or {})
 
 
 def one_thread(measure: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Runs a benchmark on one of torch's threads: its figures are per core."""
+    """A decorator: the benchmark runs with one thread of torch, so its figures are per core."""
 
     @wraps(measure)
     def alone(*args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -114,19 +107,15 @@ def table(rows: list[Row]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Where it was measured."""
+    """The machine: processor, cores, versions of Python and torch."""
     import torch
 
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {"processor": _processor(), "cores": os.cpu_count(), **versions}
 
 
 def write(path: Path, name: str, rows: list[Row]) -> None:
-    """Rows and machine as JSON."""
+    """Writes rows and machine as JSON."""
     report = {"benchmark": name, "machine": machine(), "rows": [asdict(row) for row in rows]}
     atomic_write(path, json.dumps(report, indent=2) + "\n")
 
@@ -139,10 +128,10 @@ class Times(NamedTuple):
 
 
 def timed(function: Callable[[], _T]) -> tuple[Times, _T]:
-    """How long one call takes, and what it returns."""
+    """Times one call: (its times, its result)."""
     wall, cpu = time.perf_counter(), time.process_time()
     result = function()
-    # A clock too coarse for what was measured must not divide by zero.
+    # Not 0, because ratios divide by these times and a clock may be coarse.
     return Times(max(time.perf_counter() - wall, 1e-9), max(time.process_time() - cpu, 1e-9)), result
 
 

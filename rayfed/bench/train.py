@@ -1,10 +1,12 @@
-"""Clients a second by pack size: K clients in one forward and backward pass against the same K one after the other.
+"""Clients a second by pack size: K clients in one forward and backward pass, against the same K one after the other.
 
-Three models with random weights, on rows of one length: a MiniLM (6 layers, 384 wide), a GPT-2 and a ViT-B (12 layers,
-768 wide). A is `train_pack` with K clients, B is `train_pack` K times with one; both load the adapters, take the steps
-and read the results, as a run does. Beside the ratio: clients and tokens a second, and the share of the rate that one
-large matrix product reaches on this device. Training with a frozen base takes 4 operations for each weight of its
-linear layers and token (2 forward, 2 to send gradients back through it); attention, adapters and head are not counted.
+The models have random weights, and all rows have one length: a MiniLM (6 layers, 384 wide), a GPT-2 and a ViT-B (12
+layers, 768 wide). A is `train_pack` with K clients; B is `train_pack` with one client, K times. Both load the
+adapters, take the steps and read the results, as a run does.
+
+Facts: clients and tokens a second, and the share of the speed of one large matrix product on this device. Training on
+a frozen base takes 4 operations for each token and weight of the base's linear layers: 2 forward, and 2 to send
+gradients back through the layer. Attention, adapters and head are not counted.
 """
 
 from __future__ import annotations
@@ -19,21 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from rayfed.bench.timing import Row, paired
-from rayfed.clients.local_training import PackMember, train_pack
+from rayfed.clients.local_training import PackMember, TrainingContext, train_pack
 from rayfed.config import validate
-from rayfed.engine.setup import prepare_gpu
+from rayfed.device import prepare_gpu
 from rayfed.errors import UserError
-from rayfed.lora.adapter import Adapter, fresh_adapter
+from rayfed.lora.adapter import fresh_adapter
 from rayfed.lora.packed.stack import Stack, head_values
 from rayfed.lora.peft import layer_shape
 from rayfed.tasks.models.base import FrozenBase, in_dtype
+from rayfed.tasks.text_classification import TextClassification
 
 CLASSES, RANK, STEPS = 10, 16, 3
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model with its head, the modules that get adapters, the tokens of a row, and a row's inputs."""
+    """A model, the names of its head and of the modules that get adapters, the tokens of a row, the kind of inputs."""
 
     build: Callable[[], nn.Module]
     head: str
@@ -74,13 +77,8 @@ def _row(name: str, size: int, batch: int, device: torch.device, dtype: str, pea
         pairs,
     )
     tokens = size * STEPS * batch * shape.tokens / row.seconds_a
-    row.facts.update(
-        {
-            "clients/s": size / row.seconds_a,
-            "tokens/s": tokens,
-            "share of the matmul rate": 4 * together.weights * tokens / peak,
-        }
-    )
+    share = 4 * together.weights * tokens / peak
+    row.facts.update({"clients/s": size / row.seconds_a, "tokens/s": tokens, "share of the matmul rate": share})
     return row
 
 
@@ -89,28 +87,30 @@ class _Bench:
 
     def __init__(self, shape: Shape, batch: int, device: torch.device, dtype: str) -> None:
         torch.manual_seed(0)
-        base = FrozenBase(shape.build().eval(), (shape.head,))
-        self.model = in_dtype(base, dtype).to(device)
-        linear = {name: found for name, module in self.model.named_modules() if (found := _linear(module))}
+        model = in_dtype(FrozenBase(shape.build().eval(), (shape.head,)), dtype).model.to(device)
+        linear = {name: found for name, module in model.named_modules() if (found := _linear(module))}
         self.weights = sum(out * inner for name, (out, inner) in linear.items() if not name.startswith(shape.head))
         shapes = {name: found for name, found in linear.items() if name.endswith(shape.targets)}
-        head = head_values(self.model, [shape.head])
-        self.adapter: Adapter = fresh_adapter(shapes, head, RANK, 1.0, seed=0)
-        self.stack = Stack(self.model, shapes, [shape.head])
-        self.rows = _Rows(shape, batch, getattr(torch, dtype))
-        self.device, self.batch = device, batch
-        self.settings = validate({"client": {"batch_size": batch, "steps": STEPS}}).client
+        adapter = fresh_adapter(shapes, head_values(model, [shape.head]), RANK, 1.0, seed=0)
+        self.layout, self.vector = adapter.layout, adapter.flatten()
+        self.rows, self.device = _Rows(shape, batch, getattr(torch, dtype)), device
+        settings = validate({"client": {"batch_size": batch, "steps": STEPS}})
+        self.context = TrainingContext(
+            Stack(model, shapes, [shape.head]),
+            lambda inputs: model(**inputs).logits,
+            TextClassification(settings.data, settings.partition, settings.model, seed=0),
+            self.rows,
+            padded=True,
+            settings=settings.client,
+            seed=0,
+            device=device,
+        )
 
     def train(self, packs: Sequence[Sequence[int]]) -> None:
-        layout, vector = self.adapter.layout, self.adapter.flatten()
-        everything = torch.ones(layout.size, dtype=torch.bool)
-        own = np.arange(STEPS * self.batch)
+        everything, own = torch.ones(self.layout.size, dtype=torch.bool), np.arange(len(self.rows))
         for pack in packs:
-            members = [PackMember(client, layout, vector, everything, own) for client in pack]
-            train_pack(
-                self.stack, lambda inputs: self.model(**inputs).logits, self.rows, 0, members, self.settings, lr=1e-3,
-                t=0, seed=0, device=self.device,
-            )  # fmt: skip
+            members = [PackMember(client, self.layout, self.vector, everything, own) for client in pack]
+            train_pack(self.context, members, lr=1e-3, t=0)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -119,19 +119,21 @@ class _Rows:
     """Random rows of one length; the same for every client."""
 
     def __init__(self, shape: Shape, batch: int, dtype: torch.dtype) -> None:
-        g = torch.Generator().manual_seed(1)
-        self.count = STEPS * batch
-        self.lengths = np.full(self.count, shape.tokens)
+        g, count = torch.Generator().manual_seed(1), STEPS * batch
+        self.lengths = np.full(count, shape.tokens)
         if shape.images:
-            self.inputs = {"pixel_values": torch.randn(self.count, 3, 224, 224, generator=g).to(dtype)}
+            self.inputs = {"pixel_values": torch.randn(count, 3, 224, 224, generator=g).to(dtype)}
         else:
-            ids = torch.randint(5, 1000, (self.count, shape.tokens), generator=g)
+            ids = torch.randint(5, 1000, (count, shape.tokens), generator=g)
             self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        self.labels = torch.randint(CLASSES, (self.count,), generator=g)
+        self.labels = torch.randint(CLASSES, (count,), generator=g).numpy()
 
-    def batch(self, rows: np.ndarray, pad_id: int) -> dict[str, Tensor]:
-        chosen = torch.from_numpy(np.asarray(rows))
-        return {**{name: tensor[chosen] for name, tensor in self.inputs.items()}, "labels": self.labels[chosen]}
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: np.ndarray, padded: bool) -> dict[str, Tensor]:
+        inputs = {name: tensor[torch.from_numpy(rows)] for name, tensor in self.inputs.items()}
+        return {**inputs, "labels": torch.from_numpy(self.labels[rows])}
 
 
 def _linear(module: nn.Module) -> tuple[int, int] | None:
@@ -157,28 +159,25 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def _minilm() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
-    wide: dict[str, Any] = {
-        "num_labels": CLASSES,
-        "hidden_size": 384,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 12,
-        "intermediate_size": 1536,
-    }
-    return BertForSequenceClassification(BertConfig(**wide))
+    config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    return BertForSequenceClassification(_with_classes(config))
 
 
 def _gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
-    settings: dict[str, Any] = {"num_labels": CLASSES, "pad_token_id": 0, "use_cache": False}
-    return GPT2ForSequenceClassification(GPT2Config(**settings))
+    return GPT2ForSequenceClassification(_with_classes(GPT2Config(pad_token_id=0, use_cache=False)))
 
 
 def _vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    settings: dict[str, Any] = {"num_labels": CLASSES}
-    return ViTForImageClassification(ViTConfig(**settings))
+    return ViTForImageClassification(_with_classes(ViTConfig()))
+
+
+def _with_classes(config: Any) -> Any:
+    config.num_labels = CLASSES
+    return config
 
 
 SHAPES: dict[str, Shape] = {

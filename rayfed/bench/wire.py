@@ -1,10 +1,10 @@
-"""The wire: encode and decode of an adapter, and the choice of what travels; bytes against the entropy bound.
+"""The wire: encoding and decoding an adapter, and selecting its largest entries; bytes against the entropy bound.
 
-"GB/s" counts the dense vector in fp32, ``4 n`` bytes, over the processor time of encode and decode together; one
-thread, so it is per core. Decoded are the values and their places, which is all that the driver adds up; "ms to dense"
-is what a client spends further to lay them out as a vector. It is measured against sending the vector as it lies in
-memory: two copies, no checksum. n H(d) / 8 bytes is the entropy of a random set of density d; where the density
-differs from layer to layer, a code may go below it.
+"GB/s" counts the dense vector in fp32, ``4 n`` bytes, over the processor time of encoding and decoding together. One
+thread is used, so it is per core. Decoding gives the values and their indices, which are all that the server adds up.
+"ms to dense" is the further time in which a client makes a dense vector of them. B sends the vector as it is in
+memory: two copies, no checksum. The bound, n H(d) / 8 bytes, is the entropy of a random set of density d; where the
+density differs from layer to layer, a code may need fewer bytes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The command line. Commands import what they need when they run, so that `--help` is instant.
+"""The command line. A command imports what it needs when it runs, so `--help` is instant.
 
-Exit codes: 0 done, 2 bad usage or settings, 1 anything else.
+Exit codes: 0 done, 2 bad usage, settings or data, 1 anything else.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from rayfed import __version__
-from rayfed.cli import doctor, reports, store, submit, workspace
+from rayfed.cli import doctor, reports, submit, workspace
 from rayfed.errors import RunError, UserError
 
 TAKE_OVERRIDES = ("run", "sweep", "submit", "bench", "doctor")
@@ -23,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command in TAKE_OVERRIDES and all("=" in word and not word.startswith("-") for word in rest):
-        options.overrides += rest  # overrides may also stand behind the flags
+        options.overrides += rest  # overrides may also follow the flags
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"rayfed: {line}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    except BrokenPipeError:  # `rayfed settings | head`: whoever read has seen enough
+    except BrokenPipeError:  # `rayfed settings | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -50,10 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run one experiment", description="Run the experiment in CONFIG.")
     run.add_argument("config", metavar="CONFIG", help="YAML file; see configs/")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as server.rounds=20")
-    run.add_argument(
-        "--out", metavar="DIR", help="run directory (default runs/NAME-TIME), or a URI such as s3://bucket/run"
-    )
-    run.add_argument("--resume", action="store_true", help="continue DIR from its last checkpoint")
+    _add_out(run, "run", "continue DIR from its last checkpoint")
     run.set_defaults(action=_run)
 
     sweep = commands.add_parser(
@@ -61,10 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("config", metavar="CONFIG", help="YAML file with a section `sweep`; see configs/sweeps/")
     sweep.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="as for run; also sweep.tune=[client.lr] and such"
+        "overrides", nargs="*", metavar="key=value", help="settings to change; also sweep.tune=[client.lr] and such"
     )
-    sweep.add_argument("--out", metavar="DIR", help="the sweep's directory (default runs/NAME-TIME)")
-    sweep.add_argument("--resume", action="store_true", help="run the trials in DIR that are not finished")
+    _add_out(sweep, "sweep", "run the trials in DIR that are not finished")
     sweep.set_defaults(action=_sweep)
 
     submit.add_command(commands)
@@ -82,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     reports.add_commands(commands)
     workspace.add_command(commands)
 
-    methods = commands.add_parser("methods", help="list the methods, their papers and traffic")
+    methods = commands.add_parser("methods", help="list the methods, or explain one")
+    methods.add_argument("name", nargs="?", metavar="NAME", help="the method to explain: its algorithm and options")
     methods.set_defaults(action=_methods)
 
     settings = commands.add_parser("settings", help="list every setting with its default and meaning")
@@ -91,31 +87,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> None:
-    import rayfed
+def _add_out(parser: argparse.ArgumentParser, what: str, resume: str) -> None:
+    parser.add_argument(
+        "--out", metavar="DIR", help=f"{what} directory (default runs/NAME-TIME), or a URI such as s3://bucket/{what}"
+    )
+    parser.add_argument("--resume", action="store_true", help=resume)
 
-    if options.resume and not options.out:
-        raise UserError("--resume: needs --out, the directory of the run to continue")
-    uri = store.is_uri(options.out)
-    experiment = rayfed.load_config(options.config, options.overrides)
-    open_yet = " (engine.pack is yet to be chosen)" if experiment.engine.pack == "auto" else ""
-    print(f"settings {experiment.digest()}{open_yet}", flush=True)
-    with store.folder_for(options.out, options.resume) if uri else nullcontext(options.out) as out:
-        result = rayfed.run(experiment, out=out, resume=options.resume)
-        reports.write_page(result.out)
-    print(f"run directory {options.out if uri else result.out}")
+
+def _run(options: argparse.Namespace) -> None:
+    from rayfed.cli.run import run
+
+    run(options.config, options.overrides, options.out, options.resume)
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    if options.resume and not options.out:
-        raise UserError("--resume: needs --out, the directory of the sweep to continue")
-    if store.is_uri(options.out):
-        raise UserError(f"--out: got {options.out!r}, but a sweep needs a folder: its trials are resumed from there")
-    from rayfed.sweeps.sweep import check_failed, run_sweep
+    from rayfed.cli.run import sweep
 
-    result = run_sweep(options.config, options.overrides, options.out, options.resume)
-    print(f"sweep directory {result.out}", flush=True)
-    check_failed(result)
+    sweep(options.config, options.overrides, options.out, options.resume)
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -133,10 +121,9 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _methods(options: argparse.Namespace) -> None:
-    from rayfed.methods import METHODS
+    from rayfed.cli.methods import describe, describe_all
 
-    for name, card in sorted(METHODS.items()):
-        print(f"{name:<10} {card.paper:<18} {card.says}\n{'':<10} down {card.down}, up {card.up}, per layer and round")
+    print(describe(options.name) if options.name else describe_all())
 
 
 def _settings(options: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
 """`rayfed doctor`: what this machine can run; with a config, what that run would do here, measured.
 
-Facts come first, then, for a config, the plan that `rayfed run` would follow (who holds what, what trains, how texts
-are padded and why), and seconds and memory by pack size on the device of the settings, with the size that pays.
-Nothing is written, no secret is shown: of tokens and keys only whether there is one.
+First the machine. Then, for a config, the plan that `rayfed run` would follow: how many clients have data, what
+trains, how texts are padded and why. Then seconds and memory by pack size on the device of the settings, and the pack
+size that `engine.pack: auto` would choose. Nothing is written. Of tokens and keys only their presence is shown.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rayfed.config import Experiment
-    from rayfed.tasks.data.federation import Federation
-    from rayfed.tasks.models.spec import ModelSpec
+    from rayfed.clients.plan import RunPlan
 
 Fact = tuple[str, str]
 
@@ -38,24 +36,19 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    _tell("this machine", machine())
+    _print("this machine", machine())
     if options.config is None:
         return
-    from rayfed import load_config
-    from rayfed.api import check
-    from rayfed.tasks.models.spec import describe_model
+    from rayfed.api import load_config, prepare
 
-    experiment = load_config(options.config, options.overrides)
-    federation = check(experiment, base=False)
-    model_spec = describe_model(experiment, len(federation.classes))
-    _tell(options.config, plan(experiment, federation, model_spec))
-    print(f"\npacks, on {experiment.engine.device} with {experiment.engine.threads} thread(s)")
-    for label, text in packs(experiment, federation, model_spec):
-        print(f"  {label:<22}{text}", flush=True)
+    plan = prepare(load_config(options.config, options.overrides))
+    _print(options.config, describe(plan))
+    print()
+    _print(f"packs, on {plan.engine.device} with {plan.engine.threads} thread(s)", packs(plan))
 
 
 def machine() -> Iterator[Fact]:
-    """What there is, and what is missing with how to get it."""
+    """The machine's hardware and software, and how to install what is missing."""
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
@@ -78,51 +71,50 @@ def machine() -> Iterator[Fact]:
         yield use, "yes" if find_spec(module) else f"no: pip install 'rayfed[{extra}]'"
 
 
-def plan(experiment: Experiment, federation: Federation, model_spec: ModelSpec) -> Iterator[Fact]:
+def describe(plan: RunPlan) -> Iterator[Fact]:
     """What the run would do."""
     from rayfed import wire
-    from rayfed.profiles.client_profiles import describe, rank_mix
+    from rayfed.profiles import client_profiles
 
-    sizes, entries = federation.sizes, model_spec.start(experiment).layout.size
-    yield "digest", experiment.digest()
-    yield "clients", f"{federation.clients}, of which {len(federation.holders)} hold {int(sizes.sum())} rows"
-    yield "a round", f"{experiment.server.cohort} clients, {experiment.server.rounds} rounds"
-    yield "ranks", describe(rank_mix(experiment, sizes))
-    yield "trained", f"{entries} entries on {model_spec.parameters} frozen ones"
-    yield "a dense message", f"{(wire.HEADER_BYTES + 4 * entries) / 1e6:.2f} MB each way at rank {experiment.lora.rank}"
-    yield "padding", str(model_spec.padding)
+    federation, entries, rank = plan.federation, plan.start().layout.size, plan.lora.rank
+    yield "digest", plan.digest
+    yield "clients", f"{federation.clients}, of which {len(federation.holders)} have {len(federation.rows)} rows"
+    yield "a round", f"{plan.server.cohort} clients, {plan.server.rounds} rounds"
+    yield "ranks", client_profiles.describe(plan.profiles.rank_mix(federation.sizes))
+    yield "trained", f"{entries} entries on {plan.model.parameters} frozen ones"
+    yield "a dense message", f"{(wire.HEADER_BYTES + 4 * entries) / 1e6:.2f} MB each way at rank {rank}"
+    yield "padding", str(plan.model.batching)
 
 
-def packs(experiment: Experiment, federation: Federation, model_spec: ModelSpec) -> Iterator[Fact]:
-    """Time of a client's step and memory by pack size, and what `engine.pack: auto` would make of them."""
+def packs(plan: RunPlan) -> Iterator[Fact]:
+    """Time of a client's step and memory by pack size, and the choice that `engine.pack: auto` would make."""
     import torch
 
     from rayfed.clients import device_memory
     from rayfed.clients.pack_timing import measure
     from rayfed.clients.trainer import Trainer
-    from rayfed.engine.setup import prepare_process
-    from rayfed.server.pack_size import choose_size, measure_job, workers_of
+    from rayfed.device import prepare_process
+    from rayfed.server.pack_size import choose_size, measure_job, packs_at_a_time
 
-    engine = experiment.engine
+    engine = plan.engine
     if engine.device == "cuda" and engine.kind == "ray" and engine.gpus_per_worker == "auto":
-        experiment = experiment.with_gpus(torch.cuda.device_count())  # as a run would on this machine alone
-    prepare_process(experiment)
-    trainer, job = Trainer(experiment, federation, model_spec), measure_job(experiment, federation)
-    room, workers = device_memory.free(experiment.engine), workers_of(experiment)
+        plan = plan.with_gpus(torch.cuda.device_count())  # as a run on this machine alone would do
+    prepare_process(engine.threads, engine.device, engine.deterministic)
+    job, room, workers = measure_job(plan), device_memory.free(plan.engine), packs_at_a_time(plan)
     found = []
-    for m in measure(trainer, job.clients, job.sizes, room):
+    for m in measure(Trainer(plan), job.clients, job.sizes, room):
         found.append(m)
         yield f"{m.size} at a time", f"{1e3 * m.seconds / m.size:.1f} ms a client and step, {m.bytes / 2**20:.0f} MiB"
-    choice = choose_size(found, experiment.server.cohort, workers, room)
+    choice = choose_size(found, plan.server.cohort, workers, room)
     yield "a step takes", choice.time_model()
-    yield "and needs", choice.memory_model()
+    yield "a step needs", choice.memory_model()
     yield "engine.pack=auto", f"{choice.size}, for {choice.cohort} clients a round and {workers} pack(s) at a time"
 
 
-def _tell(title: str, lines: Iterator[Fact]) -> None:
+def _print(title: str, facts: Iterator[Fact]) -> None:
     print(title)
-    for label, text in lines:
-        print(f"  {label:<22}{text}")
+    for label, text in facts:
+        print(f"  {label:<22}{text}", flush=True)
 
 
 def _devices() -> Iterator[Fact]:
@@ -145,11 +137,10 @@ def _version(package: str) -> str | None:
 
 
 def _token() -> str:
-    asked = os.environ.get("RAY_AUTH_MODE") == "token"
-    there = bool(os.environ.get("RAY_AUTH_TOKEN")) or (Path.home() / ".ray" / "auth_token").is_file()
-    if asked:
-        return "RAY_AUTH_MODE=token, and there is one" if there else "RAY_AUTH_MODE=token, but there is none"
-    return "RAY_AUTH_MODE is not token: clusters that ask for one refuse this machine"
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        return "RAY_AUTH_MODE is not token: clusters that require a token refuse this machine"
+    present = bool(os.environ.get("RAY_AUTH_TOKEN")) or (Path.home() / ".ray" / "auth_token").is_file()
+    return "RAY_AUTH_MODE=token, and there is one" if present else "RAY_AUTH_MODE=token, but there is none"
 
 
 def _logged_in() -> bool:

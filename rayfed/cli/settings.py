@@ -11,7 +11,7 @@ from rayfed.errors import UserError
 
 
 def describe(section: str | None = None) -> str:
-    """Every setting of the section (default: all; may be dotted) with its default, what is allowed and its meaning."""
+    """Every setting of the section (default: all; may be dotted) with its default, allowed values and meaning."""
     lines = []
     known = iter_fields(Sweep, "sweep.") if (section or "").split(".")[0] == "sweep" else iter_fields(Experiment)
     for key, field in known:

@@ -1,9 +1,9 @@
 """`rayfed submit`: the same command as on this machine, as a job on a Ray cluster.
 
-A thin wrapper over `ray.job_submission.JobSubmissionClient`. What travels is the config file and what `--include`
-names, never the folder around them: a job needs settings and perhaps a function of yours; rayfed is installed on the
-cluster and data lie there. Everything that can be known here is refused here, before the cluster hears of it. The
-token of a cluster with token authentication is Ray's business: it takes it from where `ray job submit` does.
+A thin wrapper over `ray.job_submission.JobSubmissionClient`. The config file and the paths of `--include` are sent,
+never the folder around them: rayfed is installed on the cluster, and data lie there. All checks that need no data run
+here, before the cluster is asked. Ray reads the token of a cluster with token authentication where `ray job submit`
+reads it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from rayfed import __version__
-from rayfed.cli.store import is_uri, refuse_keys
-from rayfed.errors import RunError, UserError
+from rayfed.errors import RunError, UserError, allowed, first_line
+from rayfed.storage import is_uri, masked, refuse_credentials, slug
 
-SHIPPED_AT_MOST = 10_000_000  # bytes; whoever needs more ships data, and those belong on the cluster
+SENT_AT_MOST = 10_000_000  # bytes; a larger job sends data, which belong on the cluster
 LEFT_OUT = (".git", ".venv", "venv", "__pycache__")
-ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # to Ray they say more than the argument
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray prefers them to the argument
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command for the cluster and the files that it needs: name in the job's folder, and where each is here."""
+    """A command for the cluster and the files that it needs: path in the job's folder -> path on this machine."""
 
     id: str
     entrypoint: str
@@ -48,17 +48,13 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="run or sweep as a job on a Ray cluster",
         description="Submit CONFIG to a Ray cluster: a run, or a sweep where it has a section `sweep`.",
     )
-    submit.add_argument("config", metavar="CONFIG", help="YAML file; it is sent along")
+    submit.add_argument("config", metavar="CONFIG", help="YAML file; it is sent to the cluster")
     submit.add_argument("overrides", nargs="*", metavar="key=value", help="as for run or sweep")
+    submit.add_argument("--address", metavar="URL", help="the cluster's dashboard, such as http://localhost:8265")
     submit.add_argument(
-        "--address",
-        metavar="URL",
-        help="the cluster's dashboard, such as http://localhost:8265",
+        "--out", metavar="DIR", help="folder on the cluster's head, absolute or ~/..., or a URI (default ~/runs/JOB)"
     )
-    submit.add_argument(
-        "--out", metavar="DIR", help="on the cluster's head, absolute or ~/..., or a URI (default ~/runs/JOB)"
-    )
-    submit.add_argument("--resume", action="store_true", help="continue what is in DIR")
+    submit.add_argument("--resume", action="store_true", help="continue the run or sweep in DIR")
     submit.add_argument(
         "--include", metavar="PATH", action="append", default=[], help="also send this file or folder, by its last name"
     )
@@ -82,7 +78,7 @@ def _submit(options: argparse.Namespace) -> None:
                 runtime_env={"working_dir": folder},
                 metadata=job.metadata,
             )
-    print(f"job {job.id}\nout {job.out}{'' if is_uri(job.out) else ' on the head'}")
+    print(f"job {job.id}\nout {masked(job.out) if is_uri(job.out) else f'{job.out} on the head'}")
     for command in ("status", "logs --follow", "stop"):
         print(f"  ray job {command} --address {shlex.quote(address)} {job.id}")
     if options.follow:
@@ -96,41 +92,36 @@ def plan(
     resume: bool = False,
     include: Sequence[str] = (),
 ) -> Job:
-    """The job for this config. UserError where settings, paths or the size of what would be sent are wrong."""
+    """The job for this config. UserError where settings, paths or the size of the files to send are wrong."""
     files = _files(config, include)
     command, name, digest, places = _settings(config, overrides)
-    shipped = {path.parts[:1] for path in files}
+    sent = {path.parts[:1] for path in files}
     for field, place in places.items():
-        if place and not place.startswith(("/", "~")) and Path(place).parts[:1] not in shipped:
-            raise UserError(
-                f"{field}: got {place!r}, but a job runs in a folder of its own on the cluster; give an absolute path "
-                "there, or send it with --include if it is small"
-            )
+        if place and not place.startswith(("/", "~")) and Path(place).parts[:1] not in sent:
+            what = "a job runs in a folder of its own on the cluster; give an absolute path there, or send it with "
+            raise allowed(field, place, what + "--include if it is small")
     if resume and not out:
         raise UserError("--resume: needs --out, the directory on the cluster to continue")
     job_id = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     out = out or f"~/runs/{job_id}"
-    if not (out.startswith(("/", "~/")) or (command == "run" and is_uri(out))):
-        raise UserError(
-            f"--out: got {out!r}, but a job's own folder goes with the job; give a path on the cluster's head that "
-            "starts with / or ~/"
-        )
     if is_uri(out):
-        refuse_keys(out)
+        refuse_credentials(out)
+    elif not out.startswith(("/", "~/")):
+        what = "a job's own folder goes with the job; give a path on the cluster's head that starts with / or ~/"
+        raise allowed("--out", out, what)
     words = ["rayfed", command, Path(config).name, *overrides]
     entrypoint = f"{shlex.join(words)} --out {_quoted(out)}{' --resume' if resume else ''}"
     return Job(job_id, entrypoint, out, files, {"config": Path(config).name, "digest": digest, "rayfed": __version__})
 
 
 def _settings(config: str, overrides: Sequence[str]) -> tuple[str, str, str, dict[str, str | None]]:
-    """(command, name, digest, the settings that may name local places), after every check that needs no data."""
+    """(command, name, digest, the settings that may name local paths), after every check that needs no data."""
     import rayfed
-    from rayfed.api import slug
     from rayfed.config.load import read_settings
     from rayfed.config.sweep import load_sweep
 
     if "sweep" in read_settings(config) or any(override.startswith("sweep.") for override in overrides):
-        settings, _ = load_sweep(config, overrides)  # its trials are checked where their data are
+        settings, _ = load_sweep(config, overrides)  # the cluster checks its trials: the data are there
         command, name, digest = "sweep", str(settings.get("name", "sweep")), ""
         data, model = settings.get("data") or {}, settings.get("model") or {}
         path, base = data.get("path"), model.get("name")
@@ -138,17 +129,17 @@ def _settings(config: str, overrides: Sequence[str]) -> tuple[str, str, str, dic
         experiment = rayfed.load_config(config, overrides)
         command, name, digest = "run", experiment.name, experiment.digest()
         path, base = experiment.data.path, experiment.model.name
-    local_base = base if base and Path(base).is_dir() else None  # else a hub's name
+    local_base = base if base and Path(base).is_dir() else None  # else a model of a hub
     return command, slug(name), digest, {"data.path": path, "model.name": local_base}
 
 
 def _files(config: str, include: Sequence[str]) -> dict[Path, Path]:
-    """What is sent: names in the job's folder, and the files here. UserError where it is too much or not there."""
+    """The files to send: path in the job's folder -> path here. UserError where one is missing or all are too large."""
     found: dict[Path, Path] = {Path(Path(config).name): Path(config)}
     for given in include:
         root = Path(given).expanduser().resolve()
         if not root.exists():
-            raise UserError(f"--include: got {given!r}, but there is no such file or folder")
+            raise allowed("--include", given, "there is no such file or folder")
         if root.is_file():
             found[Path(root.name)] = root
         for folder, names, files in os.walk(root):
@@ -158,25 +149,25 @@ def _files(config: str, include: Sequence[str]) -> dict[Path, Path]:
                 if path.is_file():  # not a link to nothing, nor a socket
                     found[path.relative_to(root.parent)] = path
     sizes = {path: path.stat().st_size for path in found.values() if path.is_file()}
-    if sum(sizes.values()) > SHIPPED_AT_MOST:
+    if sum(sizes.values()) > SENT_AT_MOST:
         largest = max(sizes, key=lambda path: sizes[path])
-        total, alone, most = (size / 1e6 for size in (sum(sizes.values()), sizes[largest], SHIPPED_AT_MOST))
+        total, alone, most = (size / 1e6 for size in (sum(sizes.values()), sizes[largest], SENT_AT_MOST))
         raise UserError(
             f"--include: {total:.1f} MB would be sent ({largest} alone {alone:.1f}), but a job takes "
-            f"at most {most:.0f} MB; put data on the cluster and name their place there with data.path"
+            f"at most {most:.0f} MB; put data on the cluster and set data.path to their path there"
         )
     return found
 
 
 def _quoted(out: str) -> str:
-    """For the cluster's shell, which knows its own home."""
+    """The path for the cluster's shell, which puts in its own home folder."""
     return '"$HOME"/' + shlex.quote(out[2:]) if out.startswith("~/") else shlex.quote(out)
 
 
 def _address(given: str | None) -> str:
     address = given or os.environ.get(ADDRESSES[0], "")
     if not address.startswith(("http://", "https://")):
-        raise UserError(f"--address: got {address!r}, but it is the URL of a dashboard, such as http://localhost:8265")
+        raise allowed("--address", address, "allowed is the URL of a dashboard, such as http://localhost:8265")
     return address.rstrip("/")
 
 
@@ -193,7 +184,7 @@ def _connect(address: str) -> Any:
 
 @contextmanager
 def _refusals(address: str) -> Iterator[None]:
-    """What may go wrong between here and the cluster, each in one line."""
+    """Turns errors of the connection to the cluster into one line each."""
     from ray.exceptions import AuthenticationError
 
     try:
@@ -205,13 +196,11 @@ def _refusals(address: str) -> Iterator[None]:
             why = "asks for a token: set RAY_AUTH_MODE=token, with the cluster's token in"
         raise UserError(f"--address: {address} {why} ~/.ray/auth_token or RAY_AUTH_TOKEN") from None
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"--address: got {address!r}, but no Ray cluster takes a job there ({line})") from None
+        raise allowed("--address", address, f"no Ray cluster takes a job there ({first_line(error)})") from None
 
 
 def _follow(client: Any, job_id: str) -> None:
-    """Prints the job's logs until it ends. RunError where it did not succeed, or can no longer be followed."""
-
+    """Prints the job's logs until it ends. RunError where the job did not succeed, or can no longer be followed."""
     import asyncio
 
     async def tail() -> None:
@@ -225,7 +214,8 @@ def _follow(client: Any, job_id: str) -> None:
     except KeyboardInterrupt:
         raise RunError(f"no longer following {job_id}; the job goes on") from None
     except (OSError, RuntimeError) as error:
-        raise RunError(f"lost sight of {job_id} ({str(error).splitlines()[0]}); `ray job status` tells of it") from None
+        state = "`ray job status` shows its state"
+        raise RunError(f"cannot follow {job_id} any longer ({first_line(error)}); {state}") from None
     if status != "SUCCEEDED":
         last = (client.get_job_info(job_id).message or "no reason given").strip().splitlines()[-1]
         raise RunError(f"job {job_id} ended as {status}: {last}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from rayfed.channels import Channel
@@ -70,6 +71,12 @@ class RunPlan:
     def trained_shapes(self) -> Mapping[str, tuple[int, int]]:
         """(out, in) of the layers whose adapters train, by name: none where only the head trains."""
         return {} if self.lora.train == "head" else self.model.shapes
+
+    @cached_property
+    def one_mask(self) -> bool:
+        """Whether all clients of a round receive one sparse model: one rank and one download density below 1."""
+        tiers = {(tier.rank, tier.density_down) for tier in self.profiles.tier_mix(self.federation.sizes)}
+        return len(tiers) == 1 and not self.method.personal and self.profiles.may_be_sparse("down", self.server.rounds)
 
     def start(self) -> Adapter:
         """The adapter that the run starts from: B = 0, A random, and the head's initial values."""

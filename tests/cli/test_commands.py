@@ -1,4 +1,4 @@
-"""The commands that only print, and what is no command at all."""
+"""The commands that only print, bad usage, and how errors become lines and exit codes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from rayfed.cli import main
 from rayfed.config import Experiment
 from rayfed.config.describe import iter_fields
 from rayfed.errors import RunError, UserError
-from rayfed.methods import METHODS
+from rayfed.methods import METHODS, method_class
 
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
 
 
-def said(capsys: Capture, *arguments: str) -> str:
+def printed(capsys: Capture, *arguments: str) -> str:
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -28,16 +28,23 @@ def said(capsys: Capture, *arguments: str) -> str:
 
 
 def test_methods_lists_every_method_with_its_paper(capsys: Capture) -> None:
-    out = said(capsys, "methods")
-    for name, card in METHODS.items():
+    out = printed(capsys, "methods")
+    for name in METHODS:
         (line,) = [line for line in out.splitlines() if line.startswith(f"{name} ")]
-        assert card.paper in line
-        assert card.says in line
-        assert f"down {card.down}, up {card.up}" in out
+        assert method_class(name).paper in line
+        assert method_class(name).summary in line
+
+
+def test_methods_explains_one_method_with_its_options(capsys: Capture) -> None:
+    out = printed(capsys, "methods", "flasc")
+    assert out.startswith("flasc: ")
+    assert "method.mask = " in out
+    assert main(["methods", "flask"]) == 2
+    assert capsys.readouterr().err.startswith("rayfed: method.name: got 'flask', but did you mean flasc? ")
 
 
 def test_settings_lists_every_setting_with_its_default_and_limits(capsys: Capture) -> None:
-    lines = said(capsys, "settings").splitlines()
+    lines = printed(capsys, "settings").splitlines()
     assert [line.split(" = ")[0] for line in lines if not line.startswith(" ")] == [
         name for name, _ in iter_fields(Experiment)
     ]
@@ -55,7 +62,7 @@ def test_settings_lists_every_setting_with_its_default_and_limits(capsys: Captur
     [("client", "client.optimizer = sgd", 13), ("wire.up", "wire.up.density = 1.0", 4), ("seed", "seed = 0", 1)],
 )
 def test_settings_of_one_section(capsys: Capture, section: str, first: str, count: int) -> None:
-    keys = [line for line in said(capsys, "settings", section).splitlines() if not line.startswith(" ")]
+    keys = [line for line in printed(capsys, "settings", section).splitlines() if not line.startswith(" ")]
     assert keys[0].startswith(first)
     assert len(keys) == count
     assert all(key.startswith(section) for key in keys)
@@ -80,7 +87,7 @@ def test_settings_of_an_unknown_section(capsys: Capture) -> None:
         (["run", "c.yaml", "--out", "x", "word"], "unrecognized arguments: word"),
         (["run", "c.yaml", "--seed=3"], "unrecognized arguments: --seed=3"),
         (["run", "c.yaml", "--out"], "argument --out: expected one argument"),
-        (["methods", "a=1"], "unrecognized arguments: a=1"),
+        (["methods", "flasc", "a=1"], "unrecognized arguments: a=1"),
     ],
 )
 def test_bad_usage_exits_with_2(capsys: Capture, arguments: list[str], hint: str) -> None:
@@ -134,7 +141,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["settings"])
 
 
-def test_as_a_process_it_starts_without_torch_and_ends_quietly_when_nobody_reads_on() -> None:
+def test_a_process_starts_without_torch_and_ends_quietly_when_its_output_is_closed() -> None:
     script = "import sys\nfrom rayfed.cli import main\ncode = main(['settings'])\n"
     script += "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)\nsys.exit(code)"
     full = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
@@ -148,7 +155,7 @@ def test_as_a_process_it_starts_without_torch_and_ends_quietly_when_nobody_reads
     ) as process:
         assert process.stdout
         assert process.stderr
-        process.stdout.close()  # as `head` does when it has enough
+        process.stdout.close()  # as `head` does
         assert process.stderr.read() == ""
         assert process.wait(60) == 1
 

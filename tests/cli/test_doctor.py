@@ -1,4 +1,4 @@
-"""What the doctor says is true, complete and no secret; it leaves nothing behind."""
+"""`rayfed doctor` prints the right facts and no secret, and writes nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def config(tiny, tmp_path: Path) -> Path:
     return path
 
 
-def told(out: str) -> dict[str, str]:
+def facts_of(out: str) -> dict[str, str]:
     return {line[2:24].strip(): line[24:] for line in out.splitlines() if line.startswith("  ")}
 
 
@@ -29,7 +29,7 @@ def test_the_machine_and_no_secret(monkeypatch, capsys) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "more-secret")
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    facts = told(out)
+    facts = facts_of(out)
     assert facts["torch"] == torch.__version__
     assert facts["ray token"] == "RAY_AUTH_MODE=token, and there is one"
     assert facts["w&b login"] == "yes"
@@ -44,7 +44,7 @@ def test_missing_extras_say_how_to_get_them(monkeypatch, capsys) -> None:
     monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     assert main(["doctor"]) == 0
-    facts = told(capsys.readouterr().out)
+    facts = facts_of(capsys.readouterr().out)
     assert facts["report figures"] == "no: pip install 'rayfed[report]'"
     assert "refuse this machine" in facts["ray token"]
 
@@ -53,7 +53,7 @@ def test_a_configs_plan_and_its_packs(config: Path, tiny, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     assert main(["doctor", str(config), "server.rounds=7"]) == 0
-    facts = told(capsys.readouterr().out)
+    facts = facts_of(capsys.readouterr().out)
     changed = ("server.cohort=3", "profiles.kind=tiers", "profiles.ranks=[2,4]", "method.name=flexlora")
     assert facts["digest"] == tiny(*changed, "server.rounds=7").digest()
     assert facts["a round"] == "3 clients, 7 rounds"
@@ -66,7 +66,7 @@ def test_a_configs_plan_and_its_packs(config: Path, tiny, tmp_path: Path, monkey
     assert all(float(facts[f"{k} at a time"].split()[0]) > 0 for k in (1, 2, 3))
     assert all(facts[f"{k} at a time"].endswith(" MiB") for k in (1, 2, 3))
     assert facts["a step takes"].endswith(" ms a client")
-    assert facts["and needs"].endswith(" GiB are free for a worker")
+    assert facts["a step needs"].endswith(" GiB are free for a worker")
     size, rest = facts["engine.pack=auto"].split(", ", 1)
     assert int(size) in (1, 2, 3)
     assert rest == "for 3 clients a round and 1 pack(s) at a time"
@@ -75,7 +75,7 @@ def test_a_configs_plan_and_its_packs(config: Path, tiny, tmp_path: Path, monkey
 
 def test_padding_says_why(config: Path, capsys) -> None:
     assert main(["doctor", str(config), "engine.padding=batch"]) == 0
-    assert told(capsys.readouterr().out)["padding"] == "to the longest of a batch (engine.padding=batch)"
+    assert facts_of(capsys.readouterr().out)["padding"] == "to the longest of a batch (engine.padding=batch)"
 
 
 def test_what_a_run_would_refuse_is_refused(config: Path, capsys) -> None:

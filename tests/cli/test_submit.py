@@ -1,4 +1,4 @@
-"""`rayfed submit`: what is refused here, what travels, and jobs on a real head with token authentication on."""
+"""`rayfed submit`: refusals, the files that are sent, and jobs on a real head with token authentication."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def config(tmp_path: Path) -> str:
     return str(path)
 
 
-# What is known before the cluster hears of it
+# Before the cluster is asked
 
 
 def test_a_job_is_the_same_command_with_quoted_words(config: str) -> None:
@@ -67,7 +68,20 @@ def test_a_sweep_is_known_by_its_section_or_override(config: str) -> None:
     assert submit.plan(config).entrypoint.startswith("rayfed sweep tiny.yaml ")
 
 
-def test_includes_travel_by_their_last_name_without_environments_and_history(config: str, tmp_path: Path) -> None:
+def test_runs_and_sweeps_go_to_a_uri_and_a_container_is_masked(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = "abfss://box@account.dfs.core.windows.net/x"
+    override = "sweep.parameters.client.lr={grid: [0.1, 0.2]}"
+    assert submit.plan(config, [override, "sweep.metric=eval/gap"], out=uri).entrypoint.endswith(f"--out {uri}")
+    monkeypatch.setattr(submit, "_connect", lambda _: SimpleNamespace(submit_job=lambda **_: None))
+    assert main(["submit", config, "--address", "http://127.0.0.1:9", "--out", uri]) == 0
+    out = capsys.readouterr().out
+    assert "out abfss://***@account.dfs.core.windows.net/x\n" in out
+    assert "box" not in out
+
+
+def test_includes_are_sent_by_their_last_name_without_environments_and_history(config: str, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     for name in ("a.py", "deep/b.py", ".git/c", ".venv/d", "deep/__pycache__/e"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -81,19 +95,17 @@ def test_includes_travel_by_their_last_name_without_environments_and_history(con
     [
         (["server.round=3"], "server.round: unknown key; did you mean server.rounds?"),
         (["--out", "runs/x"], "--out: got 'runs/x', but a job's own folder goes with the job"),
-        (["--out", "s3://key:secret@bucket/x"], "--out: a URI with a key in it would be logged; keys belong"),
+        (["--out", "s3://key:secret@bucket/x"], "--out: the URI has a password, a key or a query string, but"),
         (["--resume"], "--resume: needs --out, the directory on the cluster to continue"),
         (["--include", "/nowhere/x"], "--include: got '/nowhere/x', but there is no such file or folder"),
         (
             ["data.source=files", "data.client=owner", "data.path=my/rows"],
             "data.path: got 'my/rows', but a job runs in a folder of its own",
         ),
-        (["--address", "localhost:8265"], "--address: got 'localhost:8265', but it is the URL of a dashboard"),
+        (["--address", "localhost:8265"], "--address: got 'localhost:8265', but allowed is the URL of a dashboard"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
-    config: str, capsys: pytest.CaptureFixture[str], words: list[str], line: str
-) -> None:
+def test_refusals_are_one_line(config: str, capsys: pytest.CaptureFixture[str], words: list[str], line: str) -> None:
     address = [] if "--address" in words else ["--address", "http://127.0.0.1:9"]
     assert main(["submit", config, *words, *address]) == 2
     out, err = capsys.readouterr()
@@ -112,12 +124,12 @@ def test_data_that_are_sent_along_may_be_named_relatively(config: str, tmp_path:
 
 def test_too_much_is_refused_before_it_is_sent(config: str, tmp_path: Path) -> None:
     with (tmp_path / "weights.bin").open("wb") as file:
-        file.truncate(submit.SHIPPED_AT_MOST + 1)  # takes no room on the disk
+        file.truncate(submit.SENT_AT_MOST + 1)  # takes no room on the disk
     with pytest.raises(UserError, match=r"--include: 10\.0 MB would be sent \(.*weights\.bin alone 10\.0\)"):
         submit.plan(config, include=[str(tmp_path / "weights.bin")])
 
 
-def test_where_nobody_answers_says_so(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_without_a_cluster_is_refused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", config, "--address", "http://127.0.0.1:9"]) == 2
     err = capsys.readouterr().err
     assert err.startswith(
@@ -153,9 +165,7 @@ def digests(out: Path) -> list[Any]:
     ],
     ids=["no token", "a wrong token"],
 )
-def test_a_head_that_asks_for_its_token_is_told_of_in_one_line(
-    head: Head, config: str, tokens: dict[str, str], line: str
-) -> None:
+def test_a_missing_or_wrong_token_is_one_line(head: Head, config: str, tokens: dict[str, str], line: str) -> None:
     done = rayfed_here("submit", config, "--address", head.url, **tokens)
     assert done.returncode == 2
     (said,) = [said for said in done.stderr.splitlines() if said.startswith("rayfed:")]
@@ -193,7 +203,7 @@ def test_a_failed_job_that_is_followed_is_a_failure_here(head: Head, config: str
 
 @pytest.mark.slow
 def test_plain_ray_job_submit_with_a_working_directory(head: Head, config: str, tmp_path: Path) -> None:
-    """As README has it: the repository's folder travels, without what .gitignore names; sweeps too."""
+    """As in README: the folder is sent, without the files that .gitignore names. Sweeps work, too."""
     folder = tmp_path / "project"
     folder.mkdir()
     parameters = {"client.lr": {"grid": [0.02, 0.05]}}

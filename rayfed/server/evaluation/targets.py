@@ -33,7 +33,7 @@ def round_metrics(plan: RunPlan, state: Any, t: int, downlink: Downlink, executo
     if exact is not None:
         return {**exact}
     splits: tuple[SplitName, ...] = ("validation", "test")
-    one_mask = plan.eval.masked and has_one_mask(plan)
+    one_mask = plan.eval.masked and plan.one_mask
     suffixes = ("", "_masked") if one_mask else ("",)
     if (t + 1) % plan.eval.every and t + 1 < plan.server.rounds:
         return metrics(plan.task, plan.federation, {}, suffixes, splits)
@@ -51,12 +51,6 @@ def round_metrics(plan: RunPlan, state: Any, t: int, downlink: Downlink, executo
     if plan.eval.clients:
         found |= client_metrics(plan, state, t, executor)
     return found
-
-
-def has_one_mask(plan: RunPlan) -> bool:
-    """Whether all clients of a round receive one sparse model: one tier of rank and download density below 1."""
-    tiers = {(tier.rank, tier.density_down) for tier in plan.profiles.tier_mix(plan.federation.sizes)}
-    return len(tiers) == 1 and not plan.method.personal and plan.profiles.may_be_sparse("down", plan.server.rounds)
 
 
 def global_changes(method: Method, state: Any) -> dict[str, LowRank | Tensor]:
