@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rayfed.config.describe import format_value
 from rayfed.config.task import Data, Model, Partition, Problem
 from rayfed.errors import UserError
 from rayfed.lora.adapter import LowRank
@@ -84,11 +85,12 @@ class LowRankRegression(Task):
             ("lora.train", lora.train, "all", "there is no head"),
             ("eval.controls", eval.controls, False, "there is no head"),
             ("eval.clients", eval.clients, False, "there are no classes"),
-            ("eval.early_stop", eval.early_stop, None, "there are no validation data"),
+            ("eval.early_stop", eval.early_stop and dict(eval.early_stop), None, "there are no validation data"),
         ):
             if value != allowed:
                 raise UserError(
-                    f"{field}: got {value!r}, but with data.source=lowrank {why}; allowed is {str(allowed).lower()}"
+                    f"{field}: got {format_value(value)}, but with data.source=lowrank {why}; allowed is "
+                    f"{format_value(allowed, quotes=False)}"
                 )
         if server.cohort > self.partition.clients:
             raise UserError(

@@ -1,4 +1,4 @@
-"""The model of a tier is the model that its clients decode from their download."""
+"""Which models are evaluated: the one sparse model that all clients receive, and the model that each tier decodes."""
 
 from __future__ import annotations
 
@@ -45,3 +45,29 @@ def test_the_change_of_the_base_counts_and_personal_methods_have_no_tiers(tiny, 
         assert record["test/loss_rank_4"] == pytest.approx(record["test/loss"], rel=1e-5)
     else:
         assert not any(key.startswith("test/loss_rank") for key in record)
+
+
+def keys(tiny, tmp_path, *overrides: str) -> set[str]:
+    record = rayfed.run(tiny("server.rounds=1", *overrides), out=tmp_path / "run").metrics[-1]
+    assert all(record[key] is not None for key in record if key.startswith(("eval/", "test/")) and "recall" not in key)
+    return {key.removeprefix("test/accuracy") for key in record if key.startswith("test/accuracy")}
+
+
+SPARSE, MIXED = "wire.down.density=0.25", ("profiles.kind=tiers", "profiles.densities_down=[0.25,1.0]")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "suffixes"),
+    [
+        ((), {""}),
+        ((SPARSE,), {"", "_masked"}),
+        ((SPARSE, "eval.masked=false"), {""}),
+        ((SPARSE, "method.name=fedview"), {""}),  # every client has a model of its own
+        (("profiles.kind=tiers", "profiles.densities_down=[0.25,0.25]"), {"", "_masked"}),
+        (MIXED, {""}),
+        ((*MIXED, "eval.tiers=true"), {"", "_rank_4", "_rank_4_density_0.25"}),
+        ((SPARSE, "method.name=hetlora", "profiles.kind=tiers", "profiles.ranks=[2,4]"), {""}),
+    ],
+)
+def test_there_are_masked_metrics_only_where_all_clients_receive_one_mask(tiny, tmp_path, overrides, suffixes):
+    assert keys(tiny, tmp_path, *overrides) == suffixes
