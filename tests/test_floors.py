@@ -333,7 +333,7 @@ HEAVY = (
 )  # fmt: skip
 LOADED = {  # the packages that are loaded after this code and all code above it
     "import rayfed": "",
-    "from rayfed.tracking import *; ConsoleSink('plain')": "",
+    "from rayfed.tracking import *; ConsoleSink('plain'), EventSink(Path('x')), JsonlSink(Path('y'))": "",
     "from rayfed.cli import main; main(['--help'])": "",
     "import rayfed.api": "pydantic",
     "import rayfed.tasks.data.dataset": "numpy pydantic",
@@ -346,6 +346,7 @@ LOADED = {  # the packages that are loaded after this code and all code above it
 def test_imports_load_no_heavy_packages_before_they_are_needed() -> None:
     program = f"""
 import json, sys
+from pathlib import Path
 found = {{}}
 for code in {list(LOADED)}:
     try:

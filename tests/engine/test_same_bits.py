@@ -66,9 +66,8 @@ def kill_a_training_worker() -> bool:
     return False
 
 
-@pytest.mark.parametrize(
-    "workers", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 3])
 def test_any_number_of_ray_workers(tiny, tmp_path, ray_cluster, digests, workers):
     result = rayfed.run(tiny(*RUN, "engine.kind=ray", f"engine.workers={workers}"), out=tmp_path / "run")
     assert digests_of(result.out) == digests
