@@ -198,6 +198,24 @@ def load_model(run: str | Path) -> nn.Module:
     return PeftModel.from_pretrained(model, str(Path(run) / "adapter")).eval()
 
 
+def check_out(out: Path, resume: bool, kind: str, settings: str) -> bool:
+    """Whether the folder ``out`` has something to resume. A new run or sweep needs a new or an empty folder.
+
+    ``kind`` is `run` or `sweep`, and ``settings`` the name of the file that every folder of that kind has. UserError
+    where the folder cannot be used.
+    """
+    for folder in (out, *out.parents):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out: got {str(out)!r}, but {folder} is a file")
+    if not out.is_dir() or not any(out.iterdir()):
+        return False
+    if not resume:
+        raise UserError(f"--out: got {str(out)!r}, but it is not empty; continue it with --resume or name another")
+    if not (out / settings).is_file():
+        raise UserError(f"--resume: got {str(out)!r}, but that is no {kind} directory: it has no {settings}")
+    return True
+
+
 def _plan(experiment: Experiment, parts: Components, federation: Federation | None) -> RunPlan:
     from rayfed.channels import Lossless
     from rayfed.clients.plan import RunPlan
@@ -293,17 +311,8 @@ def _check_out(out: Path, experiment: Experiment, resume: bool) -> Experiment:
 
     Returns the settings to run with: `engine.pack: auto` was chosen when the folder was made, and is that number now.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: got {str(out)!r}, but that is a file")
-    for place in out.parents:
-        if place.exists() and not place.is_dir():
-            raise UserError(f"--out: got {str(out)!r}, but {place} is a file")
-    if not out.is_dir() or not any(out.iterdir()):
+    if not check_out(out, resume, "run", "config.yaml"):
         return experiment
-    if not resume:
-        raise UserError(f"--out: got {str(out)!r}, but it is not empty; continue it with --resume or name another")
-    if not (out / "config.yaml").is_file():
-        raise UserError(f"--resume: got {str(out)!r}, but that is no run directory: it has no config.yaml")
     known = config.load_config(out / "config.yaml")
     if experiment.engine.pack == "auto" and known.engine.pack != "auto":
         engine = experiment.engine.model_copy(update={"pack": known.engine.pack})

@@ -23,7 +23,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     _remove(temporary)
     try:
         yield temporary
-        _flush_tree(temporary)
+        for entry in (*temporary.rglob("*"), temporary):
+            _flush(entry)
         if path.is_dir():  # a folder cannot be renamed onto a folder that holds files
             _remove(path)
         os.replace(temporary, path)
@@ -50,15 +51,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _flush_tree(path: Path) -> None:
-    """Flushes the file, or the folder and everything in it, to the disk."""
-    if path.is_dir():
-        for entry in path.iterdir():
-            _flush_tree(entry)
-    _flush(path)
-
-
 def _flush(path: Path) -> None:
+    """Flushes a file or a folder's list of names to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -13,7 +13,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any, TypeVar
 
-from rayfed.errors import UserError, allowed
+from rayfed.errors import UserError, allowed, first_line
 
 T = TypeVar("T")
 
@@ -55,14 +55,8 @@ def load_object(path: str, field: str) -> Any:
     try:
         found = getattr(import_module(module), name, None)
     except Exception as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise allowed(field, path, f"{module} cannot be imported ({reason}); is its folder on PYTHONPATH?") from error
     if found is None:
         raise allowed(field, path, f"{module} has no function or class {name}")
     return found
-
-
-def one_line(text: object) -> str:
-    """The text in one line of at most 120 characters, for error messages."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= 120 else line[:117] + "..."

@@ -93,12 +93,13 @@ def _mistake(engine: Engine, nodes: Sequence[Bundle]) -> str | None:
         have = sum(node.get(name, 0) for node in nodes)
         if each * engine.workers > have + 1e-9:
             return f"{field}: got {each:g} for each of {engine.workers} workers, but Ray has {have:g} {name}s"
-    places = sum(_holds(node, bundle_of(engine)) for node in nodes) if bundle_of(engine) else engine.workers
+    places = sum(count_bundles(node, bundle_of(engine)) for node in nodes) if bundle_of(engine) else engine.workers
     if places < engine.workers:
         asked = " and ".join(f"{amount:g} {name}" for name, amount in bundle_of(engine).items())
         return f"engine.workers: got {engine.workers} with {asked} each, but Ray's nodes have room for {places} of them"
     return None
 
 
-def _holds(node: Bundle, bundle: Bundle) -> int:
+def count_bundles(node: Bundle, bundle: Bundle) -> int:
+    """The number of bundles for which the node has resources. A bundle asks for at least one resource."""
     return min(math.floor(node.get(name, 0) / amount + 1e-9) for name, amount in bundle.items())

@@ -12,7 +12,7 @@ transposed. Some methods train a core R (r, r) between two frozen factors: the c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -37,8 +37,6 @@ class LowRank:
     def __post_init__(self) -> None:
         if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
             raise ValueError(f"B is (out, r) and A is (r, in), got {tuple(self.B.shape)} and {tuple(self.A.shape)}")
-        if self.R is not None and self.R.shape != (self.rank, self.rank):
-            raise ValueError(f"R is ({self.rank}, {self.rank}) between these factors, got {tuple(self.R.shape)}")
 
     @property
     def rank(self) -> int:
@@ -63,36 +61,22 @@ class Adapter:
 
     @cached_property
     def layout(self) -> Layout:
-        entries: list[Entry] = []
-        start = 0
-
-        def place(name: str, part: str, tensor: Tensor) -> None:
-            nonlocal start
-            entries.append(Entry(name, part, tuple(tensor.shape), start))
-            start += tensor.numel()
-
-        for name in sorted(self.layers):
-            place(name, "A", self.layers[name].A)
-            place(name, "B", self.layers[name].B)
-            core = self.layers[name].R
-            if core is not None:
-                place(name, "R", core)
-        for name in sorted(self.head):
-            place(name, "head", self.head[name])
-        return Layout(tuple(entries), {name: self.layers[name].scale for name in sorted(self.layers)})
+        scales = {name: self.layers[name].scale for name in sorted(self.layers)}
+        return Layout.of([(name, part, tensor.shape) for name, part, tensor in self.tensors()], scales)
 
     def flatten(self) -> Tensor:
         """A copy of all entries as one float32 vector (n,), in the order of `layout`."""
-        parts = [self._tensor(entry).reshape(-1).to(torch.float32) for entry in self.layout.entries]
-        return torch.cat(parts) if parts else torch.zeros(0)
+        return _flat(tensor for _, _, tensor in self.tensors())
 
-    def _tensor(self, entry: Entry) -> Tensor:
-        if entry.part == "head":
-            return self.head[entry.name]
-        pair = self.layers[entry.name]
-        tensor = {"A": pair.A, "B": pair.B, "R": pair.R}[entry.part]
-        assert tensor is not None
-        return tensor
+    def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(name, part, tensor) of every tensor, in the order of the flat vector."""
+        for name, pair in sorted(self.layers.items()):
+            yield name, "A", pair.A
+            yield name, "B", pair.B
+            if pair.R is not None:
+                yield name, "R", pair.R
+        for name, tensor in sorted(self.head.items()):
+            yield name, "head", tensor
 
 
 @dataclass(frozen=True)
@@ -115,6 +99,15 @@ class Layout:
 
     entries: tuple[Entry, ...]
     scales: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tensors: Iterable[tuple[str, str, Sequence[int]]], scales: Mapping[str, float]) -> Layout:
+        """The layout of tensors that follow each other, given as (name, part, shape)."""
+        entries, start = [], 0
+        for name, part, shape in tensors:
+            entries.append(Entry(name, part, tuple(shape), start))
+            start += entries[-1].numel
+        return cls(tuple(entries), dict(scales))
 
     @property
     def size(self) -> int:
@@ -152,11 +145,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Layout:
-        entries, start = [], 0
-        for name, part, shape in value["entries"]:
-            entries.append(Entry(name, part, tuple(shape), start))
-            start += entries[-1].numel
-        return cls(tuple(entries), dict(value["scales"]))
+        return cls.of(value["entries"], value["scales"])
 
 
 def flatten_changes(
@@ -168,14 +157,14 @@ def flatten_changes(
     """
     pairs = {name: change for name, change in changes.items() if isinstance(change, LowRank)}
     adapter = Adapter(pairs, head or {})
-    entries, vectors = list(adapter.layout.entries), [adapter.flatten()]
-    start = adapter.layout.size
-    for name, matrix in sorted(changes.items()):
-        if isinstance(matrix, Tensor):
-            entries.append(Entry(name, "W", tuple(matrix.shape), start))
-            vectors.append(matrix.reshape(-1).to(torch.float32))
-            start += matrix.numel()
-    return torch.cat(vectors), Layout(tuple(entries), adapter.layout.scales)
+    matrices = [(name, "W", change) for name, change in sorted(changes.items()) if isinstance(change, Tensor)]
+    tensors = [*adapter.tensors(), *matrices]
+    layout = Layout.of([(name, part, tensor.shape) for name, part, tensor in tensors], adapter.layout.scales)
+    return _flat(tensor for _, _, tensor in tensors), layout
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([torch.zeros(0), *(tensor.reshape(-1).to(torch.float32) for tensor in tensors)])
 
 
 def scale_of(rank: int, alpha: float, rslora: bool = False) -> float:

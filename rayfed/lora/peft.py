@@ -1,4 +1,4 @@
-"""PEFT in and out: the LoRA config, the layers that it targets, and adapters in PEFT's file format.
+"""PEFT: the LoRA config, the layers that it targets, and adapters in PEFT's file format.
 
 `match_targets` finds the layers that PEFT would adapt for the same `target_modules`: names, a regular expression,
 `all-linear`, or PEFT's default for the architecture.
@@ -11,19 +11,18 @@ Values are stored as float32. The scale is stored as `lora_alpha`, so that PEFT 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from rayfed.errors import UserError
 from rayfed.files import atomic_path
-from rayfed.lora.adapter import Adapter, LowRank, scale_of
+from rayfed.lora.adapter import Adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -87,18 +86,16 @@ def match_targets(model: nn.Module, config: LoraConfig, head: Sequence[str]) -> 
     for name, module in model.named_modules():
         if not name or any(name == h or name.startswith(h + ".") for h in head):
             continue
-        try:
-            shape = layer_shape(module)
+        fits = isinstance(module, nn.Linear) or is_conv1d(module)
+        if fits:
             linear.add(name.rpartition(".")[2])
-        except TypeError:
-            shape = None
-        if shape if targets == "all-linear" else check_target_module_exists(config, name):
-            if shape is None:
+        if fits if targets == "all-linear" else check_target_module_exists(config, name):
+            if not fits:
                 raise UserError(
                     f"{got}, but it matches {name}, a {type(module).__name__}; "
                     "adapters fit linear layers (nn.Linear, Conv1D)"
                 )
-            shapes[name] = shape
+            shapes[name] = layer_shape(module)
     if not shapes and config.layers_to_transform is not None:
         raise UserError(
             f"lora.layers_to_transform: got {config.layers_to_transform}, but no layer of these numbers has modules "
@@ -152,18 +149,8 @@ def save_peft(
     """Writes `adapter_config.json`, `adapter_model.safetensors` and the text ``files`` to the folder ``path``.
 
     ``settings`` come from `peft_settings`. ``files`` maps file names to contents. An existing folder is replaced. If
-    writing fails, the old folder stays.
-
-    Raises:
-        ValueError: a pair whose rank or scale is not that of ``settings``.
+    writing fails, the old folder stays. All pairs have the rank and the scale that ``settings`` state.
     """
-    ranks = {pair.rank for pair in adapter.layers.values()}
-    if ranks and ranks != {settings["r"]}:
-        raise ValueError(f"PEFT's r is {settings['r']}, the adapter's ranks are {sorted(ranks)}")
-    scales = {pair.scale for pair in adapter.layers.values()}
-    scale = scale_of(settings["r"], settings["lora_alpha"], settings["use_rslora"])
-    if any(not math.isclose(s, scale) for s in scales):
-        raise ValueError(f"PEFT's scale is {scale}, the adapter's scales are {sorted(scales)}")
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
     for name, pair in adapter.layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.A
@@ -175,26 +162,3 @@ def save_peft(
         save_file(copies, folder / "adapter_model.safetensors", {"format": "pt"})
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8")
-
-
-def load_peft(path: Path, scale: float, head: Sequence[str] = ()) -> Adapter:
-    """The adapter in a PEFT folder. Only safetensors are read, never pickles.
-
-    ``scale`` is the scale of every layer. ``head`` names the modules of the head.
-
-    Raises:
-        ValueError: a tensor that belongs to neither a LoRA pair nor the head.
-    """
-    tensors = load_file(Path(path) / "adapter_model.safetensors")
-    factors: dict[str, dict[str, Any]] = {}
-    rest = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        layer, found, part = name.rpartition(".lora_")
-        if found and part in {"A.weight", "B.weight"}:
-            factors.setdefault(layer, {})[part[0]] = tensor
-        elif any(name.startswith(h + ".") for h in head):
-            rest[name] = tensor
-        else:
-            raise ValueError(f"{path}: {key} is neither a LoRA pair nor part of the head {tuple(head)}")
-    return Adapter({n: LowRank(f["B"], f["A"], scale) for n, f in factors.items()}, rest)

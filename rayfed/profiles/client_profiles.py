@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,21 +18,29 @@ from rayfed import seeding
 from rayfed.config.method import Lora, Profiles, Wire
 from rayfed.errors import UserError, allowed
 from rayfed.lora.adapter import scale_of
+from rayfed.plugins import load_object
 from rayfed.profiles.profile import Profile
-from rayfed.profiles.rules import Tier, make_rule
+from rayfed.profiles.rules import Rule, Tier, make_rule
 
 MOST_EXAMINED = 100_000  # with more clients, statistics of the population are those of a random sample of this size
 
 
 class ClientProfiles:
-    """The profiles of all clients. Raises UserError if `profiles.function` cannot be imported.
-
-    ``tier_of(client, examples)`` gives a client's `Tier`; see `rayfed.profiles.rules`.
-    """
+    """The profiles of all clients. Raises UserError if `profiles.function` cannot be imported."""
 
     def __init__(self, settings: Profiles, lora: Lora, wire: Wire, seed: int) -> None:
         self.settings, self.lora, self.wire, self.seed = settings, lora, wire, seed
-        self.tier_of = make_rule(settings, lora, wire, seed)
+        self.function = load_object(settings.function, "profiles.function") if settings.function else None
+        if self.function is not None and not callable(self.function):
+            raise allowed("profiles.function", settings.function, "that is no function")
+
+    @cached_property
+    def tier_of(self) -> Rule:
+        """(client, number of its training rows) -> the client's tier."""
+        return make_rule(self.settings, self.lora, self.wire, self.seed, self.function)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "tier_of"}  # a rule is not pickled
 
     def profile(self, client: int, examples: int, t: int) -> Profile:
         """The client's profile in round ``t`` (from 0). ``examples`` is its number of training rows.
@@ -42,19 +51,15 @@ class ClientProfiles:
 
     def of_tier(self, tier: Tier, t: int, client: int = -1, examples: int = 1) -> Profile:
         """The profile of a client of this tier in round ``t`` (from 0)."""
+        rank = self.lora.rank if self.settings.scale == "server" else tier.rank
         return Profile(
             client=client,
             rank=tier.rank,
-            scale=self.scale(tier.rank),
+            scale=scale_of(rank, self.lora.alpha, self.lora.rslora),
             density_down=self.wire.down.density_at(t, tier.density_down),
             density_up=self.wire.up.density_at(t, tier.density_up),
             examples=examples,
         )
-
-    def scale(self, rank: int) -> float:
-        """The factor on B A for a client of this rank; see `profiles.scale`."""
-        lora = self.lora
-        return scale_of(lora.rank if self.settings.scale == "server" else rank, lora.alpha, lora.rslora)
 
     @property
     def mixed_ranks(self) -> bool:
@@ -86,10 +91,8 @@ class ClientProfiles:
                 "clients"
             )
         if own.kind == "function":
-            clients = self._examined(sizes)
-            tiers = [self.tier_of(int(c), int(sizes[c])) for c in clients]
-            for client, tier in zip(clients, tiers):
-                again = self.tier_of(int(client), int(sizes[client]))
+            for client in self._examined(sizes).tolist():
+                tier, again = (self.tier_of(client, int(sizes[client])) for _ in range(2))
                 if again != tier:
                     what = f"it gave client {client} first {tuple(tier)}, then {tuple(again)} (rank, densities)"
                     raise allowed("profiles.function", own.function, what)

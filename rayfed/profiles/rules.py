@@ -8,18 +8,18 @@ the spread change, most clients have the same rank as before. A larger u gives t
 
 from __future__ import annotations
 
+import reprlib
 from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rayfed import seeding
 from rayfed.config.method import Lora, Profiles, Wire
-from rayfed.errors import UserError, allowed
-from rayfed.plugins import load_object, one_line
+from rayfed.errors import UserError, allowed, first_line
 
 
 class Tier(NamedTuple):
@@ -34,11 +34,10 @@ Rule = Callable[[int, int], Tier]
 """(client, number of its training rows) -> tier of the client."""
 
 
-def make_rule(settings: Profiles, lora: Lora, wire: Wire, seed: int) -> Rule:
-    """The rule of `profiles.kind`.
+def make_rule(settings: Profiles, lora: Lora, wire: Wire, seed: int, function: Callable[..., Any] | None) -> Rule:
+    """The rule of `profiles.kind`; ``function`` is the one that `profiles.function` names.
 
-    Raises UserError if the user's function cannot be imported. The rule raises UserError if that function fails or
-    returns an invalid value.
+    The rule raises UserError if the function fails or returns an invalid value.
     """
     densities = wire.down.density, wire.up.density
     low, high = settings.low, settings.high or lora.rank
@@ -78,7 +77,8 @@ def make_rule(settings: Profiles, lora: Lora, wire: Wire, seed: int) -> Rule:
                 round(min(max(normal.inv_cdf(_u(seed, client)), low), high)), *densities
             )
         case "function":
-            return _user_rule(settings.function or "", lora.rank, densities, seed)
+            assert function is not None
+            return _user_rule(function, settings.function or "", lora.rank, densities, seed)
 
 
 def _u(seed: int, client: int) -> float:
@@ -89,31 +89,26 @@ def _u(seed: int, client: int) -> float:
     return ((seeding.derive_seed(seed, "profile", client) >> 11) + 0.5) * 2.0**-52
 
 
-def _user_rule(path: str, largest: int, densities: tuple[float, float], seed: int) -> Rule:
-    """The rule of a user's function (`profiles.function`); it checks every value that the function returns."""
-    field = "profiles.function"
-    function = load_object(path, field)
-    if not callable(function):
-        raise allowed(field, path, "that is no function")
+def _user_rule(
+    function: Callable[..., Any], path: str, largest: int, densities: tuple[float, float], seed: int
+) -> Rule:
+    """The rule of a user's function; it checks every value that the function returns."""
 
     def invalid(client: int, what: str) -> UserError:
-        return allowed(field, path, f"for client {client} it {what}")
+        return allowed("profiles.function", path, f"for client {client} it {what}")
 
     def rule(client: int, examples: int) -> Tier:
         try:
             answer = function(client=client, examples=examples, seed=seed)
         except Exception as error:
-            raise invalid(client, f"raised {type(error).__name__}: {one_line(error)}") from error
+            raise invalid(client, f"raised {type(error).__name__}: {first_line(error)}") from error
         rank, down, up = answer if isinstance(answer, tuple | list) and len(answer) == 3 else (answer, *densities)
         if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or not 1 <= rank <= largest:
-            raise invalid(
-                client,
-                f"returned {one_line(repr(answer))}; it should be a rank from 1 to {largest} (lora.rank), or "
-                "(rank, density_down, density_up)",
-            )
+            what = f"it should be a rank from 1 to {largest} (lora.rank), or (rank, density_down, density_up)"
+            raise invalid(client, f"returned {reprlib.repr(answer)}; {what}")
         for density in (down, up):
             if isinstance(density, bool) or not isinstance(density, int | float | np.floating) or not 0 < density <= 1:
-                raise invalid(client, f"returned {one_line(repr(answer))}; densities should be in (0, 1]")
+                raise invalid(client, f"returned {reprlib.repr(answer)}; densities should be in (0, 1]")
         return Tier(int(rank), float(down), float(up))
 
     return rule

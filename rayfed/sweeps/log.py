@@ -1,102 +1,88 @@
-"""The books of a sweep: sweep.jsonl and table.txt, kept true to what the trials' directories say."""
+"""The log of a sweep: sweep.jsonl, table.txt and the console, made from the trials' directories."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rayfed.config.sweep import Sweep
 from rayfed.files import atomic_write
 from rayfed.sweeps.plan import Trial
-from rayfed.sweeps.table import NOT_CHOSEN, STOPPED, UNFINISHED, TrialRow, chosen, line_of, spread, table_of
-from rayfed.sweeps.trial import outcome, record_of
-from rayfed.tasks.data.federation import Federation
+from rayfed.sweeps.table import (
+    NOT_SELECTED,
+    STOPPED,
+    UNFINISHED,
+    TrialRow,
+    format_mb,
+    format_mean,
+    selected_trials,
+    trial_row,
+)  # fmt: skip
 from rayfed.tracking import Table
 from rayfed.tracking.console import PlainView
 from rayfed.tracking.jsonl import to_line
 
-Tabulate = Callable[[Sequence[Trial], Sequence[TrialRow], Sweep], Table]
+MakeTable = Callable[[Sequence[Trial], Mapping[str, TrialRow]], Table]
 
 
 class SweepLog:
-    """A line for each trial that is known, and the table of them; says what happened. A listener of `run_on_tune`."""
+    """One row for each trial, and the table of the rows.
+
+    ``on_trial_end`` is called with every trial that has ended, after its outcome and its row are written.
+    """
 
     def __init__(
-        self, out: Path, trials: Sequence[Trial], sweep: Sweep, view: PlainView, tabulate: Tabulate = table_of
-    ) -> None:
-        self.out, self.sweep, self.view, self.tabulate = out, sweep, view, tabulate
+        self, out: Path, sweep: Sweep, view: PlainView, make_table: MakeTable,
+        on_trial_end: Callable[[Trial], object] | None = None,
+    ) -> None:  # fmt: skip
+        self.out, self.sweep, self.view, self.make_table, self.on_trial_end = out, sweep, view, make_table, on_trial_end
         self.trials: dict[str, Trial] = {}
-        self.lines: dict[str, TrialRow] = {}
-        self.know(trials)
+        self.rows: dict[str, TrialRow] = {}
 
-    def know(self, trials: Sequence[Trial]) -> None:
-        """Reads the lines of these trials, in this order; of others nothing is known any more."""
+    def set_trials(self, trials: Sequence[Trial]) -> None:
+        """Replaces the trials, in this order; reads their rows from the directories."""
         self.trials = {trial.name: trial for trial in trials}
-        self.lines = {trial.name: line_of(self.out, trial, self.sweep) for trial in trials}
+        self.rows = {trial.name: trial_row(self.out, trial, self.sweep) for trial in trials}
         self.write()
 
-    def settled(self, name: str) -> None:
-        """The trial has ended: its line is read anew, and told."""
-        line = self.lines[name] = line_of(self.out, self.trials[name], self.sweep)
+    def trial_ended(self, name: str) -> None:
+        """Reads the row of the trial again and shows it."""
+        row = self.rows[name] = trial_row(self.out, self.trials[name], self.sweep)
         self.write()
-        ended = sum(line["status"] != UNFINISHED for line in self.lines.values())
-        self.say(f"[{ended}/{len(self.lines)}] {line['status']} {name}: {_told(line, self.sweep)}")
+        ended = sum(row["status"] != UNFINISHED for row in self.rows.values())
+        self.event(f"[{ended}/{len(self.rows)}] {row['status']} {name}: {self._result(row)}")
+        if self.on_trial_end:
+            self.on_trial_end(self.trials[name])
 
-    def choose(self) -> list[Trial]:
-        """The trials whose tuned values won; what has not run of the others is marked: it need not."""
-        best = chosen(list(self.trials.values()), self.lines, self.sweep)
-        for name in self.lines.keys() - {trial.name for trial in best}:
-            if self.lines[name]["status"] == UNFINISHED:
-                self.lines[name] = self.lines[name] | {"status": NOT_CHOSEN}
+    def select(self) -> list[Trial]:
+        """The trials with the best tuned values. Of the others, those that have not ended are marked."""
+        selected = selected_trials(list(self.trials.values()), self.rows, self.sweep)
+        for name in self.rows.keys() - {trial.name for trial in selected}:
+            if self.rows[name]["status"] == UNFINISHED:
+                self.rows[name]["status"] = NOT_SELECTED
         self.write()
-        return best
+        return selected
 
-    def say(self, text: str) -> None:
-        """Tells what happened."""
+    def event(self, text: str) -> None:
+        """Shows the text on the console."""
         self.view.note(text)
 
     def write(self) -> Table:
-        """Writes both files and returns the table."""
-        lines = list(self.lines.values())
-        atomic_write(self.out / "sweep.jsonl", "".join(f"{to_line(line)}\n" for line in lines))
-        table = self.tabulate(list(self.trials.values()), lines, self.sweep)
+        """Writes both files. Returns the table."""
+        atomic_write(self.out / "sweep.jsonl", "".join(f"{to_line(row)}\n" for row in self.rows.values()))
+        table = self.make_table(list(self.trials.values()), self.rows)
         page = io.StringIO()
         PlainView(page).table(table)
         atomic_write(self.out / "table.txt", page.getvalue().lstrip("\n"))
         return table
 
-
-def to_run(out: Path, trials: Sequence[Trial]) -> list[Trial]:
-    """Those that have not ended, and those that failed, whose records are removed."""
-    todo = []
-    for trial in trials:
-        ended = outcome(out, trial)
-        if ended is None or ended.status == "failed":
-            record_of(out, trial).unlink(missing_ok=True)
-            todo.append(trial)
-    return todo
-
-
-def run_trials(
-    trials: Sequence[Trial], sweep: Sweep, out: Path, federations: Mapping[str, Federation], books: SweepLog
-) -> None:
-    """Runs them on Ray Tune; without any, Ray is not even loaded."""
-    if trials:
-        from rayfed.sweeps.on_tune import run_on_tune
-
-        run_on_tune(trials, sweep, out, federations, books)
-
-
-def _told(line: Mapping[str, Any], sweep: Sweep) -> str:
-    if line["status"] == STOPPED:
-        return f"after round {line['stopped']['round']} ({sweep.metric} {_figure(line['stopped'], sweep)})"
-    if line["error"]:
-        return str(line["error"])
-    size, seconds = line.get("bytes") or 0, line.get("seconds") or 0
-    return f"{sweep.metric} {_figure(line, sweep)}, {size / 1e6:.2f} MB, {seconds:.1f} s"
-
-
-def _figure(line: Mapping[str, Any], sweep: Sweep) -> str:
-    return spread(line.get("metric"), None, sweep.metric)
+    def _result(self, row: TrialRow) -> str:
+        key = self.sweep.metric
+        if row["status"] == STOPPED:
+            stopped = row["stopped"]
+            return f"after round {stopped['round']} ({key} {format_mean(stopped['metric'], None, key)})"
+        if row["error"]:
+            return str(row["error"])
+        metric, size = format_mean(row.get("metric"), None, key), format_mb(row.get("bytes") or 0, 2)
+        return f"{key} {metric}, {size} MB, {row.get('seconds') or 0:.1f} s"

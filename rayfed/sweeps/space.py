@@ -1,7 +1,7 @@
-"""From the section `sweep` to the list of its points: cases, times grids, times draws.
+"""From the section `sweep` to the list of its points: cases, times grids, times random draws.
 
-The list is a function of the section and the seed. A draw is keyed by (seed, setting, number of the draw) alone: every
-point of the grid gets the same draws, so methods are compared at the same rates, and means over seeds stay whole.
+The list depends on the section and the seed only. A draw is keyed by (seed, setting, number of the draw). So every
+point of the grid gets the same draws, methods are compared at the same rates, and every mean covers all seeds.
 """
 
 from __future__ import annotations
@@ -11,65 +11,75 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rayfed import seeding
+from rayfed.config.describe import format_value
 from rayfed.config.sweep import DRAWN, SEED, Sweep, is_space
 
 CASE = "case"  # the column that holds the labels of cases
-MOST = 1024  # combinations that are all checked before a search starts
-LONGEST = 120  # characters of a trial's name, which is a folder's
+MAX_CORNERS = 1024  # combinations that are all checked before a search starts
+MAX_NAME = 120  # characters of a trial's name, which is also a folder's name
 
 
 @dataclass(frozen=True)
 class Point:
-    """One trial's settings: what it overrides, and what of it tells trials apart (a case's label stands for it)."""
+    """The settings of one trial. ``labels`` are the settings that tell trials apart, or the label of their case."""
 
     overrides: Mapping[str, Any]
-    shown: Mapping[str, Any]
+    labels: Mapping[str, Any]
 
 
 def expand(sweep: Sweep, seed: int) -> list[Point]:
-    """Every point once, in the order of cases, then parameters as they are written, then draws."""
+    """Every point once: in the order of the cases, then of the parameters as they are written, then of the draws."""
     points: dict[str, Point] = {}
-    labels = isinstance(sweep.cases, dict)
     for label, case in sweep.labelled() or [("", {})]:
-        spaces = dict(sweep.parameters) | {key: value for key, value in case.items() if is_space(value)}
-        fixed = {key: value for key, value in case.items() if not is_space(value)}
-        for chosen in _points_of(spaces, sweep.samples, seed):
-            shown = ({CASE: label} if labels else fixed) | chosen
-            # Two draws from few choices may coincide: that is one trial.
-            points.setdefault(json.dumps([shown, fixed | chosen], default=str), Point(fixed | chosen, shown))
+        fixed, spaces = split_case(case)
+        for values in _combinations(dict(sweep.parameters) | spaces, sweep.samples, seed):
+            point = make_point(sweep, label, fixed, values)
+            # Two draws from few choices may be equal. Then they are one trial.
+            points.setdefault(json.dumps([point.labels, point.overrides], default=str), point)
     return list(points.values())
 
 
-def _points_of(spaces: Mapping[str, Any], samples: int, seed: int) -> Iterator[dict[str, Any]]:
+def split_case(case: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the case's fixed settings, its spaces)."""
+    spaces = {key: value for key, value in case.items() if is_space(value)}
+    return {key: value for key, value in case.items() if key not in spaces}, spaces
+
+
+def make_point(sweep: Sweep, label: str, fixed: Mapping[str, Any], values: Mapping[str, Any]) -> Point:
+    """The point with a case's ``fixed`` settings and chosen ``values``. ``label`` is the label of the case."""
+    shared = {CASE: label} if isinstance(sweep.cases, dict) else fixed
+    return Point({**fixed, **values}, {**shared, **values})
+
+
+def _combinations(spaces: Mapping[str, Any], samples: int, seed: int) -> Iterator[dict[str, Any]]:
     grids = {key: space["grid"] for key, space in spaces.items() if "grid" in space}
     drawn = {key: space for key, space in spaces.items() if "grid" not in space}
     for values in itertools.product(*grids.values()):
         for i in range(samples if drawn else 1):
-            own = dict(zip(grids, values, strict=True)) | {
-                key: draw(space, key, seed, i) for key, space in drawn.items()
-            }
-            yield {key: own[key] for key in spaces}
+            chosen = dict(zip(grids, values, strict=True))
+            chosen |= {key: draw(space, key, seed, i) for key, space in drawn.items()}
+            yield {key: chosen[key] for key in spaces}
 
 
 def corners(sweep: Sweep, case: Mapping[str, Any]) -> Iterator[Point]:
-    """The case with every choice and both ends of every range, whatever the seed.
+    """The case with every choice and both ends of every range, at no particular seed.
 
-    All combinations, or where they are more than `MOST`, each value once, the first ones of the others beside it.
+    Yields all combinations. If there are more than `MAX_CORNERS`, yields each value once, with the first values of the
+    other settings.
     """
-    spaces = {key: space for key, space in sweep.parameters.items() if key != SEED}
-    spaces |= {key: value for key, value in case.items() if is_space(value)}
-    fixed = {key: value for key, value in case.items() if not is_space(value)}
+    fixed, spaces = split_case(case)
+    spaces = {key: space for key, space in sweep.parameters.items() if key != SEED} | spaces
     ends = {
-        key: space.get("choice") or [number(x) for x in next(iter(space.values()))] for key, space in spaces.items()
+        key: space.get("choice") or [rounded(x) for x in next(iter(space.values()))] for key, space in spaces.items()
     }
-    crossed = itertools.islice(itertools.product(*ends.values()), MOST + 1)
+    crossed = itertools.islice(itertools.product(*ends.values()), MAX_CORNERS + 1)
     points = [dict(zip(ends, values, strict=True)) for values in crossed]
-    if len(points) > MOST:
+    if len(points) > MAX_CORNERS:
         points = points[:1] + [points[0] | {key: value} for key, values in ends.items() for value in values[1:]]
     yield from (Point(fixed | chosen, fixed | chosen) for chosen in points)
 
@@ -80,67 +90,67 @@ def draw(space: Mapping[str, Any], key: str, seed: int, i: int) -> Any:
 
 
 def value_at(space: Mapping[str, Any], u: float) -> Any:
-    """The value of a choice, uniform or loguniform at the share ``u``, in [0, 1), of its probability."""
+    """The value of a choice, uniform or loguniform at the quantile ``u`` in [0, 1)."""
     ((kind, values),) = space.items()
     assert kind in DRAWN
     if kind == "choice":
         return values[int(u * len(values))]
     low, high = values
-    return number(low * math.exp(u * math.log(high / low)) if kind == "loguniform" else low + u * (high - low))
+    return rounded(low * math.exp(u * math.log(high / low)) if kind == "loguniform" else low + u * (high - low))
 
 
-def number(x: float) -> float:
-    """The number to six digits, so that it can be read and typed again."""
+def rounded(x: float) -> float:
+    """The number to six significant digits, so that people can read it and type it again."""
     return float(f"{x:.6g}")
 
 
-def names(points: list[Point]) -> list[str]:
-    """A readable name for each point, all different and fit for a folder: `name=fedhl,lr=0.001,seed=0`."""
-    columns = list(dict.fromkeys(key for point in points for key in point.shown))
-    short = short_names(columns)
-    made = [spelled(point, short) for point in points]
+def trial_names(points: Sequence[Point]) -> list[str]:
+    """A readable name for each point, such as `name=fedhl,lr=0.001,seed=0`. All differ and are valid folder names."""
+    short = short_names(list(dict.fromkeys(key for point in points for key in point.labels)))
+    names = [point_name(point, short) for point in points]
     return [
-        fitting(name, point) if made.count(name) == 1 else _tagged(name, point)
-        for name, point in zip(made, points, strict=True)
+        fit_name(name, point) if names.count(name) == 1 else _with_digest(name, point)
+        for name, point in zip(names, points, strict=True)
     ]
 
 
-def spelled(point: Point, short: Mapping[str, str]) -> str:
-    """What tells the point apart, in letters that a folder's name may have; ``short``: names of its settings."""
-    parts = [f"{short[key]}={_word(value)}" for key, value in point.shown.items()]
+def point_name(point: Point, short: Mapping[str, str]) -> str:
+    """The point's labels in characters that a folder's name may have. ``short`` maps settings to their short names."""
+    parts = [f"{short[key]}={_word(value)}" for key, value in point.labels.items()]
     return re.sub(r"[^\w.,=+-]+", "-", ",".join(parts)).strip(".-")
 
 
-def fitting(name: str, point: Point) -> str:
-    """The name, cut where it is too long for a folder."""
-    return name if len(name) <= LONGEST else _tagged(name, point)
+def fit_name(name: str, point: Point) -> str:
+    """The name, cut if it is too long for a folder."""
+    return name if len(name) <= MAX_NAME else _with_digest(name, point)
 
 
-def short_names(columns: list[str]) -> dict[str, str]:
-    """Every dotted setting by its last words, as many as make it unlike the others; `method.name` is `method`."""
-    bare = {column: column.removesuffix(".name") for column in columns}
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Each dotted setting by its last words: as many as distinguish it. `method.name` is `method`."""
+    full = {key: key.removesuffix(".name") for key in keys}
     short = {}
-    for column, whole in bare.items():
-        words = whole.split(".")
+    for key, name in full.items():
+        words = name.split(".")
         tails = (".".join(words[-n:]) for n in range(1, len(words) + 1))
-        alone = (t for t in tails if sum(other == t or other.endswith("." + t) for other in bare.values()) == 1)
-        short[column] = next(alone, column)
+        unique = (t for t in tails if sum(other == t or other.endswith("." + t) for other in full.values()) == 1)
+        short[key] = next(unique, key)
     return short
 
 
-def text(value: Any) -> str:
-    """A setting's value as YAML spells it."""
-    if isinstance(value, str):
-        return value
-    return f"{value:g}" if isinstance(value, float) else json.dumps(value, default=str)
+def format_settings(settings: Mapping[str, Any]) -> str:
+    """`client.lr=0.1, seed=0`."""
+    return ", ".join(f"{key}={format_value(value, quotes=False)}" for key, value in settings.items())
 
 
 def _word(value: Any) -> str:
     if isinstance(value, list):
         return "-".join(map(_word, value))
-    return hashlib.sha256(text(value).encode()).hexdigest()[:6] if isinstance(value, dict) else text(value)
+    return _digest(value)[:6] if isinstance(value, dict) else format_value(value, quotes=False)
 
 
-def _tagged(name: str, point: Point) -> str:
-    tag = hashlib.sha256(json.dumps(point.overrides, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    return f"{name[: LONGEST - 9]}-{tag}"
+def _with_digest(name: str, point: Point) -> str:
+    return f"{name[: MAX_NAME - 9]}-{_digest(point.overrides)[:8]}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,10 +1,10 @@
-"""A sweep from its file to its table: every check first, then the trials that have not ended, then what came out.
+"""A sweep from its file to its table: first every check, then the trials that have not ended, then the results.
 
-The sweep's directory holds `sweep.yaml` (as it ran), `trials/NAME/` (each an ordinary run directory) with
-`trials/NAME.json` (how it ended), `sweep.jsonl` (a line a trial) and `table.txt`; a search adds `search.jsonl`
-(its decisions and, for optuna and pbt, the figures that they go by). A sweep may be killed at any moment: `resume`
-repeats no finished trial, continues the others from their own checkpoints, and tries failed ones again. The file may
-have gained or lost trials since; it may not have changed those that are there.
+The sweep's directory holds `sweep.yaml` (the file with all overrides), `trials/NAME/` (each an ordinary run directory)
+with `trials/NAME.json` (its outcome), `sweep.jsonl` (one line a trial) and `table.txt`. A search adds `search.jsonl`
+with its decisions. A sweep may be killed at any moment: `resume` repeats no finished trial, continues the others from
+their own checkpoints, and runs failed trials again. The file may have gained or lost trials in between. It may not have
+changed a trial that has a directory.
 """
 
 from __future__ import annotations
@@ -12,119 +12,101 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rayfed.api import slug
+from rayfed.api import check_out
 from rayfed.config.load import dump_settings
 from rayfed.config.sweep import Sweep, load_sweep
-from rayfed.errors import RunError, UserError
+from rayfed.errors import RunError
 from rayfed.files import atomic_write
-from rayfed.sweeps.flasc_search import FlascSearchRun
-from rayfed.sweeps.log import SweepLog, run_trials, to_run
-from rayfed.sweeps.optimize import OptunaSearch
+from rayfed.storage import slug
+from rayfed.sweeps.flasc import FlascSearch
+from rayfed.sweeps.log import SweepLog
+from rayfed.sweeps.optuna_search import OptunaSearch
+from rayfed.sweeps.pbt import PbtSearch
 from rayfed.sweeps.plan import Trial, plan_trials
-from rayfed.sweeps.population import PopulationSearch
-from rayfed.sweeps.stages import StagedSearch
-from rayfed.sweeps.table import NOT_CHOSEN, STOPPED, TrialRow, choosing, table_of
-from rayfed.sweeps.trial import locked, outcome
+from rayfed.sweeps.stages import StagedSearch, run_trials, trials_to_run
+from rayfed.sweeps.table import NOT_SELECTED, STOPPED, TrialRow, make_table, selection_trials
+from rayfed.sweeps.trial import locked, read_outcome
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Table
 from rayfed.tracking.console import PlainView
 
+SEARCHES: dict[str, type[StagedSearch]] = {"flasc": FlascSearch, "optuna": OptunaSearch, "pbt": PbtSearch}
+
 
 @dataclass(frozen=True)
 class SweepResult:
-    """A finished sweep: its directory, a line a trial (as in sweep.jsonl), the table."""
+    """A finished sweep: its directory, the rows of sweep.jsonl, the table."""
 
     out: Path
-    lines: list[TrialRow]
+    rows: list[TrialRow]
     table: Table
 
     @property
     def failed(self) -> list[TrialRow]:
-        return [line for line in self.lines if line["status"] not in ("done", NOT_CHOSEN, STOPPED)]
+        """The rows of trials that should have finished, but did not."""
+        return [row for row in self.rows if row["status"] not in ("done", NOT_SELECTED, STOPPED)]
 
 
 def run_sweep(
-    path: str | Path, overrides: Sequence[str] = (), out: str | Path | None = None, resume: bool = False
-) -> SweepResult:
-    """Runs the sweep in the file at ``path`` to its end; a failed trial is recorded and stops no other.
+    path: str | Path, overrides: Sequence[str] = (), out: str | Path | None = None, resume: bool = False,
+    on_trial_end: Callable[[Trial], object] | None = None,
+) -> SweepResult:  # fmt: skip
+    """Runs the sweep in the file at ``path`` to its end. A failed trial is recorded, and the others continue.
 
-    ``out`` (default `runs/NAME-TIME`) must be empty or absent unless ``resume``. UserError before anything is started
-    or written where something is wrong with any trial; RunError where another process has the sweep.
+    ``out`` (default `runs/NAME-TIME`) must be empty or absent unless ``resume``. ``on_trial_end`` is called with every
+    trial that has ended, after its outcome is written. Raises UserError, before anything is started or written, where a
+    trial is wrong; RunError where another process runs the sweep.
     """
     settings, sweep = load_sweep(path, overrides)
     name = slug(str(settings.get("name", "sweep")))
     out = (Path(out) if out is not None else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
-    _check_out(out, resume)
-    search = _searcher(settings, sweep, out)
+    check_out(out, resume, "sweep", "sweep.yaml")
+    search = SEARCHES[sweep.search.kind](settings, sweep, out) if sweep.search else None
     trials, federations = ([], {}) if search else plan_trials(settings, sweep)
     for trial in trials:
-        outcome(out, trial)  # made with these settings, or refused
+        read_outcome(out, trial)  # UserError if the trial was made with other settings
     with locked(out, f"--out: {out} is in use by another sweep", wait=False):
         atomic_write(out / "sweep.yaml", dump_settings({**settings, "sweep": sweep.model_dump(mode="json")}))
         console = (settings.get("tracking") or {}).get("console") != "off"
         view = PlainView(sys.stdout if console else io.StringIO())
-        books = SweepLog(out, trials, sweep, view, search.table if search else table_of)
+        table_of = search.table if search else lambda trials, rows: make_table(trials, rows, sweep)
+        log = SweepLog(out, sweep, view, table_of, on_trial_end)
         if search:
-            search.run(books)
+            search.run(log)
         else:
-            _run_list(trials, sweep, out, federations, books)
-        table = books.write()
+            _run_list(trials, sweep, out, federations, log)
+        table = log.write()
         view.table(table)
-    return SweepResult(out, list(books.lines.values()), table)
-
-
-def _searcher(settings: dict[str, Any], sweep: Sweep, out: Path) -> StagedSearch | None:
-    """What decides by itself what runs, all checked; None where the sweep is a list."""
-    if sweep.search is None:
-        return None
-    searchers: dict[str, type[StagedSearch]] = {
-        "flasc": FlascSearchRun,
-        "optuna": OptunaSearch,
-        "pbt": PopulationSearch,
-    }
-    return searchers[sweep.search.kind](settings, sweep, out)
+    return SweepResult(out, list(log.rows.values()), table)
 
 
 def _run_list(
-    trials: Sequence[Trial], sweep: Sweep, out: Path, federations: Mapping[str, Federation], books: SweepLog
+    trials: Sequence[Trial], sweep: Sweep, out: Path, federations: Mapping[str, Federation], log: SweepLog
 ) -> None:
-    """The trials of a fixed list: all of them, or in two steps where the first seeds choose what the others run."""
-    first = choosing(trials, sweep)
-    todo = to_run(out, trials)
-    now = [trial for trial in todo if trial in first]
-    later = f"; {len(trials) - len(first)} wait for what they choose" if len(first) < len(trials) else ""
-    books.know(trials)
-    books.say(f"sweep {out}: {len(first)} trials, {len(now)} to run{later}")
-    run_trials(now, sweep, out, federations, books)
+    """Runs the trials of a sweep without a search. With `tune_seeds`, the trials of the first seeds run first."""
+    first = selection_trials(trials, sweep)
+    missing = trials_to_run(out, trials)
+    now = [trial for trial in missing if trial in first]
+    later = f"; {len(trials) - len(first)} wait for the selection" if len(first) < len(trials) else ""
+    log.set_trials(trials)
+    log.event(f"sweep {out}: {len(first)} trials, {len(now)} to run{later}")
+    run_trials(now, sweep, out, federations, log)
     if later:
-        best = books.choose()
-        now = [trial for trial in todo if trial in best and trial not in first]
-        books.say(f"chosen: {len(best)} trials of {len(trials)}, {len(now)} to run")
-        # What was chosen runs to its end: a mean over the seeds that were not stopped would flatter it.
-        run_trials(now, sweep.model_copy(update={"stop": None}), out, federations, books)
-
-
-def _check_out(out: Path, resume: bool) -> None:
-    for place in (out, *out.parents):
-        if place.exists() and not place.is_dir():
-            raise UserError(f"--out: got {str(out)!r}, but {place} is a file")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if not resume:
-        raise UserError(f"--out: got {str(out)!r}, but it is not empty; continue it with --resume or name another")
-    if not (out / "sweep.yaml").is_file():
-        raise UserError(f"--resume: got {str(out)!r}, but that is no sweep's directory: it has no sweep.yaml")
+        selected = log.select()
+        now = [trial for trial in missing if trial in selected and trial not in first]
+        log.event(f"selected: {len(selected)} trials of {len(trials)}, {len(now)} to run")
+        # Without `stop`: a mean over only those seeds that were not stopped would be too good.
+        run_trials(now, sweep.model_copy(update={"stop": None}), out, federations, log)
 
 
 def check_failed(result: SweepResult) -> None:
-    """RunError where some trial did not finish: the command's exit code says so."""
+    """RunError if a trial did not finish: then the command's exit code is 1."""
     if result.failed:
         raise RunError(
-            f"{len(result.failed)} of {len(result.lines)} trials did not finish; --resume tries them again "
+            f"{len(result.failed)} of {len(result.rows)} trials did not finish; --resume tries them again "
             f"({result.out / 'sweep.jsonl'} says why)"
         )

@@ -1,8 +1,8 @@
-"""One trial: a rayfed run in its own directory, and the record of how it ended.
+"""One trial: a run in its own directory, and the file that records its outcome.
 
-The run directory `trials/NAME/` and the record `trials/NAME.json` are the truth; what Ray Tune remembers is not. A
-trial is done when its record says so. Until then it starts, or continues from its run's own checkpoint; the first time,
-where it `continues` another trial, from that one's.
+A resumed sweep reads the run directories `trials/NAME/` and the outcomes `trials/NAME.json`, and nothing that Ray Tune
+remembers. A trial has ended once its outcome is recorded. Until then it starts, or continues from its own checkpoint. A
+trial that `continues` another one starts from the last checkpoint of that trial.
 """
 
 from __future__ import annotations
@@ -27,89 +27,90 @@ from rayfed.sweeps.warm_start import warm_start
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Sink
 
+Status = Literal["done", "failed", "stopped"]
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended, the digest of its settings, and its run's summary, its one-line error or its last round."""
+    """How a trial ended. ``digest`` is that of its settings, ``summary`` that of its run."""
 
-    status: Literal["done", "failed", "stopped"]
+    status: Status
     digest: str
     error: str | None = None
+    """One line, if the trial failed."""
     summary: dict[str, Any] = field(default_factory=dict)
-    round: int | None = None  # after which it was stopped
+    round: int | None = None
+    """The last round of a trial that was stopped early."""
 
 
-def place(out: Path, trial: Trial) -> Path:
+def trial_folder(out: Path, trial: Trial) -> Path:
     """The trial's run directory in the sweep's directory ``out``."""
     return out / "trials" / trial.name
 
 
-def outcome(out: Path, trial: Trial) -> Outcome | None:
-    """The trial's record, or None where it has not ended. UserError where it was made with other settings."""
-    path = record_of(out, trial)
-    made_with = None
-    known = None
-    if path.is_file():
-        try:
-            known = Outcome(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"--resume: {path} is damaged ({error}); remove it to run the trial again") from None
-        made_with = known.digest
-    elif (place(out, trial) / "config.yaml").is_file():
-        made_with = load_config(place(out, trial) / "config.yaml").digest()
-    now = trial.experiment.digest()
-    if made_with not in (None, now):
-        raise UserError(
-            f"--resume: {place(out, trial)} was made with other settings (digest {made_with}, these have {now}); "
-            "resume with the sweep's own sweep.yaml or choose another --out"
-        )
-    return known
-
-
-def record_of(out: Path, trial: Trial) -> Path:
-    """The file that holds the trial's outcome."""
+def outcome_file(out: Path, trial: Trial) -> Path:
+    """The file with the trial's outcome."""
     return out / "trials" / f"{trial.name}.json"
 
 
-def settle(out: Path, trial: Trial, error: str | None, summary: Mapping[str, Any] | None = None) -> None:
-    """Writes how the trial ended."""
-    figures = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in (summary or {}).items()}
-    status: Literal["done", "failed"] = "failed" if error else "done"
-    write_json(record_of(out, trial), asdict(Outcome(status, trial.experiment.digest(), error, figures)))
+def read_outcome(out: Path, trial: Trial) -> Outcome | None:
+    """The trial's outcome; None before its end. UserError if the trial was made with other settings."""
+    path, config = outcome_file(out, trial), trial_folder(out, trial) / "config.yaml"
+    outcome = None
+    old = now = trial.experiment.digest()
+    if path.is_file():
+        try:
+            outcome = Outcome(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"--resume: {path} is damaged ({error}); remove it to run the trial again") from None
+        old = outcome.digest
+    elif config.is_file():
+        old = load_config(config).digest()
+    if old != now:
+        raise UserError(
+            f"--resume: {config.parent} was made with other settings (digest {old}, these have {now}); "
+            "resume with the sweep's own sweep.yaml or choose another --out"
+        )
+    return outcome
 
 
-def settle_stopped(out: Path, trial: Trial, round: int) -> None:
-    """Writes that the trial was stopped after that round: it has not finished, and never will."""
-    write_json(record_of(out, trial), asdict(Outcome("stopped", trial.experiment.digest(), round=round)))
+def record_outcome(
+    out: Path, trial: Trial, status: Status, *, error: str | None = None, summary: Mapping[str, Any] | None = None,
+    round: int | None = None,
+) -> None:  # fmt: skip
+    """Writes the trial's outcome."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in (summary or {}).items()}
+    write_json(outcome_file(out, trial), asdict(Outcome(status, trial.experiment.digest(), error, finite, round)))
 
 
-def work(trial: Trial, out: Path, federation: Federation, sink: Sink) -> None:
-    """Runs the trial to its end and records it. Only what kills the process leaves it without a record."""
-    folder = place(out, trial)
+def run_trial(trial: Trial, out: Path, federation: Federation, sink: Sink | None = None) -> None:
+    """Runs the trial to its end and records the outcome. Only the death of the process leaves it without one."""
+    folder = trial_folder(out, trial)
     with locked(folder, f"{folder}: another process is still writing it"):
-        if not (folder / "config.yaml").is_file():  # killed before its first round
+        if not (folder / "config.yaml").is_file():  # the process died before the first round
             _empty(folder)
         try:
             if trial.continues and not (folder / "config.yaml").is_file():
                 warm_start(folder.with_name(trial.continues), folder, trial.experiment)
             result = run(trial.experiment, folder, resume=True, sink=sink, federation=federation)
         except Exception as error:
-            settle(out, trial, in_one_line(error))
+            record_outcome(out, trial, "failed", error=in_one_line(error))
         else:
-            settle(out, trial, None, result.summary)
+            record_outcome(out, trial, "done", summary=result.summary)
 
 
 def in_one_line(error: Exception) -> str:
-    """What went wrong, on one line; the kind of error too, where it is none of rayfed's own."""
+    """The message of the error on one line; with the error's class if the error is not one of rayfed's own."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
     return line if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {line}"
 
 
 @contextmanager
 def locked(folder: Path, refusal: str, wait: bool = True) -> Iterator[None]:
-    """Holds the folder, made where it is missing, against other processes; the lock ends with the process.
+    """Makes the folder if it is missing, and locks it against other processes. The lock ends with the process.
 
-    A trial whose sweep was killed may live on for a moment: with ``wait`` that is waited for, else RunError.
+    A trial of a killed sweep may live on for a moment. With ``wait`` the caller waits for its end; without, RunError
+    with the text ``refusal``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)

@@ -85,6 +85,21 @@ class Task:
         """The names that `metrics` returns: metrics.jsonl has them under `eval/` and `test/`."""
         return ()
 
+    def metric_keys(self, eval: Eval) -> tuple[str, ...]:
+        """The keys of metrics.jsonl by which runs of the task can be compared: each holds one number.
+
+        ``eval`` is the section `eval`, which decides what a run measures. The default is the loss and all of
+        `metric_names`; a task whose metrics include lists overrides it.
+        """
+        suffixes = ("", "_masked") if eval.masked else ("",)
+        names = ("loss", *self.metric_names())
+        return tuple(f"{split}/{name}{suffix}" for split in ("eval", "test") for name in names for suffix in suffixes)
+
+    @property
+    def exact(self) -> bool:
+        """Whether `exact_metrics` gives the metrics. Then every round has them, and no validation rows are needed."""
+        return type(self).exact_metrics is not Task.exact_metrics
+
     def exact_metrics(self, federation: Federation, changes: Mapping[str, LowRank | Tensor]) -> dict[str, float] | None:
         """Metrics, by their whole keys, of the global model by a formula; None where rows must be evaluated instead."""
         return None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rayfed.config.describe import format_value
 from rayfed.config.task import Data, Model, Partition, Problem
-from rayfed.errors import UserError
+from rayfed.errors import UserError, allowed
 from rayfed.lora.adapter import LowRank
 from rayfed.tasks.base import Task
 from rayfed.tasks.data.federation import Federation
@@ -78,7 +78,7 @@ class LowRankRegression(Task):
         return cls(problem, partition, model, seed)
 
     def check(self, *, lora: Lora, server: Server, eval: Eval, engine: Engine) -> None:
-        for field, value, allowed, why in (
+        for field, value, wanted, why in (
             ("partition.kind", self.partition.kind, "natural", "every client has rows of its own"),
             ("model.dtype", self.model.dtype, "float32", "distances are finer than other formats"),
             ("engine.gradient_checkpointing", engine.gradient_checkpointing, False, "the model is one layer"),
@@ -87,29 +87,20 @@ class LowRankRegression(Task):
             ("eval.clients", eval.clients, False, "there are no classes"),
             ("eval.early_stop", eval.early_stop and dict(eval.early_stop), None, "there are no validation data"),
         ):
-            if value != allowed:
-                raise UserError(
-                    f"{field}: got {format_value(value)}, but with data.source=lowrank {why}; allowed is "
-                    f"{format_value(allowed, quotes=False)}"
-                )
-        if server.cohort > self.partition.clients:
-            raise UserError(
-                f"server.cohort: got {server.cohort}, but the population has only {self.partition.clients} clients "
-                "(partition.clients)"
-            )
+            if value != wanted:
+                what = f"with data.source=lowrank {why}; allowed is {format_value(wanted, quotes=False)}"
+                raise UserError(f"{field}: got {format_value(value)}, but {what}")
+        clients = self.partition.clients
+        if server.cohort > clients:
+            what = f"the population has only {clients} clients (partition.clients)"
+            raise allowed("server.cohort", server.cohort, what)
 
     def load_data(self) -> Federation:
         own = self.problem
         problem = known.make_problem(
-            out=own.outputs,
-            inner=own.inputs,
-            rank=own.true_rank,
-            clients=self.partition.clients,
-            rows=own.rows,
-            condition=own.condition,
-            shift=own.shift,
-            seed=self.seed,
-        )
+            out=own.outputs, inner=own.inputs, rank=own.true_rank, clients=self.partition.clients, rows=own.rows,
+            condition=own.condition, shift=own.shift, seed=self.seed,
+        )  # fmt: skip
         nothing = NumberRows(problem.features[:0], problem.targets[:0])
         return Federation(
             NumberRows(problem.features, problem.targets),
@@ -131,6 +122,9 @@ class LowRankRegression(Task):
     def loss(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         losses = 0.5 * (outputs - labels).square().flatten(1).sum(1)
         return losses, torch.ones_like(losses)
+
+    def metric_keys(self, eval: Eval) -> tuple[str, ...]:
+        return "eval/loss", "eval/gap"
 
     def exact_metrics(self, federation: Federation, changes: Mapping[str, LowRank | Tensor]) -> dict[str, float] | None:
         """`eval/loss`: F(W). `eval/gap`: the share of the initial gap F(0) - F(W*) that is left."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rayfed.config.task import Data, Model, Partition, Problem
-from rayfed.errors import UserError
+from rayfed.errors import UserError, allowed
 from rayfed.tasks.base import Metric, Task
 from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.base import FrozenBase, load_base, load_tokenizer, longest_input, model_path
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from rayfed.config.execution import Engine
     from rayfed.config.method import Lora
     from rayfed.config.training import Eval, Server
+
+LISTS = ("recall_per_class", "confusion_matrix")  # the metrics that are not one number
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,8 @@ class TextClassification(Task):
     def check(self, *, lora: Lora, server: Server, eval: Eval, engine: Engine) -> None:
         clients = self.partition.clients
         if self.partition.kind != "natural" and server.cohort > clients:
-            raise UserError(
-                f"server.cohort: got {server.cohort}, but the population has only {clients} clients (partition.clients)"
-            )
+            what = f"the population has only {clients} clients (partition.clients)"
+            raise allowed("server.cohort", server.cohort, what)
         if self.partition.kind == "natural" and self.data.client is None:
             raise UserError("data.client: got null, but partition.kind=natural needs the column that names the client")
         if eval.early_stop and self.data.source == "stdlib" and self.data.validation == 0:
@@ -67,16 +68,15 @@ class TextClassification(Task):
         )
         longest = max(int(split.lengths.max(initial=0)) for split in (train, validation, test))
         if limit is not None and longest > limit:
-            raise UserError(
-                f"data.max_tokens: got {cut}, but some texts have {longest} tokens and the model takes at most {limit}"
-            )
+            what = f"some texts have {longest} tokens and the model takes at most {limit}"
+            raise allowed("data.max_tokens", cut, what)
         return Federation(
             train,
             validation,
             test,
             classes=data.classes,
             rows=np.concatenate(parts).astype(np.int64),
-            starts=np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64),
+            starts=np.cumsum([0, *map(len, parts)], dtype=np.int64),
         )
 
     def load_base(self, federation: Federation) -> FrozenBase:
@@ -93,10 +93,8 @@ class TextClassification(Task):
         most = self.data.max_tokens
         found = choose_batching(base.model, min(most, longest_input(self.model) or most))
         if padding == "never" and isinstance(found, Padded):
-            raise UserError(
-                f"engine.padding: got 'never', but this model needs padding ({found.reason}); allowed are auto and "
-                "batch"
-            )
+            what = f"this model needs padding ({found.reason}); allowed are auto and batch"
+            raise allowed("engine.padding", padding, what)
         return found
 
     def loss(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +119,11 @@ class TextClassification(Task):
         }
 
     def metric_names(self) -> tuple[str, ...]:
-        return "accuracy", "macro_f1", "recall_per_class", "confusion_matrix"
+        return "accuracy", "macro_f1", *LISTS
+
+    def metric_keys(self, eval: Eval) -> tuple[str, ...]:
+        keys = [key for key in super().metric_keys(eval) if not any(name in key for name in LISTS)]
+        return (*keys, *(["test/accuracy_clients"] if eval.clients else []))
 
     def save_tokenizer(self, folder: Path) -> None:
         load_tokenizer(self.model).save_pretrained(folder)

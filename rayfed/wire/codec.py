@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from rayfed.wire.indices import MAX_LENGTH, Coding, decode_indices, encode_indices
-from rayfed.wire.values import FORMATS, decode_values, value_bytes, value_section
+from rayfed.wire.values import FORMATS, decode_values, encode_values, value_bytes
 
 VERSION = 1
-"""The payload format this code writes, and the newest it reads."""
+"""The payload format that this code writes and reads."""
 
 _MAGIC = b"rfed"
 _FIELDS = struct.Struct("<4sBBBIIIQ")
@@ -60,11 +60,6 @@ class Payload:
     """int64, shape (count,), strictly increasing; None when every entry travels."""
     values: Tensor
     """float32, shape (count,)."""
-    format: str
-    """The value format that travelled, one of ``FORMATS``."""
-    bytes_header: int
-    bytes_indices: int
-    bytes_values: int
 
     @property
     def count(self) -> int:
@@ -75,8 +70,7 @@ class Payload:
         """The vector that the receiver gets: float32, shape (n,), a new tensor on the CPU."""
         if self.indices is None:
             return self.values.clone()
-        dense = torch.zeros(self.n)
-        return dense.index_copy_(0, self.indices, self.values)
+        return torch.zeros(self.n).index_copy_(0, self.indices, self.values)
 
 
 def encode(x: Tensor, *, indices: Tensor | None = None, values: str = "fp32") -> bytes:
@@ -97,15 +91,14 @@ def encode(x: Tensor, *, indices: Tensor | None = None, values: str = "fp32") ->
     if x.ndim != 1 or x.dtype != torch.float32 or x.numel() > MAX_LENGTH:
         raise ValueError(f"x: got {x.dtype} of shape {tuple(x.shape)}, but a payload carries a flat float32 vector")
     x = x.detach().cpu()
-    coding, index_section = Coding.ALL, b""
-    travelling = x
+    coding, index_section, travelling = Coding.ALL, b"", x
     if indices is not None:
         if indices.dtype != torch.int64:  # as an index, uint8 would be a mask
             raise ValueError(f"indices: got {indices.dtype}, but they must be int64")
         indices = indices.cpu()
         coding, index_section = encode_indices(indices.numpy(), x.numel())
         travelling = x.index_select(0, indices)
-    written = value_section(travelling, values)
+    written = encode_values(travelling, values)
     lengths = (x.numel(), travelling.numel(), len(index_section), len(written))
     fields = _FIELDS.pack(_MAGIC, VERSION, FORMATS.index(values), coding, *lengths)
     crc = zlib.crc32(written, zlib.crc32(index_section, zlib.crc32(fields)))
@@ -122,8 +115,8 @@ def decode(data: bytes | memoryview) -> Payload:
         The payload. Its tensors are on the CPU and share no memory with ``data``.
 
     Raises:
-        WireError: too short, wrong magic, another version, truncated, trailing bytes, checksum mismatch, or sections
-            that contradict each other.
+        WireError: too short, wrong magic, another version, another length, checksum mismatch, or sections that
+            contradict each other.
     """
     view = memoryview(data).cast("B")
     sizes, coding, format = _read_header(view)
@@ -138,7 +131,7 @@ def decode(data: bytes | memoryview) -> Payload:
             indices = torch.from_numpy(decode_indices(coding, view[HEADER_BYTES:values_at], sizes.n, sizes.count))
     except ValueError as error:
         raise WireError(f"payload: {error}") from None
-    return Payload(sizes.n, indices, values, format, sizes.bytes_header, sizes.bytes_indices, sizes.bytes_values)
+    return Payload(sizes.n, indices, values)
 
 
 def inspect(data: bytes | memoryview) -> Sizes:
@@ -157,20 +150,16 @@ def _read_header(view: memoryview) -> tuple[Sizes, int, str]:
     magic, version, format, coding, n, count, bytes_indices, bytes_values = _FIELDS.unpack_from(view)
     if magic != _MAGIC:
         raise WireError(f"payload: wrong magic {magic!r}, these bytes were not written by rayfed")
-    if version > VERSION:
-        raise WireError(f"payload: format version {version} is newer than the {VERSION} this rayfed reads; upgrade it")
-    if version < 1:
-        raise WireError(f"payload: unknown format version {version}")
+    if version != VERSION:
+        raise WireError(f"payload: got format version {version}, but this rayfed reads version {VERSION}")
     whole = HEADER_BYTES + bytes_indices + bytes_values
-    if len(view) < whole:
-        raise WireError(f"payload: truncated, {len(view)} of {whole} bytes")
-    if len(view) > whole:
-        raise WireError(f"payload: {len(view) - whole} trailing bytes after {whole}")
+    if len(view) != whole:
+        raise WireError(f"payload: {len(view)} bytes where the header announces {whole}")
     if format >= len(FORMATS):
         raise WireError(f"payload: unknown value format {format}")
     # The length of the value section must fit the count. So a false count cannot make `decode` allocate memory.
     if not count <= n <= MAX_LENGTH or bytes_values != value_bytes(count, FORMATS[format]):
         raise WireError(f"payload: {count} of {n} entries do not take {bytes_values} value bytes in {FORMATS[format]}")
-    if coding == Coding.ALL and (count != n or bytes_indices):
-        raise WireError(f"payload: every entry travels, yet it has {count} of {n} and {bytes_indices} index bytes")
+    if coding in (Coding.ALL, Coding.NONE) and (count != (n if coding == Coding.ALL else 0) or bytes_indices):
+        raise WireError(f"payload: {count} of {n} entries and {bytes_indices} index bytes contradict its index coding")
     return Sizes(n, count, HEADER_BYTES, bytes_indices, bytes_values), coding, FORMATS[format]

@@ -96,7 +96,7 @@ def test_the_directory_must_be_free(refused: Callable[..., str], config: Path, t
     assert refused(config, "--out", tmp_path / "used") == (
         f"--out: got {str(tmp_path / 'used')!r}, but it is not empty; continue it with --resume or name another"
     )
-    assert refused(config, "--out", tmp_path / "used" / "notes.txt").endswith("but that is a file")
+    assert refused(config, "--out", tmp_path / "used" / "notes.txt").endswith("notes.txt is a file")
 
 
 def test_the_directory_cannot_lie_in_a_file(refused: Callable[..., str], config: Path) -> None:

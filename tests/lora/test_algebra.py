@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -114,29 +114,12 @@ def test_stack_of_one_and_of_two():
     assert torch.equal(two.A, torch.cat([3.0 * pair.A, -0.5 * other.A]))
 
 
-def test_stack_refuses():
-    pair = pair_of(5, 4, 2)
-    with pytest.raises(ValueError, match="0 for 0"):
-        algebra.stack([], [])
-    with pytest.raises(ValueError, match="2 for 1"):
-        algebra.stack([pair], [1.0, 2.0])
-    with pytest.raises(ValueError, match="one shape"):
-        algebra.stack([pair, pair_of(4, 5, 2)], [1.0, 1.0])
-
-
 def test_mixed_dtypes_take_the_widest_and_dtype_overrules():
     single, double = pair_of(6, 5, 2, dtype=torch.float32), pair_of(6, 5, 2, seed=3)
     assert algebra.stack([single, double], [1, 1]).A.dtype == torch.float64
     assert algebra.svd(LowRank(single.B, double.A, 1.0)).S.dtype == torch.float64
     assert algebra.svd(single, dtype=torch.float64).U.dtype == torch.float64
     assert algebra.truncate(double, 1, 1.0, dtype=torch.float32).B.dtype == torch.float32
-    half = LowRank(single.B.bfloat16(), single.A.bfloat16(), 1.0)
-    for change in (half, half.B):
-        with pytest.raises(ValueError, match=r"dtype: got torch\.bfloat16"):
-            algebra.svd(change)
-    check_spectrum(algebra.svd(half, dtype=torch.float32), oracle(half), 2, 1e-6, size(half))
-    with pytest.raises(ValueError, match=r"dtype: got torch\.float16"):
-        algebra.svd(single, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -201,45 +184,10 @@ def test_svd_refuses_what_has_none(bad, part, rank, dtype):
     getattr(pair, part)[1, 2] = bad
     with pytest.raises(RunError, match="not finite"):
         algebra.svd(pair)
-    with pytest.raises(RunError, match="not finite"):
-        algebra.top_svd(pair.B @ pair.A, 2)
-    with pytest.raises(RunError, match="not finite"):
-        algebra.top_svd(pair.B @ pair.A, 2, exact=False)
-
-
-def test_ranks_and_shapes_are_checked():
-    pair, W = pair_of(9, 8, 3), gaussian(9, 8)
-    for call in (
-        lambda: algebra.svd(pair, 0),
-        lambda: algebra.truncate(pair, -1, 1.0),
-        lambda: algebra.top_svd(W, 0),
-        lambda: algebra.factors(algebra.svd(pair), 0, 1.0),
-    ):
-        with pytest.raises(ValueError, match="rank: got"):
-            call()
-    for call in (
-        lambda: algebra.svd(W[0]),
-        lambda: algebra.norm(W[0]),
-        lambda: algebra.top_svd(W[None], 2),
-        lambda: algebra.inner(W[0], W[0]),
-        lambda: algebra.distance(W[0], W[0]),
-        lambda: algebra.add(W[0], pair),
-    ):
-        with pytest.raises(ValueError, match="matrix"):
-            call()
-    with pytest.raises(ValueError, match="oversample and iterations"):
-        algebra.top_svd(W, 2, oversample=-1)
-    with pytest.raises(ValueError, match="oversample and iterations"):
-        algebra.top_svd(W, 2, iterations=-1)
-    for scale in (0.0, -1.0, math.nan, math.inf):
-        for call in (
-            lambda scale=scale: algebra.truncate(pair, 2, scale),
-            lambda scale=scale: algebra.rescale(pair, scale),
-        ):
-            with pytest.raises(ValueError, match="scale: got"):
-                call()
-    with pytest.raises(ValueError, match="split: got 'a'"):
-        algebra.truncate(pair, 2, 1.0, "a")
+    W = torch.full((300, 300), bad, dtype=dtype)
+    for change in (pair.B @ pair.A, W):  # exact, randomised
+        with pytest.raises(RunError, match="not finite"):
+            algebra.top_svd(change, 2)
 
 
 # Shapes whose matrix would take 30 billion entries: only the factored form fits in any memory here.
@@ -250,11 +198,9 @@ def test_no_matrix_is_formed(dtype):
     got = algebra.svd(x)
     assert (got.U.shape, got.Vh.shape) == ((out, 3), (3, inner))
     assert float(got.S.double().square().sum().sqrt()) == pytest.approx(algebra.norm(x), rel=1e-6)
-    both = algebra.truncate(algebra.stack([x, y], [1.0, 1.0]), 5, 3.0, "sqrt")
-    assert algebra.distance(both, algebra.stack([x, y], [1.0, 1.0])) < 1e-5 * algebra.norm(both)
-    assert algebra.distance(x, y) ** 2 == pytest.approx(
-        algebra.norm(x) ** 2 + algebra.norm(y) ** 2 - 2 * algebra.inner(x, y), rel=1e-9
-    )
+    both = algebra.stack([x, y], [1.0, 1.0])
+    error = algebra.stack([algebra.truncate(both, 5, 3.0, "sqrt"), both], [1.0, -1.0], dtype=torch.float64)
+    assert algebra.norm(error) < 1e-5 * algebra.norm(both)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +219,7 @@ def test_no_matrix_is_formed(dtype):
 def test_randomised_top_svd_is_nearly_the_best_and_tells_what_it_misses(spectrum, excess, shape, dtype):
     j = torch.arange(min(shape), dtype=torch.float64)
     W = decaying(*shape, spectrum(j), dtype)
-    got = algebra.top_svd(W, 20, exact=False)
+    got = algebra.top_svd(W, 20)
     assert got.S.dtype == dtype
     U, S, Vh = got.U.double(), got.S.double(), got.Vh.double()
     missed, total = float((oracle(W) - (U * S) @ Vh).square().sum()), algebra.norm(W) ** 2
@@ -292,21 +238,18 @@ def test_top_svd_takes_the_exact_way_where_it_is_cheap(monkeypatch):
     monkeypatch.setattr(algebra, "svd", lambda *args, **kwargs: calls.append(args) or real(*args, **kwargs))
     W = gaussian(400, 300, dtype=torch.float32)
 
-    def exactly(W: Tensor, rank: int, **options) -> bool:
+    def exactly(W: Tensor, rank: int) -> bool:
         calls.clear()
-        assert algebra.top_svd(W, rank, **options).rank == min(rank, *W.shape)
+        assert algebra.top_svd(W, rank).rank == min(rank, *W.shape)
         return bool(calls)
 
     assert exactly(W[:, :256], 4)
     assert not exactly(W, 34)  # 6 * (34 + 16) = 300
     assert exactly(W, 35)
-    assert exactly(W, 4, exact=True)
-    assert not exactly(W, 400, exact=False)
-    assert not exactly(W[:, :20], 2, exact=False)
-    torch.testing.assert_close(algebra.top_svd(W, 400, exact=False).S, torch.linalg.svdvals(W), rtol=1e-5, atol=1e-5)
+    assert exactly(W, 400)
 
 
-def test_the_bits_repeat_and_the_seed_matters():
+def test_the_bits_repeat_whatever_the_global_seed():
     W, pair = gaussian(400, 300, dtype=torch.float32), pair_of(300, 200, 16, dtype=torch.float32)
 
     def bits(spectrum: algebra.Spectrum) -> tuple[bytes, ...]:
@@ -317,7 +260,6 @@ def test_the_bits_repeat_and_the_seed_matters():
     torch.manual_seed(2)
     again = algebra.top_svd(W.clone(), 5), algebra.svd(LowRank(pair.B.clone(), pair.A.clone(), 1.0))
     assert [bits(x) for x in first] == [bits(x) for x in again]
-    assert bits(algebra.top_svd(W, 5, seed=1)) != bits(first[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -376,12 +318,6 @@ def test_tail_energy_is_exactly_zero_where_nothing_is_left(dtype, seed):
     assert algebra.tail_energy(torch.zeros(0), 7.0, 0) == 7.0
 
 
-def test_tail_energy_refuses():
-    for rank, total in ((-1, 1.0), (1, -1.0), (1, math.nan), (1, math.inf)):
-        with pytest.raises(ValueError, match="rank and total_energy"):
-            algebra.tail_energy(torch.ones(2), total, rank)
-
-
 def test_pad_adds_ranks_that_can_train_and_changes_nothing():
     pair, fresh = pair_of(9, 7, 2, scale=3.0, dtype=torch.float32), gaussian(6, 7, seed=4)
     got = algebra.pad(pair, 5, fresh)
@@ -391,9 +327,6 @@ def test_pad_adds_ranks_that_can_train_and_changes_nothing():
     assert torch.equal(algebra.pad(pair, 2, fresh).A, pair.A)
     with pytest.raises(ValueError, match="rank: got 1"):
         algebra.pad(pair, 1, fresh)
-    for bad in (fresh[:4], fresh[:, :6], fresh[0]):
-        with pytest.raises(ValueError, match="A_fresh must be"):
-            algebra.pad(pair, 5, bad)
 
 
 def test_revive_replaces_dead_ranks_alone():
@@ -413,23 +346,10 @@ def test_revive_replaces_dead_ranks_alone():
     assert torch.equal(got.B[:, 2:], B[:, 2:])
     assert (got.dense() - pair.dense()).norm() <= 3.0 * 1e-8 * fresh[:2].square().sum()
     assert torch.equal(pair.B[:, 1], B[:, 1])
-    exact = algebra.revive(pair, fresh, tol=0)
-    assert torch.equal(exact.A[:2], torch.stack([fresh[0], A[1]]))
-    assert torch.equal(exact.dense(), pair.dense())
-    # The root of the tolerance is a share of the fresh row's norm, for both factors.
-    edge = LowRank(torch.full((1, 1), 1.0), torch.full((1, 1), 1.0), 1.0)
-    assert algebra.revive(edge, torch.tensor([[101.0]]), 1e-4).A.item() == 101.0
-    assert algebra.revive(edge, torch.tensor([[99.0]]), 1e-4).A.item() == 1.0
-
-
-def test_revive_refuses():
-    pair = pair_of(9, 7, 6)
-    for bad in (gaussian(5, 7), gaussian(6, 8)):
-        with pytest.raises(ValueError, match="A_fresh must be"):
-            algebra.revive(pair, bad)
-    for tol in (-1e-9, math.nan):
-        with pytest.raises(ValueError, match="tol: got"):
-            algebra.revive(pair, gaussian(6, 7), tol)
+    # The limit is a share of the fresh row's norm, for both factors.
+    edge = LowRank(torch.ones(1, 1), torch.ones(1, 1), 1.0)
+    assert algebra.revive(edge, torch.tensor([[10100.0]])).A.item() == 10100.0
+    assert algebra.revive(edge, torch.tensor([[9900.0]])).A.item() == 1.0
 
 
 def test_revived_split_of_a_poor_change_trains_in_every_rank():
@@ -454,35 +374,13 @@ def test_rescale_keeps_the_change(dtype, old, new):
 
 @given(
     st.sampled_from([(13, 7), (7, 13), (40, 30)]),
-    st.lists(st.sampled_from([0, 1, 3, 6, 9, 20]), min_size=2, max_size=2),
+    st.sampled_from([0, 1, 3, 6, 7, 20]),
     st.sampled_from(DTYPES),
-    st.sampled_from(["pairs", "pair, dense", "dense, pair", "dense"]),
 )
-@example((13, 7), [6, 7], torch.float32, "pairs")
-def test_inner_norm_and_distance_are_the_dense_ones(shape, ranks, dtype, kinds):
-    pairs = [pair_of(*shape, rank, scale, 20 * rank, dtype) for rank, scale in zip(ranks, (0.7, -2.0))]
-    x, y = pairs
-    if kinds in ("dense", "dense, pair"):
-        x = x.dense()
-    if kinds in ("dense", "pair, dense"):
-        y = y.dense()
-    X, Y = oracle(x), oracle(y)
-    noise = 1e-13 * math.prod(size(pair) for pair in pairs)
-    assert algebra.inner(x, y) == pytest.approx(float((X * Y).sum()), rel=1e-12, abs=noise)
-    assert algebra.norm(x) == pytest.approx(float(X.norm()), rel=1e-12)
-    assert algebra.distance(x, y) == pytest.approx(float((X - Y).norm()), rel=1e-12)
-
-
-@pytest.mark.parametrize("gap", [1e-3, 1e-7, 1e-11])
-def test_distance_sees_changes_that_are_nearly_equal(gap):
-    x = pair_of(60, 40, 4, scale=0.5)
-    y = LowRank(x.B + gap * gaussian(60, 4, seed=3), x.A, 0.5)
-    true = 0.5 * float(((y.B - x.B) @ x.A).norm())
-    for left, right in ((x, y), (x.dense(), y), (x, y.dense())):
-        assert algebra.distance(left, right) == pytest.approx(true, rel=1e-3)
-    # And the same change under another gauge is at no distance.
-    M = gaussian(4, 4, seed=6)
-    assert algebra.distance(x, LowRank(x.B @ M, torch.linalg.solve(M, x.A), 0.5)) < 1e-12 * size(x)
+def test_norm_is_the_dense_one(shape, rank, dtype):
+    pair = pair_of(*shape, rank, -0.7, 20 * rank, dtype)
+    for x in (pair, pair.dense()):
+        assert algebra.norm(x) == pytest.approx(float(oracle(x).norm()), rel=1e-12)
 
 
 def test_norm_of_pairs_that_cancel():
@@ -491,12 +389,6 @@ def test_norm_of_pairs_that_cancel():
         M = gaussian(4, 4, seed=seed + 50)
         nothing = algebra.stack([x, LowRank(x.B @ M, torch.linalg.solve(M, x.A), 1.0)], [1.0, -1.0])
         assert algebra.norm(nothing) <= 1e-8 * size(nothing)
-    x = pair_of(60, 40, 4)
-    for wrong in (pair_of(60, 41, 4), gaussian(61, 40)):
-        with pytest.raises(ValueError, match="one shape"):
-            algebra.inner(x, wrong)
-        with pytest.raises(ValueError, match="one shape"):
-            algebra.distance(wrong, x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -508,10 +400,6 @@ def test_add_is_the_sum_in_the_matrix_dtype(dtype):
     assert torch.equal(W, before)
     assert (oracle(got) - expected).norm() <= TOLERANCE[dtype] * expected.norm()
     torch.testing.assert_close(algebra.add(before, pair), before + oracle(pair).to(dtype))
-    # addmm alone would broadcast these.
-    for wrong in (gaussian(1, 7), gaussian(9, 1)):
-        with pytest.raises(ValueError, match="one shape"):
-            algebra.add(wrong, pair)
 
 
 @pytest.mark.filterwarnings("error")
@@ -520,7 +408,7 @@ def test_parameters_give_results_without_gradient():
     pair = LowRank(pair.B.requires_grad_(), pair.A.requires_grad_(), 1.0)
     W = gaussian(30, 20, dtype=torch.float32).requires_grad_()
     fresh = gaussian(5, 20).requires_grad_()
-    spectra = [algebra.svd(pair), algebra.svd(W), algebra.top_svd(W, 2, exact=False)]
+    spectra = [algebra.svd(pair), algebra.svd(W), algebra.top_svd(gaussian(300, 300).requires_grad_(), 2)]
     results = [
         algebra.stack([pair], [1.0]),
         algebra.truncate(pair, 2, 1.0),
@@ -532,6 +420,4 @@ def test_parameters_give_results_without_gradient():
     assert not any(t.requires_grad for t in [*tensors, algebra.add(W, pair)])
     for x in (pair, W):
         assert algebra.norm(x) > 0
-        assert algebra.inner(x, W) == pytest.approx(algebra.inner(W, x))
-        assert algebra.distance(x, pair) >= 0
     assert algebra.tail_energy(W[0].abs(), 1e9, 1) > 0

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from rayfed.config.sweep import Sweep
-from rayfed.sweeps.space import draw, expand, names, short_names
+from rayfed.sweeps.space import draw, expand, short_names, trial_names
 
 
 def points(seed: int = 0, **section) -> list[dict]:
@@ -38,10 +38,10 @@ def test_cases_are_crossed_with_the_grid_and_their_own_spaces_stay_inside():
     assert len(got) == 6
 
 
-def test_a_label_stands_for_its_case():
+def test_a_label_replaces_the_settings_of_its_case():
     sweep = Sweep(cases={"sparse": {"method.name": "flasc", "wire": {"up": {"density": 0.5}}}, "dense": {}})
-    assert [dict(point.shown) for point in expand(sweep, 0)] == [{"case": "sparse"}, {"case": "dense"}]
-    assert names(expand(sweep, 0)) == ["case=sparse", "case=dense"]
+    assert [dict(point.labels) for point in expand(sweep, 0)] == [{"case": "sparse"}, {"case": "dense"}]
+    assert trial_names(expand(sweep, 0)) == ["case=sparse", "case=dense"]
 
 
 def test_every_point_of_the_grid_gets_the_same_draws():
@@ -94,10 +94,10 @@ def test_names_are_short_different_and_fit_for_a_folder():
             "client.lr": {"grid": [1e-3, 0.00015]},
         }
     )
-    made = names(expand(sweep, 0))
-    assert made[0].startswith("model=a-b-c,ranks=2-4,lr=0.001-")  # told from its twin by a digest
+    made = trial_names(expand(sweep, 0))
+    assert made[0].startswith("model=a-b-c,ranks=2-4,lr=0.001-")  # a digest distinguishes it from the next name
     assert "model=a-b-c,ranks=null,lr=0.00015" in made[3]
     assert len(set(made)) == 8
     assert not any(set(name) & set("/ :*") for name in made)
-    (long,) = names(expand(Sweep(parameters={"model.name": {"grid": ["x" * 500]}}), 0))
+    (long,) = trial_names(expand(Sweep(parameters={"model.name": {"grid": ["x" * 500]}}), 0))
     assert len(long) == 120

@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 
 from rayfed.config.sweep import Sweep, load_sweep
-from rayfed.profiles.client_profiles import check_profiles
-from rayfed.server.axes import resolve
 from rayfed.sweeps.plan import Trial, make_trials, plan_trials
-from rayfed.sweeps.space import expand, names
-from rayfed.sweeps.table import figures, spread, table_of
+from rayfed.sweeps.space import expand, trial_names
+from rayfed.sweeps.table import format_mean, make_table, summarize
 
 GRID = {
     "method.name": {"grid": ["fedit", "rbla"]},
@@ -23,14 +21,13 @@ GRID = {
 ENDS = [(0.50, 0.90), (0.60, 0.80), (0.70, 0.10), (0.60, 0.30), (0.4, 0.4), (0.2, 0.2), None, (0.99, 0.99)]
 
 
-def lines(trials: list[Trial]) -> list[dict[str, Any]]:
-    made = []
+def make_rows(trials: list[Trial]) -> dict[str, dict[str, Any]]:
+    rows = {}
     for trial, end in zip(trials, ENDS, strict=True):
-        line: dict[str, Any] = {"trial": trial.name, "status": "done" if end else "failed"}
+        row = rows[trial.name] = {"trial": trial.name, "status": "done" if end else "failed"}
         if end:
-            line |= {"metric": end[0], "report": end[1], "bytes": 2_000_000, "seconds": 3.0, "server_seconds": 0.2}
-        made.append(line)
-    return made
+            row |= {"metric": end[0], "report": end[1], "bytes": 2_000_000, "seconds": 3.0, "server_seconds": 0.2}
+    return rows
 
 
 @pytest.fixture
@@ -44,7 +41,7 @@ def section(**more: Any) -> Sweep:
 
 
 def test_means_and_deviations_over_the_seeds(trials) -> None:
-    table = table_of(trials, lines(trials), section())
+    table = make_table(trials, make_rows(trials), section())
     assert table.columns == (
         "method.name", "client.lr", "eval/accuracy", "test/accuracy", "MB both ways", "seconds (the server's own)",
         "trials",
@@ -58,28 +55,28 @@ def test_means_and_deviations_over_the_seeds(trials) -> None:
     )
 
 
-def test_a_tuned_setting_is_chosen_on_validation_alone(trials) -> None:
-    table = table_of(trials, lines(trials), section(tune=["client.lr"]))
+def test_a_tuned_setting_is_selected_on_validation_alone(trials) -> None:
+    table = make_table(trials, make_rows(trials), section(tune=["client.lr"]))
     assert [row[:2] for row in table.rows] == [
         ("fedit", "0.2"),  # the better validation, though the worse test
         ("rbla", "0.1"),  # 0.2 looks better, but one of its seeds failed
     ]
     assert table.rows[0][3] == "20.00 ± 14.14 %"
-    table = table_of(trials, lines(trials), section(tune=["client.lr"], mode="min"))
+    table = make_table(trials, make_rows(trials), section(tune=["client.lr"], mode="min"))
     assert [row[:2] for row in table.rows] == [("fedit", "0.1"), ("rbla", "0.1")]
 
 
-def test_later_seeds_take_no_part_in_the_choice(trials) -> None:
-    ends = lines(trials)
-    ends[3]["metric"] = 0.1  # fedit at 0.2: the best of the first seed (0.7), but not of both
+def test_later_seeds_take_no_part_in_the_selection(trials) -> None:
+    ends = make_rows(trials)
+    ends[trials[3].name]["metric"] = 0.1  # fedit at 0.2: the best of the first seed (0.7), but not of both
     for tune_seeds, rate, metric in ((None, "0.1", "55.00 ± 7.07 %"), (1, "0.2", "40.00 ± 42.43 %")):
-        table = table_of(trials, ends, section(tune=["client.lr"], tune_seeds=tune_seeds))
+        table = make_table(trials, ends, section(tune=["client.lr"], tune_seeds=tune_seeds))
         assert (table.rows[0][1], table.rows[0][2], table.rows[0][-1]) == (rate, metric, "2/2")
 
 
 def test_a_row_without_a_finished_trial_is_shown(trials) -> None:
-    ends = [line if i < 6 else {"trial": "", "status": "unfinished"} for i, line in enumerate(lines(trials))]
-    assert table_of(trials, ends, section()).rows[3] == ("rbla", "0.2", "-", "-", "-", "-", "0/2")
+    ends = make_rows(trials) | {trial.name: {"status": "unfinished"} for trial in trials[6:]}
+    assert make_table(trials, ends, section()).rows[3] == ("rbla", "0.2", "-", "-", "-", "-", "0/2")
 
 
 ROUNDS = [
@@ -102,15 +99,15 @@ ROUNDS = [
     [({}, (3, 0.7, 0.3)), ({"at": "best"}, (1, 0.9, 0.1)), ({"at": "best", "mode": "min"}, (3, 0.7, 0.3))],
 )
 def test_the_round_that_counts(more: dict, expected: tuple) -> None:
-    got = figures(ROUNDS, section(**more), "test/accuracy")
+    got = summarize(ROUNDS, section(**more), "test/accuracy")
     assert (got["round"], got["metric"], got["report"]) == expected
     assert (got["bytes"], got["seconds"], got["server_seconds"]) == (40, 4.5, 0.5)
 
 
 def test_an_earlier_round_does_not_speak_for_a_run_that_diverged() -> None:
     diverged = [*ROUNDS, {**ROUNDS[3], "round": 5, "nonfinite": "train/loss=nan eval/accuracy=nan"}]
-    assert figures(diverged, section(), "test/accuracy")["metric"] is None
-    assert figures(diverged, section(at="best"), "test/accuracy")["metric"] == 0.9
+    assert summarize(diverged, section(), "test/accuracy")["metric"] is None
+    assert summarize(diverged, section(at="best"), "test/accuracy")["metric"] == 0.9
 
 
 @pytest.mark.parametrize(
@@ -122,17 +119,14 @@ def test_an_earlier_round_does_not_speak_for_a_run_that_diverged() -> None:
         (None, None, "eval/loss", "-"),
     ],
 )
-def test_how_figures_are_written(centre: float | None, deviation: float | None, key: str, said: str) -> None:
-    assert spread(centre, deviation, key) == said
+def test_how_means_are_written(centre: float | None, deviation: float | None, key: str, said: str) -> None:
+    assert format_mean(centre, deviation, key) == said
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs" / "sweeps").glob("*.yaml")), ids=str)
-def test_the_sweeps_that_come_with_rayfed_are_right(path: Path) -> None:
+def test_the_sweeps_in_configs_are_valid(path: Path) -> None:
     """All but what the data and the model say: every trial's fields and combinations."""
     settings, sweep = load_sweep(path)
     points = expand(sweep, 0)
-    trials = make_trials(settings, points, names(points))
+    trials = make_trials(settings, points, trial_names(points))
     assert len(trials) == len(points)
-    for trial in trials:
-        resolve(trial.experiment)
-        check_profiles(trial.experiment)

@@ -108,7 +108,7 @@ def test_continued_unchanged_it_is_the_unbroken_run(tiny_settings, tmp_path: Pat
 
 @pytest.mark.parametrize("method", METHODS)
 def test_continued_at_another_rate_it_is_the_run_whose_rate_changed(tiny_settings, tmp_path: Path, method: str) -> None:
-    """Whatever a method keeps, of its own or for its clients: a warm-up of four rounds is 1/4, 2/4, 3/4 of the rate."""
+    """With all state of every method and its clients: a warm-up of four rounds is 1/4, 2/4, 3/4 of the rate."""
     options = {"name": method} | ({"rounds_sparse": 1} if method == "slora" else {})
     settings = tiny_settings | {"method": options}
 
@@ -146,7 +146,7 @@ def test_continued_at_another_density_it_is_the_run_whose_density_decayed(tiny_s
 
 
 def test_continued_at_another_rank_it_starts_from_the_same_gap(tiny_settings, tmp_path: Path) -> None:
-    """With nothing learnt any more (a rate near 0, everything sent) the grown model keeps its gap."""
+    """At a rate near 0, with all entries sent, the grown model has the same gap."""
     first = rayfed.run(experiment(tiny_settings, 3), tmp_path / "a")
     still = tiny_settings | {"client": {"lr": 1e-30, "momentum": 0.0, "batch_size": 8, "steps": 1}}
     grown = experiment(still, 4, rank=4, density=1.0, optimizer="fedavg")

@@ -55,15 +55,6 @@ def test_top_k_refuses_what_has_no_order(bad, k):
         top_k(x, k)
 
 
-def test_top_k_refuses_wrong_arguments():
-    with pytest.raises(ValueError, match="flat"):
-        top_k(torch.ones(2, 2), 1)
-    with pytest.raises(ValueError, match="floating"):
-        top_k(torch.ones(2, dtype=torch.int64), 1)
-    with pytest.raises(ValueError, match="k: got -1"):
-        top_k(torch.ones(2), -1)
-
-
 def test_keep_count_is_the_float_product_of_the_paper():
     assert keep_count(100, 0.29) == 28  # 0.29 * 100 is 28.999999999999996
     assert keep_count(600_000, 1 / 64) == 9375
@@ -75,14 +66,6 @@ def test_keep_count_is_the_float_product_of_the_paper():
 @given(st.integers(0, 10**9), st.floats(0, 1, exclude_min=True))
 def test_keep_count_stays_in_range(n, density):
     assert 0 <= keep_count(n, density) <= n
-
-
-@pytest.mark.parametrize("density", [0, -0.1, 1.0001, float("nan"), float("inf")])
-def test_keep_count_refuses(density):
-    with pytest.raises(ValueError, match="density"):
-        keep_count(10, density)
-    with pytest.raises(ValueError, match="n: got -1"):
-        keep_count(-1, 0.5)
 
 
 @given(st.integers(0, 300), st.floats(0.01, 1), st.integers(0, 1000))

@@ -17,7 +17,7 @@ Shape suffixes: K segments or slots, C entries of the longest segment, R largest
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -35,14 +35,13 @@ class SlotConstants:
 
     scales: list[float]
     base_changes: list[LowRank | Tensor | None]
-    _scales: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+    _scales: Tensor | None = None
 
     def scales_like(self, x: Tensor) -> Tensor:
-        """The scales (slots, 1, 1) in the dtype and on the device of ``x``."""
-        if x.dtype not in self._scales:
-            scales = torch.tensor(self.scales, dtype=x.dtype).view(-1, 1, 1)
-            self._scales[x.dtype] = to_device(scales, x.device)
-        return self._scales[x.dtype]
+        """The scales (slots, 1, 1) in the dtype and on the device of ``x``, which are the same in every call."""
+        if self._scales is None:
+            self._scales = to_device(torch.tensor(self.scales, dtype=x.dtype).view(-1, 1, 1), x.device)
+        return self._scales
 
     def base_changes_of(self, segments: Segments, per_entry: int) -> Iterator[tuple[slice, LowRank | Tensor]]:
         """The base changes and the rows of the flattened input (total * per_entry, I) to which they apply.

@@ -53,10 +53,7 @@ class StackedLora(nn.Module):
         """Replaces all slots: one for every pair, B (O, r) and A (r, I), at the largest of their ranks.
 
         None as a pair is a slot without a LoRA term. ``base_changes`` has the frozen base change (O, I) of every slot,
-        or is empty. Memory and bits depend on these arguments alone.
-
-        Raises:
-            ValueError: some pairs have a core and some have none.
+        or is empty. Either all pairs have a core or none has. Memory and bits depend on these arguments alone.
         """
         slots, rank = len(pairs), max((pair.rank for pair in pairs if pair is not None), default=1)
         A_KRI = torch.zeros(slots, rank, self.A_KRI.shape[2], dtype=self.A_KRI.dtype)
@@ -67,11 +64,9 @@ class StackedLora(nn.Module):
                 A_KRI[k, : pair.rank], B_KOR[k, :, : pair.rank] = pair.A, pair.B
                 if pair.R is not None:
                     R_KRR[k, : pair.rank, : pair.rank] = pair.R
-        cores = {pair.R is not None for pair in pairs if pair is not None}
-        if len(cores) > 1:
-            raise ValueError("pairs with a core and pairs without one do not fit into one stack")
+        cores = any(pair is not None and pair.R is not None for pair in pairs)
         self.A_KRI, self.B_KOR = (nn.Parameter(to_device(t, self.device)) for t in (A_KRI, B_KOR))
-        self.R_KRR = nn.Parameter(to_device(R_KRR, self.device)) if True in cores else None
+        self.R_KRR = nn.Parameter(to_device(R_KRR, self.device)) if cores else None
         # By identity: slots that share a base change share its copy on the device.
         copies = {id(change): self._on_device(change) for change in {id(c): c for c in base_changes}.values()}
         on_device = [copies[id(change)] for change in base_changes] or [None] * slots

@@ -133,16 +133,13 @@ class Segments:
                 assert s.dropout_key is not None
                 padded = [shape[1:].numel()] * s.rows
                 keys.append(token_keys(s.dropout_key, s.lengths if self.by_token and s.lengths is not None else padded))
-            self._keys[shape] = self._to_device(torch.from_numpy(np.concatenate(keys))).view(*shape, 1)
+            self._keys[shape] = to_device(torch.from_numpy(np.concatenate(keys)), self.device).view(*shape, 1)
         return self._keys[shape]
 
     @cached_property
     def _index(self) -> Tensor:
-        return self._to_device(torch.tensor(self.slots))
+        return to_device(torch.tensor(self.slots), self.device)
 
     @cached_property
     def _ragged(self) -> RaggedIndex:
         return RaggedIndex(self.sizes, self.device)
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        return to_device(tensor, self.device)

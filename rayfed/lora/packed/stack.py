@@ -84,9 +84,6 @@ class Stack:
         The cost is a few operations per tensor for any number of slots. A GPU is not waited for.
         """
         for name, part, parameter in self.tensors():
-            if len(slots) == len(parameter):
-                self._snapshots[name, part] = parameter.detach().clone()
-                continue
             if (name, part) not in self._snapshots:
                 self._snapshots[name, part] = torch.zeros_like(parameter)
             index = to_device(torch.tensor(slots), parameter.device)

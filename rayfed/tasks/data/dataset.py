@@ -7,8 +7,9 @@ splits that the source lacks. Every error names the file, the column and the row
 from __future__ import annotations
 
 import math
+import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,12 @@ import numpy as np
 
 from rayfed import seeding
 from rayfed.config.task import Data
-from rayfed.errors import UserError
+from rayfed.errors import UserError, allowed
 from rayfed.tasks.data.table import SPLITS, Source, Table
 
 SOURCE_FIELD = {"stdlib": "data.source", "files": "data.path", "hub": "data.name"}
 """The setting that names the source, by `data.source`."""
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,37 +100,31 @@ def _read(settings: Data) -> Source:
     return read_hub(settings)
 
 
-def _column(table: Table, name: str, setting: str) -> list[Any]:
+def _column(table: Table, name: str, setting: str, valid: Callable[[Any], bool], what: str) -> list[Any]:
+    """A column of the table. UserError if there is none, or for its first value that is not ``valid``."""
     if name not in table.columns:
-        raise UserError(f"{setting}: got {name!r}, but {table.origin} has the columns {', '.join(table.columns)}")
+        raise allowed(setting, name, f"{table.origin} has the columns {', '.join(table.columns)}")
+    for row, value in enumerate(table.columns[name], 1):
+        if not valid(value):
+            place = f"{table.origin}, column {name!r}, row {row}"
+            raise UserError(f"{setting}: got {reprlib.repr(value)} in {place}, but {what}")
     return table.columns[name]
 
 
-def _bad_value(setting: str, value: object, table: Table, column: str, row: int, what: str) -> UserError:
-    place = f"{table.origin}, column {column!r}, row {row + 1}"
-    return UserError(f"{setting}: got {reprlib.repr(value)} in {place}, but {what}")
+def _integer_or_string(value: object) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)
 
 
 def _texts(table: Table, column: str) -> list[str]:
-    texts = _column(table, column, "data.text")
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise _bad_value("data.text", text, table, column, row, "texts are strings")
-        if not text.isascii():
-            try:
-                text.encode()  # JSON can contain half a surrogate pair, which tokenizers reject
-            except UnicodeEncodeError:
-                raise _bad_value("data.text", text, table, column, row, "texts are valid Unicode") from None
-    return texts
+    _column(table, column, "data.text", lambda text: isinstance(text, str), "texts are strings")
+    # JSON can contain half a surrogate pair, which tokenizers reject.
+    return _column(table, column, "data.text", lambda text: not SURROGATE.search(text), "texts are valid Unicode")
 
 
 def _owners(table: Table, column: str | None, required: bool) -> np.ndarray | None:
     if column is None or (column not in table.columns and not required):
         return None  # only training rows are partitioned, so only they need the column
-    owners = _column(table, column, "data.client")
-    for row, owner in enumerate(owners):
-        if isinstance(owner, bool) or not isinstance(owner, (int, str)):
-            raise _bad_value("data.client", owner, table, column, row, "owners are integers or strings")
+    owners = _column(table, column, "data.client", _integer_or_string, "owners are integers or strings")
     return np.array([str(owner) for owner in owners], dtype=np.str_)
 
 
@@ -136,40 +132,28 @@ def _labels(
     tables: dict[str, Table], column: str, class_names: tuple[str, ...] | None
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """The labels of each split as class indices, and the class names."""
-    first: dict[type, tuple[object, str]] = {}  # the first label of each type, and its place
-    for table, row, label in _all_labels(tables, column):
-        if isinstance(label, bool) or not isinstance(label, (int, str)):
-            raise _bad_value("data.label", label, table, column, row, "labels are integers or strings")
-        if class_names is not None and not (isinstance(label, int) and 0 <= label < len(class_names)):
-            what = f"labels of this data set are 0 to {len(class_names) - 1}"
-            raise _bad_value("data.label", label, table, column, row, what)
-        first.setdefault(type(label), (label, f"{table.origin} row {row + 1}"))
+    first: dict[type, str] = {}  # the first label of each type, and its place
+    for table in tables.values():
+        labels = _column(table, column, "data.label", _integer_or_string, "labels are integers or strings")
+        if class_names is not None:
+            known, last = range(len(class_names)), len(class_names) - 1
+            _column(table, column, "data.label", known.__contains__, f"labels of this data set are 0 to {last}")
+        for row, label in enumerate(labels, 1):
+            first.setdefault(type(label), f"{reprlib.repr(label)} ({table.origin} row {row})")
     if len(first) > 1:
-        (a, place_a), (b, place_b) = first.values()
-        raise UserError(
-            f"data.label: got {reprlib.repr(a)} ({place_a}) and {reprlib.repr(b)} ({place_b}) in column {column!r}, "
-            "but labels are all integers or all strings"
-        )
-    values = (
-        sorted({label for _, _, label in _all_labels(tables, column)})
-        if class_names is None
-        else range(len(class_names))
-    )
+        both = " and ".join(first.values())
+        raise UserError(f"data.label: got {both} in column {column!r}, but labels are all integers or all strings")
+    values = sorted({label for table in tables.values() for label in table.columns[column]})
+    if class_names is not None:
+        values = list(range(len(class_names)))
     if len(values) < 2:
         raise UserError(f"data.label: got column {column!r} with the one class {values[0]!r}, but two are needed")
     index = {value: i for i, value in enumerate(values)}
-    labels = {
+    indices = {
         name: np.array([index[label] for label in table.columns[column]], dtype=np.int64)
         for name, table in tables.items()
     }
-    return labels, tuple(str(value) for value in values) if class_names is None else class_names
-
-
-def _all_labels(tables: dict[str, Table], column: str) -> Iterator[tuple[Table, int, Any]]:
-    """Every label with its table and row."""
-    for table in tables.values():
-        for row, label in enumerate(_column(table, column, "data.label")):
-            yield table, row, label
+    return indices, class_names or tuple(map(str, values))
 
 
 def _limit(splits: dict[str, Split], examples: int | None, seed: int) -> dict[str, Split]:
@@ -188,14 +172,12 @@ def _limit(splits: dict[str, Split], examples: int | None, seed: int) -> dict[st
 
 def _draw_missing(splits: dict[str, Split], settings: Data, seed: int) -> dict[str, Split]:
     """The splits, with a missing test or validation split drawn from the training rows."""
-    splits = dict(splits)
     for name, share in (("test", settings.test), ("validation", settings.validation)):
         if name in splits:
             continue
         train = splits["train"]
-        drawn = np.zeros(len(train), dtype=bool)
         order = seeding.numpy_rng(seed, "split", name).permutation(len(train))
         # 1e-9 corrects rounding: in floating point 0.29 * 100 is 28.999..., but the share is 29 rows.
-        drawn[order[: math.floor(share * len(train) + 1e-9)]] = True
-        splits[name], splits["train"] = train.take(np.flatnonzero(drawn)), train.take(np.flatnonzero(~drawn))
+        count = math.floor(share * len(train) + 1e-9)
+        splits |= {name: train.take(np.sort(order[:count])), "train": train.take(np.sort(order[count:]))}
     return splits

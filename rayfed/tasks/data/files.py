@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfed.config.task import Data
-from rayfed.errors import UserError, allowed
+from rayfed.errors import UserError, allowed, first_line
 from rayfed.tasks.data.table import SPLITS, Source, Table
 
 INTEGER = re.compile(r"[+-]?\d+")
@@ -74,8 +74,7 @@ def _read(path: Path, settings: Data) -> Columns:
         raise
     # pyarrow raises ValueError and OSError; a truncated or corrupt gzip file raises one of the others.
     except (ValueError, OSError, EOFError, zlib.error) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data.path: {path} cannot be read: {reason}") from error
+        raise UserError(f"data.path: {path} cannot be read: {first_line(error)}") from error
 
 
 def _jsonl(path: Path, settings: Data) -> Columns:
@@ -102,9 +101,6 @@ def _csv(path: Path, settings: Data) -> Columns:
     # Read as strings: pyarrow would turn texts into dates and the client 007 into 7. With more than one thread, errors
     # do not name the row.
     as_text = {name: pyarrow.string() for name in (settings.text, settings.label, settings.client) if name}
-    with pyarrow.input_stream(str(path)) as stream:
-        if not stream.read(1):
-            return {}
     with pyarrow.input_stream(str(path)) as stream:
         table = csv.read_csv(
             stream,
@@ -148,11 +144,7 @@ def _columns(names: list[str], settings: Data, column: Callable[[str], list[Any]
 
 
 READERS: dict[str, Callable[[Path, Data], Columns]] = {
-    ".jsonl": _jsonl,
-    ".jsonl.gz": _jsonl,
-    ".json": _jsonl,
-    ".json.gz": _jsonl,
-    ".csv": _csv,
-    ".csv.gz": _csv,
+    **dict.fromkeys((".jsonl", ".jsonl.gz", ".json", ".json.gz"), _jsonl),
+    **dict.fromkeys((".csv", ".csv.gz"), _csv),
     ".parquet": _parquet,
 }

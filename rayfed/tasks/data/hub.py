@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rayfed.config.task import Data
-from rayfed.errors import UserError, allowed
+from rayfed.errors import UserError, allowed, first_line
 from rayfed.tasks.data.table import SPLITS, Source, Table
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ def read_hub(settings: Data) -> Source:
     try:
         loaded = load_dataset(settings.name, settings.subset)
     except Exception as error:  # datasets and the hub client raise many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data.name: {name} cannot be loaded: {reason}") from error
+        raise UserError(f"data.name: {name} cannot be loaded: {first_line(error)}") from error
     assert isinstance(loaded, DatasetDict)  # because neither a split nor streaming was requested
     found = {split: own for split, names in SPLITS.items() if (own := [n for n in names if n in loaded])}
     for split, own in found.items():

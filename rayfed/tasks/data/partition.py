@@ -60,25 +60,6 @@ def partition(labels: np.ndarray, owners: np.ndarray | None, settings: Partition
     return _gather(_divide(classes, shares, rng), clients)
 
 
-def describe(parts: list[np.ndarray], labels: np.ndarray) -> dict[str, float]:
-    """Statistics of a partition, given the rows of each client and the labels (n,) of all rows.
-
-    ``clients`` and ``empty`` count all clients and the clients without rows. ``rows_min``, ``rows_median``,
-    ``rows_max`` and ``classes_mean`` (the mean number of different classes) are over clients with rows; 0 if there are
-    none.
-    """
-    filled = [part for part in parts if len(part)]
-    sizes = [len(part) for part in filled] or [0]
-    return {
-        "clients": len(parts),
-        "empty": len(parts) - len(filled),
-        "rows_min": min(sizes),
-        "rows_median": float(np.median(sizes)),
-        "rows_max": max(sizes),
-        "classes_mean": float(np.mean([len(np.unique(labels[part])) for part in filled])) if filled else 0.0,
-    }
-
-
 def _log_gamma(alpha: float, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Logarithms of Gamma(alpha) draws; normalised Gamma draws are Dirichlet draws.
 

@@ -7,6 +7,7 @@ padding at all. The arrays may be read-only (as those from an object store are),
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,41 +43,22 @@ class Tokens:
         """The given b texts (indices, any order) as int64 tensors, ``labels`` (b,) among them.
 
         With ``padded``, ``input_ids`` and ``attention_mask`` are (b, longest): texts are padded on the right with
-        ``pad_id``, where the mask is 0. Otherwise see `unpadded`.
+        ``pad_id``, where the mask is 0. Otherwise ``input_ids`` and ``position_ids`` are (1, tokens): texts follow each
+        other, and positions start from 0 in every text.
         """
+        starts = self.offsets[rows]
+        lengths = self.offsets[np.asarray(rows) + 1] - starts
+        positions = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        flat = self.ids[np.repeat(starts, lengths) + positions].astype(np.int64)
+        labels = torch.from_numpy(self.labels[rows].astype(np.int64))  # a copy: writable
         if not padded:
-            return self.unpadded(rows)
-        starts = self.offsets[rows]
-        lengths = self.offsets[np.asarray(rows) + 1] - starts
-        positions = np.arange(lengths.max(initial=0))
-        mask = positions < lengths[:, None]
-        ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
-        ids[mask] = self.ids[(starts[:, None] + positions)[mask]]
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-            "labels": torch.from_numpy(self.labels[rows].astype(np.int64)),  # a copy: writable
-        }
-
-    def unpadded(self, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        """The given b texts (indices, any order) as int64 tensors, concatenated without padding.
-
-        ``input_ids`` (1, tokens); ``position_ids`` (1, tokens), from 0 in every text; ``labels`` (b,).
-        """
-        indices, positions = self._token_indices(rows)
-        return {
-            "input_ids": torch.from_numpy(self.ids[indices].astype(np.int64))[None],
-            "position_ids": torch.from_numpy(positions)[None],
-            "labels": torch.from_numpy(self.labels[rows].astype(np.int64)),
-        }
-
-    def _token_indices(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For every token of the given texts: its index in ``ids``, and its position in its text; both (tokens,)."""
-        starts = self.offsets[rows]
-        lengths = self.offsets[np.asarray(rows) + 1] - starts
-        ends = np.cumsum(lengths)
-        positions = np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)
-        return np.repeat(starts, lengths) + positions, positions
+            ids, positions_1T = torch.from_numpy(flat)[None], torch.from_numpy(positions)[None]
+            return {"input_ids": ids, "position_ids": positions_1T, "labels": labels}
+        mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
+        padded_ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
+        padded_ids[mask] = flat
+        attention_mask = torch.from_numpy(mask.astype(np.int64))
+        return {"input_ids": torch.from_numpy(padded_ids), "attention_mask": attention_mask, "labels": labels}
 
 
 def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tokens:
@@ -96,12 +78,9 @@ def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int) 
         texts = split.texts[start : start + CHUNK]
         options = {"return_attention_mask": False, "return_token_type_ids": False}
         lists += tokenizer(texts, truncation=True, max_length=max_tokens, padding=False, **options)["input_ids"]
-    if not all(lists):
-        filler = _filler(tokenizer)
-        lists = [ids or [filler] for ids in lists]
-    offsets = np.zeros(len(lists) + 1, dtype=np.int64)
-    np.cumsum([len(ids) for ids in lists], out=offsets[1:])
-    flat = np.fromiter((token for ids in lists for token in ids), dtype=np.int32, count=int(offsets[-1]))
+    lists = [ids or [_filler(tokenizer)] for ids in lists]
+    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
+    flat = np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(offsets[-1]))
     return Tokens(flat, offsets, split.labels, int(tokenizer.pad_token_id))
 
 

@@ -66,11 +66,6 @@ class Problem:
         """Number of clients."""
         return int(self.owner[-1]) + 1
 
-    def rows(self, client: int) -> tuple[np.ndarray, np.ndarray]:
-        """X_k (rows, in) and Y_k (rows, out) of one client."""
-        own = self.owner == client
-        return self.features[own], self.targets[own]
-
 
 def make_problem(
     *, out: int = 32, inner: int = 32, rank: int = 12, clients: int = 120, rows: int = 64, condition: float = 10.0,
@@ -79,19 +74,9 @@ def make_problem(
     """Draws a problem, keyed by ``seed``.
 
     The layer has ``inner`` inputs and ``out`` outputs, and every client has ``rows`` rows. W* is a product of Gaussian
-    matrices, (out, rank) and (rank, inner), scaled to the Frobenius norm sqrt(rank). Raises ValueError if a size is
-    below 1, ``rank`` exceeds min(out, inner), ``rows`` is below ``inner`` (H_k would be singular), ``condition`` is
-    below 1, or ``shift`` is negative.
+    matrices, (out, rank) and (rank, inner), scaled to the Frobenius norm sqrt(rank). ``rank`` is at most
+    min(out, inner), ``rows`` at least ``inner`` (else H_k is singular), ``condition`` at least 1, ``shift`` at least 0.
     """
-    if min(out, inner, rank, clients) < 1 or rank > min(out, inner):
-        raise ValueError(
-            f"got out {out}, inner {inner}, rank {rank}, clients {clients}, but they must be 1 or more, "
-            "and rank at most min(out, inner)"
-        )
-    if rows < inner:
-        raise ValueError(f"rows: got {rows}, but a client needs at least one row per input, {inner}")
-    if not 1 <= condition < np.inf or not 0 <= shift < np.inf:
-        raise ValueError(f"condition must be 1 or more and shift 0 or more, got {condition} and {shift}")
     rng = seeding.numpy_rng(seed, "lowrank.optimum")
     W = rng.normal(size=(out, rank)) @ rng.normal(size=(rank, inner))
     W *= np.sqrt(rank) / np.linalg.norm(W)

@@ -11,8 +11,11 @@ the checkpoint. If the checkpoint lacks none, the head is PEFT's choice for sequ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 
 from rayfed import seeding
 from rayfed.config.task import Model
-from rayfed.errors import UserError
+from rayfed.errors import UserError, allowed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -45,7 +48,7 @@ class FrozenBase:
 
 
 class MeanPooledClassifier(nn.Module):
-    """An encoder, the mean over all tokens but the padding, one linear layer. Called as transformers' models are."""
+    """An encoder, the mean over all tokens but the padding, one linear layer. Called like transformers' models."""
 
     def __init__(self, encoder: nn.Module, classes: int, normalize: bool) -> None:
         super().__init__()
@@ -54,17 +57,13 @@ class MeanPooledClassifier(nn.Module):
         self.normalize = normalize
         self.classifier = nn.Linear(encoder.config.hidden_size, classes)  # type: ignore[union-attr,arg-type]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **_: Any) -> Any:
-        from transformers.modeling_outputs import SequenceClassifierOutput
-
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SimpleNamespace:
         states = to_float32(self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state)
         weights = attention_mask.unsqueeze(-1).to(states.dtype)
         pooled = (states * weights).sum(1) / weights.sum(1)
         if self.normalize:  # to a mean square of 1, so that one learning rate suits the head and the adapters
             pooled = nn.functional.normalize(pooled, dim=-1) * pooled.shape[-1] ** 0.5
-        logits = self.classifier(pooled)
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return SimpleNamespace(logits=self.classifier(pooled))
 
 
 def load_base(settings: Model, classes: int, seed: int) -> FrozenBase:
@@ -77,21 +76,11 @@ def load_base(settings: Model, classes: int, seed: int) -> FrozenBase:
 
     config = _config(settings, classes)
     loader = AutoModel if settings.pooling == "mean" else AutoModelForSequenceClassification
-    with torch.random.fork_rng(devices=[]), quiet():
+    options: dict[str, Any] = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeding.derive_seed(seed, "model.init"))
-        try:
-            model, report = loader.from_pretrained(
-                model_path(settings),
-                config=config,
-                dtype=torch.float32,
-                trust_remote_code=settings.trust_remote_code,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise _cannot_load(settings, error) from None
-        missing = {str(key) for key in report["missing_keys"]}
-        missing |= {str(key[0]) for key in report["mismatched_keys"]}
+        model, report = _from_pretrained(loader, settings, config=config, **options)
+        missing = {str(key) for key in report["missing_keys"]} | {str(key[0]) for key in report["mismatched_keys"]}
         if settings.pooling == "mean":
             if isinstance(getattr(model, "pooler", None), nn.Module):
                 model.pooler = None  # it is not used, but `all-linear` would adapt and send it
@@ -101,7 +90,7 @@ def load_base(settings: Model, classes: int, seed: int) -> FrozenBase:
             nn.init.zeros_(model.classifier.bias)
     norms = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if norms:
-        raise UserError(f"model.name: got {settings.name!r}, but {norms[0]} is a BatchNorm, which mixes clients")
+        raise allowed("model.name", settings.name, f"{norms[0]} is a BatchNorm, which mixes clients")
     head = _head(model, missing)
     if settings.head == "trained":
         return FrozenBase(model.eval().requires_grad_(False), head)
@@ -128,17 +117,13 @@ def in_dtype(base: FrozenBase, dtype: str) -> FrozenBase:
             parameter.data = parameter.data.to(getattr(torch, dtype))
     for module in head:
         if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(_input_to_float32)
+            module.register_forward_pre_hook(lambda _, inputs: to_float32(inputs[0]))
     return base
 
 
 def to_float32(x: Tensor) -> Tensor:
     """A 16-bit tensor as float32; any other tensor unchanged."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _input_to_float32(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (to_float32(args[0]), *args[1:])
 
 
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
@@ -151,26 +136,19 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
     folder = Path(model_path(settings))
     if folder.is_dir() and not any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
         # transformers would return an empty tokenizer, which knows no words
-        raise UserError(f"model.name: got {settings.name!r}, but this folder holds no tokenizer")
-    with quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                model_path(settings), trust_remote_code=settings.trust_remote_code
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise _cannot_load(settings, error) from None
+        raise allowed("model.name", settings.name, "this folder holds no tokenizer")
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, settings)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise UserError(f"model.name: got {settings.name!r}, but its tokenizer has no padding and no end-of-text token")
+        raise allowed("model.name", settings.name, "its tokenizer has no padding and no end-of-text token")
     return tokenizer
 
 
 def longest_input(settings: Model) -> int | None:
     """The largest number of tokens that the model has positions for; None if it has no limit."""
-    with quiet():
-        config = _config(settings, 2)
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    config = _config(settings, 2)
+    limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if limit and "roberta" in str(getattr(config, "model_type", "")):
         limit -= config.pad_token_id + 1  # RoBERTa's positions start after the padding token's id
     return limit
@@ -193,17 +171,22 @@ def model_path(settings: Model) -> str:
 def _config(settings: Model, classes: int) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(
-                model_path(settings), num_labels=classes, trust_remote_code=settings.trust_remote_code
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise _cannot_load(settings, error) from None
+    config: PretrainedConfig = _from_pretrained(AutoConfig, settings, num_labels=classes)
     config.problem_type = "single_label_classification"
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = load_tokenizer(settings).pad_token_id  # GPT-2 finds a text's last token by it
     return config
+
+
+def _from_pretrained(loader: Any, settings: Model, **options: Any) -> Any:
+    """What a class of transformers loads for the model. UserError if it cannot be loaded."""
+    path = model_path(settings)
+    with quiet():
+        try:
+            return loader.from_pretrained(path, trust_remote_code=settings.trust_remote_code, **options)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise allowed("model.name", settings.name, f"it cannot be loaded: {reason}") from None
 
 
 def _head(model: nn.Module, missing: set[str]) -> tuple[str, ...]:
@@ -230,25 +213,17 @@ def _make_orthonormal(head: nn.Module) -> None:
             nn.init.zeros_(parameter)
 
 
-def _cannot_load(settings: Model, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
-    return UserError(f"model.name: got {settings.name!r}, but it cannot be loaded: {reason[:300]}")
-
-
-class quiet:
+@contextmanager
+def quiet() -> Iterator[None]:
     """Suppresses transformers' progress bars and its warnings about the new head."""
+    from transformers.utils import logging
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging
-
-        self.level = logging.get_verbosity()
-        self.bars = logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
-
-        logging.set_verbosity(self.level)
-        if self.bars:
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
             logging.enable_progress_bar()

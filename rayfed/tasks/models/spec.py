@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rayfed.config.method import Lora
-from rayfed.errors import UserError
+from rayfed.errors import allowed, first_line
 from rayfed.lora.packed.stack import head_values
 from rayfed.lora.peft import is_conv1d, lora_config, match_targets, peft_settings
 from rayfed.tasks.models.base import FrozenBase, in_dtype
@@ -72,7 +72,5 @@ def check_dtype(base: FrozenBase, name: str, dtype: str) -> None:
         with torch.no_grad():
             base.model(input_ids=ids, attention_mask=torch.ones_like(ids))
     except Exception as error:  # any model may be configured, so any error may occur
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"model.dtype: got {dtype!r}, but {name!r} cannot compute in it ({reason}); allowed is float32"
-        ) from None
+        what = f"{name!r} cannot compute in it ({first_line(error)}); allowed is float32"
+        raise allowed("model.dtype", dtype, what) from None

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rayfed.errors import first_line
 from rayfed.lora.packed.segments import Segment
 from rayfed.tasks.data.tokens import Tokens
 from rayfed.tasks.models.base import MeanPooledClassifier, quiet, to_float32
@@ -51,7 +52,7 @@ class Padded:
 
 
 class UnpaddedModel:
-    """Runs a model on the batches of `Tokens.unpadded`. Until `release`, the model takes no other batches."""
+    """Runs a model on batches without padding (`Tokens.batch`). Until `release`, the model takes no other batches."""
 
     def __init__(self, model: nn.Module, batching: Unpadded) -> None:
         from transformers import AttentionInterface
@@ -60,7 +61,7 @@ class UnpaddedModel:
         self.model, self.batching = model, batching
         self.encoder = _encoder(model)
         self.config: Any = self.encoder.config
-        self._batch: _UnpaddedBatch | None = None
+        self._batch: _UnpaddedBatch  # that of the call in progress
         self._original = self.config._attn_implementation, getattr(self.config, "use_cache", None)
         with quiet():
             self.encoder.set_attn_implementation(NAME)
@@ -75,20 +76,16 @@ class UnpaddedModel:
             self.encoder.register_forward_hook(self._replace_output),
         ]
         pooler = getattr(self.encoder, "pooler", None)
-        if isinstance(
-            pooler, nn.Module
-        ):  # it belongs to the encoder, but it uses the last layer's states as a head does
+        if isinstance(pooler, nn.Module):  # part of the encoder, but it uses the last layer's states like a head
             self._hooks.append(pooler.register_forward_pre_hook(self._replace_pooler_input))
 
     def __call__(self, inputs: dict[str, Tensor], segments: Sequence[Segment]) -> Tensor:
         """Logits (rows, classes) of a batch. ``segments`` give the length of each row."""
         self._batch = batch = _UnpaddedBatch(inputs, segments, self.batching, self.config.pad_token_id or 0)
-        try:
-            with batch.sequences.in_use():
-                logits: Tensor = self.model(input_ids=batch.head_ids, attention_mask=batch.head_mask).logits
-                return logits
-        finally:
-            self._batch = None
+        with batch.sequences.in_use():
+            logits: Tensor = self.model(input_ids=batch.head_ids, attention_mask=batch.head_mask).logits
+        del self._batch
+        return logits
 
     def release(self) -> None:
         """Restores the model as it was."""
@@ -103,22 +100,18 @@ class UnpaddedModel:
             self.config.use_cache = use_cache
 
     def _replace_inputs(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        batch = self._current_batch()
         others = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
-        return (), others | {"input_ids": batch.ids, "position_ids": batch.positions, "attention_mask": None}
+        unpadded = {"input_ids": self._batch.ids, "position_ids": self._batch.positions, "attention_mask": None}
+        return (), others | unpadded
 
     def _replace_output(self, _: nn.Module, args: Any, output: Any) -> Any:
-        output.last_hidden_state = self._current_batch().states_by_text(output.last_hidden_state)
+        output.last_hidden_state = self._batch.states_by_text(output.last_hidden_state)
         return output
 
     def _replace_pooler_input(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if args[0].ndim != 3:
             raise ValueError("its pooler does not see every token's state")
-        return (self._current_batch().states_by_text(args[0]), *args[1:])
-
-    def _current_batch(self) -> _UnpaddedBatch:
-        assert self._batch is not None, "this model takes batches without padding only"
-        return self._batch
+        return (self._batch.states_by_text(args[0]), *args[1:])
 
 
 class _UnpaddedBatch:
@@ -154,6 +147,7 @@ class _UnpaddedBatch:
         return padded.masked_fill(texts.padding_mask.view(*padded.shape[:2]), value) if value else padded
 
 
+@torch.no_grad()
 def choose_batching(model: nn.Module, longest: int) -> Unpadded | Padded:
     """How to run the model without padding on texts of up to ``longest`` tokens, or why it needs padding.
 
@@ -162,54 +156,44 @@ def choose_batching(model: nn.Module, longest: int) -> Unpadded | Padded:
     """
     try:
         config: Any = _encoder(model).config
-        reference = _PaddedReference(model, config, longest)
+        tokens, segments = _random_texts(config, longest)
+        rows = np.arange(len(tokens))
+        padded, unpadded = tokens.batch(rows, padded=True), tokens.batch(rows, padded=False)
+        logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
     except Exception as error:  # any model may be configured; whatever fails here, it can be run with padding
-        return Padded(f"{type(model).__name__}: {_first_line(error)}")
+        return Padded(f"{type(model).__name__}: {first_line(error)}")
+    allowed = TOLERANCE * float(logits.abs().max())
     first_positions = (0, (config.pad_token_id or 0) + 1)  # RoBERTa's positions start after the padding token's id
     mean_pooled = isinstance(model, MeanPooledClassifier)
     head_inputs: tuple[HeadInput, ...] = ("mean",) if mean_pooled else ("first", "last", "all")
     reason = "its logits differ without padding"
     for batching in (Unpadded(used, position) for position in first_positions for used in head_inputs):
         try:
-            if reference.matches(batching):
+            found = _logits_without_padding(model, batching, unpadded, segments)
+            if found.shape == logits.shape and bool(((found - logits).abs() <= allowed).all()):
                 return batching
         except Exception as error:
-            reason = _first_line(error)
+            reason = first_line(error)
     return Padded(f"{type(model).__name__}: {reason}")
 
 
-class _PaddedReference:
-    """Random texts, and a model's logits for them with padding."""
-
-    def __init__(self, model: nn.Module, config: Any, longest: int) -> None:
-        self.model = model
-        self.tokens, self.segments = _random_texts(config, longest)
-        self.rows = np.arange(len(self.tokens))
-        with torch.no_grad():
-            padded = self.tokens.batch(self.rows, padded=True)
-            self.logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
-
-    @torch.no_grad()
-    def matches(self, batching: Unpadded) -> bool:
-        """Whether the logits without padding equal these."""
-        unpadded = UnpaddedModel(self.model, batching)
-        try:
-            logits = unpadded(self.tokens.unpadded(self.rows), self.segments)
-        finally:
-            unpadded.release()
-        allowed = TOLERANCE * float(self.logits.abs().max())
-        return logits.shape == self.logits.shape and bool(((logits - self.logits).abs() <= allowed).all())
+def _logits_without_padding(
+    model: nn.Module, batching: Unpadded, inputs: dict[str, Tensor], segments: Sequence[Segment]
+) -> Tensor:
+    unpadded = UnpaddedModel(model, batching)
+    try:
+        return unpadded(inputs, segments)
+    finally:
+        unpadded.release()
 
 
 def _random_texts(config: Any, longest: int) -> tuple[Tokens, list[Segment]]:
     """Texts of two clients, one of ``longest`` tokens and short ones, without padding tokens."""
     lengths = [longest, *(min(n, longest) for n in (1, 3, 2, 5, 3))]
-    pad_id = config.pad_token_id if config.pad_token_id is not None else -1
-    drawn = np.random.default_rng(0).integers(0, config.vocab_size - (pad_id >= 0), sum(lengths))
-    drawn += (pad_id >= 0) & (drawn >= pad_id)  # any token but the padding token
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    labels = np.zeros(len(lengths), dtype=np.int64)
-    tokens = Tokens(drawn.astype(np.int32), offsets, labels, config.pad_token_id or 0)
+    pad_id = config.pad_token_id or 0
+    words = np.setdiff1d(np.arange(config.vocab_size, dtype=np.int32), [pad_id])
+    ids = np.random.default_rng(0).choice(words, sum(lengths))
+    tokens = Tokens(ids, np.cumsum([0, *lengths]), np.zeros(len(lengths), dtype=np.int64), pad_id)
     return tokens, [Segment(0, 2, lengths=lengths[:2]), Segment(1, 4, lengths=lengths[2:])]
 
 
@@ -219,7 +203,3 @@ def _encoder(model: nn.Module) -> Any:
     if encoder is model or not hasattr(encoder, "set_attn_implementation"):
         raise ValueError("it has no encoder apart from its head")
     return encoder
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -115,12 +115,7 @@ def varlen_attention(
     not compute; such a model needs padding, see `rayfed.tasks.models.unpadded`.
     """
     sequences = _in_use.get()
-    if (
-        sequences is None
-        or query.shape[2] != sum(sequences.lengths)
-        or key.shape[2] != query.shape[2]
-        or len(query) != 1
-    ):
+    if sequences is None or len(query) != 1 or not query.shape[2] == key.shape[2] == sum(sequences.lengths):
         raise ValueError("attention without padding needs the lengths of the batch in use")
     if attention_mask is not None or dropout or any(kwargs.get(name) is not None for name in UNSUPPORTED):
         raise ValueError("attention without padding supports no other mask, dropout, bias or cap")
@@ -134,9 +129,8 @@ def varlen_attention(
         key, value = _repeat_heads(key, query), _repeat_heads(value, query)
         if sequences.longest > LONG:
             return _attention_by_tile(query, key, value, sequences, causal, scale), None
-        return _TiledAttention.apply(
-            query, key, value, sequences.sizes, sequences.masks(causal, query.dtype), scale
-        ), None
+        masks = sequences.masks(causal, query.dtype)
+        return _TiledAttention.apply(query, key, value, sequences.sizes, masks, scale), None
     if _flash_supports(query):
         return _flash_attention(query, key, value, sequences, causal, scale), None
     return _padded_attention(query, key, value, sequences, causal, scale), None

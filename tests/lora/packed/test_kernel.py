@@ -158,10 +158,3 @@ def test_load_makes_one_slot_per_pair_at_the_largest_rank():
     head = StackedLinear(torch.nn.Linear(IN, OUT), Batch())
     head.load([torch.ones(OUT, IN)] * 3, [torch.ones(OUT)] * 3)
     assert (head.weight_KOI.shape, head.bias_KO.shape) == ((3, OUT, IN), (3, OUT))
-
-
-def test_pairs_with_a_core_and_without_are_not_mixed():
-    stacked = StackedLora(torch.nn.Linear(IN, OUT), Batch())
-    pair = LowRank(torch.ones(OUT, 2), torch.ones(2, IN), 1.0)
-    with pytest.raises(ValueError, match="pairs with a core and pairs without one"):
-        stacked.load([pair, LowRank(pair.B, pair.A, 1.0, torch.eye(2))])

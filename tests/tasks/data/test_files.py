@@ -102,7 +102,7 @@ def test_csv_labels_are_integers_only_if_all_are(tmp_path: Path, labels: list[st
         ("train.parquet", b"not parquet", r"train.parquet cannot be read: Parquet magic bytes not found"),
         ("train.jsonl", "", r"train.jsonl holds no rows"),
         ("train.jsonl", "\n\n", r"train.jsonl holds no rows"),
-        ("train.csv", "", r"train.csv holds no rows"),
+        ("train.csv", "", r"train.csv cannot be read: Empty CSV file"),
         ("train.csv", "text,label\n", r"train.csv holds no rows"),
         ("test.jsonl", "{}", r"but the folder needs a train file \(train.jsonl, .*\); it holds test.jsonl"),
     ],

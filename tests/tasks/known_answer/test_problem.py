@@ -10,11 +10,16 @@ from rayfed.tasks.known_answer.problem import gap, make_problem, share
 SMALL = {"out": 6, "inner": 5, "rank": 2, "clients": 7, "rows": 9}
 
 
+def rows_of(problem, client: int) -> tuple[np.ndarray, np.ndarray]:
+    own = problem.owner == client
+    return problem.features[own], problem.targets[own]
+
+
 def objective(problem, W: np.ndarray) -> float:
     """F by its definition: the mean over clients of the mean over rows of half the squared error."""
     losses = []
     for k in range(problem.clients):
-        X, Y = (array.astype(np.float64) for array in problem.rows(k))
+        X, Y = (array.astype(np.float64) for array in rows_of(problem, k))
         losses.append(0.5 * ((Y - X @ W.T) ** 2).sum(1).mean())
     return float(np.mean(losses))
 
@@ -45,7 +50,7 @@ def test_clients_differ_as_asked() -> None:
     problem = make_problem(**SMALL, condition=30, shift=0.5, seed=0)
     bases = []
     for k in range(problem.clients):
-        X, Y = (array.astype(np.float64) for array in problem.rows(k))
+        X, Y = (array.astype(np.float64) for array in rows_of(problem, k))
         values, vectors = np.linalg.eigh(X.T @ X / len(X))
         assert values[-1] / values[0] == pytest.approx(30, rel=1e-4)
         assert values.mean() == pytest.approx(1, rel=1e-5)
@@ -56,7 +61,7 @@ def test_clients_differ_as_asked() -> None:
     assert abs(bases[0][:, -1] @ bases[1][:, -1]) < 0.99
     agreed = make_problem(**SMALL, condition=30, shift=0.0, seed=0)
     for k in range(agreed.clients):
-        X, Y = agreed.rows(k)
+        X, Y = rows_of(agreed, k)
         np.testing.assert_allclose(Y, X @ agreed.optimum.T, atol=1e-5)
 
 
@@ -72,9 +77,3 @@ def test_arrays_and_draws() -> None:
     assert not np.allclose(other.features, problem.features)
     fewer = make_problem(**{**SMALL, "clients": 3}, seed=3)  # a client's rows are its own draw
     np.testing.assert_array_equal(fewer.features, problem.features[:27])
-
-
-@pytest.mark.parametrize("setting", [("rank", 6), ("rows", 4), ("condition", 0.5), ("shift", -1.0)], ids=str)
-def test_refusals(setting: tuple) -> None:
-    with pytest.raises(ValueError, match=setting[0]):
-        make_problem(**{**SMALL, setting[0]: setting[1]})

@@ -1,18 +1,18 @@
-"""Optuna over real runs: batches, means over seeds, nothing runs twice, and a resume that asks for the same points."""
+"""Optuna over real runs: batches, means over seeds, no point runs twice, and a resumed search has the same points."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sweep_files import decisions, files
 
 from rayfed.config.sweep import Sweep, load_sweep
 from rayfed.errors import UserError
-from rayfed.sweeps.optimize import OptunaSearch
+from rayfed.sweeps.optuna_search import OptunaSearch
 from rayfed.sweeps.space import corners
 from rayfed.sweeps.sweep import run_sweep
 from rayfed.tracking import read_metrics
@@ -29,68 +29,31 @@ def optuna_file(sweep_file) -> Callable[..., Path]:
     return write
 
 
-def decisions(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
-
-
-def files(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
 def test_a_search_from_its_first_batch_to_its_best_point(optuna_file, tmp_path: Path, here, monkeypatch) -> None:
     path, out = optuna_file(), tmp_path / "out"
     result = run_sweep(path, out=out)
     assert [len(stage) for stage in here.ran] == [3, 3, 1]
     ran = [name for stage in here.ran for name in stage]
-    assert [line["trial"] for line in result.lines] == ran
-    metric = {line["trial"]: line["metric"] for line in result.lines}
+    assert [line["trial"] for line in result.rows] == ran
+    metric = {line["trial"]: line["metric"] for line in result.rows}
     *points, last = decisions(out)
     for number, point in enumerate(points, 1):
         assert point["point"] == number
         (name,) = point["trials"]
         rate, rank = point["settings"]["client.lr"], point["settings"]["lora.rank"]
         assert name == f"{number:03d},lr={rate:g},rank={rank}"
-        assert point["told"] == {"eval/gap": metric[name]}
-    best = min(points, key=lambda point: point["told"]["eval/gap"])
+        assert point["values"] == {"eval/gap": metric[name]}
+    best = min(points, key=lambda point: point["values"]["eval/gap"])
     assert (last["best"], last["settings"], last["ended"]) == (best["point"], best["settings"], "all of 7 points")
     assert [row[0] for row in result.table.rows] == [f"{n:03d}" for n in range(1, 8)]
     assert [row[0] for row in result.table.rows if row[-1] == "best"] == [f"{last['best']:03d}"]
 
-    # What is done needs no Ray, and the file that is left is the sweep again.
+    # Finished trials need no Ray, and the recorded file is the sweep again.
     before = files(out / "trials")
     monkeypatch.setitem(sys.modules, "rayfed.sweeps.on_tune", None)
     again = run_sweep(out / "sweep.yaml", out=out, resume=True)
-    assert (again.lines, again.table, decisions(out)) == (result.lines, result.table, [*points, last])
+    assert (again.rows, again.table, decisions(out)) == (result.rows, result.table, [*points, last])
     assert files(out / "trials") == before
-
-
-@pytest.mark.parametrize("done", [0, 2, 3, 4, 6])
-def test_a_killed_search_goes_on_where_it_was(optuna_file, tmp_path: Path, here, monkeypatch, done: int) -> None:
-    """Killed in a batch or between two: what had ended is not touched, and the points are the same."""
-    from rayfed.sweeps import trial as trials
-
-    path = optuna_file()
-    run_sweep(path, out=tmp_path / "whole")
-    ran = [name for stage in here.ran for name in stage]
-    here.ran.clear()
-    out, run, calls = tmp_path / "out", trials.run, []
-
-    def killed(experiment, *rest, **more):
-        calls.append(experiment.name)
-        if len(calls) > done:
-            raise KeyboardInterrupt
-        return run(experiment, *rest, **more)
-
-    monkeypatch.setattr(trials, "run", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run_sweep(path, out=out)
-    monkeypatch.setattr(trials, "run", run)
-    before = {name: files(out / "trials" / name) for name in ran[:done]}
-    here.ran.clear()
-    run_sweep(path, out=out, resume=True)
-    assert [name for stage in here.ran for name in stage] == ran[done:]
-    assert before == {name: files(out / "trials" / name) for name in ran[:done]}
-    assert decisions(out) == decisions(tmp_path / "whole")
 
 
 def test_a_failed_trial_that_succeeds_later_changes_no_point(optuna_file, tmp_path: Path, here, monkeypatch) -> None:
@@ -107,22 +70,22 @@ def test_a_failed_trial_that_succeeds_later_changes_no_point(optuna_file, tmp_pa
     result = run_sweep(path, out=out)
     assert [line["trial"][:3] for line in result.failed] == ["002"]
     *points, _ = decisions(out)
-    assert [point["point"] for point in points if point["told"] is None] == [2]
+    assert [point["point"] for point in points if point["values"] is None] == [2]
     ran = here.ran[:]
     here.ran.clear()
 
     def watched(*arguments, **more):
-        assert len((out / "sweep.jsonl").read_text().splitlines()) == 7  # nothing is forgotten meanwhile
+        assert len((out / "sweep.jsonl").read_text().splitlines()) == 7  # no row is missing meanwhile
         return run(*arguments, **more)
 
     monkeypatch.setattr(trials, "run", watched)
     result = run_sweep(path, out=out, resume=True)
     assert here.ran == [[ran[0][1]]]
     assert not result.failed
-    assert decisions(out)[:-1] == points  # what was told stays told
-    assert result.table.rows[1][-2] == "1/1"  # and the table has what came of it since
-    # That Optuna would have suggested others, had it known, shows that this is no accident.
-    assert run_sweep(path, out=tmp_path / "other").lines[3]["trial"] != result.lines[3]["trial"]
+    assert decisions(out)[:-1] == points  # recorded values stay
+    assert result.table.rows[1][-2] == "1/1"  # and the table has the new result
+    # With the value of point 2, Optuna would have suggested other points.
+    assert run_sweep(path, out=tmp_path / "other").rows[3]["trial"] != result.rows[3]["trial"]
 
 
 def test_more_points_of_the_same_search(optuna_file, tmp_path: Path, here) -> None:
@@ -135,12 +98,12 @@ def test_more_points_of_the_same_search(optuna_file, tmp_path: Path, here) -> No
 
 
 def test_seeds_cases_and_bytes(optuna_file, tmp_path: Path, here) -> None:
-    """A point is told the means over its seeds, and the second aim is what all its rounds took."""
+    """The values of a point are means over its seeds; the second one is a sum over all rounds."""
     cases = {"plain": {"method.name": "fedit"}, "sparse": {"method.name": "flasc", "wire.up.density": 0.25}}
     path = optuna_file(SPACES | {"seed": {"grid": [3, 5]}}, cases, against="bytes/up")
     out = tmp_path / "out"
     result = run_sweep(path, out=out)
-    lines = {line["trial"]: line for line in result.lines}
+    lines = {line["trial"]: line for line in result.rows}
     *points, last = decisions(out)
     for point in points:
         assert [name.rpartition(",")[2] for name in point["trials"]] == ["seed=3", "seed=5"]
@@ -149,13 +112,13 @@ def test_seeds_cases_and_bytes(optuna_file, tmp_path: Path, here) -> None:
             sum(record["bytes/up"] for record in read_metrics(out / "trials" / name / "metrics.jsonl"))
             for name in point["trials"]
         ]
-        assert point["told"] == {"eval/gap": sum(gaps) / 2, "bytes/up": sum(sent) / 2}
-    told = {point["point"]: point["told"] for point in points}
+        assert point["values"] == {"eval/gap": sum(gaps) / 2, "bytes/up": sum(sent) / 2}
+    metrics = {point["point"]: point["values"] for point in points}
     beaten = {
-        n for n, own in told.items()
-        if any(o != own and all(o[key] <= own[key] for key in own) for o in told.values())
+        n for n, own in metrics.items()
+        if any(o != own and all(o[key] <= own[key] for key in own) for o in metrics.values())
     }  # fmt: skip
-    assert last["front"] == [n for n in told if n not in beaten]
+    assert last["front"] == [n for n in metrics if n not in beaten]
     assert [row[0] for row in result.table.rows if "front" in row[-1]] == [f"{n:03d}" for n in last["front"]]
     assert {"case", "bytes/up"} < set(result.table.columns)
 
@@ -165,12 +128,12 @@ def test_no_point_runs_twice(optuna_file, tmp_path: Path, here) -> None:
     result = run_sweep(path, out=tmp_path / "out")
     ran = [name for stage in here.ran for name in stage]
     assert sorted(name.partition(",")[2] for name in ran) == ["rank=1", "rank=2"]
-    assert len(result.lines) == len(result.table.rows) == 2
+    assert len(result.rows) == len(result.table.rows) == 2
     *points, _ = decisions(tmp_path / "out")
     assert len(points) == 7
     for point in points:
         first = points[point.get("same_as", point["point"]) - 1]
-        assert (point["settings"], point["told"]) == (first["settings"], first["told"])
+        assert (point["settings"], point["values"]) == (first["settings"], first["values"])
         assert bool(point["trials"]) == ("same_as" not in point)
     run_sweep(path, out=tmp_path / "out", resume=True)
     assert decisions(tmp_path / "out")[:-1] == points
@@ -179,26 +142,26 @@ def test_no_point_runs_twice(optuna_file, tmp_path: Path, here) -> None:
 def test_a_directory_of_other_points_is_refused(optuna_file, tmp_path: Path, here) -> None:
     path, out = optuna_file(), tmp_path / "out"
     run_sweep(path, out=out)
-    with pytest.raises(UserError, match=r"^--resume: .*search.jsonl has client.lr=.* as point 1, but what it is r"):
+    with pytest.raises(UserError, match=r"^--resume: .*search.jsonl has client.lr=.* as point 1, but the resumed"):
         run_sweep(path, ["sweep.parameters.client.lr={loguniform: [0.001, 0.2]}"], out=out, resume=True)
-    with pytest.raises(UserError, match=r"^--resume: .*search.jsonl has figures of eval/gap, but .*gap and bytes"):
+    with pytest.raises(UserError, match=r"^--resume: .*search.jsonl has values of eval/gap, but .*gap and bytes"):
         run_sweep(path, ["sweep.search.against=bytes/up"], out=out, resume=True)
     (out / "search.jsonl").write_text("{")
     with pytest.raises(UserError, match=r"^--resume: .*search.jsonl is damaged"):
         run_sweep(path, out=out, resume=True)
 
 
-def test_the_search_that_comes_with_rayfed_is_right(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("rayfed.sweeps.optimize.check_trials", lambda *_: {})  # data and model are not asked
+def test_the_search_in_configs_is_valid(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("rayfed.sweeps.optuna_search.check_trials", lambda *_: {})  # without data and model
     path = Path(__file__).parents[2] / "configs" / "sweeps" / "optuna_accuracy_bytes.yaml"
     search = OptunaSearch(*load_sweep(path), tmp_path)
     assert len(search.checked) == 3 * 2**3  # every rank at both ends of the three ranges
-    assert [trial.name[:3] for trial in search.stand().now] == ["001", "002", "003", "004"]
+    assert [trial.name[:3] for trial in search.state().pending] == ["001", "002", "003", "004"]
 
 
-def test_a_point_that_is_refused_is_told_as_failed(sweep_file, tmp_path: Path, here, monkeypatch) -> None:
-    """Of very many combinations not all can be checked before the start."""
-    monkeypatch.setattr("rayfed.sweeps.space.MOST", 1)
+def test_a_refused_point_counts_as_failed(sweep_file, tmp_path: Path, here, monkeypatch) -> None:
+    """If there are very many combinations, not all are checked before the start."""
+    monkeypatch.setattr("rayfed.sweeps.space.MAX_CORNERS", 1)
     spaces = {"server.cohort": {"choice": [2, 4]}, "partition.clients": {"choice": [6, 3]}}
     path, out = sweep_file({"search": SEARCH, "parameters": spaces}), tmp_path / "out"
     result = run_sweep(path, out=out)
@@ -207,8 +170,8 @@ def test_a_point_that_is_refused_is_told_as_failed(sweep_file, tmp_path: Path, h
     wrong = [point for point in points if point["settings"] == {"server.cohort": 4, "partition.clients": 3}]
     assert wrong
     assert wrong[0]["refused"].startswith("server.cohort: got 4, but the population has only 3 clients")
-    assert all(point["told"] is None and not point["trials"] for point in wrong)
-    assert all(point["told"] for point in points if point not in wrong)
+    assert all(point["values"] is None and not point["trials"] for point in wrong)
+    assert all(point["values"] for point in points if point not in wrong)
     run_sweep(path, out=out, resume=True)
     assert decisions(out)[:-1] == points
 

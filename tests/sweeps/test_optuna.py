@@ -1,4 +1,4 @@
-"""Points from Optuna: the same figures give the same points; conditional settings; the Pareto front by hand."""
+"""Points from Optuna: equal values give equal points; conditional settings; the Pareto front by hand."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
+from rayfed.sweeps.optuna_search import Study, pareto_front
 from rayfed.sweeps.space import Point
-from rayfed.sweeps.suggest import Study, front
 
 SPACES = {
     "client.lr": {"loguniform": [1e-4, 1e-1]},
@@ -31,52 +31,52 @@ def section(parameters: Any = SPACES, cases: Any = CASES, **search: Any) -> Swee
 
 
 def hand(point: Point) -> tuple[float, float]:
-    """Stands for a run: best at rate 0.01; costs as much as its rank."""
+    """Replaces a run: best at rate 0.01; the cost grows with the rank."""
     rate, rank = point.overrides["client.lr"], point.overrides["lora.rank"]
     return -abs(rate - 0.01), rank * (1 + point.overrides.get("wire.up.density", 1.0))
 
 
-def played(sweep: Sweep, batches: int, seed: int = 0, figures: Callable = hand, failed: tuple = ()) -> list[Point]:
+def played(sweep: Sweep, batches: int, seed: int = 0, values: Callable = hand, failed: tuple = ()) -> list[Point]:
     assert sweep.search is not None
     study = Study(sweep.search, sweep, seed)
     aims = 2 if sweep.search.against else 1
     for _ in range(batches):
-        for own in study.ask(4):
+        for own in study.suggest(4):
             if own.number in failed:
-                study.tell(own.number, None)
-        for own in study.asked[-4:]:
+                study.add_result(own.number, None)
+        for own in study.suggestions[-4:]:
             if own.number not in failed:
-                study.tell(own.number, figures(own.point)[:aims])
-    return [own.point for own in study.asked]
+                study.add_result(own.number, values(own.point)[:aims])
+    return [own.point for own in study.suggestions]
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
 @pytest.mark.parametrize("against", [None, "bytes/total"])
-def test_the_same_figures_give_the_same_points(sampler: str, against: str | None) -> None:
+def test_equal_values_give_equal_points(sampler: str, against: str | None) -> None:
     more = {"sampler": sampler, "against": against} | ({} if sampler == "tpe" else {"startup": 10})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         points = played(section(**more), 5)
         assert played(section(**more), 5) == points
         assert played(section(**more), 5, seed=1) != points
-        other = played(section(**more), 5, figures=lambda point: (-hand(point)[0], 1.0))
-    # What is learnt, and from where on: the first batches do not know of any figures.
+        other = played(section(**more), 5, values=lambda point: (-hand(point)[0], 1.0))
+    # The first batch does not depend on values.
     same = [a == b for a, b in zip(points, other, strict=True)]
     assert all(same) == (sampler == "random")
     assert all(same[:4])
 
 
-def test_what_failed_is_told_too() -> None:
+def test_failed_points_count() -> None:
     assert played(section(), 5, failed=(1, 6)) == played(section(), 5, failed=(1, 6))
     assert played(section(), 5, failed=(1, 6)) != played(section(), 5)
 
 
 def test_settings_of_a_case_come_with_it_alone() -> None:
     points = played(section(), 10)
-    found = {point.shown["case"] for point in points}
+    found = {point.labels["case"] for point in points}
     assert found == {"sparse", "fedhl", "plain"}
     for point in points:
-        case = point.shown["case"]
+        case = point.labels["case"]
         assert point.overrides["method.name"] == CASES[case]["method.name"]
         assert ("wire.up.density" in point.overrides) == (case == "sparse")
         assert ("method.gamma" in point.overrides) == (case == "fedhl")
@@ -87,9 +87,9 @@ def test_settings_of_a_case_come_with_it_alone() -> None:
             assert not isinstance(value, float) or value == float(f"{value:.6g}")
 
 
-def test_a_list_of_cases_is_shown_by_what_it_sets() -> None:
+def test_a_list_of_cases_is_labelled_by_its_settings() -> None:
     points = played(section(cases=[{"method.name": "fedit"}, {"method.name": "rbla", "lora.alpha": 2.0}]), 3)
-    assert {json.dumps({k: v for k, v in point.shown.items() if k not in SPACES}) for point in points} == {
+    assert {json.dumps({k: v for k, v in point.labels.items() if k not in SPACES}) for point in points} == {
         '{"method.name": "fedit"}',
         '{"method.name": "rbla", "lora.alpha": 2.0}',
     }
@@ -97,24 +97,24 @@ def test_a_list_of_cases_is_shown_by_what_it_sets() -> None:
 
 def test_values_of_a_choice_may_be_anything() -> None:
     choices = [{"kind": "same"}, [1, 2], None, "x"]
-    points = played(section({"profiles": {"choice": choices}}, None), 5, figures=lambda point: (0.0,))
+    points = played(section({"profiles": {"choice": choices}}, None), 5, values=lambda point: (0.0,))
     assert all(point.overrides["profiles"] in choices for point in points)
 
 
-def test_a_point_that_was_asked_for_before_is_known() -> None:
+def test_a_repeated_point_names_the_first_one() -> None:
     sweep = section({"lora.rank": {"choice": [1, 2, 4]}}, None)
     assert sweep.search is not None
     study = Study(sweep.search, sweep, 0)
     first: dict[int, int] = {}
-    for own in study.ask(12):
+    for own in study.suggest(12):
         rank = own.point.overrides["lora.rank"]
-        assert own.same == first.get(rank)
+        assert own.same_as == first.get(rank)
         first.setdefault(rank, own.number)
-    assert [own.number for own in study.asked] == list(range(1, 13))
+    assert [own.number for own in study.suggestions] == list(range(1, 13))
 
 
 def test_the_front() -> None:
-    figures = {
+    values = {
         1: (0.5, 10.0),
         2: (0.7, 20.0),
         3: (0.7, 20.0),  # equals both stay
@@ -123,14 +123,14 @@ def test_the_front() -> None:
         6: (0.9, 91.0),  # 5 is as good for less
         7: (0.4, 9.0),
     }
-    assert front(figures, "max") == [1, 2, 3, 5, 7]
-    assert front(figures, "min") == [7]
-    assert front({1: (0.5,), 2: (0.7,), 3: (0.7,)}, "max") == [2, 3]
-    assert front({}, "max") == []
+    assert pareto_front(values, "max") == [1, 2, 3, 5, 7]
+    assert pareto_front(values, "min") == [7]
+    assert pareto_front({1: (0.5,), 2: (0.7,), 3: (0.7,)}, "max") == [2, 3]
+    assert pareto_front({}, "max") == []
 
 
 def test_without_optuna_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayfed.sweeps.suggest.find_spec", lambda name: None)
+    monkeypatch.setattr("rayfed.sweeps.optuna_search.find_spec", lambda name: None)
     sweep = section()
     assert sweep.search is not None
     with pytest.raises(UserError, match=r"^sweep.search.kind: got 'optuna', but it is not installed: pip install 'ra"):

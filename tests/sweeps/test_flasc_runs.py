@@ -1,23 +1,20 @@
-"""FLASC-Search over real runs: probes go on from checkpoints, nothing runs twice, decisions are on the disk."""
+"""FLASC-Search over real runs: probes continue from checkpoints, no trial runs twice, decisions are recorded."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sweep_files import decisions, files
 
 import rayfed
 from rayfed.config import load_config
 from rayfed.config.sweep import load_sweep
-from rayfed.sweeps.flasc_search import FlascSearchRun
-from rayfed.sweeps.flasc_steps import walk
+from rayfed.sweeps.flasc import FlascSearch, replay
 from rayfed.sweeps.sweep import run_sweep
 from rayfed.tracking import read_metrics
 
@@ -34,52 +31,44 @@ def search_file(sweep_file) -> Callable[..., Path]:
     return lambda **more: sweep_file({"search": SEARCH | more}, **FLASC)
 
 
-def decisions(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
-
-
-def files(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
 def test_a_search_from_its_first_probe_to_its_final_run(search_file, tmp_path: Path, here, capsys) -> None:
     path, out = search_file(), tmp_path / "out"
     result = run_sweep(path, ["tracking.console=plain"], out=out)
     assert here.ran[:2] == [["start"], ["start-rank", "start-density"]]
     assert not result.failed
-    metric = {line["trial"]: line["metric"] for line in result.lines}
+    metric = {line["trial"]: line["metric"] for line in result.rows}
     *steps, last = decisions(out)
-    kept = "start"
+    chosen = "start"
     for number, step in enumerate(steps, 1):
-        assert (step["step"], step["from"], step["to_better"]) == (number, kept, metric[kept])
+        assert (step["step"], step["from"], step["baseline"]) == (number, chosen, metric[chosen])
         probes = {probe["trial"]: probe["metric"] for probe in step["probes"]}
         assert list(probes) == here.ran[number]
         assert probes == {name: metric[name] for name in probes}
         best = min(probes, key=probes.__getitem__)
-        assert step["kept"] == (best if probes[best] < metric[kept] else None)
-        kept = step["kept"] or kept
-    assert last["kept"] == kept
-    assert here.ran[-1] == [f"final-{kept}"]
+        assert step["chosen"] == (best if probes[best] < metric[chosen] else None)
+        chosen = step["chosen"] or chosen
+    assert last["chosen"] == chosen
+    assert here.ran[-1] == [f"final-{chosen}"]
     probes = sum(map(len, here.ran)) - 1
     assert (last["rounds"], last["client_rounds"]) == (2 * probes + 5, 2 * (2 * probes + 5))
-    assert (list(metric)[-1], last["final"]) == (f"final-{kept}", metric[f"final-{kept}"])
+    assert (list(metric)[-1], last["final"]) == (f"final-{chosen}", metric[f"final-{chosen}"])
 
-    # A probe is its parent's run gone on; the final run is a run like any other, with the file's own schedule.
+    # A probe continues its parent's run; the final run is an ordinary run, with the file's own schedule.
     parent, child = (out / "trials" / name for name in ("start", "start-rank"))
     assert read_metrics(child / "metrics.jsonl")[:2] == read_metrics(parent / "metrics.jsonl")
     assert json.loads((child / "continues.json").read_text())["trial"] == "start"
-    probe, final = (load_config(out / "trials" / name / "config.yaml") for name in ("start-rank", f"final-{kept}"))
+    probe, final = (load_config(out / "trials" / name / "config.yaml") for name in ("start-rank", f"final-{chosen}"))
     assert (probe.lora.rank, probe.server.rounds, probe.client.schedule.kind) == (2, 4, "constant")
     assert (final.server.rounds, final.client.schedule.kind) == (5, "linear")
     assert (final.lora.rank, final.wire.up.density) == (last["lora.rank"], last["wire.up.density"])
     alone = rayfed.run(final, tmp_path / "alone").metrics[-1]["state/digest"]
-    assert read_metrics(out / "trials" / f"final-{kept}" / "metrics.jsonl")[-1]["state/digest"] == alone
+    assert read_metrics(out / "trials" / f"final-{chosen}" / "metrics.jsonl")[-1]["state/digest"] == alone
 
     rows = [[row[1], row[-1]] for row in result.table.rows]
-    assert rows[0] == ["start", "kept"]
+    assert rows[0] == ["start", "chosen"]
     assert rows[-1] == ["final", ""]
-    assert sum(state == "kept" for _, state in rows) == 1 + sum(step["kept"] is not None for step in steps)
-    assert f"kept rank {last['lora.rank']}, densities" in result.table.title
+    assert sum(state == "chosen" for _, state in rows) == 1 + sum(step["chosen"] is not None for step in steps)
+    assert f"chosen: rank {last['lora.rank']}, densities" in result.table.title
     assert "step 1, to run: start-rank, start-density" in capsys.readouterr().out
 
 
@@ -98,84 +87,23 @@ def test_a_search_that_is_done_needs_no_ray(search_file, tmp_path: Path, here, m
     before, said = files(out / "trials"), decisions(out)
     monkeypatch.setitem(sys.modules, "rayfed.sweeps.on_tune", None)
     again = run_sweep(out / "sweep.yaml", out=out, resume=True)  # the file that is left is the sweep again
-    assert (again.lines, again.table, decisions(out)) == (first.lines, first.table, said)
+    assert (again.rows, again.table, decisions(out)) == (first.rows, first.table, said)
     assert files(out / "trials") == before
-
-
-@pytest.mark.parametrize("done", [0, 1, 2, 3, 4])
-def test_a_killed_search_goes_on_where_it_was(search_file, tmp_path: Path, here, monkeypatch, done: int) -> None:
-    """Killed in the middle of any probe: what had ended is not touched, and what comes out is the same."""
-    from rayfed.sweeps import trial as trials
-
-    path = search_file(max_rank=2)
-    whole = run_sweep(path, out=tmp_path / "whole")
-    ran = [name for stage in here.ran for name in stage]
-    here.ran.clear()
-    out, run, calls = tmp_path / "out", trials.run, []
-
-    def killed(experiment, *rest, **more):
-        calls.append(experiment.name)
-        if len(calls) > done:
-            raise KeyboardInterrupt
-        return run(experiment, *rest, **more)
-
-    monkeypatch.setattr(trials, "run", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run_sweep(path, out=out)
-    monkeypatch.setattr(trials, "run", run)
-    assert calls == ran[: done + 1]
-    before = {name: files(out / "trials" / name) for name in ran[:done]}
-    here.ran.clear()
-    result = run_sweep(path, out=out, resume=True)
-    assert [name for stage in here.ran for name in stage] == ran[done:]
-    assert before == {name: files(out / "trials" / name) for name in ran[:done]}
-    assert decisions(out) == decisions(tmp_path / "whole")
-    assert [line["metric"] for line in result.lines] == [line["metric"] for line in whole.lines]
 
 
 def test_the_search_that_comes_with_rayfed_fits_its_budget(tmp_path: Path, monkeypatch) -> None:
     """Every path through it: at most the nine probes of two rounds and the final nine that its file speaks of."""
-    monkeypatch.setattr("rayfed.sweeps.flasc_search.check_trials", lambda *_: {})  # data and model are not asked
+    monkeypatch.setattr("rayfed.sweeps.flasc.check_trials", lambda *_: {})  # without data and model
     path = Path(__file__).parents[2] / "configs" / "sweeps" / "flasc_search.yaml"
-    search = FlascSearchRun(*load_sweep(path), tmp_path)
+    search = FlascSearch(*load_sweep(path), tmp_path)
     assert (search.reserve, search.search.budget) == (9, 27)
     for prefer in ("rank", "density"):
-        at = walk(search.search, "max", lambda probe: len(probe.path) + 0.5 * (probe.path[-1] == prefer), 9)  # noqa: B023
-        assert (at.kept.rank, at.kept.down, at.kept.up) == (64, 0.25, 0.25)
+        at = replay(search.search, "max", lambda probe: len(probe.path) + 0.5 * (probe.path[-1] == prefer), 9)  # noqa: B023
+        assert (at.chosen.rank, at.chosen.down, at.chosen.up) == (64, 0.25, 0.25)
         assert at.rounds + search.reserve <= 27
 
 
-@pytest.mark.slow
-def test_kill_9_on_ray(sweep_file, tmp_path: Path, here) -> None:
-    """Killed while the second probe trains: it goes on from its own checkpoint, the first one is not touched."""
-    search = SEARCH | {"max_rank": 2, "max_density": 0.5, "rounds": 600, "final": False}
-    path = sweep_file({"search": search, "concurrency": 1}, **FLASC, checkpoint={"every": 5})
-    whole = run_sweep(path, out=tmp_path / "whole")
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "rayfed", "sweep", str(path), "--out", str(out)]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    second = out / "trials" / "start-rank"
-    deadline = time.monotonic() + 200
-    try:
-        while not (second / "checkpoints" / "round-000605").is_dir() and time.monotonic() < deadline:
-            time.sleep(0.01)
-    finally:
-        process.kill()
-        process.wait()
-    assert not (out / "trials" / "start-rank.json").exists()
-    before = files(out / "trials" / "start")
-    again = subprocess.run([*command, "--resume"], env=environment, timeout=300, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert files(out / "trials" / "start") == before
-    assert (second / "events.log").read_text().count("resume after round") == 2  # grafted, and killed
-    assert decisions(out) == decisions(tmp_path / "whole")
-    assert [row[:-2] for row in whole.table.rows] == [
-        row[:-2] for row in run_sweep(path, out=out, resume=True).table.rows
-    ]
-
-
-def test_a_probe_killed_while_it_was_grafted_is_grafted_anew(search_file, tmp_path: Path, here, monkeypatch) -> None:
+def test_a_probe_killed_during_its_warm_start_starts_again(search_file, tmp_path: Path, here, monkeypatch) -> None:
     path, out = search_file(max_rank=2), tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr("rayfed.sweeps.warm_start.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -200,14 +128,14 @@ def test_a_failed_probe_loses_and_is_tried_again_on_resume(search_file, tmp_path
     result = run_sweep(path, out=out)
     assert [line["trial"] for line in result.failed] == ["start-density"]
     assert decisions(out)[0]["probes"][1]["metric"] is None
-    assert decisions(out)[0]["kept"] in ("start-rank", None)
+    assert decisions(out)[0]["chosen"] in ("start-rank", None)
     monkeypatch.setattr(trials, "run", run)
     here.ran.clear()
     assert not run_sweep(path, out=out, resume=True).failed
     assert here.ran[0] == ["start-density"]
 
 
-def test_without_a_final_run_the_last_kept_probe_is_what_there_is(search_file, tmp_path: Path, here) -> None:
+def test_without_a_final_run_the_search_ends_with_its_probes(search_file, tmp_path: Path, here) -> None:
     run_sweep(search_file(final=False, budget=6), out=tmp_path / "out")
     assert here.ran == [["start"], ["start-rank", "start-density"]]
     last = decisions(tmp_path / "out")[-1]

@@ -1,4 +1,4 @@
-"""Population Based Training over real runs: exact continuation, decisions by the figures, nothing twice."""
+"""Population Based Training over real runs: exact continuation, decisions by the metrics, no trial runs twice."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
+from sweep_files import decisions, files
 
 import rayfed
 from rayfed.config import validate
 from rayfed.config.search import PbtSettings
 from rayfed.config.sweep import load_sweep
 from rayfed.errors import UserError
-from rayfed.sweeps.evolve import explore
-from rayfed.sweeps.population import PopulationSearch
+from rayfed.sweeps.pbt import PbtSearch, explore
 from rayfed.sweeps.sweep import run_sweep
 from rayfed.tracking import read_metrics
 
@@ -35,19 +34,11 @@ def pbt_file(sweep_file) -> Callable[..., Path]:
     return write
 
 
-def decisions(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
-
-
-def files(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
 def last(out: Path, name: str) -> dict[str, Any]:
     return read_metrics(out / "trials" / name / "metrics.jsonl")[-1]
 
 
-def test_where_nobody_copies_a_member_is_the_unbroken_run(pbt_file, tiny_settings, tmp_path: Path, here) -> None:
+def test_without_copies_a_member_is_the_unbroken_run(pbt_file, tiny_settings, tmp_path: Path, here) -> None:
     """Three generations of two rounds are six rounds, to the bit: model, moments of the server's optimizer, bytes."""
     server = SERVER | {"optimizer": "adamw", "lr": 0.01}
     out = tmp_path / "out"
@@ -66,17 +57,17 @@ def lr(member: dict[str, Any]) -> dict[str, float]:
     return {"lr": member["settings"]["client.lr"]}
 
 
-def test_a_search_from_its_founders_to_its_best_member(pbt_file, tmp_path: Path, here, monkeypatch) -> None:
+def test_a_search_from_its_first_generation_to_its_best_member(pbt_file, tmp_path: Path, here, monkeypatch) -> None:
     path, out = pbt_file(), tmp_path / "out"
     result = run_sweep(path, out=out)
     assert here.ran == [[f"g0{g}-m0{m}" for m in range(1, 5)] for g in (1, 2, 3)]
     *generations, end = decisions(out)
     for before, after in pairwise(generations):
-        told = {member["trial"]: member["told"] for member in before["members"]}
-        assert told == {name: last(out, name)["eval/gap"] for name in told}
-        worst, best = max(told, key=told.__getitem__), min(told, key=told.__getitem__)
+        metrics = {member["trial"]: member["metric"] for member in before["members"]}
+        assert metrics == {name: last(out, name)["eval/gap"] for name in metrics}
+        worst, best = max(metrics, key=metrics.__getitem__), min(metrics, key=metrics.__getitem__)
         settings = {member["trial"]: member["settings"] for member in before["members"]}
-        for member, own in zip(after["members"], told, strict=True):
+        for member, own in zip(after["members"], metrics, strict=True):
             number, generation = int(own[-2:]), after["generation"]
             assert member["from"] == (best if own == worst else own)
             copied = explore(settings[best], PbtSettings(**SEARCH), SPACES, 0, generation, number)
@@ -84,8 +75,8 @@ def test_a_search_from_its_founders_to_its_best_member(pbt_file, tmp_path: Path,
             note = json.loads((out / "trials" / member["trial"] / "continues.json").read_text())
             assert note["trial"] == member["from"]
             assert note["state/digest"] == last(out, member["from"])["state/digest"]
-    told = {member["trial"]: member["told"] for member in generations[-1]["members"]}
-    assert (end["best"], end["metric"]) == min(told.items(), key=lambda pair: pair[1])
+    metrics = {member["trial"]: member["metric"] for member in generations[-1]["members"]}
+    assert (end["best"], end["metric"]) == min(metrics.items(), key=lambda pair: pair[1])
     assert (end["rounds"], end["client_rounds"]) == (24, 48)
     assert [part["rounds"] for part in end["schedule"]] == [[1, 2], [3, 4], [5, 6]]
     for part, generation in zip(end["schedule"], generations, strict=True):
@@ -99,36 +90,8 @@ def test_a_search_from_its_founders_to_its_best_member(pbt_file, tmp_path: Path,
     before = files(out / "trials")
     monkeypatch.setitem(sys.modules, "rayfed.sweeps.on_tune", None)
     again = run_sweep(out / "sweep.yaml", out=out, resume=True)
-    assert (again.lines, again.table, decisions(out)) == (result.lines, result.table, [*generations, end])
+    assert (again.rows, again.table, decisions(out)) == (result.rows, result.table, [*generations, end])
     assert files(out / "trials") == before
-
-
-@pytest.mark.parametrize("done", [1, 4, 6])
-def test_a_killed_search_goes_on_where_it_was(pbt_file, tmp_path: Path, here, monkeypatch, done: int) -> None:
-    from rayfed.sweeps import trial as trials
-
-    path = pbt_file(server={"rounds": 4, "cohort": 2})
-    run_sweep(path, out=tmp_path / "whole")
-    ran = [name for stage in here.ran for name in stage]
-    here.ran.clear()
-    out, run, calls = tmp_path / "out", trials.run, []
-
-    def killed(experiment, *rest, **more):
-        calls.append(experiment.name)
-        if len(calls) > done:
-            raise KeyboardInterrupt
-        return run(experiment, *rest, **more)
-
-    monkeypatch.setattr(trials, "run", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run_sweep(path, out=out)
-    monkeypatch.setattr(trials, "run", run)
-    before = {name: files(out / "trials" / name) for name in ran[:done]}
-    here.ran.clear()
-    run_sweep(path, out=out, resume=True)
-    assert [name for stage in here.ran for name in stage] == ran[done:]
-    assert before == {name: files(out / "trials" / name) for name in ran[:done]}
-    assert decisions(out) == decisions(tmp_path / "whole")
 
 
 def test_a_failed_member_copies_and_changes_nothing_later(pbt_file, tmp_path: Path, here, monkeypatch) -> None:
@@ -144,9 +107,9 @@ def test_a_failed_member_copies_and_changes_nothing_later(pbt_file, tmp_path: Pa
     monkeypatch.setattr(trials, "run", fails)
     result = run_sweep(path, out=out)
     assert [line["trial"] for line in result.failed] == ["g01-m02"]
-    told = {member["trial"]: member["told"] for member in decisions(out)[0]["members"]}
-    assert told.pop("g01-m02") is None
-    assert decisions(out)[1]["members"][1]["from"] == min(told, key=told.__getitem__)
+    metrics = {member["trial"]: member["metric"] for member in decisions(out)[0]["members"]}
+    assert metrics.pop("g01-m02") is None
+    assert decisions(out)[1]["members"][1]["from"] == min(metrics, key=metrics.__getitem__)
     said = decisions(out)
     here.ran.clear()
     monkeypatch.setattr(trials, "run", run)
@@ -172,37 +135,15 @@ def test_a_directory_of_another_population_is_refused(pbt_file, tmp_path: Path, 
         (1, "seed=1"),
         (2, "sweep.search.quantile=0.5"),
     ):
-        with pytest.raises(UserError, match=rf"^--resume: .*has another generation {generation} than these settings"):
+        with pytest.raises(UserError, match=rf"^--resume: .*has members of generation {generation}, but the resumed"):
             run_sweep(path, [other], out=out, resume=True)
-    with pytest.raises(UserError, match=r"^--resume: .*has figures of eval/gap, but .* compares eval/loss; choose"):
+    with pytest.raises(UserError, match=r"^--resume: .*has values of eval/gap, but .* compares eval/loss; resume"):
         run_sweep(path, ["sweep.metric=eval/loss"], out=out, resume=True)
 
 
-def test_the_population_that_comes_with_rayfed_is_right(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("rayfed.sweeps.population.check_trials", lambda *_: {})  # data and model are not asked
+def test_the_population_in_configs_is_valid(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("rayfed.sweeps.pbt.check_trials", lambda *_: {})  # without data and model
     path = Path(__file__).parents[2] / "configs" / "sweeps" / "pbt.yaml"
-    at = PopulationSearch(*load_sweep(path), tmp_path).stand()
-    assert [trial.name for trial in at.now] == [f"g01-m0{m}" for m in range(1, 7)]
+    at = PbtSearch(*load_sweep(path), tmp_path).state()
+    assert [trial.name for trial in at.pending] == [f"g01-m0{m}" for m in range(1, 7)]
     assert at.stage == "generation 1 of 4"
-
-
-@pytest.mark.slow
-def test_on_ray_the_decisions_are_the_same(sweep_file, tmp_path: Path, here, monkeypatch) -> None:
-    """Optuna and a population, two trials at a time on Ray Tune, against one after the other in this process."""
-    sections = {
-        "optuna": {"search": {"kind": "optuna", "trials": 5, "batch": 2, "startup": 2}, "parameters": SPACES},
-        "pbt": {"search": SEARCH | {"population": 3}, "parameters": SPACES},
-    }
-    files = {}
-    for name, section in sections.items():
-        path = sweep_file(section, server=SERVER)
-        files[name] = path.rename(path.with_name(f"{name}.yaml"))
-        run_sweep(files[name], out=tmp_path / f"{name}-here")
-    monkeypatch.undo()  # Ray Tune itself
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        for name, path in files.items():
-            run_sweep(path, out=tmp_path / name)
-            assert decisions(tmp_path / name) == decisions(tmp_path / f"{name}-here")
-    finally:
-        ray.shutdown()

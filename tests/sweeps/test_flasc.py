@@ -1,4 +1,4 @@
-"""FLASC-Search's decisions, on landscapes small enough to walk by hand."""
+"""FLASC-Search's decisions, on landscapes small enough to follow by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from rayfed.config.search import FlascSearchSettings
-from rayfed.sweeps.flasc_steps import Probe, decision, neighbours, walk
+from rayfed.sweeps.flasc import Probe, neighbours, replay
 
 
 def search(**more) -> FlascSearchSettings:
@@ -21,7 +21,7 @@ def probe(rank: int, down: float, up: float) -> Probe:
 
 
 def on(landscape: Mapping[tuple[int, float], float | None]) -> Callable[[Probe], float | None]:
-    """The figure of a probe is that of its (rank, density): a KeyError where it has none yet."""
+    """The metric of a probe is that of its (rank, density): KeyError if it has none yet."""
     return lambda probe: landscape[probe.rank, probe.down]
 
 
@@ -64,10 +64,10 @@ LANDSCAPE = {
 }  # fmt: skip
 
 
-def test_the_better_neighbour_is_kept_until_there_is_none() -> None:
-    at = walk(search(), "max", on(LANDSCAPE))
-    assert at.kept.path == ("start", "rank", "density", "rank", "density")
-    assert (at.kept.rank, at.kept.down, at.kept.up, at.kept.rounds) == (4, 1.0, 1.0, 15)
+def test_the_better_neighbour_is_chosen_until_there_is_none() -> None:
+    at = replay(search(), "max", on(LANDSCAPE))
+    assert at.chosen.path == ("start", "rank", "density", "rank", "density")
+    assert (at.chosen.rank, at.chosen.down, at.chosen.up, at.chosen.rounds) == (4, 1.0, 1.0, 15)
     assert at.ended == "no neighbour up to rank 4 and density 1"
     assert at.rounds == 3 * (1 + 2 + 2 + 2 + 1)
     assert [probe.name for probe in at.probes] == [
@@ -75,10 +75,10 @@ def test_the_better_neighbour_is_kept_until_there_is_none() -> None:
         "start-rank-density-density", "start-rank-density-rank-density",
     ]  # fmt: skip
     assert [probe.parent for probe in at.probes[:4]] == [None, "start", "start", "start-rank"]
-    assert decision(2, at.steps[1], on(LANDSCAPE)) == {
+    assert at.steps[1].line(2, on(LANDSCAPE)) == {
         "step": 2,
         "from": "start-rank",
-        "to_better": 0.30,
+        "baseline": 0.30,
         "probes": [
             {
                 "trial": f"start-rank-{move}", "lora.rank": rank, "wire.down.density": density,
@@ -86,65 +86,65 @@ def test_the_better_neighbour_is_kept_until_there_is_none() -> None:
             }
             for move, rank, density, metric in (("rank", 4, 0.25, 0.35), ("density", 2, 0.5, 0.45))
         ],
-        "kept": "start-rank-density",
+        "chosen": "start-rank-density",
     }  # fmt: skip
 
 
-def test_less_may_be_better() -> None:
+def test_mode_min() -> None:
     losses = {place: 1 - accuracy for place, accuracy in LANDSCAPE.items()}
-    assert walk(search(), "min", on(losses)).kept == walk(search(), "max", on(LANDSCAPE)).kept
-    assert walk(search(), "max", on(losses)).kept.path == ("start",)
+    assert replay(search(), "min", on(losses)).chosen == replay(search(), "max", on(LANDSCAPE)).chosen
+    assert replay(search(), "max", on(losses)).chosen.path == ("start",)
 
 
 @pytest.mark.parametrize(
-    ("budget", "reserve", "kept", "rounds"),
+    ("budget", "reserve", "moves", "rounds"),
     [(24, 0, 5, 24), (23, 0, 4, 21), (21, 0, 4, 21), (21, 1, 3, 15), (9, 0, 2, 9)],
 )
-def test_no_step_is_begun_that_the_budget_does_not_cover(budget: int, reserve: int, kept: int, rounds: int) -> None:
-    at = walk(search(budget=budget), "max", on(LANDSCAPE), reserve)
-    assert (len(at.kept.path), at.rounds) == (kept, rounds)
+def test_no_step_starts_that_the_budget_does_not_cover(budget: int, reserve: int, moves: int, rounds: int) -> None:
+    at = replay(search(budget=budget), "max", on(LANDSCAPE), reserve)
+    assert (len(at.chosen.path), at.rounds) == (moves, rounds)
     assert ("budget" in str(at.ended)) == (budget < 24)
 
 
 def test_it_ends_where_nothing_gains() -> None:
     flat = LANDSCAPE | {(4, 0.5): 0.45, (2, 1.0): 0.44}
-    at = walk(search(), "max", on(flat))  # equal is no gain
-    assert (at.kept.path, at.ended) == (("start", "rank", "density"), "no neighbour gains more than 0")
-    assert at.steps[-1].winner is None
-    at = walk(search(gain=0.12), "max", on(LANDSCAPE))  # 0.10 in the first step
-    assert (at.kept.path, at.ended) == (("start",), "no neighbour gains more than 0.12")
+    at = replay(search(), "max", on(flat))  # equal is no gain
+    assert (at.chosen.path, at.ended) == (("start", "rank", "density"), "no neighbour gains more than 0")
+    assert at.steps[-1].chosen is None
+    at = replay(search(gain=0.12), "max", on(LANDSCAPE))  # 0.10 in the first step
+    assert (at.chosen.path, at.ended) == (("start",), "no neighbour gains more than 0.12")
 
 
-def test_with_stay_a_gain_is_not_that_of_further_rounds() -> None:
+def test_with_stay_further_rounds_are_no_gain() -> None:
     def metric(probe: Probe) -> float:  # rounds help, and the first rank; nothing else does
         return probe.rounds / 100 + 0.1 * (probe.rank > 1)
 
-    assert walk(search(), "max", metric).kept.path == ("start", "rank", "rank", "density", "density")
-    at = walk(search(stay=True), "max", metric)
-    assert (at.kept.path, at.rounds) == (("start", "rank"), 3 * (1 + 3 + 3))
+    assert replay(search(), "max", metric).chosen.path == ("start", "rank", "rank", "density", "density")
+    at = replay(search(stay=True), "max", metric)
+    assert (at.chosen.path, at.rounds) == (("start", "rank"), 3 * (1 + 3 + 3))
     assert [probe.path[-1] for probe in at.steps[0].probes] == ["rank", "density", "stay"]
-    assert at.steps[0].bench == pytest.approx(0.06)
+    assert at.steps[0].baseline == pytest.approx(0.06)
 
 
-def test_what_failed_is_never_kept() -> None:
-    at = walk(search(), "max", on(LANDSCAPE | {(2, 0.25): None}))
-    assert at.kept.path[:2] == ("start", "density")
-    at = walk(search(), "max", on(LANDSCAPE | {(2, 0.25): None, (1, 0.5): None}))
-    assert (at.kept.path, at.ended) == (("start",), "no neighbour gains more than 0")
-    at = walk(search(), "max", on({(1, 0.25): None}))
-    assert (at.ended, at.now) == ("the first probe has no finite metric", ())
+def test_a_failed_probe_is_never_chosen() -> None:
+    at = replay(search(), "max", on(LANDSCAPE | {(2, 0.25): None}))
+    assert at.chosen.path[:2] == ("start", "density")
+    at = replay(search(), "max", on(LANDSCAPE | {(2, 0.25): None, (1, 0.5): None}))
+    assert (at.chosen.path, at.ended) == (("start",), "no neighbour gains more than 0")
+    at = replay(search(), "max", on({(1, 0.25): None}))
+    assert (at.ended, at.pending) == ("the first probe has no finite metric", ())
 
 
 def test_a_replay_comes_to_the_same_decisions() -> None:
-    whole = walk(search(), "max", on(LANDSCAPE))
+    whole = replay(search(), "max", on(LANDSCAPE))
     known: dict[tuple[int, float], float] = {}
     seen = []
-    while (at := walk(search(), "max", on(known))).ended is None:
+    while (at := replay(search(), "max", on(known))).ended is None:
         assert at.steps == whole.steps[: len(at.steps)]
-        seen += [probe.name for probe in at.now]
-        for probe in at.now[:1] if len(known) % 2 else at.now[-1:]:  # one of them, then the other
+        seen += [probe.name for probe in at.pending]
+        for probe in at.pending[:1] if len(known) % 2 else at.pending[-1:]:  # one of them, then the other
             known[probe.rank, probe.down] = LANDSCAPE[probe.rank, probe.down]
-        for probe in at.now:
+        for probe in at.pending:
             known.setdefault((probe.rank, probe.down), LANDSCAPE[probe.rank, probe.down])
     assert at == whole
     assert seen == [probe.name for probe in whole.probes]

@@ -1,0 +1,73 @@
+"""The resources that a trial asks of Ray: one bundle for its own process, and one for each of its workers.
+
+All bundles of a trial are reserved together, so the workers of a running trial always have room.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import ray
+from ray import tune
+
+from rayfed.config import Experiment
+from rayfed.engine.placement import Bundle, bundle_of, count_bundles
+from rayfed.errors import UserError
+from rayfed.sweeps.plan import Trial
+
+
+def bundles(experiment: Experiment) -> list[Bundle]:
+    """The bundle of the trial's process, then one for each worker if the engine is Ray and workers reserve anything."""
+    engine = experiment.engine
+    if engine.kind == "local":
+        gpus = {"GPU": engine.gpus} if engine.device == "cuda" else {}
+        return [{"CPU": float(engine.threads), **gpus}]
+    worker = bundle_of(engine)
+    return [{"CPU": 1.0}, *(dict(worker) for _ in range(engine.workers) if worker)]
+
+
+def fits(asked: Sequence[Bundle], here: Bundle, others: Sequence[Bundle]) -> bool:
+    """Whether the trial can ever run: its process on the node ``here``, where --out is, its workers on any node."""
+    process, *workers = asked
+    if not count_bundles(here, process):
+        return False
+    left = {name: amount - process.get(name, 0) for name, amount in here.items()}
+    return not workers or sum(count_bundles(node, workers[0]) for node in (left, *others)) >= len(workers)
+
+
+def placement_groups(trials: Sequence[Trial]) -> dict[str, tune.PlacementGroupFactory]:
+    """The placement group of each trial, by name. UserError where the cluster can never hold one of the trials."""
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    here = nodes.pop(ray.get_runtime_context().get_node_id())
+    others = list(nodes.values())
+    # The run directories are on this node, so a trial's process has to be here too.
+    names = [name for name in here if name.startswith("node:") and name != "node:__internal_head__"]
+    pin = dict.fromkeys(names, 1e-3) if others else {}
+    groups = {}
+    for trial in trials:
+        asked = bundles(trial.experiment)
+        if not fits(asked, here, others):
+            raise UserError(_refusal(trial, asked, here, others))
+        process, *workers = asked
+        groups[trial.name] = tune.PlacementGroupFactory([{**process, **pin}, *workers])
+    return groups
+
+
+def _refusal(trial: Trial, asked: Sequence[Bundle], here: Bundle, others: Sequence[Bundle]) -> str:
+    engine = trial.experiment.engine
+    field, value = ("threads", engine.threads) if engine.kind == "local" else ("workers", engine.workers)
+    have = {name: sum(node.get(name, 0) for node in (here, *others)) for name in ("CPU", "GPU")}
+    return (
+        f"engine.{field}: got {value}, so that a trial needs {_format(asked)}, which can never fit: Ray has "
+        f"{_format([have])}, {_format([here])} of it on this node, where the trial's process runs (trial {trial.name})"
+    )
+
+
+def _format(amounts: Sequence[Mapping[str, float]]) -> str:
+    """`1 CPU + 2 x (0.5 GPU)`."""
+    counts = Counter(
+        " and ".join(f"{bundle[name]:g} {name}" for name in ("CPU", "GPU") if bundle.get(name)) or "nothing"
+        for bundle in amounts
+    )
+    return " + ".join(text if count == 1 else f"{count} x ({text})" for text, count in counts.items())

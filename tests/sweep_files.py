@@ -1,0 +1,36 @@
+"""What the tests of sweeps share: the plan of a sweep file, and what a sweep's directory says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rayfed.config.sweep import load_sweep
+from rayfed.sweeps.plan import Trial, plan_trials
+from rayfed.tasks.data.federation import Federation
+
+
+def decisions(out: Path) -> list[dict[str, Any]]:
+    """The lines of search.jsonl."""
+    return [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
+
+
+def files(folder: Path) -> dict[Path, int]:
+    """Every file below the folder, and when it was last written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """The lines of sweep.jsonl."""
+    return [json.loads(line) for line in (out / "sweep.jsonl").read_text().splitlines()]
+
+
+def statuses(out: Path) -> dict[str, str]:
+    """The status of every trial."""
+    return {row["trial"]: row["status"] for row in read_rows(out)}
+
+
+def planned(path: Path, *overrides: str) -> tuple[list[Trial], dict[str, Federation]]:
+    """(trials, federations) of a sweep file without a search."""
+    return plan_trials(*load_sweep(path, overrides))

@@ -1,0 +1,166 @@
+"""Sweeps on Ray Tune itself. All but one test are slow: the others start processes for many trials."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import wait_for
+from sweep_files import decisions, files, planned, read_rows, statuses
+from wandb_files import runs
+
+import rayfed
+from rayfed.config.execution import Engine
+from rayfed.errors import UserError
+from rayfed.sweeps.sweep import run_sweep
+from rayfed.sweeps.trial import read_outcome, trial_folder
+from rayfed.tracking import read_metrics
+
+OFFLINE = {"WANDB_MODE": "offline"}
+
+
+def last_digest(folder: Path) -> str:
+    return read_metrics(folder / "metrics.jsonl")[-1]["state/digest"]
+
+
+def test_two_trials_on_ray_tune(ray_cluster, sweep_file, tmp_path: Path) -> None:
+    """Two trials: one ends, one fails. Each is reported once it is recorded, and has the results of a run alone."""
+    section = {"parameters": {"client.lr": {"grid": [0.02, 1e30]}}, "concurrency": 1}  # one process for both
+    path, out = sweep_file(section), tmp_path / "out"
+    ended: dict[str, Any] = {}
+    result = run_sweep(path, out=out, on_trial_end=lambda trial: ended.update({trial.name: read_outcome(out, trial)}))
+    assert {name: outcome.status for name, outcome in ended.items()} == {"lr=0.02": "done", "lr=1e+30": "failed"}
+    assert statuses(out) == {"lr=0.02": "done", "lr=1e+30": "failed"}
+    assert [row["trial"] for row in result.failed] == ["lr=1e+30"]
+    (trial, _), _ = planned(path)
+    alone = rayfed.run(trial.experiment, tmp_path / "alone")
+    assert last_digest(trial_folder(out, trial)) == alone.metrics[-1]["state/digest"]
+
+
+def start_and_kill(path: Path, out: Path, when: Callable[[], object]) -> Callable[[], subprocess.CompletedProcess[str]]:
+    """Starts `rayfed sweep` and kills it with signal 9 when the condition is true. Returns a function that resumes."""
+    command = [sys.executable, "-m", "rayfed", "sweep", str(path), "--out", str(out)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | OFFLINE
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        assert wait_for(when)
+    finally:
+        process.kill()
+        process.wait()
+    return lambda: subprocess.run(
+        [*command, "--resume"], env=environment, timeout=300, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_resumes_and_a_failed_trial_stops_no_other(sweep_file, tmp_path: Path) -> None:
+    """Killed during the third trial: `--resume` leaves the first alone, continues the third and runs the fourth."""
+    section = {"parameters": {"client.lr": {"grid": [0.02, 1e30, 0.05, 0.1]}}, "concurrency": 1}  # 1e30 diverges
+    tracking = {"wandb": "offline", "artifact": False}
+    path = sweep_file(section, server={"rounds": 1200}, checkpoint={"every": 5}, tracking=tracking)
+    out = tmp_path / "out"
+    first, third = out / "trials" / "lr=0.02", out / "trials" / "lr=0.05"
+    resume = start_and_kill(path, out, lambda: list(third.glob("checkpoints/round-*")))
+    ended = {"lr=0.02": "done", "lr=1e+30": "failed"}
+    assert statuses(out) == ended | {"lr=0.05": "unfinished", "lr=0.1": "unfinished"}
+    before = files(first)
+
+    again = resume()
+    assert again.returncode == 1
+    assert again.stderr.splitlines()[-1].startswith("rayfed: 1 of 4 trials did not finish; --resume tries them again")
+    assert statuses(out) == ended | {"lr=0.05": "done", "lr=0.1": "done"}
+    assert files(first) == before
+    assert "resume after round" in (third / "events.log").read_text()
+    rounds = read_metrics(third / "metrics.jsonl")
+    assert [record["round"] for record in rounds] == list(range(1, 1201))
+    tracked = runs(third)[-1]["history"]  # all rounds, though the process was killed
+    assert [row["state/digest"] for row in tracked] == [record["state/digest"] for record in rounds]
+    alone = rayfed.run(planned(path)[0][2].experiment, tmp_path / "alone")
+    assert rounds[-1]["state/digest"] == alone.metrics[-1]["state/digest"]
+    (failed,) = [row for row in read_rows(out) if row["status"] == "failed"]
+    assert "training gave values that are not finite" in failed["error"]
+    assert "\n" not in failed["error"]
+    assert (out / "table.txt").read_text().splitlines()[4].split()[0] == "1e+30"
+
+
+@pytest.mark.slow
+def test_a_killed_probe_continues_from_its_own_checkpoint(sweep_file, tmp_path: Path, here) -> None:
+    """FLASC-Search, killed while the second probe trains: the first probe is not touched."""
+    search = {"kind": "flasc", "rank": 1, "density": 0.5, "factor": 2, "max_rank": 2, "max_density": 0.5}
+    section = {"search": search | {"rounds": 600, "final": False}, "concurrency": 1}
+    path = sweep_file(section, method={"name": "flasc"}, checkpoint={"every": 5})
+    complete = run_sweep(path, out=tmp_path / "complete")
+    out = tmp_path / "out"
+    first, second = out / "trials" / "start", out / "trials" / "start-rank"
+    resume = start_and_kill(path, out, (second / "checkpoints" / "round-000605").is_dir)
+    assert not (out / "trials" / "start-rank.json").exists()
+    before = files(first)
+    again = resume()
+    assert again.returncode == 0, again.stderr
+    assert files(first) == before
+    assert (second / "events.log").read_text().count("resume after round") == 2  # from the first probe, and killed
+    assert decisions(out) == decisions(tmp_path / "complete")
+    table = run_sweep(path, out=out, resume=True).table
+    assert [row[:-2] for row in table.rows] == [row[:-2] for row in complete.table.rows]
+
+
+@pytest.mark.slow
+def test_workers_of_trials_always_have_room(ray_cluster, sweep_file, tmp_path: Path) -> None:
+    """Two trials reserve all four CPUs: workers outside their trials' bundles would wait for ever."""
+    path = sweep_file({"parameters": {"seed": {"grid": [0, 1]}}}, engine={"kind": "ray", "workers": 1})
+    run_sweep(path, out=tmp_path / "out")
+    assert statuses(tmp_path / "out") == {"seed=0": "done", "seed=1": "done"}
+    for trial in planned(path)[0]:
+        alone = rayfed.run(trial.experiment.model_copy(update={"engine": Engine(kind="local")}), tmp_path / trial.name)
+        assert last_digest(trial_folder(tmp_path / "out", trial)) == alone.metrics[-1]["state/digest"]
+
+    with pytest.raises(UserError, match=r"^engine.workers: got 9, so that a trial needs 10 x \(1 CPU\), which can "):
+        run_sweep(path, ["engine.workers=9"], out=tmp_path / "wide")
+    assert not list((tmp_path / "wide").glob("trials/*"))
+
+
+@pytest.mark.slow
+def test_a_stopped_trial_stays_stopped(ray_cluster, sweep_file, tmp_path: Path) -> None:
+    """One at a time, rungs at 2 and 4 of 6: the second is far behind at 2, the third is better than the first."""
+
+    def write(*rates: float) -> Path:
+        stop = {"kind": "asha", "grace": 2, "factor": 2}
+        section = {"parameters": {"client.lr": {"grid": [*rates]}}, "stop": stop, "concurrency": 1}
+        return sweep_file(section, server={"rounds": 6})
+
+    path, out = write(0.02, 1e-6, 0.05), tmp_path / "out"
+    run_sweep(path, out=out)
+    assert list(statuses(out).values()) == ["done", "stopped", "done"]
+    trial = planned(path)[0][1]
+    outcome, folder = read_outcome(out, trial), trial_folder(out, trial)
+    assert outcome is not None
+    assert (outcome.round, outcome.error) == (2, None)
+    assert [record["round"] for record in read_metrics(folder / "metrics.jsonl")] == [1, 2]
+    assert not (folder / "adapter").exists()
+    before = files(out / "trials")
+
+    # A further trial with a rate that learns nothing: it is compared with the earlier trials, and nothing else runs.
+    result = run_sweep(write(0.02, 1e-6, 0.05, 1e-7), out=out, resume=True)
+    assert list(statuses(out).values()) == ["done", "stopped", "done", "stopped"]
+    assert before.items() <= files(out / "trials").items()
+    assert [row.get("stopped", {}).get("round") for row in read_rows(out)] == [None, 2, None, 2]
+    assert [row[-1] for row in result.table.rows] == ["", "2", "", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "search", [{"kind": "optuna", "trials": 5, "batch": 2, "startup": 2}, {"kind": "pbt", "population": 3, "rounds": 2}]
+)
+def test_on_ray_the_decisions_are_the_same(ray_cluster, sweep_file, tmp_path: Path, here, monkeypatch, search) -> None:
+    """Two trials at a time on Ray Tune, against one after the other in this process."""
+    section = {"search": search, "parameters": {"client.lr": {"loguniform": [1e-3, 2e-1]}}, "concurrency": 2}
+    path = sweep_file(section, server={"rounds": 6})
+    run_sweep(path, out=tmp_path / "here")
+    monkeypatch.undo()  # Ray Tune itself
+    run_sweep(path, out=tmp_path / "ray")
+    assert decisions(tmp_path / "ray") == decisions(tmp_path / "here")
