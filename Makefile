@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test test-slow lint format constraints clean
+.PHONY: help setup quickstart test coverage test-slow lint format constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,12 +32,17 @@ quickstart: $(STAMP) ## run configs/quickstart.yaml into runs/quickstart (the ru
 	@if [ -e $(QUICKSTART) ]; then rm -rf $(QUICKSTART).previous && mv $(QUICKSTART) $(QUICKSTART).previous; fi
 	$(BIN)/rayfed run configs/quickstart.yaml --out $(QUICKSTART)
 
-# Two processes: many tests wait for Ray. A file stays in one of them, for its fixtures; in order, so that Ray comes early.
-test: $(STAMP) ## run the tests with coverage (all but those marked slow)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov=rayfed --cov-report=term-missing:skip-covered --cov-fail-under=85
+# Two processes, because many tests wait for Ray. The tests of a file share a process, for their fixtures.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(STAMP) ## run the tests that take over a minute each
-	$(BIN)/python -m pytest -m slow --timeout=1800
+test: $(STAMP) ## run the tests (all but those marked slow)
+	$(PYTEST)
+
+coverage: $(STAMP) ## run the same tests with coverage, of which at least 85 % is asked for
+	$(PYTEST) --cov=rayfed --cov-report=term-missing:skip-covered --cov-fail-under=85
+
+test-slow: $(STAMP) ## run the tests that take over a minute each, and property tests with more examples
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m 'slow or hypothesis' --timeout=1800
 
 lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/ruff check .

@@ -10,12 +10,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' own small sums: threads would only wait for each other
 os.environ.setdefault("RAY_worker_niceness", "0")  # else Ray's workers yield to the tests in the other process
+
+settings.register_profile("default", max_examples=25, derandomize=True, deadline=None)
+settings.register_profile("thorough", max_examples=500, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with tests on Ray come first: they take longest, and so no process of pytest-xdist is left with one."""
+    on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path not in on_ray)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> None:
+    """Ray with 4 CPUs, shared by all tests of this process that use the fixture.
+
+    It is started once, and again where a module with a Ray of its own has stopped it.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(
+            address="local", num_cpus=4, num_gpus=0, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+        )
+
 
 SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 TOPICS = ("card", "loan", "rate", "app")

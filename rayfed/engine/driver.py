@@ -20,7 +20,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from rayfed.clients.plan import RunPlan
 from rayfed.config.execution import Engine
-from rayfed.engine.placement import beside_the_starting_process, check_places, with_gpu_share
+from rayfed.engine.placement import check_places, on_this_node, with_gpu_share
 from rayfed.engine.ray_executor import RayExecutor
 from rayfed.engine.rounds import run_rounds, with_pack_size
 from rayfed.errors import RunError, UserError
@@ -87,7 +87,7 @@ def run_on_ray(plan: RunPlan, out: Path, resume: bool, uri: str | None, console:
             console.event(waiting)
         _pickle_by_value(plan)
         actor: Any = ray.remote(num_cpus=0)(Driver)
-        driver = actor.options(scheduling_strategy=beside_the_starting_process()).remote()
+        driver = actor.options(scheduling_strategy=on_this_node()).remote()
         try:
             stream = driver.run.options(num_returns="streaming").remote(ray.put(plan), out.resolve(), resume, uri)
             for message in stream:

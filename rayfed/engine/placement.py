@@ -44,7 +44,7 @@ def in_group(group: PlacementGroup | None) -> Any:
     return None if group is None else PlacementGroupSchedulingStrategy(group)
 
 
-def beside_the_starting_process() -> Any:
+def on_this_node() -> Any:
     """The driver's scheduling strategy: the node of the starting process.
 
     A trial of a sweep has a placement group. Its driver joins the first bundle, the trial's own, and its workers use

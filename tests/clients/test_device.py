@@ -5,13 +5,17 @@ See `device_watch`: these tests compute nothing. That the numbers are right, the
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import transformers
 from device_watch import DEVICE, Watch
+from small_runs import CLASSIFICATION
 
-from rayfed.clients.local_training import PackMember, train_pack
+from rayfed.api import prepare
+from rayfed.clients.local_training import PackMember, TrainingContext, train_pack
 from rayfed.clients.messages import EvalJob
 from rayfed.clients.trainer import Trainer
 from rayfed.config.training import Client
@@ -19,7 +23,7 @@ from rayfed.lora.adapter import fresh_adapter
 from rayfed.lora.packed.stack import Stack, head_values
 from rayfed.lora.peft import layer_shape
 from rayfed.tasks.data.tokens import Tokens
-from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel, UnpaddedTokens
+from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel
 
 CLASSES, ROWS, BATCH = 4, 24, 4
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -59,7 +63,7 @@ class Images:
     def __init__(self, count):
         self.count, self.lengths = count, np.full(count, 5)
 
-    def batch(self, rows, pad_id):
+    def batch(self, rows, padded):
         g = torch.Generator().manual_seed(int(rows[0]))
         return {
             "pixel_values": torch.randn(len(rows), 3, 32, 32, generator=g),
@@ -71,9 +75,7 @@ def texts(count):
     """Texts of 2 to 12 tokens: no two clients have equally many."""
     draw = np.random.default_rng(3)
     offsets = np.concatenate([[0], np.cumsum(draw.integers(2, 13, count))])
-    return UnpaddedTokens(
-        Tokens(draw.integers(1, 60, offsets[-1]).astype(np.int32), offsets, draw.integers(0, 4, count))
-    )
+    return Tokens(draw.integers(1, 60, offsets[-1]).astype(np.int32), offsets, draw.integers(0, 4, count))
 
 
 def watched(build, clients, *, ranks=(4,), steps=(2,), dropout=0.0, support=1.0, optimizer="adamw", dtype=None):
@@ -101,8 +103,9 @@ def watched(build, clients, *, ranks=(4,), steps=(2,), dropout=0.0, support=1.0,
     settings = Client(batch_size=BATCH, clip_norm=1.0, optimizer=optimizer, weight_decay=0.1)
     watch = Watch()
     data = (Images if build is vit else texts)(clients * ROWS)
+    context = TrainingContext(stack, forward, CLASSIFICATION, data, flat is None, settings, 0, DEVICE)
     with watch:
-        train_pack(stack, forward, data, 0, members, settings, lr=0.1, t=0, seed=0, device=DEVICE)
+        train_pack(context, members, lr=0.1, t=0)
     tensors = sum(1 for _ in stack.tensors())
     return watch, tensors
 
@@ -133,19 +136,14 @@ def test_clients_that_end_at_different_steps_cost_kernels_by_the_step_not_by_the
     assert few.kernels == many.kernels
 
 
-def test_an_evaluation_waits_once_however_many_its_batches(tiny):
+def test_an_evaluation_waits_only_at_its_end_however_many_its_batches(tiny):
     from rayfed import wire
     from rayfed.lora.adapter import Adapter, LowRank
-    from rayfed.tasks.data.federation import form_federation
-    from rayfed.tasks.models.spec import describe_model
 
-    experiment = tiny("eval.batch_size=4")
-    federation = form_federation(experiment)
-    model_spec = describe_model(experiment, len(federation.classes))
-    engine = experiment.engine.model_copy(update={"device": "meta"})
-    trainer = Trainer(experiment.model_copy(update={"engine": engine}), federation, model_spec)
-    layers = {n: LowRank(torch.ones(o, 2), torch.ones(2, i), 1.0) for n, (o, i) in model_spec.shapes.items()}
-    adapter = Adapter(layers, model_spec.head)
+    plan = prepare(tiny("eval.batch_size=4"))
+    trainer = Trainer(replace(plan, engine=plan.engine.model_copy(update={"device": "meta"})))
+    layers = {n: LowRank(torch.ones(o, 2), torch.ones(2, i), 1.0) for n, (o, i) in plan.model.shapes.items()}
+    adapter = Adapter(layers, plan.model.head)
     payload, found = wire.encode(adapter.flatten()), []
     for rows in (8, 40):
         with Watch() as watch:
@@ -153,4 +151,4 @@ def test_an_evaluation_waits_once_however_many_its_batches(tiny):
         found.append(watch.waits)
         assert not watch.mixed
     assert found[0] == found[1]
-    assert sum(found[0].values()) == 2
+    assert sum(found[0].values()) == 4  # loss, count, predictions, labels

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import rayfed
-from rayfed.clients import device_memory
-from rayfed.clients import trainer as trainer
+from rayfed.clients import device_memory, trainer
 from rayfed.errors import RunError
 
 CPU = torch.device("cpu")
@@ -47,17 +47,17 @@ def small_memory(monkeypatch):
     real, tried = trainer.train_pack, []
 
     def limit(most):
-        def train_pack(stack, forward, data, pad_id, members, settings, **named):
+        def train_pack(context, members, **named):
             batches = []
 
             def checked(inputs):
                 batches.append(inputs)
                 if len(members) > most and len(batches) == 2:
                     raise torch.OutOfMemoryError("CUDA out of memory")
-                return forward(inputs)
+                return context.forward(inputs)
 
             tried.append(len(members))
-            return real(stack, checked, data, pad_id, members, settings, **named)
+            return real(replace(context, forward=checked), members, **named)
 
         monkeypatch.setattr(trainer, "train_pack", train_pack)
         return tried

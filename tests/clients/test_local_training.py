@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from small_runs import CLASSIFICATION
 from torch import nn
 
-from rayfed.clients.local_training import PackMember, batches, train_pack
+from rayfed.clients.local_training import PackMember, TrainingContext, batches, train_pack
 from rayfed.config.training import Client
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.packed.stack import Stack, head_values
 from rayfed.lora.peft import match_targets
-from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel, UnpaddedTokens
+from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel
 
 TARGETS = ["query", "value", "intermediate.dense"]
 SGD = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.02}
@@ -69,10 +70,10 @@ def lab_with(base, tokens, flat):
 
     def train(members, settings, dropout=0.0, t=ROUND, seed=BASE_SEED, on=None, lr=None):
         on = on or stack_of(dropout)
-        return train_pack(
-            on.stack, on.forward, UnpaddedTokens(tokens) if flat else tokens, 0, members, settings,
-            lr=lr or LR[settings.optimizer], t=t, seed=seed, device=torch.device("cpu"),
-        )  # fmt: skip
+        context = TrainingContext(
+            on.stack, on.forward, CLASSIFICATION, tokens, not flat, settings, seed, torch.device("cpu")
+        )
+        return train_pack(context, members, lr=lr or LR[settings.optimizer], t=t)
 
     return SimpleNamespace(member=member, train=train, stack_of=stack_of)
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from small_runs import CLASSIFICATION
 
-from rayfed.clients.local_training import PackMember, train_pack
+from rayfed.clients.local_training import PackMember, TrainingContext, train_pack
 from rayfed.config.training import Client
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.packed.stack import Stack, head_values
@@ -40,7 +41,7 @@ class Rows:
         self.pixels = torch.randn(40, 3, 32, 32, generator=g, dtype=torch.float64)
         self.ids = torch.randint(1, 40, (40, 8), generator=g)
 
-    def batch(self, rows: np.ndarray, pad_id: int) -> dict[str, torch.Tensor]:
+    def batch(self, rows: np.ndarray, padded: bool) -> dict[str, torch.Tensor]:
         chosen = torch.as_tensor(rows)
         if self.images:
             inputs = {"pixel_values": self.pixels[chosen].to(torch.get_default_dtype())}
@@ -105,11 +106,11 @@ def train(build, members, settings, dtype="float32", again=False):
     stack = Stack(model, shapes, [head], dropout=0.2)
     if again:
         enable_gradient_checkpointing(model)
-    results = train_pack(
-        stack, lambda inputs: model(**inputs).logits, Rows(build is vit), 0, members, settings, lr=settings.lr, t=3,
-        seed=1, device=torch.device("cpu"),
+    context = TrainingContext(
+        stack, lambda inputs: model(**inputs).logits, CLASSIFICATION, Rows(build is vit), True, settings, 1,
+        torch.device("cpu"),
     )  # fmt: skip
-    return [result.vector for result in results]
+    return [result.vector for result in train_pack(context, members, lr=settings.lr, t=3)]
 
 
 def member(build, client, rank, rows):

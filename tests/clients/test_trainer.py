@@ -1,21 +1,21 @@
-"""Jobs in, results out: what is uploaded, what evaluation sums, and that a trainer keeps nothing between jobs."""
+"""Jobs in, results out: uploads, evaluation, features, and that a trainer stores nothing between jobs."""
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from rayfed import wire
+from rayfed.api import prepare
 from rayfed.clients.local_training import batches
 from rayfed.clients.messages import ClientOrder, EvalJob, FeatureJob, TrainJob
 from rayfed.clients.trainer import Trainer
 from rayfed.errors import RunError, UserError
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.methods.base import Trainable
-from rayfed.tasks.data.federation import form_federation
 from rayfed.tasks.models.base import load_base
-from rayfed.tasks.models.spec import describe_model
 from rayfed.tasks.models.unpadded import Padded, Unpadded
 
 RANK = 4
@@ -28,18 +28,23 @@ def experiment(tiny, request):
 
 
 @pytest.fixture(scope="module")
-def federation(experiment):
-    return form_federation(experiment)
+def plan(experiment):
+    return prepare(experiment)
 
 
 @pytest.fixture(scope="module")
-def trainer(experiment, federation):
-    return Trainer(experiment, federation, describe_model(experiment, len(federation.classes)))
+def federation(plan):
+    return plan.federation
 
 
 @pytest.fixture(scope="module")
-def model_spec(experiment, federation):
-    return describe_model(experiment, len(federation.classes))
+def trainer(plan):
+    return Trainer(plan)
+
+
+@pytest.fixture(scope="module")
+def model_spec(plan):
+    return plan.model
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +83,7 @@ def test_a_dense_upload_is_the_whole_change_without_indices(trainer, federation,
         assert payload.n == payload.count == adapter.layout.size
         assert (payload.values != 0).float().mean() > 0.99
         assert examples == len(federation.rows_of(client))
-        assert steps == len(batches(federation.rows_of(client), trainer.experiment.client, 0, 0, client))
+        assert steps == len(batches(federation.rows_of(client), trainer.plan.client, 0, 0, client))
     assert len(set(result.uploads)) == len(CLIENTS)
     still = train(trainer, adapter, wire.encode(adapter.flatten()), lr=1e-12)  # the change, not the trained values
     assert all(wire.decode(upload).values.abs().max() < 1e-6 for upload in still.uploads)
@@ -206,12 +211,10 @@ def test_evaluation_sums_are_those_of_a_plain_loop(experiment, federation, train
 
     losses, hits, _ = one_by_one(experiment, federation, split, merge)
     result = trainer.execute(EvalJob(split, 0, len(losses), adapter.layout), [wire.encode(adapter.flatten())])
-    labels = torch.tensor(getattr(federation, split).labels)
-    assert result.count.tolist() == [int((labels == y).sum()) for y in range(len(federation.classes))]
-    assert result.correct.tolist() == [
-        int(torch.tensor(hits)[labels == y].sum()) for y in range(len(federation.classes))
-    ]
-    assert 0 < int(result.correct.sum()) < int(result.count.sum()) == len(losses)
+    assert sorted(result.rows.tolist()) == list(range(len(losses)))
+    assert result.labels.tolist() == getattr(federation, split).labels[result.rows].tolist()
+    assert (result.predictions == result.labels).tolist() == [hits[row] for row in result.rows]
+    assert 0 < sum(hits) < result.count == len(losses)
     assert result.loss == pytest.approx(sum(losses), rel=1e-5)
 
 
@@ -220,9 +223,17 @@ def test_evaluation_of_some_classes_is_that_of_their_rows(federation, trainer, a
     whole = trainer.execute(EvalJob("test", 0, rows, adapter.layout), [payload])
     some = trainer.execute(EvalJob("test", 0, rows, adapter.layout, classes=(1, 3)), [payload])
     rest = trainer.execute(EvalJob("test", 0, rows, adapter.layout, classes=(0, 2)), [payload])
-    assert some.count.tolist() == [0, int(whole.count[1]), 0, int(whole.count[3])]
-    assert torch.equal(some.correct + rest.correct, whole.correct)
+    assert set(some.labels.tolist()) == {1, 3}
+    assert some.count == len(some.rows) == int(np.isin(federation.test.labels, (1, 3)).sum())
+    assert by_row(some) | by_row(rest) == by_row(whole)
     assert some.loss + rest.loss == pytest.approx(whole.loss, rel=1e-6)
+    nothing = trainer.execute(EvalJob("test", 0, rows, adapter.layout, classes=()), [payload])
+    assert (nothing.loss, nothing.count, len(nothing.rows), len(nothing.predictions)) == (0, 0, 0, 0)
+
+
+def by_row(result):
+    """Row -> its prediction and its label."""
+    return dict(zip(result.rows.tolist(), zip(result.predictions.tolist(), result.labels.tolist())))
 
 
 @pytest.mark.parametrize("cuts", [(30,), (16, 32, 48), (1, 2, 3, 59), ()], ids=str)
@@ -235,9 +246,9 @@ def test_evaluation_may_be_split_anyhow(federation, trainer, adapter, cuts):
         trainer.execute(EvalJob("test", start, stop, adapter.layout), [payload])
         for start, stop in itertools.pairwise(edges)
     ]
-    assert torch.equal(sum(p.count for p in parts), whole.count)
-    assert int(whole.count.sum()) == rows
-    assert torch.equal(sum(p.correct for p in parts), whole.correct)
+    assert sum(p.count for p in parts) == whole.count == rows
+    assert np.concatenate([p.rows for p in parts]).tolist() == whole.rows.tolist()
+    assert torch.equal(torch.cat([p.predictions for p in parts]), whole.predictions)
     assert sum(p.loss for p in parts) == pytest.approx(whole.loss, rel=1e-6)
 
 
@@ -261,8 +272,8 @@ def test_features_of_a_model_whose_head_sees_every_token_are_those_of_the_last(t
         f"model.name={tiny_gpt2}", "model.pooling=stock", "lora.target_modules=[c_attn]", "eval.batch_size=4",
         f"engine.padding={padding}",
     )  # fmt: skip
-    federation = form_federation(settings)
-    trainer = Trainer(settings, federation, describe_model(settings, len(federation.classes)))
+    plan = prepare(settings)
+    federation, trainer = plan.federation, Trainer(plan)
     result = trainer.execute(FeatureJob("test", 0, 12), [])
     assert result.features.shape == (12, 32)
     model = load_base(settings.model, len(federation.classes), settings.seed).model
@@ -270,14 +281,13 @@ def test_features_of_a_model_whose_head_sees_every_token_are_those_of_the_last(t
     lengths = federation.test.lengths[rows]
     assert len(set(lengths[:4])) + len(set(lengths[4:8])) > 2  # there is padding
     for row, features in zip(rows, result.features):
-        batch = federation.test.batch(rows[rows == row], federation.pad_id)
+        batch = federation.test.batch(rows[rows == row], padded=True)
         with torch.no_grad():
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[0]
             torch.testing.assert_close(model.score(features), logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_blueprint_describes_what_is_trained(experiment, tiny_bert):
-    model_spec = describe_model(experiment, 4)
+def test_the_model_spec_describes_what_is_trained(experiment, model_spec, tiny_bert):
     assert {name: tuple(t.shape) for name, t in model_spec.head.items()} == {
         "classifier.weight": (4, 32), "classifier.bias": (4,),
     }  # fmt: skip
@@ -289,19 +299,22 @@ def test_a_blueprint_describes_what_is_trained(experiment, tiny_bert):
     assert model_spec.parameters == sum(p.numel() for p in whole.parameters())
 
 
-def test_the_blueprint_decides_about_padding(tiny):
-    assert (
-        describe_model(tiny(), 4).padding == describe_model(tiny("engine.padding=never"), 4).padding == Unpadded("mean")
-    )
-    assert describe_model(tiny("model.pooling=stock"), 4).padding == Unpadded("first")
-    assert describe_model(tiny("engine.padding=batch"), 4).padding == Padded("engine.padding=batch")
+def test_the_plan_decides_about_padding(tiny):
+    for settings, batching in (
+        ((), Unpadded("mean")),
+        (("engine.padding=never",), Unpadded("mean")),
+        (("model.pooling=stock",), Unpadded("first")),
+        (("engine.padding=batch",), Padded("engine.padding=batch")),
+    ):
+        assert prepare(tiny(*settings)).model.batching == batching
 
 
 def test_padding_that_a_model_needs_cannot_be_forbidden(tiny, monkeypatch):
-    monkeypatch.setattr("rayfed.tasks.models.spec.choose", lambda model, longest: Padded(f"{longest} tokens"))
-    assert describe_model(tiny("data.max_tokens=20"), 4).padding == Padded("20 tokens")
+    choice = "rayfed.tasks.text_classification.choose_batching"
+    monkeypatch.setattr(choice, lambda model, longest: Padded(f"{longest} tokens"))
+    assert prepare(tiny("data.max_tokens=20")).model.batching == Padded("20 tokens")
     with pytest.raises(UserError) as refusal:
-        describe_model(tiny("data.max_tokens=100", "engine.padding=never"), 4)
+        prepare(tiny("data.max_tokens=100", "engine.padding=never"))
     assert str(refusal.value) == (
         "engine.padding: got 'never', but this model needs padding (64 tokens); allowed are auto and batch"
     )  # 64: it has no more positions
@@ -311,12 +324,10 @@ def test_padding_changes_uploads_by_rounding_only(tiny):
     """The same job with and without: three clients in a pack, from a random adapter."""
     results = []
     for padding in ("never", "batch"):
-        settings = tiny("engine.pack=3", f"engine.padding={padding}")
-        federation = form_federation(settings)
-        drawn = describe_model(settings, len(federation.classes))
-        trainer = Trainer(settings, federation, drawn)
-        adapter = random_adapter(drawn, seed=4)
-        clients = [int(c) for c in federation.sizes.nonzero()[0][:3]]
+        plan = prepare(tiny("engine.pack=3", f"engine.padding={padding}"))
+        trainer = Trainer(plan)
+        adapter = random_adapter(plan.model, seed=4)
+        clients = plan.federation.holders[:3].tolist()
         result = train(trainer, adapter, wire.encode(adapter.flatten()), clients=clients)
         results.append([wire.decode(upload).values for upload in result.uploads])
     for flat, padded in zip(*results):

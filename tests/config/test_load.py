@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rayfed.config import Experiment, dump_config, load_config
@@ -259,7 +259,6 @@ def test_words_that_look_like_values_survive_the_round_trip(name: str, write: Wr
     assert yaml.safe_load(dump_config(experiment))["name"] == name  # and any other YAML reader
 
 
-@settings(max_examples=15, deadline=None)
 @given(name=st.text(max_size=20), lr=st.floats(min_value=0, exclude_min=True, allow_infinity=False))
 @example(name="\x85", lr=1.0)
 @example(name="a\u2028 \u2029b", lr=1.0)
@@ -297,14 +296,12 @@ def test_a_full_config_reads_back_equal(write: Write) -> None:
 YAMLISH = st.text(alphabet="aeE0159-+._:,[]{}'\"#&*!|>%@` \n\t~<=?", max_size=12)
 
 
-@settings(max_examples=100, deadline=None)
 @given(override=st.one_of(st.text(max_size=30), st.builds("{}={}".format, YAMLISH, YAMLISH)))
 def test_no_override_raises_anything_but_a_refusal(empty: Path, override: str) -> None:
     with contextlib.suppress(UserError):
         load_config(empty, [override])
 
 
-@settings(max_examples=100, deadline=None)
 @given(name=st.sampled_from(LEAVES), text=st.one_of(YAMLISH, st.text(max_size=12)))
 def test_a_wrong_value_of_one_setting_is_one_line(empty: Path, name: str, text: str) -> None:
     lines: list[str] = []

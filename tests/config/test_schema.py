@@ -156,20 +156,8 @@ def test_a_source_has_its_own_settings_and_no_others(data: dict[str, Any], line:
     ("settings", "line"),
     [
         (
-            {"server": {"cohort": 11}, "partition": {"clients": 10}},
-            "server.cohort: got 11, but the population has only 10 clients (partition.clients)",
-        ),
-        (
-            {"partition": {"kind": "natural"}},
-            "data.client: got null, but partition.kind=natural needs the column that names the client",
-        ),
-        (
             {"engine": {"device": "cuda", "gpus_per_worker": 0}},
             "engine.gpus_per_worker: got 0, but engine.device=cuda needs more than 0",
-        ),
-        (
-            {"eval": {"early_stop": {"patience": 1}}, "data": {"validation": 0}},
-            "data.validation: got 0, but eval.early_stop needs a validation split",
         ),
         (
             {"lora": {"train": "head"}, "model": {"head": "frozen"}},

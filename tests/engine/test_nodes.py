@@ -15,8 +15,9 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
 import rayfed
+from rayfed.api import prepare
 from rayfed.config.execution import Engine
-from rayfed.engine.placement import _mistake, bundle_of, reserve, with_shares
+from rayfed.engine.placement import _mistake, bundle_of, reserve, with_gpu_share
 from rayfed.errors import UserError
 
 RUN = ("wire.up.density=0.25", "server.rounds=30", "server.cohort=4", "eval.every=30")
@@ -26,7 +27,8 @@ QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "hea
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Cluster]:
-    """A head, where the driver runs, and one more node; a CPU each."""
+    """A head, where the driver runs, and one more node; a CPU each. This process leaves any other Ray."""
+    ray.shutdown()
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": QUICK}
     )
@@ -158,8 +160,8 @@ def test_what_never_fits_is_known_by_the_nodes(engine: Engine, room: Any, mistak
     ("gpus", "workers", "each"),
     [(1, 1, 1), (1, 2, 0.5), (1, 3, 0.3333), (2, 3, 0.5), (8, 8, 1), (8, 5, 1), (3, 8, 0.3333)],
 )
-def test_workers_share_the_gpus_there_are(tiny: Any, gpus: int, workers: int, each: float) -> None:
-    engine = tiny(f"engine.workers={workers}", "engine.cpus_per_worker=0").with_gpus(gpus).engine
+def test_workers_share_the_gpus_there_are(gpus: int, workers: int, each: float) -> None:
+    engine = Engine(workers=workers, cpus_per_worker=0).with_gpus(gpus)
     assert engine.gpus_per_worker == each
     assert _mistake(engine, [{"GPU": float(gpus)}]) is None
     assert _mistake(engine, [{"GPU": 1.0}] * gpus) is None
@@ -175,9 +177,9 @@ def test_the_run_gets_the_share_as_a_number(
     has = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": float(gpus)}}, {"Alive": False, "Resources": {"GPU": 9.0}}]
     monkeypatch.setattr("ray.nodes", lambda: has)
     monkeypatch.setattr("ray.util.get_current_placement_group", lambda: None)
-    experiment = tiny("engine.kind=ray", *(f"engine.{setting}" for setting in engine))
-    assert with_shares(experiment).engine.gpus_per_worker == each
-    assert with_shares(experiment).digest() == experiment.digest()
+    plan = prepare(tiny("engine.kind=ray", *(f"engine.{setting}" for setting in engine)))
+    assert with_gpu_share(plan).engine.gpus_per_worker == each
+    assert with_gpu_share(plan).digest == plan.digest
 
 
 @pytest.mark.parametrize(
@@ -187,7 +189,7 @@ def test_no_gpu_has_no_shares(tiny: Any, monkeypatch: Any, waits: str, says: str
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
     monkeypatch.setattr("ray.util.get_current_placement_group", lambda: None)
     with pytest.raises(UserError, match=rf"^engine.gpus_per_worker: got 'auto', but {says}[^\n]*$"):
-        with_shares(tiny("engine.kind=ray", "engine.device=cuda", f"engine.wait_for_nodes={waits}"))
+        with_gpu_share(prepare(tiny("engine.kind=ray", "engine.device=cuda", f"engine.wait_for_nodes={waits}")))
 
 
 def test_a_worker_holds_what_the_settings_say() -> None:

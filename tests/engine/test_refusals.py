@@ -1,31 +1,25 @@
-"""What Ray cannot hold, or cannot keep alive, ends in one line."""
+"""Workers for which Ray has no room, and workers that die every time, end in one line."""
 
 import pytest
 import ray
 from ray.exceptions import RayActorError
 
 import rayfed
+from rayfed.config.execution import Engine
 from rayfed.engine.driver import Outbox
 from rayfed.engine.ray_executor import RayExecutor
 from rayfed.errors import RunError, UserError
 from rayfed.server.executor import Submission
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.parametrize(
     ("setting", "line"),
     [
         ("engine.gpus_per_worker=0.5", "engine.gpus_per_worker: got 0.5 for each of 2 workers, but Ray has 0 GPUs"),
-        ("engine.cpus_per_worker=64", "engine.cpus_per_worker: got 64 for each of 2 workers, but Ray has 2 CPUs"),
+        ("engine.cpus_per_worker=64", "engine.cpus_per_worker: got 64 for each of 2 workers, but Ray has 4 CPUs"),
     ],
 )
-def test_workers_that_never_fit_are_refused_before_anything_is_written(tiny, tmp_path, cluster, setting, line):
+def test_workers_that_never_fit_are_refused_before_anything_is_written(tiny, tmp_path, ray_cluster, setting, line):
     with pytest.raises(UserError) as refusal:
         rayfed.run(tiny("engine.kind=ray", setting), out=tmp_path / "run")
     assert str(refusal.value) == line
@@ -44,9 +38,9 @@ class Doomed:
         os._exit(1)
 
 
-def test_a_job_that_kills_every_worker_ends_the_run(tiny, cluster, monkeypatch):
+def test_a_job_that_kills_every_worker_ends_the_run(ray_cluster, monkeypatch):
     monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Doomed)
-    executor = RayExecutor(tiny("engine.workers=1", "engine.retries=1"), ray.put(None), None)
+    executor = RayExecutor(Engine(workers=1, retries=1), ray.put(None))
     with pytest.raises(RunError, match="failed 2 times because its worker died"):
         list(executor.run([Submission(None)]))
     assert len(executor.drain_events()) == 1
@@ -61,9 +55,9 @@ class Stillborn:
         raise OSError("no such weights")
 
 
-def test_workers_that_never_start_end_the_run(tiny, cluster, monkeypatch):
+def test_workers_that_never_start_end_the_run(ray_cluster, monkeypatch):
     monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Stillborn)
-    executor = RayExecutor(tiny("engine.workers=1", "engine.retries=1"), ray.put(None), None)
+    executor = RayExecutor(Engine(workers=1, retries=1), ray.put(None))
     with pytest.raises(RunError, match="workers died 2 times before their first job: OSError: no such weights"):
         list(executor.run([Submission(None)]))
     executor.close()
@@ -88,13 +82,11 @@ def gone(worker):
 
 
 @pytest.mark.slow
-def test_idle_workers_that_died_together_cost_one_job_one_retry(tiny, cluster, monkeypatch):
+def test_idle_workers_that_died_together_cost_one_job_one_retry(ray_cluster, monkeypatch):
     """As when a node is lost between two rounds: the job is not offered to one dead worker after the other."""
     monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Calm)
-    executor = RayExecutor(
-        tiny("engine.workers=4", "engine.cpus_per_worker=0.25", "engine.retries=1"), ray.put(None), None
-    )
-    while executor.coming:
+    executor = RayExecutor(Engine(workers=4, cpus_per_worker=0.25, retries=1), ray.put(None))
+    while executor.starting:
         assert [done.result for done in executor.run([Submission(None)])] == ["done"]
     for worker in executor.workers:
         ray.kill(worker)

@@ -1,4 +1,4 @@
-"""Wherever clients train and whoever dies on the way, the state has the same bits."""
+"""The state has the same bits wherever clients train, and whatever dies on the way."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ import ray
 from small_runs import wait_for
 
 import rayfed
-from rayfed.clients.messages import TrainJob
+from rayfed.api import prepare
+from rayfed.clients.messages import EvalJob, TrainJob
 from rayfed.config import dump_config, load_config
 from rayfed.engine.ray_executor import RayExecutor, Worker
 from rayfed.errors import RunError
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.loop import Server
-from rayfed.tasks.data.federation import form_federation
-from rayfed.tasks.models.spec import describe_model
 from rayfed.tracking import SinkList, read_metrics
 
 # Evaluated at the end only: whoever is killed before was training. Packs of two come back as sums.
@@ -32,13 +31,6 @@ RUN = (*SPARSE, "server.rounds=8", "server.cohort=5", "eval.every=8", "engine.pa
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes through /proc")
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +68,14 @@ def kill_a_training_worker() -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_any_number_of_ray_workers(tiny, tmp_path, cluster, digests, workers):
+def test_any_number_of_ray_workers(tiny, tmp_path, ray_cluster, digests, workers):
     result = rayfed.run(tiny(*RUN, "engine.kind=ray", f"engine.workers={workers}"), out=tmp_path / "run")
     assert digests_of(result.out) == digests
     assert all(record["clients/retried"] == 0 for record in result.metrics)
 
 
 @pytest.mark.slow
-def test_a_worker_measures_and_the_run_is_the_one_with_the_number(tiny, tmp_path, cluster):
+def test_a_worker_measures_and_the_run_is_the_one_with_the_number(tiny, tmp_path, ray_cluster):
     result = rayfed.run(tiny(*RUN, "engine.kind=ray", "engine.workers=3", "engine.pack=auto"), out=tmp_path / "run")
     size = load_config(result.out / "config.yaml").engine.pack
     assert size in (1, 2)  # 5 clients and 3 workers
@@ -94,7 +86,7 @@ def test_a_worker_measures_and_the_run_is_the_one_with_the_number(tiny, tmp_path
 
 
 @needs_proc
-def test_a_killed_worker_costs_a_retry_and_nothing_else(tiny, tmp_path, cluster, digests):
+def test_a_killed_worker_costs_a_retry_and_nothing_else(tiny, tmp_path, ray_cluster, digests):
     out, killed = tmp_path / "run", []
 
     def strike() -> None:
@@ -113,18 +105,10 @@ def test_a_killed_worker_costs_a_retry_and_nothing_else(tiny, tmp_path, cluster,
 EVALUATED = (*SPARSE, "server.rounds=4", "server.cohort=5", "engine.pack=2", "eval.batch_size=4")
 
 
-def served(experiment, out: Path, federation, executor) -> list[dict]:
+def served(experiment, out: Path, executor) -> list[dict]:
     """The records of a server in this process, without times."""
-    model_spec = describe_model(experiment, len(federation.classes))
-    server = Server(
-        experiment,
-        federation,
-        model_spec,
-        executor(experiment, ray.put(federation), model_spec),
-        out,
-        SinkList(),
-        False,
-    )
+    plan = prepare(experiment)
+    server = Server(plan, executor(plan.engine, ray.put(plan)), out, SinkList(), False)
     try:
         return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in server.rounds()]
     finally:
@@ -132,32 +116,28 @@ def served(experiment, out: Path, federation, executor) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_workers_that_die_evaluating_beside_training_change_no_figure(tiny, tmp_path, cluster):
-    """All of them are killed each time when the last pack of a round is there and evaluation has begun."""
+def test_workers_that_die_in_an_evaluation_change_no_metric(tiny, tmp_path, ray_cluster):
+    """All workers are killed in every evaluation, after its first result."""
     struck = []
 
     class Striking(RayExecutor):
-        def run(self, tasks):
-            training = sum(isinstance(task.job, TrainJob) for task in tasks)
-            left, beside = training, 0 < training < len(tasks)
-            for done in super().run(tasks):
+        def run(self, submissions):
+            for i, done in enumerate(super().run(submissions)):
                 yield done
-                left -= done.index < training
-                if beside and left == 0:
-                    beside = False
-                    struck.append(len(tasks) - training)
+                if i == 0 and isinstance(submissions[0].job, EvalJob):
+                    struck.append(len(submissions))
                     for worker in self.workers:
                         ray.kill(worker)
 
-    federation = form_federation(tiny(*EVALUATED))
     here = rayfed.run(tiny(*EVALUATED), out=tmp_path / "here").metrics
-    there = served(tiny(*EVALUATED, "engine.kind=ray"), tmp_path / "there", federation, Striking)
-    assert len(struck) == 3  # after rounds 1, 2 and 3; the last is evaluated alone
+    there = served(tiny(*EVALUATED, "engine.kind=ray"), tmp_path / "there", Striking)
+    assert len(struck) == 4  # once in the evaluation of every round
+    assert min(struck) > 1
     assert there == [{k: v for k, v in record.items() if not k.startswith("time/")} for record in here]
 
 
 @pytest.mark.slow
-def test_a_pack_that_kills_its_worker_leaves_the_round_before_it(tiny, tmp_path, cluster, monkeypatch):
+def test_a_pack_that_kills_its_worker_leaves_the_round_before_it(tiny, tmp_path, ray_cluster, monkeypatch):
     class Mortal(Worker):
         def execute(self, job, *payloads):
             if isinstance(job, TrainJob) and job.t == 2 and len(job.orders) == 1:  # one of three packs
@@ -167,7 +147,7 @@ def test_a_pack_that_kills_its_worker_leaves_the_round_before_it(tiny, tmp_path,
     monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Mortal)
     experiment, out = tiny(*EVALUATED, "engine.kind=ray", "engine.workers=3", "engine.retries=0"), tmp_path / "run"
     with pytest.raises(RunError, match="because its worker died"):
-        served(experiment, out, form_federation(experiment), RayExecutor)
+        served(experiment, out, RayExecutor)
     assert checkpoints.latest(out / "checkpoints", experiment.digest()).round == 2
 
 
@@ -180,7 +160,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, digests, engine):
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        assert wait_for(lambda: rounds_done(out) >= 2)
+        assert wait_for(lambda: rounds_done(out) >= 2 or process.poll() is not None)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -85,7 +85,6 @@ def cohorts(draw: st.DrawFn, dtype: torch.dtype) -> tuple[list[LowRank], list[fl
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_cohort_is_the_dense_sum(dtype):
-    @settings(deadline=None)
     @given(cohorts(dtype))
     def check(cohort):
         pairs, weights = cohort
@@ -373,7 +372,6 @@ def test_rescale_keeps_the_change(dtype, old, new):
     assert torch.equal(algebra.rescale(pair_of(9, 7, 3, 2.0), 0.5).dense(), pair_of(9, 7, 3, 2.0).dense())
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from([(13, 7), (7, 13), (40, 30)]),
     st.sampled_from([0, 1, 3, 6, 7, 20]),

@@ -1,16 +1,25 @@
-"""What may come up is worked out once for clients that train alike, and an upload lands where it belongs."""
+"""Downloads: which entries a client may upload, and where an upload's values belong in the adapter."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
+from small_runs import lowrank
 
+import rayfed
 from rayfed import wire
+from rayfed.clients import trainer
+from rayfed.clients.local_training import train_pack
+from rayfed.clients.transfer import Uploadable
 from rayfed.errors import RunError
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.methods import Start, Trainable
 from rayfed.methods.base import Sparse
-from rayfed.server.downlink import Download, Uploadable
+from rayfed.methods.fedview import FedView
+from rayfed.server.downlink import Download
 
 LAYOUT = Adapter({"a": LowRank(torch.zeros(2, 1), torch.zeros(1, 3), 1.0)}, {}).layout  # A in 0 to 2, B in 3 and 4
 
@@ -47,10 +56,55 @@ def test_the_budget_counts_what_would_train_had_everything_arrived():
     assert download(has).uploadable(personal).places.tolist() == [0]
 
 
-def test_the_answer_is_kept_for_the_next_client_that_trains_alike():
+def test_the_entries_are_computed_once_for_clients_that_train_the_same_parts():
     sent = download()
     first = sent.uploadable(Trainable(parts=("B",)))
     assert sent.uploadable(Trainable(parts=("B",))) is first
     assert sent.uploadable(Trainable()).places is None
     assert sent.uploadable(Trainable(parts=("B",))).places.tolist() == [3, 4]
-    assert len(sent._asked) == 1  # one answer, however different the clients are
+    assert len(sent._cached) == 1  # memory does not grow with the clients
+
+
+@dataclass(frozen=True)
+class WatchedHalf(FedView):
+    """FedView whose starts merge a part of the correction; notes what the server knows of each client's start."""
+
+    start: str = "half"
+    seen: ClassVar[dict] = {}
+
+    def aggregate(self, state, updates, advance):
+        def watched():
+            for update in updates:
+                own = self.broadcast(state, update.client)
+                assert own.merge is not None
+                self.seen[state.rounds, update.client.client] = update.start, dict(own.base), own.merged_base
+                yield update
+
+        return super().aggregate(state, watched(), advance)
+
+
+def test_a_change_to_merge_reaches_the_worker(tmp_path, monkeypatch):
+    """The adapter and the base on which a worker trains are the server's view of the client, to the bit."""
+    trained = {}
+
+    def watched(context, members, *, lr, t):
+        trained.update({(t, member.client): (member.start, member.base) for member in members})
+        return train_pack(context, members, lr=lr, t=t)
+
+    monkeypatch.setattr(trainer, "train_pack", watched)
+    settings = lowrank("server.rounds=4", "server.cohort=5", "engine.pack=2")
+    rayfed.run(settings, out=tmp_path / "run", method=WatchedHalf())
+    seen = WatchedHalf.seen
+    assert trained.keys() == seen.keys()
+    assert len(seen) == 20
+    for key, (start, base) in trained.items():
+        expected_start, before, expected = seen[key]
+        assert torch.equal(start, expected_start)
+        assert torch.equal(_matrix(base), _matrix(expected))
+        merged = _matrix(expected) - (_matrix(before) if before else 0)
+        assert bool(merged.any()) == (key[0] > 0)  # before the first round there is nothing to correct
+
+
+def _matrix(base):
+    change = base["layer"]
+    return change.dense() if isinstance(change, LowRank) else change

@@ -1,4 +1,8 @@
-"""Every method runs end to end in the engine: mixed ranks where it allows them, resumed to the same bits, exported."""
+"""Every method runs end to end: mixed ranks where the method allows them, resumed to the same bits, exported.
+
+All methods run on the problem with a known answer. One method of every kind of state runs on a transformer as well: a
+vector of factors, a matrix by layer, personal entries, a change of phase.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import lowrank
 
 import rayfed
 from rayfed.errors import UserError
@@ -16,30 +21,40 @@ from rayfed.methods import METHODS, build
 from rayfed.wire import Ledger
 
 ROUNDS = 3
-TIERS = ("profiles.kind=tiers", "profiles.ranks=[1,2,4]")
-
-
-def settings(name: str) -> list[str]:
-    chosen = [f"method.name={name}", f"server.rounds={ROUNDS}", "client.steps=2", "checkpoint.keep=10"]
-    return chosen + (list(TIERS) if build(name).mixed_ranks else [])
+SHORT = (f"server.rounds={ROUNDS}", "client.steps=2", "checkpoint.keep=10")
+CASES = [*(("lowrank", name) for name in METHODS), *(("bert", name) for name in ("flasc", "fedhl", "fedsa", "slora"))]
+OPTIONS = {"slora": ("method.rounds_sparse=2", "method.rho=0.5")}  # both of its stages
+on_every_case = pytest.mark.parametrize(("problem", "name"), CASES)
 
 
 @pytest.fixture(scope="module")
-def finished(tiny, tmp_path_factory):
-    """finished(name) -> the run's directory and metrics; each method runs once."""
-    runs: dict[str, rayfed.RunResult] = {}
+def settings(tiny):
+    """settings(problem, name) -> the settings of a short run of the method, with mixed ranks if it allows them."""
 
-    def run(name: str) -> rayfed.RunResult:
-        if name not in runs:
-            runs[name] = rayfed.run(tiny(*settings(name)), out=tmp_path_factory.mktemp(name) / "run")
-        return runs[name]
+    def make(problem: str, name: str) -> rayfed.Experiment:
+        ranks = "[1,2,4]" if problem == "bert" else "[1,2]"
+        mix = ("profiles.kind=tiers", f"profiles.ranks={ranks}") if build(name).mixed_ranks else ()
+        return (tiny if problem == "bert" else lowrank)(f"method.name={name}", *OPTIONS.get(name, ()), *SHORT, *mix)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    """finished(problem, name) -> the finished run; each runs once."""
+    runs: dict[tuple[str, str], rayfed.RunResult] = {}
+
+    def run(*case: str) -> rayfed.RunResult:
+        if case not in runs:
+            runs[case] = rayfed.run(settings(*case), out=tmp_path_factory.mktemp("-".join(case)) / "run")
+        return runs[case]
 
     return run
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_it_trains_and_counts_every_byte(finished, name):
-    result = finished(name)
+@on_every_case
+def test_it_trains_and_counts_every_byte(finished, problem, name):
+    result = finished(problem, name)
     metrics, ledger = result.metrics, Ledger.read(result.out / "ledger.parquet")
     assert len({record["state/digest"] for record in metrics}) == ROUNDS
     assert sum(record["bytes/down"] + record["bytes/up"] for record in metrics) == ledger.total_bytes
@@ -52,10 +67,10 @@ def test_it_trains_and_counts_every_byte(finished, name):
         assert len(ranks) > 1  # a mix that is configured and never applied is the known trap
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_it_resumes_to_the_same_bits(finished, tiny, tmp_path, name):
+@on_every_case
+def test_it_resumes_to_the_same_bits(finished, settings, tmp_path, problem, name):
     """As after a kill at the end of round 1: later checkpoints and rows are not there yet."""
-    whole = finished(name)
+    whole = finished(problem, name)
     out = tmp_path / "run"
     shutil.copytree(whole.out, out)
     for path in (out / "checkpoints").iterdir():
@@ -63,33 +78,33 @@ def test_it_resumes_to_the_same_bits(finished, tiny, tmp_path, name):
             shutil.rmtree(path)
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(lines[:1]))
-    resumed = rayfed.run(tiny(*settings(name)), out=out, resume=True)
+    resumed = rayfed.run(settings(problem, name), out=out, resume=True)
     assert [r["state/digest"] for r in resumed.metrics] == [r["state/digest"] for r in whole.metrics]
     assert [r["bytes/total"] for r in resumed.metrics] == [r["bytes/total"] for r in whole.metrics]
     assert pq.read_table(out / "ledger.parquet").equals(pq.read_table(whole.out / "ledger.parquet"))
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_its_adapter_is_finite_and_of_the_rank_asked_for(finished, name):
-    out = finished(name).out
+@on_every_case
+def test_its_adapter_is_finite_and_of_the_rank_asked_for(finished, problem, name):
+    out, rank = finished(problem, name).out, 4 if problem == "bert" else 2
     settings = json.loads((out / "adapter" / "adapter_config.json").read_text())
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
     factors = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
-    assert settings["r"] == 4
-    assert all(4 in tensor.shape and bool(torch.isfinite(tensor).all()) for tensor in factors.values())
+    assert settings["r"] == rank
+    assert all(rank in tensor.shape and bool(torch.isfinite(tensor).all()) for tensor in factors.values())
     assert any(bool(tensor.any()) for key, tensor in factors.items() if "lora_B" in key)
-    assert 0 <= finished(name).summary["export/lost_energy"] < 1
+    assert 0 <= finished(problem, name).summary["export/lost_energy"] < 1
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if not build(name).mixed_ranks])
-def test_mixed_ranks_are_refused_where_they_make_no_sense(tiny, tmp_path, name):
-    with pytest.raises(UserError, match=rf"profiles\.kind: got 'tiers'.*{name} needs all of them at lora\.rank=4"):
-        rayfed.run(tiny(f"method.name={name}", *TIERS), out=tmp_path / "run")
+def test_mixed_ranks_are_refused_where_they_make_no_sense(tmp_path, name):
+    with pytest.raises(UserError, match=rf"profiles\.kind: got 'tiers'.*{name} needs all of them at lora\.rank=2"):
+        rayfed.run(lowrank(f"method.name={name}", "profiles.kind=tiers", "profiles.ranks=[1,2]"), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if not build(name).sparse_down])
-def test_sparse_downloads_are_refused_where_they_make_no_sense(tiny, name):
+def test_sparse_downloads_are_refused_where_they_make_no_sense(name):
     for override, field in (("wire.down.density=0.5", "density"), ("wire.down.values=int8", "values")):
         with pytest.raises(UserError, match=rf"wire\.down\.{field}: got .*{name} sends down must arrive"):
-            rayfed.run(tiny(f"method.name={name}", override))
+            rayfed.run(lowrank(f"method.name={name}", override))

@@ -5,38 +5,39 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rayfed.api import prepare
+from rayfed.clients.plan import RunPlan
 from rayfed.lora.adapter import LowRank
 from rayfed.server.export import as_adapter, export
 from rayfed.tasks.models.base import load_base
-from rayfed.tasks.models.spec import ModelSpec, describe_model
 
 
 @pytest.fixture
-def model_spec(tiny) -> ModelSpec:
-    return describe_model(tiny(), 4)
+def plan(tiny) -> RunPlan:
+    return prepare(tiny())
 
 
-def changes_of(model_spec, rank, scale=1.0):
+def changes_of(plan, rank, scale=1.0):
     g = torch.Generator().manual_seed(0)
     return {
         name: LowRank(torch.randn(out, rank, generator=g), torch.randn(rank, inner, generator=g), scale)
-        for name, (out, inner) in model_spec.shapes.items()
+        for name, (out, inner) in plan.model.shapes.items()
     }
 
 
 @pytest.mark.parametrize("rank", [1, 3, 4])
-def test_what_fits_is_exact_whatever_its_scale(tiny, model_spec, rank):
-    changes = changes_of(model_spec, rank, scale=0.3)
-    adapter, lost = as_adapter(changes, model_spec.head, model_spec, tiny(), 4)
+def test_a_change_that_fits_is_exact_whatever_its_scale(plan, rank):
+    changes = changes_of(plan, rank, scale=0.3)
+    adapter, lost = as_adapter(plan, changes, plan.model.head, 4)
     assert lost == 0.0
     for name, pair in adapter.layers.items():
         assert (pair.rank, pair.scale) == (4, 2.0)
         torch.testing.assert_close(pair.dense(), changes[name].dense(), rtol=1e-5, atol=1e-5)
 
 
-def test_what_does_not_fit_is_cut_to_the_best_of_the_rank_and_the_loss_is_stated(tiny, model_spec):
-    changes = {name: pair.dense() for name, pair in changes_of(model_spec, 9).items()}
-    adapter, lost = as_adapter(changes, model_spec.head, model_spec, tiny(), 4)
+def test_a_change_of_higher_rank_is_cut_to_the_best_of_the_rank_and_the_loss_is_stated(plan):
+    changes = {name: pair.dense() for name, pair in changes_of(plan, 9).items()}
+    adapter, lost = as_adapter(plan, changes, plan.model.head, 4)
     missing = total = 0.0
     for name, matrix in changes.items():
         U, S, Vh = torch.linalg.svd(matrix.double())
@@ -47,11 +48,13 @@ def test_what_does_not_fit_is_cut_to_the_best_of_the_rank_and_the_loss_is_stated
     assert lost == pytest.approx(missing / total, rel=1e-6)
 
 
-def test_peft_loads_an_adapter_of_another_rank(tiny, model_spec, tmp_path):
+def test_peft_loads_an_adapter_of_another_rank(tiny, tmp_path):
     from peft import PeftModel
 
-    experiment, changes = tiny("export.adapter_rank=6"), changes_of(model_spec, 6)
-    facts = export(tmp_path, changes, model_spec.head, model_spec, experiment, ("a", "b", "c", "d"))
+    experiment = tiny("export.adapter_rank=6")
+    plan = prepare(experiment)
+    changes = changes_of(plan, 6)
+    facts = export(plan, tmp_path, changes, plan.model.head)
     assert facts == {"export/rank": 6, "export/lost_energy": 0.0, "export/base_dtype": "float32"}
     base = load_base(experiment.model, 4, experiment.seed)
     model = PeftModel.from_pretrained(base.model, str(tmp_path / "adapter"))
@@ -68,9 +71,9 @@ def test_merged_weights_load_with_transformers_alone(tiny, tiny_gpt2, tmp_path, 
     if kind == "gpt2":  # Conv1D keeps its weights transposed
         overrides += [f"model.name={tiny_gpt2}", "lora.target_modules=[c_attn]"]
     experiment = tiny(*overrides)
-    model_spec = describe_model(experiment, 4)
-    changes = {name: pair.dense() for name, pair in changes_of(model_spec, 9).items()}
-    export(tmp_path, changes, model_spec.head, model_spec, experiment, ("a", "b", "c", "d"))
+    plan = prepare(experiment)
+    changes = {name: pair.dense() for name, pair in changes_of(plan, 9).items()}
+    export(plan, tmp_path, changes, plan.model.head)
     base = load_base(experiment.model, 4, experiment.seed).model
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     for name, matrix in changes.items():

@@ -1,4 +1,4 @@
-"""A run's books and files: bytes that are bytes, checkpoints that vouch, evaluation that is what it says."""
+"""A run's records and files: bytes as they were encoded, checkpoints, evaluation of the exported model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 
 import rayfed
 from rayfed import wire
+from rayfed.api import prepare
+from rayfed.clients.messages import EvalJob
 from rayfed.clients.trainer import Trainer
 from rayfed.errors import RunError, UserError
+from rayfed.lora.adapter import Layout
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.executor import SubmissionResult, in_order
-from rayfed.tasks.data.federation import form_federation
 from rayfed.tasks.models.base import load_base
 
 KEYS = {
@@ -75,7 +77,7 @@ def test_the_ledger_is_the_sum_of_the_encoded_lengths(sparse_run):
     assert (table.bytes == table.bytes_header + table.bytes_indices + table.bytes_values).all()
 
 
-def test_densities_are_kept(sparse_run):
+def test_messages_have_the_density_of_the_settings(sparse_run):
     experiment, _, passed = sparse_run
     n = wire.decode(passed[0][1]).n
     for direction, payload in passed:
@@ -90,10 +92,10 @@ def test_the_adapter_gives_the_runs_own_evaluation(sparse_run):
 
 def same_evaluation(experiment, result, model):
     """The model on the test split: loss and accuracy of the last record."""
-    federation = form_federation(experiment)
+    federation = prepare(experiment).federation
     loss, correct = 0.0, 0
     for row in range(len(federation.test)):
-        batch = federation.test.batch(np.array([row]), federation.pad_id)
+        batch = federation.test.batch(np.array([row]), padded=True)
         labels = batch.pop("labels")
         with torch.no_grad():
             logits = model(**batch).logits
@@ -103,22 +105,17 @@ def same_evaluation(experiment, result, model):
     assert loss / len(federation.test) == pytest.approx(result.metrics[-1]["test/loss"], rel=1e-5)
 
 
-def test_the_masked_figures_are_of_the_model_under_the_rounds_first_mask(tiny, tmp_path):
+def test_masked_metrics_are_of_the_model_under_the_rounds_first_mask(tiny, tmp_path):
     """FLASC's code evaluates P * M with the mask M of the round's start, P after it."""
     experiment = tiny("server.rounds=2", "wire.down.density=0.1", "client.lr=0.5", "checkpoint.keep=2")
     result = rayfed.run(experiment, out=tmp_path / "run")
     folder = result.out / "checkpoints"
     before, after = (load_file(folder / f"round-00000{r}" / "state.safetensors")["method.vector"] for r in (1, 2))
     layout = checkpoints.latest(folder, experiment.digest()).facts["layout"]
-    from rayfed.clients.messages import EvalJob
-    from rayfed.lora.adapter import Layout
-    from rayfed.tasks.models.spec import describe_model
-
-    federation = form_federation(experiment)
-    trainer = Trainer(experiment, federation, describe_model(experiment, len(federation.classes)))
-    job = EvalJob("test", 0, len(federation.test), Layout.from_json(layout))
-    masked = trainer.execute(job, [wire.encode(after * wire.top_mask(before, 0.1))])
-    assert masked.loss / int(masked.count.sum()) == pytest.approx(result.metrics[-1]["test/loss_masked"], rel=1e-6)
+    plan = prepare(experiment)
+    job = EvalJob("test", 0, len(plan.federation.test), Layout.from_json(layout))
+    masked = Trainer(plan).execute(job, [wire.encode(after * wire.top_mask(before, 0.1))])
+    assert masked.loss / masked.count == pytest.approx(result.metrics[-1]["test/loss_masked"], rel=1e-6)
     assert result.metrics[-1]["test/loss_masked"] != result.metrics[-1]["test/loss"]
 
 

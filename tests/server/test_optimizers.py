@@ -5,8 +5,7 @@ import torch
 
 from rayfed.config.training import Schedule, Server
 from rayfed.errors import UserError
-from rayfed.server.axes import rate
-from rayfed.server.optimizers import ServerOptimizer
+from rayfed.server.optimizers import ServerOptimizer, scheduled
 
 
 def changes(rounds=6, n=50):
@@ -55,7 +54,7 @@ def test_fedadam_is_algorithm_2_of_reddi_et_al():
     torch.testing.assert_close(ours.double(), x, rtol=1e-5, atol=1e-6)
 
 
-def test_adamw_is_torchs_with_its_defaults_and_decays_entries_nobody_sent():
+def test_adamw_is_torchs_with_its_defaults_and_decays_entries_that_no_client_sent():
     start, deltas = changes()
     deltas = [delta.index_fill(0, torch.arange(10), 0.0) for delta in deltas]
     parameter = torch.nn.Parameter(start.clone())
@@ -87,10 +86,10 @@ def test_values_given_are_not_changed():
         before = start.clone()
         optimizer = ServerOptimizer(kind, Server())
         middle = optimizer.advance("vector", start, deltas[0])
-        kept = middle.clone()
+        after = middle.clone()
         optimizer.advance("vector", middle, deltas[1])
         assert torch.equal(start, before), kind
-        assert torch.equal(middle, kept), kind
+        assert torch.equal(middle, after), kind
 
 
 @pytest.mark.parametrize(("kind", "settings"), [("fedavg", Server(lr=0.1)), ("sgd", Server(weight_decay=0.1))])
@@ -100,12 +99,12 @@ def test_settings_an_optimizer_does_not_have_are_refused(kind, settings):
 
 
 def test_rates_warm_up_and_fall_to_their_final_factor():
-    rates = [rate(2.0, Schedule(kind="cosine", warmup=2, final=0.1), t, 10) for t in range(10)]
+    rates = [scheduled(2.0, Schedule(kind="cosine", warmup=2, final=0.1), t, 10) for t in range(10)]
     assert rates[:3] == [1.0, 2.0, 2.0]
     assert rates[-1] == pytest.approx(0.2)
     assert rates[2:] == sorted(rates[2:], reverse=True)
-    linear = [rate(1.0, Schedule(kind="linear", final=0.5), t, 5) for t in range(5)]
+    linear = [scheduled(1.0, Schedule(kind="linear", final=0.5), t, 5) for t in range(5)]
     assert linear == pytest.approx([1.0, 0.875, 0.75, 0.625, 0.5])
-    exponential = [rate(1.0, Schedule(kind="exponential", final=0.01), t, 3) for t in range(3)]
+    exponential = [scheduled(1.0, Schedule(kind="exponential", final=0.01), t, 3) for t in range(3)]
     assert exponential == pytest.approx([1.0, 0.1, 0.01])
-    assert {rate(1.0, Schedule(), t, 5) for t in range(5)} == {1.0}
+    assert {scheduled(1.0, Schedule(), t, 5) for t in range(5)} == {1.0}

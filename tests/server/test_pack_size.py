@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import rayfed
+from rayfed.api import prepare
 from rayfed.clients.messages import PackTiming
 from rayfed.clients.pack_timing import measure, train_pack
 from rayfed.config import load_config
 from rayfed.engine.local_executor import LocalExecutor
 from rayfed.errors import RunError, UserError
 from rayfed.server.loop import Server
-from rayfed.server.pack_size import LinearFit, choose_size, line, measure_job, sizes_to_measure
+from rayfed.server.pack_size import LinearFit, choose_size, line, measure_job
 from rayfed.server.sampling import client_costs, cohort
-from rayfed.tasks.data.federation import form_federation
-from rayfed.tasks.models.spec import describe_model
 
 PLENTY = 10**9
 
@@ -71,7 +71,7 @@ def test_a_line_by_hand():
     st.lists(st.tuples(st.integers(1, 64), st.floats(1e-4, 10), st.integers(0, 10**9)), min_size=1, max_size=7),
     st.integers(1, 300), st.integers(1, 20), st.integers(0, 10**10),
 )  # fmt: skip
-def test_any_measurements_give_a_size_that_leaves_nobody_idle(found, cohort, workers, memory):
+def test_any_measurements_give_a_size_that_leaves_no_worker_idle(found, cohort, workers, memory):
     sizes = [PackTiming(k, 7.0 * k, seconds, taken) for k, seconds, taken in found]
     chosen = choose_size(sizes, cohort, workers, memory)
     assert 1 <= chosen.size <= min(-(-cohort // workers), max(k for k, *_ in found))
@@ -80,16 +80,25 @@ def test_any_measurements_give_a_size_that_leaves_nobody_idle(found, cohort, wor
 
 
 def test_what_is_measured(tiny):
-    assert sizes_to_measure(tiny("server.cohort=10", "engine.kind=ray", "engine.workers=2")) == (1, 2, 4, 5)
-    assert sizes_to_measure(tiny("server.cohort=10")) == (1, 2, 4, 8, 10)
-    assert sizes_to_measure(tiny("server.cohort=8")) == (1, 2, 4, 8)
-    assert sizes_to_measure(tiny("server.cohort=1")) == (1,)
-    assert sizes_to_measure(tiny("server.cohort=1000", "partition.clients=1000"))[-2:] == (32, 64)
-    experiment = tiny("server.cohort=5", "engine.kind=ray", "engine.workers=2")
-    federation = form_federation(experiment)
-    job = measure_job(experiment, federation)
-    costs = client_costs(federation, experiment.client.model_copy(update={"steps": 1}))
-    drawn = sorted(cohort(federation.holders, 5, experiment.seed, 0), key=lambda c: -costs[c])
+    plan = prepare(tiny("server.cohort=5", "engine.kind=ray", "engine.workers=2", "partition.kind=iid"))
+
+    def sizes(cohort, workers=1, clients=12):
+        changed = replace(
+            plan,
+            server=plan.server.model_copy(update={"cohort": cohort}),
+            engine=plan.engine.model_copy(update={"workers": workers}),
+            federation=replace(plan.federation, starts=np.linspace(0, 128, clients + 1).astype(int)),
+        )
+        return measure_job(changed).sizes
+
+    assert sizes(10, workers=2) == (1, 2, 4, 5)
+    assert sizes(10) == (1, 2, 4, 8, 10)
+    assert sizes(8) == (1, 2, 4, 8)
+    assert sizes(1) == (1,)
+    assert sizes(100, clients=120)[-2:] == (32, 64)
+    job = measure_job(plan)
+    costs = client_costs(plan.federation, plan.client.model_copy(update={"steps": 1}))
+    drawn = sorted(cohort(plan.federation.holders, 5, plan.seed, 0), key=lambda c: -costs[c])
     assert list(job.clients) == drawn[:3]
 
 
@@ -132,7 +141,7 @@ def test_a_run_that_chose_resumes_with_its_number_and_no_other(tiny, tmp_path, c
     other = size % 4 + 1
     with pytest.raises(UserError, match="was made with other settings"):
         rayfed.run(tiny(*RUN, f"engine.pack={other}"), out=out, resume=True)
-    monkeypatch.setattr("rayfed.server.loop.measured_choice", lambda *_: pytest.fail("chosen again"))
+    monkeypatch.setattr("rayfed.engine.rounds.choose_pack", lambda *_: pytest.fail("chosen again"))
     with pytest.raises(UserError, match="was made with other settings"):
         rayfed.run(tiny(*RUN, "engine.pack=auto", "seed=9"), out=out, resume=True)
     result = rayfed.run(tiny(*RUN, "engine.pack=auto"), out=out, resume=True)
@@ -153,17 +162,15 @@ def test_a_worker_that_has_no_room_for_a_client_is_said_in_one_line(tiny, tmp_pa
 
 
 def test_measuring_ends_where_memory_does(tiny):
-    experiment = tiny(*RUN, "engine.pack=auto", "server.cohort=6")
-    federation = form_federation(experiment)
-    executor = LocalExecutor(experiment, federation, describe_model(experiment, len(federation.classes)))
-    job = measure_job(experiment, federation)
+    plan = prepare(tiny(*RUN, "engine.pack=auto", "server.cohort=6"))
+    executor, job = LocalExecutor(plan), measure_job(plan)
     tried = []
 
-    def small(stack, forward, data, pad_id, members, *rest, **named):
+    def small(context, members, **named):
         tried.append(len(members))
         if len(members) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return train_pack(stack, forward, data, pad_id, members, *rest, **named)
+        return train_pack(context, members, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rayfed.clients.pack_timing.train_pack", small)

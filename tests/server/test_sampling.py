@@ -30,5 +30,5 @@ def test_seeds_and_rounds_draw_their_own_cohorts():
 
 
 def test_too_few_holders_are_refused():
-    with pytest.raises(ValueError, match="6 that hold data"):
+    with pytest.raises(ValueError, match="larger sample than population"):
         cohort(HOLDERS, 7, 0, 0)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -137,9 +135,3 @@ def test_without_optuna_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch
     assert sweep.search is not None
     with pytest.raises(UserError, match=r"^sweep.search.kind: got 'optuna', but it is not installed: pip install 'ra"):
         Study(sweep.search, sweep, 0)
-
-
-def test_nothing_else_loads_optuna() -> None:
-    program = "import sys, rayfed.sweeps.sweep, rayfed.cli; print('optuna' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "False", done.stderr

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -126,16 +124,3 @@ def test_open_console_follows_the_setting(capsys: pytest.CaptureFixture[str], tm
         sink.finish({"a": 1}, None)
         sink.close()
         assert bool(capsys.readouterr().out) == (mode == "plain")
-
-
-def test_importing_loads_nothing_heavy() -> None:
-    code = (
-        "import sys, rayfed.tracking as t, pathlib\n"
-        "from rayfed.tracking.console import ConsoleSink\n"
-        "from rayfed.tracking.events import EventSink\n"
-        "from rayfed.tracking.jsonl import JsonlSink\n"
-        "ConsoleSink('plain'); EventSink(pathlib.Path('x')); JsonlSink(pathlib.Path('y'))\n"
-        "print([m for m in ('wandb', 'torch', 'ray', 'rich', 'pydantic', 'numpy') if m in sys.modules])"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "[]"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from bit_flips import flipped
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rayfed.wire import HEADER_BYTES, decode, encode, inspect, keep_count, top_k
@@ -41,7 +41,6 @@ def resealed(data: bytes, field: int, value: int) -> bytes:
     return head + struct.pack("<I", zlib.crc32(data[HEADER_BYTES:], zlib.crc32(head))) + data[HEADER_BYTES:]
 
 
-@settings(deadline=None)
 @given(
     st.integers(0, 3000),
     st.one_of(st.none(), st.floats(0, 1)),
@@ -126,7 +125,6 @@ def test_a_flipped_bit_is_refused(name, most):
             decode(bad)
 
 
-@settings(deadline=None)
 @given(st.sampled_from(sorted(PAYLOADS)), st.data())
 def test_damage_behind_a_right_checksum_raises_nothing_but_wire_errors(name, data):
     """The checksum is right but a header field is wrong: the sections are checked against each other."""
@@ -145,7 +143,6 @@ def test_damage_behind_a_right_checksum_raises_nothing_but_wire_errors(name, dat
         assert not got.count or got.indices[-1] < got.n
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_noise_is_refused(noise):
     with pytest.raises(WireError):

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 from bit_flips import flipped
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rayfed.wire.indices import MAX_LENGTH, Coding, decode_indices, encode_indices
@@ -28,13 +28,11 @@ def round_trip(indices: np.ndarray, n: int) -> tuple[Coding, bytes]:
     return coding, data
 
 
-@settings(deadline=None)
 @given(st.integers(0, 3000), st.floats(0, 1), st.integers(0, 2**32 - 1))
 def test_round_trip_of_random_sets(n, density, seed):
     round_trip(np.flatnonzero(np.random.default_rng(seed).random(n) < density), n)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 400), st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.9, 1.0])), max_size=12),
     st.integers(0, 99),
@@ -45,13 +43,11 @@ def test_round_trip_of_uneven_sets(regions, seed):
     round_trip(np.flatnonzero(member), member.size)
 
 
-@settings(deadline=None)
 @given(st.sets(st.integers(0, 40)), st.integers(41, 44))
 def test_round_trip_of_tiny_sets(members, n):
     round_trip(np.array(sorted(members), np.int64), n)
 
 
-@settings(deadline=None)
 @given(st.sets(st.integers(0, MAX_LENGTH - 1), min_size=1, max_size=50))
 def test_round_trip_over_the_longest_vector(members):
     round_trip(np.array(sorted(members), np.int64), MAX_LENGTH)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rayfed.wire import keep_count, top_k, top_mask
@@ -18,7 +18,6 @@ def brute_force(x: torch.Tensor, k: int) -> list[int]:
 TIED = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -3.5, 1e-45, -1e-45, 3.4e38])
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(TIED, st.floats(width=32, allow_nan=False, allow_infinity=False)), max_size=60), st.data())
 def test_top_k_is_the_definition(values, data):
     x = torch.tensor(values, dtype=torch.float32)
@@ -64,13 +63,11 @@ def test_keep_count_is_the_float_product_of_the_paper():
     assert keep_count(7, 1) == 7
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10**9), st.floats(0, 1, exclude_min=True))
 def test_keep_count_stays_in_range(n, density):
     assert 0 <= keep_count(n, density) <= n
 
 
-@settings(deadline=None)
 @given(st.integers(0, 300), st.floats(0.01, 1), st.integers(0, 1000))
 def test_top_mask_agrees_with_top_k(n, density, seed):
     x = torch.from_numpy(np.random.default_rng(seed).integers(-4, 5, n).astype(np.float32))

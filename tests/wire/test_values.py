@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rayfed.wire.values import FORMATS, decode_values, encode_values, value_bytes
@@ -27,7 +27,6 @@ def through(x: torch.Tensor, format: str) -> torch.Tensor:
     return decode_values(data, x.numel(), format)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=600))
 def test_fp32_keeps_every_bit_pattern(bits):
     back = through(tensor(bits), "fp32")
@@ -50,7 +49,6 @@ def nearest_half(v: float, format: str) -> float:
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp16"])
-@settings(deadline=None)
 @given(
     values=st.lists(
         st.one_of(FINITE, st.floats(-7e4, 7e4, width=32), st.floats(-(2**-13), 2**-13, width=32)), max_size=50
@@ -83,7 +81,6 @@ def test_halves_keep_infinities_and_write_one_nan(format):
     assert len(np.unique(halves[:, 2:])) == 1  # in vector lanes and in the scalar tail alike
 
 
-@settings(deadline=None)
 @given(st.lists(FINITE, max_size=600))
 def test_int8_keeps_its_error_bound(values):
     x = torch.tensor(values, dtype=torch.float32)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from rayfed.errors import UserError, allowed
+from rayfed.errors import allowed
 from rayfed.tasks.data.dataset import Split
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ class Tokens:
 def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tokens:
     """The split's texts as tokens, each text cut to at most ``max_tokens`` tokens, special tokens included.
 
-    A text without any token (an empty text, if the tokenizer adds no special tokens) becomes one token: the end, start,
-    padding or unknown token, the first of them that exists. Raises UserError if ``max_tokens`` leaves no room for more
-    than the special tokens, or exceeds the length that the tokenizer allows.
+    ``tokenizer`` has a padding token. A text without any token (an empty text, if the tokenizer adds no special tokens)
+    becomes one token: the end, start or padding token, the first of them that exists. Raises UserError if
+    ``max_tokens`` leaves no room for more than the special tokens, or exceeds the length that the tokenizer allows.
     """
     special = tokenizer.num_special_tokens_to_add()
     if max_tokens <= special:  # with a smaller limit, a tokenizer silently cuts nothing
@@ -86,7 +86,5 @@ def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int) 
 
 def _filler(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that replaces an empty text."""
-    for name in ("eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id"):
-        if (token := getattr(tokenizer, name)) is not None:
-            return int(token)
-    raise UserError("data.text: got an empty text, but the model's tokenizer has no token that could replace it")
+    ids = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    return next(int(token) for token in ids if token is not None)

@@ -41,7 +41,7 @@ def test_mixed_ranks_scales_and_a_base_against_plain_matrices():
         adapter = Adapter({"layer": pair}, {})
         vector = adapter.flatten()
         update = Update(Profile(k, pair.rank), 1.0 + k, torch.zeros_like(vector), vector, adapter.layout)
-        watch.see(update, {} if base is None else {"layer": base})
+        watch.add(update, {} if base is None else {"layer": base})
     p = (1 / 3, 2 / 3)
     under = p[0] * bases[0]
     D = under + sum(share * pair.dense() for share, pair in zip(p, pairs))

@@ -1,30 +1,26 @@
-"""What each client gets, against the definition: its own model by PEFT, row by row, weighted like its own classes."""
+"""The accuracy of each client against its definition: its own model, one row at a time, weighted by its own classes."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import rayfed
+from rayfed.api import prepare
 from rayfed.engine.local_executor import LocalExecutor
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack
-from rayfed.methods import build
 from rayfed.server.evaluation import per_client
+from rayfed.server.evaluation.evaluate import evaluate
 from rayfed.server.evaluation.per_client import client_accuracies
-from rayfed.tasks.data.federation import form_federation
-from rayfed.tasks.models.base import base_of
-from rayfed.tasks.models.spec import describe_model
 
 SETTINGS = ("eval.clients=true", "client.lr=0.5", "client.optimizer=adamw", "client.epochs=2", "server.cohort=6")
 
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The arguments and result of every call, by which a run's own states can be looked at."""
+    """The arguments and the result of every call: the states of a run and its clients' accuracies."""
     calls = []
 
     def spy(*arguments):
@@ -35,17 +31,16 @@ def seen(monkeypatch):
     return calls
 
 
-def predictions(experiment, federation, adapters):
+def predictions(plan, adapters):
     """Each adapter's predictions on the test split, one text at a time."""
-    base = base_of(experiment, len(federation.classes))
-    shapes = describe_model(experiment, len(federation.classes)).shapes
-    stack = Stack(base.model, shapes, base.head)
+    federation, base = plan.federation, plan.task.load_base(plan.federation)
+    stack = Stack(base.model, plan.model.shapes, base.head)
     found = []
     for adapter in adapters:
         stack.load([adapter])
         found.append(np.zeros(len(federation.test), np.int64))
         for row in range(len(federation.test)):
-            batch = federation.test.batch(np.array([row]), federation.pad_id)
+            batch = federation.test.batch(np.array([row]), padded=True)
             batch.pop("labels")
             with torch.no_grad(), stack.batch.using([Segment(0, 1, None, [int(federation.test.lengths[row])])]):
                 found[-1][row] = int(base.model(**batch).logits.argmax())
@@ -72,13 +67,14 @@ def test_every_clients_own_model_on_data_like_its_own(tiny, tmp_path, seen, meth
     experiment = tiny(*SETTINGS, f"method.name={method}", "server.rounds=2", "eval.every=2")
     result = rayfed.run(experiment, out=tmp_path / "run")
     ((arguments, each),) = seen
-    federation, state = form_federation(experiment), arguments[1]
+    plan, state = arguments[:2]
+    federation = plan.federation
     holders = np.flatnonzero(federation.sizes).tolist()
     if method == "fedsa":
-        models = [build("fedsa").own(state, client) for client in holders]
-        predicted = predictions(experiment, federation, models)
+        models = [plan.method.own(state, client) for client in holders]
+        predicted = predictions(plan, models)
     else:
-        predicted = predictions(experiment, federation, [state.layout.unflatten(state.vector)]) * len(holders)
+        predicted = predictions(plan, [state.layout.unflatten(state.vector)]) * len(holders)
     wanted = expected(federation, dict(zip(holders, predicted, strict=True)))
     assert each[holders].tolist() == pytest.approx(wanted, abs=1e-12)
     assert np.isnan(np.delete(each, holders)).all()
@@ -93,26 +89,22 @@ def test_every_clients_own_model_on_data_like_its_own(tiny, tmp_path, seen, meth
 
 def test_clients_of_a_tier_share_its_model(tiny, tmp_path, seen, monkeypatch):
     measured = []
-    of = per_client.Evaluation.of
-    monkeypatch.setattr(per_client, "Evaluation", SimpleNamespace(of=lambda *a: measured.append(a[2]) or of(*a)))
+    monkeypatch.setattr(per_client, "evaluate", lambda *given: measured.append(given[2]) or evaluate(*given))
     overrides = ("method.name=flexlora", "profiles.kind=tiers", "profiles.ranks=[1,4]", "server.rounds=1")
     rayfed.run(tiny(*SETTINGS, *overrides), out=tmp_path / "run")
     assert len(measured) == 2
 
 
 def test_classes_without_test_rows_are_left_out(tiny):
-    experiment = tiny(*SETTINGS)
-    federation = form_federation(experiment)
-    model_spec = describe_model(experiment, len(federation.classes))
-    method = build("flasc")
-    state = method.init(model_spec.start(experiment), experiment.seed)
+    plan = prepare(tiny(*SETTINGS))
+    federation, state = plan.federation, plan.method.init(plan.start(), plan.seed)
     federation.test.labels[federation.test.labels == 0] = 1
     owner = int(np.argmax(federation.sizes))
     federation.train.labels[federation.rows_of(owner)] = 0
-    executor = LocalExecutor(experiment, federation, model_spec)
-    each = client_accuracies(method, state, experiment, federation, 0, executor)
+    executor = LocalExecutor(plan)
+    each = client_accuracies(plan, state, 0, executor)
     executor.close()
     assert np.isnan(each[owner])
     others = [client for client in np.flatnonzero(federation.sizes).tolist() if client != owner]
-    (predicted,) = predictions(experiment, federation, [state.layout.unflatten(state.vector)])
+    (predicted,) = predictions(plan, [state.layout.unflatten(state.vector)])
     assert each[others].tolist() == pytest.approx(expected(federation, dict.fromkeys(others, predicted)), abs=1e-12)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rayfed.config.task import Data, Partition
@@ -27,7 +27,6 @@ def histogram(parts: list[np.ndarray], labels: np.ndarray = LABELS) -> np.ndarra
     return np.array([np.bincount(labels[part], minlength=labels.max() + 1) for part in parts])
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(["iid", "dirichlet", "flasc", "pathological"]),
     labels=st.lists(st.integers(3, 8), min_size=1, max_size=80),

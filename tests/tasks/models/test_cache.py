@@ -1,4 +1,4 @@
-"""A process that keeps its base loads it once for all runs that want the same; no run can tell, nor change it."""
+"""A process loads a base model once for all runs that need the same model, and no run changes its weights."""
 
 from __future__ import annotations
 
@@ -9,19 +9,28 @@ import pytest
 import torch
 
 import rayfed
-from rayfed.tasks.models import cache as kept
-from rayfed.tasks.models.base import base_of, in_dtype
-from rayfed.tasks.models.cache import keep_base, shared_base
+from rayfed.api import build_components
+from rayfed.tasks import text_classification
+from rayfed.tasks.data.federation import Federation
+from rayfed.tasks.models.base import in_dtype
+from rayfed.tasks.models.cache import forget_base
 
 
 @pytest.fixture
 def loads(monkeypatch):
-    """The names of the models that were loaded since; the process keeps its base until the test ends."""
+    """The names of the models that were loaded since the test began with an empty cache."""
     loaded = []
-    monkeypatch.setattr(kept, "_kept", None)
-    monkeypatch.setattr(kept, "base_of", lambda e, classes: loaded.append(e.model.name) or base_of(e, classes))
-    keep_base()
+    load_base = text_classification.load_base
+    monkeypatch.setattr(
+        text_classification, "load_base", lambda model, *rest: loaded.append(model.name) or load_base(model, *rest)
+    )
+    forget_base()
     return loaded
+
+
+def base_of(experiment, classes=4):
+    federation = Federation(None, None, None, tuple(map(str, range(classes))), None, None)
+    return build_components(experiment).task.load_base(federation)
 
 
 def test_runs_of_one_base_load_it_once_and_do_not_differ(tiny, tiny_bert, tmp_path, loads):
@@ -38,30 +47,28 @@ def test_runs_of_one_base_load_it_once_and_do_not_differ(tiny, tiny_bert, tmp_pa
         for name, changed in settings.items()
     }
     assert loads == [str(tiny_bert)]
-    kept._kept = None  # each loads its own
     for name, digest in digests.items():
+        forget_base()
         alone = rayfed.run(tiny(*settings[name]), out=tmp_path / f"{name}-alone")
         assert alone.metrics[-1]["state/digest"] == digest
 
 
-def test_another_number_format_or_head_changes_no_twin(tiny, loads):
-    experiment = tiny()
-    first = shared_base(experiment, 4)
+def test_another_number_format_or_head_changes_no_other_trainers_model(tiny, loads):
+    first = base_of(tiny())
     before = copy.deepcopy(first.model.state_dict())
-    in_dtype(shared_base(experiment, 4), "bfloat16")
-    other = shared_base(experiment, 4).model
-    other.classifier = torch.nn.Linear(32, 9)
+    in_dtype(base_of(tiny()), "bfloat16")
+    base_of(tiny()).model.classifier = torch.nn.Linear(32, 9)
     assert len(loads) == 1
-    for model in (first.model, shared_base(experiment, 4).model):
+    for model in (first.model, base_of(tiny()).model):
         assert model.state_dict().keys() == before.keys()
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_what_decides_the_weights_loads_anew(tiny, tiny_bert, tmp_path, loads):
+def test_settings_that_decide_the_weights_load_the_model_again(tiny, tiny_bert, tmp_path, loads):
     folder = tmp_path / "model"
     shutil.copytree(tiny_bert, folder)
-    shared_base(tiny(f"model.name={folder}"), 4)
-    shared_base(tiny(f"model.name={folder}", "client.lr=0.3"), 4)
+    base_of(tiny(f"model.name={folder}"))
+    base_of(tiny(f"model.name={folder}", "client.lr=0.3", "model.dtype=bfloat16"))
     assert len(loads) == 1
     for count, (experiment, classes) in enumerate(
         (
@@ -72,15 +79,16 @@ def test_what_decides_the_weights_loads_anew(tiny, tiny_bert, tmp_path, loads):
         ),
         start=2,
     ):
-        shared_base(experiment, classes)
+        base_of(experiment, classes)
         assert len(loads) == count
-    shared_base(tiny(f"model.name={folder}"), 4)
+    base_of(tiny(f"model.name={folder}"))
     (folder / "model.safetensors").touch()  # as if other weights had come under the name
-    shared_base(tiny(f"model.name={folder}"), 4)
+    base_of(tiny(f"model.name={folder}"))
     assert len(loads) == 7
 
 
-def test_a_process_that_does_not_keep_loads_every_time(tiny, monkeypatch):
-    monkeypatch.setattr(kept, "_kept", None)
-    one, other = shared_base(tiny(), 4).model, shared_base(tiny(), 4).model
-    assert one.classifier.weight.data_ptr() != other.classifier.weight.data_ptr()
+def test_a_forgotten_base_is_loaded_again(tiny, loads):
+    base_of(tiny())
+    forget_base()
+    base_of(tiny())
+    assert len(loads) == 2

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import rayfed
 from rayfed import wire
+from rayfed.api import prepare
 from rayfed.clients.messages import ClientOrder, EvalJob, TrainJob
 from rayfed.clients.trainer import Trainer
-from rayfed.config import validate
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, LowRank, flatten_changes
 from rayfed.methods.base import Trainable
-from rayfed.tasks.data.federation import form_federation
-from rayfed.tasks.models.base import FrozenBase, base_of, in_dtype
-from rayfed.tasks.models.spec import describe_model
+from rayfed.tasks.models.base import FrozenBase, in_dtype, load_base
+from rayfed.tasks.text_classification import TextClassification
 
 COARSE = "model.dtype=bfloat16"
 HALF = 2.0**-8  # the largest relative error of a number rounded to bfloat16
@@ -30,9 +30,8 @@ def shape(request, tiny_gpt2):
     return (f"model.pooling={request.param}",)
 
 
-def learner_of(experiment):
-    federation = form_federation(experiment)
-    return Trainer(experiment, federation, describe_model(experiment, len(federation.classes)))
+def trainer_of(experiment):
+    return Trainer(prepare(experiment))
 
 
 def random_adapter(model_spec):
@@ -46,7 +45,7 @@ def random_adapter(model_spec):
 
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_only_the_frozen_base_is_coarse(tiny, shape, padding):
-    trainer = learner_of(tiny(COARSE, *shape, f"engine.padding={padding}"))
+    trainer = trainer_of(tiny(COARSE, *shape, f"engine.padding={padding}"))
     trained = {id(parameter) for _, _, parameter in trainer.stack.tensors()}
     formats = {id(p) in trained: p.dtype for p in trainer.model.parameters()}
     assert formats == {True: torch.float32, False: torch.bfloat16}
@@ -74,14 +73,14 @@ def test_training_and_evaluation_are_near_those_in_float32(tiny, shape, padding,
     changes, losses = [], []
     for dtype in ("float32", "bfloat16"):
         settings = tiny(f"model.dtype={dtype}", *shape, f"engine.padding={padding}", "partition.kind=iid")
-        trainer = learner_of(settings)
-        adapter = random_adapter(trainer.model_spec)
+        trainer = trainer_of(settings)
+        adapter = random_adapter(trainer.plan.model)
         g = torch.Generator().manual_seed(1)
         under = {
             name: 0.1 * torch.randn(out, inner, generator=g)
             if below == "matrix"
             else LowRank(0.2 * torch.randn(out, 2, generator=g), 0.2 * torch.randn(2, inner, generator=g), 1.0)
-            for name, (out, inner) in trainer.model_spec.shapes.items()
+            for name, (out, inner) in trainer.plan.model.shapes.items()
         }
         changes.append(train(trainer, adapter, None if below == "nothing" else under)[0])
         result = trainer.execute(EvalJob("test", 0, 60, adapter.layout), [wire.encode(adapter.flatten())])
@@ -105,10 +104,10 @@ def test_a_run_repeats_its_bits_and_its_adapter_gives_its_own_evaluation(tiny, t
     assert {p.dtype for n, p in model.named_parameters() if "lora" not in n and "classifier" not in n} == {
         torch.bfloat16
     }
-    federation = form_federation(tiny(*settings))
+    federation = prepare(tiny(*settings)).federation
     losses = []
     for row in range(len(federation.test)):
-        batch = federation.test.batch(federation.test.lengths.argsort()[row : row + 1], federation.pad_id)
+        batch = federation.test.batch(np.array([row]), padded=True)
         labels = batch.pop("labels")
         with torch.no_grad():
             logits = model(**batch).logits
@@ -123,9 +122,9 @@ def test_merged_weights_are_the_rounded_base_and_the_change(tiny, tmp_path):
     experiment = tiny(COARSE, "export.merged=true", "method.name=fedit", "server.rounds=1")
     result = rayfed.run(experiment, out=tmp_path / "run")
     merged = AutoModel.from_pretrained(result.out / "merged").state_dict()
-    base = base_of(experiment, 4)
+    base = load_base(experiment.model, 4, experiment.seed)
     whole = base.model.encoder.state_dict()
-    coarse = in_dtype(base_of(experiment, 4), "bfloat16").encoder.state_dict()
+    coarse = in_dtype(load_base(experiment.model, 4, experiment.seed), "bfloat16").model.encoder.state_dict()
     name = "embeddings.word_embeddings.weight"
     assert merged[name].dtype == torch.float32
     assert torch.equal(merged[name], coarse[name].float())
@@ -134,16 +133,11 @@ def test_merged_weights_are_the_rounded_base_and_the_change(tiny, tmp_path):
     assert not torch.equal(merged[adapted], merged[adapted].bfloat16().float())  # the change is not rounded away
 
 
-def test_the_problem_with_a_known_answer_stays_exact():
-    with pytest.raises(UserError, match=r"^model\.dtype: got 'bfloat16', but data\.source=lowrank [^\n]*float32$"):
-        validate({"data": {"source": "lowrank"}, "partition": {"kind": "natural"}, "model": {"dtype": "bfloat16"}})
-
-
 def test_a_model_that_cannot_compute_in_it_is_refused(tiny, monkeypatch):
     """A layer that the checkpoint lacks belongs to the head, so it stays float32, wherever it stands."""
-    model = base_of(tiny(), 4).model
+    model = load_base(tiny().model, 4, 0).model
     base = FrozenBase(model, ("classifier", "encoder.encoder.layer.0.output.dense"))
-    monkeypatch.setattr("rayfed.tasks.models.spec.shared_base", lambda *_: base)
-    describe_model(tiny(), 4)
+    monkeypatch.setattr(TextClassification, "load_base", lambda *_: base)
+    prepare(tiny())
     with pytest.raises(UserError, match=r"^model\.dtype: got 'bfloat16', but '[^\n]*' cannot compute in it [^\n]*$"):
-        describe_model(tiny(COARSE), 4)
+        prepare(tiny(COARSE))

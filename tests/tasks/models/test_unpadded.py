@@ -14,7 +14,7 @@ from rayfed.lora.packed.stack import Stack, head_layers, head_values
 from rayfed.lora.peft import layer_shape
 from rayfed.tasks.data.tokens import Tokens
 from rayfed.tasks.models.base import MeanPooledClassifier
-from rayfed.tasks.models.unpadded import Padded, Unpadded, UnpaddedModel, UnpaddedTokens, choose_batching
+from rayfed.tasks.models.unpadded import Padded, Unpadded, UnpaddedModel, choose_batching
 
 LENGTHS = [9, 3, 70, 1, 5, 5, 2]
 ROWS = (3, 2, 2)  # of three clients
@@ -67,7 +67,7 @@ def model_of(kind):
 def tokens():
     draw = np.random.default_rng(4)
     offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
-    return Tokens(draw.integers(2, 60, offsets[-1]).astype(np.int32), offsets, np.arange(len(LENGTHS)) % 4)
+    return Tokens(draw.integers(2, 60, offsets[-1]).astype(np.int32), offsets, np.arange(len(LENGTHS)) % 4, pad_id=1)
 
 
 def stacked(kind):
@@ -101,7 +101,7 @@ def trained(kind, tokens, how):
     bounds = np.cumsum((0, *ROWS))
     lengths = tokens.lengths[order]
     segments = [Segment(i, n, None, lengths[bounds[i] : bounds[i + 1]].tolist()) for i, n in enumerate(ROWS)]
-    batch = (UnpaddedTokens(tokens) if isinstance(how, Unpadded) else tokens).batch(order, 1)
+    batch = tokens.batch(order, padded=isinstance(how, Padded))
     labels = batch.pop("labels")
     with stack.batch.using(segments):
         logits = UnpaddedModel(model, how)(batch, segments) if isinstance(how, Unpadded) else model(**batch).logits
@@ -166,7 +166,7 @@ def test_the_choice_stands_whatever_the_longest_text(kind, longest):
 def test_choosing_leaves_the_model_as_it_was(tokens, kind):
     model = model_of(kind)
     before = copy.deepcopy(model)
-    batch = tokens.batch(np.arange(len(tokens)), 1)
+    batch = tokens.batch(np.arange(len(tokens)), padded=True)
     batch.pop("labels")
     choose_batching(model, 64)
     with torch.no_grad():
@@ -188,15 +188,3 @@ def test_a_model_of_no_known_build_is_padded():
 def test_the_choice_is_said_in_words():
     assert str(Unpadded("last")) == "none (the head reads the last of a text's tokens)"
     assert str(Padded("engine.padding=batch")) == "to the longest of a batch (engine.padding=batch)"
-
-
-def test_a_flat_batch_holds_the_texts_end_to_end(tokens):
-    flat = UnpaddedTokens(tokens)
-    batch = flat.batch(np.array([1, 3, 0]), 1)
-    texts = [tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]] for row in (1, 3, 0)]
-    assert batch["input_ids"].tolist() == [np.concatenate(texts).tolist()]
-    assert batch["position_ids"].tolist() == [[*range(3), 0, *range(9)]]
-    assert batch["labels"].tolist() == [1, 3, 0]
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
-    assert flat.lengths.tolist() == LENGTHS
-    assert len(flat) == len(LENGTHS)

@@ -1,0 +1,73 @@
+"""Which models are evaluated: the one sparse model that all clients receive, and the model that each tier decodes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rayfed
+from rayfed.api import prepare
+from rayfed.engine.local_executor import LocalExecutor
+from rayfed.server.evaluation.targets import tier_models
+
+
+@pytest.mark.parametrize("scale", ["own", "server"])
+def test_truncations_differ_and_the_largest_tier_of_fedhl_is_the_best_approximation(tiny, tmp_path, scale):
+    overrides = (
+        f"profiles.scale={scale}",
+        "method.name=fedhl", "profiles.kind=tiers", "profiles.ranks=[1,2,4]", "eval.tiers=true", "server.rounds=3",
+        "client.lr=0.2",
+    )  # fmt: skip
+    record = rayfed.run(tiny(*overrides), out=tmp_path / "run").metrics[-1]
+    losses = [record[f"test/loss_rank_{rank}"] for rank in (1, 2, 4)]
+    assert len(set(losses)) == 3
+    assert abs(losses[2] - record["test/loss"]) < abs(losses[0] - record["test/loss"])
+
+
+def test_density_tiers_keep_the_largest_entries(tiny):
+    plan = prepare(tiny("profiles.kind=tiers", "profiles.densities_down=[0.25,1.0]", "eval.tiers=true"))
+    state = plan.method.init(plan.start(), plan.seed)
+    executor = LocalExecutor(plan)
+    models = tier_models(plan, state, 0, executor)
+    executor.close()
+    assert sorted(models) == ["_rank_4", "_rank_4_density_0.25"]
+    sparse, _ = models["_rank_4_density_0.25"]
+    kept = sparse != 0
+    assert int(kept.sum()) == int(0.25 * len(sparse))
+    assert torch.equal(sparse[kept], state.vector[kept])
+    assert float(state.vector[~kept].abs().max()) <= float(sparse[kept].abs().min())
+
+
+@pytest.mark.parametrize("name", ["flora", "fedview"])
+def test_the_change_of_the_base_counts_and_personal_methods_have_no_tiers(tiny, tmp_path, name):
+    record = rayfed.run(tiny(f"method.name={name}", "eval.tiers=true"), out=tmp_path / "run").metrics[-1]
+    if name == "flora":  # every client has merged the whole change
+        assert record["test/loss_rank_4"] == pytest.approx(record["test/loss"], rel=1e-5)
+    else:
+        assert not any(key.startswith("test/loss_rank") for key in record)
+
+
+def keys(tiny, tmp_path, *overrides: str) -> set[str]:
+    record = rayfed.run(tiny("server.rounds=1", *overrides), out=tmp_path / "run").metrics[-1]
+    assert all(record[key] is not None for key in record if key.startswith(("eval/", "test/")) and "recall" not in key)
+    return {key.removeprefix("test/accuracy") for key in record if key.startswith("test/accuracy")}
+
+
+SPARSE, MIXED = "wire.down.density=0.25", ("profiles.kind=tiers", "profiles.densities_down=[0.25,1.0]")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "suffixes"),
+    [
+        ((), {""}),
+        ((SPARSE,), {"", "_masked"}),
+        ((SPARSE, "eval.masked=false"), {""}),
+        ((SPARSE, "method.name=fedview"), {""}),  # every client has a model of its own
+        (("profiles.kind=tiers", "profiles.densities_down=[0.25,0.25]"), {"", "_masked"}),
+        (MIXED, {""}),
+        ((*MIXED, "eval.tiers=true"), {"", "_rank_4", "_rank_4_density_0.25"}),
+        ((SPARSE, "method.name=hetlora", "profiles.kind=tiers", "profiles.ranks=[2,4]"), {""}),
+    ],
+)
+def test_there_are_masked_metrics_only_where_all_clients_receive_one_mask(tiny, tmp_path, overrides, suffixes):
+    assert keys(tiny, tmp_path, *overrides) == suffixes
