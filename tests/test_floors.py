@@ -333,10 +333,10 @@ HEAVY = (
 )  # fmt: skip
 LOADED = {  # the packages that are loaded after this code and all code above it
     "import rayfed": "",
-    "from rayfed.tracking import *; ConsoleSink('plain'), EventSink(Path('x')), JsonlSink(Path('y'))": "",
+    "from rayfed.tracking import *; import rayfed.tracking.console, rayfed.tracking.events, rayfed.tracking.jsonl": "",
     "from rayfed.cli import main; main(['--help'])": "",
-    "import rayfed.api": "pydantic",
-    "import rayfed.tasks.data.dataset": "numpy pydantic",
+    "import rayfed.api": "numpy pydantic torch",
+    "import rayfed.tasks.data.dataset": "numpy pydantic torch",
     "import rayfed.wire, rayfed.methods, rayfed.server.loop": "numpy pydantic torch",
     "import rayfed.engine.driver": "numpy pydantic ray torch",
     "import rayfed.sweeps.sweep": "numpy pydantic ray torch",

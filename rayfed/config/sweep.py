@@ -95,7 +95,7 @@ class Sweep(Section):
 
     def _grid_mistakes(self) -> Iterator[str]:
         spaces = list(self.spaces())
-        if not spaces and self.cases is None:
+        if not self.parameters and self.cases is None:
             yield "sweep.parameters: got {}, but a sweep needs parameters or cases"
         kinds = {next(iter(space)) for _, space in spaces if is_space(space)}
         if self.samples > 1 and not kinds & set(DRAWN):

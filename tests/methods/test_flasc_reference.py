@@ -15,13 +15,12 @@ from peft import get_peft_model
 
 import rayfed
 from rayfed.clients.local_training import batches
+from rayfed.clients.plan import RunPlan
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.peft import lora_config
 from rayfed.server.checkpoint import latest, load_tensors
 from rayfed.server.sampling import cohort
-from rayfed.tasks.data.federation import form_federation
 from rayfed.tasks.models.base import load_base
-from rayfed.tasks.models.spec import ModelSpec, describe_model
 
 ROUNDS = 5
 
@@ -37,15 +36,14 @@ def top(values: torch.Tensor, k: int) -> torch.Tensor:
 class PeftClient:
     """A PEFT model whose trainable parameters can be set from, and read as, the flat vector."""
 
-    def __init__(self, experiment, federation):
-        base = load_base(experiment.model, len(federation.classes), experiment.seed)
-        self.start = describe_model(experiment, len(federation.classes)).start(experiment)
+    def __init__(self, experiment, plan, start):
+        base = load_base(experiment.model, len(plan.federation.classes), experiment.seed)
         self.model = get_peft_model(
             base.model, lora_config(**experiment.lora.model_dump(exclude={"train"}), head=base.head)
         ).eval()
         named = dict(self.model.named_parameters())
         self.parameters = []
-        for entry in self.start.layout.entries:
+        for entry in start.layout.entries:
             prefix = f"base_model.model.{entry.name}"
             if entry.part == "head":
                 module, _, kind = prefix.rpartition(".")
@@ -53,15 +51,15 @@ class PeftClient:
             else:
                 self.parameters.append(named[f"{prefix}.lora_{entry.part}.default.weight"])
 
-    def train(self, start, plan, federation, settings):
+    def train(self, start, steps, federation, settings):
         with torch.no_grad():
             offset = 0
             for parameter in self.parameters:
                 parameter.copy_(start[offset : offset + parameter.numel()].view_as(parameter))
                 offset += parameter.numel()
         optimizer = torch.optim.SGD(self.parameters, lr=settings.lr, momentum=settings.momentum)
-        for rows in plan:
-            batch = federation.train.batch(rows, federation.pad_id)
+        for rows in steps:
+            batch = federation.train.batch(rows, padded=True)
             labels = batch.pop("labels")
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(self.model(**batch).logits, labels).backward()
@@ -69,10 +67,10 @@ class PeftClient:
         return torch.cat([p.detach().flatten() for p in self.parameters])
 
 
-def reference(experiment, start: Adapter) -> torch.Tensor:
-    """P after ROUNDS rounds, step for step as METHODS gives them."""
-    federation = form_federation(experiment)
-    client = PeftClient(experiment, federation)
+def reference(experiment, plan, start: Adapter) -> torch.Tensor:
+    """P after ROUNDS rounds, step for step as FLASC's algorithm box gives them."""
+    federation = plan.federation
+    client = PeftClient(experiment, plan, start)
     P = start.flatten()
     n = len(P)
     server = torch.nn.Parameter(P.clone())
@@ -83,8 +81,8 @@ def reference(experiment, start: Adapter) -> torch.Tensor:
         total = torch.zeros(n, dtype=torch.float64)
         drawn = cohort(federation.holders, experiment.server.cohort, experiment.seed, t)
         for c in drawn:
-            plan = batches(federation.rows_of(c), experiment.client, experiment.seed, t, c)
-            delta = client.train(sparse, plan, federation, experiment.client) - sparse
+            steps = batches(federation.rows_of(c), experiment.client, experiment.seed, t, c)
+            delta = client.train(sparse, steps, federation, experiment.client) - sparse
             total += delta * top(delta, math.floor(experiment.wire.up.density * n))
         mean = (total / len(drawn)).float()
         if experiment.server.optimizer == "adamw":
@@ -123,11 +121,12 @@ def test_all_rounds_agree_with_the_reference(tiny, tmp_path, monkeypatch, densit
         f"server.rounds={ROUNDS}", f"server.optimizer={optimizer}", f"eval.every={ROUNDS}",
         f"wire.down.density={density}", f"wire.up.density={density}",
     )  # fmt: skip
-    fresh = ModelSpec.start
-    monkeypatch.setattr(ModelSpec, "start", lambda *arguments: random_start(fresh(*arguments)))
+    fresh = RunPlan.start
+    monkeypatch.setattr(RunPlan, "start", lambda plan: random_start(fresh(plan)))
     ours = run(experiment, tmp_path / "run")
-    start = random_start(PeftClient(experiment, form_federation(experiment)).start)
-    theirs = reference(experiment, start)
+    plan = rayfed.prepare(experiment)
+    start = plan.start()
+    theirs = reference(experiment, plan, start)
     moved = (theirs - start.flatten()).norm()
     assert moved > 1e-3  # five rounds did something
     assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
