@@ -1,7 +1,7 @@
 """The downloads of a round: the payloads, each encoded once, and what every client has already.
 
 `Downlink` turns a method's `Start` into bytes: of the entries that the client does not know, the largest or the masked
-ones travel. The client trains from what these bytes decode to, and `aggregate` is told the same values. Known entries
+ones travel. The client trains from what these bytes decode to, and `aggregate` gets the same values. Known entries
 and the frozen change of the base reach the workers too, because the client has them; they are no traffic.
 """
 
