@@ -78,10 +78,7 @@ def run_on_ray(plan: RunPlan, out: Path, resume: bool, uri: str | None, console:
     UserError where the cluster can never hold the workers; RunError where the run cannot go on. Ray is shut down again
     where it was started here.
     """
-    ours = not ray.is_initialized()
-    if ours:
-        _start(plan.engine)
-    try:
+    with _ray(plan.engine):
         plan = with_gpu_share(plan)
         if waiting := check_places(plan.engine):
             console.event(waiting)
@@ -99,23 +96,17 @@ def run_on_ray(plan: RunPlan, out: Path, resume: bool, uri: str | None, console:
             raise RunError(f"the driver died ({error}); --resume continues from the last checkpoint") from None
         finally:
             ray.kill(driver)
-    finally:
-        if ours:
-            ray.shutdown()
 
 
 @contextmanager
 def stepwise(plan: RunPlan, out: Path) -> Iterator[Server]:
     """A server in this process with Ray workers, to step through its rounds, as benchmarks do."""
-    _start(plan.engine)
-    try:
+    with _ray(plan.engine):
         plan = with_gpu_share(plan)
         executor = RayExecutor(plan.engine, ray.put(plan))
         plan, choice = with_pack_size(plan, executor)
         yield Server(plan, executor, out, SinkList(), False, choice)
         executor.close()
-    finally:
-        ray.shutdown()
 
 
 def start_ray(address: str | None, need: float) -> None:
@@ -130,8 +121,17 @@ def start_ray(address: str | None, need: float) -> None:
     ray.init(address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
 
-def _start(engine: Engine) -> None:
-    start_ray(engine.address, engine.workers * engine.cpus_per_worker)
+@contextmanager
+def _ray(engine: Engine) -> Iterator[None]:
+    """Ray as long as the block runs: the one that this process uses already, or one that is started and shut down."""
+    ours = not ray.is_initialized()
+    if ours:
+        start_ray(engine.address, engine.workers * engine.cpus_per_worker)
+    try:
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
 
 
 def _pickle_by_value(plan: RunPlan) -> None:
