@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,11 +67,12 @@ def test_a_method_object_of_a_test_module(tmp_path, ray_cluster, half_steps):
 
 def test_a_method_by_its_import_path(tmp_path, monkeypatch, ray_cluster, half_steps):
     """The workers cannot import its module: its code travels with the run."""
-    (tmp_path / "my_methods.py").write_text(SOURCE.format(name="MyMethod", share=1.0))
+    (tmp_path / "methods_by_path.py").write_text(SOURCE.format(name="MyMethod", share=1.0))
     monkeypatch.syspath_prepend(str(tmp_path))
-    mine = ("method.name=my_methods:MyMethod", "method.share=0.5")
+    mine = ("method.name=methods_by_path:MyMethod", "method.share=0.5")
     assert digests(*mine, out=tmp_path / "local") == half_steps
     assert digests(*mine, *ON_RAY, out=tmp_path / "ray") == half_steps
+    sys.modules.pop("methods_by_path")
 
 
 @dataclass(frozen=True)
