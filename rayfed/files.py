@@ -44,6 +44,16 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
+def regular(path: Path) -> Path:
+    """The path of a file that is to be read; OSError where it is missing, or a link, a device or a pipe.
+
+    rayfed writes none of these into a run directory, and to read a device may never end.
+    """
+    if path.is_symlink() or not path.is_file():
+        raise OSError(f"{path.name} is no regular file")
+    return path
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

@@ -78,6 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=sizes)
     bench.add_argument("--json", metavar="FILE", help="also write the figures and the machine to FILE")
 
+    about = "Check the files of a finished or unfinished run: its hash chain, its ledger and its checkpoints."
+    verify = _command(commands, "verify:verify", "check that a run's files are as they were written", about)
+    verify.add_argument("run", metavar="DIR", help="a run directory")
+
     reports.add_commands(commands)
     workspace.add_command(commands)
 

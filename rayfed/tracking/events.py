@@ -28,6 +28,8 @@ class EventSink(Sink):
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00")
         line = f"{stamp}Z {' | '.join(part.strip() for part in text.splitlines() if part.strip())}\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_symlink():
+            self.path.unlink()  # to write through a planted link would change a foreign file
         with self.path.open("a+b") as file:  # opened per event: events are rare, and an actor may die at any time
             if file.tell():
                 file.seek(-1, os.SEEK_END)
