@@ -20,17 +20,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    _remove(temporary)
+    remove(temporary)
     try:
         yield temporary
         for entry in (*temporary.rglob("*"), temporary):
             _flush(entry)
         if path.is_dir():  # a folder cannot be renamed onto a folder that holds files
-            _remove(path)
+            remove(path)
         os.replace(temporary, path)
         _flush(path.parent)
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -54,7 +54,8 @@ def regular(path: Path) -> Path:
     return path
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Removes a file, a link or a whole folder; links are not followed. A missing path changes nothing."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

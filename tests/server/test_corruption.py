@@ -60,7 +60,7 @@ def results(out: Path) -> list[dict]:
 
 
 def events(out: Path) -> str:
-    return (out / "events.log").read_text()
+    return (out / "events.log").read_text(errors="replace")
 
 
 def test_a_run_that_is_interrupted_has_the_checkpoint_of_its_last_finished_round(tmp_path):
