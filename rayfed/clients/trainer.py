@@ -102,7 +102,8 @@ class Trainer:
         personal = tuple(client and personal_values(*client) for client in kept)
         summed = sums(self.plan.channel, uploads, members, job.orders, parts) if job.summed else ()
         losses, examples, steps = zip(*((r.loss, r.examples, r.steps) for r in results))
-        ranks, sizes = tuple(map(_trained_rank, members)), tuple(payload and wire.inspect(payload) for payload in uploads)
+        ranks = tuple(map(_trained_rank, members))
+        sizes = tuple(None if payload is None else wire.inspect(payload) for payload in uploads)
         uploads = () if job.summed else uploads
         seconds = time.perf_counter() - begun
         return messages.TrainResult(

@@ -7,9 +7,9 @@ leaves out the entries that cannot have changed or that stay personal. Both side
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, starmap
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -92,14 +92,14 @@ def sums(
     An upload is None if the client was dropped. The uploads are decoded as the server would decode them, so a sum has the same bits wherever it is computed.
     """
 
-    def change(payload: bytes, member: PackMember, order: ClientOrder) -> tuple[float, Tensor | Sparse]:
-        places = Uploadable.of(order.trainable.uploaded(member.layout, member.support))
-        return order.weight, places.placed(wire.decode(channel.deliver(payload)))
+    def changes() -> Iterator[tuple[float, Tensor | Sparse]]:  # one decoded upload is in memory at a time
+        for payload, member, order in zip(uploads, members, orders, strict=True):
+            if payload is not None:
+                places = Uploadable.of(order.trainable.uploaded(member.layout, member.support))
+                yield order.weight, places.placed(wire.decode(channel.deliver(payload)))
 
-    sent = ((upload, *client) for upload, *client in zip(uploads, members, orders, strict=True) if upload is not None)
-    changes = starmap(change, sent)  # one decoded upload is in memory at a time
-    counts = uploads_by_part(uploads, parts)
-    return tuple(PackSum.of(islice(changes, count), members[0].layout.size) for count in counts)
+    stream, counts = changes(), uploads_by_part(uploads, parts)
+    return tuple(PackSum.of(islice(stream, count), members[0].layout.size) for count in counts)
 
 
 def personal_values(result: TrainedClient, member: PackMember, order: ClientOrder) -> bytes | None:

@@ -67,9 +67,10 @@ class LoRAA2(RoLoRA):
             if line.numel() <= room:
                 line.fill_(True)
                 room -= line.numel()
-        if not chosen.any():
-            return top_k(change, budget)
-        return chosen.nonzero().squeeze(1)
+        if chosen.any():
+            return chosen.nonzero().squeeze(1)
+        largest = top_k(change, budget)
+        return largest[change[largest] != 0]
 
     def aggregate(self, state: FactorState, updates: Updates, advance: Advance = fedavg) -> FactorState:
         mean, sent = ChangeMean(state.layout.size), []

@@ -53,20 +53,21 @@ class RoundLog:
         """
         ledger, where = self.ledger, {"round": self.round, "client": client.client}
         missed = self.base_updates.collect(client.client)
-        for sizes in missed:
-            ledger.add_sizes(**where, direction="down", sizes=sizes)
+        for older in missed:
+            ledger.add_sizes(**where, direction="down", sizes=older)
         for payload in received.payloads:
             ledger.add(**where, direction="down", payload=payload)
-        self.dense += sum(wire.HEADER_BYTES + 4 * sizes.n for sizes in (*missed, *received.sizes))
+        self.dense += sum(wire.HEADER_BYTES + 4 * down.n for down in (*missed, *received.sizes))
         if i in result.diverged:
             self.diverged[client.client] = result.diverged[i]
-        if (sent := result.sizes[i]) is None:
+        upload, sizes = result.uploads[i] if result.uploads else None, result.sizes[i]
+        if sizes is None:
             return
-        if result.uploads:
-            ledger.add(**where, direction="up", payload=result.uploads[i])
+        if upload is None:
+            ledger.add_sizes(**where, direction="up", sizes=sizes)
         else:
-            ledger.add_sizes(**where, direction="up", sizes=sent)
-        self.dense += wire.HEADER_BYTES + 4 * sent.n
+            ledger.add(**where, direction="up", payload=upload)
+        self.dense += wire.HEADER_BYTES + 4 * sizes.n
         self.loss += result.losses[i] * result.examples[i]
         self.examples += result.examples[i]
         self.ok += 1
@@ -110,6 +111,7 @@ def train_round(
     if (first := next(arriving, None)) is None:
         return state
     stream = chain([first], arriving)
+    del first  # an update may be large
     state = plan.method.aggregate(state, stream, optimizer.advance)
     if next(stream, None) is not None or log.ok + log.dropped < sum(map(len, packs)):
         raise RunError(f"method.name: {type(plan.method).__name__}.aggregate ended before it took every update")
@@ -122,9 +124,9 @@ def _updates(
 ) -> Iterator[Update | PackSum]:  # fmt: skip
     """Trains the cohort and yields its updates in the order of the packs, whatever the order of arrival.
 
-    A client that was dropped has no update, and a pack of such clients no sum.
-    A method that needs only sums gets one sum a pack; its bits do not depend on the process that added it up. Only one
-    decoded upload is in memory at a time, and of it only the entries that were sent.
+    A client that was dropped has no update, and a pack of such clients no sum. A method that needs only sums gets one
+    sum a pack; its bits do not depend on the process that added it up. Only one decoded upload is in memory at a time,
+    and of it only the entries that were sent.
     """
     method = plan.method
     lr = scheduled(plan.client.lr, plan.client.schedule, t, plan.server.rounds)
