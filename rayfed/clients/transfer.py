@@ -89,7 +89,8 @@ def sums(
 ) -> tuple[PackSum, ...]:  # fmt: skip
     """The sums of a pack's uploads, one for each of its ``parts`` (numbers of clients) that has uploads.
 
-    An upload is None if the client was dropped. The uploads are decoded as the server would decode them, so a sum has the same bits wherever it is computed.
+    An upload is None if the client was dropped. The uploads are decoded as the server would decode them, so a sum has
+    the same bits wherever it is computed.
     """
 
     def changes() -> Iterator[tuple[float, Tensor | Sparse]]:  # one decoded upload is in memory at a time
