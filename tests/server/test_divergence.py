@@ -22,6 +22,7 @@ from rayfed.errors import RunError
 from rayfed.methods import METHODS, build
 from rayfed.server.base_updates import BaseUpdates
 from rayfed.server.downlink import Downlink
+from rayfed.server.evaluation.diagnostics import Diagnostics
 from rayfed.server.optimizers import ServerOptimizer
 from rayfed.server.star import RoundLog, train_round
 
@@ -43,9 +44,12 @@ class Rounds:
     def start(self) -> Any:
         return self.plan.method.init(self.plan.start(), self.plan.seed)
 
-    def play(self, state: Any, packs: list[list[int]], broken: set[int], moments: dict[str, Any]) -> Any:
+    def play(
+        self, state: Any, packs: list[list[int]], broken: set[int], moments: dict[str, Any],
+        diagnostics: Diagnostics | None = None,
+    ) -> Any:  # fmt: skip
         plan, self.broken, t = self.plan, frozenset(broken), 1
-        self.log = RoundLog(t + 1, wire.Ledger(), BaseUpdates())
+        self.log = RoundLog(t + 1, wire.Ledger(), BaseUpdates(), diagnostics)
         self.optimizer = ServerOptimizer(plan.server_optimizer, plan.server)
         self.optimizer.state = {name: moment.clone() for name, moment in moments.items()}  # adamw steps in place
         profiles = [[plan.profiles.profile(client, 8, t) for client in pack] for pack in packs]
@@ -120,6 +124,7 @@ def test_a_round_in_which_all_diverge_changes_nothing(rounds, name):
     own = rounds(name)
     begun = own.play(own.start(), [[0, 1], [2, 3]], set(), {})
     moments, before = own.optimizer.state, bits(own, begun)
+    assert own.play(begun, [[0, 1], [2]], {0, 1, 2}, moments, Diagnostics()) is begun  # packs are summed by the server
     state = own.play(begun, [[0, 1], [2]], {0, 1, 2}, moments)
     assert state is begun
     assert bits(own, state) == before
@@ -140,16 +145,17 @@ def test_an_event_names_a_few_of_many_clients(rounds):
     assert event.endswith("client 4 (dropped: training gave values that are not finite), 2 more")
 
 
-def test_a_method_that_stops_early_is_refused_whoever_diverged(rounds, monkeypatch):
-    own = rounds("fedit")
-    takes_one = lambda self, state, updates, advance: next(updates) and state  # noqa: E731
-    monkeypatch.setattr(type(own.plan.method), "aggregate", takes_one)
-    for broken in (set(), {2}):
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_method_that_stops_early_is_refused_whoever_diverged(rounds, monkeypatch, taken):
+    def aggregate(self, state, updates, advance):
+        assert len([*itertools.islice(updates, taken)]) == taken
+        return state
+
+    own = rounds("fedhl")
+    monkeypatch.setattr(type(own.plan.method), "aggregate", aggregate)
+    for packs, broken in (([[0], [1], [2]], set()), ([[0], [1], [2]], {2}), ([[0, 1, 2]], {0})):
         with pytest.raises(RunError, match="ended before it took every update"):
-            own.play(own.start(), [[0], [1], [2]], broken, {})
-    monkeypatch.setattr(type(own.plan.method), "aggregate", lambda self, state, updates, advance: state)
-    with pytest.raises(RunError, match="ended before it took every update"):
-        own.play(own.start(), [[0], [1]], {1}, {})
+            own.play(own.start(), packs, broken, {})
 
 
 # Whole runs: client 4 has a target that no float32 can be squared of.
