@@ -158,7 +158,7 @@ def _failure(log: RoundLog) -> RunError:
     client, divergence = next(iter(log.diverged.items()))
     return RunError(
         f"round {log.round}, client {client}: {divergence.reason}; lower client.lr or set client.clip_norm; "
-        "--resume with client.on_divergence=drop goes on without this update"
+        "--resume with client.on_divergence=drop goes on"
     )
 
 

@@ -51,7 +51,7 @@ class Rounds:
         plan, self.broken, t = self.plan, frozenset(broken), 1
         self.log = RoundLog(t + 1, wire.Ledger(), BaseUpdates(), diagnostics)
         self.optimizer = ServerOptimizer(plan.server_optimizer, plan.server)
-        self.optimizer.state = {name: moment.clone() for name, moment in moments.items()}  # adamw steps in place
+        self.optimizer.state = {name: moment.clone() for name, moment in moments.items()}
         profiles = [[plan.profiles.profile(client, 8, t) for client in pack] for pack in packs]
         downlink = Downlink(plan.method, state, "fp32", plan.channel, self.executor)
         return train_round(plan, state, t, profiles, self.optimizer, downlink, self.executor, self.log)
