@@ -83,6 +83,12 @@ class RoundLog:
         """The number of clients that were dropped."""
         return sum(divergence.dropped for divergence in self.diverged.values())
 
+    def counts(self) -> dict[str, int]:
+        """The numbers of clients, as metrics `clients/...`."""
+        ranks = {f"clients/rank_{rank}": count for rank, count in sorted(self.ranks.items())}
+        own = {"ok": self.ok, "retried": self.retried, "split": self.split, "diverged": len(self.diverged)}
+        return {f"clients/{name}": count for name, count in own.items()} | ranks
+
     def events(self) -> list[str]:
         """One line about the clients that diverged; none if no client did."""
         if not self.diverged:

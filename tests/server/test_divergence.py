@@ -98,11 +98,12 @@ def test_a_round_without_an_update_is_the_round_without_the_client(rounds, name)
         assert own.log.diverged.keys() == broken
         assert own.log.ok == 4 - len(broken)
         assert own.log.mean_loss > 0
-        uploads = [row for row in own.log.ledger.table().to_pylist() if row["direction"] == "up"]
-        assert {row["client"] for row in uploads} == {0, 1, 2, 3} - broken
-        found = bits(own, state)
+        found, traffic = bits(own, state), own.log.ledger.totals()
         left = [[client for client in pack if client not in broken] for pack in packs]
         without = own.play(begun, [pack for pack in left if pack], set(), moments)
+        expected = own.log.ledger.totals()
+        assert traffic["bytes/up"] == expected["bytes/up"] > 0  # a client that was dropped sent nothing
+        assert traffic["bytes/down"] > expected["bytes/down"]  # but had received its download
         return (state, found), (without, bits(own, without))
 
     for packs, broken in (([[0], [1], [2], [3]], {0, 3}), ([[0, 1], [2, 3]], {2, 3})):
