@@ -14,6 +14,7 @@ Ranks = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
 Densities = Annotated[tuple[Density, ...], Field(strict=False)]
 Weights = Annotated[tuple[PositiveFloat, ...], Field(strict=False)]
 ALIGNED = ("ranks", "densities_down", "densities_up", "weights")
+LEAST_DENSITY = 2.0**-31  # one entry of the longest message that can be sent
 PROFILE_FIELDS = {  # field of `profiles` -> the kinds that use the field
     "ranks": ("list", "tiers", "heavy_tailed"),
     "densities_down": ("list", "tiers", "heavy_tailed"),
@@ -74,7 +75,7 @@ class Direction(Section):
     """Density and number format of the messages in one direction."""
 
     density: Live[Searched[Density]] = 1.0
-    """Share of the entries that are sent."""
+    """Share of the entries that are sent; at least one entry is."""
     decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the density every `every` rounds: round t, from 0, has density * decay^(t // every)."""
     every: PositiveInt = 1
@@ -83,8 +84,12 @@ class Direction(Section):
     """Number format of the values in a message; only fp32 is lossless."""
 
     def density_at(self, t: int, first: float | None = None) -> float:
-        """The density in round ``t`` (from 0), in (0, 1]. ``first``: a client's own density, in place of `density`."""
-        return (self.density if first is None else first) * self.decay ** (t // self.every)
+        """The density in round ``t`` (from 0), in (0, 1]. ``first``: a client's own density, in place of `density`.
+
+        A decayed density does not fall below 2^-31, or to the 0 to which floats would round it.
+        """
+        first = self.density if first is None else first
+        return max(first * self.decay ** (t // self.every), min(first, LEAST_DENSITY))
 
 
 class Wire(Section):

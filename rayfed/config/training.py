@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from rayfed.config.types import Betas, Live, NonNegative, Section, Share, section
+from rayfed.config.types import Betas, DecidesNothing, Live, NonNegative, Section, Share, section
 
 
 class Schedule(Section):
@@ -44,6 +44,24 @@ class Client(Section):
     """Passes over the client's data per round. `steps` replaces it."""
     steps: Live[PositiveInt | None] = None
     """Optimizer steps per round; the data repeat as needed. null: `epochs` counts."""
+    max_change: Live[PositiveFloat | None] = 1e6
+    """A client diverged if its change in a round has a larger L2 norm, over all entries of its adapter and head, or
+    values that are not finite. null: only if there are values that are not finite. The default is above all that
+    training gives that still learns, and below what would ruin the global model.
+    """
+    on_divergence: DecidesNothing[Literal["fail", "drop", "clip"]] = "fail"
+    """What happens if a client diverged. `fail`: the run ends. `drop`: the client sends nothing, has no weight in the
+    round, and stays as it was before; if all clients are dropped, the global state stays as it was. `clip`: a change
+    that is too large is scaled down to `max_change`; one that is not finite is dropped. May be changed on --resume, and
+    is not in the digest: without a client that diverged, a round is the same under all three. The metric
+    `clients/diverged` counts these clients.
+    """
+
+    @model_validator(mode="after")
+    def _clipped_to_something(self) -> Client:
+        if self.on_divergence == "clip" and self.max_change is None:
+            raise ValueError("client.on_divergence: got 'clip', but client.max_change=null says no limit; set a number")
+        return self
 
 
 class Server(Section):

@@ -156,8 +156,11 @@ class Server:
         diagnostics = Diagnostics() if plan.eval.diagnostics else None
         log = RoundLog(t + 1, self.ledger, self.base_updates, diagnostics=diagnostics)
         state = train_round(plan, self.state, t, packs, self.optimizer, downlink, self.executor, log)
+        for text in log.events():
+            self.sinks.event(text)
         self.state = replace(state, clients=self.store.save(state.clients, t + 1)) if state.clients else state
-        self.base_updates.publish(plan.method.base_update(self.state), plan.model.entries)
+        if log.ok:  # otherwise the state, and its last base update, are those of an earlier round
+            self.base_updates.publish(plan.method.base_update(self.state), plan.model.entries)
         seconds = time.perf_counter() - begun
         metrics = round_metrics(plan, self.state, t, downlink, self.executor)
         clients_digest = digest_of(self.state.clients)
@@ -165,18 +168,15 @@ class Server:
         self.chain = link(self.chain, plan.digest, self.ledger.rows(t + 1, t + 1), digest)
         record = {
             "round": t + 1,
-            "train/loss": log.loss / log.examples,
+            "train/loss": log.mean_loss,
             **metrics,
             **self.ledger.totals(t + 1),
             "bytes/total": self.ledger.total_bytes,
             "time/round_s": time.perf_counter() - begun,
             "time/train_s": seconds,
             "time/server_s": seconds - log.waited,
-            "clients/ok": log.ok,
-            "clients/retried": log.retried,
-            "clients/split": log.split,
-            **{f"clients/rank_{rank}": count for rank, count in sorted(log.ranks.items())},
-            **{f"method/{name}": value for name, value in self.state.report.items()},
+            **log.counts(),
+            **{f"method/{name}": value for name, value in self.state.report.items() if log.ok},
             **(diagnostics.report(plan.method, self.state) if diagnostics else {}),
             "state/digest": digest,
             "state/chain": self.chain,

@@ -190,6 +190,18 @@ def test_density_decays_in_steps() -> None:
     assert [up.density_at(t, 1.0) for t in range(5)] == [1, 1, 0.5, 0.5, 0.25]  # a client's own, with the same decay
 
 
+@pytest.mark.parametrize("decay", [0.01, 1e-200])
+def test_a_density_never_decays_to_zero(decay: float) -> None:
+    up = validate({"wire": {"up": {"density": 0.5, "decay": decay}}}).wire.up
+    assert up.density_at(1999) == up.density_at(1999, 1.0) == 2**-31
+    assert up.density_at(1999, 1e-12) == 1e-12  # a density that a client has by itself
+
+
+def test_a_change_cannot_be_clipped_to_no_limit() -> None:
+    with pytest.raises(UserError, match=r"^client\.on_divergence: got 'clip', but client\.max_change=null "):
+        validate({"client": {"on_divergence": "clip", "max_change": None}})
+
+
 LIST = {"kind": "list", "ranks": [2, 4]}
 TIERS = {"kind": "tiers", "ranks": [2, 4]}
 
