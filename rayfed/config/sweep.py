@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from rayfed.config.describe import format_value
 from rayfed.config.load import assign, parse_override, read_settings, validate_as
 from rayfed.config.marks import live, searched
 from rayfed.config.search import AshaSettings, FlascSearchSettings, OptunaSettings, PbtSettings
-from rayfed.config.types import Names, Section
+from rayfed.config.types import Name, Names, Section, Trials, Workers
 from rayfed.errors import UserError
 
 DRAWN = ("choice", "uniform", "loguniform")
@@ -38,19 +38,19 @@ class Sweep(Section):
     """Settings that change together: a list of cases, or label -> case. A case is a mapping from dotted settings to
     values or spaces. Every case runs with every point of `parameters`. null: no cases.
     """
-    samples: PositiveInt = 1
+    samples: Trials = 1
     """Draws from choice, uniform and loguniform. Every point of the grid gets the same draws."""
-    metric: str = "eval/accuracy"
+    metric: Name = "eval/accuracy"
     """Key of metrics.jsonl by which trials are compared; keys with `eval/` are measured on validation data."""
     mode: Literal["max", "min"] = "max"
     """max: a larger metric is better; min: a smaller one."""
     at: Literal["last", "best"] = "last"
     """The round that counts: the last measured round, or the round with the best metric."""
-    report: str | None = None
+    report: Name | None = None
     """Key of metrics.jsonl shown beside the metric; null: the metric on test data, if measured."""
     tune: Names = ()
     """Swept settings of which the table shows only the best value per row, by the mean metric over the seeds."""
-    tune_seeds: PositiveInt | None = None
+    tune_seeds: Trials | None = None
     """The first so many seeds of the grid of `seed` choose the values of `tune`; the other seeds run with the chosen
     values only. null: all seeds run all values.
     """
@@ -60,7 +60,7 @@ class Sweep(Section):
     """
     stop: AshaSettings | None = None
     """Rule that stops trials early; null: none."""
-    concurrency: PositiveInt | None = None
+    concurrency: Workers | None = None
     """Most trials at a time; null: as many as fit on the cluster."""
 
     @model_validator(mode="after")
