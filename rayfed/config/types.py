@@ -29,9 +29,14 @@ class Printable:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
+    def allows(self, text: str) -> bool:
+        """Whether the string is within the limit."""
+        if len(text) > self.most or any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text):
+            return False
+        return len(text.encode()) <= self.most
+
     def _check(self, text: str) -> str:
-        long = len(text) > self.most or len(text.encode()) > self.most
-        if long or any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text):
+        if not self.allows(text):
             raise PydanticCustomError("not_printable", "too long, or with control characters")
         return text
 
@@ -55,8 +60,10 @@ Rank = Annotated[int, Field(ge=1, le=100_000)]
 Batch = Annotated[int, Field(ge=1, le=100_000)]
 """Rows of one batch."""
 Workers = Annotated[int, Field(ge=1, le=10_000)]
-Trials = Annotated[int, Field(ge=1, le=10_000)]
-Name = Annotated[str, Printable(120)]
+MOST_TRIALS = 2000  # of a sweep: all are checked before the first starts, which takes about a millisecond each
+Trials = Annotated[int, Field(ge=1, le=MOST_TRIALS)]
+MOST_NAME = 120
+Name = Annotated[str, Printable(MOST_NAME)]
 """With the time behind it, a name is a folder's name (255 bytes on most file systems)."""
 Text = Annotated[str, Printable(1000)]
 Names = Annotated[tuple[Name, ...], Field(strict=False, max_length=200)]

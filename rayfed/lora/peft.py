@@ -60,8 +60,8 @@ def match_targets(model: nn.Module, config: LoraConfig, head: Sequence[str]) -> 
     architecture is written into the config.
 
     Raises:
-        UserError: the regular expression is invalid, nothing matches, a matched module is no linear layer, or the rank
-            exceeds a layer's smaller side.
+        UserError: the regular expression is invalid, nothing matches, a matched module is no linear layer, a number of
+            `layers_to_transform` has no matching module, or the rank exceeds a layer's smaller side.
     """
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
@@ -81,6 +81,8 @@ def match_targets(model: nn.Module, config: LoraConfig, head: Sequence[str]) -> 
             raise UserError(
                 f"{got}, but it is no regular expression ({error}); a list of names is allowed, too"
             ) from None
+    wanted, config.layers_to_transform = config.layers_to_transform, None  # matched here: PEFT passes over missing ones
+    numbers: set[int] = set()
     shapes: dict[str, tuple[int, int]] = {}
     linear: set[str] = set()
     for name, module in model.named_modules():
@@ -96,11 +98,7 @@ def match_targets(model: nn.Module, config: LoraConfig, head: Sequence[str]) -> 
                     "adapters fit linear layers (nn.Linear, Conv1D)"
                 )
             shapes[name] = layer_shape(module)
-    if not shapes and config.layers_to_transform is not None:
-        raise UserError(
-            f"lora.layers_to_transform: got {config.layers_to_transform}, but no layer of these numbers has modules "
-            f"that match {shown}"
-        )
+    XX
     if not shapes:
         raise UserError(f"{got}, but it matches no layer; this model's linear layers are {', '.join(sorted(linear))}")
     name, shape = min(shapes.items(), key=lambda item: min(item[1]))
