@@ -109,29 +109,29 @@ def _describe_type(kind: Any, metadata: list[Any]) -> str:
     if origin is Literal:
         return alternatives([str(choice) for choice in inside])
     if origin is tuple:
-        most = next((f"at most {m.max_length} " for m in metadata if hasattr(m, "max_length")), "")
+        most = next((f"up to {m.max_length} " for m in metadata if hasattr(m, "max_length")), "")
         count = most if inside[-1] is Ellipsis else f"{len(inside)} "
         item, *limits = get_args(inside[0]) or inside[:1]  # the type of the items, and their limits if Annotated
-        return f"a list of {count}{PLURALS.get(item, 'values')}{_describe_limits(_flat(limits))}"
+        return f"a list of {count}{_with_limits(PLURALS.get(item, 'values'), _flat(limits))}"
     if kind is type(None):
         return "null"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return f"a section with the keys {', '.join(kind.model_fields)}"
-    return NOUNS.get(kind, f"a value of type {kind}") + _describe_limits(metadata)
+    return _with_limits(NOUNS.get(kind, f"a value of type {kind}"), metadata)
 
 
 def _flat(metadata: Iterable[Any]) -> list[Any]:
     return [part for m in metadata for part in (m.metadata if isinstance(m, FieldInfo) else [m])]
 
 
-def _describe_limits(metadata: list[Any]) -> str:
+def _with_limits(noun: str, metadata: list[Any]) -> str:
     if most := next((m.most for m in metadata if isinstance(m, Printable)), None):
-        return f" of at most {most} bytes without control characters"
+        return f"{noun} (up to {most} bytes)"
     limits = {side: getattr(m, side) for m in metadata for side in ("gt", "ge", "lt", "le") if hasattr(m, side)}
     low, high = limits.get("gt", limits.get("ge")), limits.get("lt", limits.get("le"))
     if low is not None and high is not None:
-        return f" in {'(' if 'gt' in limits else '['}{low}, {high}{')' if 'lt' in limits else ']'}"
+        return f"{noun} in {'(' if 'gt' in limits else '['}{low}, {high}{')' if 'lt' in limits else ']'}"
     if low is not None:
-        return f" above {low}" if "gt" in limits else f" of at least {low}"
+        return f"{noun} above {low}" if "gt" in limits else f"{noun} of at least {low}"
     assert high is None, "no field has an upper limit alone; add its words here"
-    return ""
+    return noun

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from rayfed.config.describe import allowed_values, alternatives, format_value, iter_fields, section_of, sections_by_kind
 from rayfed.config.parse import MOST_LEVELS, dump_settings, parse, read_text
 from rayfed.config.schema import Experiment
+from rayfed.config.types import TEXT_MISTAKE
 from rayfed.errors import MOST_LINES, UserError, allowed
 
 Root = TypeVar("Root", bound=BaseModel)
@@ -113,6 +114,8 @@ def _line(mistake: Any, settings: Any, root: type[BaseModel]) -> str:
         if part not in value:
             return f"{_dotted(path)}: missing, and there is no default; it should be {what}"
         value = value[part]
+    if mistake["type"] == TEXT_MISTAKE:
+        return f"{_dotted(path)}: got {format_value(value)}, but {mistake['msg']}"
     return f"{_dotted(path)}: got {format_value(value)}, but it should be {what}"
 
 

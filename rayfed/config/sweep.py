@@ -88,9 +88,8 @@ class Sweep(Section):
             yield f"sweep.cases: got {format_value(self.cases)}, but it needs at least one case"
         for label, case in self.labelled():
             where = f"sweep.cases.{label}"
-            if not Printable(MOST_NAME).allows(label):
-                what = f"a label is a string of at most {MOST_NAME} bytes without control characters"
-                yield f"sweep.cases: got the label {format_value(label)}, but {what}"
+            if mistake := Printable(MOST_NAME).mistake(label):
+                yield f"sweep.cases: got the label {format_value(label)}, but {mistake}"
                 continue
             if not isinstance(case, dict) or not all(isinstance(key, str) for key in case):
                 yield f"{where}: got {format_value(case)}, but a case is a mapping from dotted settings to values"

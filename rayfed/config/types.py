@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+TEXT_MISTAKE: Final = "text_mistake"  # the type of pydantic's error
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,17 @@ class Printable:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
-    def allows(self, text: str) -> bool:
-        """Whether the string is within the limit."""
-        if len(text) > self.most or any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text):
-            return False
-        return len(text.encode()) <= self.most
+    def mistake(self, text: str) -> str | None:
+        """What is wrong with the string, in words; None if nothing is."""
+        if (size := len(text.encode(errors="replace"))) > self.most:
+            return f"it has {size} bytes, and at most {self.most} are allowed"
+        if any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text):
+            return "control characters are not allowed"
+        return None
 
     def _check(self, text: str) -> str:
-        if not self.allows(text):
-            raise PydanticCustomError("not_printable", "too long, or with control characters")
+        if mistake := self.mistake(text):
+            raise PydanticCustomError(TEXT_MISTAKE, "{mistake}", {"mistake": mistake})
         return text
 
 
