@@ -127,11 +127,17 @@ def _flat(metadata: Iterable[Any]) -> list[Any]:
 def _with_limits(noun: str, metadata: list[Any]) -> str:
     if most := next((m.most for m in metadata if isinstance(m, Printable)), None):
         return f"{noun} (up to {most} bytes)"
+    if most := next((m.max_length for m in metadata if hasattr(m, "max_length")), None):
+        return f"{noun} of up to {most} keys"  # a mapping; lists are above
     limits = {side: getattr(m, side) for m in metadata for side in ("gt", "ge", "lt", "le") if hasattr(m, side)}
     low, high = limits.get("gt", limits.get("ge")), limits.get("lt", limits.get("le"))
     if low is not None and high is not None:
-        return f"{noun} in {'(' if 'gt' in limits else '['}{low}, {high}{')' if 'lt' in limits else ']'}"
+        return f"{noun} in {'(' if 'gt' in limits else '['}{_short(low)}, {_short(high)}{')' if 'lt' in limits else ']'}"
     if low is not None:
         return f"{noun} above {low}" if "gt" in limits else f"{noun} of at least {low}"
     assert high is None, "no field has an upper limit alone; add its words here"
     return noun
+
+
+def _short(limit: float) -> str:
+    return f"{limit:g}" if isinstance(limit, float) else str(limit)

@@ -165,6 +165,6 @@ def _suggest(last: int | str, above: Sequence[int | str], section: type[BaseMode
 
 
 def _dotted(path: Sequence[int | str]) -> str:
-    """The path as a dotted name; in quotes if it has characters that do not fit on one line."""
+    """The path as a dotted name; in quotes if it is empty or has characters that do not fit on one line."""
     text = ".".join(map(str, path))
-    return text if text.isprintable() else repr(text)
+    return text if text and text.isprintable() else repr(text)

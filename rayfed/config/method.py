@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, model_validator
 from rayfed.config.describe import format_value
 from rayfed.config.types import UNSIGNED, Density, Live, Names, Positive, Rank, Rounds, Searched, Section, Text, section
 
-Indices = Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], Field(strict=False, max_length=10_000)]
+Indices = Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], Field(strict=False, max_length=1000)]
 # For larger populations, `profiles.function` takes the place of a list.
 Ranks = Annotated[tuple[Rank, ...], Field(strict=False, max_length=10_000)]
 Densities = Annotated[tuple[Density, ...], Field(strict=False, max_length=10_000)]

@@ -50,11 +50,11 @@ class Experiment(Section):
             raise ValueError("lora.train: got 'head', but model.head=frozen leaves nothing to train; all is allowed")
         if self.engine.kind == "ray" and self.engine.device == "cuda" and not self.engine.gpus:
             raise ValueError("engine.gpus_per_worker: got 0, but engine.device=cuda needs more than 0")
-        numbers = self.partition.clients * self.problem.numbers_per_client
-        if self.data.source == "lowrank" and numbers > MOST_NUMBERS:
+        clients, each = self.partition.clients, self.problem.numbers_per_client
+        if self.data.source == "lowrank" and clients * each > MOST_NUMBERS:
             raise ValueError(
-                f"partition.clients: got {self.partition.clients}, but with {self.problem.numbers_per_client} numbers each "
-                f"(problem.inputs * (problem.rows + problem.outputs)) at most {MOST_NUMBERS // self.problem.numbers_per_client} fit into memory"
+                f"partition.clients: got {clients}, but with {each} numbers each (problem.inputs * (problem.rows + "
+                f"problem.outputs)) these are {clients * each} numbers, and at most {MOST_NUMBERS} are allowed"
             )
         return self
 

@@ -97,7 +97,8 @@ def match_targets(model: nn.Module, config: LoraConfig, head: Sequence[str]) -> 
                     "adapters fit linear layers (nn.Linear, Conv1D)"
                 )
             shapes[name] = layer_shape(module)
-    _check_layer_numbers(model, config, shapes)
+    if not isinstance(targets, str):  # else PEFT takes no numbers
+        _check_layer_numbers(model, config, shapes)
     if not shapes:
         raise UserError(f"{got}, but it matches no layer; this model's linear layers are {', '.join(sorted(linear))}")
     name, shape = min(shapes.items(), key=lambda item: min(item[1]))
@@ -115,9 +116,11 @@ def _check_layer_numbers(model: nn.Module, config: LoraConfig, shapes: Iterable[
     def has_modules(number: int, names: Iterable[str]) -> bool:
         alone = copy.copy(config)
         alone.layers_to_transform = [number]
-        return any(check_target_module_exists(alone, name) for name in names)
+        # A module named in full is a target whatever its number.
+        return any(check_target_module_exists(alone, name) for name in names if name not in targets)
 
     wanted: Any = config.layers_to_transform or ()
+    targets: Any = config.target_modules
     missing = [number for number in wanted if not has_modules(number, shapes)]
     if missing:
         names = [name for name, _ in model.named_modules() if name]

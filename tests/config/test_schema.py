@@ -68,7 +68,7 @@ def test_defaults_are_valid_and_frozen() -> None:
         ("lora.rank", "an integer in [1, 100000]"),
         ("engine.pack", "an integer in [1, 10000] or auto"),
         ("lora.target_modules", "a string (up to 1000 bytes), a list of up to 200 strings (up to 120 bytes) or null"),
-        ("lora.layers_to_transform", "a list of up to 10000 integers in [0, 10000] or null"),
+        ("lora.layers_to_transform", "a list of up to 1000 integers in [0, 10000] or null"),
         ("wire.up.density", "a number in (0, 1]"),
         ("wire.up.values", "fp32, bf16, fp16 or int8"),
         ("client.betas", "a list of 2 numbers in [0, 1)"),

@@ -1,0 +1,1 @@
+"""The fault-injection harness: seeded faults that tests apply to runs, files, settings and data."""
