@@ -132,7 +132,9 @@ def _with_limits(noun: str, metadata: list[Any]) -> str:
     limits = {side: getattr(m, side) for m in metadata for side in ("gt", "ge", "lt", "le") if hasattr(m, side)}
     low, high = limits.get("gt", limits.get("ge")), limits.get("lt", limits.get("le"))
     if low is not None and high is not None:
-        return f"{noun} in {'(' if 'gt' in limits else '['}{_short(low)}, {_short(high)}{')' if 'lt' in limits else ']'}"
+        return (
+            f"{noun} in {'(' if 'gt' in limits else '['}{_short(low)}, {_short(high)}{')' if 'lt' in limits else ']'}"
+        )
     if low is not None:
         return f"{noun} above {low}" if "gt" in limits else f"{noun} of at least {low}"
     assert high is None, "no field has an upper limit alone; add its words here"

@@ -88,7 +88,7 @@ class Problem(Section):
 
     @property
     def numbers_per_client(self) -> int:
-        """How many numbers make up one client's part of the problem: its features, and its distance from the optimum."""
+        """The numbers that describe one client: its features, and its distance from the common optimum."""
         return self.inputs * (self.rows + self.outputs)
 
     @model_validator(mode="after")

@@ -180,7 +180,9 @@ def test_a_known_answer_has_a_largest_size() -> None:
     settings = {**LOWRANK, "partition": {"kind": "natural", "clients": 1_190_476}}  # 84 numbers each
     assert validate(settings).partition.clients == 1_190_476
     settings["partition"]["clients"] += 1
-    with pytest.raises(UserError, match=r"^partition.clients: got 1190477, but with 84 numbers each .* these are 100000"):
+    with pytest.raises(
+        UserError, match=r"^partition.clients: got 1190477, but with 84 numbers each .* these are 100000"
+    ):
         validate(settings)
 
 

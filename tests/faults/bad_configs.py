@@ -103,8 +103,12 @@ def hand_written() -> Iterator[BadConfig]:
         "a change of the writing direction in a name": r'name: "run\u202egpj.exe"',
         "a line end of Unicode in a name": r'name: "a\u2028b"',
         "no end of a string": 'name: "abc',
-        "a section of options that is nonsense": "method: {name: flasc, " + ", ".join(f"o{i}: 1" for i in range(999)) + "}",
+        "a section of options that is nonsense": "method: {name: flasc, "
+        + ", ".join(f"o{i}: 1" for i in range(999))
+        + "}",
         "a method's option that is nested": "method: {name: fedhl, gamma: " + "[" * 20 + "]" * 20 + "}",
+        "an option beyond float32": "method: {name: fedhl, gamma: 1e300}",
+        "an option of 400 digits": f"method: {{name: fedhl, gamma: {BIG}}}",
         "clients whose data fit nowhere": (
             "data: {source: lowrank}\npartition: {kind: natural, clients: 10000000}\n"
             "problem: {outputs: 10000, inputs: 10000, rows: 1000000}"
@@ -156,14 +160,15 @@ def hand_written_sweeps() -> Iterator[BadConfig]:
     """Files for `rayfed sweep`."""
     grid = "{client.lr: {grid: [0.1, 0.2]}}"
     drawn = "{client.lr: {uniform: [0.1, 0.2]}}"
-    many = ", ".join(str(i) for i in range(1000))
+    momentum = "client.momentum: {uniform: [0, 0.5]}"
+    many = _numbers(0, 1000)
     optuna = "search: {kind: optuna, trials: 3}"
     for name, text in {
         "a million samples": f"samples: 1000000, parameters: {drawn}",
         "a million points": f"parameters: {{client.lr: {{grid: [{many}]}}, seed: {{grid: [{many}]}}}}",
-        "too many points by samples": f"samples: 2000, parameters: {{client.lr: {{uniform: [0.1, 0.2]}}, seed: {{grid: [0, 1]}}}}",
-        "too many points by cases": f"parameters: {{seed: {{grid: [{many}]}}}}, cases: [{{client.lr: 1}}, {{client.lr: 2}}, {{client.lr: 3}}]",
-        "5000 seeds": f"parameters: {{seed: {{grid: [{', '.join(map(str, range(5000)))}]}}}}",
+        "too many points by samples": "samples: 2000, parameters: {client.lr: {uniform: [0, 1]}, seed: {grid: [0, 1]}}",
+        "too many points by cases": f"parameters: {{seed: {{grid: [{many}]}}}}, cases: [{{a: 1}}, {{a: 2}}, {{a: 3}}]",
+        "5000 seeds": f"parameters: {{seed: {{grid: [{_numbers(0, 5000)}]}}}}",
         "101 settings": "parameters: {" + ", ".join(f"client.k{i}: {{grid: [1]}}" for i in range(101)) + "}",
         "a case of 101 settings": "cases: [{" + ", ".join(f"client.k{i}: 1" for i in range(101)) + "}]",
         "5000 cases that are words": f"cases: [{', '.join(['x'] * 5000)}]",
@@ -186,10 +191,10 @@ def hand_written_sweeps() -> Iterator[BadConfig]:
         "a range of words": "parameters: {client.lr: {uniform: [a, b]}}",
         "a range backwards": "parameters: {client.lr: {uniform: [2, 1]}}",
         "a nested space": "parameters: {client.lr: {grid: [{grid: [1, 2]}]}}",
-        "values that all trials refuse": f"parameters: {{client.lr: {{grid: [{', '.join(str(-i) for i in range(1, 1500))}]}}}}",
+        "values that all trials refuse": f"parameters: {{client.lr: {{grid: [{_numbers(-1500, 0)}]}}}}",
         "a metric with an escape": f"metric: {ESCAPES}, parameters: {grid}",
-        "optuna with choices of 3000": f"{optuna}, parameters: {{client.lr: {{choice: [{', '.join(map(str, range(1, 3000)))}]}}}}",
-        "optuna with 1500 cases": f"{optuna}, cases: [{', '.join(f'{{client.lr: {i}, client.momentum: {{uniform: [0, 0.5]}}}}' for i in range(1, 1500))}]",
+        "optuna with choices of 3000": f"{optuna}, parameters: {{client.lr: {{choice: [{_numbers(1, 3000)}]}}}}",
+        "optuna with 1500 cases": f"{optuna}, cases: [{', '.join(f'{{client.lr: {i}, {momentum}}}' for i in range(1, 1500))}]",
         "optuna with 10^9 trials": f"search: {{kind: optuna, trials: 1000000000}}, parameters: {drawn}",
         "a population of 10^9": f"search: {{kind: pbt, rounds: 1, population: 1000000000}}, parameters: {drawn}",
         "a search of rank 10^9": "search: {kind: flasc, rounds: 1, max_rank: 1000000000}",
@@ -208,6 +213,10 @@ def hand_written_sweeps() -> Iterator[BadConfig]:
     }.items():
         text = _with(LOWRANK, "sweep", "{metric: eval/gap, mode: min, parameters: {server.lr: {grid: [0.1, 0.2]}}}")
         yield BadConfig(f"sweep, {name}", text.encode(), (override,), "sweep")
+
+
+def _numbers(low: int, high: int) -> str:
+    return ", ".join(map(str, range(low, high)))
 
 
 def _bomb(form: str, last: str = "a9") -> str:
