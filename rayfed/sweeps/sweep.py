@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayfed.api import check_out
-from rayfed.config.load import dump_settings
+from rayfed.config.parse import dump_settings
 from rayfed.config.sweep import Sweep, load_sweep
 from rayfed.errors import RunError
 from rayfed.files import atomic_write

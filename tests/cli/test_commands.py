@@ -51,8 +51,8 @@ def test_settings_lists_every_setting_with_its_default_and_limits(capsys: Captur
     assert "wire.up.density = 1.0  [a number in (0, 1]]" in lines
     assert "client.betas = [0.9, 0.999]  [a list of 2 numbers in [0, 1)]" in lines
     assert "model.normalize = true  [true or false]" in lines
-    assert "data.path = null  [a string or null]" in lines
-    assert "eval.early_stop.patience = (no default)  [an integer above 0]" in lines
+    assert "data.path = null  [a string (up to 1000 bytes) or null]" in lines
+    assert "eval.early_stop.patience = (no default)  [an integer in [1, 999999]]" in lines
     assert "    Learning rate." in lines
     assert max(map(len, lines)) <= 120
 
