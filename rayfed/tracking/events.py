@@ -6,6 +6,7 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rayfed.files import named_errors
 from rayfed.tracking.sinks import Record, RunInfo, Sink, Table, scalars
 
 
@@ -28,7 +29,10 @@ class EventSink(Sink):
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00")
         line = f"{stamp}Z {' | '.join(part.strip() for part in text.splitlines() if part.strip())}\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:  # opened per event: events are rare, and an actor may die at any time
+        with (
+            named_errors(self.path),
+            self.path.open("a+b") as file,
+        ):  # opened per event: events are rare, and an actor may die at any time
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
