@@ -124,6 +124,14 @@ def share_lock(folder: Path) -> None:
     _lock(handle, fcntl.LOCK_SH, folder, time.monotonic())
 
 
+def lock_alone(folder: Path) -> bool:
+    """Tries to end the sharing of this thread's lock on the folder: True where no other process has a lock on it."""
+    try:
+        return _lock(_locks.handles[_identity(folder.stat())], fcntl.LOCK_EX, folder, time.monotonic())
+    except UserError:
+        return False
+
+
 def _check_writable(folder: Path) -> None:
     """UserError where no file can be written into the folder."""
     with _usable(folder), tempfile.TemporaryFile(dir=folder):
@@ -162,17 +170,19 @@ def _make(folder: Path, unique: bool) -> list[Path]:
     raise AssertionError
 
 
-def _lock(handle: int, kind: int, folder: Path, deadline: float) -> None:
+def _lock(handle: int, kind: int, folder: Path, deadline: float) -> bool:
+    """Locks the folder, at the latest at ``deadline``, else UserError; False where the file system has no locks."""
     while True:
         try:
-            return fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 raise allowed("--out", str(folder), "another process is using it") from None
             time.sleep(0.05)
         except OSError as error:
             if error.errno in NO_LOCKS:
-                return None
+                return False
             raise
 
 

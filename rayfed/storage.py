@@ -27,8 +27,9 @@ MARKERS = ("config.yaml", "sweep.yaml")
 # In these schemes a word before "@" is a user name or a container. In all others the word may be a key.
 NAMES_BEFORE_AT = {"abfs", "abfss", "az", "ftp", "hdfs", "oci", "sftp", "smb", "ssh"}
 # User-info reaches to the last "@" once it has a colon, because secret keys of S3 may contain "/" and "@".
-USER_INFO = re.compile(r"([\w+.-]*)://([^/:\s]*(?:(?::|%3[aA]).*)?)@", re.DOTALL)
-QUERY = re.compile(r"(://[^\s?]*)\?\S*")
+# One slash is enough: `pathlib` writes `ftp://me` as `ftp:/me`.
+USER_INFO = re.compile(r"([\w+.-]*)(:/+)([^/:\s]*(?:(?::|%3[aA]).*)?)@", re.DOTALL)
+QUERY = re.compile(r"(:/+[^\s?]*)\?\S*")
 NAME_LENGTH = 100
 """Bytes of a name in a path, at most; file systems allow 255, and suffixes follow."""
 
@@ -51,14 +52,14 @@ def local_folder(uri: str) -> Path:
 
 def masked(text: str) -> str:
     """A URI, or any text with URIs, for messages and logs: with `***` in place of user-info and query."""
-    return QUERY.sub(r"\1?***", USER_INFO.sub(r"\1://***@", text))
+    return QUERY.sub(r"\1?***", USER_INFO.sub(r"\1\2***@", text))
 
 
 def refuse_credentials(text: str, field: str = "--out") -> None:
     """Raises UserError if the text has a URI with a password, a key or a query string. The message shows none."""
     infos = USER_INFO.findall(text)
     if QUERY.search(text) or any(
-        re.search(":|%3a", info, re.IGNORECASE) or scheme.lower() not in NAMES_BEFORE_AT for scheme, info in infos
+        re.search(":|%3a", info, re.IGNORECASE) or scheme.lower() not in NAMES_BEFORE_AT for scheme, _, info in infos
     ):
         raise UserError(
             f"{field}: the URI has a password, a key or a query string, but commands and jobs are logged; "

@@ -12,21 +12,22 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from rayfed.clients.plan import RunPlan
 from rayfed.config.execution import Engine
 from rayfed.engine.placement import check_places, on_this_node, with_gpu_share
 from rayfed.engine.ray_executor import RayExecutor
 from rayfed.engine.rounds import run_rounds, with_pack_size
-from rayfed.errors import RunError, UserError, first_line
-from rayfed.run_directory import disk_errors, locked
+from rayfed.errors import RunError, Stopped, UserError, first_line
+from rayfed.run_directory import disk_errors, lock_alone, locked
 from rayfed.server.loop import Server
 from rayfed.tracking import Record, RunInfo, Sink, SinkList, Table, open_sinks
 
@@ -65,25 +66,29 @@ class Driver:
 
     def __init__(self) -> None:
         self.executor: RayExecutor | None = None
-        self.ended = threading.Event()
+        self.stopping, self.ended = threading.Event(), threading.Event()
 
     def run(self, plan: RunPlan, out: Path, resume: bool, uri: str | None) -> Iterator[Message]:
         import torch
 
         torch.set_num_threads(1)  # the driver's own sums are element-wise; its cores belong to the workers
         outbox = Outbox()
-        with ExitStack() as stack:
+        with suppress(Stopped), ExitStack() as stack:
+            # Entered first, so closed last: where Ray itself is gone, this takes long.
+            self.executor = stack.enter_context(closing(RayExecutor(plan.engine, ray.put(plan))))
             stack.callback(self.ended.set)
             stack.enter_context(locked(out, shared=True))  # this process may outlive the one that started it
             stack.enter_context(disk_errors(out))
-            self.executor = stack.enter_context(closing(RayExecutor(plan.engine, ray.put(plan))))
             sinks = stack.enter_context(closing(SinkList(open_sinks(plan.tracking, out), outbox)))
             for _ in run_rounds(plan, self.executor, out, sinks, resume, uri):
                 for message in outbox.drain():  # noqa: UP028 (not `yield from`: Ray resumes with send())
                     yield message
+                if self.stopping.is_set():
+                    raise Stopped("the run was asked to stop")
 
     def stop(self) -> None:
         """Asks `run` to end, and returns when it has."""
+        self.stopping.set()
         if self.executor is not None:
             self.executor.stop()
         self.ended.wait()
@@ -116,8 +121,7 @@ def run_on_ray(plan: RunPlan, out: Path, resume: bool, uri: str | None, console:
         except RayError as error:  # such as a full disk below Ray's own folder
             raise RunError(f"Ray cannot go on ({_named(error)}); {CONTINUES}") from None
         except KeyboardInterrupt:  # Ctrl-C, or SIGTERM: where all processes got it, Ray may be gone already
-            with suppress(RayError, GetTimeoutError):
-                ray.get(driver.stop.remote(), timeout=SECONDS_TO_STOP)
+            _stop(driver, out)
             raise
         finally:
             with suppress(RayError):
@@ -170,6 +174,16 @@ def _ray(engine: Engine) -> Iterator[None]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _stop(driver: Any, out: Path) -> None:
+    """Asks the driver to stop and waits for its end, at most SECONDS_TO_STOP."""
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    with suppress(RayError):
+        stopped = driver.stop.remote()
+        while time.monotonic() < deadline and not lock_alone(out):
+            if ray.wait([stopped], timeout=0.2)[0]:
+                return
 
 
 def _named(error: Exception) -> str:
