@@ -359,6 +359,7 @@ def test_uris_with_equal_slugs_have_folders_of_their_own() -> None:
 )  # fmt: skip
 def test_no_scheme_shows_credentials_in_any_text(uri: str) -> None:
     assert "KEY" not in masked(f"data.path: got {uri!r}, but there is no such file; did you mean x?")
+    assert "KEY" not in masked(f"config: got {str(Path(uri))!r}, but there is no such file")
     with pytest.raises(UserError, match="the URI has a password") as caught:
         refuse_credentials(uri)
     assert "KEY" not in str(caught.value)

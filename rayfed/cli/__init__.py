@@ -75,9 +75,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = _Parser(
-        prog="rayfed", description="Federated LoRA fine-tuning, simulated on Ray."
-    )
+    about = "Federated LoRA fine-tuning, simulated on Ray."
+    parser: argparse.ArgumentParser = _Parser(prog="rayfed", description=about)
     parser.add_argument("--version", action="version", version=f"rayfed {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     out = "directory (default runs/NAME-TIME), or a URI such as s3://bucket"
