@@ -15,6 +15,10 @@ class RefusingFileSystem(LocalFileSystem):
     writes: int | None = None
     """How many uploads still succeed; None: all. Counted over all instances of the process."""
 
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> str:
+        return str(path).removeprefix("refusing://")
+
     def put_file(self, lpath: str, rpath: str, *args: Any, **kwargs: Any) -> None:
         cls = RefusingFileSystem
         if cls.writes is not None:
