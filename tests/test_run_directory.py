@@ -92,12 +92,17 @@ def test_an_empty_folder_that_was_made_for_nothing_is_removed(tmp_path: Path) ->
     assert {path.name for path in tmp_path.iterdir()} == {"a", "mine"}
 
 
-def test_a_folder_that_its_last_user_removes_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_a_folder_that_its_last_user_removes_is_made_and_locked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
     real = run_directory._lock
 
     def late(handle: int, kind: int, folder: Path, deadline: float) -> bool:
         monkeypatch.setattr(run_directory, "_lock", real)
         folder.rmdir()
+        if again:
+            folder.mkdir()  # by a third process
         return real(handle, kind, folder, deadline)
 
     monkeypatch.setattr(run_directory, "_lock", late)

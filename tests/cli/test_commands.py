@@ -88,6 +88,7 @@ def test_settings_of_an_unknown_section(capsys: Capture) -> None:
         (["run", "c.yaml", "--seed=3"], "unrecognized arguments: --seed=3"),
         (["run", "c.yaml", "--out"], "argument --out: expected one argument"),
         (["methods", "flasc", "a=1"], "unrecognized arguments: a=1"),
+        (["ftp://me:secret@host/x"], "invalid choice: 'ftp://***@host/x'"),
     ],
 )
 def test_bad_usage_exits_with_2(capsys: Capture, arguments: list[str], hint: str) -> None:

@@ -119,7 +119,7 @@ def test_a_line_of_which_the_disk_took_a_part_is_completed_or_its_file_named(tmp
     sink.round({"round": 1})
     assert slow.data == b'{"round": 1}\n'
     sink._file = cast(Any, Slow(6))
-    with pytest.raises(OSError, match="No space left on device: '.*metrics.jsonl'"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
         sink.round({"round": 2})
     real.close()
 
