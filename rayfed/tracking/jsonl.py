@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rayfed.errors import UserError
-from rayfed.files import atomic_write, regular
+from rayfed.files import atomic_write, named_errors, regular
 from rayfed.tracking.sinks import Record, RunInfo, Sink
 
 
@@ -34,10 +34,13 @@ class JsonlSink(Sink):
         self._file = self.path.open("ab", buffering=0)
 
     def round(self, record: Record) -> None:
-        """Appends the line in one unbuffered write, so a crash can cut off the last line only."""
+        """Appends the line, unbuffered, so a crash can cut off the last line only. OSError names the file."""
         assert self._file is not None, "start comes before the first round, and nothing after close"
-        self._file.write(f"{to_line(record)}\n".encode())
-        os.fsync(self._file.fileno())
+        line = f"{to_line(record)}\n".encode()
+        with named_errors(self.path):
+            while line:  # a disk that gets full takes a part of a line
+                line = line[self._file.write(line) :]
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""

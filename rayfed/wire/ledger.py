@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from rayfed.errors import first_line
-from rayfed.files import atomic_path, regular, remove
+from rayfed.files import atomic_path, regular, remove_path
 from rayfed.wire.codec import Sizes, inspect
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Ledger:
         """Removes the parts that end after round ``last``. The folder may be missing."""
         for path in _parts(folder):
             if _last_round(path) > last:
-                remove(path)
+                remove_path(path)
 
     def _add_part(self, path: Path) -> None:
         import pyarrow as pa
