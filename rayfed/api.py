@@ -25,7 +25,7 @@ from rayfed.config import Experiment
 from rayfed.config.marks import settings_digest
 from rayfed.engine.local_executor import run_here
 from rayfed.errors import UserError
-from rayfed.files import PARTIAL, remove
+from rayfed.files import PARTIAL, remove_path
 from rayfed.methods import Method
 from rayfed.objectives import Plain
 from rayfed.profiles.client_profiles import ClientProfiles
@@ -161,7 +161,7 @@ def run(
         console = SinkList(open_console(plan.tracking), summary, *([sink] if sink else []))
         with uploaded(remote, folder), disk_errors(folder), closing(console):
             for leftover in folder.rglob(PARTIAL):
-                remove(leftover)
+                remove_path(leftover)
             _start(plan, folder, resume, uri, console)
     return RunResult(folder, summary.figures)
 

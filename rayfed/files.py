@@ -29,17 +29,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with named_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)
+        remove_path(temporary)
         try:
             yield temporary
             for entry in (*temporary.rglob("*"), temporary):
                 _flush(entry)
             if path.is_dir():  # a folder cannot be renamed onto a folder that holds files
-                remove(path)
+                remove_path(path)
             os.replace(temporary, path)
             _flush(path.parent)
         finally:
-            remove(temporary)
+            remove_path(temporary)
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -76,7 +76,7 @@ def contents(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.match(PARTIAL)]
 
 
-def remove(path: Path) -> None:
+def remove_path(path: Path) -> None:
     """Removes a file, a link (never what it points to) or a folder with its contents. A missing path is fine."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeGuard
 
 from rayfed.errors import RunError, Terminated, UserError, first_line
-from rayfed.files import contents, remove
+from rayfed.files import contents, remove_path
 
 # Folders that lose files while a run goes on. Their files are never rewritten: the name says the round.
 PRUNED = {"checkpoints", "clients", "ledger.parquet"}
@@ -111,10 +111,10 @@ class RemoteFolder:
                     (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 self._system.get([self._path(n) for n in names], [str(partial / n) for n in names])
                 for entry in sorted(partial.iterdir(), key=lambda path: path.name in MARKERS):
-                    remove(folder / entry.name)
+                    remove_path(folder / entry.name)
                     entry.rename(folder / entry.name)
         finally:
-            remove(partial)
+            remove_path(partial)
         self._uploaded = _local_files(folder)
 
     def upload(self, folder: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import rayfed
 from rayfed.cli.reports import write_page
-from rayfed.files import remove
+from rayfed.files import remove_path
 from rayfed.run_directory import locked_out
 from rayfed.storage import RemoteFolder, fetch, is_uri, local_folder, masked, refuse_credentials, uploaded
 from rayfed.tracking import Record, RunInfo, Sink, Table
@@ -31,7 +31,7 @@ def run(config: str, overrides: Sequence[str], out: str | None, resume: bool) ->
         return
     with _local_folder(out, resume) as folder:
         rayfed.run(experiment, out=out, resume=resume, sink=_PageSink())
-        remove(folder)
+        remove_path(folder)
     print(f"run directory {masked(out)}")
 
 
@@ -51,7 +51,7 @@ def sweep(config: str, overrides: Sequence[str], out: str | None, resume: bool) 
             result = run_sweep(config, overrides, folder, resume, on_trial_end=lambda _: remote.upload(folder))
         print(f"sweep directory {masked(out)}", flush=True)
         check_failed(result)  # its message names a file of the local folder
-        remove(folder)
+        remove_path(folder)
 
 
 @contextmanager

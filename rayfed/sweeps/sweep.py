@@ -18,7 +18,7 @@ from pathlib import Path
 from rayfed.config.load import dump_settings
 from rayfed.config.sweep import Sweep, load_sweep
 from rayfed.errors import RunError
-from rayfed.files import PARTIAL, atomic_write, remove
+from rayfed.files import PARTIAL, atomic_write, remove_path
 from rayfed.run_directory import check_out, disk_errors, locked_out
 from rayfed.sweeps.flasc import FlascSearch
 from rayfed.sweeps.log import SweepLog
@@ -69,7 +69,7 @@ def run_sweep(
             read_outcome(out, trial)  # UserError if the trial was made with other settings
         with disk_errors(out):
             for leftover in (*out.glob(PARTIAL), *out.glob(f"trials/{PARTIAL}")):  # a trial's own run removes the rest
-                remove(leftover)
+                remove_path(leftover)
             atomic_write(out / "sweep.yaml", dump_settings({**settings, "sweep": sweep.model_dump(mode="json")}))
             console = (settings.get("tracking") or {}).get("console") != "off"
             view = PlainView(sys.stdout if console else io.StringIO())

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from rayfed.api import run
 from rayfed.config import load_config
 from rayfed.errors import RunError, UserError
-from rayfed.files import remove, write_json
+from rayfed.files import remove_path, write_json
 from rayfed.run_directory import locked
 from rayfed.storage import masked
 from rayfed.sweeps.plan import Trial
@@ -87,7 +87,7 @@ def run_trial(trial: Trial, out: Path, federation: Federation, sink: Sink | None
     with locked(folder, wait=math.inf):  # a trial of a killed sweep may live on for a moment
         if not (folder / "config.yaml").is_file():  # the process died before the first round
             for entry in folder.iterdir():
-                remove(entry)
+                remove_path(entry)
         try:
             if trial.continues and not (folder / "config.yaml").is_file():
                 warm_start(folder.with_name(trial.continues), folder, trial.experiment)
