@@ -56,8 +56,8 @@ def check_out(out: Path, resume: bool, kind: str, settings: str) -> bool:
         raise UserError(f"--out: got {str(out)!r}, but it is not empty; continue it with --resume or name another")
     if not (out / settings).is_file():
         raise UserError(f"--resume: got {str(out)!r}, but that is no {kind} directory: it has no {settings}")
-    if link := _first_link(out):
-        raise UserError(f"--resume: got {str(out)!r}, but {link} is a link; a {kind} directory has no links")
+    if link := _linked_folder(out):
+        raise UserError(f"--resume: got {str(out)!r}, but {link} is a link to a folder; a {kind} directory has none")
     return True
 
 
@@ -138,10 +138,13 @@ def _check_writable(folder: Path) -> None:
         pass
 
 
-def _first_link(folder: Path) -> Path | None:
-    """A link in the folder, or None. Folders of W&B and of Ray Tune, which have links of their own, are left out."""
-    for parent, folders, names in os.walk(folder):
-        for path in (Path(parent) / name for name in sorted(folders + names)):
+def _linked_folder(folder: Path) -> Path | None:
+    """A link to a folder, through which a run would write and remove files elsewhere; None if there is no such link.
+
+    Links to files are replaced, not followed. The folders of W&B and of Ray Tune have links of their own.
+    """
+    for parent, folders, _ in os.walk(folder):
+        for path in (Path(parent) / name for name in sorted(folders)):
             if path.is_symlink():
                 return path
         folders[:] = [name for name in folders if name not in ("wandb", "tune")]

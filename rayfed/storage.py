@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 from typing import TypeGuard
 
 from rayfed.errors import RunError, Terminated, UserError, first_line
@@ -193,14 +194,15 @@ class RemoteFolder:
 
 
 def _local_files(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size in bytes and time of change in nanoseconds of every file by POSIX name, without hidden files."""
+    """Size in bytes and time of change in nanoseconds of every file by POSIX name, without hidden files and links."""
     found = {}
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(parent) / name for name in names if not name.startswith(".")):
             with suppress(FileNotFoundError):  # a run has removed the file since
-                stat = path.stat()
-                found[path.relative_to(folder).as_posix()] = (stat.st_size, stat.st_mtime_ns)
+                status = path.lstat()
+                if S_ISREG(status.st_mode):  # a link would upload a foreign file
+                    found[path.relative_to(folder).as_posix()] = (status.st_size, status.st_mtime_ns)
     return found
 
 

@@ -231,6 +231,13 @@ def test_hidden_files_stay_on_their_side(memory: Any, tmp_path: Path) -> None:
     assert contents(tmp_path / "a") == {"b/c/again/config.yaml": b"this is config.yaml"}
 
 
+def test_links_are_not_uploaded(memory: Any, tmp_path: Path) -> None:
+    write(tmp_path, "secret", "run/config.yaml")
+    (tmp_path / "run/metrics.jsonl").symlink_to(tmp_path / "secret")
+    RemoteFolder(URI).upload(tmp_path / "run")
+    assert list(memory.store) == ["/bucket/runs/one/config.yaml"]
+
+
 def test_a_missing_local_folder_deletes_nothing(memory: Any, tmp_path: Path) -> None:
     write(tmp_path / "run", *CHECKPOINT)
     remote = RemoteFolder(URI)
