@@ -19,7 +19,7 @@ from rayfed.config.describe import format_value
 from rayfed.config.load import assign, parse_override, read_settings, validate_as
 from rayfed.config.marks import live, searched
 from rayfed.config.search import AshaSettings, FlascSearchSettings, OptunaSettings, PbtSettings
-from rayfed.config.types import MOST_NAME, MOST_TRIALS, Name, Names, Printable, Section, Trials, Workers
+from rayfed.config.types import MOST_NAME, MOST_TRIALS, Name, Names, Printable, Section, TextMistake, Trials, Workers
 from rayfed.errors import UserError
 
 DRAWN = ("choice", "uniform", "loguniform")
@@ -88,7 +88,9 @@ class Sweep(Section):
             yield f"sweep.cases: got {format_value(self.cases)}, but it needs at least one case"
         for label, case in self.labelled():
             where = f"sweep.cases.{label}"
-            if mistake := Printable(MOST_NAME).mistake(label):
+            try:
+                Printable(MOST_NAME)(label)
+            except TextMistake as mistake:
                 yield f"sweep.cases: got the label {format_value(label)}, but {mistake}"
                 continue
             if not isinstance(case, dict) or not all(isinstance(key, str) for key in case):
