@@ -38,7 +38,7 @@ class Sweep(Section):
     """
     cases: dict | list | None = None
     """Settings that change together: a list of cases, or label -> case. A case is a mapping from dotted settings to
-    values or spaces. Every case runs with every point of `parameters`. null: no cases. A sweep has at most 2000 points.
+    values or spaces. Every case runs with every point of `parameters`. null: no cases. A sweep has at most 5000 points.
     """
     samples: Trials = 1
     """Draws from choice, uniform and loguniform. Every point of the grid gets the same draws."""

@@ -56,7 +56,7 @@ Rank = Annotated[int, Field(ge=1, le=100_000)]
 Batch = Annotated[int, Field(ge=1, le=100_000)]
 """Rows of one batch."""
 Workers = Annotated[int, Field(ge=1, le=10_000)]
-MOST_TRIALS = 2000  # of a sweep: all are checked before the first starts, which takes about a millisecond each
+MOST_TRIALS = 5000  # of a sweep: all are checked before the first starts, which takes about a millisecond each
 Trials = Annotated[int, Field(ge=1, le=MOST_TRIALS)]
 MOST_NAME = 120
 Name = Annotated[str, AfterValidator(Printable(MOST_NAME))]
