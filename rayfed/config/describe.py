@@ -125,7 +125,7 @@ def _flat(metadata: Iterable[Any]) -> list[Any]:
 
 
 def _with_limits(noun: str, metadata: list[Any]) -> str:
-    if most := next((m.most for m in metadata if isinstance(m, Printable)), None):
+    if most := next((m.func.most for m in metadata if isinstance(getattr(m, "func", None), Printable)), None):
         return f"{noun} (up to {most} bytes)"
     if most := next((m.max_length for m in metadata if hasattr(m, "max_length")), None):
         return f"{noun} of up to {most} keys"  # a mapping; lists are above

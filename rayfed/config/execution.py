@@ -13,10 +13,10 @@ from rayfed.config.types import (
     DecidesNothing,
     Fraction,
     Name,
-    Printable,
     Rank,
     Rounds,
     Section,
+    Tag,
     Text,
     Workers,
 )
@@ -109,7 +109,7 @@ class Tracking(Section):
     """W&B entity; null: your default entity."""
     group: Name | None = None
     """W&B group; null: none, and in a sweep the name of the sweep."""
-    tags: Annotated[tuple[Annotated[str, Printable(64)], ...], Field(strict=False, max_length=100)] = ()
+    tags: Annotated[tuple[Tag, ...], Field(strict=False, max_length=100)] = ()
     """W&B tags; W&B takes at most 64 characters."""
     artifact: bool = True
     """Also upload the adapter of the finished run to W&B, as an artifact."""

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from rayfed.config.describe import allowed_values, alternatives, format_value, iter_fields, section_of, sections_by_kind
 from rayfed.config.parse import MOST_LEVELS, dump_settings, parse, read_text
 from rayfed.config.schema import Experiment
-from rayfed.config.types import TEXT_MISTAKE
+from rayfed.config.types import TextMistake
 from rayfed.errors import MOST_LINES, UserError, allowed
 
 Root = TypeVar("Root", bound=BaseModel)
@@ -56,7 +56,7 @@ def validate_as(model: type[Root], settings: dict[str, Any]) -> Root:
         # pydantic reports every item of a list and every type of a union; one line per field is enough
         mistakes: dict[Any, Any] = {}
         for mistake in error.errors(include_url=False, include_input=False):
-            mistakes.setdefault((mistake["type"] == "value_error", _field(mistake["loc"], model)[1]), mistake)
+            mistakes.setdefault((_is_line(mistake), _field(mistake["loc"], model)[1]), mistake)
         lines = [_line(mistake, settings, model) for mistake in islice(mistakes.values(), MOST_LINES - 1)]
         if more := len(mistakes) - len(lines):
             lines.append(f"and {more} more mistakes")
@@ -100,7 +100,7 @@ def assign(settings: dict[str, Any], key: str, value: Any, source: str) -> None:
 
 def _line(mistake: Any, settings: Any, root: type[BaseModel]) -> str:
     """A mistake that pydantic found, in one line."""
-    if mistake["type"] == "value_error":  # raised by a validator of the schema: already one line
+    if _is_line(mistake):
         return str(mistake["ctx"]["error"])
     field, path, section = _field(mistake["loc"], root)
     if field is None:
@@ -114,9 +114,14 @@ def _line(mistake: Any, settings: Any, root: type[BaseModel]) -> str:
         if part not in value:
             return f"{_dotted(path)}: missing, and there is no default; it should be {what}"
         value = value[part]
-    if mistake["type"] == TEXT_MISTAKE:
-        return f"{_dotted(path)}: got {format_value(value)}, but {mistake['msg']}"
+    if mistake["type"] == "value_error":
+        return f"{_dotted(path)}: got {format_value(value)}, but {mistake['ctx']['error']}"
     return f"{_dotted(path)}: got {format_value(value)}, but it should be {what}"
+
+
+def _is_line(mistake: Any) -> bool:
+    """Whether a validator of the schema found the mistake, and has put it in a line already."""
+    return mistake["type"] == "value_error" and not isinstance(mistake["ctx"]["error"], TextMistake)
 
 
 def _field(

@@ -18,7 +18,7 @@ from rayfed.config.task import Data, Model, Partition, Problem
 from rayfed.config.training import Client, Eval, Server
 from rayfed.config.types import DecidesData, DecidesNothing, Name, Section, section
 
-MOST_NUMBERS = 100_000_000  # of the problem with a known answer; making it takes about 40 bytes for each
+MOST_NUMBERS = 100_000_000  # of the problem with a known answer; making it takes about 25 bytes for each
 
 
 class Experiment(Section):

@@ -19,7 +19,7 @@ from rayfed.config.describe import format_value
 from rayfed.config.load import assign, parse_override, read_settings, validate_as
 from rayfed.config.marks import live, searched
 from rayfed.config.search import AshaSettings, FlascSearchSettings, OptunaSettings, PbtSettings
-from rayfed.config.types import MOST_NAME, MOST_TRIALS, Name, Names, Printable, Section, Trials, Workers
+from rayfed.config.types import MOST_NAME, MOST_TRIALS, Name, Names, Printable, Section, TextMistake, Trials, Workers
 from rayfed.errors import UserError
 
 DRAWN = ("choice", "uniform", "loguniform")
@@ -38,7 +38,7 @@ class Sweep(Section):
     """
     cases: dict | list | None = None
     """Settings that change together: a list of cases, or label -> case. A case is a mapping from dotted settings to
-    values or spaces. Every case runs with every point of `parameters`. null: no cases. A sweep has at most 2000 points.
+    values or spaces. Every case runs with every point of `parameters`. null: no cases. A sweep has at most 5000 points.
     """
     samples: Trials = 1
     """Draws from choice, uniform and loguniform. Every point of the grid gets the same draws."""
@@ -88,7 +88,9 @@ class Sweep(Section):
             yield f"sweep.cases: got {format_value(self.cases)}, but it needs at least one case"
         for label, case in self.labelled():
             where = f"sweep.cases.{label}"
-            if mistake := Printable(MOST_NAME).mistake(label):
+            try:
+                Printable(MOST_NAME)(label)
+            except TextMistake as mistake:
                 yield f"sweep.cases: got the label {format_value(label)}, but {mistake}"
                 continue
             if not isinstance(case, dict) or not all(isinstance(key, str) for key in case):

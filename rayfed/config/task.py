@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rayfed.config.types import UNSIGNED, Clients, Positive, Section, Share, Text
+from rayfed.config.types import UNSIGNED, Clients, Section, Share, Text
 
 Size = Annotated[int, Field(ge=1, le=10_000)]
 
@@ -114,7 +114,7 @@ class Partition(Section):
     """
     clients: Clients = 100
     """Clients in the population. Ignored by `natural`, except with data.source=lowrank."""
-    alpha: Positive = 0.1
+    alpha: Annotated[float, Field(ge=1e-300, le=1e300)] = 0.1
     """Dirichlet concentration. The smaller, the more clients differ."""
     classes: Annotated[int, Field(ge=1, le=1_000_000)] = 2
     """For `pathological`: classes per client."""

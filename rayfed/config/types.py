@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-TEXT_MISTAKE: Final = "text_mistake"  # the type of pydantic's error
+
+class TextMistake(ValueError):
+    """What is wrong with the text of one field. (Other validators raise a whole line, which names the field.)"""
 
 
 @dataclass(frozen=True)
 class Printable:
-    """The limit of a string: at most ``most`` bytes in UTF-8, and no control characters.
+    """A validator of strings: at most ``most`` bytes in UTF-8, and no control characters.
 
     Settings are shown on terminals and become names of files. Control characters are those of the Unicode categories
     Cc, Cf and Cs, and the line ends of Unicode.
@@ -28,20 +29,11 @@ class Printable:
 
     most: int
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._check, handler(source))
-
-    def mistake(self, text: str) -> str | None:
-        """What is wrong with the string, in words; None if nothing is."""
+    def __call__(self, text: str) -> str:
         if (size := len(text.encode(errors="replace"))) > self.most:
-            return f"it has {size} bytes, and at most {self.most} are allowed"
+            raise TextMistake(f"it has {size} bytes, and at most {self.most} are allowed")
         if any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text):
-            return "control characters are not allowed"
-        return None
-
-    def _check(self, text: str) -> str:
-        if mistake := self.mistake(text):
-            raise PydanticCustomError(TEXT_MISTAKE, "{mistake}", {"mistake": mistake})
+            raise TextMistake("control characters are not allowed")
         return text
 
 
@@ -64,12 +56,13 @@ Rank = Annotated[int, Field(ge=1, le=100_000)]
 Batch = Annotated[int, Field(ge=1, le=100_000)]
 """Rows of one batch."""
 Workers = Annotated[int, Field(ge=1, le=10_000)]
-MOST_TRIALS = 2000  # of a sweep: all are checked before the first starts, which takes about a millisecond each
+MOST_TRIALS = 5000  # of a sweep: all are checked before the first starts, which takes about a millisecond each
 Trials = Annotated[int, Field(ge=1, le=MOST_TRIALS)]
 MOST_NAME = 120
-Name = Annotated[str, Printable(MOST_NAME)]
+Name = Annotated[str, AfterValidator(Printable(MOST_NAME))]
 """With the time behind it, a name is a folder's name (255 bytes on most file systems)."""
-Text = Annotated[str, Printable(1000)]
+Text = Annotated[str, AfterValidator(Printable(1000))]
+Tag = Annotated[str, AfterValidator(Printable(64))]
 Names = Annotated[tuple[Name, ...], Field(strict=False, max_length=200)]
 Aspect = Literal["data", "model", "result"]
 T = TypeVar("T")

@@ -105,6 +105,8 @@ def test_sections_with_nothing_under_them_are_defaults(write: Write) -> None:
         ("name: !!int one", "does not match its tag"),
         ("name: !!bool maybe", "does not match its tag"),
         ("seed: " + "9" * 5000, "does not match its tag or its type"),
+        ("name: &a [*a]", "an alias stands within what it repeats"),
+        ("? [a]\n: 1", "a key is a word, not a list or a mapping"),
         ("name: !!set {a, b}", "could not determine a constructor for the tag"),
         ("name: !!binary aGk=", "could not determine a constructor for the tag"),
         ("name: !mine x", "could not determine a constructor for the tag '!mine'"),

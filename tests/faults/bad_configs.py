@@ -160,15 +160,15 @@ def hand_written_sweeps() -> Iterator[BadConfig]:
     """Files for `rayfed sweep`."""
     grid = "{client.lr: {grid: [0.1, 0.2]}}"
     drawn = "{client.lr: {uniform: [0.1, 0.2]}}"
-    momentum = "client.momentum: {uniform: [0, 0.5]}"
+    case = "{client.lr: 0.1, client.momentum: {uniform: [0, 0.5]}}"
     many = _numbers(0, 1000)
     optuna = "search: {kind: optuna, trials: 3}"
     for name, text in {
         "a million samples": f"samples: 1000000, parameters: {drawn}",
         "a million points": f"parameters: {{client.lr: {{grid: [{many}]}}, seed: {{grid: [{many}]}}}}",
-        "too many points by samples": "samples: 2000, parameters: {client.lr: {uniform: [0, 1]}, seed: {grid: [0, 1]}}",
-        "too many points by cases": f"parameters: {{seed: {{grid: [{many}]}}}}, cases: [{{a: 1}}, {{a: 2}}, {{a: 3}}]",
-        "5000 seeds": f"parameters: {{seed: {{grid: [{_numbers(0, 5000)}]}}}}",
+        "too many points by samples": "samples: 5000, parameters: {client.lr: {uniform: [0, 1]}, seed: {grid: [0, 1]}}",
+        "too many points by cases": f"parameters: {{seed: {{grid: [{many}]}}}}, cases: [{', '.join(['{a: 1}'] * 6)}]",
+        "6000 seeds": f"parameters: {{seed: {{grid: [{_numbers(0, 6000)}]}}}}",
         "101 settings": "parameters: {" + ", ".join(f"client.k{i}: {{grid: [1]}}" for i in range(101)) + "}",
         "a case of 101 settings": "cases: [{" + ", ".join(f"client.k{i}: 1" for i in range(101)) + "}]",
         "5000 cases that are words": f"cases: [{', '.join(['x'] * 5000)}]",
@@ -193,8 +193,8 @@ def hand_written_sweeps() -> Iterator[BadConfig]:
         "a nested space": "parameters: {client.lr: {grid: [{grid: [1, 2]}]}}",
         "values that all trials refuse": f"parameters: {{client.lr: {{grid: [{_numbers(-1500, 0)}]}}}}",
         "a metric with an escape": f"metric: {ESCAPES}, parameters: {grid}",
-        "optuna with choices of 3000": f"{optuna}, parameters: {{client.lr: {{choice: [{_numbers(1, 3000)}]}}}}",
-        "optuna with 1500 cases": f"{optuna}, cases: [{', '.join(f'{{client.lr: {i}, {momentum}}}' for i in range(1, 1500))}]",
+        "optuna with 6000 choices": f"{optuna}, parameters: {{client.lr: {{choice: [{_numbers(1, 6000)}]}}}}",
+        "optuna with 3000 cases": f"{optuna}, cases: [{', '.join([case] * 3000)}]",
         "optuna with 10^9 trials": f"search: {{kind: optuna, trials: 1000000000}}, parameters: {drawn}",
         "a population of 10^9": f"search: {{kind: pbt, rounds: 1, population: 1000000000}}, parameters: {drawn}",
         "a search of rank 10^9": "search: {kind: flasc, rounds: 1, max_rank: 1000000000}",
@@ -229,6 +229,7 @@ def _bomb(form: str, last: str = "a9") -> str:
 
 NUMBERS = ("-1", "1" + "0" * 20, "-1" + "0" * 20, BIG)  # for integers
 REALS = ("-1", "1e300", "-1e300", BIG, ".nan", ".inf", "-.inf", "1e400")
+VALID = {("partition.alpha", "1e300"), *(("engine.retries", value) for value in NUMBERS if value[0] != "-")}
 TEXTS = (r'"a\0b"', ESCAPES, r'"a\nb"', r'"a\rb"', r'"a\u202eb"', f'"{HUGE}"')
 OTHERS = {  # what is none of the types: YAML by the type that it has
     bool: ("true",),
@@ -265,12 +266,10 @@ def wrong_values(name: str, field: FieldInfo) -> Iterator[str]:
     for kind, values in OTHERS.items():
         if kind not in allowed:
             yield from (value for value in values if not (kind is str and choices & {value}))
-    if name == "engine.retries":  # harmless however large
-        return
     if float in kinds:
-        yield from REALS
+        yield from (value for value in REALS if (name, value) not in VALID)
     elif int in kinds:
-        yield from NUMBERS
+        yield from (value for value in NUMBERS if (name, value) not in VALID)
     if str in kinds:
         yield from TEXTS
     if tuple in kinds:

@@ -117,11 +117,11 @@ def test_one_run_shows_its_own_figures(write_run: Write, tmp_path: Path) -> None
 
 
 def test_names_are_only_ever_text(write_run: Write, tmp_path: Path) -> None:
-    name = "</text><b onload='x'>&\"$\\frac$\x07_"
+    name = "</text><b onload='x'>&\"$\\frac$\u00a0_"
     folders = [write_run("a", f"name={json.dumps(name)}"), write_run("b", "name=_plain", "client.lr=1")]
     root = tree(write_report(read(folders), tmp_path / "out"))
     cells = [texts(cell) for cell in root.findall(".//tbody/tr/th")]
-    assert name.replace("\x07", "\N{REPLACEMENT CHARACTER}") in cells
+    assert name.replace("\u00a0", "\N{REPLACEMENT CHARACTER}") in cells
     assert not root.findall(".//*[@onload]")
     drawn = (tmp_path / "out" / "figures" / "rounds.svg").read_text()
     ET.fromstring(drawn)
