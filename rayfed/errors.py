@@ -19,4 +19,9 @@ def allowed(field: str, value: object, what: str) -> UserError:
 def first_line(error: BaseException, limit: int = 200) -> str:
     """The first non-empty line of the error's text, at most ``limit`` characters; the class name if there is none."""
     lines = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)[:limit]
+    return printable(next(filter(None, lines), type(error).__name__), limit)
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """At most ``limit`` characters of a text from outside. Line ends and terminal sequences are escaped, as by repr."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:limit])[:limit]

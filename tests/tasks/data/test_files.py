@@ -96,7 +96,7 @@ def test_csv_labels_are_integers_only_if_all_are(tmp_path: Path, labels: list[st
             r"train.jsonl.gz cannot be read: Compressed file",
         ),
         ("train.csv", "text,label\na,b\nc\n", r"train.csv cannot be read: CSV parse error: Row #3: Expected 2 columns"),
-        ("train.csv", b"text,label\n\xff,b\n", r"train.csv cannot be read: .*UTF8"),
+        ("train.csv", b"text,label\n\xff,b\n", r"train.csv, column 'text', row 1 is not UTF-8: invalid start byte"),
         ("train.csv", "text,text,label\na,b,c\n", r"the column 'text' is there twice"),
         ("train.csv.gz", b"not gzip", r"train.csv.gz cannot be read: "),
         ("train.parquet", b"not parquet", r"train.parquet cannot be read: Parquet magic bytes not found"),
