@@ -112,7 +112,7 @@ class _Stream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count: int = self.stream.readinto(buffer)  # type: ignore[union-attr]
+        count: int = self.stream.readinto(buffer)
         self.decoded += count
         self.tail = (self.tail + bytes(memoryview(buffer)[:count][-64:]))[-64:]
         if self.gzipped:
@@ -122,10 +122,6 @@ class _Stream(io.RawIOBase):
     def close(self) -> None:
         self.stream.close()
         super().close()
-
-
-def _open(path: Path) -> io.BufferedReader:
-    return io.BufferedReader(_Stream(path), 2**20)
 
 
 def _check_size(path: Path, decoded: int) -> None:
@@ -139,17 +135,17 @@ def _check_size(path: Path, decoded: int) -> None:
 
 def _jsonl(path: Path, settings: Data) -> Columns:
     rows: list[dict[str, Any]] = []
-    with _open(path) as file:
+    with io.BufferedReader(_Stream(path), 2**20) as file:
         for number, line in enumerate(iter(lambda: file.readline(MOST_ROW_BYTES + 1), b""), 1):
             if len(line) > MOST_ROW_BYTES:
-                raise UserError(f"data.path: {path}, line {number} has more than {MOST_ROW_BYTES} bytes, the most of a row")
+                raise UserError(f"data.path: {path}, line {number} has more than {MOST_ROW_BYTES} bytes")
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 row = json.loads(text, object_pairs_hook=_object) if text.strip() else None
             except ValueError as error:  # not UTF-8, or not JSON
                 raise UserError(f"data.path: {path}, line {number} is not JSON: {first_line(error)}") from error
             except RecursionError:
-                raise UserError(f"data.path: {path}, line {number} has too many objects or lists in each other") from None
+                raise UserError(f"data.path: {path}, line {number} is nested too deeply") from None
             if isinstance(row, dict):
                 rows.append(row)
             elif text.strip():
@@ -168,7 +164,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _csv(path: Path, settings: Data) -> Columns:
-    with _open(path) as file:
+    with io.BufferedReader(_Stream(path), 2**20) as file:
         names = _csv_reader(file).schema.names
     cells: dict[str, list[str]] = {name: [] for name in names if name in _wanted(settings)}
     rows = 0
@@ -222,9 +218,8 @@ def _parse_labels(labels: list[str]) -> list[Any]:
     """
     values = [_number(label) for label in labels]
     others = [value for value in values if isinstance(value, str)]
-    if len(others) < len(values) and all(not label or NO_NUMBER.fullmatch(label) for label in others):
-        labels = values
-    return [None if label == "" else label for label in labels]
+    numbers = len(others) < len(values) and all(not label or NO_NUMBER.fullmatch(label) for label in others)
+    return [None if label == "" else label for label in (values if numbers else labels)]
 
 
 def _number(label: str) -> int | float | str:
@@ -249,22 +244,23 @@ def _parquet_column(path: Path, meta: parquet.FileMetaData, name: str) -> list[A
     """The values of a column. Equal strings of a row group share their memory, as in the file."""
     from pyarrow import parquet, types
 
-    index = meta.schema.names.index(name)
+    index = next(i for i in range(meta.num_columns) if meta.schema.column(i).path == name)
     size = sum(meta.row_group(group).column(index).total_uncompressed_size for group in range(meta.num_row_groups))
     _check_size(path, size)
-    shared = [name] if size < 2**31 else []  # the most bytes that pyarrow can hold in a dictionary
+    shared = [name] if size < 2**31 else []  # pyarrow's dictionaries hold fewer bytes than that
     values: list[Any] = []
+    decoded = 0
     with parquet.ParquetFile(path, metadata=meta, read_dictionary=shared) as file:
-        decoded = 0
         for group in range(meta.num_row_groups):
             for chunk in file.read_row_group(group, columns=[name]).column(name).chunks:
-                if types.is_dictionary(chunk.type):
-                    words = chunk.dictionary.to_pylist()
-                    values += [None if i is None else words[i] for i in chunk.indices.to_pylist()]
-                    decoded += sum(len(word) for word in values[-len(chunk) :] if isinstance(word, str))
-                    _check_size(path, decoded)
-                else:
+                if not types.is_dictionary(chunk.type):
                     values += chunk.to_pylist()
+                    continue
+                words = chunk.dictionary.to_pylist()
+                found = [None if i is None else words[i] for i in chunk.indices.to_pylist()]
+                decoded += sum(len(word) for word in found if isinstance(word, str))
+                _check_size(path, decoded)
+                values += found
     return values
 
 

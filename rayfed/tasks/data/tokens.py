@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from rayfed.errors import UserError, allowed
+from rayfed.errors import UserError, allowed, first_line
 from rayfed.tasks.data.dataset import Split
 
 if TYPE_CHECKING:
@@ -68,13 +68,16 @@ class Tokens:
         return {"input_ids": torch.from_numpy(padded_ids), "attention_mask": attention_mask, "labels": labels}
 
 
-def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tokens:
+def tokenize(
+    split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int, vocabulary: int | None = None
+) -> Tokens:
     """The split's texts as tokens, each text cut to at most ``max_tokens`` tokens, special tokens included.
 
     ``tokenizer`` has a padding token. A text without any token (an empty text, if the tokenizer adds no special tokens)
     becomes one token: the end, start or padding token, the first of them that exists. Raises UserError if
     ``max_tokens`` leaves no room for more than the special tokens, or exceeds the length that the tokenizer allows, or
-    if a text has more than a million characters, and too few spaces to cut it by.
+    if a text has more than a million characters, and too few spaces to cut it by, or if the tokenizer fails, or gives
+    tokens outside the model's ``vocabulary`` (None: unknown).
     """
     special = tokenizer.num_special_tokens_to_add()
     if max_tokens <= special:  # with a smaller limit, a tokenizer silently cuts nothing
@@ -84,7 +87,12 @@ def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int) 
     options = {"return_attention_mask": False, "return_token_type_ids": False}
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, truncation=True, max_length=max_tokens, padding=False, **options)["input_ids"]
+        try:
+            found = tokenizer(texts, truncation=True, max_length=max_tokens, padding=False, **options)
+        except Exception as error:  # tokenizers raises the class Exception itself
+            what = f"its tokenizer fails on texts of {split.origin}"
+            raise UserError(f"model.name: {what}: {first_line(error)}") from None
+        return found["input_ids"]
 
     usual = 16 * max_tokens + 2048  # characters; nearly every longer text has more than max_tokens tokens
     longest = max(LONGEST, 4 * usual)
@@ -103,8 +111,11 @@ def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int) 
                 raise UserError(f"data.text: got {len(text)} characters in {split.place(row)}, but {what}")
     lists = [ids or [_filler(tokenizer)] for ids in lists]
     offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
-    flat = np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(offsets[-1]))
-    return Tokens(flat, offsets, split.labels, int(tokenizer.pad_token_id))
+    flat = np.fromiter(chain.from_iterable(lists), dtype=np.int64, count=int(offsets[-1]))
+    most = vocabulary or np.iinfo(np.int32).max
+    if (largest := int(flat.max(initial=0))) >= most:
+        raise UserError(f"model.name: its tokenizer gives the token {largest}, but the model has {most} tokens")
+    return Tokens(flat.astype(np.int32), offsets, split.labels, int(tokenizer.pad_token_id))
 
 
 def _encode_long(
