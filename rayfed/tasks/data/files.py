@@ -29,7 +29,7 @@ NO_NUMBER = re.compile(r"nan|n/?a|null|none|true|false|[+-]?inf(inity)?", re.IGN
 """What programs write into a column of numbers where there is none."""
 MOST_ROW_BYTES = 2**24
 MOST_RATIO = 100  # of decoded to compressed bytes: texts reach 3 to 20
-SMALL = 2**26  # decoded bytes that are no danger, whatever the ratio
+SMALL = 2**23  # decoded bytes that are no danger, whatever the ratio
 Columns = dict[str, list[Any]]
 
 
@@ -38,7 +38,7 @@ def read_files(settings: Data) -> Source:
 
     JSON lines: one object per line; blank lines are skipped; a key that a row lacks is null. CSV: UTF-8 with a header;
     all columns are text, except that a label column of only integers is read as integers, and one of only numbers as
-    numbers. A row of JSON or CSV has at most 16 MiB. Compressed data of more than 64 MiB are at most 100 times as large
+    numbers. A row of JSON or CSV has at most 16 MiB. Compressed data of more than 8 MiB are at most 100 times as large
     as their file.
 
     Raises UserError, with the file and if possible the line or row, if something is missing, malformed or too large.

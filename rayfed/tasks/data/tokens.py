@@ -87,6 +87,8 @@ def tokenize(
     options = {"return_attention_mask": False, "return_token_type_ids": False}
 
     def encode(texts: list[str]) -> list[list[int]]:
+        if not texts:  # some tokenizers fail
+            return []
         try:
             found = tokenizer(texts, truncation=True, max_length=max_tokens, padding=False, **options)
         except Exception as error:  # tokenizers raises the class Exception itself
