@@ -258,7 +258,7 @@ def _files() -> list[BadInput]:
         BadInput("an empty file", "data", _bytes("train.jsonl", b""), "holds no rows"),
         BadInput("a pipe in the folder", "data", pipe, "is not a file", dangerous=True),
         BadInput("a pipe", "data", named_pipe, "is not a file", dangerous=True),
-        BadInput("a broken link", "data", link("/nowhere/at/all"), "is not a file"),
+        BadInput("a broken link", "data", link("gone/at/all"), "is not a file"),
         BadInput("a link to itself", "data", link("train.csv"), "is not a file"),
         BadInput("a folder as a split", "data", subfolder, "is not a file"),
         BadInput("a long name", "data", lambda folder, draw: "x" * 500, "cannot be read"),

@@ -139,6 +139,8 @@ def _jsonl(path: Path, settings: Data) -> Columns:
         for number, line in enumerate(iter(lambda: file.readline(MOST_ROW_BYTES + 1), b""), 1):
             if len(line) > MOST_ROW_BYTES:
                 raise UserError(f"data.path: {path}, line {number} has more than {MOST_ROW_BYTES} bytes")
+            if line.isspace():
+                continue
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 row = json.loads(text, object_pairs_hook=_object) if text.strip() else None

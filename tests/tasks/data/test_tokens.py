@@ -199,7 +199,7 @@ def test_a_text_that_cannot_be_cut_is_refused_by_file_and_row(minilm: Any) -> No
 
 def test_tokens_that_the_model_does_not_have_are_refused() -> None:
     assert tokenize(split("a e"), words(), 8, 5).ids.tolist() == [0, 4]
-    with pytest.raises(UserError, match="^model.name: its tokenizer gives the token 4, but the model has 4 tokens"):
+    with pytest.raises(UserError, match=r"^model.name: its tokenizer gives the token 4, but the model has 4 tokens"):
         tokenize(split("a e"), words(), 8, 4)
 
 
@@ -208,6 +208,6 @@ def test_a_tokenizer_that_fails_is_refused() -> None:
         tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="?")), pad_token="a"
     )
     with pytest.raises(
-        UserError, match="^model.name: its tokenizer fails on texts of the split: WordLevel error: Missing"
+        UserError, match=r"^model.name: its tokenizer fails on texts of the split: WordLevel error: Missing"
     ):
         tokenize(split("unknown"), tokenizer, 8)
