@@ -230,7 +230,7 @@ def _tables() -> list[BadInput]:
             "times its own size",
         ),
         BadInput("gzip: cut short", "data", gzip_cut, "cannot be read"),
-        BadInput("gzip: bomb of blank lines", "data", gzipped("train.jsonl.gz", 20_000, b"\n"), "times its own", True),
+        BadInput("gzip: bomb of blank lines", "data", gzipped("train.jsonl.gz", 2_000, b"\n"), "times its own", True),
         BadInput("gzip: bomb of rows", "data", gzipped("train.csv.gz", 3_000, b"text,label\n"), "times its own", True),
     ]
 
@@ -367,6 +367,10 @@ def _weights() -> list[BadInput]:
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
 
+    def pickled_beside(folder: Path, draw: random.Random) -> None:
+        pickled(folder, draw)
+        save_file({"x": torch.zeros(20_000)}, folder / "other.safetensors")
+
     return [
         BadInput("weights: a damaged name", "model", _header(rename), "its weights lack"),
         BadInput("weights: overlapping", "model", _header(overlap), "cannot be read"),
@@ -379,6 +383,7 @@ def _weights() -> list[BadInput]:
             "weights: header no JSON", "model", _bytes("model.safetensors", b"\4" + bytes(7) + b"{oop"), "cannot be"
         ),
         BadInput("weights: pickled", "model", pickled, "pickled weights (pytorch_model.bin) are never loaded"),
+        BadInput("weights: pickled beside others", "model", pickled_beside, "cannot be loaded"),
         BadInput("weights: none", "model", _without("model.safetensors"), "holds no *.safetensors"),
     ]
 

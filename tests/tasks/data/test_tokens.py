@@ -189,6 +189,12 @@ def test_a_long_text_costs_no_more_than_its_first_words(minilm: Any) -> None:
     assert sum(seen) < 500_000
 
 
+def test_a_text_that_is_cut_on_the_left_has_its_last_tokens() -> None:
+    tokenizer = words()
+    tokenizer.truncation_side = "left"
+    assert tokenize(split("a " * 5000 + "b c"), tokenizer, 4).ids.tolist() == [0, 0, 1, 2]
+
+
 def test_a_text_that_cannot_be_cut_is_refused_by_file_and_row(minilm: Any) -> None:
     rows = Split(["a", "b", "ab" * 600_000], np.zeros(3, np.int64), None, "train.csv").take(np.array([2, 0]))
     with pytest.raises(
