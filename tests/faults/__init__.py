@@ -1,1 +1,1 @@
-"""Fault injection: bad data, models, settings, files and processes, made by seeded generators."""
+"""The fault-injection harness: seeded faults that tests apply to runs, files, settings and data."""
