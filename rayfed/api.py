@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +25,13 @@ from rayfed.config import Experiment
 from rayfed.config.marks import settings_digest
 from rayfed.engine.local_executor import run_here
 from rayfed.errors import UserError
+from rayfed.files import PARTIAL, remove_path
 from rayfed.methods import Method
 from rayfed.objectives import Plain
 from rayfed.profiles.client_profiles import ClientProfiles
+from rayfed.run_directory import check_out, disk_errors, locked_out, share_lock
 from rayfed.server.optimizers import ServerOptimizer
-from rayfed.storage import RemoteFolder, fetch, is_uri, slug
+from rayfed.storage import RemoteFolder, fetch, is_uri, local_folder, uploaded
 from rayfed.tasks.base import Task
 from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.base import in_dtype
@@ -150,25 +152,18 @@ def run(
     experiment = _with_method(experiment, method)
     parts = build_components(experiment, task, method)
     uri = str(out) if out is not None and is_uri(str(out)) else None
-    if uri:
-        out = fetch(uri, resume)
-    out = Path(out) if out is not None else Path("runs") / f"{slug(experiment.name)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    plan = _plan(_check_out(out, experiment, resume), parts, federation)
-    summary = _Summary()
-    console = SinkList(open_console(plan.tracking), summary, *([sink] if sink else []))
-    try:
-        if plan.engine.kind == "ray":
-            from rayfed.engine.driver import run_on_ray  # here: a run without Ray need not import it
-
-            forget_base()
-            run_on_ray(plan, out, resume, uri, console)
-        else:
-            run_here(plan, out, resume, uri, console)
-    finally:
-        console.close()
-        if uri and (out / "config.yaml").is_file():
-            RemoteFolder(uri).upload(out)
-    return RunResult(out, summary.figures)
+    remote = RemoteFolder(uri) if uri else None
+    with locked_out(local_folder(uri) if uri else out, experiment.name, resume) as folder:
+        if remote:
+            fetch(remote, folder, resume)
+        plan = _plan(_check_out(folder, experiment, resume), parts, federation)
+        summary = _Summary()
+        console = SinkList(open_console(plan.tracking), summary, *([sink] if sink else []))
+        with uploaded(remote, folder), disk_errors(folder), closing(console):
+            for leftover in folder.rglob(PARTIAL):
+                remove_path(leftover)
+            _start(plan, folder, resume, uri, console)
+    return RunResult(folder, summary.figures)
 
 
 def load_model(run: str | Path) -> nn.Module:
@@ -188,22 +183,15 @@ def load_model(run: str | Path) -> nn.Module:
     return PeftModel.from_pretrained(model, str(Path(run) / "adapter")).eval()
 
 
-def check_out(out: Path, resume: bool, kind: str, settings: str) -> bool:
-    """Whether the folder ``out`` has something to resume. A new run or sweep needs a new or an empty folder.
+def _start(plan: RunPlan, out: Path, resume: bool, uri: str | None, console: Sink) -> None:
+    if plan.engine.kind == "local":
+        run_here(plan, out, resume, uri, console)
+        return
+    from rayfed.engine.driver import run_on_ray  # here: a run without Ray need not import it
 
-    ``kind`` is `run` or `sweep`, and ``settings`` the name of the file that every folder of that kind has. UserError
-    where the folder cannot be used.
-    """
-    for folder in (out, *out.parents):
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--out: got {str(out)!r}, but {folder} is a file")
-    if not out.is_dir() or not any(out.iterdir()):
-        return False
-    if not resume:
-        raise UserError(f"--out: got {str(out)!r}, but it is not empty; continue it with --resume or name another")
-    if not (out / settings).is_file():
-        raise UserError(f"--resume: got {str(out)!r}, but that is no {kind} directory: it has no {settings}")
-    return True
+    forget_base()
+    share_lock(out)  # with the driver
+    run_on_ray(plan, out, resume, uri, console)
 
 
 def _plan(experiment: Experiment, parts: Components, federation: Federation | None) -> RunPlan:

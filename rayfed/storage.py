@@ -8,50 +8,61 @@ of a sweep's trials (`trials/NAME.json`: the trial has ended) last, and deletion
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from typing import TypeGuard
 
-from rayfed.errors import RunError, UserError, first_line
-from rayfed.files import atomic_path
+from rayfed.errors import RunError, Terminated, UserError, first_line
+from rayfed.files import contents, remove_path
 
 # Folders that lose files while a run goes on. Their files are never rewritten: the name says the round.
 PRUNED = {"checkpoints", "clients", "ledger.parquet"}
+MARKERS = ("config.yaml", "sweep.yaml")
+"""The file by which the directory of a run or a sweep is known."""
 # In these schemes a word before "@" is a user name or a container. In all others the word may be a key.
 NAMES_BEFORE_AT = {"abfs", "abfss", "az", "ftp", "hdfs", "oci", "sftp", "smb", "ssh"}
 # User-info reaches to the last "@" once it has a colon, because secret keys of S3 may contain "/" and "@".
-USER_INFO = re.compile(r"([\w+.-]*)://([^/:]*(?::.*)?)@")
+# One slash is enough: `pathlib` writes `ftp://me` as `ftp:/me`.
+USER_INFO = re.compile(r"([\w+.-]*)(:/+)([^/:\s]*(?:(?::|%3[aA]).*)?)@", re.DOTALL)
+QUERY = re.compile(r"(:/+[^\s?]*)\?\S*")
+NAME_LENGTH = 100
+"""Bytes of a name in a path, at most; file systems allow 255, and suffixes follow."""
 
 
-def is_uri(out: str | None) -> bool:
+def is_uri(out: str | None) -> TypeGuard[str]:
     """Whether ``out`` is a URI, as in `s3://bucket/folder`, and not a local folder."""
     return out is not None and "://" in out
 
 
 def slug(name: str) -> str:
-    """``name`` as one component of a path: a run's name or a URI."""
-    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "run"
+    """``name`` as one component of a path, at most NAME_LENGTH bytes: a run's name or a URI."""
+    short = re.sub(r"[^\w.-]+", "-", name).encode()[:NAME_LENGTH].decode(errors="ignore")
+    return short.strip(".-") or "run"
 
 
 def local_folder(uri: str) -> Path:
-    """The local folder in which the run for this URI works."""
-    return Path("runs") / slug(uri)
+    """The local folder in which the run for this URI works. It has a digest in its name: equal slugs are no clash."""
+    return Path("runs") / f"{slug(masked(uri))}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
 
 
-def masked(uri: str) -> str:
-    """The URI for messages and logs, with `***` in place of user-info and query."""
-    return re.sub(r"\?.*", "?***", USER_INFO.sub(r"\1://***@", uri))
+def masked(text: str) -> str:
+    """A URI, or any text with URIs, for messages and logs: with `***` in place of user-info and query."""
+    return QUERY.sub(r"\1?***", USER_INFO.sub(r"\1\2***@", text))
 
 
-def refuse_credentials(uri: str) -> None:
-    """Raises UserError if the URI has a password, a key or a query string. The message does not show the URI."""
-    infos = USER_INFO.findall(uri)
-    if "?" in uri or any(":" in info or scheme.lower() not in NAMES_BEFORE_AT for scheme, info in infos):
+def refuse_credentials(text: str, field: str = "--out") -> None:
+    """Raises UserError if the text has a URI with a password, a key or a query string. The message shows none."""
+    infos = USER_INFO.findall(text)
+    if QUERY.search(text) or any(
+        re.search(":|%3a", info, re.IGNORECASE) or scheme.lower() not in NAMES_BEFORE_AT for scheme, _, info in infos
+    ):
         raise UserError(
-            "--out: the URI has a password, a key or a query string, but commands and jobs are logged; "
+            f"{field}: the URI has a password, a key or a query string, but commands and jobs are logged; "
             "give credentials in the storage's own settings or environment variables"
         )
 
@@ -86,17 +97,24 @@ class RemoteFolder:
             self._system.rm_file(self._path(name))
 
     def download(self, folder: Path) -> None:
-        """Downloads all files to the local ``folder``. If that fails, ``folder`` does not exist afterwards.
+        """Downloads all files into the local ``folder``, MARKERS last. If that fails, nothing of them is there.
 
         Checkpoints whose upload was interrupted are left out. UserError where a file cannot be read.
         """
-        with self._user_error("read"), atomic_path(folder) as temporary:
-            found = self._files()
-            names = [n for n in found if not (top := _checkpoint(n)) or f"{top}/checkpoint.json" in found]
-            temporary.mkdir()
-            for name in names:
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            self._system.get([self._path(n) for n in names], [str(temporary / n) for n in names])
+        partial = folder / f".download.{os.getpid()}.partial"
+        try:
+            with self._user_error("read"):
+                found = self._files()
+                names = [n for n in found if not (top := _checkpoint(n)) or f"{top}/checkpoint.json" in found]
+                partial.mkdir(parents=True)
+                for name in names:
+                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                self._system.get([self._path(n) for n in names], [str(partial / n) for n in names])
+                for entry in sorted(partial.iterdir(), key=lambda path: path.name in MARKERS):
+                    remove_path(folder / entry.name)
+                    entry.rename(folder / entry.name)
+        finally:
+            remove_path(partial)
         self._uploaded = _local_files(folder)
 
     def upload(self, folder: Path) -> None:
@@ -131,7 +149,7 @@ class RemoteFolder:
             self._prune(folder)
         except Exception as error:
             raise RunError(
-                f"--out: {self.uri} could not be written ({first_line(error)}); "
+                f"--out: {self.uri} could not be written ({masked(first_line(error))}); "
                 f"the local folder {folder} has everything, and --resume uploads again"
             ) from None
 
@@ -171,7 +189,7 @@ class RemoteFolder:
         try:
             yield
         except Exception as error:  # every storage library has exceptions of its own
-            raise UserError(f"--out: got {self.uri!r}, but it cannot be {done} ({first_line(error)})") from None
+            raise UserError(f"--out: got {self.uri!r}, but it cannot be {done} ({masked(first_line(error))})") from None
 
 
 def _local_files(folder: Path) -> dict[str, tuple[int, int]]:
@@ -207,23 +225,39 @@ def _order(name: str) -> tuple[int, str]:
     return _stage(name), name
 
 
-def fetch(uri: str, resume: bool, marker: str = "config.yaml") -> Path:
-    """The local folder of a run or sweep whose directory is at ``uri``; a directory that is there is downloaded.
+def fetch(remote: RemoteFolder, folder: Path, resume: bool, marker: str = "config.yaml") -> None:
+    """Downloads the directory of a run or sweep into its `local_folder`, unless that has it already.
 
-    ``marker`` is the file by which such a directory is known. UserError where nothing can be written at the URI, or
-    where the folder there is not empty and either ``resume`` is not set or it has no ``marker``.
+    ``marker`` is the file by which such a directory is known. The caller has locked ``folder``. UserError where nothing
+    can be written at the URI, or where the folder there is not empty and either ``resume`` is not set or it has no
+    ``marker``.
     """
-    remote, here = RemoteFolder(uri), local_folder(uri)
     there = remote.files()
     if there and not resume:
         raise UserError(f"--out: got {remote.uri!r}, but it is not empty; continue it with --resume or name another")
     if there and marker not in there:
         raise UserError(f"--resume: got {remote.uri!r}, but that is no directory to resume: it has no {marker}")
-    if not resume and here.exists():
+    if not resume and contents(folder):
         raise UserError(
-            f"--out: got {remote.uri!r}, but an earlier run for it is still in {here}; add --resume, or remove that"
+            f"--out: got {remote.uri!r}, but an earlier run for it is still in {folder}; add --resume, or remove that"
         )
     remote.check_writable()
-    if there and not here.exists():
-        remote.download(here)
-    return here
+    if there and not (folder / marker).is_file():
+        remote.download(folder)
+
+
+@contextmanager
+def uploaded(remote: RemoteFolder | None, folder: Path, marker: str = "config.yaml") -> Iterator[None]:
+    """Uploads the folder of a run or sweep when the block ends, however it ends; not before the folder has ``marker``.
+
+    Without ``remote`` nothing is done. RunError where the remote folder cannot be written.
+    """
+    try:
+        yield
+    finally:
+        if remote and (folder / marker).is_file():
+            try:
+                remote.upload(folder)
+            except Terminated:  # what `--out` promises comes first
+                remote.upload(folder)
+                raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,19 @@ def test_a_folder_replaces_a_folder_whole(tmp_path: Path) -> None:
             (temporary / "sub" / content).write_text(content)
     assert names(path / "sub") == ["new"]
     assert names(tmp_path) == ["folder"]
+
+
+def test_an_error_of_the_disk_names_the_file_also_where_a_library_has_errors_of_its_own(tmp_path: Path) -> None:
+    class RustError(Exception):
+        pass
+
+    path, full = tmp_path / "a.txt", "No space left on device"
+    for error in (OSError(28, full), OSError(28, full, f"{tmp_path}/.a.txt"), RustError(f"I/O: {full} (os error 28)")):
+        with pytest.raises(OSError, match=f"^{re.escape(f'[Errno 28] {full}: {str(path)!r}')}$"), atomic_path(path):
+            raise error
+    elsewhere = FileNotFoundError(2, "No such file", "/elsewhere/b")
+    with pytest.raises(FileNotFoundError, match="/elsewhere/b"), atomic_path(path):
+        raise elsewhere
 
 
 def test_a_failed_block_leaves_the_old_folder(tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def test_a_missing_local_folder_deletes_nothing(memory: Any, tmp_path: Path) -> 
     assert set(remote.files()) == set(CHECKPOINT)
 
 
-def test_a_download_that_fails_leaves_no_folder(memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_fails_leaves_nothing(memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "run", *FILES)
     remote = RemoteFolder(URI)
     remote.upload(tmp_path / "run")
@@ -251,7 +251,7 @@ def test_a_download_that_fails_leaves_no_folder(memory: Any, tmp_path: Path, mon
     monkeypatch.setattr(MemoryFileSystem, "get_file", fail)
     with pytest.raises(UserError, match=rf"^--out: got '{URI}', but it cannot be read \(RuntimeError\)$"):
         remote.download(tmp_path / "again")
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert list((tmp_path / "again").iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,6 +338,45 @@ def test_names() -> None:
     assert is_uri(URI)
     assert not is_uri("runs/one")
     assert not is_uri(None)
-    assert local_folder(URI) == Path("runs/memory-bucket-runs-one")
+    assert local_folder(URI) == Path("runs/memory-bucket-runs-one-ee7b7109")
     assert slug("a b/c: d.") == "a-b-c-d"
     assert slug("..") == "run"
+    assert slug("x" * 300) == "x" * 100
+    assert len(slug("ü" * 300).encode()) == 100
+
+
+def test_uris_with_equal_slugs_have_folders_of_their_own() -> None:
+    assert slug("memory://a/b") == slug("memory://a-b")
+    assert local_folder("memory://a/b") != local_folder("memory://a-b")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "abfss://:KEY@account/x", "ftp://me:KEY@host/x", "ftp://me%3AKEY@host/x", "ftp://me:K E\nKEY@host/x",
+        "sftp://:KEY@host/x", "webdav://me:KEY@host", "oci://b@n/x?KEY=1",
+    ],
+)  # fmt: skip
+def test_no_scheme_shows_credentials_in_any_text(uri: str) -> None:
+    assert "KEY" not in masked(f"data.path: got {uri!r}, but there is no such file; did you mean x?")
+    assert "KEY" not in masked(f"config: got {str(Path(uri))!r}, but there is no such file")
+    with pytest.raises(UserError, match="the URI has a password") as caught:
+        refuse_credentials(uri)
+    assert "KEY" not in str(caught.value)
+
+
+def test_text_around_a_uri_stays() -> None:
+    assert masked("did you mean s3://b/x? no") == "did you mean s3://b/x?*** no"
+    for text in ("got 'memory://bucket/x', but who? a: b", "mail me@example.org: now", "http://127.0.0.1:8265 is gone"):
+        assert masked(text) == text
+
+
+def test_errors_of_storage_libraries_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ls(*_: Any, **__: Any) -> None:
+        raise PermissionError("ftp://me:KEY@host/x?sig=KEY is denied")
+
+    monkeypatch.setattr(MemoryFileSystem, "find", ls)
+    with pytest.raises(UserError, match=r"but it cannot be read \(ftp://\*\*\*@host/x\?\*\*\* is denied\)"):
+        RemoteFolder(URI).files()
+    with pytest.raises(RunError, match=r"could not be written \(ftp://\*\*\*@host"):
+        RemoteFolder(URI).upload(Path(__file__).parent / "golden")

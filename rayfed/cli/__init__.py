@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pkgutil import resolve_name
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 from rayfed import __version__
 from rayfed.cli import reports, workspace
-from rayfed.errors import RunError, UserError
+from rayfed.errors import RunError, Terminated, UserError
+from rayfed.storage import masked
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -28,23 +32,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        options.action(options)
-        sys.stdout.flush()
+        with _sigterm_raises():
+            options.action(options)
+            sys.stdout.flush()
     except (UserError, RunError) as error:
-        for line in str(error).splitlines():
+        for line in masked(str(error)).splitlines():
             print(f"rayfed: {line}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # `rayfed settings | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        print("rayfed: interrupted; `--resume` with the same --out continues", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        how = "terminated" if isinstance(error, Terminated) else "interrupted"
+        print(f"rayfed: {how}; `--resume` with the same --out continues", file=sys.stderr)
         return 1
     return 0
 
 
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises Terminated in the block, once: nothing interrupts the clean-up. In the main thread only."""
+
+    def terminate(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors show no credentials of URIs."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(masked(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rayfed", description="Federated LoRA fine-tuning, simulated on Ray.")
+    about = "Federated LoRA fine-tuning, simulated on Ray."
+    parser: argparse.ArgumentParser = _Parser(prog="rayfed", description=about)
     parser.add_argument("--version", action="version", version=f"rayfed {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     out = "directory (default runs/NAME-TIME), or a URI such as s3://bucket"
@@ -78,6 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=sizes)
     bench.add_argument("--json", metavar="FILE", help="also write the figures and the machine to FILE")
 
+    about = "Check the files of a finished or unfinished run: its hash chain, its ledger and its checkpoints."
+    verify = _command(commands, "verify:verify", "check that a run's files are as they were written", about)
+    verify.add_argument("run", metavar="DIR", help="a run directory")
+
     reports.add_commands(commands)
     workspace.add_command(commands)
 
@@ -94,7 +130,7 @@ def _command(commands: Commands, function: str, help: str, about: str | None = N
 
     def action(options: argparse.Namespace) -> None:
         arguments = {key: value for key, value in vars(options).items() if key not in ("command", "action")}
-        if arguments.get("resume") and not arguments["out"]:
+        if arguments.get("resume") and arguments["out"] is None:
             raise UserError("--resume: needs --out, the directory to continue")
         resolve_name(f"rayfed.cli.{function}")(**arguments)
 

@@ -8,13 +8,15 @@ still exists.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import rayfed
 from rayfed.cli.reports import write_page
-from rayfed.storage import RemoteFolder, fetch, is_uri, masked
+from rayfed.files import remove_path
+from rayfed.run_directory import locked_out
+from rayfed.storage import RemoteFolder, fetch, is_uri, local_folder, masked, refuse_credentials, uploaded
 from rayfed.tracking import Record, RunInfo, Sink, Table
 
 
@@ -23,29 +25,41 @@ def run(config: str, overrides: Sequence[str], out: str | None, resume: bool) ->
     experiment = rayfed.load_config(config, overrides)
     pack_open = " (engine.pack is not chosen yet)" if experiment.engine.pack == "auto" else ""
     print(f"settings {experiment.digest()}{pack_open}", flush=True)
-    result = rayfed.run(experiment, out=out, resume=resume, sink=_PageSink())
-    if out and is_uri(out):
-        shutil.rmtree(result.out)
-    print(f"run directory {masked(out) if out and is_uri(out) else result.out}")
+    if not is_uri(out):
+        result = rayfed.run(experiment, out=out, resume=resume, sink=_PageSink())
+        print(f"run directory {result.out}")
+        return
+    with _local_folder(out, resume) as folder:
+        rayfed.run(experiment, out=out, resume=resume, sink=_PageSink())
+        remove_path(folder)
+    print(f"run directory {masked(out)}")
 
 
 def sweep(config: str, overrides: Sequence[str], out: str | None, resume: bool) -> None:
     """Runs the sweep and prints its directory. RunError where a trial did not finish."""
     from rayfed.sweeps.sweep import check_failed, run_sweep
 
-    if not out or not is_uri(out):
+    if not is_uri(out):
         result = run_sweep(config, overrides, out, resume)
         print(f"sweep directory {result.out}", flush=True)
         check_failed(result)
         return
-    folder, remote = fetch(out, resume, "sweep.yaml"), RemoteFolder(out)
-    try:
-        result = run_sweep(config, overrides, folder, resume, on_trial_end=lambda _: remote.upload(folder))
-    finally:
-        remote.upload(folder)
-    print(f"sweep directory {masked(out)}", flush=True)
-    check_failed(result)  # its message names a file of the local folder
-    shutil.rmtree(folder)
+    with _local_folder(out, resume) as folder:
+        remote = RemoteFolder(out)
+        fetch(remote, folder, resume, "sweep.yaml")
+        with uploaded(remote, folder, "sweep.yaml"):
+            result = run_sweep(config, overrides, folder, resume, on_trial_end=lambda _: remote.upload(folder))
+        print(f"sweep directory {masked(out)}", flush=True)
+        check_failed(result)  # its message names a file of the local folder
+        remove_path(folder)
+
+
+@contextmanager
+def _local_folder(uri: str, resume: bool) -> Iterator[Path]:
+    """The local folder for the URI, locked until everything is uploaded and it is removed."""
+    refuse_credentials(uri)
+    with locked_out(local_folder(uri), "", resume) as folder:
+        yield folder
 
 
 class _PageSink(Sink):

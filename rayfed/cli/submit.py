@@ -86,7 +86,9 @@ def plan(
             what = "a job runs in a folder of its own on the cluster; give an absolute path there, or send it with "
             raise allowed(field, place, what + "--include if it is small")
     job_id = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    out = out or f"~/runs/{job_id}"
+    for override in overrides:
+        refuse_credentials(override, "override")
+    out = f"~/runs/{job_id}" if out is None else out
     if is_uri(out):
         refuse_credentials(out)
     elif not out.startswith(("/", "~/")):

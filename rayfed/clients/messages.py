@@ -10,7 +10,9 @@ A further payload of an objective (DESIGN: extra messages down and up) is one mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -55,14 +57,24 @@ class TrainJob:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """Why a client's training counts as diverged, see `rayfed.clients.divergence`. ``dropped``: it sends no upload."""
+
+    reason: str
+    dropped: bool
+
+
+@dataclass(frozen=True)
 class TrainResult:
     """The results of a pack, one entry a client: upload, mean training loss over its steps, examples seen, steps done.
 
     ``personal`` holds each client's personal entries, encoded; None where nothing is personal. ``sizes`` describes each
     upload. A summed job has no uploads but ``summed``, one sum a part; its uploads are counted by their sizes.
+    ``diverged`` names the clients whose training diverged, by their place in the pack. A dropped client has None as
+    upload, personal entries and sizes. A part of which all clients were dropped has no sum.
     """
 
-    uploads: tuple[bytes, ...]
+    uploads: tuple[bytes | None, ...]
     personal: tuple[bytes | None, ...]
     losses: tuple[float, ...]
     examples: tuple[int, ...]
@@ -70,8 +82,21 @@ class TrainResult:
     ranks: tuple[int, ...]  # the largest trained rank over the layers; 0 without adapters
     seconds: float
     parts: tuple[int, ...]  # numbers of clients that trained together: the pack, or less where memory was short
-    sizes: tuple[Sizes, ...]
+    sizes: tuple[Sizes | None, ...]
     summed: tuple[PackSum, ...] = ()
+    diverged: Mapping[int, Divergence] = field(default_factory=dict)
+
+    @property
+    def sent(self) -> tuple[int, ...]:
+        """The numbers of uploads of each part, without the parts that have none."""
+        return uploads_by_part(self.sizes, self.parts)
+
+
+def uploads_by_part(uploads: Sequence[object | None], parts: Sequence[int]) -> tuple[int, ...]:
+    """How many entries of ``uploads`` are not None in each of the ``parts`` (numbers of clients); no zeros."""
+    rest = iter(uploads)
+    counts = (sum(upload is not None for upload in islice(rest, part)) for part in parts)
+    return tuple(count for count in counts if count)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rayfed import wire
 from rayfed.clients import device_memory, messages
+from rayfed.clients.divergence import checked
 from rayfed.clients.local_training import PackMember, TrainingContext, on_device, train_pack
 from rayfed.clients.pack_timing import measure
 from rayfed.clients.plan import RunPlan
@@ -90,16 +91,24 @@ class Trainer:
         trained = device_memory.in_halves(
             members, train, self.device, lambda m: f"client {m.client}: training it alone"
         )
-        results, parts = [result for part in trained for result in part], tuple(map(len, trained))
-        clients = list(zip(results, members, job.orders, strict=True))
-        uploads = tuple(upload(self.plan.method, *client) for client in clients)
-        personal = tuple(personal_values(*client) for client in clients)
+        parts, settings = tuple(map(len, trained)), self.context.settings
+        flat = (result for part in trained for result in part)
+        results, found = zip(*(checked(result, member, settings) for result, member in zip(flat, members, strict=True)))
+        diverged = {i: divergence for i, divergence in enumerate(found) if divergence}
+        dropped = {i for i, divergence in diverged.items() if divergence.dropped}
+        clients = enumerate(zip(results, members, job.orders, strict=True))
+        kept = [None if i in dropped else client for i, client in clients]
+        uploads = tuple(client and upload(self.plan.method, *client) for client in kept)
+        personal = tuple(client and personal_values(*client) for client in kept)
         summed = sums(self.plan.channel, uploads, members, job.orders, parts) if job.summed else ()
         losses, examples, steps = zip(*((r.loss, r.examples, r.steps) for r in results))
-        ranks, sizes = tuple(map(_trained_rank, members)), tuple(map(wire.inspect, uploads))
+        ranks = tuple(map(_trained_rank, members))
+        sizes = tuple(None if payload is None else wire.inspect(payload) for payload in uploads)
         uploads = () if job.summed else uploads
         seconds = time.perf_counter() - begun
-        return messages.TrainResult(uploads, personal, losses, examples, steps, ranks, seconds, parts, sizes, summed)
+        return messages.TrainResult(
+            uploads, personal, losses, examples, steps, ranks, seconds, parts, sizes, summed, diverged
+        )
 
     def _member(
         self, order: messages.ClientOrder, decoded: Sequence[wire.Payload], bases: dict[int, BaseChange]

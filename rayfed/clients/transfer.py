@@ -7,7 +7,7 @@ leaves out the entries that cannot have changed or that stay personal. Both side
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from rayfed import wire
 from rayfed.channels import Channel
 from rayfed.clients.local_training import PackMember, TrainedClient
-from rayfed.clients.messages import ClientOrder
+from rayfed.clients.messages import ClientOrder, uploads_by_part
 from rayfed.errors import RunError
 from rayfed.lora.adapter import Layout
 from rayfed.methods import Method, PackSum, Sparse
@@ -71,15 +71,10 @@ def upload(method: Method, result: TrainedClient, member: PackMember, order: Cli
 
     Both sides know that entries outside the support have not changed and that personal entries stay at the client, so
     neither of them takes index bits. The top-k of the upload is taken here (`Method.select`; by default `wire.top_k`).
-
-    RunError where training gave values that are not finite.
+    The result is finite: see `rayfed.clients.divergence`.
     """
     uploaded = order.trainable.uploaded(member.layout, member.support)
     change = (result.vector - member.start) * uploaded
-    if not bool(torch.isfinite(change).all()):
-        raise RunError(
-            f"client {member.client}: training gave values that are not finite; lower client.lr or set client.clip_norm"
-        )
     values, indices = change[uploaded], None
     if order.budget < len(values):
         chosen = method.select(member.start, change, member.layout, order.budget, order.density_up)
@@ -89,20 +84,23 @@ def upload(method: Method, result: TrainedClient, member: PackMember, order: Cli
 
 
 def sums(
-    channel: Channel, uploads: Sequence[bytes], members: Sequence[PackMember], orders: Sequence[ClientOrder],
+    channel: Channel, uploads: Sequence[bytes | None], members: Sequence[PackMember], orders: Sequence[ClientOrder],
     parts: Sequence[int],
 ) -> tuple[PackSum, ...]:  # fmt: skip
-    """The sums of a pack's uploads, one for each of its ``parts`` (numbers of clients).
+    """The sums of a pack's uploads, one for each of its ``parts`` (numbers of clients) that has uploads.
 
-    The uploads are decoded as the server would decode them, so a sum has the same bits wherever it is computed.
+    An upload is None if the client was dropped. The uploads are decoded as the server would decode them, so a sum has
+    the same bits wherever it is computed.
     """
 
-    def change(payload: bytes, member: PackMember, order: ClientOrder) -> tuple[float, Tensor | Sparse]:
-        places = Uploadable.of(order.trainable.uploaded(member.layout, member.support))
-        return order.weight, places.placed(wire.decode(channel.deliver(payload)))
+    def changes() -> Iterator[tuple[float, Tensor | Sparse]]:  # one decoded upload is in memory at a time
+        for payload, member, order in zip(uploads, members, orders, strict=True):
+            if payload is not None:
+                places = Uploadable.of(order.trainable.uploaded(member.layout, member.support))
+                yield order.weight, places.placed(wire.decode(channel.deliver(payload)))
 
-    changes = map(change, uploads, members, orders)  # one decoded upload is in memory at a time
-    return tuple(PackSum.of(islice(changes, part), members[0].layout.size) for part in parts)
+    stream, counts = changes(), uploads_by_part(uploads, parts)
+    return tuple(PackSum.of(islice(stream, count), members[0].layout.size) for count in counts)
 
 
 def personal_values(result: TrainedClient, member: PackMember, order: ClientOrder) -> bytes | None:

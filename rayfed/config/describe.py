@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from rayfed.config.types import Printable
+
 NOUNS = {
     bool: "true or false",
     int: "an integer",
@@ -82,6 +84,10 @@ class _OneLine(reprlib.Repr):
     def repr_bool(self, value: bool, level: int) -> str:
         return str(value).lower()
 
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write integers of thousands of digits.
+        return super().repr_int(value, level) if value.bit_length() < 1000 else "an integer of over 300 digits"
+
     def repr_tuple(self, value: tuple[Any, ...], level: int) -> str:
         return self.repr_list([*value], level)
 
@@ -103,26 +109,37 @@ def _describe_type(kind: Any, metadata: list[Any]) -> str:
     if origin is Literal:
         return alternatives([str(choice) for choice in inside])
     if origin is tuple:
-        count = "" if inside[-1] is Ellipsis else f"{len(inside)} "
+        most = next((f"up to {m.max_length} " for m in metadata if hasattr(m, "max_length")), "")
+        count = most if inside[-1] is Ellipsis else f"{len(inside)} "
         item, *limits = get_args(inside[0]) or inside[:1]  # the type of the items, and their limits if Annotated
-        return f"a list of {count}{PLURALS.get(item, 'values')}{_describe_range(_flat(limits))}"
+        return f"a list of {count}{_with_limits(PLURALS.get(item, 'values'), _flat(limits))}"
     if kind is type(None):
         return "null"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return f"a section with the keys {', '.join(kind.model_fields)}"
-    return NOUNS.get(kind, f"a value of type {kind}") + _describe_range(metadata)
+    return _with_limits(NOUNS.get(kind, f"a value of type {kind}"), metadata)
 
 
 def _flat(metadata: Iterable[Any]) -> list[Any]:
     return [part for m in metadata for part in (m.metadata if isinstance(m, FieldInfo) else [m])]
 
 
-def _describe_range(metadata: list[Any]) -> str:
+def _with_limits(noun: str, metadata: list[Any]) -> str:
+    if most := next((m.most for m in metadata if isinstance(m, Printable)), None):
+        return f"{noun} (up to {most} bytes)"
+    if most := next((m.max_length for m in metadata if hasattr(m, "max_length")), None):
+        return f"{noun} of up to {most} keys"  # a mapping; lists are above
     limits = {side: getattr(m, side) for m in metadata for side in ("gt", "ge", "lt", "le") if hasattr(m, side)}
     low, high = limits.get("gt", limits.get("ge")), limits.get("lt", limits.get("le"))
     if low is not None and high is not None:
-        return f" in {'(' if 'gt' in limits else '['}{low}, {high}{')' if 'lt' in limits else ']'}"
+        return (
+            f"{noun} in {'(' if 'gt' in limits else '['}{_short(low)}, {_short(high)}{')' if 'lt' in limits else ']'}"
+        )
     if low is not None:
-        return f" above {low}" if "gt" in limits else f" of at least {low}"
+        return f"{noun} above {low}" if "gt" in limits else f"{noun} of at least {low}"
     assert high is None, "no field has an upper limit alone; add its words here"
-    return ""
+    return noun
+
+
+def _short(limit: float) -> str:
+    return f"{limit:g}" if isinstance(limit, float) else str(limit)

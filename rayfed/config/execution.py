@@ -5,9 +5,21 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from rayfed.config.types import DecidesModel, DecidesNothing, Names, NonNegative, Section
+from rayfed.config.types import (
+    UNSIGNED,
+    DecidesModel,
+    DecidesNothing,
+    Fraction,
+    Name,
+    Printable,
+    Rank,
+    Rounds,
+    Section,
+    Text,
+    Workers,
+)
 
 
 class Engine(Section):
@@ -15,18 +27,18 @@ class Engine(Section):
 
     kind: DecidesNothing[Literal["ray", "local"]] = "ray"
     """`ray`: worker actors on a Ray cluster; `local`: this process, with the same results."""
-    workers: DecidesNothing[PositiveInt] = 2
+    workers: DecidesNothing[Workers] = 2
     """Worker actors."""
-    cpus_per_worker: DecidesNothing[NonNegative] = 1.0
-    """Ray CPUs that each worker reserves; fractions are allowed."""
-    gpus_per_worker: DecidesNothing[NonNegative | Literal["auto"]] = "auto"
-    """Ray GPUs that each worker reserves: up to 1 a fraction, above 1 a whole number. auto: with device=cuda an equal
-    share of the GPUs of the cluster, at most 1, and exactly 1 in a sweep; with device=cpu 0. `pack: auto` fits packs
-    into the share.
+    cpus_per_worker: DecidesNothing[Annotated[float, Field(ge=0, le=10_000), UNSIGNED]] = 1.0
+    """Ray CPUs that each worker reserves, at most those of one machine; fractions are allowed."""
+    gpus_per_worker: DecidesNothing[Fraction | Literal["auto"]] = "auto"
+    """Share of a GPU that each worker reserves from Ray; a worker uses one device. auto: with device=cuda an equal
+    share of the GPUs of the cluster, and exactly 1 in a sweep; with device=cpu 0. `pack: auto` fits packs into the
+    share.
     """
-    threads: PositiveInt = 1
+    threads: Annotated[int, Field(ge=1, le=1000)] = 1
     """Torch threads per worker. CPU kernels add up in an order that depends on the threads."""
-    pack: PositiveInt | Literal["auto"] = 1
+    pack: Annotated[int, Field(ge=1, le=10_000)] | Literal["auto"] = 1
     """Clients trained together in one batch. auto: measured on a worker before the first round, and written to the
     run's config.yaml and pack.json. Two runs with auto may differ in the size of packs, and so in the rounding of their
     results.
@@ -49,15 +61,13 @@ class Engine(Section):
     """Workers on as many nodes of the cluster as possible (spread), or as few (pack)."""
     wait_for_nodes: DecidesNothing[bool] = False
     """true: wait for new nodes of an autoscaling cluster while workers lack room; false: refuse."""
-    address: DecidesNothing[str | None] = None
+    address: DecidesNothing[Text | None] = None
     """Address of the Ray cluster; null: the address in RAY_ADDRESS, else a new cluster on this machine."""
     retries: DecidesNothing[Annotated[int, Field(ge=0)]] = 3
     """How often one pack may run again after its worker died."""
 
     @model_validator(mode="after")
     def _ray_allows_the_amounts(self) -> Engine:
-        if self.gpus > 1 and not self.gpus.is_integer():
-            raise ValueError(f"engine.gpus_per_worker: got {self.gpus}, but above 1 Ray takes whole GPUs only")
         for field, amount in (("cpus_per_worker", self.cpus_per_worker), ("gpus_per_worker", self.gpus)):
             if 0 < amount < 1e-4:
                 raise ValueError(f"engine.{field}: got {amount}, but Ray takes 0 or at least 0.0001")
@@ -93,14 +103,14 @@ class Tracking(Section):
     """Output on the console; auto: rich on a terminal, else plain."""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """W&B; auto: online if you are logged in, else offline."""
-    project: str = "rayfed"
+    project: Name = "rayfed"
     """W&B project."""
-    entity: str | None = None
+    entity: Name | None = None
     """W&B entity; null: your default entity."""
-    group: str | None = None
+    group: Name | None = None
     """W&B group; null: none, and in a sweep the name of the sweep."""
-    tags: Names = ()
-    """W&B tags."""
+    tags: Annotated[tuple[Annotated[str, Printable(64)], ...], Field(strict=False, max_length=100)] = ()
+    """W&B tags; W&B takes at most 64 characters."""
     artifact: bool = True
     """Also upload the adapter of the finished run to W&B, as an artifact."""
 
@@ -110,9 +120,9 @@ class Checkpoint(Section):
 
     decides = ()
 
-    every: PositiveInt = 1
+    every: Rounds = 1
     """Rounds between checkpoints. The last round always has a checkpoint."""
-    keep: PositiveInt = 2
+    keep: Rounds = 2
     """How many of the newest checkpoints stay on the disk."""
 
 
@@ -121,7 +131,7 @@ class Export(Section):
 
     decides = ()
 
-    adapter_rank: PositiveInt | None = None
+    adapter_rank: Rank | None = None
     """Rank of the PEFT adapter; null: lora.rank. The error of a smaller rank is reported."""
     merged: bool = False
     """Also save the base model with all changes merged into its weights."""

@@ -3,67 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from rayfed.config.describe import allowed_values, alternatives, format_value, iter_fields, section_of, sections_by_kind
+from rayfed.config.parse import MOST_LEVELS, dump_settings, parse, read_text
 from rayfed.config.schema import Experiment
-from rayfed.errors import UserError
+from rayfed.config.types import TEXT_MISTAKE
+from rayfed.errors import MOST_LINES, UserError, allowed
 
-_TAG = "tag:yaml.org,2002:"
-_PLAIN = [  # the types of a plain scalar (one without quotes): the first pattern that matches counts, else a string
-    (_TAG + "null", re.compile(r"(~|null|Null|NULL|)\Z")),
-    (_TAG + "bool", re.compile(r"(true|True|TRUE|false|False|FALSE)\Z")),
-    (_TAG + "int", re.compile(r"[-+]?(0|[1-9][0-9_]*)\Z")),
-    (_TAG + "float", re.compile(r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?\Z")),
-    (_TAG + "float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+\Z")),
-    (_TAG + "float", re.compile(r"[-+]?\.(inf|Inf|INF)\Z|\.(nan|NaN|NAN)\Z")),
-    (_TAG + "merge", re.compile(r"<<\Z")),
-]
 Root = TypeVar("Root", bound=BaseModel)
-_KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML, with these changes to YAML 1.1: 1e-3 is a number; off, 010, 12:30 and dates are strings.
-
-    (YAML 1.1 reads 1e-3 as a string, off as a boolean, 010 as an octal number, 12:30 as a number to base 60.) A key
-    given twice is refused. So are tags of values that no setting has, such as `!!python/object` and `!!set`.
-    """
-
-    yaml_implicit_resolvers = {None: _PLAIN}  # noqa: RUF012 - declared so by PyYAML
-    yaml_constructors = {  # noqa: RUF012
-        tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (None, *(_TAG + kind for kind in _KINDS))
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []
-        for key_node, _ in node.value:
-            key = key_node.value if key_node.tag == _TAG + "merge" else self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.append(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes every string that `_Loader` or a loader of YAML 1.1 would read as another type without quotes."""
-
-    yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, None: _PLAIN}  # noqa: RUF012
-
-    def represent_text(self, text: str) -> yaml.ScalarNode:
-        """Double quotes escape Unicode's own line ends. Without, a loader would fold them like those of the file."""
-        quoted = any(end in text for end in "\x85\u2028\u2029")
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
-
-
-_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -79,20 +33,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, not yet validated; empty if the file is empty. UserError where there is none."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"config: got {str(path)!r}, but there is no such file") from None
-    except (OSError, ValueError) as error:  # a folder, no permission; not UTF-8
-        raise UserError(f"config: got {str(path)!r}, but it cannot be read as text ({error})") from None
-    settings = _parse(text, str(path))
+    settings = parse(read_text(Path(path)), str(path))
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
-        raise UserError(
-            f"config: got {str(path)!r}, but a config is a mapping of sections, not {format_value(settings)}"
-        )
+        raise allowed("config", str(path), f"a config is a mapping of sections, not {format_value(settings)}")
     return settings
 
 
@@ -109,7 +54,12 @@ def validate_as(model: type[Root], settings: dict[str, Any]) -> Root:
         return model.model_validate(settings)
     except ValidationError as error:
         # pydantic reports every item of a list and every type of a union; one line per field is enough
-        lines = dict.fromkeys(_line(mistake, settings, model) for mistake in error.errors(include_url=False))
+        mistakes: dict[Any, Any] = {}
+        for mistake in error.errors(include_url=False, include_input=False):
+            mistakes.setdefault((mistake["type"] == "value_error", _field(mistake["loc"], model)[1]), mistake)
+        lines = [_line(mistake, settings, model) for mistake in islice(mistakes.values(), MOST_LINES - 1)]
+        if more := len(mistakes) - len(lines):
+            lines.append(f"and {more} more mistakes")
         raise UserError("\n".join(lines)) from None
 
 
@@ -118,30 +68,15 @@ def dump_config(experiment: Experiment) -> str:
     return dump_settings(experiment.model_dump(mode="json"))
 
 
-def dump_settings(settings: dict[str, Any]) -> str:
-    """A mapping as YAML. `read_settings` reads it back to the same mapping."""
-    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        reason = str(error)
-    except (ValueError, LookupError):  # `!!int one`, `!!bool maybe`, an integer of thousands of digits
-        reason = "a value does not match its tag or its type"
-    except RecursionError:
-        reason = "it is nested too deeply"
-    raise UserError(f"{where}: not valid YAML: {' '.join(reason.split())}")
-
-
 def parse_override(override: str) -> tuple[str, Any]:
     """The dotted key and the value, read as YAML, of an override `key=value`. Raises UserError."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not all(key.split(".")):
-        raise UserError(f"override: got {override!r}, but an override is written key=value, such as server.rounds=20")
-    return key, _parse(text, f"override {_dotted((key,))}")
+        raise allowed("override", override, "an override is written key=value, such as server.rounds=20")
+    if key.count(".") >= MOST_LEVELS:
+        raise allowed("override", override, f"a key has at most {MOST_LEVELS} parts")
+    return key, parse(text, f"override {_dotted((key,))}")
 
 
 def _apply(settings: dict[str, Any], override: str) -> None:
@@ -158,7 +93,7 @@ def assign(settings: dict[str, Any], key: str, value: Any, source: str) -> None:
             child = target[section] = {}
         if not isinstance(child, dict):
             above = _dotted(sections[:depth])
-            raise UserError(f"{_dotted((key,))}: got {source!r}, but {above} is the value {format_value(child)}")
+            raise allowed(_dotted((key,)), source, f"{above} is the value {format_value(child)}")
         target = child
     target[last] = value
 
@@ -171,15 +106,17 @@ def _line(mistake: Any, settings: Any, root: type[BaseModel]) -> str:
     if field is None:
         hint = "a key is a string" if mistake["type"] == "invalid_key" else _suggest(path[-1], path[:-1], section, root)
         return f"{_dotted(path)}: unknown key; {hint}"
-    allowed = allowed_values(field)
+    what = allowed_values(field)
     if mistake["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        path, allowed = (*path, "kind"), alternatives([*sections_by_kind(field)])
+        path, what = (*path, "kind"), alternatives([*sections_by_kind(field)])
     value = settings
     for part in path:
         if part not in value:
-            return f"{_dotted(path)}: missing, and there is no default; it should be {allowed}"
+            return f"{_dotted(path)}: missing, and there is no default; it should be {what}"
         value = value[part]
-    return f"{_dotted(path)}: got {format_value(value)}, but it should be {allowed}"
+    if mistake["type"] == TEXT_MISTAKE:
+        return f"{_dotted(path)}: got {format_value(value)}, but {mistake['msg']}"
+    return f"{_dotted(path)}: got {format_value(value)}, but it should be {what}"
 
 
 def _field(
@@ -212,7 +149,7 @@ def _field(
 def _suggest(last: int | str, above: Sequence[int | str], section: type[BaseModel], root: type[BaseModel]) -> str:
     """A hint for an unknown key: a similar key of the same section, or the same key of another section."""
     last = str(last)
-    near = difflib.get_close_matches(last, section.model_fields, n=1)
+    near = difflib.get_close_matches(last[:100], section.model_fields, n=1)
     names = [name for name, _ in iter_fields(root)]
     itself = _dotted([*above, last])  # a known name if only sections of another kind have the key
     far = [name for name in names if name.endswith("." + last) and name != itself]
@@ -228,6 +165,6 @@ def _suggest(last: int | str, above: Sequence[int | str], section: type[BaseMode
 
 
 def _dotted(path: Sequence[int | str]) -> str:
-    """The path as a dotted name; in quotes if it has characters that do not fit on one line."""
+    """The path as a dotted name; in quotes if it is empty or has characters that do not fit on one line."""
     text = ".".join(map(str, path))
-    return text if text.isprintable() else repr(text)
+    return text if text and text.isprintable() else repr(text)

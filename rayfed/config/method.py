@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from rayfed.config.describe import format_value
-from rayfed.config.types import Density, Live, Names, Searched, Section, Share, section
+from rayfed.config.types import UNSIGNED, Density, Live, Names, Positive, Rank, Rounds, Searched, Section, Text, section
 
-Indices = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
-Ranks = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
-Densities = Annotated[tuple[Density, ...], Field(strict=False)]
-Weights = Annotated[tuple[PositiveFloat, ...], Field(strict=False)]
+Indices = Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], Field(strict=False, max_length=1000)]
+# For larger populations, `profiles.function` takes the place of a list.
+Ranks = Annotated[tuple[Rank, ...], Field(strict=False, max_length=10_000)]
+Densities = Annotated[tuple[Density, ...], Field(strict=False, max_length=10_000)]
+Weights = Annotated[tuple[Positive, ...], Field(strict=False, max_length=10_000)]
 ALIGNED = ("ranks", "densities_down", "densities_up", "weights")
+LEAST_DENSITY = 2.0**-31  # one entry of the longest message that can be sent
 PROFILE_FIELDS = {  # field of `profiles` -> the kinds that use the field
     "ranks": ("list", "tiers", "heavy_tailed"),
     "densities_down": ("list", "tiers", "heavy_tailed"),
@@ -33,15 +35,15 @@ class Lora(Section):
 
     decides = ("model",)
 
-    rank: Searched[PositiveInt] = 16
+    rank: Searched[Rank] = 16
     """Rank r of every adapter, and the largest rank of a client."""
-    alpha: PositiveFloat = 16.0
+    alpha: Positive = 16.0
     """A layer changes by alpha / r * B A, or alpha / sqrt(r) with rslora."""
     rslora: bool = False
     """Use the rank-stabilised scale alpha / sqrt(r)."""
-    dropout: Live[Share] = 0.0
+    dropout: Live[Annotated[float, Field(ge=0, le=0.999), UNSIGNED]] = 0.0
     """Dropout probability on the input of the adapters in training."""
-    target_modules: str | Names | None = None
+    target_modules: Text | Names | None = None
     """PEFT's target_modules: names, a regular expression or `all-linear`; null: PEFT's choice."""
     layers_to_transform: Indices | None = None
     """Indices, from 0, of the layers with adapters; null: all. Needs target_modules as a list."""
@@ -62,7 +64,7 @@ class Method(Section):
     """The federated method: what is sent to clients, what trains, how uploads become the next global state."""
 
     model_config = ConfigDict(extra="allow")
-    name: str = "flasc"
+    name: Text = "flasc"
     """One of `rayfed methods`. All other keys are options of the method."""
 
     @property
@@ -74,17 +76,21 @@ class Direction(Section):
     """Density and number format of the messages in one direction."""
 
     density: Live[Searched[Density]] = 1.0
-    """Share of the entries that are sent."""
+    """Share of the entries that are sent; at least one entry is."""
     decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the density every `every` rounds: round t, from 0, has density * decay^(t // every)."""
-    every: PositiveInt = 1
+    every: Rounds = 1
     """Rounds between two steps of the decay."""
     values: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
     """Number format of the values in a message; only fp32 is lossless."""
 
     def density_at(self, t: int, first: float | None = None) -> float:
-        """The density in round ``t`` (from 0), in (0, 1]. ``first``: a client's own density, in place of `density`."""
-        return (self.density if first is None else first) * self.decay ** (t // self.every)
+        """The density in round ``t`` (from 0), in (0, 1]. ``first``: a client's own density, in place of `density`.
+
+        A decayed density does not fall below 2^-31, or to the 0 to which floats would round it.
+        """
+        first = self.density if first is None else first
+        return max(first * self.decay ** (t // self.every), min(first, LEAST_DENSITY))
 
 
 class Wire(Section):
@@ -121,17 +127,17 @@ class Profiles(Section):
     """
     weights: Weights | None = None
     """For `tiers`: shares of the clients, to any sum. null: tier = client id modulo tiers."""
-    exponent: Annotated[float, Field(ge=-10, le=10)] = 1.0
+    exponent: Annotated[float, Field(ge=-10, le=10), UNSIGNED] = 1.0
     """For `heavy_tailed`: rank r has a share proportional to r^-exponent; below 0, large ranks lead."""
-    low: PositiveInt = 1
+    low: Rank = 1
     """For `uniform` and `normal`: the smallest rank."""
-    high: PositiveInt | None = None
+    high: Rank | None = None
     """For `uniform` and `normal`: the largest rank; null: lora.rank."""
-    mean: PositiveFloat | None = None
+    mean: Positive | None = None
     """For `normal`: mean before the limits, within [low, high]; null: (low + high) / 2."""
-    std: PositiveFloat | None = None
+    std: Positive | None = None
     """For `normal`: standard deviation before the limits; null: (high - low) / 4."""
-    function: str | None = None
+    function: Text | None = None
     """For `function`: `package.module:function`, called with the keywords client (id), examples (rows of the client)
     and seed (of the run). It returns a rank or (rank, density_down, density_up), always the same. The digest of the
     settings contains the name of the function, but not its code.

@@ -16,16 +16,18 @@ from rayfed.config.execution import Checkpoint, Engine, Export, Tracking
 from rayfed.config.method import Lora, Method, Profiles, Wire
 from rayfed.config.task import Data, Model, Partition, Problem
 from rayfed.config.training import Client, Eval, Server
-from rayfed.config.types import DecidesData, DecidesNothing, Section, section
+from rayfed.config.types import DecidesData, DecidesNothing, Name, Section, section
+
+MOST_NUMBERS = 100_000_000  # of the problem with a known answer; making it takes about 40 bytes for each
 
 
 class Experiment(Section):
     """All settings of one run."""
 
-    name: DecidesNothing[str] = "run"
+    name: DecidesNothing[Name] = "run"
     """Name of the run in the console, in W&B and in reports."""
-    seed: DecidesData[Annotated[int, Field(ge=0)]] = 0
-    """The key of every random draw of the run."""
+    seed: DecidesData[Annotated[int, Field(ge=0, le=2**63 - 1)]] = 0
+    """The key of every random draw of the run; a signed 64-bit integer."""
     data: Data = section(Data)
     problem: Problem = section(Problem)
     partition: Partition = section(Partition)
@@ -48,6 +50,12 @@ class Experiment(Section):
             raise ValueError("lora.train: got 'head', but model.head=frozen leaves nothing to train; all is allowed")
         if self.engine.kind == "ray" and self.engine.device == "cuda" and not self.engine.gpus:
             raise ValueError("engine.gpus_per_worker: got 0, but engine.device=cuda needs more than 0")
+        clients, each = self.partition.clients, self.problem.numbers_per_client
+        if self.data.source == "lowrank" and clients * each > MOST_NUMBERS:
+            raise ValueError(
+                f"partition.clients: got {clients}, but with {each} numbers each (problem.inputs * (problem.rows + "
+                f"problem.outputs)) these are {clients * each} numbers, and at most {MOST_NUMBERS} are allowed"
+            )
         return self
 
     @model_validator(mode="after")

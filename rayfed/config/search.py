@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 
-from rayfed.config.types import Density, NonNegative, Section
+from rayfed.config.types import UNSIGNED, Density, Fraction, NonNegative, Positive, Rank, Rounds, Section, Trials
 
-Factor = Annotated[int, Field(ge=2)]
+Factor = Annotated[int, Field(ge=2, le=1000)]
 ROUNDED = 1 + 1e-9  # densities are products of floats
 
 
@@ -37,19 +37,19 @@ class FlascSearchSettings(SearchSettings):
 
     kind: Literal["flasc"]
     """`flasc`: FLASC-Search."""
-    rank: PositiveInt = 1
+    rank: Rank = 1
     """lora.rank of the first probe."""
     density: Density = 1 / 64
     """wire.down.density and wire.up.density of the first probe."""
     factor: Factor = 4
     """Factor of one step on the rank, or on the density."""
-    max_rank: PositiveInt = 64
+    max_rank: Rank = 64
     """Largest rank of a probe."""
     max_density: Density = 1.0
     """Largest density of a probe."""
-    rounds: PositiveInt
+    rounds: Rounds
     """Rounds of a probe. A probe continues from the checkpoint of the best probe so far, at constant learning rates."""
-    budget: PositiveInt | None = None
+    budget: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
     """Most rounds of all probes and the final run together; a step that would exceed them does not start. null: no
     limit; the search ends when no configuration is better, or none is left.
     """
@@ -93,15 +93,15 @@ class OptunaSettings(SearchSettings):
 
     kind: Literal["optuna"]
     """`optuna`: points from choice, uniform, loguniform and cases. Needs the extra `optuna`."""
-    trials: PositiveInt
+    trials: Trials
     """Points to ask Optuna for. A repeated point counts, but does not run again."""
-    batch: PositiveInt = 4
+    batch: Annotated[int, Field(ge=1, le=1000)] = 4
     """Points to ask for at a time. They run side by side; later points depend on their results."""
     sampler: Literal["tpe", "nsga2", "random"] = "tpe"
     """`tpe`: tree-structured Parzen estimator over all settings together; `nsga2`: genetic algorithm, one generation
     per batch; `random`: random points.
     """
-    startup: PositiveInt = 10
+    startup: Trials = 10
     """For `tpe`: random points before the first suggested point."""
     against: Literal["bytes/total", "bytes/down", "bytes/up", "params/down", "params/up"] | None = None
     """A second objective, summed over all rounds: less is better. The table then marks the Pareto front. null: the
@@ -125,17 +125,17 @@ class PbtSettings(SearchSettings):
 
     kind: Literal["pbt"]
     """`pbt`: Population Based Training."""
-    population: Annotated[int, Field(ge=2)] = 8
+    population: Annotated[int, Field(ge=2, le=1000)] = 8
     """Members. Their first settings are random draws."""
-    rounds: PositiveInt
+    rounds: Rounds
     """Rounds of a generation. server.rounds, the total, is a multiple of them."""
-    quantile: Annotated[float, Field(ge=0, le=0.5)] = 0.25
+    quantile: Annotated[float, Field(ge=0, le=0.5), UNSIGNED] = 0.25
     """Share of the members that copy, and of the members to copy from, rounded up; 0: none."""
-    factors: Annotated[tuple[PositiveFloat, PositiveFloat], Field(strict=False)] = (0.8, 1.2)
+    factors: Annotated[tuple[Positive, Positive], Field(strict=False)] = (0.8, 1.2)
     """A copied number is multiplied by one of the two, within its limits. A copied choice moves to the next or the
     previous value of its list.
     """
-    resample: Annotated[float, Field(ge=0, le=1)] = 0.25
+    resample: Fraction = 0.25
     """Probability that a copied setting is a new random draw instead."""
     replaces: ClassVar[tuple[str, ...]] = ("cases", *SearchSettings.replaces)
 
@@ -145,7 +145,7 @@ class AshaSettings(Section):
 
     kind: Literal["asha"]
     """`asha`: asynchronous successive halving. The only kind."""
-    grace: PositiveInt
+    grace: Rounds
     """Rounds before a trial may stop."""
     factor: Factor = 3
     """A trial continues if it is among the best 1 / factor so far."""

@@ -8,49 +8,51 @@ lack a value that each trial sets. A value that varies is written as a space: `{
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from rayfed.config.describe import format_value
 from rayfed.config.load import assign, parse_override, read_settings, validate_as
 from rayfed.config.marks import live, searched
 from rayfed.config.search import AshaSettings, FlascSearchSettings, OptunaSettings, PbtSettings
-from rayfed.config.types import Names, Section
+from rayfed.config.types import MOST_NAME, MOST_TRIALS, Name, Names, Printable, Section, Trials, Workers
 from rayfed.errors import UserError
 
 DRAWN = ("choice", "uniform", "loguniform")
 SPACES = ("grid", *DRAWN)
 FORMS = "{grid: [...]}, {choice: [...]}, {uniform: [low, high]} or {loguniform: [low, high]}"
 SEED = "seed"
+MOST_SETTINGS = 100  # that vary together
 
 
 class Sweep(Section):
     """The settings that vary between the trials of a sweep, and how trials are compared."""
 
-    parameters: dict = Field({})
+    parameters: dict = Field({}, max_length=MOST_SETTINGS)
     """Dotted setting -> its values: {grid: [...]}, {choice: [...]}, {uniform: [low, high]} or
     {loguniform: [low, high]}. Every combination of the grids runs.
     """
     cases: dict | list | None = None
     """Settings that change together: a list of cases, or label -> case. A case is a mapping from dotted settings to
-    values or spaces. Every case runs with every point of `parameters`. null: no cases.
+    values or spaces. Every case runs with every point of `parameters`. null: no cases. A sweep has at most 2000 points.
     """
-    samples: PositiveInt = 1
+    samples: Trials = 1
     """Draws from choice, uniform and loguniform. Every point of the grid gets the same draws."""
-    metric: str = "eval/accuracy"
+    metric: Name = "eval/accuracy"
     """Key of metrics.jsonl by which trials are compared; keys with `eval/` are measured on validation data."""
     mode: Literal["max", "min"] = "max"
     """max: a larger metric is better; min: a smaller one."""
     at: Literal["last", "best"] = "last"
     """The round that counts: the last measured round, or the round with the best metric."""
-    report: str | None = None
+    report: Name | None = None
     """Key of metrics.jsonl shown beside the metric; null: the metric on test data, if measured."""
     tune: Names = ()
     """Swept settings of which the table shows only the best value per row, by the mean metric over the seeds."""
-    tune_seeds: PositiveInt | None = None
+    tune_seeds: Trials | None = None
     """The first so many seeds of the grid of `seed` choose the values of `tune`; the other seeds run with the chosen
     values only. null: all seeds run all values.
     """
@@ -60,7 +62,7 @@ class Sweep(Section):
     """
     stop: AshaSettings | None = None
     """Rule that stops trials early; null: none."""
-    concurrency: PositiveInt | None = None
+    concurrency: Workers | None = None
     """Most trials at a time; null: as many as fit on the cluster."""
 
     @model_validator(mode="after")
@@ -68,7 +70,7 @@ class Sweep(Section):
         search = self.search
         mistakes = [] if isinstance(search, FlascSearchSettings) else [*self._value_mistakes()]
         if search is None:
-            mistakes += self._grid_mistakes()
+            mistakes = mistakes or [*self._grid_mistakes()]
         else:
             choices = [] if mistakes or isinstance(search, FlascSearchSettings) else self._search_mistakes(search)
             mistakes = [*self._search_conflicts(search), *mistakes, *choices, *search.mistakes()]
@@ -78,15 +80,22 @@ class Sweep(Section):
 
     def _value_mistakes(self) -> Iterator[str]:
         for key, space in self.parameters.items():
-            if not is_space(space):
+            if not isinstance(key, str):
+                yield f"sweep.parameters: got the key {format_value(key)}, but a key is a dotted setting"
+            elif not is_space(space):
                 yield f"sweep.parameters.{key}: got {format_value(space)}, but it should be {FORMS}"
         if self.cases is not None and not self.cases:
             yield f"sweep.cases: got {format_value(self.cases)}, but it needs at least one case"
         for label, case in self.labelled():
             where = f"sweep.cases.{label}"
+            if mistake := Printable(MOST_NAME).mistake(label):
+                yield f"sweep.cases: got the label {format_value(label)}, but {mistake}"
+                continue
             if not isinstance(case, dict) or not all(isinstance(key, str) for key in case):
                 yield f"{where}: got {format_value(case)}, but a case is a mapping from dotted settings to values"
                 continue
+            if len(case) > MOST_SETTINGS:
+                yield f"{where}: got {len(case)} settings, but at most {MOST_SETTINGS} are allowed"
             for key, value in case.items():
                 if key in self.parameters:
                     yield f"{where}.{key}: got {format_value(value)}, but sweep.parameters already varies that setting"
@@ -97,6 +106,9 @@ class Sweep(Section):
         spaces = list(self.spaces())
         if not self.parameters and self.cases is None:
             yield "sweep.parameters: got {}, but a sweep needs parameters or cases"
+        points = sum(self._points(case) for _, case in self.labelled() or [("", {})])
+        if points > MOST_TRIALS:
+            yield f"sweep: got {points} points (cases x grids x samples), but at most {MOST_TRIALS} are allowed"
         kinds = {next(iter(space)) for _, space in spaces if is_space(space)}
         if self.samples > 1 and not kinds & set(DRAWN):
             yield f"sweep.samples: got {self.samples}, but nothing is drawn: all spaces are grids"
@@ -138,6 +150,12 @@ class Sweep(Section):
                 "something to choose: choice, uniform or loguniform"
             )
 
+    def _points(self, case: Mapping[str, Any]) -> int:
+        """The number of points of a case."""
+        spaces = self.parameters | {key: value for key, value in case.items() if is_space(value)}
+        drawn = any("grid" not in space for space in spaces.values())
+        return math.prod(len(space["grid"]) for space in spaces.values() if "grid" in space) * self.samples**drawn
+
     def labelled(self) -> list[tuple[str, Any]]:
         """(label, overrides) of every case. In a list, the label of a case is its number, from 1."""
         cases = self.cases or {}
@@ -160,9 +178,10 @@ class Sweep(Section):
 
 
 class _File(Section):
-    """A file with the section alone. Validated so, mistakes have names that begin with `sweep`."""
+    """What a file says of the sweep itself. Validated so, mistakes have names that begin with `sweep`."""
 
     sweep: Sweep
+    name: Name = "sweep"
 
 
 def is_space(value: Any) -> bool:
@@ -189,7 +208,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[st
             parameters[name] = value
     if settings.get("sweep") is None:
         raise UserError(f"sweep: {path} has no section `sweep`; `rayfed run` takes it, or see configs/sweeps/")
-    sweep = validate_as(_File, {"sweep": settings.pop("sweep")}).sweep
+    sweep = validate_as(_File, {"sweep": settings.pop("sweep"), "name": settings.get("name", "sweep")}).sweep
     for key, _, override in given:
         cases = [case for _, case in sweep.labelled()]
         if (
@@ -217,13 +236,15 @@ def _space_mistakes(where: str, space: Mapping[str, Any]) -> Iterator[str]:
     ((kind, values),) = space.items()
     if not isinstance(values, list) or not values:
         yield f"{where}.{kind}: got {format_value(values)}, but it should be a list of values"
+    elif len(values) > MOST_TRIALS:
+        yield f"{where}.{kind}: got {len(values)} values, but at most {MOST_TRIALS} are allowed"
     elif kind == "grid":
         twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
         if twice is not None:
             yield f"{where}.grid: got {format_value(twice)} twice"
     elif kind in ("uniform", "loguniform"):
         numbers = len(values) == 2 and all(type(value) in (int, float) for value in values)
-        low = 0 if kind == "loguniform" else float("-inf")
-        if not numbers or not low < values[0] < values[1] < float("inf"):
-            positive = ", both above 0" if kind == "loguniform" else ""
-            yield f"{where}.{kind}: got {format_value(values)}, but it should be [low, high] with low < high{positive}"
+        least = 1e-30 if kind == "loguniform" else -1e30
+        if not numbers or not least <= values[0] < values[1] <= 1e30:
+            limits = f", both in [{least}, 1e+30]"
+            yield f"{where}.{kind}: got {format_value(values)}, but it should be [low, high] with low < high{limits}"

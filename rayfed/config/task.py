@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from rayfed.config.types import NonNegative, Section, Share
+from rayfed.config.types import UNSIGNED, Clients, Positive, Section, Share, Text
+
+Size = Annotated[int, Field(ge=1, le=10_000)]
 
 
 class Data(Section):
@@ -19,25 +21,25 @@ class Data(Section):
     Parquet; `hub`: a Hugging Face data set; `lowrank`: a regression problem with a known answer, see the section
     `problem`.
     """
-    path: str | None = None
+    path: Text | None = None
     """For `files`: a folder with train.*, test.* and optionally validation.*, or one file."""
-    name: str | None = None
+    name: Text | None = None
     """For `hub`: name of the data set, such as `PolyAI/banking77`."""
-    subset: str | None = None
+    subset: Text | None = None
     """For `hub`: configuration of the data set, if there are several."""
-    text: str = "text"
+    text: Text = "text"
     """The column with the text."""
-    label: str = "label"
+    label: Text = "label"
     """The column with the label: an integer or a string."""
-    client: str | None = None
+    client: Text | None = None
     """The column with the client of a row, for partition.kind=natural."""
     validation: Share = 0.1
     """Share of the training rows used for validation, if the source has no validation split."""
     test: Share = 0.2
     """Share of all rows used for the test, if the source has no test split."""
-    examples: PositiveInt | None = None
+    examples: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
     """Rows of the source to use; null: all."""
-    max_tokens: PositiveInt = 128
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 128
     """Most tokens per text; longer texts are cut."""
 
     @property
@@ -69,18 +71,25 @@ class Problem(Section):
 
     decides = ("data", "model")
 
-    outputs: PositiveInt = 32
+    outputs: Size = 32
     """Outputs of the layer."""
-    inputs: PositiveInt = 32
+    inputs: Size = 32
     """Inputs of the layer."""
-    true_rank: PositiveInt = 12
+    true_rank: Size = 12
     """Rank of the optimum."""
-    rows: PositiveInt = 64
+    rows: Annotated[int, Field(ge=1, le=1_000_000)] = 64
     """Rows of data per client; at least `inputs`."""
-    condition: Annotated[float, Field(ge=1)] = 10.0
-    """Largest over smallest curvature of a client's loss; 1: equal in all directions."""
-    shift: NonNegative = 0.5
-    """Distance of each client's optimum from the common optimum, relative to the norm of that."""
+    condition: Annotated[float, Field(ge=1, le=1e8)] = 10.0
+    """Largest over smallest curvature of a client's loss; 1: equal in all directions. Data of float32 have no more."""
+    shift: Annotated[float, Field(ge=0, le=1e4), UNSIGNED] = 0.5
+    """Distance of each client's optimum from the common optimum, relative to the norm of that. With a larger distance,
+    float32 would round the optimum away.
+    """
+
+    @property
+    def numbers_per_client(self) -> int:
+        """The numbers that describe one client: its features, and its distance from the common optimum."""
+        return self.inputs * (self.rows + self.outputs)
 
     @model_validator(mode="after")
     def _problem_exists(self) -> Problem:
@@ -103,11 +112,11 @@ class Partition(Section):
     """`iid`: rows at random; `dirichlet`: label shares of each client drawn from Dirichlet(alpha); `flasc`: as in
     FLASC's code; `pathological`: few classes per client; `natural`: by the column `data.client`.
     """
-    clients: PositiveInt = 100
+    clients: Clients = 100
     """Clients in the population. Ignored by `natural`, except with data.source=lowrank."""
-    alpha: PositiveFloat = 0.1
+    alpha: Positive = 0.1
     """Dirichlet concentration. The smaller, the more clients differ."""
-    classes: PositiveInt = 2
+    classes: Annotated[int, Field(ge=1, le=1_000_000)] = 2
     """For `pathological`: classes per client."""
 
 
@@ -116,7 +125,7 @@ class Model(Section):
 
     decides = ("data", "model")  # the data: the tokens of a text, the longest input
 
-    name: str = "minilm"
+    name: Text = "minilm"
     """`minilm`: the packaged all-MiniLM-L6-v2 (extra `minilm`); else a local folder or a hub name that
     AutoModelForSequenceClassification can load. Ignored by data.source=lowrank, whose model is one layer.
     """

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, model_validator
 
-from rayfed.config.types import Betas, Live, NonNegative, Section, Share, section
+from rayfed.config.types import (
+    Batch,
+    Betas,
+    Clients,
+    DecidesNothing,
+    Live,
+    NonNegative,
+    Positive,
+    Rounds,
+    Section,
+    Share,
+    section,
+)  # fmt: skip
 
 
 class Schedule(Section):
@@ -14,7 +26,7 @@ class Schedule(Section):
 
     kind: Literal["constant", "linear", "cosine", "exponential"] = "constant"
     """Shape after the warm-up: constant, or a fall to `final` in the last round."""
-    warmup: Annotated[int, Field(ge=0)] = 0
+    warmup: Annotated[int, Field(ge=0, le=999_999)] = 0
     """Rounds of linear warm-up, from lr / warmup to lr."""
     final: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Factor on lr in the last round."""
@@ -25,33 +37,51 @@ class Client(Section):
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Optimizer. Its state is new in every round."""
-    lr: Live[PositiveFloat] = 1e-3
+    lr: Live[Positive] = 1e-3
     """Learning rate."""
     schedule: Schedule = section(Schedule)
     momentum: Live[Share] = 0.9
     """SGD momentum."""
     betas: Betas = (0.9, 0.999)
     """AdamW betas."""
-    eps: Live[PositiveFloat] = 1e-8
+    eps: Live[Positive] = 1e-8
     """AdamW epsilon."""
     weight_decay: Live[NonNegative] = 0.0
     """Weight decay: L2 for SGD, decoupled for AdamW."""
-    clip_norm: Live[PositiveFloat | None] = None
+    clip_norm: Live[Positive | None] = None
     """Largest L2 norm of a client's gradient; larger ones are scaled down. null: no limit."""
-    batch_size: Live[PositiveInt] = 16
+    batch_size: Live[Batch] = 16
     """Examples per step."""
-    epochs: Live[PositiveInt] = 1
+    epochs: Live[Annotated[int, Field(ge=1, le=10_000)]] = 1
     """Passes over the client's data per round. `steps` replaces it."""
-    steps: Live[PositiveInt | None] = None
+    steps: Live[Annotated[int, Field(ge=1, le=100_000)] | None] = None
     """Optimizer steps per round; the data repeat as needed. null: `epochs` counts."""
+    max_change: Live[Positive | None] = 1e6
+    """A client diverged if its change in a round has a larger L2 norm, over all entries of its adapter and head, or
+    values that are not finite. null: only if there are values that are not finite. The default is above all that
+    training gives that still learns, and below what would ruin the global model.
+    """
+    on_divergence: DecidesNothing[Literal["fail", "drop", "clip"]] = "fail"
+    """What happens if a client diverged. `fail`: the run ends. `drop`: the client sends nothing, has no weight in the
+    round, and stays as it was before; if all clients are dropped, the global state stays as it was. `clip`: a change
+    that is too large is scaled down to `max_change`; one that is not finite is dropped. May be changed on --resume, and
+    is not in the digest: without a client that diverged, a round is the same under all three. The metric
+    `clients/diverged` counts these clients.
+    """
+
+    @model_validator(mode="after")
+    def _clipped_to_something(self) -> Client:
+        if self.on_divergence == "clip" and self.max_change is None:
+            raise ValueError("client.on_divergence: got 'clip', but client.max_change=null says no limit; set a number")
+        return self
 
 
 class Server(Section):
     """The rounds."""
 
-    rounds: PositiveInt = 100
+    rounds: Rounds = 100
     """Communication rounds."""
-    cohort: PositiveInt = 10
+    cohort: Clients = 10
     """Clients per round, drawn without replacement."""
     weights: Literal["auto", "uniform", "examples"] = "auto"
     """Aggregation weights of the clients; auto: as in the method's paper."""
@@ -59,14 +89,14 @@ class Server(Section):
     """fedavg: add the mean update; sgd: add lr times the mean update; fedavgm: sgd with momentum; fedadam: Reddi et al.
     2021; adamw: torch AdamW, as in FLASC's code; auto: adamw for flasc, else fedavg.
     """
-    lr: Live[PositiveFloat | None] = None
+    lr: Live[Positive | None] = None
     """Server learning rate; null: 1 for sgd and fedavgm, 1e-3 for fedadam and adamw."""
     schedule: Schedule = section(Schedule)
     momentum: Live[Share] = 0.9
     """Momentum of fedavgm."""
     betas: Betas | None = None
     """Decay of the two moments; null: (0.9, 0.999) for adamw, (0.9, 0.99) for fedadam."""
-    eps: PositiveFloat | None = None
+    eps: Positive | None = None
     """Epsilon of adamw (null: 1e-8), or tau, the degree of adaptivity, of fedadam (null: 1e-3)."""
     weight_decay: Live[NonNegative | None] = None
     """Decoupled weight decay, for adamw only; null: 0.01, torch's default."""
@@ -75,7 +105,7 @@ class Server(Section):
 class EarlyStop(Section):
     """Ends the run when the validation accuracy stops improving."""
 
-    patience: PositiveInt
+    patience: Rounds
     """Evaluations in a row without improvement before the run ends."""
     min_delta: NonNegative = 0.0
     """Smallest gain in accuracy (0 to 1) that is an improvement."""
@@ -84,9 +114,9 @@ class EarlyStop(Section):
 class Eval(Section):
     """Evaluation of the global model."""
 
-    every: PositiveInt = 1
+    every: Rounds = 1
     """Rounds between evaluations. The last round is always evaluated."""
-    batch_size: PositiveInt = 64
+    batch_size: Batch = 64
     """Examples per forward pass."""
     masked: bool = True
     """Also evaluate the sparse model that clients download, if wire.down.density is below 1."""

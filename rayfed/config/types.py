@@ -8,16 +8,69 @@ in it), `result` (the trained state and its metrics). What decides the data or t
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+TEXT_MISTAKE: Final = "text_mistake"  # the type of pydantic's error
+
+
+@dataclass(frozen=True)
+class Printable:
+    """The limit of a string: at most ``most`` bytes in UTF-8, and no control characters.
+
+    Settings are shown on terminals and become names of files. Control characters are those of the Unicode categories
+    Cc, Cf and Cs, and the line ends of Unicode.
+    """
+
+    most: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def mistake(self, text: str) -> str | None:
+        """What is wrong with the string, in words; None if nothing is."""
+        if (size := len(text.encode(errors="replace"))) > self.most:
+            return f"it has {size} bytes, and at most {self.most} are allowed"
+        if any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text):
+            return "control characters are not allowed"
+        return None
+
+    def _check(self, text: str) -> str:
+        if mistake := self.mistake(text):
+            raise PydanticCustomError(TEXT_MISTAKE, "{mistake}", {"mistake": mistake})
+        return text
+
+
+UNSIGNED = AfterValidator(lambda x: x + 0.0)  # -0.0 is 0.0, and has its digest
+
+# Every number has limits that the code below can hold. Many allowed values are merely useless.
+Positive = Annotated[float, Field(ge=1e-30, le=1e30)]
+"""A positive number that float32 holds, with room for products."""
+NonNegative = Annotated[float, Field(ge=0, le=1e30), UNSIGNED]
 Density = Annotated[float, Field(gt=0, le=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1), UNSIGNED]
+Fraction = Annotated[float, Field(ge=0, le=1), UNSIGNED]
 Betas = Annotated[tuple[Share, Share], Field(strict=False)]
-Names = Annotated[tuple[str, ...], Field(strict=False)]
+Rounds = Annotated[int, Field(ge=1, le=999_999)]
+"""Files are named by the round, in six digits."""
+Clients = Annotated[int, Field(ge=1, le=10_000_000)]
+"""The driver has a few numbers in memory for every client of the population."""
+Rank = Annotated[int, Field(ge=1, le=100_000)]
+"""No model has a layer whose smaller side is larger."""
+Batch = Annotated[int, Field(ge=1, le=100_000)]
+"""Rows of one batch."""
+Workers = Annotated[int, Field(ge=1, le=10_000)]
+MOST_TRIALS = 2000  # of a sweep: all are checked before the first starts, which takes about a millisecond each
+Trials = Annotated[int, Field(ge=1, le=MOST_TRIALS)]
+MOST_NAME = 120
+Name = Annotated[str, Printable(MOST_NAME)]
+"""With the time behind it, a name is a folder's name (255 bytes on most file systems)."""
+Text = Annotated[str, Printable(1000)]
+Names = Annotated[tuple[Name, ...], Field(strict=False, max_length=200)]
 Aspect = Literal["data", "model", "result"]
 T = TypeVar("T")
 

@@ -9,25 +9,33 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from rayfed.clients.plan import RunPlan
 from rayfed.config.execution import Engine
 from rayfed.engine.placement import check_places, on_this_node, with_gpu_share
 from rayfed.engine.ray_executor import RayExecutor
 from rayfed.engine.rounds import run_rounds, with_pack_size
-from rayfed.errors import RunError, UserError
+from rayfed.errors import RunError, Stopped, UserError, first_line
+from rayfed.run_directory import disk_errors, lock_alone, locked
 from rayfed.server.loop import Server
 from rayfed.tracking import Record, RunInfo, Sink, SinkList, Table, open_sinks
 
 Message = tuple[str, tuple[Any, ...]]
+
+CONTINUES = "--resume continues from the last checkpoint"
+SECONDS_TO_STOP = 10.0
+"""How long a driver that is asked to stop may take. Then it is killed."""
 
 
 class Outbox(Sink):
@@ -54,22 +62,36 @@ class Outbox(Sink):
 
 
 class Driver:
-    """The actor. `run` yields the calls that a sink in the starting process gets."""
+    """The actor. `run` yields the calls that a sink in the starting process gets; `stop` may be called meanwhile."""
+
+    def __init__(self) -> None:
+        self.executor: RayExecutor | None = None
+        self.stopping, self.ended = threading.Event(), threading.Event()
 
     def run(self, plan: RunPlan, out: Path, resume: bool, uri: str | None) -> Iterator[Message]:
         import torch
 
         torch.set_num_threads(1)  # the driver's own sums are element-wise; its cores belong to the workers
         outbox = Outbox()
-        sinks = SinkList(open_sinks(plan.tracking, out), outbox)
-        executor = RayExecutor(plan.engine, ray.put(plan))
-        try:
-            for _ in run_rounds(plan, executor, out, sinks, resume, uri):
+        with suppress(Stopped), ExitStack() as stack:
+            # Entered first, so closed last: where Ray itself is gone, this takes long.
+            self.executor = stack.enter_context(closing(RayExecutor(plan.engine, ray.put(plan))))
+            stack.callback(self.ended.set)
+            stack.enter_context(locked(out, shared=True))  # this process may outlive the one that started it
+            stack.enter_context(disk_errors(out))
+            sinks = stack.enter_context(closing(SinkList(open_sinks(plan.tracking, out), outbox)))
+            for _ in run_rounds(plan, self.executor, out, sinks, resume, uri):
                 for message in outbox.drain():  # noqa: UP028 (not `yield from`: Ray resumes with send())
                     yield message
-        finally:
-            sinks.close()
-            executor.close()
+                if self.stopping.is_set():
+                    raise Stopped("the run was asked to stop")
+
+    def stop(self) -> None:
+        """Asks `run` to end, and returns when it has."""
+        self.stopping.set()
+        if self.executor is not None:
+            self.executor.stop()
+        self.ended.wait()
 
 
 def run_on_ray(plan: RunPlan, out: Path, resume: bool, uri: str | None, console: Sink) -> None:
@@ -84,18 +106,26 @@ def run_on_ray(plan: RunPlan, out: Path, resume: bool, uri: str | None, console:
             console.event(waiting)
         _pickle_by_value(plan)
         actor: Any = ray.remote(num_cpus=0)(Driver)
-        driver = actor.options(scheduling_strategy=on_this_node()).remote()
+        driver = actor.options(scheduling_strategy=on_this_node(), max_concurrency=2).remote()
         try:
             stream = driver.run.options(num_returns="streaming").remote(ray.put(plan), out.resolve(), resume, uri)
             for message in stream:
                 name, arguments = ray.get(message)
                 getattr(console, name)(*arguments)
         except RayTaskError as error:
+            if isinstance(error.cause, RayError):
+                raise RunError(f"Ray cannot go on ({_named(error.cause)}); {CONTINUES}") from None
             raise (error.cause if isinstance(error.cause, UserError | RunError) else error) from None
         except RayActorError as error:
-            raise RunError(f"the driver died ({error}); --resume continues from the last checkpoint") from None
+            raise RunError(f"the driver died ({first_line(error)}); {CONTINUES}") from None
+        except RayError as error:  # such as a full disk below Ray's own folder
+            raise RunError(f"Ray cannot go on ({_named(error)}); {CONTINUES}") from None
+        except KeyboardInterrupt:  # Ctrl-C, or SIGTERM: where all processes got it, Ray may be gone already
+            _stop(driver, out)
+            raise
         finally:
-            ray.kill(driver)
+            with suppress(RayError):
+                ray.kill(driver)
 
 
 @contextmanager
@@ -118,7 +148,19 @@ def start_ray(address: str | None, need: float) -> None:
     if not address:
         # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
         address, cpus = "local", max(os.cpu_count() or 1, math.ceil(need))
-    ray.init(address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    with _own_sigterm():
+        ray.init(
+            address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        )
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Restores this process's handler of SIGTERM, in whose place `ray.init` sets its own."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
@@ -132,6 +174,20 @@ def _ray(engine: Engine) -> Iterator[None]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _stop(driver: Any, out: Path) -> None:
+    """Asks the driver to stop and waits for its end, at most SECONDS_TO_STOP."""
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    with suppress(RayError):
+        stopped = driver.stop.remote()
+        while time.monotonic() < deadline and not lock_alone(out):
+            if ray.wait([stopped], timeout=0.2)[0]:
+                return
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _pickle_by_value(plan: RunPlan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -34,10 +35,6 @@ class LocalExecutor(Executor):
 def run_here(plan: RunPlan, out: Path, resume: bool, uri: str | None, console: Sink) -> None:
     """Runs the plan in this process and shows ``console`` what happens; see `rayfed.engine.rounds.run_rounds`."""
     sinks = SinkList(open_sinks(plan.tracking, out), console)
-    executor = LocalExecutor(plan)
-    try:
+    with closing(LocalExecutor(plan)) as executor, closing(sinks):
         for _ in run_rounds(plan, executor, out, sinks, resume, uri):
             pass
-    finally:
-        sinks.close()
-        executor.close()

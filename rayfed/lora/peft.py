@@ -10,6 +10,7 @@ Values are stored as float32. The scale is stored as `lora_alpha`, so that PEFT 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from rayfed.errors import UserError
+from rayfed.errors import UserError, allowed
 from rayfed.files import atomic_path
 from rayfed.lora.adapter import Adapter
 
@@ -60,8 +61,8 @@ def match_targets(model: nn.Module, config: LoraConfig, head: Sequence[str]) -> 
     architecture is written into the config.
 
     Raises:
-        UserError: the regular expression is invalid, nothing matches, a matched module is no linear layer, or the rank
-            exceeds a layer's smaller side.
+        UserError: the regular expression is invalid, nothing matches, a matched module is no linear layer, a number of
+            `layers_to_transform` has no matching module, or the rank exceeds a layer's smaller side.
     """
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
@@ -96,11 +97,8 @@ def match_targets(model: nn.Module, config: LoraConfig, head: Sequence[str]) -> 
                     "adapters fit linear layers (nn.Linear, Conv1D)"
                 )
             shapes[name] = layer_shape(module)
-    if not shapes and config.layers_to_transform is not None:
-        raise UserError(
-            f"lora.layers_to_transform: got {config.layers_to_transform}, but no layer of these numbers has modules "
-            f"that match {shown}"
-        )
+    if not isinstance(targets, str):  # else PEFT takes no numbers
+        _check_layer_numbers(model, config, shapes)
     if not shapes:
         raise UserError(f"{got}, but it matches no layer; this model's linear layers are {', '.join(sorted(linear))}")
     name, shape = min(shapes.items(), key=lambda item: min(item[1]))
@@ -109,6 +107,27 @@ def match_targets(model: nn.Module, config: LoraConfig, head: Sequence[str]) -> 
             f"lora.rank: got {config.r}, but {name} is {shape[0]} x {shape[1]}; at most {min(shape)} is allowed"
         )
     return shapes
+
+
+def _check_layer_numbers(model: nn.Module, config: LoraConfig, shapes: Iterable[str]) -> None:
+    """UserError where a number of `layers_to_transform` has no module in ``shapes``. PEFT passes over such a number."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    def has_modules(number: int, names: Iterable[str]) -> bool:
+        alone = copy.copy(config)
+        alone.layers_to_transform = [number]
+        # A module named in full is a target whatever its number.
+        return any(check_target_module_exists(alone, name) for name in names if name not in targets)
+
+    wanted: Any = config.layers_to_transform or ()
+    targets: Any = config.target_modules
+    missing = [number for number in wanted if not has_modules(number, shapes)]
+    if missing:
+        names = [name for name, _ in model.named_modules() if name]
+        numbers = sorted({int(part) for name in names for part in name.split(".") if part.isdigit()})
+        there = ", ".join(str(number) for number in numbers if has_modules(number, names))
+        what = f"the layers with modules that match are {there}" if there else "no layer with a number has such modules"
+        raise allowed("lora.layers_to_transform", missing, what)
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int]:

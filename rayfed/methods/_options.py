@@ -27,7 +27,10 @@ def check_options(cls: type, values: Mapping[str, Any]) -> None:
     """UserError for the first value that its option does not allow."""
     for name, option in options_of(cls).items():
         if name in values:
+            value = values[name]
             try:
-                TypeAdapter(option.annotation, config=STRICT).validate_python(values[name])
+                TypeAdapter(option.annotation, config=STRICT).validate_python(value)
             except ValidationError:
-                raise allowed(f"method.{name}", values[name], f"it should be {in_words(option.annotation)}") from None
+                raise allowed(f"method.{name}", value, f"it should be {in_words(option.annotation)}") from None
+            if isinstance(value, int | float) and not -1e30 <= value <= 1e30:
+                raise allowed(f"method.{name}", value, "methods compute in float32: it should be in [-1e+30, 1e+30]")

@@ -115,8 +115,9 @@ class Method:
     def aggregate(self, state: Any, updates: Iterable[Any], advance: Advance = fedavg) -> Any:
         """The state after the round that began with ``state``. Called once a round; must not change ``state``.
 
-        ``updates`` is a stream of one `Update` for each client that trained, in a fixed order. It can be read once;
-        to keep all of them takes memory for the whole cohort. A `sum_in_worker` method gets `PackSum`s as well.
+        ``updates`` is a stream of one `Update` for each client that trained, in a fixed order; at least one. Clients
+        that diverged and were dropped are not in it: the cohort can be smaller than `server.cohort`. It can be read
+        once; to keep all of them takes memory for the whole cohort. A `sum_in_worker` method gets `PackSum`s as well.
         ``advance(name, value, mean_change)`` takes one step of the server optimizer. It stores its moments by name, so
         each name must stand for the same entries in every round. ValueError if no update has a positive weight.
         """

@@ -124,10 +124,13 @@ def importance(start: Adapter, trained: Adapter, change: Tensor) -> Tensor:
 
 
 def _largest(score: Tensor, layout: Layout, budget: int, density: float) -> Tensor:
-    """Sorted indices of the ``budget`` largest scores: in the head its share ``density``, in the factors the rest."""
+    """Sorted indices of the ``budget`` largest scores: in the head its share ``density``, in the factors the rest.
+
+    The head takes more where the factors have fewer entries than that.
+    """
     in_head = layout.mask("head")
     head, factors = in_head.nonzero().squeeze(1), (~in_head).nonzero().squeeze(1)
-    share = min(keep_count(head.numel(), density), budget)
+    share = min(max(int(density * head.numel()), budget - factors.numel()), budget)
     best = [head[top_k(score[head], share)], factors[top_k(score[factors], budget - share)]]
     return torch.cat(best).sort().values
 

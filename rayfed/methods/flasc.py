@@ -61,7 +61,8 @@ class Flasc(FactorMean):
             return start
         if "anchor" not in state.extras:
             return replace(start, dense=True)
-        return replace(start, mask=top_mask(state.extras["anchor"], client.density_down))
+        anchor = state.extras["anchor"].nan_to_num()  # a start that is not finite is refused by the downlink
+        return replace(start, mask=top_mask(anchor, client.density_down))
 
     def trainable(self, state: FactorState, client: Profile) -> Trainable:
         return Trainable(received_only=self.train == "masked")

@@ -6,7 +6,8 @@ every rank j of every layer by how far its training moved the product:
     even rounds    S_j = s ||dB[:, j] A[j, :]||_F        odd rounds    S_j = s ||B[:, j] dA[j, :]||_F
 
 It ranks them over the whole model, and uploads the changes of the best ones that fit into its budget, the share
-`wire.up.density` of what it could upload. A rank goes up whole or not at all. The server averages masked changes,
+`wire.up.density` of what it could upload. A rank goes up whole or not at all, unless the budget is too small for any:
+then the largest entries go up, so that something does. The server averages masked changes,
 
     B <- B + sum_k p_k (dB_k masked)        a rank that a client did not send counts as 0
 
@@ -14,8 +15,8 @@ and that is again the exact mean of the products of what arrived. B learns faste
 different budgets have one rank and different densities.
 
 Source: secondary; deviates: in the paper clients choose the ranks that they train. Here all ranks train, and the choice
-is made by the change to be sent. Ours are the head's part of the budget (`head_budget`), and that a rank that does not
-fit is skipped for the next best one that does.
+is made by the change to be sent. Ours are the head's part of the budget (`head_budget`), that a rank that does not fit
+is skipped for the next best one that does, and what goes up where none fits.
 """
 
 from __future__ import annotations
@@ -66,7 +67,10 @@ class LoRAA2(RoLoRA):
             if line.numel() <= room:
                 line.fill_(True)
                 room -= line.numel()
-        return chosen.nonzero().squeeze(1)
+        if chosen.any():
+            return chosen.nonzero().squeeze(1)
+        largest = top_k(change, budget)
+        return largest[change[largest] != 0]
 
     def aggregate(self, state: FactorState, updates: Updates, advance: Advance = fedavg) -> FactorState:
         mean, sent = ChangeMean(state.layout.size), []

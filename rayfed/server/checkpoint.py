@@ -1,16 +1,20 @@
-"""Checkpoints: everything that the next round depends on, written whole or not at all.
+"""Checkpoints: everything that the next round depends on, written whole or not at all, and checked before it is used.
 
 `checkpoints/round-000012/` holds `state.safetensors` (method state under `method.`, server-optimizer moments under
-`optimizer.`) and `checkpoint.json` (round, settings digest, the method's facts, progress, base updates, client state
-files, state digest). There are no pickles. A checkpoint whose tensors do not give its recorded digest is refused.
+`optimizer.`) and `checkpoint.json`. The latter is the manifest of the run directory: it has the checksums of the
+tensors (the state digest), the client state files, the ledger's parts and the lines of metrics.jsonl, and a checksum
+of itself. There are no pickles. `restore` uses the newest checkpoint whose files are all as they were written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +24,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rayfed.errors import UserError
-from rayfed.files import atomic_path
+from rayfed.errors import UserError, first_line
+from rayfed.files import atomic_path, regular
+from rayfed.server.client_state import ClientStore, StoredTensors, digest_of
+from rayfed.wire import Ledger
 
-VERSION = 3
+VERSION = 4
+
+
+class Damaged(Exception):
+    """A file of a checkpoint, or one that it vouches for, is not as it was written. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +43,30 @@ class Checkpoint:
     round: int
     experiment: str
     digest: str
+    """The state digest, see `state_digest`."""
+    chain: str
+    """The hash chain up to this round, see `rayfed.server.chain`."""
     facts: dict[str, Any]
     progress: dict[str, Any]
     base_updates: dict[str, Any]
     clients: list[list[Any]]
+    """[client, round, checksum] of every client state file that this state needs."""
+    ledger: str = ""
+    """`Ledger.checksum` of the parts up to this round."""
+    metrics: str = ""
+    """`metrics_checksum` of this round."""
     version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint with everything that it vouches for, read and checked."""
+
+    checkpoint: Checkpoint
+    method: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    clients: dict[int, StoredTensors]
+    ledger: Ledger
 
 
 def state_digest(round: int, method: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], clients: str = "") -> str:
@@ -54,6 +83,18 @@ def state_digest(round: int, method: Mapping[str, Tensor], optimizer: Mapping[st
     return digest.hexdigest()
 
 
+def metrics_checksum(out: Path, rounds: int) -> str:
+    """SHA-256 (64 hex digits) of the first ``rounds`` lines of the run's metrics.jsonl; of nothing where it is missing.
+
+    ValueError where the file has fewer whole lines, OSError where it is no regular file.
+    """
+    path = out / "metrics.jsonl"
+    lines = regular(path).read_bytes().splitlines(keepends=True)[:rounds] if os.path.lexists(path) else []
+    if lines and (len(lines) < rounds or not lines[-1].endswith(b"\n")):
+        raise ValueError(f"{path.name} has no whole line for round {rounds}")
+    return hashlib.sha256(b"".join(lines)).hexdigest()
+
+
 def save(
     folder: Path, checkpoint: Checkpoint, method: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], keep: int
 ) -> None:
@@ -62,57 +103,110 @@ def save(
     with atomic_path(folder / f"round-{checkpoint.round:06d}") as path:
         path.mkdir()
         save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, path / "state.safetensors")
-        (path / "checkpoint.json").write_text(json.dumps(asdict(checkpoint), indent=2, sort_keys=True) + "\n")
-    for old in _all(folder)[:-keep]:
+        values = asdict(checkpoint)
+        text = json.dumps({**values, "checksum": _checksum(values)}, indent=2, sort_keys=True)
+        (path / "checkpoint.json").write_text(text + "\n")
+    for old in folders(folder)[keep:]:
         shutil.rmtree(old)
 
 
-def latest(folder: Path, experiment: str) -> Checkpoint | None:
-    """The newest whole checkpoint's JSON part, or None. UserError where it belongs to other settings."""
-    found = _all(folder)
-    if not found:
-        return None
-    try:
-        checkpoint = Checkpoint(**json.loads((found[-1] / "checkpoint.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise _damaged(found[-1], error) from None
-    if checkpoint.version != VERSION:
-        raise UserError(f"--resume: {found[-1]} has version {checkpoint.version}, this rayfed reads {VERSION}")
-    if checkpoint.experiment != experiment:
+def restore(out: Path, experiment: str) -> tuple[Restored | None, list[str]]:
+    """The newest whole checkpoint of the run directory ``out``, and a line about each newer one that is damaged.
+
+    What the run wrote after that checkpoint is removed: damaged checkpoints and parts of the ledger. None where there
+    is no checkpoint yet. UserError where the checkpoints belong to other settings or none of them is whole.
+    """
+    damaged: dict[Path, Damaged] = {}
+    found = None
+    for folder in folders(out / "checkpoints"):
+        try:
+            found = read(out, folder, experiment)
+            break
+        except Damaged as error:
+            damaged[folder] = error
+    if damaged and found is None:
+        folder, why = next(iter(damaged.items()))
+        raise UserError(f"--resume: {folder} is damaged ({why}), and no other checkpoint is whole; start the run anew")
+    for folder in damaged:
+        shutil.rmtree(folder)
+    used = found.checkpoint.round if found else 0
+    Ledger.truncate(out / "ledger.parquet", used)
+    return found, [f"{path.name} is damaged ({why}); round-{used:06d} is used instead" for path, why in damaged.items()]
+
+
+def read(out: Path, folder: Path, experiment: str) -> Restored:
+    """The checkpoint in ``folder`` of the run directory ``out``, with every file that it vouches for.
+
+    Damaged where a file is not as it was written. UserError where the checkpoint is whole, but of another version or of
+    other settings.
+    """
+    checkpoint = read_manifest(folder, experiment)
+    with _damage():
+        clients = ClientStore(out / "clients").restore(checkpoint.clients)
+        split: dict[str, dict[str, Tensor]] = {"method": {}, "optimizer": {}}
+        for name, tensor in load_file(regular(folder / "state.safetensors")).items():
+            prefix, _, rest = name.partition(".")
+            split.setdefault(prefix, {})[rest] = tensor
+        digest = state_digest(checkpoint.round, split["method"], split["optimizer"], digest_of(clients))
+        if len(split) != 2 or digest != checkpoint.digest:
+            raise Damaged("its tensors do not have the digest that it records")
+        if metrics_checksum(out, checkpoint.round) != checkpoint.metrics:
+            raise Damaged("metrics.jsonl does not have the lines that it vouches for")
+        ledger = Ledger.read(out / "ledger.parquet", checkpoint.round)
+        if ledger.checksum != checkpoint.ledger:
+            raise Damaged("ledger.parquet does not have the parts that it vouches for")
+    return Restored(checkpoint, split["method"], split["optimizer"], clients, ledger)
+
+
+def read_manifest(folder: Path, experiment: str | None = None) -> Checkpoint:
+    """`checkpoint.json` alone; errors as in `read`. ``experiment``: None allows any settings."""
+    with _damage():
+        values = json.loads(regular(folder / "checkpoint.json").read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise Damaged("checkpoint.json is not as it was written")
+        checksum, version = values.pop("checksum", None), values.get("version")
+        if checksum is None and version in range(1, VERSION):
+            raise UserError(f"--resume: {folder} has version {version}, but this rayfed reads {VERSION}")
+        if checksum != _checksum(values) or _round_of(folder) != values["round"]:
+            raise Damaged("checkpoint.json is not as it was written")
+    checkpoint = Checkpoint(**values)
+    if experiment not in (None, checkpoint.experiment):
         raise UserError(
-            f"--resume: {found[-1]} was made with other settings (digest {checkpoint.experiment}, these have "
+            f"--resume: {folder} was made with other settings (digest {checkpoint.experiment}, these have "
             f"{experiment}); resume with the settings in config.yaml or choose another --out"
         )
     return checkpoint
 
 
-def client_rows(folder: Path) -> list[list[list[Any]]]:
-    """The rows about client state files of every checkpoint in the folder."""
-    return [json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))["clients"] for path in _all(folder)]
+def manifests(folder: Path) -> list[Checkpoint]:
+    """The checkpoints under ``folder`` whose `checkpoint.json` is whole, newest first. Nothing else is read."""
+    whole = []
+    for path in folders(folder):
+        with suppress(Damaged):
+            whole.append(read_manifest(path))
+    return whole
 
 
-def load_tensors(
-    folder: Path, checkpoint: Checkpoint, clients: str = ""
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(method tensors, optimizer tensors) of the checkpoint. UserError where the bits are not those it recorded."""
-    path = folder / f"round-{checkpoint.round:06d}"
+def folders(folder: Path) -> list[Path]:
+    """The checkpoints under ``folder``, newest first. Temporary folders, other names and links are left out."""
+    found = [path for path in folder.glob("round-*") if re.fullmatch(r"round-\d{6,}", path.name)]
+    return sorted((p for p in found if p.is_dir() and not p.is_symlink()), key=_round_of, reverse=True)
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """Every error that a changed file can cause becomes Damaged, in one line."""
     try:
-        tensors = load_file(path / "state.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, error) from None
-    split: dict[str, dict[str, Tensor]] = {"method": {}, "optimizer": {}}
-    for name, tensor in tensors.items():
-        prefix, _, rest = name.partition(".")
-        split[prefix][rest] = tensor
-    if state_digest(checkpoint.round, split["method"], split["optimizer"], clients) != checkpoint.digest:
-        raise _damaged(path, "its tensors do not have the digest it records")
-    return split["method"], split["optimizer"]
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
+        raise Damaged(first_line(error)) from None
 
 
-def _damaged(path: Path, why: object) -> UserError:
-    return UserError(f"--resume: {path} is damaged: {why}; remove it to resume from the one before")
+def _checksum(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _all(folder: Path) -> list[Path]:
-    # Temporary folders start with a dot; only whole checkpoints carry the plain name.
-    return sorted(path for path in folder.glob("round-*") if path.is_dir())
+def _round_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("round-"))

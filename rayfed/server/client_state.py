@@ -9,53 +9,35 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rayfed.errors import UserError
-from rayfed.files import atomic_write
+from rayfed.files import atomic_write, regular
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """One client's tensors, each read from the file on access. Equal digests are equal bits.
+    """One client's tensors, each read from the file on access. ``checksum``: SHA-256 of the file, 64 hex digits."""
 
-    UserError, at the first access, where the file is not the one that was written.
-    """
-
-    def __init__(self, path: Path, round: int, digest: str) -> None:
-        self.path, self.round, self.digest = path, round, digest
-        self._checked = False
+    def __init__(self, path: Path, round: int, checksum: str) -> None:
+        self.path, self.round, self.checksum = path, round, checksum
 
     def __getitem__(self, name: str) -> Tensor:
-        with self._opened() as file:
+        with safe_open(self.path, framework="pt") as file:
             if name not in file.keys():  # noqa: SIM118 (no mapping)
                 raise KeyError(name)
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
     def __iter__(self) -> Iterator[str]:
-        with self._opened() as file:
+        with safe_open(self.path, framework="pt") as file:
             return iter(sorted(file.keys()))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-    @contextmanager
-    def _opened(self) -> Iterator[Any]:
-        try:
-            if not self._checked:  # once: it takes longer than all the rest, and nothing writes into the file
-                if hashlib.sha256(self.path.read_bytes()).hexdigest() != self.digest:
-                    raise ValueError("its bytes are not those that were written")
-                self._checked = True
-            with safe_open(self.path, framework="pt") as file:
-                yield file
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"--resume: {self.path} is damaged: {error}; start the run anew") from None
 
 
 class ClientStore:
@@ -78,15 +60,17 @@ class ClientStore:
         return stored
 
     def to_json(self, clients: Mapping[int, StoredTensors]) -> list[list[Any]]:
-        """[client, round, digest] of every client, for a checkpoint."""
-        return [[client, tensors.round, tensors.digest] for client, tensors in clients.items()]
+        """[client, round, checksum] of every client, for a checkpoint."""
+        return [[client, tensors.round, tensors.checksum] for client, tensors in clients.items()]
 
     def restore(self, rows: list[list[Any]]) -> dict[int, StoredTensors]:
-        """The mapping that `to_json` described; UserError where a file is missing."""
-        found = {int(c): StoredTensors(self._path(int(c), int(r)), int(r), str(digest)) for c, r, digest in rows}
-        for tensors in found.values():
-            if not tensors.path.exists():
-                raise UserError(f"--resume: {tensors.path} is missing; start the run anew")
+        """The mapping that `to_json` described; OSError or ValueError where a file is not the one that was written."""
+        found = {}
+        for client, round, checksum in rows:
+            path = self._path(client, round)
+            if hashlib.sha256(regular(path).read_bytes()).hexdigest() != checksum:
+                raise ValueError(f"clients/{client}/{path.name} is not the file that was written")
+            found[client] = StoredTensors(path, round, checksum)
         return found
 
     def prune(self, checkpoints: list[list[list[Any]]]) -> None:
@@ -102,5 +86,5 @@ class ClientStore:
 
 def digest_of(clients: Mapping[int, StoredTensors]) -> str:
     """The clients' part of the state digest (64 hex digits); empty where no client has state."""
-    text = "|".join(f"{client}:{clients[client].digest}" for client in sorted(clients))
+    text = "|".join(f"{client}:{clients[client].checksum}" for client in sorted(clients))
     return hashlib.sha256(text.encode()).hexdigest() if text else ""

@@ -2,7 +2,8 @@
 
 The server owns the global state. A round is trained, evaluated, recorded and written before the next one begins. What a
 run leaves in its directory is written here or by the sinks, always in this order: the round's metrics, the ledger, then
-the checkpoint that vouches for both. So a checkpoint never promises what is not on the disk.
+the checkpoint that vouches for both. So a checkpoint never promises what is not on the disk. Until a round has ended,
+everything that the checkpoint of the round before consists of stays as it is: a run that is stopped can still write it.
 
 `time/round_s` is the time from the draw of a cohort to its record, `time/train_s` the time from there to the next
 state, and `time/server_s` is the latter without the time spent waiting for clients.
@@ -16,6 +17,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rayfed import wire
 from rayfed.clients.plan import RunPlan
 from rayfed.config.load import dump_settings
@@ -23,7 +26,8 @@ from rayfed.files import atomic_write, write_json
 from rayfed.profiles.client_profiles import describe
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.base_updates import BaseUpdates
-from rayfed.server.checkpoint import Checkpoint
+from rayfed.server.chain import link
+from rayfed.server.checkpoint import Checkpoint, metrics_checksum
 from rayfed.server.client_state import ClientStore, digest_of
 from rayfed.server.downlink import Downlink
 from rayfed.server.evaluation.baselines import measure_baselines
@@ -57,21 +61,20 @@ class Server:
         self.optimizer = ServerOptimizer(plan.server_optimizer, plan.server)
         self.costs = client_costs(plan.federation, plan.client)
         self.folder, self.store = out / "checkpoints", ClientStore(out / "clients")
-        self.progress, self.base_updates = Progress(), BaseUpdates()
+        self.progress, self.base_updates, self.ledger = Progress(), BaseUpdates(), wire.Ledger()
+        self.done, self.chain = 0, ""
+        self._unsaved: tuple[Checkpoint, dict[str, Tensor], dict[str, Tensor]] | None = None
         start = plan.start()
         self.entries = start.layout.size
-        found = checkpoints.latest(self.folder, plan.digest) if resume else None
+        found, self.events = checkpoints.restore(out, plan.digest) if resume else (None, [])
         if found is None:
             self.state = plan.method.init(start, plan.seed)
-            self.done = 0
         else:
-            clients = self.store.restore(found.clients)
-            method, self.optimizer.state = checkpoints.load_tensors(self.folder, found, digest_of(clients))
-            self.state = plan.method.restore(method, found.facts, clients)
-            self.progress = Progress(**found.progress)
-            self.base_updates = BaseUpdates.from_json(found.base_updates)
-            self.done = found.round
-        self.ledger = wire.Ledger.resume(out / "ledger.parquet", self.done)
+            checkpoint, self.ledger, self.optimizer.state = found.checkpoint, found.ledger, found.optimizer
+            self.state = plan.method.restore(found.method, checkpoint.facts, found.clients)
+            self.progress = Progress(**checkpoint.progress)
+            self.base_updates = BaseUpdates.from_json(checkpoint.base_updates)
+            self.done, self.chain = checkpoint.round, checkpoint.chain
 
     def rounds(self) -> Iterator[Record]:
         """Runs the rounds that are left and yields each one's record (the keys of metrics.jsonl)."""
@@ -82,13 +85,16 @@ class Server:
         self.sinks.start(self._info())
         if self.choice:
             self.sinks.event(f"engine.pack=auto: packs of {self.choice.size} (a step: {self.choice.time_model()})")
+        for text in self.events:
+            self.sinks.event(text)
         split_before = False
         for t in range(self.done, self.plan.server.rounds):
             if self.progress.stopped:
                 return
             record, dense_bytes = self._round(t)
-            self.done = t + 1
             self.progress.add(record, self.plan.task.metric, dense_bytes, self.plan.eval.early_stop)
+            self.done = t + 1
+            self._unsaved = self._checkpoint(record["state/digest"])
             self.sinks.round(record)
             for text in self.executor.drain_events():
                 self.sinks.event(text)
@@ -97,7 +103,7 @@ class Server:
                 self.sinks.event("some packs do not fit into memory and are split; lower engine.pack to save the try")
             last = self.progress.stopped or self.done == self.plan.server.rounds
             if last or self.done % self.plan.checkpoint.every == 0:
-                self._save(record["state/digest"])
+                self.save()
             yield record
 
     def finish(self) -> Record:
@@ -109,6 +115,34 @@ class Server:
         summary = {**summarize(plan, self.progress, self.ledger, self.done, baselines), **exported}
         self.sinks.finish(summary, closing_table(plan, summary))
         return summary
+
+    def save(self) -> None:
+        """Writes the last finished round's checkpoint, and before it the ledger, unless that has been done."""
+        if self._unsaved is None:
+            return
+        checkpoint, tensors, moments = self._unsaved
+        self.ledger.write(self.out / "ledger.parquet", checkpoint.round)
+        metrics = metrics_checksum(self.out, checkpoint.round)
+        checkpoint = replace(checkpoint, ledger=self.ledger.checksum, metrics=metrics)
+        checkpoints.save(self.folder, checkpoint, tensors, moments, self.plan.checkpoint.keep)
+        self._unsaved = None
+        if checkpoint.clients:
+            self.store.prune([kept.clients for kept in checkpoints.manifests(self.folder)])
+        self.on_checkpoint()
+
+    def _checkpoint(self, digest: str) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Tensor]]:
+        """The finished round's checkpoint without the checksums of files; the tensors of method and optimizer."""
+        checkpoint = Checkpoint(
+            round=self.done,
+            experiment=self.plan.digest,
+            digest=digest,
+            chain=self.chain,
+            facts=self.state.facts(),
+            progress=asdict(self.progress),
+            base_updates=self.base_updates.to_json(),
+            clients=self.store.to_json(self.state.clients),
+        )
+        return checkpoint, self.state.tensors(), dict(self.optimizer.state)
 
     def _round(self, t: int) -> tuple[Record, int]:
         """Trains and evaluates round ``t`` (from 0): its record, and its messages' bytes had they been dense fp32."""
@@ -122,41 +156,32 @@ class Server:
         diagnostics = Diagnostics() if plan.eval.diagnostics else None
         log = RoundLog(t + 1, self.ledger, self.base_updates, diagnostics=diagnostics)
         state = train_round(plan, self.state, t, packs, self.optimizer, downlink, self.executor, log)
+        for text in log.events():
+            self.sinks.event(text)
         self.state = replace(state, clients=self.store.save(state.clients, t + 1)) if state.clients else state
-        self.base_updates.publish(plan.method.base_update(self.state), plan.model.entries)
+        if log.ok:  # otherwise the state, and its last base update, are those of an earlier round
+            self.base_updates.publish(plan.method.base_update(self.state), plan.model.entries)
         seconds = time.perf_counter() - begun
         metrics = round_metrics(plan, self.state, t, downlink, self.executor)
         clients_digest = digest_of(self.state.clients)
         digest = checkpoints.state_digest(t + 1, self.state.tensors(), self.optimizer.state, clients_digest)
+        self.chain = link(self.chain, plan.digest, self.ledger.rows(t + 1, t + 1), digest)
         record = {
             "round": t + 1,
-            "train/loss": log.loss / log.examples,
+            "train/loss": log.mean_loss,
             **metrics,
             **self.ledger.totals(t + 1),
             "bytes/total": self.ledger.total_bytes,
             "time/round_s": time.perf_counter() - begun,
             "time/train_s": seconds,
             "time/server_s": seconds - log.waited,
-            "clients/ok": log.ok,
-            "clients/retried": log.retried,
-            "clients/split": log.split,
-            **{f"clients/rank_{rank}": count for rank, count in sorted(log.ranks.items())},
-            **{f"method/{name}": value for name, value in self.state.report.items()},
+            **log.counts(),
+            **{f"method/{name}": value for name, value in self.state.report.items() if log.ok},
             **(diagnostics.report(plan.method, self.state) if diagnostics else {}),
             "state/digest": digest,
+            "state/chain": self.chain,
         }
         return record, log.dense
-
-    def _save(self, digest: str) -> None:
-        """Writes the newest round's checkpoint, and before it the ledger."""
-        plan, facts, progress = self.plan, self.state.facts(), asdict(self.progress)
-        base_updates, clients = self.base_updates.to_json(), self.store.to_json(self.state.clients)
-        checkpoint = Checkpoint(self.done, plan.digest, digest, facts, progress, base_updates, clients)
-        self.ledger.write(self.out / "ledger.parquet")
-        checkpoints.save(self.folder, checkpoint, self.state.tensors(), self.optimizer.state, plan.checkpoint.keep)
-        if checkpoint.clients:
-            self.store.prune(checkpoints.client_rows(self.folder))
-        self.on_checkpoint()
 
     def _info(self) -> RunInfo:
         plan, sizes = self.plan, self.plan.federation.sizes

@@ -45,7 +45,7 @@ class ServerOptimizer:
         self.state: dict[str, Tensor] = {}  # the moments
 
     def advance(self, name: str, value: Tensor, change: Tensor) -> Tensor:
-        """The tensor's next value from its mean change; shapes equal. Updates the moments of ``name``."""
+        """The tensor's next value from its mean change; shapes equal. Replaces the moments of ``name`` by new tensors."""
         if value.shape != change.shape:
             raise ValueError(f"{name}: value {tuple(value.shape)} and change {tuple(change.shape)} differ in shape")
         if self.kind == "fedavg":
@@ -53,17 +53,19 @@ class ServerOptimizer:
         if self.kind == "sgd":
             return value + self.lr * change
         if self.kind == "fedavgm":
-            v = self._moment(name, "velocity", value, 0.0).mul_(self.momentum).add_(change)
+            v = self._moment(name, "velocity", value, 0.0) * self.momentum + change
+            self.state[f"{name}.velocity"] = v
             return value + self.lr * v
         if self.kind == "fedadam":
-            m = self._moment(name, "m", value, 0.0).mul_(self.betas[0]).add_(change, alpha=1 - self.betas[0])
-            v = self._moment(name, "v", value, self.eps**2).mul_(self.betas[1])
+            m = (self._moment(name, "m", value, 0.0) * self.betas[0]).add_(change, alpha=1 - self.betas[0])
+            v = self._moment(name, "v", value, self.eps**2) * self.betas[1]
             v.addcmul_(change, change, value=1 - self.betas[1])
+            self.state |= {f"{name}.m": m, f"{name}.v": v}
             return value + self.lr * m / (v.sqrt() + self.eps)
         return self._adamw(name, value, change)
 
     def _moment(self, name: str, kind: str, like: Tensor, start: float) -> Tensor:
-        return self.state.setdefault(f"{name}.{kind}", torch.full_like(like, start))
+        return self.state.get(f"{name}.{kind}", torch.full_like(like, start))
 
     def _adamw(self, name: str, value: Tensor, change: Tensor) -> Tensor:
         parameter = nn.Parameter(value.clone())
@@ -72,7 +74,7 @@ class ServerOptimizer:
         )
         keys = ("step", "exp_avg", "exp_avg_sq")
         if f"{name}.step" in self.state:
-            optimizer.state[parameter] = {key: self.state[f"{name}.{key}"] for key in keys}
+            optimizer.state[parameter] = {key: self.state[f"{name}.{key}"].clone() for key in keys}
         parameter.grad = -change
         optimizer.step()
         self.state |= {f"{name}.{key}": optimizer.state[parameter][key] for key in keys}

@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, cast
 
 from rayfed import wire
-from rayfed.clients.messages import ClientOrder, TrainJob, TrainResult
+from rayfed.clients.messages import ClientOrder, Divergence, TrainJob, TrainResult
 from rayfed.clients.plan import RunPlan
 from rayfed.errors import RunError
 from rayfed.lora.adapter import Layout
@@ -25,6 +25,8 @@ from rayfed.server.evaluation.diagnostics import Diagnostics
 from rayfed.server.executor import Executor, Handle, Submission, SubmissionResult, in_order
 from rayfed.server.optimizers import ServerOptimizer, scheduled
 
+NAMED = 5  # clients that an event names
+
 
 @dataclass
 class RoundLog:
@@ -34,9 +36,10 @@ class RoundLog:
     ledger: wire.Ledger
     base_updates: BaseUpdates
     diagnostics: Diagnostics | None = None
-    loss: float = 0.0  # sum over clients of mean loss times examples
+    loss: float = 0.0  # sum over the clients that are not dropped of mean loss times examples
     examples: int = 0
-    ok: int = 0
+    ok: int = 0  # clients that sent an upload
+    diverged: dict[int, Divergence] = field(default_factory=dict)  # by client, in the order of the packs
     retried: int = 0
     split: int = 0  # clients whose pack did not fit into memory
     dense: int = 0  # bytes of the same messages, had every entry travelled in fp32
@@ -44,23 +47,59 @@ class RoundLog:
     waited: float = 0.0  # seconds in which the server waited for uploads
 
     def record(self, client: Profile, result: TrainResult, i: int, received: Download) -> None:
-        """Records client i of a pack's result: every message it received or sent, and its statistics."""
+        """Records client i of a pack's result: every message it received or sent, and its statistics.
+
+        A client that was dropped sent nothing, and its statistics do not count.
+        """
         ledger, where = self.ledger, {"round": self.round, "client": client.client}
         missed = self.base_updates.collect(client.client)
-        for sizes in missed:
-            ledger.add_sizes(**where, direction="down", sizes=sizes)
+        for older in missed:
+            ledger.add_sizes(**where, direction="down", sizes=older)
         for payload in received.payloads:
             ledger.add(**where, direction="down", payload=payload)
-        if result.uploads:
-            ledger.add(**where, direction="up", payload=result.uploads[i])
+        self.dense += sum(wire.HEADER_BYTES + 4 * down.n for down in (*missed, *received.sizes))
+        if i in result.diverged:
+            self.diverged[client.client] = result.diverged[i]
+        upload, sizes = result.uploads[i] if result.uploads else None, result.sizes[i]
+        if sizes is None:
+            return
+        if upload is None:
+            ledger.add_sizes(**where, direction="up", sizes=sizes)
         else:
-            ledger.add_sizes(**where, direction="up", sizes=result.sizes[i])
-        sent = (*missed, *received.sizes, result.sizes[i])
-        self.dense += sum(wire.HEADER_BYTES + 4 * sizes.n for sizes in sent)
+            ledger.add(**where, direction="up", payload=upload)
+        self.dense += wire.HEADER_BYTES + 4 * sizes.n
         self.loss += result.losses[i] * result.examples[i]
         self.examples += result.examples[i]
         self.ok += 1
         self.ranks[result.ranks[i]] = self.ranks.get(result.ranks[i], 0) + 1
+
+    @property
+    def mean_loss(self) -> float | None:
+        """The mean training loss over the examples of the clients that were not dropped; None if all were."""
+        return self.loss / self.examples if self.examples else None
+
+    @property
+    def dropped(self) -> int:
+        """The number of clients that were dropped."""
+        return sum(divergence.dropped for divergence in self.diverged.values())
+
+    def counts(self) -> dict[str, int]:
+        """The numbers of clients, as metrics `clients/...`."""
+        ranks = {f"clients/rank_{rank}": count for rank, count in sorted(self.ranks.items())}
+        own = {"ok": self.ok, "retried": self.retried, "split": self.split, "diverged": len(self.diverged)}
+        return {f"clients/{name}": count for name, count in own.items()} | ranks
+
+    def events(self) -> list[str]:
+        """One line about the clients that diverged; none if no client did."""
+        if not self.diverged:
+            return []
+        named = [
+            f"client {client} ({'dropped' if own.dropped else 'clipped'}: {own.reason})"
+            for client, own in islice(self.diverged.items(), NAMED)
+        ]
+        named += [f"{len(self.diverged) - NAMED} more"] if len(self.diverged) > NAMED else []
+        end = "" if self.ok else "; all clients were dropped, so the global state stays as it was"
+        return [f"round {self.round}: diverged: {', '.join(named)}{end}"]
 
 
 def train_round(
@@ -69,12 +108,18 @@ def train_round(
 ) -> Any:  # fmt: skip
     """Trains round ``t`` (from 0) and returns the method's next state. ``packs`` are the cohort, pack by pack.
 
-    RunError where a pack cannot be trained, or where the method does not use every update.
+    If all clients were dropped (`client.on_divergence`), nothing is aggregated: ``state`` itself is returned, and the
+    optimizer's moments stay. RunError where a pack cannot be trained, where a client diverged and `on_divergence` is
+    `fail`, or where the method does not use every update.
     """
     optimizer.lr = scheduled(optimizer.base_lr, plan.server.schedule, t, plan.server.rounds)
-    stream = _updates(plan, state, t, packs, downlink, executor, log)
+    arriving = _updates(plan, state, t, packs, downlink, executor, log)
+    if (first := next(arriving, None)) is None:
+        return state
+    stream = chain([first], arriving)
+    del first  # an update may be large
     state = plan.method.aggregate(state, stream, optimizer.advance)
-    if next(stream, None) is not None or log.ok < sum(map(len, packs)):
+    if next(stream, None) is not None or log.ok + log.dropped < sum(map(len, packs)):
         raise RunError(f"method.name: {type(plan.method).__name__}.aggregate ended before it took every update")
     return state
 
@@ -85,8 +130,9 @@ def _updates(
 ) -> Iterator[Update | PackSum]:  # fmt: skip
     """Trains the cohort and yields its updates in the order of the packs, whatever the order of arrival.
 
-    A method that needs only sums gets one sum a pack; its bits do not depend on the process that added it up. Only one
-    decoded upload is in memory at a time, and of it only the entries that were sent.
+    A client that was dropped has no update, and a pack of such clients no sum. A method that needs only sums gets one
+    sum a pack; its bits do not depend on the process that added it up. Only one decoded upload is in memory at a time,
+    and of it only the entries that were sent.
     """
     method = plan.method
     lr = scheduled(plan.client.lr, plan.client.schedule, t, plan.server.rounds)
@@ -98,29 +144,40 @@ def _updates(
         pack = list(zip(packs[done.index], job.orders, strict=True))
         log.retried += done.retries * len(pack)
         log.split += len(pack) if len(result.parts) > 1 else 0
+        for i, (client, _) in enumerate(pack):
+            log.record(client, result, i, downlink.of(client))
+        if log.diverged and plan.client.on_divergence == "fail":
+            raise _failure(log)
         if job.summed:
-            for i, client in enumerate(packs[done.index]):
-                log.record(client, result, i, downlink.of(client))
             yield from result.summed
             continue
         updates = _decoded(plan, pack, result, downlink, log)
         if method.sum_in_worker and len(pack) > 1:
             changes = ((own.weight, own.sparse_change) for own in updates)
             size = job.orders[0].layout.size
-            yield from (PackSum.of(islice(changes, part), size) for part in result.parts)
+            yield from (PackSum.of(islice(changes, count), size) for count in result.sent)
         else:
             yield from updates
+
+
+def _failure(log: RoundLog) -> RunError:
+    client, divergence = next(iter(log.diverged.items()))
+    return RunError(
+        f"round {log.round}, client {client}: {divergence.reason}; lower client.lr or set client.clip_norm; "
+        "--resume with client.on_divergence=drop goes on"
+    )
 
 
 def _decoded(
     plan: RunPlan, pack: Sequence[tuple[Profile, ClientOrder]], result: TrainResult, downlink: Downlink, log: RoundLog
 ) -> Iterator[Update]:
-    """Records and decodes a pack's uploads, one at a time."""
+    """Decodes the uploads of a pack's clients, one at a time."""
     for i, (client, order) in enumerate(pack):
-        received, personal = downlink.of(client), result.personal[i]
+        received, payload, personal = downlink.of(client), result.uploads[i], result.personal[i]
         downlink.forget(client)
-        log.record(client, result, i, received)
-        upload = wire.decode(plan.channel.deliver(result.uploads[i]))
+        if payload is None:
+            continue
+        upload = wire.decode(plan.channel.deliver(payload))
         change = received.uploadable(order.trainable).placed(upload)
         stats = {"loss": result.losses[i], "examples": result.examples[i], "steps": result.steps[i]}
         own = None if personal is None else wire.decode(personal).dense()

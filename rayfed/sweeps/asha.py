@@ -78,8 +78,8 @@ def compared_rounds(out: Path, trial: Trial) -> list[dict[str, Any]]:
         return []
     outcome = read_outcome(out, trial)
     if outcome is None or outcome.status == "failed":  # it will run again, from its checkpoint
-        found = checkpoints.latest(folder / "checkpoints", trial.experiment.digest())
-        last = found.round if found else 0
+        whole = checkpoints.manifests(folder / "checkpoints")
+        last = whole[0].round if whole else 0
     else:
         last = outcome.round or trial.experiment.server.rounds - 1
     return [record for record in read_metrics(folder / "metrics.jsonl") if record["round"] <= last]

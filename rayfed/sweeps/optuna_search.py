@@ -17,6 +17,7 @@ those in search.jsonl.
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from rayfed import seeding
 from rayfed.config.search import OptunaSettings
 from rayfed.config.sweep import SEED, Sweep
+from rayfed.config.types import MOST_TRIALS
 from rayfed.errors import UserError
 from rayfed.sweeps.plan import Trial, check_trials, make_trials
 from rayfed.sweeps.space import (
@@ -139,7 +141,8 @@ class OptunaSearch(StagedSearch):
         varied = [*sweep.parameters, *(key for _, case in sweep.labelled() for key in case)]
         self.short = short_names(list(dict.fromkeys([CASE, *varied, SEED])))
         # Where all choices and both ends of all ranges are valid, so are the points in between.
-        points = [point for _, case in sweep.labelled() or [("", {})] for point in corners(sweep, case)]
+        found = (point for _, case in sweep.labelled() or [("", {})] for point in corners(sweep, case))
+        points = list(itertools.islice(found, MOST_TRIALS + 1))  # `make_trials` refuses more than MOST_TRIALS
         seeded = [_with_seed(point, self.seeds[0]) for point in points]
         seeded += [_with_seed(points[0], seed) for seed in self.seeds[1:]]
         self.checked = make_trials(settings, seeded, ["check"] * len(seeded))

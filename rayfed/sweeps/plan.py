@@ -18,6 +18,7 @@ from rayfed.config import Experiment, validate
 from rayfed.config.load import assign
 from rayfed.config.marks import data_key, model_key
 from rayfed.config.sweep import SEED, Sweep
+from rayfed.config.types import MOST_TRIALS
 from rayfed.errors import UserError
 from rayfed.sweeps.space import Point, expand, format_settings, trial_names
 from rayfed.tasks.data.federation import Federation
@@ -55,6 +56,8 @@ def plan_trials(settings: dict[str, Any], sweep: Sweep) -> tuple[list[Trial], di
 
 def make_trials(settings: dict[str, Any], points: Sequence[Point], names: Sequence[str]) -> list[Trial]:
     """One trial for each point. UserError as in `plan_trials`, for fields and their combinations."""
+    if len(points) > MOST_TRIALS:
+        raise UserError(f"sweep: got more than {MOST_TRIALS} points to check, but at most so many are allowed")
     group = str(settings.get("name", "sweep"))
     trials = []
     refusals = _Refusals()
@@ -120,10 +123,11 @@ def _experiment(settings: dict[str, Any], point: Point, group: str, name: str) -
             raise UserError(f"{key}: a sweep cannot vary it; it changes nothing in the result")
         assign(own, key, copy.deepcopy(value), format_settings({key: value}))
     own["name"] = name
-    own["tracking"] = tracking = dict(own.get("tracking") or {})
-    tracking["console"] = "off"  # the sweep's own console shows all trials
-    if tracking.get("group") is None:
-        tracking["group"] = group
+    tracking = own["tracking"] = own.get("tracking") or {}
+    if isinstance(tracking, dict):  # else `validate` refuses it
+        tracking["console"] = "off"  # the sweep's own console shows all trials
+        if tracking.get("group") is None:
+            tracking["group"] = group
     experiment = validate(own)
     if experiment.engine.pack == "auto":  # then trials would differ in more than in their settings
         raise UserError(

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,11 @@ from typing import Any
 from rayfed import seeding
 from rayfed.config.describe import format_value
 from rayfed.config.sweep import DRAWN, SEED, Sweep, is_space
+from rayfed.config.types import MOST_NAME, MOST_TRIALS
+from rayfed.errors import UserError
 
 CASE = "case"  # the column that holds the labels of cases
 MAX_CORNERS = 1024  # combinations that are all checked before a search starts
-MAX_NAME = 120  # characters of a trial's name, which is also a folder's name
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ def corners(sweep: Sweep, case: Mapping[str, Any]) -> Iterator[Point]:
     ends = {
         key: space.get("choice") or [rounded(x) for x in next(iter(space.values()))] for key, space in spaces.items()
     }
+    if (values := sum(map(len, ends.values()))) > MOST_TRIALS:
+        raise UserError(f"sweep.parameters: got {values} choices and limits, but at most {MOST_TRIALS} are allowed")
     crossed = itertools.islice(itertools.product(*ends.values()), MAX_CORNERS + 1)
     points = [dict(zip(ends, values, strict=True)) for values in crossed]
     if len(points) > MAX_CORNERS:
@@ -108,8 +112,9 @@ def trial_names(points: Sequence[Point]) -> list[str]:
     """A readable name for each point, such as `name=fedhl,lr=0.001,seed=0`. All differ and are valid folder names."""
     short = short_names(list(dict.fromkeys(key for point in points for key in point.labels)))
     names = [point_name(point, short) for point in points]
+    times = Counter(names)
     return [
-        fit_name(name, point) if names.count(name) == 1 else _with_digest(name, point)
+        fit_name(name, point) if times[name] == 1 else _with_digest(name, point)
         for name, point in zip(names, points, strict=True)
     ]
 
@@ -122,7 +127,7 @@ def point_name(point: Point, short: Mapping[str, str]) -> str:
 
 def fit_name(name: str, point: Point) -> str:
     """The name, cut if it is too long for a folder."""
-    return name if len(name) <= MAX_NAME else _with_digest(name, point)
+    return name if len(name.encode()) <= MOST_NAME else _with_digest(name, point)
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -149,7 +154,7 @@ def _word(value: Any) -> str:
 
 
 def _with_digest(name: str, point: Point) -> str:
-    return f"{name[: MAX_NAME - 9]}-{_digest(point.overrides)[:8]}"
+    return f"{name.encode()[: MOST_NAME - 9].decode(errors='ignore')}-{_digest(point.overrides)[:8]}"
 
 
 def _digest(value: Any) -> str:

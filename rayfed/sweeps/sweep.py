@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import io
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rayfed.api import check_out
-from rayfed.config.load import dump_settings
+from rayfed.config.parse import dump_settings
 from rayfed.config.sweep import Sweep, load_sweep
 from rayfed.errors import RunError
-from rayfed.files import atomic_write
-from rayfed.storage import slug
+from rayfed.files import PARTIAL, atomic_write, remove_path
+from rayfed.run_directory import check_out, disk_errors, locked_out
 from rayfed.sweeps.flasc import FlascSearch
 from rayfed.sweeps.log import SweepLog
 from rayfed.sweeps.optuna_search import OptunaSearch
@@ -29,7 +27,7 @@ from rayfed.sweeps.pbt import PbtSearch
 from rayfed.sweeps.plan import Trial, plan_trials
 from rayfed.sweeps.stages import StagedSearch, run_trials, trials_to_run
 from rayfed.sweeps.table import NOT_SELECTED, STOPPED, TrialRow, make_table, selection_trials
-from rayfed.sweeps.trial import locked, read_outcome
+from rayfed.sweeps.trial import read_outcome
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Table
 from rayfed.tracking.console import PlainView
@@ -59,28 +57,30 @@ def run_sweep(
 
     ``out`` (default `runs/NAME-TIME`) must be empty or absent unless ``resume``. ``on_trial_end`` is called with every
     trial that has ended, after its outcome is written. Raises UserError, before anything is started or written, where a
-    trial is wrong; RunError where another process runs the sweep.
+    trial is wrong or another process runs the sweep.
     """
     settings, sweep = load_sweep(path, overrides)
-    name = slug(str(settings.get("name", "sweep")))
-    out = (Path(out) if out is not None else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
-    check_out(out, resume, "sweep", "sweep.yaml")
-    search = SEARCHES[sweep.search.kind](settings, sweep, out) if sweep.search else None
-    trials, federations = ([], {}) if search else plan_trials(settings, sweep)
-    for trial in trials:
-        read_outcome(out, trial)  # UserError if the trial was made with other settings
-    with locked(out, f"--out: {out} is in use by another sweep", wait=False):
-        atomic_write(out / "sweep.yaml", dump_settings({**settings, "sweep": sweep.model_dump(mode="json")}))
-        console = (settings.get("tracking") or {}).get("console") != "off"
-        view = PlainView(sys.stdout if console else io.StringIO())
-        table_of = search.table if search else lambda trials, rows: make_table(trials, rows, sweep)
-        log = SweepLog(out, sweep, view, table_of, on_trial_end)
-        if search:
-            search.run(log)
-        else:
-            _run_list(trials, sweep, out, federations, log)
-        table = log.write()
-        view.table(table)
+    with locked_out(out, str(settings.get("name", "sweep")), resume) as folder:
+        out = folder.resolve()
+        check_out(out, resume, "sweep", "sweep.yaml")
+        search = SEARCHES[sweep.search.kind](settings, sweep, out) if sweep.search else None
+        trials, federations = ([], {}) if search else plan_trials(settings, sweep)
+        for trial in trials:
+            read_outcome(out, trial)  # UserError if the trial was made with other settings
+        with disk_errors(out):
+            for leftover in (*out.glob(PARTIAL), *out.glob(f"trials/{PARTIAL}")):  # a trial's own run removes the rest
+                remove_path(leftover)
+            atomic_write(out / "sweep.yaml", dump_settings({**settings, "sweep": sweep.model_dump(mode="json")}))
+            console = (settings.get("tracking") or {}).get("console") != "off"
+            view = PlainView(sys.stdout if console else io.StringIO())
+            table_of = search.table if search else lambda trials, rows: make_table(trials, rows, sweep)
+            log = SweepLog(out, sweep, view, table_of, on_trial_end)
+            if search:
+                search.run(log)
+            else:
+                _run_list(trials, sweep, out, federations, log)
+            table = log.write()
+            view.table(table)
     return SweepResult(out, list(log.rows.values()), table)
 
 

@@ -7,13 +7,9 @@ trial that `continues` another one starts from the last checkpoint of that trial
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +17,9 @@ from typing import Any, Literal
 from rayfed.api import run
 from rayfed.config import load_config
 from rayfed.errors import RunError, UserError
-from rayfed.files import write_json
+from rayfed.files import remove_path, write_json
+from rayfed.run_directory import locked
+from rayfed.storage import masked
 from rayfed.sweeps.plan import Trial
 from rayfed.sweeps.warm_start import warm_start
 from rayfed.tasks.data.federation import Federation
@@ -86,9 +84,10 @@ def record_outcome(
 def run_trial(trial: Trial, out: Path, federation: Federation, sink: Sink | None = None) -> None:
     """Runs the trial to its end and records the outcome. Only the death of the process leaves it without one."""
     folder = trial_folder(out, trial)
-    with locked(folder, f"{folder}: another process is still writing it"):
+    with locked(folder, wait=math.inf):  # a trial of a killed sweep may live on for a moment
         if not (folder / "config.yaml").is_file():  # the process died before the first round
-            _empty(folder)
+            for entry in folder.iterdir():
+                remove_path(entry)
         try:
             if trial.continues and not (folder / "config.yaml").is_file():
                 warm_start(folder.with_name(trial.continues), folder, trial.experiment)
@@ -102,31 +101,5 @@ def run_trial(trial: Trial, out: Path, federation: Federation, sink: Sink | None
 def in_one_line(error: Exception) -> str:
     """The message of the error on one line; with the error's class if the error is not one of rayfed's own."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    line = masked(line)
     return line if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {line}"
-
-
-@contextmanager
-def locked(folder: Path, refusal: str, wait: bool = True) -> Iterator[None]:
-    """Makes the folder if it is missing, and locks it against other processes. The lock ends with the process.
-
-    A trial of a killed sweep may live on for a moment. With ``wait`` the caller waits for its end; without, RunError
-    with the text ``refusal``.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise RunError(refusal) from None
-        yield
-    finally:
-        os.close(handle)
-
-
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()

@@ -33,9 +33,7 @@ from rayfed.lora.algebra import pad, rescale
 from rayfed.methods.fedit import FedIT
 from rayfed.methods.flasc import Flasc
 from rayfed.server import checkpoint as checkpoints
-from rayfed.server.client_state import ClientStore, digest_of
 from rayfed.server.optimizers import ServerOptimizer
-from rayfed.wire import Ledger
 
 Tensors = dict[str, Tensor]
 SQUARES = ("v", "exp_avg_sq")  # moments of squared gradients
@@ -72,24 +70,23 @@ def warm_start(source: Path, folder: Path, experiment: Experiment) -> None:
     allows that. config.yaml is written last: a folder without it counts as empty.
     """
     settings = load_config(source / "config.yaml")
-    found = checkpoints.latest(source / "checkpoints", settings.digest())
-    if found is None or found.round >= experiment.server.rounds:
+    found, _ = checkpoints.restore(source, settings.digest())
+    if found is None or found.checkpoint.round >= experiment.server.rounds:
         raise UserError(f"{source}: no checkpoint to continue for {experiment.server.rounds} rounds")
-    clients = ClientStore(source / "clients").restore(found.clients)
-    method, optimizer = checkpoints.load_tensors(source / "checkpoints", found, digest_of(clients))
-    checkpoint = replace(found, experiment=experiment.digest())
+    method, optimizer = found.method, found.optimizer
+    checkpoint = replace(found.checkpoint, experiment=experiment.digest())
     if any(getattr(settings.lora, field) != getattr(experiment.lora, field) for field in ("rank", "alpha", "rslora")):
         checkpoint, method, optimizer = _grown(checkpoint, method, optimizer, experiment)
     checkpoints.save(folder / "checkpoints", checkpoint, method, optimizer, experiment.checkpoint.keep)
-    for stored in clients.values():
+    for stored in found.clients.values():
         copy = folder / stored.path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(stored.path, copy)
     shutil.copyfile(source / "metrics.jsonl", folder / "metrics.jsonl")
     with atomic_path(folder / "ledger.parquet") as ledger:
         shutil.copytree(source / "ledger.parquet", ledger, ignore=shutil.ignore_patterns(".*"))
-        Ledger.resume(ledger, found.round)
-    write_json(folder / NOTE, {"trial": source.name, "round": found.round, "state/digest": found.digest})
+    note = {"trial": source.name, "round": checkpoint.round, "state/digest": found.checkpoint.digest}
+    write_json(folder / NOTE, note)
     atomic_write(folder / "config.yaml", dump_config(experiment))
 
 

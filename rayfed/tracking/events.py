@@ -6,6 +6,7 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rayfed.files import named_errors, remove_path
 from rayfed.tracking.sinks import Record, RunInfo, Sink, Table, scalars
 
 
@@ -28,12 +29,15 @@ class EventSink(Sink):
         stamp = datetime.now(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00")
         line = f"{stamp}Z {' | '.join(part.strip() for part in text.splitlines() if part.strip())}\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:  # opened per event: events are rare, and an actor may die at any time
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    line = f"\n{line}"  # the previous process died while it wrote
-            file.write(line.encode())
+        with named_errors(self.path):
+            if self.path.is_symlink() or not self.path.is_file():
+                remove_path(self.path)  # to write through a planted link would change a foreign file
+            with self.path.open("a+b") as file:  # opened per event: events are rare, and an actor may die at any time
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        line = f"\n{line}"  # the previous process died while it wrote
+                file.write(line.encode())
 
     def finish(self, summary: Record, table: Table | None) -> None:
         """Logs the scalars of the summary."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rayfed.errors import UserError
-from rayfed.files import atomic_write
+from rayfed.files import atomic_write, named_errors, regular
 from rayfed.tracking.sinks import Record, RunInfo, Sink
 
 
@@ -27,19 +27,20 @@ class JsonlSink(Sink):
 
     def start(self, info: RunInfo) -> None:
         """Drops the lines after round ``info.start``. UserError unless every earlier round has one line, in order."""
-        start = info.start
-        records = _records(self.path) if start else []  # a new run ignores the contents of the file
-        earlier = [(record["round"], line) for record, line in records if record["round"] <= start]
-        if [number for number, _ in earlier] != list(range(1, start + 1)):
-            raise UserError(f"{self.path}: resuming after round {start} needs a line for each earlier round, in order")
-        atomic_write(self.path, "".join(f"{line}\n" for _, line in earlier))
+        earlier = _lines(self.path)[: info.start] if info.start else []  # a new run ignores the contents of the file
+        if [record and record["round"] for record in map(_record, earlier)] != list(range(1, info.start + 1)):
+            raise UserError(f"{self.path}: resuming after round {info.start} needs a line for each earlier round")
+        atomic_write(self.path, "".join(f"{line}\n" for line in earlier))
         self._file = self.path.open("ab", buffering=0)
 
     def round(self, record: Record) -> None:
-        """Appends the line in one unbuffered write, so a crash can cut off the last line only."""
+        """Appends the line, unbuffered, so a crash can cut off the last line only. OSError names the file."""
         assert self._file is not None, "start comes before the first round, and nothing after close"
-        self._file.write(f"{to_line(record)}\n".encode())
-        os.fsync(self._file.fileno())
+        line = f"{to_line(record)}\n".encode()
+        with named_errors(self.path):
+            while line:  # a disk that gets full takes a part of a line
+                line = line[self._file.write(line) :]
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
@@ -53,7 +54,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     UserError if there is no such file or another line is no record.
     """
-    return [record for record, _ in _records(Path(path))]
+    lines, records = _lines(Path(path)), []
+    for number, line in enumerate(lines, start=1):
+        if (record := _record(line)) is not None:
+            records.append(record)
+        elif number < len(lines):
+            raise UserError(f"{path}: line {number} is not a JSON object with a round, so the file is damaged")
+    return records
 
 
 def to_line(record: Record) -> str:
@@ -75,21 +82,17 @@ def _finite(value: Any, name: str, nonfinite: list[str]) -> Any:
     return value
 
 
-def _records(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """Every record with its line, without an incomplete last line. UserError if an earlier line is no record."""
+def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_bytes().decode(errors="replace")
-    except FileNotFoundError:
+        return regular(path).read_bytes().decode(errors="replace").removesuffix("\n").split("\n")
+    except OSError:
         raise UserError(f"{path}: no such file; is its folder a run directory?") from None
-    lines = text.removesuffix("\n").split("\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("round"), int):
-            records.append((record, line))
-        elif number < len(lines):
-            raise UserError(f"{path}: line {number} is not a JSON object with a round, so the file is damaged")
-    return records
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """The line's record; None where the line is not a JSON object with a round."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("round"), int) else None

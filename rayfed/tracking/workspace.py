@@ -66,7 +66,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Curves("Mean accuracy over the clients against bytes", "bytes/total", ("test/accuracy_clients",)),
     ),
     "Cohort and time": (
-        Curves("Effective cohort", "round", ("clients/ok", "clients/retried", "clients/split")),
+        Curves("Effective cohort", "round", ("clients/ok", "clients/retried", "clients/split", "clients/diverged")),
         Curves("Seconds: server, training, total", "round", ("time/server_s", "time/train_s", "time/round_s")),
         Curves("Bytes per round", "round", ("bytes/down", "bytes/up")),
     ),

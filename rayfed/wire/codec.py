@@ -40,7 +40,7 @@ class WireError(ValueError):
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that a payload's header states. The three byte counts add up to the payload's length."""
+    """What a payload's header states. The three byte counts add up to the payload's length."""
 
     n: int
     """Length of the dense vector."""
@@ -49,6 +49,8 @@ class Sizes:
     bytes_header: int
     bytes_indices: int
     bytes_values: int
+    checksum: int = 0
+    """The payload's CRC-32; 0 where only the sizes of a message are known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +124,7 @@ def decode(data: bytes | memoryview) -> Payload:
     sizes, coding, format = _read_header(view)
     values_at = HEADER_BYTES + sizes.bytes_indices
     crc = zlib.crc32(view[HEADER_BYTES:], zlib.crc32(view[: _FIELDS.size]))
-    if crc != _CRC.unpack_from(view, _FIELDS.size)[0]:
+    if crc != sizes.checksum:
         raise WireError("payload: checksum mismatch, the bytes were damaged on the way")
     try:
         values = decode_values(view[values_at:], sizes.count, format)
@@ -135,7 +137,7 @@ def decode(data: bytes | memoryview) -> Payload:
 
 
 def inspect(data: bytes | memoryview) -> Sizes:
-    """The sizes of a payload, from its header and its length. No section is read and no checksum is computed.
+    """The sizes and the checksum that a payload states. No section is read, and the checksum is not compared.
 
     Raises:
         WireError: as ``decode``, except for damage that only the checksum or the sections show.
@@ -144,7 +146,7 @@ def inspect(data: bytes | memoryview) -> Sizes:
 
 
 def _read_header(view: memoryview) -> tuple[Sizes, int, str]:
-    """Sizes, index coding and value format. Checks everything that can be checked without the sections."""
+    """The header's sizes, index coding and value format. Checks everything that can be checked without the sections."""
     if len(view) < HEADER_BYTES:
         raise WireError(f"payload: too short, {len(view)} bytes where the header alone takes {HEADER_BYTES}")
     magic, version, format, coding, n, count, bytes_indices, bytes_values = _FIELDS.unpack_from(view)
@@ -162,4 +164,5 @@ def _read_header(view: memoryview) -> tuple[Sizes, int, str]:
         raise WireError(f"payload: {count} of {n} entries do not take {bytes_values} value bytes in {FORMATS[format]}")
     if coding in (Coding.ALL, Coding.NONE) and (count != (n if coding == Coding.ALL else 0) or bytes_indices):
         raise WireError(f"payload: {count} of {n} entries and {bytes_indices} index bytes contradict its index coding")
-    return Sizes(n, count, HEADER_BYTES, bytes_indices, bytes_values), coding, FORMATS[format]
+    checksum = _CRC.unpack_from(view, _FIELDS.size)[0]
+    return Sizes(n, count, HEADER_BYTES, bytes_indices, bytes_values, checksum), coding, FORMATS[format]

@@ -3,21 +3,26 @@
 ``bytes`` is ``len()`` of the payload: header, indices and values together. ``values`` is the number of entries that
 travelled, which papers report as parameters sent.
 
-On disk the ledger is a folder of Parquet files. Each checkpoint adds one file, named by its last round. The files in
+On disk the ledger is a folder of Parquet files. Each checkpoint adds one part, named by its last round. The parts in
 name order are one table, ordered by round, client and direction. ``pyarrow.parquet.read_table(folder)`` and
 ``pandas.read_parquet(folder)`` read it. Memory has only the totals of each round and the rows since the last write.
+
+A part is never changed. ``checksum`` covers all parts, each part's bytes together with the checksum of the parts before.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from rayfed.errors import first_line
-from rayfed.files import atomic_path
+from rayfed.files import atomic_path, regular, remove_path
 from rayfed.wire.codec import Sizes, inspect
 
 if TYPE_CHECKING:
@@ -27,7 +32,9 @@ Direction = Literal["down", "up"]
 DIRECTIONS: tuple[Direction, ...] = ("down", "up")
 """``down``: server to client; ``up``: client to server."""
 
-COLUMNS = ("round", "client", "direction", "bytes", "values", "bytes_header", "bytes_indices", "bytes_values")
+COLUMNS = (
+    "round", "client", "direction", "bytes", "values", "bytes_header", "bytes_indices", "bytes_values", "checksum"
+)  # fmt: skip
 _TOTALS = ("bytes/down", "bytes/up", "params/down", "params/up")
 
 
@@ -38,6 +45,8 @@ class Ledger:
         self._pending = array("q")  # the rows since the last write, one after the other, in the order of COLUMNS
         self._by_round: dict[int, list[int]] = {}  # round -> its totals, in the order of _TOTALS
         self._run = [0, 0, 0, 0]
+        self.checksum = ""
+        """64 hex digits over all parts on the disk; empty where there is none."""
 
     def add(self, *, round: int, client: int, direction: Direction, payload: bytes | memoryview) -> None:
         """Records one payload. A broadcast to ten clients is ten rows: each client downloads it.
@@ -57,7 +66,7 @@ class Ledger:
         """As `add`, for a payload of which only the sizes are known."""
         parts = (sizes.bytes_header, sizes.bytes_indices, sizes.bytes_values)
         way, total = DIRECTIONS.index(direction), sum(parts)
-        self._pending.extend(array("q", (round, client, way, total, sizes.count, *parts)))
+        self._pending.extend(array("q", (round, client, way, total, sizes.count, *parts, sizes.checksum)))
         self._count(round, way, total, sizes.count)
 
     def totals(self, round: int | None = None) -> dict[str, int]:
@@ -75,68 +84,62 @@ class Ledger:
         """Bytes of the whole run, both ways."""
         return self._run[0] + self._run[1]
 
-    def table(self) -> pa.Table:
-        """The rows since the last write as an Arrow table.
+    def rows(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """The rows of rounds ``first`` to ``last`` (None: all later ones) that are not on the disk yet.
 
-        The order is round, client, direction (down first), then the other columns. Columns: round int32, client int64,
-        direction (dictionary of strings), and bytes, values, bytes_header, bytes_indices, bytes_values, all int64.
+        Returns:
+            int64, shape (rows, columns), in the order of `COLUMNS` and sorted by it. The direction is its index in
+            `DIRECTIONS`.
         """
-        import pyarrow as pa
+        rows = np.array(self._pending, np.int64).reshape(-1, len(COLUMNS))  # in the order of their rounds
+        start = np.searchsorted(rows[:, 0], first)
+        rows = rows[start : len(rows) if last is None else np.searchsorted(rows[:, 0], last, side="right")]
+        return rows[np.lexsort(rows.T[::-1])]  # lexsort's last key comes first
 
-        rows = np.array(self._pending, np.int64).reshape(-1, len(COLUMNS))
-        rows = rows[np.lexsort(rows.T[::-1])]  # lexsort's last key comes first
-        arrays: dict[str, pa.Array] = {name: pa.array(column) for name, column in zip(COLUMNS, rows.T, strict=True)}
-        arrays["round"], codes = arrays["round"].cast(pa.int32()), arrays["direction"].cast(pa.int32())
-        arrays["direction"] = pa.DictionaryArray.from_arrays(codes, pa.array(DIRECTIONS))
-        return pa.table(arrays)
-
-    def write(self, folder: Path) -> None:
-        """Atomically writes the rows since the last write as the folder's next part and drops them from memory.
+    def write(self, folder: Path, last: int | None = None) -> None:
+        """Atomically writes the rows up to round ``last`` (None: all) as the next part and drops them from memory.
 
         If there are no such rows, nothing is written, except for an empty part where the folder has no part yet.
         """
-        rows = self.table()
+        rows = self.rows(last=last)
         if len(rows) or not _parts(folder):
-            _save(folder, rows)
-        self._pending = array("q")
+            self.checksum = _chained(self.checksum, _save(folder, rows))
+        self._pending = self._pending[rows.size :]
 
     @classmethod
-    def read(cls, folder: Path) -> Ledger:
-        """Reads the totals of a folder. The rows stay on the disk.
+    def read(cls, folder: Path, last: int | None = None) -> Ledger:
+        """Reads the totals of a folder's parts up to round ``last`` (None: all). The rows stay on the disk.
 
-        A run that continues calls `resume`, because its next part must follow the last part of the folder.
+        A run that continues calls `truncate` first, because its next part must follow the last part of the folder.
 
         Raises:
             ValueError: a part is no Parquet file or lacks a column of the ledger.
-            FileNotFoundError: there is no such folder.
+            OSError: there is no such folder, or a part is no regular file.
         """
-        import pyarrow as pa
-
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
         ledger = cls()
         for path in _parts(folder):
-            rows = _read(path)
-            names = rows["direction"].cast(pa.string())  # dictionaries differ between row groups
-            groups = rows.drop("direction").append_column("way", names).group_by(["round", "way"])
-            for row in groups.aggregate([("bytes", "sum"), ("values", "sum")]).to_pylist():
-                ledger._count(row["round"], DIRECTIONS.index(row["way"]), row["bytes_sum"], row["values_sum"])
+            if last is None or _last_round(path) <= last:
+                ledger._add_part(path)
         return ledger
 
-    @classmethod
-    def resume(cls, folder: Path, round: int) -> Ledger:
-        """Removes the rows after ``round`` from the folder, then reads it as `read` does.
-
-        At round 0, without a checkpoint, the folder may be missing.
-        """
-        import pyarrow.compute as pc
-
+    @staticmethod
+    def truncate(folder: Path, last: int) -> None:
+        """Removes the parts that end after round ``last``. The folder may be missing."""
         for path in _parts(folder):
-            if int(path.stem.removeprefix("part-")) > round:
-                if len(rows := _read(path).filter(pc.field("round") <= round)):
-                    _save(folder, rows)
-                path.unlink()
-        return cls.read(folder) if round or Path(folder).exists() else cls()
+            if _last_round(path) > last:
+                remove_path(path)
+
+    def _add_part(self, path: Path) -> None:
+        import pyarrow as pa
+
+        self.checksum = _chained(self.checksum, path)
+        rows = _read(path)
+        names = rows["direction"].cast(pa.string())  # dictionaries differ between row groups
+        groups = rows.drop("direction").append_column("way", names).group_by(["round", "way"])
+        for row in groups.aggregate([("bytes", "sum"), ("values", "sum")]).to_pylist():
+            self._count(row["round"], DIRECTIONS.index(row["way"]), row["bytes_sum"], row["values_sum"])
 
     def _count(self, round: int, way: int, bytes: int, values: int) -> None:
         for totals in (self._by_round.setdefault(round, [0, 0, 0, 0]), self._run):
@@ -144,20 +147,49 @@ class Ledger:
             totals[2 + way] += values
 
 
+def rounds_of(folder: Path) -> Iterator[tuple[int, np.ndarray]]:
+    """Every round on the disk with its rows, as `Ledger.rows` gave them; ValueError as in `Ledger.read`."""
+    for path in _parts(folder):
+        table = _read(path)
+        ways = np.array([DIRECTIONS.index(way) for way in table["direction"].to_pylist()], np.int64)
+        columns = [ways if name == "direction" else table[name].to_numpy().astype(np.int64) for name in COLUMNS]
+        rows = np.stack(columns, axis=1)
+        for part in np.split(rows, np.flatnonzero(np.diff(rows[:, 0])) + 1) if len(rows) else ():
+            yield int(part[0, 0]), part
+
+
 def _parts(folder: Path) -> list[Path]:
     """The parts in the order of their rounds. The temporary files of unfinished writes are hidden files."""
-    return sorted(Path(folder).glob("part-*.parquet"))
+    parts = [path for path in Path(folder).glob("part-*.parquet") if re.fullmatch(r"part-\d{6,}", path.stem)]
+    return sorted(parts, key=_last_round)
 
 
-def _save(folder: Path, rows: pa.Table) -> None:
-    """Writes ordered rows as a part. A part without rows is named by round 0."""
+def _last_round(path: Path) -> int:
+    return int(path.stem.removeprefix("part-"))
+
+
+def _chained(checksum: str, path: Path) -> str:
+    """The checksum of all parts up to ``path``, from that of the parts before."""
+    return hashlib.sha256(f"{checksum}|{path.name}|".encode() + regular(path).read_bytes()).hexdigest()
+
+
+def _save(folder: Path, rows: np.ndarray) -> Path:
+    """Writes ordered rows as a part. A part without rows is named by round 0.
+
+    Columns: round int32, direction a dictionary of strings, all others int64.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    last = rows["round"][-1].as_py() if len(rows) else 0
-    # Most ids of a large cohort occur once: a dictionary of ids would double the file.
-    repeating = [name for name in COLUMNS if name != "client"]
-    with atomic_path(Path(folder) / f"part-{last:06d}.parquet") as temporary:
-        pq.write_table(rows, temporary, compression="zstd", use_dictionary=repeating)
+    arrays: dict[str, pa.Array] = {name: pa.array(column) for name, column in zip(COLUMNS, rows.T, strict=True)}
+    arrays["round"], codes = arrays["round"].cast(pa.int32()), arrays["direction"].cast(pa.int32())
+    arrays["direction"] = pa.DictionaryArray.from_arrays(codes, pa.array(DIRECTIONS))
+    # Most ids of a large cohort and most checksums occur once: a dictionary of them would double the file.
+    repeating = [name for name in COLUMNS if name not in ("client", "checksum")]
+    path = Path(folder) / f"part-{rows[-1, 0] if len(rows) else 0:06d}.parquet"
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.table(arrays), temporary, compression="zstd", use_dictionary=repeating)
+    return path
 
 
 def _read(path: Path) -> pa.Table:

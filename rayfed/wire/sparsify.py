@@ -5,7 +5,7 @@ the one with the lowest index is selected first, so the choice is a function of 
 refused, because they have no order.
 
 FLASC (arXiv 2406.05233, algorithm 1) applies ``top_k`` to the whole flat vector of trainable parameters, for both
-downlink and uplink. ``keep_count`` is the count in its published code.
+downlink and uplink. ``keep_count`` is the count in its published code, but at least one entry.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ Integers = npt.NDArray[np.signedinteger]
 
 
 def keep_count(n: int, density: float) -> int:
-    """How many of ``n`` entries travel at ``density``: ``floor(density * n)``.
+    """How many of ``n`` entries travel at ``density``: ``floor(density * n)``, and at least one.
 
-    The product is computed in floating point, as in the paper's code: 0.29 of 100 entries are 28, not 29.
+    The product is computed in floating point, as in the paper's code: 0.29 of 100 entries are 28, not 29. So a density
+    that decays never ends the exchange: under ``1 / n``, one entry travels.
 
     Args:
         n: length of the vector, at least 0.
         density: share of entries that travel, over 0 and at most 1.
 
     Returns:
-        A count from 0 to ``n``. A density under ``1 / n`` gives 0: nothing travels.
+        A count from 1 to ``n``; 0 for an empty vector.
     """
-    return math.floor(density * n)
+    return max(math.floor(density * n), min(n, 1))
 
 
 def top_k(x: Tensor, k: int) -> Tensor:

@@ -13,7 +13,7 @@ import rayfed
 from rayfed.cli import main
 from rayfed.config import Experiment
 from rayfed.config.describe import iter_fields
-from rayfed.errors import RunError, UserError
+from rayfed.errors import RunError, Terminated, UserError
 from rayfed.methods import METHODS, method_class
 
 ROOT = Path(__file__).parents[2]
@@ -51,8 +51,8 @@ def test_settings_lists_every_setting_with_its_default_and_limits(capsys: Captur
     assert "wire.up.density = 1.0  [a number in (0, 1]]" in lines
     assert "client.betas = [0.9, 0.999]  [a list of 2 numbers in [0, 1)]" in lines
     assert "model.normalize = true  [true or false]" in lines
-    assert "data.path = null  [a string or null]" in lines
-    assert "eval.early_stop.patience = (no default)  [an integer above 0]" in lines
+    assert "data.path = null  [a string (up to 1000 bytes) or null]" in lines
+    assert "eval.early_stop.patience = (no default)  [an integer in [1, 999999]]" in lines
     assert "    Learning rate." in lines
     assert max(map(len, lines)) <= 120
 
@@ -88,6 +88,7 @@ def test_settings_of_an_unknown_section(capsys: Capture) -> None:
         (["run", "c.yaml", "--seed=3"], "unrecognized arguments: --seed=3"),
         (["run", "c.yaml", "--out"], "argument --out: expected one argument"),
         (["methods", "flasc", "a=1"], "unrecognized arguments: a=1"),
+        (["ftp://me:secret@host/x"], "invalid choice: 'ftp://***@host/x'"),
     ],
 )
 def test_bad_usage_exits_with_2(capsys: Capture, arguments: list[str], hint: str) -> None:
@@ -119,6 +120,8 @@ def test_help_and_version(capsys: Capture, arguments: list[str], words: str) -> 
         (UserError("a: wrong\nb: wrong"), 2, ["rayfed: a: wrong", "rayfed: b: wrong"]),
         (RunError("the cluster is gone"), 1, ["rayfed: the cluster is gone"]),
         (KeyboardInterrupt(), 1, ["rayfed: interrupted; `--resume` with the same --out continues"]),
+        (Terminated(), 1, ["rayfed: terminated; `--resume` with the same --out continues"]),
+        (UserError("config: got 'ftp:/me:key@host/x', but"), 2, ["rayfed: config: got 'ftp:/***@host/x', but"]),
     ],
 )
 def test_errors_become_lines_and_exit_codes(

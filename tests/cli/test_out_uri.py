@@ -14,7 +14,7 @@ from small_runs import LOWRANK
 import rayfed
 from rayfed.cli import main
 from rayfed.errors import RunError
-from rayfed.storage import RemoteFolder
+from rayfed.storage import RemoteFolder, local_folder
 from rayfed.tracking import read_metrics
 
 SETTINGS: dict[str, Any] = {
@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 SWEEP = {"parameters": {"seed": {"grid": [0, 1]}}, "metric": "eval/gap", "mode": "min"}
 URI = "memory://bucket/runs/one"
-HERE = Path("runs/memory-bucket-runs-one")
+HERE = local_folder(URI)
 
 
 @pytest.fixture

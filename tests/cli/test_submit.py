@@ -96,6 +96,8 @@ def test_includes_are_sent_by_their_last_name_without_environments_and_history(c
         (["server.round=3"], "server.round: unknown key; did you mean server.rounds?"),
         (["--out", "runs/x"], "--out: got 'runs/x', but a job's own folder goes with the job"),
         (["--out", "s3://key:secret@bucket/x"], "--out: the URI has a password, a key or a query string, but"),
+        (["name=ftp://me:secret@host/x"], "override: the URI has a password, a key or a query string, but"),
+        (["--out", ""], "--out: got '', but a job's own folder goes with the job"),
         (["--resume"], "--resume: needs --out, the directory to continue"),
         (["--include", "/nowhere/x"], "--include: got '/nowhere/x', but there is no such file or folder"),
         (
@@ -112,6 +114,7 @@ def test_refusals_are_one_line(config: str, capsys: pytest.CaptureFixture[str], 
     assert out == ""
     assert err.startswith(f"rayfed: {line}")
     assert err.count("\n") == 1
+    assert "secret" not in err
 
 
 def test_data_that_are_sent_along_may_be_named_relatively(config: str, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_off_is_a_word_and_true_is_true(write: Write) -> None:
 
 
 def test_a_number_with_a_leading_zero_is_not_read_as_octal(write: Write) -> None:
-    assert refusal(write("seed: 010")) == "seed: got '010', but it should be an integer of at least 0"
+    assert refusal(write("seed: 010")) == "seed: got '010', but it should be an integer in [0, 9223372036854775807]"
 
 
 def test_anchors_and_merges(write: Write) -> None:
@@ -97,8 +97,8 @@ def test_sections_with_nothing_under_them_are_defaults(write: Write) -> None:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("seed: 1\nseed: 2", "key 'seed' is given twice"),
-        ("client: {lr: 1, lr: 2}", "key 'lr' is given twice"),
+        ("seed: 1\nseed: 2", "key 'seed' is given twice, in lines 1 and 2"),
+        ("client: {lr: 1, lr: 2}", "key 'lr' is given twice, in line 1"),
         ("client: [", "expected the node content"),
         ("a: b: c", "mapping values are not allowed here"),
         ("a: 1\n---\nb: 2", "expected a single document"),
@@ -108,7 +108,7 @@ def test_sections_with_nothing_under_them_are_defaults(write: Write) -> None:
         ("name: !!set {a, b}", "could not determine a constructor for the tag"),
         ("name: !!binary aGk=", "could not determine a constructor for the tag"),
         ("name: !mine x", "could not determine a constructor for the tag '!mine'"),
-        ("[" * 600, "nested too deeply"),
+        ("[" * 600, "nested more than 32 levels deep"),
         ("\x07", "special characters are not allowed"),
     ],
 )
@@ -202,8 +202,8 @@ def test_what_is_no_override(empty: Path, override: str) -> None:
         ("client.lr.x=1", "client.lr.x: got 'client.lr.x=1', but client.lr is the value 0.5"),
         ("client=[1]", "client: got [1], but it should be a section with the keys optimizer, lr, "),
         ("client.lr=[", "override client.lr: not valid YAML: "),
-        ("client.lr=", "client.lr: got null, but it should be a number above 0"),
-        ("client.lr=fast", "client.lr: got 'fast', but it should be a number above 0"),
+        ("client.lr=", "client.lr: got null, but it should be a number in [1e-30, 1e+30]"),
+        ("client.lr=fast", "client.lr: got 'fast', but it should be a number in [1e-30, 1e+30]"),
         ("eval.early_stop.min_delta=0", "eval.early_stop.patience: missing, and there is no default; it should be an "),
         ("a\nb=1", "'a\\nb': unknown key; "),
         ("a\nb=[", "override 'a\\nb': not valid YAML: "),
@@ -259,9 +259,11 @@ def test_words_that_look_like_values_survive_the_round_trip(name: str, write: Wr
     assert yaml.safe_load(dump_config(experiment))["name"] == name  # and any other YAML reader
 
 
-@given(name=st.text(max_size=20), lr=st.floats(min_value=0, exclude_min=True, allow_infinity=False))
-@example(name="\x85", lr=1.0)
-@example(name="a\u2028 \u2029b", lr=1.0)
+PRINTABLE = st.text(st.characters(exclude_categories=("Cc", "Cf", "Cs", "Zl", "Zp")), max_size=20)
+
+
+@given(name=PRINTABLE, lr=st.floats(min_value=1e-30, max_value=1e30))
+@example(name="a\u00a0 \u3000b", lr=1.0)
 def test_whatever_is_written_reads_back_equal(empty: Path, name: str, lr: float) -> None:
     experiment = Experiment.model_validate({"name": name, "client": {"lr": lr}, "model": {"name": name}})
     path = empty.with_name("written.yaml")

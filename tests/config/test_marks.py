@@ -14,6 +14,7 @@ from rayfed.config.types import Decides
 NOTHING = {
     "name", "engine.kind", "engine.workers", "engine.cpus_per_worker", "engine.gpus_per_worker",
     "engine.gradient_checkpointing", "engine.placement", "engine.wait_for_nodes", "engine.address", "engine.retries",
+    "client.on_divergence",
 }  # fmt: skip
 NOTHING_SECTIONS = {"tracking", "checkpoint", "export"}
 DATA_SECTIONS = {"seed", "data", "problem", "partition", "model"}
@@ -74,8 +75,8 @@ def test_every_option_of_a_method_counts_in_the_digest(options: dict[str, Any]) 
 def test_settings_that_may_change_between_two_rounds() -> None:
     assert live() == (
         "lora.dropout", "wire.down.density", "wire.up.density", "client.lr", "client.momentum", "client.eps",
-        "client.weight_decay", "client.clip_norm", "client.batch_size", "client.epochs", "client.steps", "server.lr",
-        "server.momentum", "server.weight_decay",
+        "client.weight_decay", "client.clip_norm", "client.batch_size", "client.epochs", "client.steps",
+        "client.max_change", "server.lr", "server.momentum", "server.weight_decay",
     )  # fmt: skip
 
 

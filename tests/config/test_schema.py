@@ -64,20 +64,20 @@ def test_defaults_are_valid_and_frozen() -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("seed", "an integer of at least 0"),
-        ("lora.rank", "an integer above 0"),
-        ("engine.pack", "an integer above 0 or auto"),
-        ("lora.target_modules", "a string, a list of strings or null"),
-        ("lora.layers_to_transform", "a list of integers of at least 0 or null"),
+        ("seed", "an integer in [0, 9223372036854775807]"),
+        ("lora.rank", "an integer in [1, 100000]"),
+        ("engine.pack", "an integer in [1, 10000] or auto"),
+        ("lora.target_modules", "a string (up to 1000 bytes), a list of up to 200 strings (up to 120 bytes) or null"),
+        ("lora.layers_to_transform", "a list of up to 1000 integers in [0, 10000] or null"),
         ("wire.up.density", "a number in (0, 1]"),
         ("wire.up.values", "fp32, bf16, fp16 or int8"),
         ("client.betas", "a list of 2 numbers in [0, 1)"),
-        ("client.clip_norm", "a number above 0 or null"),
+        ("client.clip_norm", "a number in [1e-30, 1e+30] or null"),
         ("model.normalize", "true or false"),
-        ("tracking.tags", "a list of strings"),
-        ("profiles.ranks", "a list of integers above 0 or null"),
-        ("profiles.densities_up", "a list of numbers in (0, 1] or null"),
-        ("profiles.weights", "a list of numbers above 0 or null"),
+        ("tracking.tags", "a list of up to 100 strings (up to 64 bytes)"),
+        ("profiles.ranks", "a list of up to 10000 integers in [1, 100000] or null"),
+        ("profiles.densities_up", "a list of up to 10000 numbers in (0, 1] or null"),
+        ("profiles.weights", "a list of up to 10000 numbers in [1e-30, 1e+30] or null"),
         ("profiles.exponent", "a number in [-10, 10]"),
     ],
 )
@@ -101,9 +101,9 @@ def test_betas_may_be_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("amount", "fine"), [(0, True), (0.25, True), (1, True), (1.5, False), (2.0, True), (2.01, False), (1e-5, False)]
+    ("amount", "fine"), [(0, True), (0.25, True), (1, True), (1.5, False), (2.0, False), (1e-5, False)]
 )
-def test_ray_takes_fractions_of_one_gpu_and_whole_gpus(amount: float, fine: bool) -> None:
+def test_a_worker_holds_a_share_of_one_gpu(amount: float, fine: bool) -> None:
     settings = {"engine": {"gpus_per_worker": amount}}
     if fine:
         assert validate(settings).engine.gpus_per_worker == amount
@@ -190,6 +190,18 @@ def test_density_decays_in_steps() -> None:
     assert [up.density_at(t, 1.0) for t in range(5)] == [1, 1, 0.5, 0.5, 0.25]  # a client's own, with the same decay
 
 
+@pytest.mark.parametrize("decay", [0.01, 1e-200])
+def test_a_density_never_decays_to_zero(decay: float) -> None:
+    up = validate({"wire": {"up": {"density": 0.5, "decay": decay}}}).wire.up
+    assert up.density_at(1999) == up.density_at(1999, 1.0) == 2**-31
+    assert up.density_at(1999, 1e-12) == 1e-12  # a density that a client has by itself
+
+
+def test_a_change_cannot_be_clipped_to_no_limit() -> None:
+    with pytest.raises(UserError, match=r"^client\.on_divergence: got 'clip', but client\.max_change=null "):
+        validate({"client": {"on_divergence": "clip", "max_change": None}})
+
+
 LIST = {"kind": "list", "ranks": [2, 4]}
 TIERS = {"kind": "tiers", "ranks": [2, 4]}
 
@@ -234,7 +246,7 @@ TIERS = {"kind": "tiers", "ranks": [2, 4]}
         *(
             ({"kind": "function", "function": path}, f"function: got {path!r}, but it is written "
                                                      "package.module:function")
-            for path in ("", "mine", "mine:", ":f", "a b:f", "a..b:f", "a:f:g", "a:f()", "a:b.c", "../a:f", "a\n:f")
+            for path in ("", "mine", "mine:", ":f", "a b:f", "a..b:f", "a:f:g", "a:f()", "a:b.c", "../a:f")
         ),
     ],
 )  # fmt: skip

@@ -109,3 +109,16 @@ def test_a_rank_above_a_layers_size_is_refused(base, kind, most):
     match_targets(fresh.model, config_for(fresh, "all-linear", rank=most), fresh.head)
     with pytest.raises(UserError, match=rf"lora\.rank: got {most + 1}, but .* at most {most} is allowed"):
         match_targets(fresh.model, config_for(fresh, "all-linear", rank=most + 1), fresh.head)
+
+
+@pytest.mark.parametrize("numbers", [[2], [0, 99], [99, 1, 7]])
+def test_a_layer_number_that_the_model_lacks_is_refused(base, numbers):
+    fresh = base("bert")
+    config = config_for(fresh, ["query"], layers_to_transform=numbers)
+    missing = [number for number in numbers if number > 1]
+    with pytest.raises(UserError) as refusal:
+        match_targets(fresh.model, config, fresh.head)
+    assert str(refusal.value) == (
+        f"lora.layers_to_transform: got {missing}, but the layers with modules that match are 0, 1"
+    )
+    assert config.layers_to_transform == numbers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,6 +21,17 @@ def exploding(size: float):
         return start.layout.unflatten(adapter.flatten() + size * torch.randn(start.layout.size, generator=rng))
 
     return train
+
+
+def test_a_fixed_mask_of_a_state_that_is_not_finite_is_left_to_the_downlink(random_adapter):
+    method = build("flasc", mask="fixed")
+    state = method.init(random_adapter(SHAPES, 2, 2.0, seed=1), seed=0)
+    anchor = state.vector.clone()
+    anchor[3], anchor[5] = float("nan"), float("inf")
+    start = method.broadcast(
+        replace(state, vector=anchor, extras={"anchor": anchor}), replace(COHORT[0], density_down=0.1)
+    )
+    assert not bool(torch.isfinite(start.vector).all())
 
 
 @pytest.mark.parametrize("size", [1e12, 1e20, 1e30, 1e37])

@@ -144,6 +144,17 @@ def test_a_loud_head_does_not_silence_the_factors(play, random_adapter):
     assert any(method.delta(state, name).dense().any() for name in SHAPES)
 
 
+def test_a_budget_beneath_one_entry_a_part_still_sends_one(play, random_adapter):
+    method, head_only = FedSRD(density=0.001), random_adapter({}, 2, SCALE, seed=1)
+    states = begin(method, random_adapter), method.init(head_only, seed=0)
+    for state in states:
+        change = torch.randn(state.layout.size, generator=torch.Generator().manual_seed(3))
+        (chosen,) = method.select(state.vector, change, state.layout, 1, 0.001)
+        assert bool(state.layout.mask("head")[chosen]) == (state is not states[0])  # the head takes its share at most
+        after, _ = play(method, state, COHORTS[0], noise(0))
+        assert int((after.vector != state.vector).sum()) == 1
+
+
 def test_a_round_for_a_beneath_a_b_of_zero_is_finite(play, random_adapter):
     method = FedSRD(density=1.0)
     state, _ = play(method, begin(method, random_adapter), COHORTS[0])  # nobody learned: B is still 0

@@ -18,7 +18,7 @@ from rayfed.clients.local_training import batches
 from rayfed.clients.plan import RunPlan
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.peft import lora_config
-from rayfed.server.checkpoint import latest, load_tensors
+from rayfed.server.checkpoint import restore
 from rayfed.server.sampling import cohort
 from rayfed.tasks.models.base import load_base
 
@@ -108,10 +108,10 @@ def random_start(adapter: Adapter) -> Adapter:
 
 def run(experiment, out) -> torch.Tensor:
     rayfed.run(experiment, out=out)
-    found = latest(out / "checkpoints", experiment.digest())
+    found, _ = restore(out, experiment.digest())
     assert found is not None
-    assert found.round == ROUNDS
-    return load_tensors(out / "checkpoints", found)[0]["vector"]
+    assert found.checkpoint.round == ROUNDS
+    return found.method["vector"]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "fedadam"])

@@ -100,6 +100,14 @@ def test_ranks_that_did_not_change_are_not_sent(random_adapter):
     assert lines(marks) == {("wide", "B", 1)}
 
 
+def test_where_no_rank_fits_the_largest_entries_go_up(random_adapter):
+    start = random_adapter(SHAPES, 3, 2.0, seed=1, heads=HEADS)
+    change = torch.randn(start.layout.size, generator=torch.Generator().manual_seed(2)) * start.layout.mask("B")
+    for budget in (1, 3):  # a rank of B has 4 entries or more
+        chosen = LoRAA2().select(start.flatten(), change, start.layout, budget, 0.01)
+        assert chosen.tolist() == sorted(change.abs().argsort(descending=True)[:budget].tolist())
+
+
 @pytest.mark.parametrize("zero_B", [True, False])
 def test_every_round_is_the_mean_of_the_products_that_arrived(play, random_adapter, zero_B):
     method, adapter = LoRAA2(), random_adapter(SHAPES, 3, 2.0, seed=1, heads=HEADS)

@@ -96,6 +96,16 @@ def test_its_adapter_is_finite_and_of_the_rank_asked_for(finished, problem, name
     assert 0 <= finished(problem, name).summary["export/lost_energy"] < 1
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_density_that_decays_leaves_one_entry(tmp_path, name):
+    """In round 2 a density is under one entry, in round 3 it is below the smallest float."""
+    directions = ("up", "down") if build(name).sparse_down else ("up",)
+    decays = [f"wire.{way}.{field}" for way in directions for field in ("density=0.5", "decay=1e-200")]
+    for record in rayfed.run(lowrank(f"method.name={name}", *SHORT, *decays), out=tmp_path / "run").metrics[1:]:
+        assert record["params/up"] == 2  # one entry a client
+        assert record["params/down"] >= 2 * (len(directions) - 1)
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if not build(name).mixed_ranks])
 def test_mixed_ranks_are_refused_where_they_make_no_sense(tmp_path, name):
     with pytest.raises(UserError, match=rf"profiles\.kind: got 'tiers'.*{name} needs all of them at lora\.rank=2"):

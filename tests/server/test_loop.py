@@ -26,7 +26,7 @@ from rayfed.tasks.models.base import load_base
 KEYS = {
     "round", "train/loss", "eval/loss", "eval/accuracy", "bytes/down", "bytes/up", "bytes/total", "params/down",
     "params/up", "time/round_s", "time/train_s", "time/server_s", "clients/ok", "clients/retried", "clients/split",
-    "state/digest",
+    "state/digest", "state/chain",
 }  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def test_masked_metrics_are_of_the_model_under_the_rounds_first_mask(tiny, tmp_p
     result = rayfed.run(experiment, out=tmp_path / "run")
     folder = result.out / "checkpoints"
     before, after = (load_file(folder / f"round-00000{r}" / "state.safetensors")["method.vector"] for r in (1, 2))
-    layout = checkpoints.latest(folder, experiment.digest()).facts["layout"]
+    layout = checkpoints.manifests(folder)[0].facts["layout"]
     plan = prepare(experiment)
     job = EvalJob("test", 0, len(plan.federation.test), Layout.from_json(layout))
     masked = Trainer(plan).execute(job, [wire.encode(after * wire.top_mask(before, 0.1))])
@@ -237,19 +237,6 @@ def test_resume_of_a_finished_run_changes_nothing(tiny, tmp_path):
     again = rayfed.run(tiny(), out=tmp_path / "run", resume=True)
     assert {p: p.read_bytes() for p in again.out.rglob("*") if p.is_file() and p.name != "events.log"} == before
     assert again.summary == first.summary
-
-
-def test_resume_refuses_damaged_tensors_and_torn_json(tiny, tmp_path):
-    out = rayfed.run(tiny(), out=tmp_path / "run").out
-    newest = out / "checkpoints" / "round-000002"
-    data = bytearray((newest / "state.safetensors").read_bytes())
-    data[-1] ^= 1
-    (newest / "state.safetensors").write_bytes(data)
-    with pytest.raises(UserError, match="damaged"):
-        rayfed.run(tiny(), out=out, resume=True)
-    (newest / "checkpoint.json").write_text('{"round": 2')
-    with pytest.raises(UserError, match="damaged"):
-        rayfed.run(tiny(), out=out, resume=True)
 
 
 def test_checkpoints_are_thinned_and_hold_no_pickle(tiny, tmp_path):

@@ -47,7 +47,8 @@ SECTIONS = {
     ),
     "the logarithm of 0": (
         {"parameters": {"client.lr": {"loguniform": [0, 1]}}},
-        "sweep.parameters.client.lr.loguniform: got [0, 1], but it should be [low, high] with low < high, both above 0",
+        "sweep.parameters.client.lr.loguniform: got [0, 1], but it should be [low, high] with low < high, both "
+        "in [1e-30, 1e+30]",
     ),
     "no cases": ({"cases": []}, "sweep.cases: got [], but it needs at least one case"),
     "a case that is no mapping": ({"cases": ["flasc"]}, "sweep.cases.1: got 'flasc', but a case is a mapping"),
@@ -76,7 +77,8 @@ SECTIONS = {
     ),
     "a wrong value in one trial": (
         {"parameters": {"client.lr": {"grid": [0.1, -1]}, "seed": {"grid": [0, 1]}}},
-        "client.lr: got -1, but it should be a number above 0 (trials client.lr=-1, seed=0; client.lr=-1, seed=1)",
+        "client.lr: got -1, but it should be a number in [1e-30, 1e+30] (trials client.lr=-1, seed=0; "
+        "client.lr=-1, seed=1)",
     ),
     "an unknown setting": (
         {"parameters": {"client.lrr": {"grid": [1, 2, 3, 4]}}},
@@ -88,7 +90,7 @@ SECTIONS = {
     ),
     "a search without its length": (
         {"search": {"kind": "flasc"}},
-        "sweep.search.rounds: missing, and there is no default; it should be an integer above 0",
+        "sweep.search.rounds: missing, and there is no default; it should be an integer in [1, 999999]",
     ),
     "a search of another kind": (
         {"search": {"kind": "grid", "rounds": 1}},
@@ -200,7 +202,7 @@ SECTIONS = {
     ),
     "pbt and a wrong choice": (
         {"search": {"kind": "pbt", "rounds": 2}, "parameters": {"client.steps": {"choice": [2, 1.5]}}},
-        "client.steps: got 1.5, but it should be an integer above 0 or null (trial client.steps=1.5",
+        "client.steps: got 1.5, but it should be an integer in [1, 100000] or null (trial client.steps=1.5",
     ),
     "a search and a grid": (
         {"search": {"kind": "flasc", "rounds": 1}, "parameters": RATES},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from sweep_files import planned, statuses
 
 import rayfed
 from rayfed.errors import RunError, UserError
+from rayfed.run_directory import locked
 from rayfed.sweeps.sweep import run_sweep
-from rayfed.sweeps.trial import in_one_line, locked, outcome_file, read_outcome, run_trial, trial_folder
+from rayfed.sweeps.trial import in_one_line, outcome_file, read_outcome, run_trial, trial_folder
 from rayfed.tracking import read_metrics
 
 
@@ -126,8 +128,10 @@ def test_a_damaged_record_is_one_line(sweep_file, tmp_path: Path) -> None:
 
 def test_a_sweep_has_one_process_at_a_time(sweep_file, tmp_path: Path) -> None:
     path, out = sweep_file({"parameters": {"seed": {"grid": [0]}}}), tmp_path / "out"
-    with locked(out, ""), pytest.raises(RunError, match="is in use by another sweep"):
-        run_sweep(path, out=out)
+    with ThreadPoolExecutor(1) as other, locked(out):
+        error = other.submit(run_sweep, path, out=out).exception()
+    assert isinstance(error, UserError)
+    assert str(error) == f"--out: got {str(out)!r}, but another process is using it"
 
 
 def test_ctrl_c_leaves_a_sweep_that_can_be_resumed(sweep_file, tmp_path: Path, monkeypatch, capsys) -> None:

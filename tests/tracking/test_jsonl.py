@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -92,6 +93,35 @@ def test_a_line_is_synced_before_round_returns(tmp_path: Path, monkeypatch: pyte
         assert synced[-1] == sink.path.read_bytes()
         assert synced[-1].count(b"\n") == number
     sink.close()
+
+
+def test_a_line_of_which_the_disk_took_a_part_is_completed_or_its_file_named(tmp_path: Path) -> None:
+    class Slow:
+        """Takes three bytes a call, and refuses after ``room`` bytes."""
+
+        def __init__(self, room: int) -> None:
+            self.room, self.data = room, b""
+
+        def write(self, line: bytes) -> int:
+            if self.room <= 0:
+                raise OSError(28, "No space left on device")
+            self.room -= 3
+            self.data += line[:3]
+            return len(line[:3])
+
+        def fileno(self) -> int:
+            return real.fileno()
+
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink.start(RunInfo("a", tmp_path, "", {}, 1))
+    real: Any = sink._file
+    sink._file = slow = cast(Any, Slow(1000))
+    sink.round({"round": 1})
+    assert slow.data == b'{"round": 1}\n'
+    sink._file = cast(Any, Slow(6))
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
+        sink.round({"round": 2})
+    real.close()
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 5])

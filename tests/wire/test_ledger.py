@@ -1,5 +1,7 @@
+import contextlib
 import itertools
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,8 @@ import pytest
 import torch
 
 from rayfed.wire import Ledger, Sizes, encode
+from rayfed.wire.ledger import COLUMNS
+from bit_flips import flipped
 
 
 def traffic(rounds: int = 4, clients: int = 5) -> list[tuple[int, int, str, bytes]]:
@@ -57,16 +61,24 @@ def test_totals_are_the_lengths_of_what_travelled():
     assert ledger.totals(99)["bytes/up"] == 0
 
 
-def test_table_columns():
-    table = filled(traffic()).table()
-    integer = {
-        name: pa.int64() for name in ("client", "bytes", "values", "bytes_header", "bytes_indices", "bytes_values")
-    }
-    types = {field.name: field.type for field in table.schema}
-    assert types == {"round": pa.int32(), "direction": pa.dictionary(pa.int32(), pa.string()), **integer}
-    parts = [table[name].to_numpy() for name in ("bytes_header", "bytes_indices", "bytes_values")]
-    np.testing.assert_array_equal(sum(parts), table["bytes"].to_numpy())
-    assert Ledger().table().schema == table.schema
+def test_rows_are_those_of_the_payloads_with_their_checksums():
+    sent = traffic()
+    rows = filled(sent).rows(1, 2)
+    assert rows.dtype == np.int64
+    assert rows.shape == (20, len(COLUMNS))
+    expected_rows = sorted(
+        [round, client, ("down", "up").index(direction), len(payload), zlib.crc32(payload[:27] + payload[31:])]
+        for round, client, direction, payload in sent
+        if round in (1, 2)
+    )
+    assert rows[:, [0, 1, 2, 3, -1]].tolist() == expected_rows
+    np.testing.assert_array_equal(rows[:, 5:8].sum(1), rows[:, 3])
+
+
+def table(sent: list[tuple[int, int, str, bytes]], folder: Path) -> pa.Table:
+    """All rows, written at once."""
+    filled(sent).write(folder)
+    return pq.read_table(folder)
 
 
 def written(folder: Path, sent: list[tuple[int, int, str, bytes]], every: int, ledger: Ledger | None = None) -> Ledger:
@@ -93,20 +105,23 @@ def test_the_folder_is_one_table_for_pyarrow_and_pandas(tmp_path):
     parts = [f"part-00000{round}.parquet" for round in (1, 3, 5, 7, 8)]
     assert sorted(files(folder)) == [".part-000010.parquet.7.partial", *parts]
     assert pq.ParquetFile(folder / parts[0]).metadata.row_group(0).column(3).compression == "ZSTD"
-    table = filled(sent).table()
-    assert pq.read_table(folder).schema.equals(table.schema)
-    assert pq.read_table(folder).equals(table)
+    whole = table(sent, tmp_path / "whole")
+    types = {name: pa.int64() for name in COLUMNS} | {
+        "round": pa.int32(), "direction": pa.dictionary(pa.int32(), pa.string())
+    }  # fmt: skip
+    assert {field.name: field.type for field in whole.schema} == types
+    assert pq.read_table(folder).equals(whole)
     assert same_totals(Ledger.read(folder), ledger)
-    rows = [tuple(row.values()) for row in table.to_pylist()]
+    rows = [tuple(row.values()) for row in whole.to_pylist()]
     assert rows == sorted(rows)  # "down" before "up"
     pandas = pytest.importorskip("pandas")
-    pandas.testing.assert_frame_equal(pandas.read_parquet(folder), table.to_pandas())
+    pandas.testing.assert_frame_equal(pandas.read_parquet(folder), whole.to_pandas())
 
 
 def test_a_write_forgets_its_rows_and_changes_no_earlier_part(tmp_path):
     ledger = written(tmp_path, traffic()[:20], 2)
     before = files(tmp_path)
-    assert len(ledger.table()) == 0
+    assert len(ledger.rows()) == 0
     ledger.write(tmp_path)
     assert files(tmp_path) == before
     filled(traffic()[20:], ledger).write(tmp_path)
@@ -130,10 +145,19 @@ def test_a_write_that_fails_leaves_no_file_and_keeps_the_rows(tmp_path, monkeypa
     assert len(pq.read_table(tmp_path)) == 40
 
 
-def test_neither_table_nor_file_depends_on_the_order_of_arrival(tmp_path):
+def test_a_write_up_to_a_round_leaves_the_later_rows(tmp_path):
+    sent = traffic()
+    ledger = filled(sent)
+    ledger.write(tmp_path, 1)
+    assert list(files(tmp_path)) == ["part-000001.parquet"]
+    np.testing.assert_array_equal(ledger.rows(), filled(sent).rows(2))
+    ledger.write(tmp_path)
+    assert pq.read_table(tmp_path).equals(table(sent, tmp_path / "whole"))
+
+
+def test_neither_rows_nor_file_depend_on_the_order_of_arrival(tmp_path):
     sent = traffic()
     one, other = filled(sent), filled([sent[i] for i in np.random.default_rng(1).permutation(len(sent))])
-    assert one.table().equals(other.table())
     one.write(tmp_path / "one")
     other.write(tmp_path / "other")
     assert files(tmp_path / "one") == files(tmp_path / "other")
@@ -144,36 +168,46 @@ def test_equal_keys_are_ordered_by_the_other_columns():
     ledger = Ledger()
     for header, indices in pairs:
         ledger.add_sizes(round=1, client=1, direction="up", sizes=Sizes(1, 1, header, indices, 50 - header - indices))
-    assert [(row["bytes_header"], row["bytes_indices"]) for row in ledger.table().to_pylist()] == sorted(pairs)
+    assert [(header, indices) for header, indices in ledger.rows()[:, 5:7].tolist()] == sorted(pairs)
 
 
 def test_an_empty_ledger_is_written_and_read(tmp_path):
     folder = tmp_path / "ledger.parquet"
-    assert Ledger.resume(folder, 0).total_bytes == 0
+    Ledger.truncate(folder, 0)
     assert not folder.exists()
     Ledger().write(folder)
-    assert pq.read_table(folder).equals(Ledger().table())
-    assert Ledger.resume(folder, 0).total_bytes == Ledger.read(folder).total_bytes == 0
-    assert len(filled(traffic(), Ledger.read(folder)).table()) == 40
+    assert len(pq.read_table(folder)) == 0
+    assert Ledger.read(folder).total_bytes == 0
+    assert len(filled(traffic(), Ledger.read(folder)).rows()) == 40
 
 
-@pytest.mark.parametrize("every", [1, 3, 9])  # with 3 and 9 a part may hold rounds before and after the checkpoint
-@pytest.mark.parametrize("last", [-1, 0, 2, 3, 50])
+@pytest.mark.parametrize(("every", "last"), [(1, -1), (1, 0), (1, 3), (1, 50), (3, 2), (3, 5)])
 def test_a_resumed_ledger_goes_on_as_if_never_stopped(tmp_path, last, every):
     sent = traffic(rounds=9)
     sooner = [row for row in sent if row[0] <= last]
-    written(tmp_path, sent, every)
+    checksum = written(tmp_path, sent, every).checksum
     before = files(tmp_path)
-    assert same_totals(Ledger.read(tmp_path), filled(sent))
+    assert same_totals(Ledger.read(tmp_path, last), filled(sooner))
     assert files(tmp_path) == before  # reading removes nothing
-    resumed = Ledger.resume(tmp_path, last)
+    Ledger.truncate(tmp_path, last)
+    resumed = Ledger.read(tmp_path)
     assert same_totals(resumed, filled(sooner))
-    assert not sooner or pq.read_table(tmp_path).equals(filled(sooner).table())
     written(tmp_path, sent[len(sooner) :], every, resumed)
-    assert pq.read_table(tmp_path).equals(filled(sent).table())
+    assert files(tmp_path) == before
     assert same_totals(resumed, filled(sent))
-    if every == 1:
-        assert files(tmp_path) == before
+    assert resumed.checksum == checksum == Ledger.read(tmp_path).checksum
+
+
+def test_the_checksum_sees_every_change_of_a_part(tmp_path):
+    checksum = written(tmp_path, traffic(), 1).checksum
+    part = tmp_path / "part-000001.parquet"
+    data = part.read_bytes()
+    for bad in flipped(data, 50):
+        part.write_bytes(bad)
+        with contextlib.suppress(ValueError):
+            assert Ledger.read(tmp_path).checksum != checksum
+    part.unlink()
+    assert Ledger.read(tmp_path).checksum != checksum
 
 
 def test_a_part_that_is_no_ledgers_is_refused_by_name(tmp_path):
@@ -194,7 +228,8 @@ def test_a_part_that_is_no_ledgers_is_refused_by_name(tmp_path):
 
 
 def test_parts_with_many_row_groups_are_read(tmp_path):
-    pq.write_table(filled(traffic()).table(), tmp_path / "part-000003.parquet", row_group_size=7)
+    whole = table(traffic(), tmp_path)
+    pq.write_table(whole, tmp_path / "part-000003.parquet", row_group_size=7)
     assert same_totals(Ledger.read(tmp_path), filled(traffic()))
 
 

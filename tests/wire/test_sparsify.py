@@ -58,14 +58,17 @@ def test_top_k_refuses_what_has_no_order(bad, k):
 def test_keep_count_is_the_float_product_of_the_paper():
     assert keep_count(100, 0.29) == 28  # 0.29 * 100 is 28.999999999999996
     assert keep_count(600_000, 1 / 64) == 9375
-    assert keep_count(3, 0.25) == 0
-    assert keep_count(0, 0.5) == 0
     assert keep_count(7, 1) == 7
+
+
+def test_at_least_one_entry_travels():
+    assert keep_count(3, 0.25) == keep_count(3, 0.0) == keep_count(1, 5e-324) == 1
+    assert keep_count(0, 0.5) == 0
 
 
 @given(st.integers(0, 10**9), st.floats(0, 1, exclude_min=True))
 def test_keep_count_stays_in_range(n, density):
-    assert 0 <= keep_count(n, density) <= n
+    assert min(n, 1) <= keep_count(n, density) <= n
 
 
 @given(st.integers(0, 300), st.floats(0.01, 1), st.integers(0, 1000))
