@@ -67,9 +67,4 @@ _SHORT.maxstring = _SHORT.maxother = 240
 def first_line(error: BaseException, limit: int = 200) -> str:
     """The first non-empty line of the error's text, at most ``limit`` characters; the class name if there is none."""
     lines = (line.strip() for line in str(error).splitlines())
-    return printable(next(filter(None, lines), type(error).__name__), limit)
-
-
-def printable(text: str, limit: int = 200) -> str:
-    """At most ``limit`` characters of a text from outside. Line ends and terminal sequences are escaped, as by repr."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:limit])[:limit]
+    return next(filter(None, lines), type(error).__name__)[:limit]

@@ -378,7 +378,7 @@ def _weights() -> list[BadInput]:
         BadInput(
             "weights: header no JSON", "model", _bytes("model.safetensors", b"\4" + bytes(7) + b"{oop"), "cannot be"
         ),
-        BadInput("weights: pickled", "model", pickled, "pickled weights (pytorch_model.bin) are never loaded"),
+        BadInput("weights: pickled", "model", pickled, "pickled weights ('pytorch_model.bin') are never loaded"),
         BadInput("weights: pickled beside others", "model", pickled_beside, "cannot be loaded"),
         BadInput("weights: none", "model", _without("model.safetensors"), "holds no *.safetensors"),
     ]

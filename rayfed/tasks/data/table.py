@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rayfed.errors import printable
-
 SPLITS = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}
 """The splits, and the names that files and hub data sets may give them."""
 
@@ -33,5 +31,5 @@ class Source:
 
 def listed(names: Iterable[str], most: int = 10) -> str:
     """The first names from outside, for error messages: `a, b, c, ...`; "nothing" if there are none."""
-    shown = [printable(name, 40) for name in names]
+    shown = [(name if name.isprintable() else repr(name)[1:-1])[:40] for name in (name[:40] for name in names)]
     return ", ".join([*shown[:most], "..."] if len(shown) > most else shown) or "nothing"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from rayfed import seeding
 from rayfed.config.task import Model
-from rayfed.errors import UserError, allowed, printable
+from rayfed.errors import UserError, allowed
 from rayfed.tasks.models.folder import check_folder, check_name, check_weights
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def _or_refuse(settings: Model, load: Callable[[], Any]) -> Any:
             # A panic of the tokenizers' Rust code is no Exception.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            reason = printable(" ".join(str(error).split()) or type(error).__name__, 300)
+            reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
             raise allowed("model.name", settings.name, f"it cannot be loaded: {reason}") from None
 
 

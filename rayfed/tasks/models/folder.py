@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rayfed.config.task import Model
-from rayfed.errors import allowed, first_line, printable
+from rayfed.errors import allowed, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -47,10 +47,10 @@ def check_folder(settings: Model, folder: Path) -> None:
         raise allowed("model.name", settings.name, "its config.json is not an object {...}")
     for key, value in config.items():
         if key.startswith(("num_", "n_")) and isinstance(value, int) and value > MOST_COUNT:
-            what = f"its config.json has {printable(key, 40)}={printable(str(value), 40)}"
+            what = f"its config.json has {key!r:.40}: {value!r:.40}"
             raise allowed("model.name", settings.name, f"{what}, and at most {MOST_COUNT} is allowed")
         if key.endswith("attn_implementation") and "/" in str(value) and not settings.trust_remote_code:
-            what = f"its config.json takes attention kernels from the hub ({printable(str(value), 40)})"
+            what = f"its config.json takes attention kernels from the hub ({value!r:.40})"
             raise allowed("model.name", settings.name, f"{what}, which needs model.trust_remote_code=true")
 
 
@@ -62,7 +62,7 @@ def check_weights(settings: Model, folder: Path, config: PretrainedConfig, loade
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(PICKLED))
-        what = f"pickled weights ({printable(pickled[0])}) are never loaded; save" if pickled else "save"
+        what = f"pickled weights ({pickled[0]!r:.40}) are never loaded; save" if pickled else "save"
         raise allowed("model.name", settings.name, f"this folder holds no *.safetensors: {what} the model with those")
     tensors = entries = 0
     for file in files:

@@ -205,9 +205,9 @@ def test_only_files_are_opened(tmp_path: Path) -> None:
         pipe.rmdir() if pipe.is_dir() else pipe.unlink()
 
 
-@pytest.mark.parametrize("path", ["x" * 500, "~nobody-at-all/data", "a\0b"])
+@pytest.mark.parametrize("path", ["x" * 500, "~nobody-at-all/data"])
 def test_a_path_that_no_file_can_have_is_refused(path: str) -> None:
-    with pytest.raises(UserError, match=r"^data.path: got '.*', but (it cannot be read|there is no such file)"):
+    with pytest.raises(UserError, match=r"^data.path: got '.*', but it cannot be read"):
         read_files(Data(source="files", path=path))
 
 
