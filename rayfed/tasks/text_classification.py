@@ -19,7 +19,7 @@ from rayfed.config.task import Data, Model, Partition, Problem
 from rayfed.errors import UserError, allowed
 from rayfed.tasks.base import Metric, Task
 from rayfed.tasks.data.federation import Federation
-from rayfed.tasks.models.base import FrozenBase, load_base, load_tokenizer, longest_input, model_path
+from rayfed.tasks.models.base import FrozenBase, load_base, load_tokenizer, longest_input, model_path, vocabulary
 from rayfed.tasks.models.cache import shared_base
 from rayfed.tasks.models.unpadded import Padded, Unpadded, choose_batching
 
@@ -62,9 +62,9 @@ class TextClassification(Task):
         data = load_data(self.data, self.seed)
         parts = partition(data.train.labels, data.train.owners, self.partition, self.seed)
         cut, limit = self.data.max_tokens, longest_input(self.model)
-        tokenizer = load_tokenizer(self.model)
+        tokenizer, words = load_tokenizer(self.model), vocabulary(self.model)
         train, validation, test = (
-            tokenize(split, tokenizer, cut) for split in (data.train, data.validation, data.test)
+            tokenize(split, tokenizer, cut, words) for split in (data.train, data.validation, data.test)
         )
         longest = max(int(split.lengths.max(initial=0)) for split in (train, validation, test))
         if limit is not None and longest > limit:

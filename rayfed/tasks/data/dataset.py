@@ -6,6 +6,7 @@ splits that the source lacks. Every error names the file, the column and the row
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import reprlib
@@ -18,11 +19,18 @@ import numpy as np
 from rayfed import seeding
 from rayfed.config.task import Data
 from rayfed.errors import UserError, allowed
-from rayfed.tasks.data.table import SPLITS, Source, Table
+from rayfed.tasks.data.table import SPLITS, Source, Table, listed
 
 SOURCE_FIELD = {"stdlib": "data.source", "files": "data.path", "hub": "data.name"}
 """The setting that names the source, by `data.source`."""
 SURROGATE = re.compile(r"[\ud800-\udfff]")
+UNPRINTABLE = re.compile(r"[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, terminal sequences among them; line ends; marks that reverse the direction of writing; halves of
+surrogate pairs."""
+NAME_LENGTH = 200
+NAMES = f"are integers or strings, of 64 bits or of 1 to {NAME_LENGTH} printable characters"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +40,8 @@ class Split:
     texts: list[str]
     labels: np.ndarray  # (n,) int64, indices into TextData.classes
     owners: np.ndarray | None = None  # (n,) str: the client of each row; None without data.client or without its column
+    origin: str = "the split"  # where the rows come from, for error messages
+    numbers: np.ndarray | None = None  # (n,) int64: the rows' numbers there, from 0; None: 0 to n - 1
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -39,7 +49,12 @@ class Split:
     def take(self, rows: np.ndarray) -> Split:
         """The split with only these rows (indices), in this order."""
         owners = None if self.owners is None else self.owners[rows]
-        return Split([self.texts[i] for i in rows.tolist()], self.labels[rows], owners)
+        numbers = rows if self.numbers is None else self.numbers[rows]
+        return Split([self.texts[i] for i in rows.tolist()], self.labels[rows], owners, self.origin, numbers)
+
+    def place(self, row: int) -> str:
+        """Where the source has this row (an index), for error messages: rows count from 1 there."""
+        return f"{self.origin}, row {(row if self.numbers is None else int(self.numbers[row])) + 1}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +76,9 @@ def load_data(settings: Data, seed: int) -> TextData:
     is drawn from the training rows (purpose "split"): first the test, floor(data.test * n) rows, then the validation,
     floor(data.validation * rest) rows. All rows stay in the order of the source.
 
-    Raises UserError if a column is missing, a label is neither an integer nor a string, integers and strings are mixed,
-    a text is not a string, there is only one class, or train or test is empty in the end.
+    Empty texts are rows like others; their number is logged as a warning. Raises UserError if a column is missing, a
+    label or client is neither an integer of 64 bits nor a string of 1 to 200 printable characters, integers and strings
+    are mixed, a text is not a string, there is only one class, or train or test is empty in the end.
     """
     source = _read(settings)
     tables = {name: source.tables[name] for name in SPLITS if name in source.tables}
@@ -72,7 +88,9 @@ def load_data(settings: Data, seed: int) -> TextData:
             raise UserError(f"{field}: {table.origin} holds no rows")
     labels, classes = _labels(tables, settings.label, source.class_names)
     splits = {
-        name: Split(_texts(table, settings.text), labels[name], _owners(table, settings.client, name == "train"))
+        name: Split(
+            _texts(table, settings.text), labels[name], _owners(table, settings.client, name == "train"), table.origin
+        )
         for name, table in tables.items()
     }
     splits = _draw_missing(_limit(splits, settings.examples, seed), settings, seed)
@@ -103,7 +121,7 @@ def _read(settings: Data) -> Source:
 def _column(table: Table, name: str, setting: str, valid: Callable[[Any], bool], what: str) -> list[Any]:
     """A column of the table. UserError if there is none, or for its first value that is not ``valid``."""
     if name not in table.columns:
-        raise allowed(setting, name, f"{table.origin} has the columns {', '.join(table.columns)}")
+        raise allowed(setting, name, f"{table.origin} has the columns {listed(table.columns)}")
     for row, value in enumerate(table.columns[name], 1):
         if not valid(value):
             place = f"{table.origin}, column {name!r}, row {row}"
@@ -111,20 +129,28 @@ def _column(table: Table, name: str, setting: str, valid: Callable[[Any], bool],
     return table.columns[name]
 
 
-def _integer_or_string(value: object) -> bool:
-    return isinstance(value, int | str) and not isinstance(value, bool)
+def _is_name(value: object) -> bool:
+    """Whether the value can be a label or a client: it is shown in terminals, reports and file names."""
+    if isinstance(value, str):
+        return 0 < len(value) <= NAME_LENGTH and not value.isspace() and not UNPRINTABLE.search(value)
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def _texts(table: Table, column: str) -> list[str]:
     _column(table, column, "data.text", lambda text: isinstance(text, str), "texts are strings")
     # JSON can contain half a surrogate pair, which tokenizers reject.
-    return _column(table, column, "data.text", lambda text: not SURROGATE.search(text), "texts are valid Unicode")
+    texts = _column(table, column, "data.text", lambda text: not SURROGATE.search(text), "texts are valid Unicode")
+    empty = [row for row, text in enumerate(texts, 1) if not text or text.isspace()]
+    if empty:
+        count = f"{len(empty)} of {len(texts)} texts in {table.origin}"
+        log.warning("data.text: %s are empty; the first is row %d", count, empty[0])
+    return texts
 
 
 def _owners(table: Table, column: str | None, required: bool) -> np.ndarray | None:
     if column is None or (column not in table.columns and not required):
         return None  # only training rows are partitioned, so only they need the column
-    owners = _column(table, column, "data.client", _integer_or_string, "owners are integers or strings")
+    owners = _column(table, column, "data.client", _is_name, f"owners {NAMES}")
     return np.array([str(owner) for owner in owners], dtype=np.str_)
 
 
@@ -132,9 +158,12 @@ def _labels(
     tables: dict[str, Table], column: str, class_names: tuple[str, ...] | None
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """The labels of each split as class indices, and the class names."""
+    for name in class_names or ():
+        if not _is_name(name):
+            raise allowed("data.label", name[:NAME_LENGTH], f"names of classes {NAMES}")
     first: dict[type, str] = {}  # the first label of each type, and its place
     for table in tables.values():
-        labels = _column(table, column, "data.label", _integer_or_string, "labels are integers or strings")
+        labels = _column(table, column, "data.label", _is_name, f"labels {NAMES}")
         if class_names is not None:
             known, last = range(len(class_names)), len(class_names) - 1
             _column(table, column, "data.label", known.__contains__, f"labels of this data set are 0 to {last}")

@@ -8,19 +8,28 @@ drawn from it.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import re
-import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rayfed.config.task import Data
 from rayfed.errors import UserError, allowed, first_line
-from rayfed.tasks.data.table import SPLITS, Source, Table
+from rayfed.tasks.data.table import SPLITS, Source, Table, listed
 
-INTEGER = re.compile(r"[+-]?\d+")
+if TYPE_CHECKING:
+    import pyarrow
+    from pyarrow import parquet
+
+INTEGER = re.compile(r"[+-]?\d{1,30}")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+NO_NUMBER = re.compile(r"nan|n/?a|null|none|true|false|[+-]?inf(inity)?", re.IGNORECASE)
+"""What programs write into a column of numbers where there is none."""
+MOST_ROW_BYTES = 2**24
+MOST_RATIO = 100  # of decoded to compressed bytes: texts reach 3 to 20
+SMALL = 2**23  # decoded bytes that are no danger, whatever the ratio
 Columns = dict[str, list[Any]]
 
 
@@ -29,16 +38,24 @@ def read_files(settings: Data) -> Source:
 
     JSON lines: one object per line; blank lines are skipped; a key that a row lacks is null. CSV: UTF-8 with a header;
     all columns are text, except that a label column of only integers is read as integers, and one of only numbers as
-    numbers. Raises UserError, with the file and if possible the line, if something is missing or malformed.
+    numbers. A row of JSON or CSV has at most 16 MiB. Compressed data of more than 8 MiB are at most 100 times as large
+    as their file.
+
+    Raises UserError, with the file and if possible the line or row, if something is missing, malformed or too large.
     """
     assert settings.path is not None  # checked by the settings
-    path = Path(settings.path).expanduser()
-    if not path.exists():
+    path = Path(settings.path)
+    try:
+        path = path.expanduser()
+        found = path.exists()
+    except (OSError, RuntimeError) as error:  # the name is too long; ~user without such a user
+        raise allowed("data.path", settings.path, f"it cannot be read: {first_line(error)}") from None
+    if not found:
         raise allowed("data.path", settings.path, "there is no such file or folder")
     if path.is_dir():
         files = {split: file for split in SPLITS if (file := _split_file(path, split)) is not None}
         if "train" not in files:
-            present = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
+            present = listed(sorted(entry.name for entry in path.iterdir()))
             what = f"the folder needs a train file ({', '.join('train' + ending for ending in READERS)}); it holds"
             raise allowed("data.path", settings.path, f"{what} {present}")
     else:
@@ -57,7 +74,7 @@ def _split_file(folder: Path, split: str) -> Path | None:
     found = [
         entry
         for entry in sorted(folder.iterdir())
-        if entry.is_file() and (ending := _ending(entry)) and entry.name[: -len(ending)].lower() in SPLITS[split]
+        if (ending := _ending(entry)) and entry.name[: -len(ending)].lower() in SPLITS[split]
     ]
     if len(found) > 1:
         names = " and ".join(entry.name for entry in found)
@@ -68,24 +85,69 @@ def _split_file(folder: Path, split: str) -> Path | None:
 def _read(path: Path, settings: Data) -> Columns:
     ending = _ending(path)
     assert ending is not None
+    if not path.is_file():  # to open a pipe would wait for ever
+        raise UserError(f"data.path: {path} is not a file: it is a folder, a pipe, a device or a broken link")
     try:
         return READERS[ending](path, settings)
     except UserError:
         raise
-    # pyarrow raises ValueError and OSError; a truncated or corrupt gzip file raises one of the others.
-    except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"data.path: {path} cannot be read: {first_line(error)}") from error
+    except Exception as error:  # pyarrow, gzip and zlib raise many kinds
+        reason = first_line(error)
+        if "straddl" in reason:  # pyarrow's word for a row longer than a block
+            reason = f"a row of more than {MOST_ROW_BYTES} bytes, or a quote that never closes"
+        raise UserError(f"data.path: {path} cannot be read: {reason}") from error
+
+
+class _Stream(io.RawIOBase):
+    """The bytes of a file, decompressed if it is gzipped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.gzipped = path.name.lower().endswith(".gz")
+        self.stream = gzip.open(path) if self.gzipped else path.open("rb")  # noqa: SIM115  # closed by `close`
+        self.decoded = 0
+        self.tail = b""  # the last bytes that were read
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self.stream.readinto(buffer)
+        self.decoded += count
+        self.tail = (self.tail + bytes(memoryview(buffer)[:count][-64:]))[-64:]
+        if self.gzipped:
+            _check_size(self.path, self.decoded)
+        return count
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
+
+
+def _check_size(path: Path, decoded: int) -> None:
+    """UserError if the file's content is so much larger than the file that it must be meant to fill the memory."""
+    if decoded > max(SMALL, MOST_RATIO * path.stat().st_size):
+        raise UserError(
+            f"data.path: {path} holds more than {MOST_RATIO} times its own size, {decoded} bytes or more; "
+            "if that is right, decompress it first"
+        )
 
 
 def _jsonl(path: Path, settings: Data) -> Columns:
     rows: list[dict[str, Any]] = []
-    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+    with io.BufferedReader(_Stream(path), 2**20) as file:
+        for number, line in enumerate(iter(lambda: file.readline(MOST_ROW_BYTES + 1), b""), 1):
+            if len(line) > MOST_ROW_BYTES:
+                raise UserError(f"data.path: {path}, line {number} has more than {MOST_ROW_BYTES} bytes")
+            if line.isspace():
+                continue
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                row = json.loads(text) if text.strip() else None
+                row = json.loads(text, object_pairs_hook=_object) if text.strip() else None
             except ValueError as error:  # not UTF-8, or not JSON
-                raise UserError(f"data.path: {path}, line {number} is not JSON: {error}") from error
+                raise UserError(f"data.path: {path}, line {number} is not JSON: {first_line(error)}") from error
+            except RecursionError:
+                raise UserError(f"data.path: {path}, line {number} is nested too deeply") from None
             if isinstance(row, dict):
                 rows.append(row)
             elif text.strip():
@@ -94,50 +156,124 @@ def _jsonl(path: Path, settings: Data) -> Columns:
     return _columns(list(names), settings, lambda name: [row.get(name) for row in rows], len(rows))
 
 
-def _csv(path: Path, settings: Data) -> Columns:
-    import pyarrow
-    from pyarrow import csv
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError if a key is there twice: JSON does not say which value is meant."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return row
 
-    # Read as strings: pyarrow would turn texts into dates and the client 007 into 7. With more than one thread, errors
-    # do not name the row.
-    as_text = {name: pyarrow.string() for name in (settings.text, settings.label, settings.client) if name}
-    with pyarrow.input_stream(str(path)) as stream:
-        table = csv.read_csv(
-            stream,
-            read_options=csv.ReadOptions(use_threads=False),
-            parse_options=csv.ParseOptions(newlines_in_values=True),
-            convert_options=csv.ConvertOptions(column_types=as_text, strings_can_be_null=False),
-        )
-    columns = _columns(table.column_names, settings, lambda name: table.column(name).to_pylist(), table.num_rows)
+
+def _csv(path: Path, settings: Data) -> Columns:
+    with io.BufferedReader(_Stream(path), 2**20) as file:
+        names = _csv_reader(file).schema.names
+    cells: dict[str, list[str]] = {name: [] for name in names if name in _wanted(settings)}
+    rows = 0
+    last = b""  # the last cell of the last row
+    stream = _Stream(path)
+    with io.BufferedReader(stream, 2**20) as file:
+        for batch in _csv_reader(file, [*dict.fromkeys([*cells, names[-1]])]):
+            for name, column in cells.items():
+                for value in batch.column(name).to_pylist():
+                    try:
+                        column.append(value.decode())
+                    except UnicodeDecodeError as error:
+                        place = f"{path}, column {name!r}, row {len(column) + 1}"
+                        raise UserError(f"data.path: {place} is not UTF-8: {error.reason}") from None
+            rows += batch.num_rows
+            last = batch.column(names[-1])[-1].as_py() if batch.num_rows else last
+    # pyarrow takes the end of the file for the missing quote. All rows after the open one are then in that cell.
+    if b"\n" in last and not stream.tail.rstrip(b"\r\n").endswith(b'"'):
+        raise UserError(f"data.path: {path}, row {rows} opens a quote that never closes")
+    columns = _columns(names, settings, cells.__getitem__, rows)
     if settings.label in columns:
         columns[settings.label] = _parse_labels(columns[settings.label])
     return columns
 
 
+def _csv_reader(file: IO[bytes], columns: list[str] | None = None) -> pyarrow.RecordBatchReader:
+    """Reads the columns (None: all) block by block, as bytes.
+
+    Not as values: pyarrow would turn texts into dates and the client 007 into 7. Not as text: it does not say which row
+    is not UTF-8. Without threads, because otherwise it does not say which row has too few cells.
+    """
+    import pyarrow
+    from pyarrow import csv
+
+    as_bytes = {name: pyarrow.binary() for name in columns or ()}
+    return csv.open_csv(
+        file,
+        read_options=csv.ReadOptions(use_threads=False, block_size=MOST_ROW_BYTES),
+        parse_options=csv.ParseOptions(newlines_in_values=True),
+        convert_options=csv.ConvertOptions(
+            column_types=as_bytes, include_columns=columns or [], strings_can_be_null=False
+        ),
+    )
+
+
 def _parse_labels(labels: list[str]) -> list[Any]:
-    """CSV has no types: integers if all labels are integers, numbers if all are numbers, otherwise strings."""
-    if all(INTEGER.fullmatch(label) for label in labels):
-        return [int(label) for label in labels]
-    if all(NUMBER.fullmatch(label) for label in labels):
-        return [float(label) for label in labels]
-    return [label or None for label in labels]  # an empty cell is a missing label
+    """CSV has no types: integers if all labels are integers, numbers if all are numbers, otherwise strings.
+
+    An empty cell is a missing label. `nan`, `true` and the like are no names among numbers, so they stay strings there:
+    the mixture is refused.
+    """
+    values = [_number(label) for label in labels]
+    others = [value for value in values if isinstance(value, str)]
+    numbers = len(others) < len(values) and all(not label or NO_NUMBER.fullmatch(label) for label in others)
+    return [None if label == "" else label for label in (values if numbers else labels)]
+
+
+def _number(label: str) -> int | float | str:
+    if INTEGER.fullmatch(label):
+        return int(label)
+    return float(label) if NUMBER.fullmatch(label) else label
 
 
 def _parquet(path: Path, settings: Data) -> Columns:
-    from pyarrow import parquet
+    from pyarrow import parquet, types
 
     with parquet.ParquetFile(path) as file:
-        return _columns(
-            file.schema_arrow.names,
-            settings,
-            lambda name: file.read(columns=[name]).column(name).to_pylist(),
-            file.metadata.num_rows,
-        )
+        names, meta = file.schema_arrow.names, file.metadata
+        for name, kind in zip(names, file.schema_arrow.types):
+            if name in _wanted(settings) and types.is_nested(kind):
+                raise UserError(f"data.path: {path}, column {name!r} has the type {kind}, but a row has a single value")
+    _check_size(path, 8 * meta.num_rows)  # the least that Python values need
+    return _columns(names, settings, lambda name: _parquet_column(path, meta, name), meta.num_rows)
+
+
+def _parquet_column(path: Path, meta: parquet.FileMetaData, name: str) -> list[Any]:
+    """The values of a column. Equal strings of a row group share their memory, as in the file."""
+    from pyarrow import parquet, types
+
+    index = next(i for i in range(meta.num_columns) if meta.schema.column(i).path == name)
+    size = sum(meta.row_group(group).column(index).total_uncompressed_size for group in range(meta.num_row_groups))
+    _check_size(path, size)
+    shared = [name] if size < 2**31 else []  # pyarrow's dictionaries hold fewer bytes than that
+    values: list[Any] = []
+    decoded = 0
+    with parquet.ParquetFile(path, metadata=meta, read_dictionary=shared) as file:
+        for group in range(meta.num_row_groups):
+            for chunk in file.read_row_group(group, columns=[name]).column(name).chunks:
+                if not types.is_dictionary(chunk.type):
+                    values += chunk.to_pylist()
+                    continue
+                words = chunk.dictionary.to_pylist()
+                found = [None if i is None else words[i] for i in chunk.indices.to_pylist()]
+                decoded += sum(len(word) for word in found if isinstance(word, str))
+                _check_size(path, decoded)
+                values += found
+    return values
+
+
+def _wanted(settings: Data) -> set[str]:
+    """The columns that the settings name."""
+    return {name for name in (settings.text, settings.label, settings.client) if name}
 
 
 def _columns(names: list[str], settings: Data, column: Callable[[str], list[Any]], rows: int) -> Columns:
     """The columns that the settings name. The other columns are empty: error messages list their names."""
-    wanted = (settings.text, settings.label, settings.client)
+    wanted = _wanted(settings)
     if twice := sorted({name for name in names if name in wanted and names.count(name) > 1}):
         raise UserError(f"data.path: the column {twice[0]!r} is there twice")
     return {name: column(name) if name in wanted else [] for name in names} if rows else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,3 +27,9 @@ class Source:
 
     tables: dict[str, Table]
     class_names: tuple[str, ...] | None = None
+
+
+def listed(names: Iterable[str], most: int = 10) -> str:
+    """The first names from outside, for error messages: `a, b, c, ...`; "nothing" if there are none."""
+    shown = [(name if name.isprintable() else repr(name)[1:-1])[:40] for name in (name[:40] for name in names)]
+    return ", ".join([*shown[:most], "..."] if len(shown) > most else shown) or "nothing"

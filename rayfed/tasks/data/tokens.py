@@ -6,6 +6,8 @@ padding at all. The arrays may be read-only (as those from an object store are),
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -13,13 +15,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from rayfed.errors import allowed
+from rayfed.errors import UserError, allowed, first_line
 from rayfed.tasks.data.dataset import Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK = 1000  # texts per call of the tokenizer: enough for its threads, and few enough for Python lists
+AT_ONCE = 4_000_000  # most characters per call of the tokenizer: enough for its threads, and a few gigabytes
+LONGEST = 1_000_000  # characters of a text that is tokenised whole, if it must be: about 2 seconds
+LOOKAHEAD = 16  # words after a token that may still change it; see `_encode_long`
+WORD_END = re.compile(r"\S(?=[ \n])")  # of the kinds of white space, every tokenizer splits at these two
+
+Encode = Callable[[list[str]], list[list[int]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,27 +68,76 @@ class Tokens:
         return {"input_ids": torch.from_numpy(padded_ids), "attention_mask": attention_mask, "labels": labels}
 
 
-def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Tokens:
+def tokenize(
+    split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int, vocabulary: int | None = None
+) -> Tokens:
     """The split's texts as tokens, each text cut to at most ``max_tokens`` tokens, special tokens included.
 
     ``tokenizer`` has a padding token. A text without any token (an empty text, if the tokenizer adds no special tokens)
     becomes one token: the end, start or padding token, the first of them that exists. Raises UserError if
-    ``max_tokens`` leaves no room for more than the special tokens, or exceeds the length that the tokenizer allows.
+    ``max_tokens`` leaves no room for more than the special tokens, or exceeds the length that the tokenizer allows, or
+    if a text has more than a million characters, and too few spaces to cut it by, or if the tokenizer fails, or gives
+    tokens outside the model's ``vocabulary`` (None: unknown).
     """
     special = tokenizer.num_special_tokens_to_add()
     if max_tokens <= special:  # with a smaller limit, a tokenizer silently cuts nothing
         raise allowed("data.max_tokens", max_tokens, f"the tokenizer alone adds {special} special tokens to each text")
     if max_tokens > tokenizer.model_max_length:
         raise allowed("data.max_tokens", max_tokens, f"the model takes at most {tokenizer.model_max_length} tokens")
+    options = {"return_attention_mask": False, "return_token_type_ids": False}
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        if not texts:  # some tokenizers fail
+            return []
+        try:
+            found = tokenizer(texts, truncation=True, max_length=max_tokens, padding=False, **options)
+        except Exception as error:  # tokenizers raises the class Exception itself
+            what = f"its tokenizer fails on texts of {split.origin}"
+            raise UserError(f"model.name: {what}: {first_line(error)}") from None
+        return found["input_ids"]
+
+    usual = 16 * max_tokens + 2048  # characters; nearly every longer text has more than max_tokens tokens
+    longest = max(LONGEST, 4 * usual)
+    step = max(1, AT_ONCE // usual)
     lists: list[list[int]] = []
-    for start in range(0, len(split), CHUNK):
-        texts = split.texts[start : start + CHUNK]
-        options = {"return_attention_mask": False, "return_token_type_ids": False}
-        lists += tokenizer(texts, truncation=True, max_length=max_tokens, padding=False, **options)["input_ids"]
+    for start in range(0, len(split), step):
+        texts = split.texts[start : start + step]
+        short = iter(encode([text for text in texts if len(text) <= usual]))
+        for row, text in enumerate(texts, start):
+            if len(text) <= usual:
+                lists.append(next(short))
+            elif (ids := _encode_long(text, encode, tokenizer.truncation_side, max_tokens, usual, longest)) is not None:
+                lists.append(ids)
+            else:
+                what = f"a text of more than {longest} characters has spaces between its words: cut it"
+                raise UserError(f"data.text: got {len(text)} characters in {split.place(row)}, but {what}")
     lists = [ids or [_filler(tokenizer)] for ids in lists]
     offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
-    flat = np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(offsets[-1]))
-    return Tokens(flat, offsets, split.labels, int(tokenizer.pad_token_id))
+    flat = np.fromiter(chain.from_iterable(lists), dtype=np.int64, count=int(offsets[-1]))
+    most = vocabulary or np.iinfo(np.int32).max
+    if (largest := int(flat.max(initial=0))) >= most:
+        raise UserError(f"model.name: its tokenizer gives the token {largest}, but the model has {most} tokens")
+    return Tokens(flat.astype(np.int32), offsets, split.labels, int(tokenizer.pad_token_id))
+
+
+def _encode_long(
+    text: str, encode: Encode, truncation_side: str, max_tokens: int, size: int, longest: int
+) -> list[int] | None:
+    """The ids that ``encode`` gives for the whole text, made from as short a prefix as decides them.
+
+    Tokenizers split a text at spaces and line ends, or have no token that reaches over one. A token depends on its own
+    word and, where a pattern looks ahead, on the next words. So a prefix decides the ids if it ends with a word, and
+    already has ``max_tokens`` tokens, the same ones, without its last `LOOKAHEAD` words. Prefixes grow from ``size`` to
+    ``longest`` characters; a text up to ``longest`` is then encoded whole. None if the text is longer.
+    """
+    while size < min(len(text), longest) and truncation_side == "right":
+        ends = [match.end() for match in WORD_END.finditer(text, 0, size)]
+        if len(ends) > LOOKAHEAD:
+            ids, longer = encode([text[: ends[-1 - LOOKAHEAD]], text[: ends[-1]]])
+            if len(ids) == max_tokens and ids == longer:
+                return ids
+        size *= 4
+    return encode([text])[0] if len(text) <= longest else None
 
 
 def _filler(tokenizer: PreTrainedTokenizerBase) -> int:

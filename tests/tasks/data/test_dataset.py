@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,12 @@ def test_owners_follow_their_rows(load: Any) -> None:
         ({"label": None}, r"data.label: got None in .*, row 3"),
         ({"label": True}, r"data.label: got True in .*, row 3"),
         ({"label": [1]}, r"data.label: got \[1\] in .*, row 3"),
+        (
+            {"label": 10**400},
+            r"data.label: got 1000.*, row 3, but labels are integers or strings, of 64 bits or of 1 to",
+        ),
+        ({"who": "a\0"}, r"data.client: got 'a\\x00' in .*, row 3"),
+        ({"who": "x" * 201}, r"data.client: got 'xxx.*, row 3"),
         ({"label": "a"}, r"data.label: got 0 \(.*row 1\) and 'a' \(.*row 3\) in column 'label', but labels are all"),
         ({"text": None}, r"data.text: got None in .*train.jsonl, column 'text', row 3, but texts are strings"),
         ({"text": 7}, r"data.text: got 7 in .*, row 3"),
@@ -156,3 +163,30 @@ def test_a_split_that_ends_up_empty_is_refused(load: Any) -> None:
 def test_one_class_is_refused(load: Any) -> None:
     with pytest.raises(UserError, match=r"^data.label: got column 'label' with the one class 3, but two are needed"):
         load(splits={"train": [3] * 10})
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\0", "\x1b[2J", "a\nb", "\x9b2J", "a\u202eb", "\ud800", "x" * 201])
+def test_a_class_name_that_a_terminal_or_report_cannot_show_is_refused(load: Any, name: str) -> None:
+    with pytest.raises(UserError, match=r"^data.label: got .*, column 'label', row 2, but labels are") as refusal:
+        load(splits={"train": ["a", name, "b"]})
+    assert str(refusal.value).isprintable()
+    assert load(splits={"train": ["é\u200d中", "x" * 200, "a b"] * 9}).classes == ("a b", "x" * 200, "é\u200d中")
+
+
+def test_empty_texts_are_counted_in_the_log(load: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(["a", "", "b", " \n", "c"])]
+    assert len(load(splits={"train": rows}).train) == 4
+    (record,) = caplog.records
+    assert re.fullmatch(r"data.text: 2 of 5 texts in .*train.jsonl are empty; the first is row 2", record.getMessage())
+    caplog.clear()
+    load(splits={"train": [0, 1] * 5})
+    assert not caplog.records
+
+
+def test_rows_know_their_place_in_the_source(load: Any) -> None:
+    data = load(splits={"train": [0, 1] * 50}, examples=60)
+    for split in (data.train, data.validation, data.test):
+        assert [split.place(i) for i in range(len(split))] == [
+            f"{split.origin}, row {number + 1}" for number in numbers(split.texts)
+        ]
+    assert data.test.origin.endswith("train.jsonl")

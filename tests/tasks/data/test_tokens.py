@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from rayfed.errors import UserError
 from rayfed.tasks.data.dataset import Split
@@ -115,3 +117,103 @@ def test_an_empty_split_and_an_empty_text(minilm: Any) -> None:
 def test_a_length_that_cannot_be_is_refused(minilm: Any, most: int, message: str) -> None:
     with pytest.raises(UserError, match=f"^data.max_tokens: {message}"):
         tokenize(split("a text"), minilm, most)
+
+
+def cut_whole(text: str, tokenizer: Any, most: int) -> list[int]:
+    """The ids by the definition: the whole text is tokenised, then cut."""
+    return tokenizer(text, truncation=True, max_length=most)["input_ids"]
+
+
+def bpe() -> PreTrainedTokenizerFast:
+    """A BPE tokenizer of letters and spaces that does not split texts into words, as that of Llama."""
+    pieces = ["▁", "a", "b", "c", "▁a", "ab", "▁ab", "abc", "▁▁", "bc", "aa", "aaaa", "<unk>", "<p>"]
+    merges = [("▁", "a"), ("a", "b"), ("▁a", "b"), ("ab", "c"), ("▁", "▁"), ("b", "c"), ("a", "a"), ("aa", "aa")]
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<p>")
+
+
+def byte_bpe() -> PreTrainedTokenizerFast:
+    """Bytes after GPT-2's pattern, whose parts look ahead."""
+    pieces = {piece: i for i, piece in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<p>"])}
+    tokenizer = Tokenizer(models.BPE(pieces, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<p>")
+
+
+@pytest.fixture(scope="module")
+def tokenizers(minilm: Any) -> dict[str, Any]:
+    left = words()
+    left.truncation_side = "left"
+    return {
+        "WordPiece": minilm, "BPE": bpe(), "byte BPE": byte_bpe(), "Python": ByT5Tokenizer(), "words": words(),
+        "left": left,
+    }  # fmt: skip
+
+
+PIECES = ["a", "ab", "abc", "aaaaaaa", "a" * 150, "é", "中文", "!?", "0123456789"]
+
+
+@pytest.mark.parametrize("name", ["WordPiece", "BPE", "byte BPE", "Python", "words", "left"])
+@given(
+    pieces=st.lists(st.sampled_from(PIECES), min_size=1, max_size=9),
+    spaces=st.lists(st.sampled_from([" ", "  ", "\n", "\t", "", "\x1c", "\xa0"]), min_size=1, max_size=4),
+    repeat=st.integers(1, 1500),
+    most=st.sampled_from([5, 16]),
+)
+def test_a_long_text_has_the_tokens_of_the_whole(
+    tokenizers: dict[str, Any], name: str, pieces: list[str], spaces: list[str], repeat: int, most: int
+) -> None:
+    text = "".join(piece + spaces[i % len(spaces)] for i, piece in enumerate(pieces * repeat))[:20_000]
+    assert tokenize(split(text), tokenizers[name], most).ids.tolist() == cut_whole(text, tokenizers[name], most)
+
+
+def test_a_long_text_costs_no_more_than_its_first_words(minilm: Any) -> None:
+    seen: list[int] = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(minilm, name)
+
+        def __call__(self, texts: list[str], **options: Any) -> Any:
+            seen.extend(map(len, texts))
+            return minilm(texts, **options)
+
+    text = "some words of a text " * 500_000
+    assert tokenize(split(text), Counting(), 16).ids.tolist() == cut_whole(text[:1000], minilm, 16)
+    assert sum(seen) < 10_000
+    seen.clear()
+    late = " " * 50_000 + text  # the first prefixes have no words
+    assert tokenize(split(late), Counting(), 16).ids.tolist() == cut_whole(text[:1000], minilm, 16)
+    assert sum(seen) < 500_000
+
+
+def test_a_text_that_is_cut_on_the_left_has_its_last_tokens() -> None:
+    tokenizer = words()
+    tokenizer.truncation_side = "left"
+    assert tokenize(split("a " * 5000 + "b c"), tokenizer, 4).ids.tolist() == [0, 0, 1, 2]
+
+
+def test_a_text_that_cannot_be_cut_is_refused_by_file_and_row(minilm: Any) -> None:
+    rows = Split(["a", "b", "ab" * 600_000], np.zeros(3, np.int64), None, "train.csv").take(np.array([2, 0]))
+    with pytest.raises(
+        UserError, match=r"^data.text: got 1200000 characters in train.csv, row 3, but a text of more than"
+    ):
+        tokenize(rows, minilm, 16)
+
+
+def test_tokens_that_the_model_does_not_have_are_refused() -> None:
+    assert tokenize(split("a e"), words(), 8, 5).ids.tolist() == [0, 4]
+    with pytest.raises(UserError, match=r"^model.name: its tokenizer gives the token 4, but the model has 4 tokens"):
+        tokenize(split("a e"), words(), 8, 4)
+
+
+def test_a_tokenizer_that_fails_is_refused() -> None:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="?")), pad_token="a"
+    )
+    with pytest.raises(
+        UserError, match=r"^model.name: its tokenizer fails on texts of the split: WordLevel error: Missing"
+    ):
+        tokenize(split("unknown"), tokenizer, 8)
