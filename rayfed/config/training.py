@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from rayfed.config.types import Betas, Live, NonNegative, Section, Share, section
+from rayfed.config.types import Betas, DecidesNothing, Live, NonNegative, Section, Share, section
 
 
 class Schedule(Section):
@@ -86,6 +86,10 @@ class Eval(Section):
 
     every: PositiveInt = 1
     """Rounds between evaluations. The last round is always evaluated."""
+    subset: DecidesNothing[PositiveInt | None] = None
+    """Largest number of validation rows, drawn once, on which all other rounds are evaluated (`eval_subset/...`). They
+    choose neither the best round nor an early stop. null: the other rounds are not evaluated.
+    """
     batch_size: PositiveInt = 64
     """Examples per forward pass."""
     masked: bool = True
