@@ -244,7 +244,7 @@ def test_checkpoints_are_thinned_and_hold_no_pickle(tiny, tmp_path):
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["round-000004", "round-000005"]
     files = {p.name for p in out.rglob("*") if p.is_file()}
     assert files == {
-        "config.yaml", "metrics.jsonl", "events.log", "state.safetensors", "checkpoint.json",
+        "config.yaml", "metrics.jsonl", "summary.json", "events.log", "state.safetensors", "checkpoint.json",
         "part-000002.parquet", "part-000004.parquet", "part-000005.parquet",
         "adapter_config.json", "adapter_model.safetensors", "classes.json",
     }  # fmt: skip
