@@ -17,7 +17,7 @@ from rayfed import wire
 from rayfed.api import prepare
 from rayfed.clients.messages import EvalJob
 from rayfed.clients.trainer import Trainer
-from rayfed.errors import RunError, UserError
+from rayfed.errors import RunError
 from rayfed.lora.adapter import Layout
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.executor import SubmissionResult, in_order
