@@ -102,7 +102,7 @@ class Tracking(Section):
     tags: Names = ()
     """W&B tags."""
     artifact: bool = True
-    """Also upload the adapter and the files of the finished run (settings, metrics, ledger, ...) to W&B, as artifacts."""
+    """Also upload the adapter and the files of the finished run (settings, metrics, ledger) to W&B, as artifacts."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, into the folder `tensorboard` of the run directory."""
 

@@ -24,7 +24,10 @@ class TensorBoardSink(Sink):
         self._writer: Any = None
 
     def start(self, info: RunInfo) -> None:
-        """Opens a new file, named by the round after which the run continues. TensorBoard drops what earlier files have of the rounds that are run again."""
+        """Opens a new file, named by the round after which the run continues.
+
+        TensorBoard drops what earlier files have of the rounds that are run again.
+        """
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(self._folder), purge_step=info.start + 1, filename_suffix=f".{info.start}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bit_flips import flipped
 
 from rayfed.server.client_state import ClientStore, digest_of
+from bit_flips import flipped
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
