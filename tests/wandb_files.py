@@ -51,7 +51,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         elif kind == "metric":
             name = message.metric.name or message.metric.glob_name
             run["metrics"][name] = message.metric.step_metric
-            run["best"] |= {name: way for way in ("max", "min") if getattr(message.metric.summary, way)}
+            ways = [way for way in ("max", "min") if getattr(message.metric.summary, way)]
+            run["best"] |= dict.fromkeys([name] if ways else [], "".join(ways))
         elif kind == "artifact":
             files = {entry.path: entry.local_path for entry in message.artifact.manifest.contents}
             run["artifacts"][message.artifact.name] = message.artifact.type, files

@@ -86,7 +86,7 @@ def summarize(
 
 
 def closing_table(plan: RunPlan, summary: dict[str, Any]) -> Table:
-    """The table at the end: the exported model, what clients receive of it, the same messages dense, the frozen base."""
+    """The table at the end: the exported model, what clients receive of it, the messages sent dense, the bare base."""
     down, up, metric = plan.wire.down, plan.wire.up, plan.task.metric or "accuracy"
     name = f"{plan.settings['method']['name']}, density {_density(down.density)} down, {_density(up.density)} up"
     final, sent, dense = f"final/test_{metric}", summary["bytes/total"], summary["bytes/dense"]

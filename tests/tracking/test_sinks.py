@@ -145,9 +145,7 @@ def test_tensorboard_has_every_number_and_a_resumed_run_no_round_twice(tmp_path:
             sinks.round({"round": number, "train/loss": 1 / number, "eval/loss": None, "list": [1.0], "text": "x"})
         sinks.finish({}, None)
         sinks.close()
-    first, second = (
-        events(path) for path in sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.suffix)
-    )
+    first, second = map(events, sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.suffix))
     values = [(e.step, v.tag, v.simple_value) for e in first for v in e.summary.value]
     assert values == [(1, "round", 1), (1, "train/loss", 1), (2, "round", 2), (2, "train/loss", 0.5)]
     assert [e.step for e in second if e.session_log.status] == [2], "rounds from 2 on are dropped from the first file"

@@ -131,10 +131,11 @@ def test_without_the_package_auto_is_off_and_offline_is_refused(monkeypatch: pyt
 
 def rows(first: int, last: int) -> list[dict[str, Any]]:
     """What the history must contain: the scalars of every record, at the step of its round."""
-    known = [
-        {k: v for k, v in record(n).items() if v is not None and not isinstance(v, list)} for n in range(1, last + 1)
-    ]
-    return [values | {"_step": n} for n, values in enumerate(known, 1) if n >= first]
+
+    def logged(number: int) -> dict[str, Any]:
+        return {k: v for k, v in record(number).items() if v is not None and not isinstance(v, list)}
+
+    return [logged(number) | {"_step": number} for number in range(first, last + 1)]
 
 
 def helpers() -> list[str]:
