@@ -176,6 +176,7 @@ class Server:
             "clients/retried": log.retried,
             "clients/split": log.split,
             **{f"clients/rank_{rank}": count for rank, count in sorted(log.ranks.items())},
+            "clients/trained": sorted(log.trained),
             **{f"method/{name}": value for name, value in self.state.report.items()},
             **(diagnostics.report(plan.method, self.state) if diagnostics else {}),
             "state/digest": digest,

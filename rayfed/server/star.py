@@ -41,6 +41,7 @@ class RoundLog:
     split: int = 0  # clients whose pack did not fit into memory
     dense: int = 0  # bytes of the same messages, had every entry travelled in fp32
     ranks: dict[int, int] = field(default_factory=dict)  # trained rank -> clients
+    trained: list[list[int]] = field(default_factory=list)  # [client, trained rank]
     waited: float = 0.0  # seconds in which the server waited for uploads
 
     def record(self, client: Profile, result: TrainResult, i: int, received: Download) -> None:
@@ -61,6 +62,7 @@ class RoundLog:
         self.examples += result.examples[i]
         self.ok += 1
         self.ranks[result.ranks[i]] = self.ranks.get(result.ranks[i], 0) + 1
+        self.trained.append([client.client, result.ranks[i]])
 
 
 def train_round(
