@@ -131,7 +131,11 @@ def traffic(styles: Styles, ledgers: Ledgers) -> Any:
     bars = []
     for group in styles:
         own = [ledgers[run] for run in group.counted if run in ledgers]
-        bars += [(drawing.shortened(f"{group.label}, down") if way == "down" else "up", way, own) for way in DIRECTIONS if own]
+        bars += [
+            (drawing.shortened(f"{group.label}, down") if way == "down" else "up", way, own)
+            for way in DIRECTIONS
+            if own
+        ]
     parts = {part: [mean(t.bytes(way, part) for t in own) / 1e6 for _, way, own in bars] for part in PARTS}
     figure, axes = _stacked_bars(1.2 + 0.26 * len(bars), [name for name, _, _ in bars], parts, COLORS)
     _x_axis(axes, "MB")

@@ -80,18 +80,14 @@ def run_plots(run: Run, number: int) -> Iterator[Plot]:
         if series := {name: points for name, key in keys.items() if (points := run.series(key))}:
             draw = partial(charts.lines, series, **style)
             yield Plot(f"run-{number}{suffix}", f"run-{number}", title, caption, draw)
-    rounds = {r["round"]: [(c, rank) for c, rank in r["clients/trained"]] for r in run.rounds if r.get("clients/trained")}
-    shown, squares = {}, 0
-    for t in sorted(rounds, reverse=True):
-        if (squares := squares + len(rounds[t])) <= MOST_SQUARES:
-            shown[t] = rounds[t]
-    if shown:
+    rounds = {record["round"]: record["clients/trained"] for record in run.rounds if record.get("clients/trained")}
+    if shown := _last_rounds(rounds):
         part = f" The last {len(shown)} rounds." if len(shown) < len(rounds) else ""
         title, caption = "Who trained when, at which rank", f"One square for each client in each round.{part}"
         yield Plot(f"run-{number}-trained", f"run-{number}", title, caption, partial(run_charts.trained, shown))
     found = [r for r in run.rounds if r.get("test/confusion_matrix")]
     if found:
-        caption = f"Test rows after round {found[-1]['round']}: labels down, predictions across; darker on white is more."
+        caption = f"Test rows after round {found[-1]['round']}: labels down, predictions across. The stronger the colour, the larger the share of the label."
         draw = partial(run_charts.confusion, found[-1]["test/confusion_matrix"], run.classes)
         yield Plot(f"run-{number}-confusion", f"run-{number}", "Confusion matrix", caption, draw)
 
@@ -123,12 +119,30 @@ def _run_curves(run: Run) -> Iterator[tuple[str, str, str, dict[str, str], dict[
         "90th percentile": f"{clients}_p90", "median": f"{clients}_p50", "mean": clients,
         "10th percentile": f"{clients}_p10",
     }, percent  # fmt: skip
-    distances = {"mean of products": "diagnostics/to_mean_of_products", "product of means": "diagnostics/to_product_of_means"}
+    distances = {
+        "mean of products": "diagnostics/to_mean_of_products", "product of means": "diagnostics/to_product_of_means",
+    }  # fmt: skip
     caption = "Relative distances of the global model from two averages of the clients' models."
     yield "-diagnostics", "Distance from plain averages", caption, distances, {}
     for key in sorted(key for key in keys if key.startswith("method/")):
         name = key.removeprefix("method/")
-        yield f"-method-{name}", f"{name} against rounds", f"Reported by {run.settings['method.name']}.", {name: key}, {}
+        yield (
+            f"-method-{name}",
+            f"{name} against rounds",
+            f"Reported by {run.settings['method.name']}.",
+            {name: key},
+            {},
+        )
+
+
+def _last_rounds(rounds: run_charts.Trained) -> run_charts.Trained:
+    """The last of these rounds in which, together, at most MOST_SQUARES clients trained."""
+    shown, squares = {}, 0
+    for t in sorted(rounds, reverse=True):
+        if (squares := squares + len(rounds[t])) > MOST_SQUARES:
+            break
+        shown[t] = rounds[t]
+    return shown
 
 
 def _curves(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link | None) -> Iterator[Plot]:

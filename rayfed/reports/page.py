@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from rayfed import __version__
 from rayfed.reports import table
@@ -39,7 +38,7 @@ def page(
     return _environment().get_template("page.html").render(
         version=__version__,
         title=_title(comparison),
-        colors=Markup(css()),
+        colors=css(),
         lead=list(_lead(comparison)),
         notes=comparison.notes,
         summary=table.summary(comparison),
@@ -61,8 +60,11 @@ def _environment() -> Environment:
 
 
 def _shown(value: Any) -> Any:
-    """A text without characters that cannot be printed, in which a number and its unit stay on one line."""
-    if not isinstance(value, str) or isinstance(value, Markup):
+    """A text without characters that cannot be printed, in which a number and its unit stay on one line.
+
+    What the template marks as `safe`, the page's own SVG and CSS, stays as it is.
+    """
+    if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     shown = printable(value)
     for unit in ("%", "MB "):
@@ -72,7 +74,9 @@ def _shown(value: Any) -> Any:
 
 def _sections(comparison: Comparison, ledgers: Ledgers, plots: Sequence[Plot]) -> Iterable[Mapping[str, Any]]:
     """Heading, figures and table of each section that has a figure; ranks and densities always have their table."""
-    tables = {"pareto": table.front(comparison), "traffic": table.parts(comparison, ledgers), "mix": table.mix(comparison)}
+    tables = {
+        "pareto": table.front(comparison), "traffic": table.parts(comparison, ledgers), "mix": table.mix(comparison),
+    }  # fmt: skip
     headings = {**HEADINGS, "curves": GAP_HEADING} if comparison.measure.lower_is_better else HEADINGS
     for section, heading in headings.items():
         here = [plot for plot in plots if plot.section == section]
@@ -86,21 +90,21 @@ def _sections(comparison: Comparison, ledgers: Ledgers, plots: Sequence[Plot]) -
             }
 
 
-def _figures(plots: Iterable[Plot]) -> list[tuple[Plot, Markup]]:
+def _figures(plots: Iterable[Plot]) -> list[tuple[Plot, str]]:
     """Each figure with its SVG element."""
     return [
-        (plot, Markup(inline_svg(plot.figure(standalone=False), plot.name, plot.title, plot.caption or plot.title)))
+        (plot, inline_svg(plot.figure(standalone=False), plot.name, plot.title, plot.caption or plot.title))
         for plot in plots
     ]
 
 
-def _legend(comparison: Comparison, styles: Styles) -> list[tuple[Markup, str]]:
+def _legend(comparison: Comparison, styles: Styles) -> list[tuple[str, str]]:
     """The sample and the name of each group; empty for a single group."""
     if len(comparison.groups) == 1:
         return []
-    items = [(Markup(swatch(style.color, style.dash)), group.label) for group, style in styles.items()]
+    items = [(swatch(style.color, style.dash), group.label) for group, style in styles.items()]
     if rest := len(comparison.groups) - len(styles):
-        items.append((Markup(swatch(MUTED, "-")), f"{rest} more, with a worse {comparison.measure.label}"))
+        items.append((swatch(MUTED, "-"), f"{rest} more, with a worse {comparison.measure.label}"))
     return items
 
 
@@ -122,7 +126,7 @@ def _lead(comparison: Comparison) -> Iterable[str]:
     reached = f"{as_percent(best.score, measure)} {measure.label}"
     if tested is not None:
         reached = f"{as_percent(tested, measure)} test accuracy, {reached}"
-    first = f"Best on {measure.label} is {best.label}:" if several else "The exported model has"
+    first = f"Best is {best.label}:" if several else "The exported model reaches"
     yield f"{first} {reached}, for {megabytes(best.mean(lambda r: r.bytes))} MB both ways."
     targets = [(size, group.label) for group in comparison.groups if (size := group.target_bytes) is not None]
     if comparison.target is not None and several and targets:
@@ -141,7 +145,7 @@ def _explanations(comparison: Comparison, link: Link | None) -> Iterable[str]:
     else:
         yield (
             "The last evaluated round counts: its model is the one that a run exports, and its test accuracy is "
-            "`final/test_accuracy` in the run's summary."
+            "final/test_accuracy in the run's summary."
         )
     if measure.report:
         yield "Runs are ranked by validation accuracy. The test accuracy has no part in any choice."

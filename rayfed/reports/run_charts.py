@@ -9,7 +9,7 @@ from rayfed.reports import drawing
 from rayfed.reports.drawing import INK, PAPER, ramp
 
 NAMED = 25  # largest number of classes with names on the axes
-Trained = Mapping[int, Sequence[tuple[int, int]]]  # round -> (client, rank) of all that trained
+Trained = Mapping[int, Sequence[Sequence[int]]]  # round -> [client, rank] of each client that trained
 
 
 def trained(rounds: Trained) -> Any:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+
+import pandas as pd
+from small_runs import lowrank
 
 import rayfed
 from rayfed.tracking import Sink, Table
@@ -41,3 +45,15 @@ def test_a_key_of_the_rounds_never_means_a_total_in_the_summary(tiny, tmp_path):
         assert summary[f"{key}_total"] == sum(record[key] for record in result.metrics)
     for key in summary.keys() & last.keys():
         assert summary[key] == last[key]
+
+
+def test_a_record_says_who_trained_at_which_rank(tmp_path):
+    mixed = "method.name=fedhl", "profiles.kind=tiers", "profiles.ranks=[1,2]", "server.cohort=4", "engine.pack=2"
+    result = rayfed.run(lowrank(*mixed), out=tmp_path / "run")
+    ledger = pd.read_parquet(tmp_path / "run" / "ledger.parquet")
+    for record in result.metrics:
+        uploads = ledger[(ledger["round"] == record["round"]) & (ledger["direction"] == "up")]
+        clients, ranks = zip(*record["clients/trained"])
+        assert list(clients) == sorted(uploads["client"])
+        assert Counter(ranks) == {rank: record[f"clients/rank_{rank}"] for rank in set(ranks)}
+        assert all(rank == (1, 2)[client % 2] for client, rank in record["clients/trained"])
