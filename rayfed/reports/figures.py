@@ -87,7 +87,8 @@ def run_plots(run: Run, number: int) -> Iterator[Plot]:
         yield Plot(f"run-{number}-trained", f"run-{number}", title, caption, partial(run_charts.trained, shown))
     found = [r for r in run.rounds if r.get("test/confusion_matrix")]
     if found:
-        caption = f"Test rows after round {found[-1]['round']}: labels down, predictions across. The stronger the colour, the larger the share of the label."
+        after = f"Test rows after round {found[-1]['round']}"
+        caption = f"{after}: labels down, predictions across. Stronger colours are larger shares of a label."
         draw = partial(run_charts.confusion, found[-1]["test/confusion_matrix"], run.classes)
         yield Plot(f"run-{number}-confusion", f"run-{number}", "Confusion matrix", caption, draw)
 
