@@ -27,11 +27,11 @@ def blocks(data: bytes) -> Iterator[bytes]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """One folder's run: history without the clock, summary, config, what `define_metric` said, artifact, exit code."""
+    """One folder's run: history without the clock, summary, config, what `define_metric` said, artifacts, exit code."""
     from wandb.proto.wandb_internal_pb2 import Record as Message
 
     (file,) = folder.glob("run-*.wandb")
-    run: dict[str, Any] = {"history": [], "summary": {}, "config": {}, "metrics": {}}
+    run: dict[str, Any] = {"history": [], "summary": {}, "config": {}, "metrics": {}, "best": {}, "artifacts": {}}
     for data in blocks(file.read_bytes()):
         message = Message()
         message.ParseFromString(data)
@@ -46,12 +46,16 @@ def read_run(folder: Path) -> dict[str, Any]:
         elif kind == "run":
             run["id"], run["name"], run["group"] = message.run.run_id, message.run.display_name, message.run.run_group
             run["project"], run["tags"] = message.run.project, list(message.run.tags)
+            run["job_type"] = message.run.job_type
             run["config"] |= {i.key: json.loads(i.value_json) for i in message.run.config.update}
         elif kind == "metric":
-            run["metrics"][message.metric.name or message.metric.glob_name] = message.metric.step_metric
+            name = message.metric.name or message.metric.glob_name
+            run["metrics"][name] = message.metric.step_metric
+            ways = [way for way in ("max", "min") if getattr(message.metric.summary, way)]
+            run["best"] |= dict.fromkeys([name] if ways else [], "".join(ways))
         elif kind == "artifact":
             files = {entry.path: entry.local_path for entry in message.artifact.manifest.contents}
-            run["artifact"] = message.artifact.name, message.artifact.type, files
+            run["artifacts"][message.artifact.name] = message.artifact.type, files
         elif kind == "exit":
             run["exit"] = message.exit.exit_code
     return run

@@ -1,4 +1,4 @@
-"""`rayfed report` and `rayfed compare`, and the page that a finished run gets."""
+"""`rayfed report` and `rayfed compare`, and the page that a finished run or sweep gets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def write_page(out: Path) -> None:
-    """Writes `report.html` into the directory of a finished run. If that fails, logs the reason in events.log.
+    """Writes `report.html` into the directory of a finished run or sweep. If that fails, logs the reason in events.log.
 
     The results are already on the disk. So an error here changes neither the results nor the exit code.
     """

@@ -112,7 +112,9 @@ class Tracking(Section):
     tags: Annotated[tuple[Tag, ...], Field(strict=False, max_length=100)] = ()
     """W&B tags; W&B takes at most 64 characters."""
     artifact: bool = True
-    """Also upload the adapter of the finished run to W&B, as an artifact."""
+    """Also upload the adapter and the files of the finished run (settings, metrics, ledger) to W&B, as artifacts."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, into the folder `tensorboard` of the run directory."""
 
 
 class Checkpoint(Section):

@@ -116,6 +116,10 @@ class Eval(Section):
 
     every: Rounds = 1
     """Rounds between evaluations. The last round is always evaluated."""
+    subset: DecidesNothing[Batch | None] = None
+    """Largest number of validation rows, drawn once, on which all other rounds are evaluated (`eval_subset/...`). They
+    choose neither the best round nor an early stop. null: the other rounds are not evaluated.
+    """
     batch_size: Batch = 64
     """Examples per forward pass."""
     masked: bool = True

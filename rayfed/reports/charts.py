@@ -21,16 +21,18 @@ from rayfed.tracking.format import megabytes
 
 FEW = 12  # points of a line that gets markers
 WIDE = 6.0  # ratio of largest to smallest traffic above which the axis of bytes is a log axis
-LONG = 28  # characters of a name beside a bar
 X = Mapping[Run, Mapping[int, float]]  # run -> round -> place on the x axis
 
 
 def curves(comparison: Comparison, styles: Styles, x: X | None, label: str, named: bool) -> Any:
-    """The measure against rounds, or against ``x`` of each round: means with a band over seeds, the target dotted."""
+    """The measure against rounds, or against ``x`` of each round: means with a band over seeds, the target dotted.
+
+    Where rounds between full evaluations are measured on a subset, only the full evaluations have markers.
+    """
     figure, axes = _blank(styles, named)
     measure = comparison.measure
     groups = sorted(comparison.groups, key=lambda group: group in styles)  # the grey lines are drawn first
-    drawn = {group: curve(group.counted, measure.key, x) for group in groups}
+    drawn = {group: curve(group.counted, measure, x) for group in groups}
     handles = {group: _line(axes, own, styles.get(group), len(group.counted) > 1) for group, own in drawn.items()}
     if comparison.target is not None:
         axes.axhline(comparison.target, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
@@ -40,13 +42,16 @@ def curves(comparison: Comparison, styles: Styles, x: X | None, label: str, name
     return figure
 
 
-def lines(series: Mapping[str, Mapping[int, float]], percent: bool, log: bool) -> Any:
-    """Named series against rounds, with a legend."""
+def lines(
+    series: Mapping[str, Mapping[int, float]], percent: bool = False, log: bool = False, ordered: bool = False
+) -> Any:
+    """Named series against rounds, with a legend; ``ordered`` ones, such as ranks, have colours of a ramp."""
     figure, axes = drawing.blank(2.6 + 0.17 * len(series))
-    handles = []
-    for points, color, dash, marker in zip(series.values(), cycle(COLORS), cycle(DASHES), cycle(MARKERS)):
+    handles, colors = [], drawing.ramp(len(series)) if ordered else cycle(COLORS)
+    for points, color, dash, marker in zip(series.values(), colors, cycle(DASHES), cycle(MARKERS)):
         shown = marker if len(points) <= FEW else None
-        handles += axes.plot(list(points), list(points.values()), color=color, linestyle=dash, marker=shown)
+        style: Any = {"color": color, "linestyle": dash, "marker": shown, "markerfacecolor": "none"}
+        handles += axes.plot(list(points), list(points.values()), **style)
     if percent:
         drawing.number_axis(axes.yaxis, percent=True, log=log)
     _x_axis(axes, "round", whole=True)
@@ -55,7 +60,10 @@ def lines(series: Mapping[str, Mapping[int, float]], percent: bool, log: bool) -
 
 
 def pareto(comparison: Comparison, styles: Styles, named: bool) -> Any:
-    """One point per group: the measure against bytes. Points of the Pareto front are filled and joined."""
+    """One point per group: the measure against bytes. Points of the Pareto front are filled and joined.
+
+    Bars show the standard deviation over the seeds. Other points are hollow and lie above, so that none hides another.
+    """
     figure, axes = _blank(styles, named)
     points = {group: (size / 1e6, score) for group, (size, score) in comparison.points.items()}
     front = comparison.front
@@ -64,10 +72,14 @@ def pareto(comparison: Comparison, styles: Styles, named: bool) -> Any:
     handles = {}
     for group, (x, y) in points.items():
         style = styles.get(group, GroupStyle(MUTED, "-", "o"))
-        face = style.color if group in front else PAPER
-        (handles[group],) = axes.plot([x], [y], style.marker, color=style.color, markerfacecolor=face, markersize=7)
+        face, above = (style.color, 3) if group in front else ("none", 4)
+        deviation = group.deviation(lambda r: r.value)
+        axes.errorbar([x], [y], yerr=deviation, color=style.color, elinewidth=0.8, capsize=2, zorder=2)
+        (handles[group],) = axes.plot(
+            [x], [y], style.marker, color=style.color, markerfacecolor=face, markersize=7, zorder=above
+        )
     _measure_axis(axes, comparison.measure)
-    _x_axis(axes, "MB both ways up to that round", [x for x, _ in points.values()])
+    _x_axis(axes, "MB both ways", [x for x, _ in points.values()])
     _group_legend(axes, handles, styles if named else {})
     return figure
 
@@ -99,14 +111,16 @@ def entries_per_client(run: Run, way: str) -> dict[int, float]:
 
 
 def target(styles: Styles) -> Any:
-    """Bytes to the target, for the groups that reached it. The fewest bytes are at the top."""
+    """Bytes to the target, for the groups that reached it, with the deviation over seeds. The fewest are at the top."""
     sizes = [(size, group) for group in styles if (size := group.target_bytes) is not None]
     sizes.sort(key=lambda pair: -pair[0])
     figure, axes = drawing.blank(0.9 + 0.3 * len(sizes))
     for i, (size, group) in enumerate(sizes):
-        axes.barh(i, size / 1e6, color=styles[group].color, height=0.6)
-        axes.annotate(f" {megabytes(size)}", (size / 1e6, i), va="center")
-    _bar_names(axes, [shortened(group.label) for _, group in sizes])
+        deviation = (group.deviation(lambda r: r.target_bytes) or 0.0) / 1e6
+        error = {"ecolor": INK, "elinewidth": 0.8, "capsize": 2}
+        axes.barh(i, size / 1e6, color=styles[group].color, height=0.6, xerr=deviation or None, error_kw=error)
+        axes.annotate(f" {megabytes(size)}", (size / 1e6 + deviation, i), va="center")
+    _bar_names(axes, [drawing.shortened(group.label) for _, group in sizes])
     axes.margins(x=0.15)
     _x_axis(axes, "MB both ways")
     return figure
@@ -117,9 +131,13 @@ def traffic(styles: Styles, ledgers: Ledgers) -> Any:
     bars = []
     for group in styles:
         own = [ledgers[run] for run in group.counted if run in ledgers]
-        bars += [(shortened(f"{group.label}, down") if way == "down" else "up", way, own) for way in DIRECTIONS if own]
+        bars += [
+            (drawing.shortened(f"{group.label}, down") if way == "down" else "up", way, own)
+            for way in DIRECTIONS
+            if own
+        ]
     parts = {part: [mean(t.bytes(way, part) for t in own) / 1e6 for _, way, own in bars] for part in PARTS}
-    figure, axes = _stacked_bars(1.2 + 0.26 * len(bars), [name for name, _, _ in bars], parts)
+    figure, axes = _stacked_bars(1.2 + 0.26 * len(bars), [name for name, _, _ in bars], parts, COLORS)
     _x_axis(axes, "MB")
     return figure
 
@@ -131,17 +149,12 @@ def ranks(styles: Styles) -> Any:
         f"rank {rank}": [own.get(rank, 0.0) for own in shares]
         for rank in sorted({rank for own in shares for rank in own})
     }
-    names = [shortened(group.label) for group in styles]
+    names = [drawing.shortened(group.label) for group in styles]
     height = 1.2 + 0.3 * len(shares) + 0.17 * len(parts)
-    figure, axes = _stacked_bars(height, names, parts, edgecolor=PAPER, linewidth=0.5)
+    figure, axes = _stacked_bars(height, names, parts, drawing.ramp(len(parts)), edgecolor=PAPER, linewidth=0.5)
     axes.set_xlim(0, 1)
     drawing.number_axis(axes.xaxis, percent=True)
     return figure
-
-
-def shortened(name: str) -> str:
-    """The name, or its beginning and end if it is too long to stand beside a bar."""
-    return name if len(name) <= LONG else f"{name[: LONG - 11]}...{name[-8:]}"
 
 
 def _line(axes: Any, own: Curve, style: GroupStyle | None, band: bool) -> Any:
@@ -149,15 +162,18 @@ def _line(axes: Any, own: Curve, style: GroupStyle | None, band: bool) -> Any:
         return axes.plot(own.x, own.mean, color=MUTED, linewidth=0.8)[0]
     if band:
         axes.fill_between(own.x, own.low, own.high, color=style.color, alpha=0.18, linewidth=0)
-    marker = style.marker if len(own.x) <= FEW else None
-    return axes.plot(own.x, own.mean, color=style.color, linestyle=style.dash, marker=marker)[0]
+    marker, at = (style.marker, own.full) if len(own.full) <= FEW else (None, [])
+    shown: Any = {"marker": marker, "markevery": at, "markerfacecolor": "none"}
+    return axes.plot(own.x, own.mean, color=style.color, linestyle=style.dash, **shown)[0]
 
 
-def _stacked_bars(height: float, names: Sequence[str], parts: Mapping[str, Sequence[float]], **edge: Any) -> Any:
+def _stacked_bars(
+    height: float, names: Sequence[str], parts: Mapping[str, Sequence[float]], colors: Sequence[str], **edge: Any
+) -> Any:
     """(figure, axes) with one horizontal bar per name, divided into ``parts``: part -> its width in each bar."""
     figure, axes = drawing.blank(height)
     handles, left = [], [0.0] * len(names)
-    for widths, color in zip(parts.values(), cycle(COLORS)):
+    for widths, color in zip(parts.values(), colors):
         handles.append(axes.barh(range(len(names)), widths, left=left, color=color, height=0.7, **edge))
         left = [start + width for start, width in zip(left, widths)]
     _bar_names(axes, names)

@@ -1,7 +1,8 @@
-"""Compares runs: which of them differ in the seed alone, their best rounds, and their bytes to a target.
+"""Compares runs: which of them differ in the seed alone, their results, and their bytes to a target.
 
-The best round of a run is the one with the best validation accuracy. The report shows its test accuracy, which has no
-part in the choice. The known-answer problem has no test data; there the gap after the last round counts.
+A run's result is that of its last evaluated round, whose model it exports. Runs are ranked by the validation accuracy;
+the test accuracy is reported and has no part in the choice. The known-answer problem has no test data; there the gap
+counts. The best round on validation is shown beside the last one.
 """
 
 from __future__ import annotations
@@ -22,41 +23,40 @@ CLOSE = 0.95  # the default target, as a share of the best result
 
 @dataclass(frozen=True)
 class Measure:
-    """The metric ``key`` of curves and targets, and the metric ``report`` that is reported for the best round.
+    """The metric ``key`` that ranks runs, and the metric ``report`` that is only reported.
 
-    Values are shares, 0 to 1 for an accuracy. Without ``selects_round`` the last measured round counts, not the best.
+    Values are shares, 0 to 1 for an accuracy. ``between``: the metric of rounds that have no ``key``, for curves only.
     """
 
     key: str
     report: str | None
     label: str
     lower_is_better: bool = False
-    selects_round: bool = True
+    between: str | None = None
 
     def better(self, a: float, b: float) -> bool:
         return a < b if self.lower_is_better else a > b
 
 
-ACCURACY = Measure("eval/accuracy", "test/accuracy", "validation accuracy")
-TEST_ONLY = Measure("test/accuracy", None, "test accuracy", selects_round=False)
-GAP = Measure("eval/gap", None, "share of the gap left", lower_is_better=True, selects_round=False)
+ACCURACY = Measure("eval/accuracy", "test/accuracy", "validation accuracy", between="eval_subset/accuracy")
+TEST_ONLY = Measure("test/accuracy", None, "test accuracy")
+GAP = Measure("eval/gap", None, "share of the gap left", lower_is_better=True)
 MEASURES = (GAP, ACCURACY, TEST_ONLY)  # the first one that all runs have counts
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The numbers of one run. ``value``, ``report``, ``masked`` and ``best_bytes`` belong to ``round``, which counts.
+    """The numbers of one run. ``value``, ``report`` and ``masked`` are those of the last evaluated round.
 
-    They are None if no round counts. Bytes are sums over all clients: ``down`` and ``up`` of all rounds, ``best_bytes``
-    and ``target_bytes`` of the rounds up to ``round`` and ``target_round``.
+    They are None if the run diverged. ``best_report`` is the reported metric of ``best_round``, the best on validation.
+    Bytes are sums over all clients: ``down`` and ``up`` of all rounds, ``target_bytes`` up to ``target_round``.
     """
 
-    round: int | None
     value: float | None
     report: float | None
     masked: float | None
-    last_report: float | None
-    best_bytes: int | None
+    best_round: int | None
+    best_report: float | None
     down: int
     up: int
     target_round: int | None
@@ -97,11 +97,6 @@ class RunGroup:
         return self._mean_of_all(lambda r: r.value)
 
     @property
-    def best_bytes(self) -> float | None:
-        """Mean bytes up to the best round, over the seeds that have one."""
-        return self.mean(lambda r: r.best_bytes)
-
-    @property
     def target_bytes(self) -> float | None:
         """Mean bytes to the target; None if a seed did not reach it."""
         return self._mean_of_all(lambda r: r.target_bytes)
@@ -137,16 +132,13 @@ class Comparison:
 
     @property
     def points(self) -> dict[RunGroup, tuple[float, float]]:
-        """Group -> (bytes up to the best round, score), for the groups with a score."""
-        return {
-            group: (size, score)
-            for group in self.groups
-            if (size := group.best_bytes) is not None and (score := group.score) is not None
-        }
+        """Group -> (bytes, score), for the groups with a score."""
+        sizes = {group: group.mean(lambda r: r.bytes) or 0.0 for group in self.groups}
+        return {group: (sizes[group], group.score) for group in self.groups if group.score is not None}
 
     @property
     def front(self) -> list[RunGroup]:
-        """The Pareto front of score and bytes up to the best round, fewest bytes first."""
+        """The Pareto front of score and bytes, fewest bytes first."""
         points, front = self.points, []
         best = None
         for group in sorted((g for g in self.ranked if g in points), key=lambda g: points[g][0]):
@@ -158,12 +150,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Curve:
-    """The mean, lowest and highest value over the seeds, at the points ``x`` that all seeds measured."""
+    """The mean, lowest and highest value over the seeds, at the points ``x`` that all seeds measured.
+
+    ``full``: the indices of the points that were measured on the whole split, see `eval.subset`.
+    """
 
     x: list[float]
     mean: list[float]
     low: list[float]
     high: list[float]
+    full: list[int]
 
 
 def compare(runs: Sequence[Run], notes: Sequence[str] = (), target: float | None = None) -> Comparison:
@@ -210,23 +206,19 @@ def default_target(measure: Measure, groups: Sequence[RunGroup]) -> float | None
 
 
 def summarise(run: Run, measure: Measure, target: float | None) -> RunSummary:
-    """The numbers of the run at its best round by validation or, if the measure selects no round, at its last one."""
+    """The numbers of the run; those of the last evaluated round are None if the run diverged."""
     series = run.series(measure.key)
     total = {record["round"]: record["bytes/total"] for record in run.rounds}
-    at = None
-    if measure.selects_round:
-        at = max(series, key=lambda t: series[t], default=None)  # the first of equal rounds
-    elif series and not run.diverged(measure.key):
-        at = max(series)
-    reports = run.series(measure.report) if measure.report else series
+    last = max(series) if series and not run.diverged(measure.key) else None
+    best = max(series, key=lambda t: series[t], default=None) if measure.report else None  # the first of equal rounds
+    reports = run.series(measure.report) if measure.report else {}
     reached = next((t for t, value in series.items() if target is not None and not measure.better(target, value)), None)
     return RunSummary(
-        round=at,
-        value=None if at is None else series[at],
-        report=None if at is None else reports.get(at),
-        masked=None if at is None else run.series("test/accuracy_masked").get(at),
-        last_report=None if run.diverged(measure.key) or not reports else reports[max(reports)],
-        best_bytes=None if at is None else total[at],
+        value=None if last is None else series[last],
+        report=None if last is None else reports.get(last),
+        masked=None if last is None else run.series("test/accuracy_masked").get(last),
+        best_round=best,
+        best_report=None if best is None else reports.get(best),
         down=sum(record["bytes/down"] for record in run.rounds),
         up=sum(record["bytes/up"] for record in run.rounds),
         target_round=reached,
@@ -234,17 +226,19 @@ def summarise(run: Run, measure: Measure, target: float | None) -> RunSummary:
     )
 
 
-def curve(runs: Sequence[Run], key: str, x: Mapping[Run, Mapping[int, float]] | None = None) -> Curve:
-    """The metric ``key`` against rounds, or against ``x`` of each round, at the rounds where every run has both."""
-    ys = [run.series(key) for run in runs]
+def curve(runs: Sequence[Run], measure: Measure, x: Mapping[Run, Mapping[int, float]] | None = None) -> Curve:
+    """The measure against rounds, or against ``x`` of each round, at the rounds where every run has both."""
+    full = [run.series(measure.key) for run in runs]
+    ys = [(run.series(measure.between) if measure.between else {}) | own for run, own in zip(runs, full)]
     xs = [x[run] if x else {t: float(t) for t in y} for run, y in zip(runs, ys)]
-    shared = [t for t in ys[0] if all(t in known for known in (*ys, *xs))]
+    shared = sorted(t for t in ys[0] if all(t in known for known in (*ys, *xs)))
     columns = [[y[t] for y in ys] for t in shared]
     return Curve(
         [mean(own[t] for own in xs) for t in shared],
         [mean(values) for values in columns],
         [min(values) for values in columns],
         [max(values) for values in columns],
+        [i for i, t in enumerate(shared) if t in full[0]],
     )
 
 

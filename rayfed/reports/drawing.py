@@ -34,11 +34,23 @@ SERIES = (  # light and dark; distinct for colour-blind readers, with a contrast
     ("#b3263a", "#ff8b94"),
     ("#4c5866", "#b9c3cf"),
 )
+RAMP = (  # light and dark; from few to many, for what has an order
+    ("#a6c8e4", "#2f4c69"),
+    ("#86b4da", "#3c6189"),
+    ("#65a0cf", "#4a77a8"),
+    ("#4689c0", "#5a8ec4"),
+    ("#2b72ab", "#73a6d8"),
+    ("#185b91", "#91bee6"),
+    ("#0c4576", "#b3d4f0"),
+    ("#062f5c", "#d6e8f8"),
+)
 COLORS = tuple(light for light, _ in SERIES)
 DASHES = {"-": "", "--": "6 3", "-.": "7 3 1.5 3", ":": "1.5 3"}  # matplotlib's name -> SVG's dash array
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 VARIABLES = {color: name for name, color in LIGHT.items()} | {color: f"s{i}" for i, color in enumerate(COLORS)}
+VARIABLES |= {pair[0]: f"r{i}" for i, pair in enumerate(RAMP)}
 SIZE = (4.6, 3.2)  # inches; small, so that the text stays readable on a phone
+LONG = 28  # characters of a name beside a bar
 SHORT = 24  # characters of a legend entry that leaves room for a second column
 FEW_DECADES = 100.0  # largest over smallest value of a log axis that gets numbers within a decade
 _STYLE: Any = {
@@ -81,12 +93,25 @@ def group_styles(groups: Sequence[RunGroup], ranked: Sequence[RunGroup]) -> Styl
     return {group: GroupStyle(COLORS[i], dashes[i % len(dashes)], MARKERS[i]) for i, group in enumerate(shown)}
 
 
+def ramp(count: int) -> list[str]:
+    """``count`` colours in the order of RAMP, from its first to its last; neighbours may be equal."""
+    last = len(RAMP) - 1
+    return [RAMP[round(last * i / (count - 1)) if count > 1 else last // 2][0] for i in range(count)]
+
+
+def shortened(name: str, length: int = LONG) -> str:
+    """The name, or its beginning and end if it has more than ``length`` characters."""
+    tail = length // 4
+    return name if len(name) <= length else f"{name[: length - tail - 3]}...{name[-tail:]}"
+
+
 def css() -> str:
     """The values of the CSS variables: dark if the reader's screen is dark, else light. Print is always light."""
 
     def variables(colors: Mapping[str, str], index: int) -> str:
-        series = {f"s{i}": pair[index] for i, pair in enumerate(SERIES)}
-        return ";".join(f"--{name}:{color}" for name, color in {**colors, **series}.items())
+        named = {f"s{i}": pair[index] for i, pair in enumerate(SERIES)}
+        named |= {f"r{i}": pair[index] for i, pair in enumerate(RAMP)}
+        return ";".join(f"--{name}:{color}" for name, color in {**colors, **named}.items())
 
     screen = f"@media screen and (prefers-color-scheme:dark){{:root{{color-scheme:dark;{variables(DARK, 1)}}}}}"
     return f":root{{color-scheme:light;{variables(LIGHT, 0)}}}\n{screen}"

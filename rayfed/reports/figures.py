@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rayfed.reports import charts, heat_map
+from rayfed.reports import charts, heat_map, run_charts
 from rayfed.reports.compare import Comparison
 from rayfed.reports.drawing import Styles
-from rayfed.reports.runs import Run
+from rayfed.reports.runs import Run, natural_key
 from rayfed.reports.table import Ledgers, as_percent, rank_shares
 from rayfed.reports.traffic import DIRECTIONS, Link
 
@@ -21,6 +21,7 @@ WAYS = (  # name of the figure, metric, and the direction in words
     ("bytes-down", "bytes/down", "down", ", server to clients"),
     ("bytes-up", "bytes/up", "up", ", clients to server"),
 )
+MOST_SQUARES = 2000  # largest number of clients, over the rounds shown, in the figure of who trained
 UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
@@ -55,8 +56,8 @@ def plots(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link |
         yield Plot("target", "target", title, caption, partial(charts.target, styles))
     sizes = [size for size, _ in comparison.points.values()]
     if len(comparison.groups) > 2 and sizes and max(sizes) > ALIKE * min(sizes):
-        caption = "Filled points are the Pareto front: no other point is better in both."
-        title = f"{measure.label.capitalize()} and MB up to that round"
+        caption = "Filled points are the Pareto front: no other point is better in both. Bars: deviation over seeds."
+        title = f"{measure.label.capitalize()} and MB both ways"
         yield Plot("pareto", "pareto", title, caption, partial(charts.pareto, comparison, styles), True)
     yield from _heat_maps(comparison)
     runs = [run for group in styles for run in group.counted]
@@ -74,32 +75,75 @@ def plots(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link |
 
 
 def run_plots(run: Run, number: int) -> Iterator[Plot]:
-    """The figures of one run: every split and model, every tier of clients, and the spread over clients."""
-    tier, clients = "test/accuracy_rank_", "test/accuracy_clients"
-    tiers = dict.fromkeys(key for record in run.rounds for key in record if key.startswith(tier))
-    plots: tuple[tuple[str, str, str, dict[str, str]], ...] = (
-        ("", "Gap against rounds" if run.measured("eval/gap") else "Accuracy against rounds", "", {
-            "share of the gap left": "eval/gap",
-            "validation": "eval/accuracy",
-            "test": "test/accuracy",
-            "validation, sparse model": "eval/accuracy_masked",
-            "test, sparse model": "test/accuracy_masked",
-        }),
-        ("-loss", "Loss against rounds", "", {
-            "training": "train/loss", "validation": "eval/loss", "test": "test/loss",
-        }),
-        ("-tiers", "Test accuracy by tier of clients", "The model that each tier would receive.", {
-            f"rank {key.removeprefix(tier).replace('_density_', ', density ')}": key for key in tiers
-        }),
-        ("-clients", "Test accuracy over the clients", "For each client, classes count as in its own data.", {
-            "90th percentile": f"{clients}_p90", "median": f"{clients}_p50", "mean": clients,
-            "10th percentile": f"{clients}_p10",
-        }),
-    )  # fmt: skip
-    for suffix, title, caption, keys in plots:
+    """The figures of one run: all that its metrics.jsonl has, each a curve, and who trained and what is confused."""
+    for suffix, title, caption, keys, style in _run_curves(run):
         if series := {name: points for name, key in keys.items() if (points := run.series(key))}:
-            draw = partial(charts.lines, series, percent=suffix != "-loss", log="share of the gap left" in series)
+            draw = partial(charts.lines, series, **style)
             yield Plot(f"run-{number}{suffix}", f"run-{number}", title, caption, draw)
+    rounds = {record["round"]: record["clients/trained"] for record in run.rounds if record.get("clients/trained")}
+    if shown := _last_rounds(rounds):
+        part = f" The last {len(shown)} rounds." if len(shown) < len(rounds) else ""
+        title, caption = "Who trained when, at which rank", f"One square for each client in each round.{part}"
+        yield Plot(f"run-{number}-trained", f"run-{number}", title, caption, partial(run_charts.trained, shown))
+    found = [r for r in run.rounds if r.get("test/confusion_matrix")]
+    if found:
+        after = f"Test rows after round {found[-1]['round']}"
+        caption = f"{after}: labels down, predictions across. Stronger colours are larger shares of a label."
+        draw = partial(run_charts.confusion, found[-1]["test/confusion_matrix"], run.classes)
+        yield Plot(f"run-{number}-confusion", f"run-{number}", "Confusion matrix", caption, draw)
+
+
+def _run_curves(run: Run) -> Iterator[tuple[str, str, str, dict[str, str], dict[str, bool]]]:
+    """(end of the name, title, caption, series -> metric, style of `charts.lines`) of each figure of curves."""
+    gap, percent = run.measured("eval/gap"), {"percent": True}
+    title = "Gap against rounds" if gap else "Accuracy against rounds"
+    subset = "" if not run.measured("eval_subset/accuracy") else "The subset: the same validation rows in every round."
+    yield "", title, subset, {
+        "share of the gap left": "eval/gap",
+        "validation": "eval/accuracy",
+        "validation, subset": "eval_subset/accuracy",
+        "test": "test/accuracy",
+        "validation, sparse model": "eval/accuracy_masked",
+        "test, sparse model": "test/accuracy_masked",
+    }, percent | {"log": gap}  # fmt: skip
+    yield "-loss", "Loss against rounds", "", {
+        "training": "train/loss", "validation": "eval/loss", "validation, subset": "eval_subset/loss",
+        "test": "test/loss",
+    }, {}  # fmt: skip
+    tier, clients = "test/accuracy_rank_", "test/accuracy_clients"
+    keys = dict.fromkeys(key for record in run.rounds for key in record)
+    tiers = {f"rank {k.removeprefix(tier).replace('_density_', ', density ')}": k for k in keys if k.startswith(tier)}
+    tiers = {name: tiers[name] for name in sorted(tiers, key=natural_key)}
+    caption = "The model that each tier would receive."
+    yield "-tiers", "Test accuracy by tier of clients", caption, tiers, percent | {"ordered": True}
+    yield "-clients", "Test accuracy over the clients", "For each client, classes count as in its own data.", {
+        "90th percentile": f"{clients}_p90", "median": f"{clients}_p50", "mean": clients,
+        "10th percentile": f"{clients}_p10",
+    }, percent  # fmt: skip
+    distances = {
+        "mean of products": "diagnostics/to_mean_of_products", "product of means": "diagnostics/to_product_of_means",
+    }  # fmt: skip
+    caption = "Relative distances of the global model from two averages of the clients' models."
+    yield "-diagnostics", "Distance from plain averages", caption, distances, {}
+    for key in sorted(key for key in keys if key.startswith("method/")):
+        name = key.removeprefix("method/")
+        yield (
+            f"-method-{name}",
+            f"{name} against rounds",
+            f"Reported by {run.settings['method.name']}.",
+            {name: key},
+            {},
+        )
+
+
+def _last_rounds(rounds: run_charts.Trained) -> run_charts.Trained:
+    """The last of these rounds in which, together, at most MOST_SQUARES clients trained."""
+    shown, squares = {}, 0
+    for t in sorted(rounds, reverse=True):
+        if (squares := squares + len(rounds[t])) > MOST_SQUARES:
+            break
+        shown[t] = rounds[t]
+    return shown
 
 
 def _curves(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link | None) -> Iterator[Plot]:
@@ -111,7 +155,9 @@ def _curves(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link
         draw = partial(charts.curves, comparison, styles, x, axis)
         return Plot(name, "curves", f"{label} against {what}", f"{caption}{band}", draw, True)
 
-    yield plot("rounds", "rounds", "After each round.", "round")
+    subset = any(run.measured(measure.between) for run in counted) if (measure := comparison.measure).between else False
+    between = " Markers are full evaluations, the rounds between them a fixed subset of the rows." if subset else ""
+    yield plot("rounds", "rounds", f"After each round.{between}", "round")
     shares = [(g.mean(lambda r: r.up) or 0.0) / (g.mean(lambda r: r.bytes) or 1.0) for g in comparison.groups]
     for name, key, words, detail in WAYS if max(shares) - min(shares) > UNLIKE else WAYS[:1]:
         totals = {run: run.series(key) if key == "bytes/total" else run.cumulative(key) for run in counted}
@@ -128,7 +174,7 @@ def _curves(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link
 
 def _heat_maps(comparison: Comparison) -> Iterator[Plot]:
     measure = comparison.measure
-    shown = "test accuracy in the best round on validation" if measure.report else measure.label
+    shown = "test accuracy" if measure.report else measure.label
     for grid in heat_map.heat_maps(comparison):
         among = ", ".join(grid.chosen_among)
         best = f" Each cell shows the best {among} by {measure.label}." if among else ""

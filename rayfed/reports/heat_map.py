@@ -83,9 +83,9 @@ def draw(comparison: Comparison, grid: HeatMap) -> Any:
         axes.add_patch(Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, facecolor=color, edgecolor="none"))
         luminance = np.dot((0.2126, 0.7152, 0.0722), color[:3])
         text: Any = {"ha": "center", "va": "center", "color": "#ffffff" if luminance < 0.5 else "#000000"}
-        axes.text(j, i - 0.12, as_percent(value, measure), weight="bold", **text)
-        axes.text(j, i + 0.24, f"{megabytes(grid.cells[i, j].mean(lambda r: r.bytes))} MB", size=7, **text)
-    axes.set(xlim=(-0.5, len(grid.ranks) - 0.5), ylim=(len(grid.densities) - 0.5, -0.5))
+        axes.text(j, i + 0.12, as_percent(value, measure), weight="bold", **text)
+        axes.text(j, i - 0.24, f"{megabytes(grid.cells[i, j].mean(lambda r: r.bytes))} MB", size=7, **text)
+    axes.set(xlim=(-0.5, len(grid.ranks) - 0.5), ylim=(-0.5, len(grid.densities) - 0.5))
     axes.set(xlabel="rank", ylabel=grid.axis)
     axes.set_xticks(range(len(grid.ranks)), grid.ranks)
     axes.set_yticks(range(len(grid.densities)), grid.densities)

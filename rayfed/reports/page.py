@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from string import Template
-from xml.sax.saxutils import escape
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rayfed import __version__
 from rayfed.reports import table
@@ -15,7 +15,6 @@ from rayfed.reports.figures import Plot
 from rayfed.reports.labels import printable
 from rayfed.reports.table import Ledgers, as_percent
 from rayfed.reports.traffic import Link
-from rayfed.tracking import Table
 from rayfed.tracking.format import megabytes
 
 SINGLE_RUNS = 6  # largest number of runs that get their own sections
@@ -28,7 +27,6 @@ HEADINGS = {
     "mix": "Ranks and densities",
 }
 GAP_HEADING = "Gap and traffic"  # in place of the first one, where the measure is a gap
-TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def page(
@@ -36,39 +34,78 @@ def page(
     link: Link | None,
 ) -> str:  # fmt: skip
     """The HTML of the page. ``plots`` are the figures of the comparison, ``single`` the figures of each run."""
-    title = _title(comparison)
-    body = [f"<h1>{_text(title)}</h1>", *(f'<p class="lead">{_text(line)}</p>' for line in _lead(comparison))]
-    body += [f'<p class="note">{_text(note)}</p>' for note in comparison.notes]
-    body += ["<h2>Summary</h2>", _table(table.summary(comparison))]
-    if comparison.differing:
-        body += ["<h2>Settings that differ</h2>", _table(table.differing(comparison), caption=False)]
+    runs = [run for group in comparison.groups for run in group.runs]
+    return _environment().get_template("page.html").render(
+        version=__version__,
+        title=_title(comparison),
+        colors=css(),
+        lead=list(_lead(comparison)),
+        notes=comparison.notes,
+        summary=table.summary(comparison),
+        baselines=table.baselines(comparison),
+        differing=table.differing(comparison) if comparison.differing else None,
+        legend=_legend(comparison, styles),
+        sections=list(_sections(comparison, ledgers, plots)),
+        runs=[(run.folder.resolve().name, table.facts(run), _figures(own)) for run, own in zip(runs, single)],
+        explanations=list(_explanations(comparison, link)),
+    )  # fmt: skip
+
+
+def _environment() -> Environment:
+    """Templates in which every text is escaped for HTML and XML, also inside an attribute."""
+    return Environment(
+        loader=PackageLoader("rayfed.reports", "."), autoescape=True, undefined=StrictUndefined, finalize=_shown,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+
+
+def _shown(value: Any) -> Any:
+    """A text without characters that cannot be printed, in which a number and its unit stay on one line.
+
+    What the template marks as `safe`, the page's own SVG and CSS, stays as it is.
+    """
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    shown = printable(value)
+    for unit in ("%", "MB "):
+        shown = shown.replace(f" {unit}", f"\N{NO-BREAK SPACE}{unit}")
+    return shown
+
+
+def _sections(comparison: Comparison, ledgers: Ledgers, plots: Sequence[Plot]) -> Iterable[Mapping[str, Any]]:
+    """Heading, figures and table of each section that has a figure; ranks and densities always have their table."""
     tables = {
-        "pareto": _table(table.front(comparison), caption=False),
-        "traffic": _table(table.parts(comparison, ledgers), caption=False),
-        "mix": _table(table.mix(comparison)),
-    }
+        "pareto": table.front(comparison), "traffic": table.parts(comparison, ledgers), "mix": table.mix(comparison),
+    }  # fmt: skip
     headings = {**HEADINGS, "curves": GAP_HEADING} if comparison.measure.lower_is_better else HEADINGS
     for section, heading in headings.items():
         here = [plot for plot in plots if plot.section == section]
-        if not here and section != "mix":
-            continue
-        body.append(f"<h2>{heading}</h2>")
-        if any(plot.shared_legend for plot in here):
-            body.append(_legend(comparison, styles))
-        body += [_figures(here), tables.get(section, "")]
-    runs = [run for group in comparison.groups for run in group.runs]
-    if single:
-        body.append(f"<h2>{'Run by run' if len(runs) > 1 else 'The run'}</h2>")
-    for run, figures in zip(runs, single):
-        name = run.folder.resolve().name
-        body += [f"<h3>{_text(name)}</h3>" if len(runs) > 1 else "", _facts(table.facts(run)), _figures(figures)]
-    if not single:
-        body.append('<p class="note">Figures of a single run: <code>rayfed report</code> with its directory.</p>')
-    body.append("<h2>How to read this</h2>")
-    body += [f"<p class='note'>{_text(line)}</p>" for line in _explanations(comparison, link)]
-    template = Template(TEMPLATE.read_text(encoding="utf-8"))
-    content = "\n".join(part for part in body if part)
-    return template.substitute(version=__version__, title=_text(title), colors=css(), body=content)
+        if here or section == "mix":
+            yield {
+                "heading": heading,
+                "legend": any(plot.shared_legend for plot in here),
+                "figures": _figures(here),
+                "table": tables.get(section),
+                "caption": section == "mix",
+            }
+
+
+def _figures(plots: Iterable[Plot]) -> list[tuple[Plot, str]]:
+    """Each figure with its SVG element."""
+    return [
+        (plot, inline_svg(plot.figure(standalone=False), plot.name, plot.title, plot.caption or plot.title))
+        for plot in plots
+    ]
+
+
+def _legend(comparison: Comparison, styles: Styles) -> list[tuple[str, str]]:
+    """The sample and the name of each group; empty for a single group."""
+    if len(comparison.groups) == 1:
+        return []
+    items = [(swatch(style.color, style.dash), group.label) for group, style in styles.items()]
+    if rest := len(comparison.groups) - len(styles):
+        items.append((swatch(MUTED, "-"), f"{rest} more, with a worse {comparison.measure.label}"))
+    return items
 
 
 def _title(comparison: Comparison) -> str:
@@ -79,35 +116,39 @@ def _title(comparison: Comparison) -> str:
 
 
 def _lead(comparison: Comparison) -> Iterable[str]:
-    """The main results: the best score, and the fewest bytes to the target."""
+    """The main results: the score of the exported model, and the fewest bytes to the target."""
     measure, best = comparison.measure, comparison.ranked[0]
     several = len(comparison.groups) > 1
     if best.score is None:
         yield "No run has a finite value."
         return
-    report = best.mean(lambda r: r.report) if measure.report else None
-    tested = f", {as_percent(report, measure)} on test" if report is not None else ""
-    sent = megabytes(best.best_bytes)
-    first = f"Best is {best.label}:" if several else "Reached"
-    yield f"{first} {as_percent(best.score, measure)} {measure.label}{tested}, for {sent} MB both ways."
-    reached = [(size, group.label) for group in comparison.groups if (size := group.target_bytes) is not None]
-    if comparison.target is not None and several and reached:
-        fewest, label = min(reached, key=lambda pair: pair[0])
+    tested = best.mean(lambda r: r.report) if measure.report else None
+    reached = f"{as_percent(best.score, measure)} {measure.label}"
+    if tested is not None:
+        reached = f"{as_percent(tested, measure)} test accuracy, {reached}"
+    first = f"Best is {best.label}:" if several else "The exported model reaches"
+    yield f"{first} {reached}, for {megabytes(best.mean(lambda r: r.bytes))} MB both ways."
+    targets = [(size, group.label) for group in comparison.groups if (size := group.target_bytes) is not None]
+    if comparison.target is not None and several and targets:
+        fewest, label = min(targets, key=lambda pair: pair[0])
         yield (
             f"Fewest bytes to {as_percent(comparison.target, measure)} {measure.label}: {label}, "
-            f"{megabytes(fewest)} MB; {len(reached)} of {len(comparison.groups)} reach it."
+            f"{megabytes(fewest)} MB; {len(targets)} of {len(comparison.groups)} reach it."
         )
 
 
 def _explanations(comparison: Comparison, link: Link | None) -> Iterable[str]:
     measure = comparison.measure
     yield "1 MB is 1e6 bytes. Bytes are the lengths of the encoded messages of all clients, with headers and indices."
-    if measure.selects_round:
-        yield "The best round has the best validation accuracy. Its test accuracy has no part in the choice."
-    elif measure.lower_is_better:
+    if measure.lower_is_better:
         yield "The gap is (F(W) - F(W*)) / (F(0) - F(W*)), computed exactly. The last round counts."
     else:
-        yield "There is no validation split, so no round is chosen: the last test accuracy counts."
+        yield (
+            "The last evaluated round counts: its model is the one that a run exports, and its test accuracy is "
+            "final/test_accuracy in the run's summary."
+        )
+    if measure.report:
+        yield "Runs are ranked by validation accuracy. The test accuracy has no part in any choice."
     if comparison.target is not None:
         default = (
             "what is left after 95 % of the best reduction" if measure.lower_is_better else "95 % of the best mean"
@@ -115,55 +156,12 @@ def _explanations(comparison: Comparison, link: Link | None) -> Iterable[str]:
         yield (
             f"The target is {as_percent(comparison.target, measure)} {measure.label} "
             f"({'given' if comparison.given_target else default}), the dotted line in the curves. A run reaches the "
-            "target in the first evaluated round at or beyond it."
+            "target in the first fully evaluated round at or beyond it."
         )
     if any(len(group.runs) > 1 for group in comparison.groups):
         yield (
-            "Runs that differ in the seed alone are one group: curves show the mean, tables the mean ± the sample "
-            "standard deviation."
+            "Runs that differ in the seed alone are one group: curves show the mean and the range, tables and bars the "
+            "mean ± the sample standard deviation."
         )
     if link is not None:
         yield f"Simulated time: {link}; each client downloads, then uploads; no latency, no training time."
-
-
-def _legend(comparison: Comparison, styles: Styles) -> str:
-    if len(comparison.groups) == 1:
-        return ""
-    items = [f"<li>{swatch(style.color, style.dash)}{_text(group.label)}</li>" for group, style in styles.items()]
-    if rest := len(comparison.groups) - len(styles):
-        words = f"{rest} more, with a worse {comparison.measure.label}"
-        items.append(f"<li>{swatch(MUTED, '-')}{words}</li>")
-    return f'<ul class="key">{"".join(items)}</ul>'
-
-
-def _figures(plots: Iterable[Plot]) -> str:
-    cells = []
-    for plot in plots:
-        svg = inline_svg(plot.figure(standalone=False), plot.name, plot.title, plot.caption or plot.title)
-        cells.append(f"<figure>{svg}<figcaption><b>{_text(plot.title)}</b>{_text(plot.caption)}</figcaption></figure>")
-    return f'<div class="figures">{"".join(cells)}</div>' if cells else ""
-
-
-def _table(table: Table, caption: bool = True) -> str:
-    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in table.columns)
-    rows = "".join(
-        f'<tr><th scope="row">{_text(row[0])}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in row[1:])}</tr>'
-        for row in table.rows
-    )
-    above = f"<caption>{_text(table.title)}</caption>" if caption else ""
-    return (
-        f'<div class="wide" role="region" tabindex="0" aria-label="{_text(table.title)}"><table>{above}'
-        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
-
-
-def _facts(facts: Iterable[tuple[str, str]]) -> str:
-    return f"<dl>{''.join(f'<dt>{_text(name)}</dt><dd>{_text(value)}</dd>' for name, value in facts)}</dl>"
-
-
-def _text(text: str) -> str:
-    """Escaped for HTML and XML, also inside an attribute. A number and its unit stay on one line."""
-    shown = printable(text)
-    for unit in ("%", "MB "):
-        shown = shown.replace(f" {unit}", f"\N{NO-BREAK SPACE}{unit}")
-    return escape(shown, {'"': "&quot;"})

@@ -6,6 +6,7 @@ needs neither torch nor Ray. A run that is still going can be read too.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,13 +31,16 @@ LISTED = 5  # names in a note
 class Run:
     """One run. ``settings`` maps every dotted key to its value, defaults included.
 
-    ``rounds`` are the records of its metrics.jsonl. ``trial``: whether the run belongs to a sweep.
+    ``rounds`` are the records of its metrics.jsonl, ``summary`` is its summary.json (empty before the end), ``classes``
+    are the names of its classes, if it has exported any. ``trial``: whether the run belongs to a sweep.
     """
 
     folder: Path
     name: str
     settings: Mapping[str, Any]
     rounds: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+    classes: Sequence[str]
     finished: bool
     trial: bool
 
@@ -108,7 +112,8 @@ def read_run(folder: Path, trial: bool = False) -> Run:
     defaults = {key: field.default for key, field in iter_fields(Experiment) if not field.is_required()}
     settings = {**flatten(defaults), **flatten(read_settings(config))}
     finished = rounds[-1]["round"] >= settings["server.rounds"] or _last_event(folder / "events.log") == "finish"
-    return Run(folder, str(settings["name"]), settings, rounds, finished, trial)
+    summary, classes = _json(folder / "summary.json", {}), _json(folder / "adapter" / "classes.json", [])
+    return Run(folder, str(settings["name"]), settings, rounds, summary, classes, finished, trial)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -141,6 +146,19 @@ def _trials(folder: Path, notes: list[str]) -> list[Run]:
 def _rounds(folder: Path) -> list[dict[str, Any]]:
     metrics = folder / "metrics.jsonl"
     return read_metrics(metrics) if metrics.is_file() else []
+
+
+def _json(path: Path, default: Any) -> Any:
+    """The JSON value of the file, of the type of ``default``; the default if there is no file. UserError if damaged."""
+    if not path.is_file():
+        return default
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, type(default)):
+        raise UserError(f"{path}: not a JSON {'object' if isinstance(default, dict) else 'array'}, so it is damaged")
+    return value
 
 
 def listed(noun: str, names: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from statistics import mean
+from statistics import mean, stdev
 
 from rayfed.reports.compare import Comparison, Measure, RunGroup, RunSummary
 from rayfed.reports.labels import spelled
@@ -14,7 +14,13 @@ from rayfed.reports.traffic import DIRECTIONS, PARTS, Traffic
 from rayfed.tracking import Table
 from rayfed.tracking.format import clock, megabytes
 
-DETAILS = ("rounds", "sparse model, best round", "test accuracy, last round", "MB down", "MB up", "target round")
+DETAILS = ("rounds", "sparse model", "best round", "test accuracy, best round", "MB down", "MB up", "target round")
+BASELINES = {  # column -> key of the summary
+    "exported model": "final/test_accuracy",
+    "as clients receive it": "final/test_accuracy_masked",
+    "frozen base, head trained in the same rounds": "head_only/test_accuracy",
+    "frozen base, head trained centrally": "head_only/test_accuracy_central",
+}
 Ledgers = Mapping[Run, Traffic]
 Number = Callable[[RunSummary], float | None]
 Columns = list[tuple[str, Callable[[RunGroup], str]]]  # name and cell of each column
@@ -31,15 +37,13 @@ def summary(comparison: Comparison, brief: bool = False) -> Table:
     if seeds:
         columns.append(("seeds", lambda g: _fraction(len(g.counted), len(g.runs))))
     columns.append(("rounds", lambda g: _range([run.rounds[-1]["round"] for run in g.counted])))
-    if measure.selects_round:
-        columns.append(("best round", lambda g: _range([r.round for r in g.summaries])))
-    when = "best round" if measure.selects_round else "last round"
-    columns.append((f"{measure.label}, {when}", lambda g: _spread(g, measure, lambda r: r.value)))
+    columns.append((measure.label, lambda g: _spread(g, measure, lambda r: r.value)))
     if measure.report:
-        columns.append(("test accuracy, best round", lambda g: _spread(g, measure, lambda r: r.report)))
+        columns.append(("test accuracy", lambda g: _spread(g, measure, lambda r: r.report)))
         if any(group.values(lambda r: r.masked) for group in groups):
-            columns.append(("sparse model, best round", lambda g: _spread(g, measure, lambda r: r.masked)))
-        columns.append(("test accuracy, last round", lambda g: _spread(g, measure, lambda r: r.last_report)))
+            columns.append(("sparse model", lambda g: _spread(g, measure, lambda r: r.masked)))
+        columns.append(("best round", lambda g: _range([r.best_round for r in g.summaries])))
+        columns.append(("test accuracy, best round", lambda g: _spread(g, measure, lambda r: r.best_report)))
     columns += [
         ("MB down", lambda g: megabytes(g.mean(lambda r: r.down))),
         ("MB up", lambda g: megabytes(g.mean(lambda r: r.up))),
@@ -51,7 +55,25 @@ def summary(comparison: Comparison, brief: bool = False) -> Table:
         columns.append(("target round", lambda g: _range([r.target_round for r in g.summaries])))
     if brief:
         columns = [(name, cell) for name, cell in columns if name not in DETAILS]
-    return _table(_title(comparison, seeds), columns, groups)
+    title = "Values of the last round, whose model is exported"
+    return _table(f"{title}; mean ± deviation over the seeds" if seeds else title, columns, groups)
+
+
+def baselines(comparison: Comparison) -> Table | None:
+    """The exported model next to the frozen base with only a head trained (`eval.controls`). None without baselines.
+
+    The numbers are those of the runs' summaries; means and deviations are over the seeds.
+    """
+    rows = []
+    for group in comparison.groups:
+        cells = []
+        for key in BASELINES.values():
+            found = [value for run in group.counted if (value := run.summary.get(key)) is not None]
+            spread = stdev(found) if len(found) > 1 else None
+            cells.append(as_percent(mean(found), comparison.measure, spread) if found else "-")
+        if any(cell != "-" for cell in cells[-2:]):
+            rows.append((group.label, *cells))
+    return Table("Test accuracy of the run and of its baselines", ("", *BASELINES), tuple(rows)) if rows else None
 
 
 def differing(comparison: Comparison) -> Table:
@@ -67,10 +89,10 @@ def differing(comparison: Comparison) -> Table:
 def front(comparison: Comparison) -> Table:
     """The Pareto front of accuracy and bytes, fewest bytes first."""
     measure = comparison.measure
-    columns: Columns = [("", lambda g: g.label), ("MB to that round", lambda g: megabytes(g.best_bytes))]
+    columns: Columns = [("", lambda g: g.label), ("MB both ways", lambda g: megabytes(g.mean(lambda r: r.bytes)))]
     columns.append((measure.label, lambda g: _spread(g, measure, lambda r: r.value)))
     if measure.report:
-        columns.append(("test accuracy, best round", lambda g: _spread(g, measure, lambda r: r.report)))
+        columns.append(("test accuracy", lambda g: _spread(g, measure, lambda r: r.report)))
     return _table("Pareto front", columns, comparison.front)
 
 
@@ -140,12 +162,6 @@ def facts(run: Run) -> list[tuple[str, str]]:
 def _table(title: str, columns: Columns, groups: Sequence[RunGroup]) -> Table:
     rows = (tuple(cell(group) for _, cell in columns) for group in groups)
     return Table(title, tuple(name for name, _ in columns), tuple(rows))
-
-
-def _title(comparison: Comparison, seeds: bool) -> str:
-    measure = comparison.measure
-    how = "best round chosen on validation, reported on test" if measure.selects_round else "values of the last round"
-    return f"{how}; mean ± deviation over the seeds" if seeds else how
 
 
 def _spread(group: RunGroup, measure: Measure, number: Number) -> str:

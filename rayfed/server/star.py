@@ -44,6 +44,7 @@ class RoundLog:
     split: int = 0  # clients whose pack did not fit into memory
     dense: int = 0  # bytes of the same messages, had every entry travelled in fp32
     ranks: dict[int, int] = field(default_factory=dict)  # trained rank -> clients
+    trained: list[list[int]] = field(default_factory=list)  # [client, trained rank]
     waited: float = 0.0  # seconds in which the server waited for uploads
 
     def record(self, client: Profile, result: TrainResult, i: int, received: Download) -> None:
@@ -72,6 +73,7 @@ class RoundLog:
         self.examples += result.examples[i]
         self.ok += 1
         self.ranks[result.ranks[i]] = self.ranks.get(result.ranks[i], 0) + 1
+        self.trained.append([client.client, result.ranks[i]])
 
     @property
     def mean_loss(self) -> float | None:
@@ -83,11 +85,12 @@ class RoundLog:
         """The number of clients that were dropped."""
         return sum(divergence.dropped for divergence in self.diverged.values())
 
-    def counts(self) -> dict[str, int]:
-        """The numbers of clients, as metrics `clients/...`."""
+    def counts(self) -> dict[str, Any]:
+        """The metrics `clients/...`: numbers of clients, and each client that trained with its rank."""
         ranks = {f"clients/rank_{rank}": count for rank, count in sorted(self.ranks.items())}
         own = {"ok": self.ok, "retried": self.retried, "split": self.split, "diverged": len(self.diverged)}
-        return {f"clients/{name}": count for name, count in own.items()} | ranks
+        counts = {f"clients/{name}": count for name, count in own.items()}
+        return {**counts, **ranks, "clients/trained": sorted(self.trained)}
 
     def events(self) -> list[str]:
         """One line about the clients that diverged; none if no client did."""

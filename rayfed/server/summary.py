@@ -11,6 +11,7 @@ from rayfed.clients.plan import RunPlan
 from rayfed.config.training import EarlyStop
 from rayfed.server.evaluation.baselines import Baselines
 from rayfed.tracking import Table
+from rayfed.tracking.sinks import Scalar
 
 
 @dataclass
@@ -60,7 +61,11 @@ class Progress:
 def summarize(
     plan: RunPlan, progress: Progress, ledger: wire.Ledger, rounds: int, baselines: Baselines | None
 ) -> dict[str, Any]:
-    """The summary as one flat mapping: metrics (accuracies from 0 to 1), bytes both ways, bytes had all been dense."""
+    """The summary as one flat mapping: metrics (accuracies from 0 to 1), bytes both ways, bytes had all been dense.
+
+    `final/...` is measured on the state of the last evaluated round: for a finished run, the one that is exported.
+    `bytes/down_total` and such add up what `bytes/down` and such are in each round.
+    """
     metric = plan.task.metric or "accuracy"
     return {
         "rounds": rounds,
@@ -72,7 +77,7 @@ def summarize(
         f"final/test_{metric}_masked": progress.last_test_masked,
         f"final/test_{metric}_clients": progress.last_test_clients,
         "final/gap": progress.last_gap,
-        **ledger.totals(),
+        **{f"{key}_total": count for key, count in ledger.totals().items()},
         "bytes/total": ledger.total_bytes,
         "bytes/dense": progress.dense_bytes,
         f"head_only/test_{metric}": baselines.same_rounds if baselines else None,
@@ -81,30 +86,30 @@ def summarize(
 
 
 def closing_table(plan: RunPlan, summary: dict[str, Any]) -> Table:
-    """The table at the end: this run, the same run sent dense, the frozen base."""
+    """The table at the end: the exported model, what clients receive of it, the messages sent dense, the bare base."""
     down, up, metric = plan.wire.down, plan.wire.up, plan.task.metric or "accuracy"
     name = f"{plan.settings['method']['name']}, density {_density(down.density)} down, {_density(up.density)} up"
-    final = {suffix: summary[f"final/test_{metric}{suffix}"] for suffix in ("", "_masked", "_clients")}
-    rows = [(name, final[""], summary["bytes/total"])]
-    if final["_masked"] is not None:  # what FLASC's own code evaluates
-        rows = [
-            (f"{name}, as clients receive it", final["_masked"], summary["bytes/total"]),
-            ("  the server's dense copy", final[""], None),
-        ]
-    rows.append(("  mean over the clients, each on data like its own", final["_clients"], None))
-    if summary["bytes/total"] < summary["bytes/dense"]:
-        times = summary["bytes/dense"] / summary["bytes/total"]
-        rows.append((f"  the same messages sent dense: {times:.1f}x", None, summary["bytes/dense"]))
-    rows.append(("frozen base, only the head trained, same rounds", summary[f"head_only/test_{metric}"], None))
-    rows.append(("  trained centrally to convergence", summary[f"head_only/test_{metric}_central"], None))
-    cells = tuple(
+    final, sent, dense = f"final/test_{metric}", summary["bytes/total"], summary["bytes/dense"]
+    rows = [
+        (name, summary[final], sent),
+        ("  as clients receive it, sparse", summary[f"{final}_masked"], None),  # what FLASC's own code evaluates
+        ("  mean over the clients, each on data like its own", summary[f"{final}_clients"], None),
+        (f"  the same messages sent dense: {dense / max(sent, 1):.1f}x", None, dense if sent < dense else None),
+        ("frozen base, only the head trained, same rounds", summary[f"head_only/test_{metric}"], None),
+        ("  trained centrally to convergence", summary[f"head_only/test_{metric}_central"], None),
+    ]
+    rows = [row for row in rows if row[1] is not None or row[2] is not None]
+    cells = [
         (label, "" if value is None else f"{100 * value:.1f} %", "" if size is None else f"{size / 1e6:.2f}")
         for label, value, size in rows
-        if value is not None or size is not None
-    )
-    if summary["final/gap"] is not None:
-        cells += (("share of the initial gap to the optimum that is left", f"{summary['final/gap']:.3%}", ""),)
-    return Table(f"After {summary['rounds']} rounds", ("", f"test {metric}", "MB both ways"), cells)
+    ]
+    values: list[tuple[Scalar, ...]] = [(*row[:2], None if row[2] is None else row[2] / 1e6) for row in rows]
+    if (gap := summary["final/gap"]) is not None:
+        label = "share of the initial gap to the optimum that is left"
+        cells.append((label, f"{gap:.3%}", ""))
+        values.append((label, gap, None))
+    columns = ("", f"test {metric}", "MB both ways")
+    return Table(f"After {summary['rounds']} rounds", columns, tuple(cells), tuple(values))
 
 
 def _density(value: float) -> str:

@@ -1,7 +1,7 @@
 """Sinks: the destinations of a run's numbers and events.
 
-`metrics.jsonl` and `events.log` are always written; W&B and the console follow the section `tracking`. The process
-that runs the rounds opens `open_sinks`. The process that the user started opens `open_console`.
+`metrics.jsonl`, `summary.json` and `events.log` are always written; W&B, TensorBoard and the console follow the section
+`tracking`. The process that runs the rounds opens `open_sinks`. The process that the user started opens `open_console`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from rayfed.tracking.console import ConsoleSink
 from rayfed.tracking.events import EventSink
 from rayfed.tracking.jsonl import JsonlSink, read_metrics
 from rayfed.tracking.sinks import Record, RunInfo, Sink, SinkList, Table, Value
+from rayfed.tracking.tensorboard_sink import TensorBoardSink
 from rayfed.tracking.wandb_login import wandb_mode
 from rayfed.tracking.wandb_sink import WandbSink
 
@@ -23,12 +24,14 @@ __all__ = ["Record", "RunInfo", "Sink", "SinkList", "Table", "Value", "open_cons
 
 
 def open_sinks(settings: Tracking, out: Path) -> SinkList:
-    """The sinks of a run in the directory ``out``: metrics, events and, unless `tracking.wandb` is off, W&B.
+    """The sinks of a run in the directory ``out``: metrics, events, and TensorBoard and W&B as the settings say.
 
-    UserError if `tracking.wandb` asks for W&B and wandb is not installed.
+    UserError if a package that the settings ask for is not installed.
     """
     events = EventSink(Path(out) / "events.log")
     sinks: list[Sink] = [JsonlSink(Path(out) / "metrics.jsonl"), events]
+    if settings.tensorboard:
+        sinks.append(TensorBoardSink(Path(out) / "tensorboard"))
     if (mode := wandb_mode(settings)) != "off":
         sinks.append(WandbSink(settings, mode, notify=events.event))
     return SinkList(*sinks)

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one line of strict JSON per round. All reports read this file.
+"""`metrics.jsonl`: one line of strict JSON per round; `summary.json`: one object at the end. All reports read both.
 
 JSON has no NaN and no infinities. Such a value, also inside a list, is written as null, like a value that was not
 measured. The line then has the key `nonfinite` with the values: `{"round": 7, "train/loss": null, "nonfinite":
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from rayfed.errors import UserError
 from rayfed.files import atomic_write, named_errors, regular
-from rayfed.tracking.sinks import Record, RunInfo, Sink
+from rayfed.tracking.sinks import Record, RunInfo, Sink, Table
 
 
 class JsonlSink(Sink):
@@ -41,6 +41,10 @@ class JsonlSink(Sink):
             while line:  # a disk that gets full takes a part of a line
                 line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
+
+    def finish(self, summary: Record, table: Table | None) -> None:
+        """Writes the summary as `summary.json`, next to the file of the rounds."""
+        atomic_write(self.path.with_name("summary.json"), f"{to_line(summary)}\n")
 
     def close(self) -> None:
         """Closes the file."""

@@ -35,11 +35,15 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class Table:
-    """A small table of formatted text. Every row has one cell per column."""
+    """A small table of formatted text. Every row has one cell per column.
+
+    ``values`` may have the same rows as numbers, None in an empty cell.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    values: tuple[tuple[Scalar, ...], ...] = ()
 
 
 class Sink:

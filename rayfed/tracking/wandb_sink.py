@@ -1,4 +1,4 @@
-"""Weights & Biases: the scalars of `metrics.jsonl`, one W&B step per round.
+"""Weights & Biases: the scalars of `metrics.jsonl`, one W&B step per round; results, tables and files at the end.
 
 W&B never changes a run. Its first error becomes an event, and the run continues without W&B. If the online start fails,
 the sink starts offline. The W&B step is the round, so a repeated round keeps its step. `<out>/wandb-run.json` stores
@@ -15,7 +15,7 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rayfed.errors import first_line
 from rayfed.files import write_json
@@ -26,6 +26,8 @@ from rayfed.tracking.wandb_login import Mode, logged_in
 if TYPE_CHECKING:
     from rayfed.config.execution import Tracking
 
+FILES = ("config.yaml", "metrics.jsonl", "summary.json", "ledger.parquet", "partition.json", "report.html")
+CONFUSION = "test/confusion_matrix"
 SERVICE = "WANDB_SERVICE"  # names wandb's helper process; child processes inherit the variable
 QUIET = {
     "silent": True,
@@ -46,6 +48,8 @@ class WandbSink(Sink):
         self._notify = notify
         self._run: Any = None
         self._info: RunInfo | None = None
+        self._defined: set[str] = set()  # metrics whose summary is the best value
+        self._confusion: Any = None  # the last confusion matrix
         self._finished = False
 
     def start(self, info: RunInfo) -> None:
@@ -58,7 +62,7 @@ class WandbSink(Sink):
             self._attempt("log", lambda: self._log(record))
 
     def finish(self, summary: Record, table: Table | None) -> None:
-        """Writes results and table to the W&B summary, and logs the adapter as an artifact if the settings say so."""
+        """Writes results and tables to the W&B summary, and logs the adapter as an artifact if the settings say so."""
         self._finished = True
         if self._run is not None:
             self._attempt("summary", lambda: self._summarise(summary, table))
@@ -66,7 +70,12 @@ class WandbSink(Sink):
             self._attempt("artifact", lambda: self._log_adapter(summary))
 
     def close(self) -> None:
-        """Ends the W&B run, as failed if `finish` was not called. Ends the helper process if no other run needs it."""
+        """Ends the W&B run, as failed if `finish` was not called. Ends the helper process if no other run needs it.
+
+        Logs the files of a finished run first: by now all other sinks have written theirs.
+        """
+        if self._run is not None and self._finished and self._settings.artifact:
+            self._attempt("artifact", self._log_files)
         run, self._run = self._run, None
         code = 0 if self._finished else 1
         if run is not None:
@@ -109,6 +118,11 @@ class WandbSink(Sink):
 
     def _log(self, record: Record) -> None:
         values = scalars(record)
+        self._confusion = record.get(CONFUSION) or self._confusion
+        for key in (key for key in values if key not in self._defined):
+            if best := best_value(key):
+                self._defined.add(key)
+                self._run.define_metric(key, step_metric="round", summary=best)
         self._run.log(values, step=values["round"], commit=True)
 
     def _init(self, info: RunInfo, mode: str, run_id: str) -> Any:
@@ -122,7 +136,8 @@ class WandbSink(Sink):
             entity=self._settings.entity,
             group=self._settings.group,
             tags=list(self._settings.tags) or None,
-            name=info.name,
+            name=run_name(info),
+            job_type="train",
             config={**info.config, "digest": info.digest, "facts": dict(info.facts)},
             dir=info.out,
             id=run_id,
@@ -133,10 +148,14 @@ class WandbSink(Sink):
 
     def _summarise(self, summary: Record, table: Table | None) -> None:
         values: dict[str, Any] = dict(scalars(summary))
-        if table is not None:
-            import wandb
+        import wandb
 
-            values["table"] = wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
+        if table is not None:
+            rows = table.values or table.rows
+            values["table"] = wandb.Table(columns=list(table.columns), data=[list(row) for row in rows])
+        if self._confusion is not None:
+            cells = _confusion_cells(self._confusion, self._class_names())
+            values["confusion"] = wandb.Table(columns=["label", "prediction", "rows"], data=cells)
         self._run.summary.update(values)
 
     def _log_adapter(self, summary: Record) -> None:
@@ -150,6 +169,51 @@ class WandbSink(Sink):
             artifact = wandb.Artifact(f"adapter-{self._run.id}", type="model", metadata=metadata)
             artifact.add_dir(str(folder), policy="immutable")
             self._run.log_artifact(artifact)
+
+    def _log_files(self) -> None:
+        """The FILES that the run directory has, as an artifact."""
+        import wandb
+
+        assert self._info is not None
+        artifact = wandb.Artifact(f"run-{self._run.id}", type="run", metadata={"digest": self._info.digest})
+        for path in (self._info.out / name for name in FILES):
+            if path.is_dir():
+                artifact.add_dir(str(path), name=path.name, policy="immutable")
+            elif path.is_file():
+                artifact.add_file(str(path))
+        self._run.log_artifact(artifact)
+
+    def _class_names(self) -> list[str] | None:
+        assert self._info is not None
+        path = self._info.out / "adapter" / "classes.json"
+        return [str(name) for name in json.loads(path.read_text(encoding="utf-8"))] if path.is_file() else None
+
+
+def best_value(key: str) -> Literal["max", "min"] | None:
+    """What the W&B summary shows of a metric; None: its last value, as for all test metrics, which choose nothing."""
+    split, _, name = key.partition("/")
+    if split not in ("train", "eval", "eval_subset"):
+        return None
+    if name.startswith(("accuracy", "macro_f1")):
+        return "max"
+    return "min" if name.startswith(("loss", "gap")) else None
+
+
+def run_name(info: RunInfo) -> str:
+    """The name of the W&B run: runs that differ in method, rank, density or seed differ in it.
+
+    `quickstart flasc rank 8 density 0.25 seed 0`; both densities, down and up, where they differ.
+    """
+    config = info.config
+    density = " / ".join(dict.fromkeys(f"{config['wire'][way]['density']:g}" for way in ("down", "up")))
+    words = {"rank": config["lora"]["rank"], "density": density, "seed": config["seed"]}
+    return " ".join([info.name, config["method"]["name"], *(f"{key} {value}" for key, value in words.items())])
+
+
+def _confusion_cells(matrix: list[list[int]], names: list[str] | None) -> list[list[Any]]:
+    """[label, prediction, rows] of every pair that occurs."""
+    named = names or [str(i) for i in range(len(matrix))]
+    return [[named[i], named[j], count] for i, row in enumerate(matrix) for j, count in enumerate(row) if count]
 
 
 def _run_id(info: RunInfo, fresh: bool = False) -> str:

@@ -47,7 +47,10 @@ Panel = Curves | Points | Parallel
 DENSITY_UP, DENSITY_DOWN, RANK = "config:wire.up.density", "config:wire.down.density", "config:lora.rank"
 SECTIONS: dict[str, tuple[Panel, ...]] = {
     "Accuracy against bytes": (
-        Curves("Validation accuracy against bytes", "bytes/total", ("eval/accuracy", "eval/accuracy_masked")),
+        Curves(
+            "Validation accuracy against bytes", "bytes/total",
+            ("eval/accuracy", "eval/accuracy_masked", "eval_subset/accuracy"),
+        ),
         Curves("Test accuracy against bytes", "bytes/total", ("test/accuracy", "test/accuracy_masked")),
         Points("Test accuracy and bytes of each run", "bytes/total", "final/test_accuracy"),
     ),
@@ -71,7 +74,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Curves("Bytes per round", "round", ("bytes/down", "bytes/up")),
     ),
     "Training": (
-        Curves("Loss", "round", ("train/loss", "eval/loss")),
+        Curves("Loss", "round", ("train/loss", "eval/loss", "eval_subset/loss")),
         Curves("Share of the gap to the known answer", "bytes/total", ("eval/gap",)),
     ),
 }  # fmt: skip

@@ -170,6 +170,7 @@ def test_a_run_leaves_its_directory(finished: Finished) -> None:
         "ledger.parquet",
         "metrics.jsonl",
         "report.html",
+        "summary.json",
     ]
     assert [path.name for path in (finished.out / "checkpoints").iterdir()] == ["round-000001"]
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {

@@ -14,9 +14,9 @@ import rayfed
 from rayfed import wire
 from rayfed.errors import UserError
 from rayfed.reports import read, summary
-from rayfed.reports.compare import curve
+from rayfed.reports.compare import ACCURACY, curve
 from rayfed.reports.heat_map import heat_maps
-from rayfed.reports.table import differing, front, rank_shares
+from rayfed.reports.table import baselines, differing, front, rank_shares
 from rayfed.tracking import read_metrics
 
 Write = Callable[..., Path]
@@ -29,19 +29,19 @@ def cells(folders: list[Path], target: float | None = None) -> dict[str, dict[st
     return {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
 
 
-def test_the_best_round_is_chosen_on_validation_and_reported_on_test(write_run: Write) -> None:
-    masked = {"test/accuracy_masked": [0.1, 0.2, 0.3, 0.4]}
-    folder = write_run("a", eval=[0.5, 0.8, 0.8, 0.7], test=[0.9, 0.6, 0.65, 0.95], more=masked)
+def test_the_last_evaluated_round_counts_and_the_best_on_validation_is_shown_beside_it(write_run: Write) -> None:
+    masked = {"test/accuracy_masked": [0.1, 0.2, 0.3, 0.4, None]}
+    scores = {"eval": [0.5, 0.8, 0.8, 0.7, None], "test": [0.9, 0.6, 0.65, 0.95, None]}
+    folder = write_run("a", **scores, more=masked)
     (found,) = read([folder]).groups[0].summaries
-    assert (found.round, found.value, found.report, found.masked) == (2, 0.8, 0.6, 0.2)
-    assert found.last_report == 0.95
-    assert found.best_bytes == 2 * (2000 + 1000)
+    assert (found.value, found.report, found.masked) == (0.7, 0.95, 0.4)
+    assert (found.best_round, found.best_report) == (2, 0.6)
     row = cells([folder])["a"]
+    assert row["validation accuracy"] == "70.0 %"
+    assert row["test accuracy"] == "95.0 %"
+    assert row["sparse model"] == "40.0 %"
     assert row["best round"] == "2"
-    assert row["validation accuracy, best round"] == "80.0 %"
     assert row["test accuracy, best round"] == "60.0 %"
-    assert row["sparse model, best round"] == "20.0 %"
-    assert row["test accuracy, last round"] == "95.0 %"
 
 
 def test_the_table_is_what_a_real_run_left_in_metrics_and_ledger(
@@ -53,19 +53,14 @@ def test_the_table_is_what_a_real_run_left_in_metrics_and_ledger(
     (found,) = comparison.groups[0].summaries
     lines = read_metrics(out / "metrics.jsonl")
     ledger = wire.Ledger.read(out / "ledger.parquet")
-    best = max(lines, key=lambda line: line["eval/accuracy"])
-    assert (found.round, found.value, found.report) == (
-        best["round"],
-        best["eval/accuracy"],
-        best["test/accuracy"],
-    )
-    assert found.masked == best["test/accuracy_masked"]
+    assert (found.value, found.report) == (lines[-1]["eval/accuracy"], lines[-1]["test/accuracy"])
+    assert found.masked == lines[-1]["test/accuracy_masked"]
     assert {"bytes/down": found.down, "bytes/up": found.up}.items() <= ledger.totals().items()
     assert found.bytes == ledger.total_bytes
     first = ledger.totals(1)
     assert (found.target_round, found.target_bytes) == (1, first["bytes/down"] + first["bytes/up"])
-    assert found.round == result.summary["best/round"]
-    assert found.report == result.summary["best/test_accuracy"]
+    assert found.report == result.summary["final/test_accuracy"]
+    assert (found.best_round, found.best_report) == (result.summary["best/round"], result.summary["best/test_accuracy"])
     assert comparison.groups[0].counted[0].finished
 
 
@@ -106,14 +101,15 @@ def test_runs_that_differ_in_seed_alone_are_one_group(write_run: Write) -> None:
     ]
     (group,) = read(folders).groups
     assert [run.seed for run in group.runs] == [0, 1]
-    assert group.score == pytest.approx(0.75)
-    assert group.deviation(lambda r: r.report) == pytest.approx(stdev([0.6, 0.8]))
+    assert group.score == pytest.approx(0.7)
+    assert group.deviation(lambda r: r.report) == pytest.approx(stdev([0.5, 0.8]))
     (row,) = cells(folders).values()
     assert row["seeds"] == "2"
     assert row["best round"] == "2 to 3"
+    assert row["test accuracy"] == "65.0 ± 21.2 %"
     assert row["test accuracy, best round"] == "70.0 ± 14.1 %"
     assert row["MB down"] == "0.0090"  # 3 rounds of 2 clients: the mean of 12,000 and 6,000 bytes
-    mean = curve(group.counted, "eval/accuracy", {run: run.cumulative("bytes/down") for run in group.counted})
+    mean = curve(group.counted, ACCURACY, {run: run.cumulative("bytes/down") for run in group.counted})
     assert mean.x == [3000, 6000, 9000]
     assert mean.mean == pytest.approx([0.3, 0.65, 0.7])
     assert (mean.low, mean.high) == ([0.2, 0.6, 0.5], [0.4, 0.7, 0.9])
@@ -129,10 +125,37 @@ def test_a_list_valued_metric_is_in_no_series(write_run: Write) -> None:
 def test_a_curve_has_the_rounds_that_all_seeds_measured(write_run: Write) -> None:
     folders = [write_run("a", eval=[None, 0.2, 0.3]), write_run("b", "seed=1", eval=[0.1, 0.4, None])]
     (group,) = read(folders).groups
-    own = curve(group.runs, "eval/accuracy")
+    own = curve(group.runs, ACCURACY)
     assert (own.x, own.mean) == ([2], pytest.approx([0.3]))
-    own = curve(group.runs, "eval/accuracy", {run: run.cumulative("bytes/up") for run in group.runs})
+    own = curve(group.runs, ACCURACY, {run: run.cumulative("bytes/up") for run in group.runs})
     assert (own.x, own.mean) == ([2000], pytest.approx([0.3]))
+
+
+def test_between_full_evaluations_a_curve_has_the_subset_and_the_result_has_not(write_run: Write) -> None:
+    more = {"eval_subset/accuracy": [0.1, 0.9, None]}
+    (group,) = read([write_run("a", eval=[None, None, 0.5], more=more)]).groups
+    own = curve(group.runs, ACCURACY)
+    assert (own.x, own.mean, own.full) == ([1, 2, 3], [0.1, 0.9, 0.5], [2])
+    assert (group.score, group.summaries[0].best_round) == (0.5, 3)
+    assert read([group.runs[0].folder], target=0.6).groups[0].target_bytes is None
+
+
+def test_baselines_are_those_of_the_summaries(write_run: Write) -> None:
+    folders = [write_run("a"), write_run("b", "seed=1"), write_run("c", "client.lr=1")]
+    for folder, central in zip(folders, (0.5, 0.7, None)):
+        values = {
+            "final/test_accuracy": 0.6,
+            "head_only/test_accuracy": None,
+            "head_only/test_accuracy_central": central,
+        }
+        (folder / "summary.json").write_text(json.dumps(values))
+    table = baselines(read(folders))
+    assert table is not None
+    assert table.rows == (("lr 0.001", "60.0 ± 0.0 %", "-", "-", "60.0 ± 14.1 %"),)
+    assert baselines(read(folders[2:])) is None
+    (folders[0] / "summary.json").write_text("[]")
+    with pytest.raises(UserError, match=r"summary\.json: not a JSON object, so it is damaged$"):
+        read(folders)
 
 
 def test_the_same_settings_and_seed_twice_are_not_two_seeds(write_run: Write) -> None:
@@ -220,7 +243,7 @@ def test_where_the_answer_is_known_the_last_gap_counts(write_run: Write) -> None
     assert comparison.target == pytest.approx(1 - 0.95 * 0.9)
     assert [group.label for group in comparison.ranked] == ["lr 0.2", "lr 0.1"]
     rows = cells(folders)
-    assert rows["lr 0.2"]["share of the gap left, last round"] == "10.0 %"
+    assert rows["lr 0.2"]["share of the gap left"] == "10.0 %"
     assert rows["lr 0.1"]["MB to 14.5 %"] == "0.0060"
     assert not any("test" in column for column in rows["lr 0.1"])
 
@@ -235,8 +258,8 @@ def test_a_run_that_diverged_has_no_earlier_round_to_speak_for_it(write_run: Wri
     comparison = read(folders)
     assert [group.score for group in comparison.groups] == [None, None]
     rows = cells(folders, target=0.4)
-    assert rows["lr 0.001"]["share of the gap left, last round"] == "diverged"
-    assert rows["lr 1"]["share of the gap left, last round"] == "30.0 % (1/2)"
+    assert rows["lr 0.001"]["share of the gap left"] == "diverged"
+    assert rows["lr 1"]["share of the gap left"] == "30.0 % (1/2)"
     assert comparison.front == []
     assert comparison.target is None
 
@@ -244,7 +267,7 @@ def test_a_run_that_diverged_has_no_earlier_round_to_speak_for_it(write_run: Wri
 def test_without_a_validation_split_nothing_is_chosen(write_run: Write) -> None:
     folder = write_run("a", eval=[None, None, None], test=[0.5, 0.9, 0.7])
     row = cells([folder])["a"]
-    assert row["test accuracy, last round"] == "70.0 %"
+    assert row["test accuracy"] == "70.0 %"
     assert "best round" not in row
 
 

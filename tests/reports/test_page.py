@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from rayfed.errors import UserError
-from rayfed.reports import Link, read, write_report
-from rayfed.reports.drawing import COLORS, DARK, LIGHT, css, group_styles
+from rayfed.reports import Link, figures, read, write_report
+from rayfed.reports.charts import pareto
+from rayfed.reports.drawing import COLORS, DARK, LIGHT, MARKERS, RAMP, css, drawing, group_styles, ramp
+from rayfed.reports.heat_map import draw, heat_maps
 
 Write = Callable[..., Path]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -73,7 +75,7 @@ def test_every_figure_has_a_title_and_a_caption(page: Path) -> None:
     titles = [texts(figure.find("svg/title")) for figure in figures]  # type: ignore[arg-type]
     expected = ["against rounds", "against MB both ways", "against MB down", "against MB up", "against simulated time"]
     expected = [f"Validation accuracy {rest}" for rest in expected]
-    expected += ["MB both ways to 67.5 % validation accuracy", "Validation accuracy and MB up to that round"]
+    expected += ["MB both ways to 67.5 % validation accuracy", "Validation accuracy and MB both ways"]
     expected += ["Density and rank", "Traffic by part", "Ranks of the clients"]
     assert titles == [*expected, "Entries that a client receives per round", "Entries that a client sends per round"]
     for figure in figures:
@@ -90,7 +92,7 @@ def test_the_page_says_what_the_tables_say(page: Path) -> None:
     root = tree(page)
     said = texts(root)
     assert texts(root.find(".//h1")) == "4 settings compared, 8 runs"  # type: ignore[arg-type]
-    assert "Best is d1.0r4: 71.0 % validation accuracy, 71.0 % on test, for 0.0354 MB both ways." in said
+    assert "Best is d1.0r4: 71.0 % test accuracy, 71.0 % validation accuracy, for 0.0354 MB both ways." in said
     assert "Fewest bytes to 67.5 % validation accuracy: d1.0r4, 0.0354 MB; 2 of 4 reach it." in said
     heads = [texts(cell) for cell in root.findall(".//table")[1].findall("thead/tr/th")]
     assert heads == ["", "lora.rank", "wire.up.density"]
@@ -101,19 +103,59 @@ def test_the_page_says_what_the_tables_say(page: Path) -> None:
 def test_one_run_shows_its_own_figures(write_run: Write, tmp_path: Path) -> None:
     more = {"test/accuracy_rank_4_density_0.25": [0.1, 0.2], "eval/accuracy_masked": [0.1, 0.3]}
     more |= {f"test/accuracy_clients{which}": [0.3, 0.4] for which in ("", "_p10", "_p50", "_p90")}
+    more |= {"eval_subset/accuracy": [0.2, None], "method/residual": [1.0, 2.0]}
+    more |= {"diagnostics/to_mean_of_products": [0.1, 0.2], "clients/trained": [[[3, 4], [7, 16]], [[3, 4], [5, 4]]]}
+    more |= {"test/confusion_matrix": [None, [[5, 1], [0, 9]]]}
     folder = write_run("a", "name=mine", more=more)
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "classes.json").write_text(json.dumps(["<cards>", "a name that is far too long"]))
     root = tree(write_report(read([folder]), folder))
     titles = [texts(title) for title in root.findall(".//figure/svg/title")]
-    assert titles[-4:] == [
+    assert titles[-8:] == [
         "Accuracy against rounds", "Loss against rounds", "Test accuracy by tier of clients",
-        "Test accuracy over the clients",
+        "Test accuracy over the clients", "Distance from plain averages", "residual against rounds",
+        "Who trained when, at which rank", "Confusion matrix",
     ]  # fmt: skip
     letters = [texts(text) for text in root.findall(".//figure/svg//text")]
     assert {"validation", "validation, sparse model", "test", "training", "rank 4, density 0.25"} <= set(letters)
     assert {"90th percentile", "median", "mean", "10th percentile"} <= set(letters)
+    assert {"validation, subset", "rank 4", "rank 16", "<cards>", "a name t...ong", "9"} <= set(letters)
     assert "2 of 2, finished" in texts(root)
     assert "Run by run" not in texts(root)
     assert sorted(path.name for path in (folder / "figures").iterdir())[:2] == ["bytes.png", "bytes.svg"]
+
+
+def test_what_has_an_order_has_colours_in_order() -> None:
+    assert ramp(8) == [light for light, _ in RAMP]
+    assert (ramp(2), ramp(1)) == ([RAMP[0][0], RAMP[-1][0]], [RAMP[3][0]])
+    assert ramp(20) == sorted(ramp(20), key=lambda color: -int(color[1:3], 16)), "from pale to dark"
+
+
+def test_a_map_ascends_and_equal_points_stay_visible(write_run: Write) -> None:
+    folders = [
+        write_run(f"{density}-{rank}", f"wire.up.density={density}", f"lora.rank={rank}", up=int(1000 * density))
+        for density in (0.25, 1.0)
+        for rank in (4, 16)
+    ]
+    comparison = read(folders)
+    with drawing():
+        (grid,) = heat_maps(comparison)
+        axes = draw(comparison, grid).axes[0]
+        low, high = axes.get_ylim()
+        assert low < high
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["0.25", "1"]
+        points = pareto(comparison, group_styles(comparison.groups, comparison.ranked), False).axes[0].lines
+        shown = {line.get_markerfacecolor(): line.get_zorder() for line in points if line.get_marker() in MARKERS}
+    assert shown.pop("none") > max(shown.values())
+
+
+def test_of_a_long_run_the_last_rounds_show_who_trained(write_run: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "MOST_SQUARES", 5)
+    more = {"clients/trained": [[[1, 4], [2, 4]]] * 4}
+    (run,) = read([write_run("a", eval=[0.1, 0.2, 0.3, 0.4], more=more)]).groups[0].runs
+    (plot,) = (plot for plot in figures.run_plots(run, 1) if plot.name == "run-1-trained")
+    assert list(plot.draw.args[0]) == [4, 3]
+    assert plot.caption.endswith("The last 2 rounds.")
 
 
 def test_names_are_only_ever_text(write_run: Write, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rayfed import wire
 from rayfed.api import prepare
 from rayfed.clients.messages import EvalJob
 from rayfed.clients.trainer import Trainer
-from rayfed.errors import RunError, UserError
+from rayfed.errors import RunError
 from rayfed.lora.adapter import Layout
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.executor import SubmissionResult, in_order
@@ -244,7 +244,7 @@ def test_checkpoints_are_thinned_and_hold_no_pickle(tiny, tmp_path):
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["round-000004", "round-000005"]
     files = {p.name for p in out.rglob("*") if p.is_file()}
     assert files == {
-        "config.yaml", "metrics.jsonl", "events.log", "state.safetensors", "checkpoint.json",
+        "config.yaml", "metrics.jsonl", "summary.json", "events.log", "state.safetensors", "checkpoint.json",
         "part-000002.parquet", "part-000004.parquet", "part-000005.parquet",
         "adapter_config.json", "adapter_model.safetensors", "classes.json",
     }  # fmt: skip

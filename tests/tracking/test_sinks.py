@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import re
+import struct
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from rayfed.config.execution import Tracking
-from rayfed.tracking import Record, RunInfo, Sink, SinkList, Table, open_console, open_sinks, read_metrics
+from rayfed.errors import UserError
+from rayfed.tracking import (
+    Record,
+    RunInfo,
+    Sink,
+    SinkList,
+    Table,
+    open_console,
+    open_sinks,
+    read_metrics,
+    tensorboard_sink,
+)
 from rayfed.tracking.events import EventSink
 from rayfed.tracking.jsonl import JsonlSink
 from rayfed.tracking.wandb_sink import WandbSink
@@ -113,6 +125,36 @@ def test_open_sinks_has_wandb_last(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     sinks = open_sinks(Tracking(), tmp_path)
     assert [type(sink) for sink in sinks.sinks] == [JsonlSink, EventSink, WandbSink]
     sinks.close()
+
+
+def test_tensorboard_has_every_number_and_a_resumed_run_no_round_twice(tmp_path: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    def events(path: Path) -> list[Event]:
+        data, found, at = path.read_bytes(), [], 0
+        while at < len(data):  # TFRecord: length, its checksum, the message, its checksum
+            (length,) = struct.unpack("<Q", data[at : at + 8])
+            found.append(Event.FromString(data[at + 12 : at + 12 + length]))
+            at += length + 16
+        return found
+
+    for start in (0, 1):
+        sinks = open_sinks(Tracking(wandb="off", tensorboard=True), tmp_path)
+        sinks.start(info(tmp_path, start))
+        for number in range(start + 1, 3):
+            sinks.round({"round": number, "train/loss": 1 / number, "eval/loss": None, "list": [1.0], "text": "x"})
+        sinks.finish({}, None)
+        sinks.close()
+    first, second = map(events, sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.suffix))
+    values = [(e.step, v.tag, v.simple_value) for e in first for v in e.summary.value]
+    assert values == [(1, "round", 1), (1, "train/loss", 1), (2, "round", 2), (2, "train/loss", 0.5)]
+    assert [e.step for e in second if e.session_log.status] == [2], "rounds from 2 on are dropped from the first file"
+
+
+def test_without_the_package_tensorboard_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorboard_sink, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^tracking\.tensorboard: got True, but .*pip install tensorboardX"):
+        open_sinks(Tracking(wandb="off", tensorboard=True), tmp_path)
 
 
 def test_open_console_follows_the_setting(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def _no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def info(out: Path, start: int = 0, digest: str = "0123456789abcdef") -> RunInfo:
-    config = {"seed": 3, "wire": {"down": {"density": 0.25}}}
+    wire = {"down": {"density": 0.25}, "up": {"density": 0.5}}
+    config = {"seed": 3, "wire": wire, "method": {"name": "flasc"}, "lora": {"rank": 8}}
     return RunInfo("quickstart", out, digest, config, rounds=5, start=start, facts={"population": 350})
 
 
@@ -49,11 +50,14 @@ def record(number: int) -> Record:
         "bytes/total": 1000 * number,
         "clients/odd": 2,
         "test/recall": [0.5, 0.25],
+        "test/confusion_matrix": [[number, 0], [1, 2]],
         "state/digest": f"{number:08x}",
     }
 
 
-TABLE = Table("results", ("model", "accuracy"), (("dense", "50.0 %"), ("masked", "40.0 %")))
+TABLE = Table(
+    "results", ("model", "accuracy"), (("dense", "50.0 %"), ("masked", "")), values=(("dense", 0.5), ("masked", None))
+)
 
 
 # How a run is tracked
@@ -127,8 +131,11 @@ def test_without_the_package_auto_is_off_and_offline_is_refused(monkeypatch: pyt
 
 def rows(first: int, last: int) -> list[dict[str, Any]]:
     """What the history must contain: the scalars of every record, at the step of its round."""
-    absent = (None, [0.5, 0.25])
-    return [{k: v for k, v in record(n).items() if v not in absent} | {"_step": n} for n in range(first, last + 1)]
+
+    def logged(number: int) -> dict[str, Any]:
+        return {k: v for k, v in record(number).items() if v is not None and not isinstance(v, list)}
+
+    return [logged(number) | {"_step": number} for number in range(first, last + 1)]
 
 
 def helpers() -> list[str]:
@@ -166,16 +173,24 @@ def test_offline_run_holds_everything_and_leaves_no_process(tmp_path: Path, capf
     assert capfd.readouterr() == ("", "")
     (run,) = runs(out)
     assert run["history"] == rows(1, 5)
-    assert (run["project"], run["group"], run["name"], run["tags"]) == ("p", "g", "quickstart", ["a", "b"])
+    name = "quickstart flasc rank 8 density 0.25 / 0.5 seed 3"
+    assert (run["project"], run["group"], run["name"], run["tags"]) == ("p", "g", name, ["a", "b"])
+    assert run["job_type"] == "train"
     assert run["config"]["seed"] == 3
-    assert run["config"]["wire"] == {"down": {"density": 0.25}}
+    assert run["config"]["wire"] == info(out).config["wire"]
     assert run["config"]["facts"] == {"population": 350}
     assert run["config"]["digest"] == "0123456789abcdef"
     assert run["summary"]["test/accuracy"] == 0.5
     assert {"probe", "recall", "test/recall"}.isdisjoint(run["summary"])
-    (file,) = (out / "wandb").glob(f"offline-run-*/files/{run['summary']['table']['path']}")
-    table = json.loads(file.read_text())
-    assert (tuple(table["columns"]), tuple(map(tuple, table["data"]))) == (TABLE.columns, TABLE.rows)
+    tables = {}
+    for key in ("table", "confusion"):
+        (file,) = (out / "wandb").glob(f"offline-run-*/files/{run['summary'][key]['path']}")
+        tables[key] = json.loads(file.read_text())
+    assert tuple(tables["table"]["columns"]) == TABLE.columns
+    assert tuple(map(tuple, tables["table"]["data"])) == TABLE.values
+    assert tables["confusion"]["columns"] == ["label", "prediction", "rows"]
+    assert tables["confusion"]["data"] == [["0", "0", 5], ["1", "0", 1], ["1", "1", 2]]
+    assert run["best"] == {"train/loss": "min", "eval/accuracy": "max"}
     assert run["metrics"]["*"] == "round"
     assert run["metrics"]["bytes/total"] == "round"
     assert "round" in run["metrics"]
@@ -185,11 +200,13 @@ def test_offline_run_holds_everything_and_leaves_no_process(tmp_path: Path, capf
 
 
 @pytest.mark.parametrize("artifact", [True, False])
-def test_the_adapter_is_an_artifact_of_the_run(tmp_path: Path, artifact: bool) -> None:
+def test_adapter_and_files_are_artifacts_of_the_run(tmp_path: Path, artifact: bool) -> None:
     out = tmp_path / "out"
-    (out / "adapter").mkdir(parents=True)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (out / "adapter" / name).write_text("{}")
+    adapter = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+    files = ("config.yaml", "metrics.jsonl", "ledger.parquet/part-000001.parquet", "report.html")
+    for name in (*adapter, *files, "checkpoints/state.safetensors"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("{}")
     sink = WandbSink(Tracking(wandb="offline", artifact=artifact), "offline", notify=[].append)
     sink.start(info(out))
     sink.round(record(1))
@@ -198,11 +215,24 @@ def test_the_adapter_is_an_artifact_of_the_run(tmp_path: Path, artifact: bool) -
     (run,) = runs(out)
     assert run["exit"] == 0
     if artifact:
-        name, kind, files = run["artifact"]
-        assert (name, kind) == (f"adapter-{run['id']}", "model")
-        assert files == {path.name: str(path) for path in (out / "adapter").iterdir()}  # not copied
+        kind, found = run["artifacts"][f"adapter-{run['id']}"]
+        assert (kind, found) == ("model", {path.name: str(path) for path in (out / "adapter").iterdir()})  # not copied
+        kind, found = run["artifacts"][f"run-{run['id']}"]
+        assert (kind, set(found)) == ("run", set(files))
     else:
-        assert "artifact" not in run
+        assert {kind for kind, _ in run["artifacts"].values()} <= {"run_table"}
+
+
+@pytest.mark.parametrize(
+    ("key", "best"),
+    [
+        ("eval/accuracy_masked", "max"), ("eval_subset/accuracy", "max"), ("eval/macro_f1", "max"),
+        ("eval/loss", "min"), ("eval/gap", "min"), ("train/loss", "min"),
+        ("test/accuracy", None), ("bytes/up", None), ("time/round_s", None),
+    ],
+)  # fmt: skip
+def test_the_summary_has_the_best_of_what_may_choose(key: str, best: str | None) -> None:
+    assert wandb_sink.best_value(key) == best
 
 
 def test_the_newest_folder_of_a_resumed_run_is_complete(tmp_path: Path) -> None:
@@ -335,6 +365,9 @@ def test_an_error_is_reported_once_and_never_reaches_the_run(
     class Broken:
         calls = 0
 
+        def define_metric(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
         def log(self, *args: Any, **kwargs: Any) -> None:
             self.calls += 1
             raise error
@@ -379,7 +412,9 @@ def test_a_process_without_close_still_ends(tmp_path: Path) -> None:
         "from rayfed.tracking.wandb_sink import WandbSink\n"
         "out = pathlib.Path(sys.argv[1])\n"
         "sink = WandbSink(Tracking(), 'offline', notify=lambda text: None)\n"
-        "sink.start(RunInfo('n', out, 'd', {}, 1)); sink.round({'round': 1, 'x': 2})\n"
+        "settings = {'method': {'name': 'm'}, 'lora': {'rank': 1}, 'seed': 0}\n"
+        "settings['wire'] = {way: {'density': 1.0} for way in ('down', 'up')}\n"
+        "sink.start(RunInfo('n', out, 'd', settings, 1)); sink.round({'round': 1, 'x': 2})\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60, cwd=Path(__file__).parents[2])
     assert runs(tmp_path)[0]["history"] == [{"round": 1, "x": 2, "_step": 1}]

@@ -34,7 +34,14 @@ def names(panel: Panel) -> tuple[str, ...]:
 def written(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]]:
     """(metrics of a round, values of a summary) of two small runs, one of them on the known-answer problem."""
     folder = tmp_path_factory.mktemp("runs")
-    texts = tiny("server.rounds=1", "wire.down.density=0.5", "wire.up.density=0.5", "eval.clients=true")
+    texts = tiny(
+        "server.rounds=2",
+        "eval.every=2",
+        "eval.subset=8",
+        "wire.down.density=0.5",
+        "wire.up.density=0.5",
+        "eval.clients=true",
+    )
     overrides = ["server.rounds=1", "engine.kind=local", "tracking.console=off", "tracking.wandb=off"]
     known = rayfed.load_config(ROOT / "configs" / "lowrank.yaml", overrides)
     results = [rayfed.run(texts, out=folder / "texts"), rayfed.run(known, out=folder / "known")]

@@ -7,14 +7,17 @@ FLASC evaluates under every tier's mask; with mixed ranks, the truncation counts
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from rayfed.clients.messages import SplitName
 from rayfed.clients.plan import RunPlan
 from rayfed.lora.adapter import LowRank, flatten_changes
 from rayfed.methods import Method
+from rayfed.seeding import numpy_rng
 from rayfed.server.downlink import Downlink
 from rayfed.server.evaluation.evaluate import Model, evaluate, metrics
 from rayfed.server.evaluation.per_client import client_metrics
@@ -23,7 +26,7 @@ from rayfed.tasks.base import Metric
 
 
 def round_metrics(plan: RunPlan, state: Any, t: int, downlink: Downlink, executor: Executor) -> dict[str, Metric]:
-    """The metrics of the state after round ``t`` (from 0): None where the round is not evaluated.
+    """The metrics of the state after round ``t`` (from 0): None where the round is not evaluated, see `eval.subset`.
 
     ``downlink`` has the downloads of the round: the masked model is the new state under the mask that its clients got.
     """
@@ -34,10 +37,14 @@ def round_metrics(plan: RunPlan, state: Any, t: int, downlink: Downlink, executo
     splits: tuple[SplitName, ...] = ("validation", "test")
     one_mask = plan.eval.masked and plan.one_mask
     suffixes = ("", "_masked") if one_mask else ("",)
-    if (t + 1) % plan.eval.every and t + 1 < plan.server.rounds:
+    full = (t + 1) % plan.eval.every == 0 or t + 1 == plan.server.rounds
+    if not full and not plan.eval.subset:
         return metrics(plan.task, plan.federation, {}, suffixes, splits)
     vector, layout = flatten_changes(changes, plan.method.head(state))
     models: dict[str, Model] = {"": (vector, layout)}
+    if not full:
+        nothing = metrics(plan.task, plan.federation, {}, suffixes, splits)
+        return nothing | subset_metrics(plan, models, executor)
     first = downlink.first
     if one_mask and first and first.has is not None and first.start.layout == layout and first.start.known is None:
         models["_masked"] = vector * first.has, layout
@@ -48,6 +55,18 @@ def round_metrics(plan: RunPlan, state: Any, t: int, downlink: Downlink, executo
     if plan.eval.clients:
         found |= client_metrics(plan, state, t, executor)
     return found
+
+
+def subset_metrics(plan: RunPlan, models: Mapping[str, Model], executor: Executor) -> dict[str, Metric]:
+    """`eval_subset/loss` and `eval_subset/accuracy` (or the task's metric) on `eval.subset` validation rows.
+
+    The rows are the same in every round, and the server chooses nothing by them. None without validation rows.
+    """
+    order = numpy_rng(plan.seed, "eval.subset").permutation(len(plan.federation.validation))
+    rows = np.sort(order[: plan.eval.subset])
+    outputs = evaluate(executor, plan.federation, models, ("validation",), plan.eval.batch_size, rows=rows)
+    found = metrics(plan.task, plan.federation, outputs, ("",), ("validation",))
+    return {f"eval_subset/{name}": found[f"eval/{name}"] for name in ("loss", plan.task.metric) if name}
 
 
 def global_changes(method: Method, state: Any) -> dict[str, LowRank | Tensor]:

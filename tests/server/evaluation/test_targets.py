@@ -71,3 +71,25 @@ SPARSE, MIXED = "wire.down.density=0.25", ("profiles.kind=tiers", "profiles.dens
 )
 def test_there_are_masked_metrics_only_where_all_clients_receive_one_mask(tiny, tmp_path, overrides, suffixes):
     assert keys(tiny, tmp_path, *overrides) == suffixes
+
+
+def test_rounds_between_evaluations_are_measured_on_the_same_rows_and_choose_nothing(tiny, tmp_path):
+    overrides = ("server.rounds=4", "eval.every=3", "wire.down.density=0.5", "wire.up.density=0.5")
+    plain = rayfed.run(tiny(*overrides), out=tmp_path / "plain")
+    result = rayfed.run(tiny(*overrides, "eval.subset=10"), out=tmp_path / "subset")
+    each = [record.get("eval_subset/accuracy") for record in result.metrics]
+    assert [value is not None for value in each] == [True, True, False, False]
+    assert all(float(10 * value).is_integer() for value in each[:2])
+    assert [record["eval/accuracy"] is None for record in result.metrics] == [True, True, False, False]
+    for record, other in zip(result.metrics, plain.metrics, strict=True):
+        known = {key: value for key, value in other.items() if "time" not in key}
+        assert {key: record[key] for key in known} == known
+    assert result.summary == plain.summary
+
+
+def test_a_subset_of_all_rows_is_the_validation_split(tiny, tmp_path):
+    """At a learning rate of almost nothing, the subset's round and the full evaluation after it measure one model."""
+    overrides = ("server.rounds=2", "eval.every=2", "eval.subset=10000", "client.lr=1e-30")
+    first, last = rayfed.run(tiny(*overrides), out=tmp_path / "run").metrics
+    assert first["eval_subset/loss"] == pytest.approx(last["eval/loss"], rel=1e-6)
+    assert first["eval_subset/accuracy"] == last["eval/accuracy"]

@@ -1,0 +1,54 @@
+"""The charts of a single run that have no axis of a measure: who trained when, and the confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rayfed.reports import drawing
+from rayfed.reports.drawing import INK, PAPER, ramp
+
+NAMED = 25  # largest number of classes with names on the axes
+Trained = Mapping[int, Sequence[Sequence[int]]]  # round -> [client, rank] of each client that trained
+
+
+def trained(rounds: Trained) -> Any:
+    """One square for every client and round in which the client trained, coloured by its rank."""
+    ranks = sorted({rank for pairs in rounds.values() for _, rank in pairs})
+    figure, axes = drawing.blank(3.6)
+    size = min(6.0, 200 / (1 + max(rounds) - min(rounds)))
+    handles = []
+    for rank, color in zip(ranks, ramp(len(ranks))):
+        points = [(t, client) for t, pairs in rounds.items() for client, own in pairs if own == rank]
+        handles += axes.plot(*zip(*points), "s", color=color, markersize=size, markeredgewidth=0)
+    axes.set_ylabel("client")
+    axes.set_xlabel("round")
+    for axis in (axes.xaxis, axes.yaxis):
+        drawing.number_axis(axis, whole=True)
+    drawing.legend(axes, handles, [f"rank {rank}" for rank in ranks])
+    return figure
+
+
+def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Any:
+    """The confusion matrix: labels down, predictions across, coloured by the share of the label's rows."""
+    from matplotlib.patches import Rectangle
+
+    steps = ramp(8)
+    figure, axes = drawing.blank(4.2)
+    few = len(matrix) <= NAMED
+    axes.grid(False)
+    for i, row in enumerate(matrix):
+        for j, count in enumerate(row):
+            if count:
+                step = min(int(len(steps) * count / sum(row)), len(steps) - 1)
+                axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=steps[step], linewidth=0))
+                if few and len(matrix) <= 12:
+                    ink = INK if step < len(steps) // 2 else PAPER
+                    axes.text(j, i, f"{count:,}", ha="center", va="center", size=7, color=ink)
+    axes.set(xlim=(-0.5, len(matrix) - 0.5), ylim=(len(matrix) - 0.5, -0.5), xlabel="prediction", ylabel="label")
+    if few:
+        names = classes if len(classes) == len(matrix) else [str(i) for i in range(len(matrix))]
+        shown = [drawing.shortened(name, 14) for name in names]
+        axes.set_xticks(range(len(matrix)), shown, rotation=90)
+        axes.set_yticks(range(len(matrix)), shown)
+    return figure
