@@ -11,6 +11,10 @@ class RunError(RuntimeError):
     """A run that started and cannot go on, in one line. The command line exits with 1."""
 
 
+class Stopped(RunError):
+    """The run was asked to stop."""
+
+
 def allowed(field: str, value: object, what: str) -> UserError:
     """The refusal that every part uses, ``field: got VALUE, but what``, as an error to raise."""
     return UserError(f"{field}: got {value!r}, but {what}")

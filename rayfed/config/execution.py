@@ -52,7 +52,18 @@ class Engine(Section):
     address: DecidesNothing[str | None] = None
     """Address of the Ray cluster; null: the address in RAY_ADDRESS, else a new cluster on this machine."""
     retries: DecidesNothing[Annotated[int, Field(ge=0)]] = 3
-    """How often one pack may run again after its worker died."""
+    """How often a pack runs again, at least, after its worker died or hung. After more such losses in a row the run
+    ends, if other packs' losses show that they are no chance (p < 1e-6), as they are under frequent evictions.
+    """
+    deadline: DecidesNothing[Annotated[float, Field(gt=0)] | Literal["auto"] | None] = "auto"
+    """Seconds after which a pack's worker counts as hung, is killed and replaced. auto: 10 times the slowest pack or
+    evaluation so far, by clients or rows, and at least 60; 1800 before the first; 4 times as much after each miss.
+    The time to load the model is not a pack's: it has a deadline by the rule of auto. null: no deadlines.
+    """
+    stall_s: DecidesNothing[Annotated[float, Field(gt=0)]] = 900.0
+    """Seconds without a finished pack or evaluation, counted from the first failure of a worker, after which the run
+    ends. The deadline of a running pack is waited for, and with wait_for_nodes any time without a node.
+    """
 
     @model_validator(mode="after")
     def _ray_allows_the_amounts(self) -> Engine:

@@ -43,6 +43,9 @@ class Executor:
         """Yields each submission's result as it arrives. RunError where a submission cannot be finished."""
         raise NotImplementedError
 
+    def stop(self) -> None:
+        """Asks a running `run` to end soon; it raises `Stopped`."""
+
     def drain_events(self) -> list[str]:
         """One line for each event since the last call, such as a worker that was replaced."""
         return []
