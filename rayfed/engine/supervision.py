@@ -1,8 +1,8 @@
 """The rules of supervision: when a worker hangs, when another one starts, and when a run cannot go on.
 
 - A worker hangs when its job lasts longer than the job's deadline. It is killed, and the job runs again.
-- A job that is lost runs again, until it is shown to kill its workers. Evictions strike all jobs, a poisonous job only
-  its own. So the losses of all other jobs and starts since the job's first loss say how often a loss is chance.
+- A lost job runs again. Evictions strike all jobs and starts, a poisonous job only its own workers. The run ends when a
+  job was lost more than `engine.retries` times and the fate of the others says that this is no chance.
 - After failed starts the next start waits, each time twice as long, up to LONGEST_WAIT.
 - A run ends where nothing has finished for `engine.stall_s` after a failure.
 
@@ -24,7 +24,7 @@ FACTOR = 10.0  # a deadline is this many times the slowest measured time
 SHORTEST = 60.0  # seconds: no deadline of engine.deadline=auto is shorter
 FIRST = 1800.0  # seconds: the deadline of a kind of job that was not measured yet
 GROWTH = 4.0  # a job that missed its deadline gets this many times as long: it may be slow, not hung
-CHANCE = 1e-6  # losses in a row that are less probable than this are the job's own fault
+CHANCE = 1e-6  # losses in a row that chance explains with less probability than this are the job's own fault
 LONGEST_WAIT = 30.0  # seconds between two failed starts
 
 
@@ -84,10 +84,7 @@ class Supervision:
             losses.successes, losses.losses = self.successes, self.losses - 1
         losses.count += 1
         losses.missed += hung
-        others_lost = self.losses - losses.losses - losses.count
-        others_done = self.successes - losses.successes
-        chance = (others_lost + 1) / (others_done + others_lost + 2)
-        if losses.count > self.engine.retries and chance**losses.count < CHANCE:
+        if losses.count > self.engine.retries and self._chance(losses) < CHANCE:
             raise RunError(
                 f"{describe(job)}: its worker was lost {losses.count} times in a row, more often than by chance "
                 f"(engine.retries={self.engine.retries}): {reason}"
@@ -103,7 +100,7 @@ class Supervision:
         self.failed_starts += 1
         self.raised_starts += raised
         if self.raised_starts > self.engine.retries:
-            raise RunError(f"workers failed to start {self.raised_starts} times: {reason}")
+            raise RunError(f"no worker could be started, tried {self.raised_starts} times: {reason}")
 
     def wait_before_start(self) -> float:
         """Seconds before the next worker is started."""
@@ -127,6 +124,16 @@ class Supervision:
                 f"no job has finished for {limit:.0f} s, in which workers failed again and again "
                 f"(engine.stall_s={self.engine.stall_s:g}): {self.last_reason}"
             )
+
+    def _chance(self, losses: Losses) -> float:
+        """The probability that the job's attempts are all among the lost ones, if losses strike all attempts alike.
+
+        Attempts are those of all jobs and starts since the job's first loss. This is Fisher's exact test: whatever the
+        share of lost attempts, it gives the probability of drawing the job's ones from them.
+        """
+        others_lost = self.losses - losses.losses - losses.count
+        others = self.successes - losses.successes + others_lost
+        return math.comb(others, others_lost) / math.comb(others + losses.count, others_lost + losses.count)
 
     def _measured(self, kind: str, work: int) -> float:
         if kind not in self.slowest:
