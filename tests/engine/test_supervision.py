@@ -94,7 +94,7 @@ def test_with_nothing_but_its_workers_starts_to_compare_with_a_pack_ends_the_run
         rules.job_lost(training(7), losses, "exit code 1")
 
 
-@pytest.mark.parametrize("killed", [0.1, 0.5, 0.8])
+@pytest.mark.parametrize("killed", [0.2, 0.5, 0.8])
 def test_evictions_that_strike_all_packs_end_no_run(killed):
     """10,000 packs and as many starts of which each is lost with the same probability."""
     rules, _ = supervision(retries=3)
