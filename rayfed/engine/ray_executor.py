@@ -120,7 +120,7 @@ class RayExecutor(Executor):
     def close(self) -> None:
         self.pool.close()
 
-    def _wait(self, refs: Sequence[ray.ObjectRef]) -> ray.ObjectRef | None:
+    def _wait(self, refs: list[ray.ObjectRef]) -> ray.ObjectRef | None:
         """A reference that is ready; None where there is none yet. Stopped after a call of `stop`."""
         if not refs:
             self.stopping.wait(POLL)  # all workers start later

@@ -150,7 +150,7 @@ class Supervision:
             self.failing_since = self.clock()
 
 
-def kind_and_work(job: Job) -> tuple[str, int]:
+def kind_and_work(job: object) -> tuple[str, int]:
     """The kind of a job, and its work in units that take about as long as each other: clients, or rows."""
     match job:
         case TrainJob():
@@ -160,7 +160,7 @@ def kind_and_work(job: Job) -> tuple[str, int]:
     return type(job).__name__, 1
 
 
-def describe(job: Job) -> str:
+def describe(job: object) -> str:
     """What a job does, in words: whose training, or the rows of which split."""
     match job:
         case TrainJob():

@@ -26,7 +26,7 @@ def listener() -> Iterator[socket.socket]:
 
 
 def address_of(server: socket.socket) -> str:
-    return "127.0.0.1:{}".format(server.getsockname()[1])
+    return ":".join(map(str, server.getsockname()))
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def test_an_address_where_nobody_listens(init, listener, scheme):
 def test_a_host_that_does_not_answer(init, listener, monkeypatch):
     monkeypatch.setattr(connect, "ANSWER", 0.2)
     monkeypatch.setenv("RAY_ADDRESS", address_of(listener))
-    with socket.create_connection(listener.getsockname()):  # fills the queue: the next connection waits for ever
-        with pytest.raises(UserError, match=r"^RAY_ADDRESS: got .*, but no Ray cluster can be reached there \(no answ"):
-            start_ray(None, 1)
+    refused = pytest.raises(UserError, match=r"^RAY_ADDRESS: got .*, but no Ray cluster can be reached there \(no ans")
+    with socket.create_connection(listener.getsockname()), refused:  # the queue is full: more connections wait for ever
+        start_ray(None, 1)
 
 
 def test_what_ray_says_about_a_cluster_is_one_line(init, listener):
@@ -77,7 +77,7 @@ def test_ray_is_started_again_on_a_busy_machine(init, monkeypatch):
     start_ray(None, 1)
     assert init == []
     init.extend([slow] * 3)
-    with pytest.raises(RunError, match="^Ray did not start on this machine, tried 3 times: The current node .*/logs$"):
+    with pytest.raises(RunError, match=r"^Ray did not start on this machine, tried 3 times: The current node .*/logs$"):
         start_ray(None, 1)
 
 
