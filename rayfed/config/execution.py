@@ -52,8 +52,8 @@ class Engine(Section):
     address: DecidesNothing[str | None] = None
     """Address of the Ray cluster; null: the address in RAY_ADDRESS, else a new cluster on this machine."""
     retries: DecidesNothing[Annotated[int, Field(ge=0)]] = 3
-    """How often a pack runs again, at least, after its worker died or hung. After more such losses in a row the run
-    ends, if other packs' losses show that they are no chance (p < 1e-6), as they are under frequent evictions.
+    """How often a pack runs again, at least, after its worker died or hung. The run ends after more such losses, unless
+    other packs lose their workers so often that it may be chance (p >= 1e-6), as under frequent evictions.
     """
     deadline: DecidesNothing[Annotated[float, Field(gt=0)] | Literal["auto"] | None] = "auto"
     """Seconds after which a pack's worker counts as hung, is killed and replaced. auto: 10 times the slowest pack or
