@@ -14,6 +14,7 @@ from rayfed.config.types import (
     Fraction,
     Name,
     Rank,
+    Seconds,
     Rounds,
     Section,
     Tag,
@@ -63,8 +64,19 @@ class Engine(Section):
     """true: wait for new nodes of an autoscaling cluster while workers lack room; false: refuse."""
     address: DecidesNothing[Text | None] = None
     """Address of the Ray cluster; null: the address in RAY_ADDRESS, else a new cluster on this machine."""
-    retries: DecidesNothing[Annotated[int, Field(ge=0)]] = 3
-    """How often one pack may run again after its worker died."""
+    retries: DecidesNothing[Annotated[int, Field(ge=0, le=1000)]] = 3
+    """How often a pack runs again, at least, after its worker died or hung. The run ends after more such losses, unless
+    other packs lose their workers so often that it may be chance (p >= 1e-6), as under frequent evictions.
+    """
+    deadline: DecidesNothing[Seconds | Literal["auto"] | None] = "auto"
+    """Seconds after which a pack's worker counts as hung, is killed and replaced. auto: 10 times the slowest pack or
+    evaluation so far, by clients or rows, and at least 60; 1800 before the first; 4 times as much after each miss.
+    The time to load the model is not a pack's: it has a deadline by the rule of auto. null: no deadlines.
+    """
+    stall_s: DecidesNothing[Seconds] = 900.0
+    """Seconds without a finished pack or evaluation, counted from the first failure of a worker, after which the run
+    ends. The deadline of a running pack is waited for, and with wait_for_nodes any time without a node.
+    """
 
     @model_validator(mode="after")
     def _ray_allows_the_amounts(self) -> Engine:

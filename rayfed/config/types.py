@@ -43,6 +43,8 @@ UNSIGNED = AfterValidator(lambda x: x + 0.0)  # -0.0 is 0.0, and has its digest
 Positive = Annotated[float, Field(ge=1e-30, le=1e30)]
 """A positive number that float32 holds, with room for products."""
 NonNegative = Annotated[float, Field(ge=0, le=1e30), UNSIGNED]
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
+"""A timeout of at most 30 years."""
 Density = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1), UNSIGNED]
 Fraction = Annotated[float, Field(ge=0, le=1), UNSIGNED]

@@ -6,7 +6,6 @@ and the terminal can be slow.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import signal
@@ -23,6 +22,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from rayfed.clients.plan import RunPlan
 from rayfed.config.execution import Engine
+from rayfed.engine import connect
 from rayfed.engine.placement import check_places, on_this_node, with_gpu_share
 from rayfed.engine.ray_executor import RayExecutor
 from rayfed.engine.rounds import run_rounds, with_pack_size
@@ -140,19 +140,19 @@ def stepwise(plan: RunPlan, out: Path) -> Iterator[Server]:
 
 
 def start_ray(address: str | None, need: float) -> None:
-    """Joins the cluster at ``address`` (or RAY_ADDRESS), or starts Ray here with at least ``need`` CPUs."""
+    """Joins the cluster at ``address`` (or RAY_ADDRESS), or starts Ray here with at least ``need`` CPUs.
+
+    UserError where the cluster cannot be joined, RunError where Ray does not start.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = address or os.environ.get("RAY_ADDRESS")
-    cpus = None
-    if not address:
-        # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
-        address, cpus = "local", max(os.cpu_count() or 1, math.ceil(need))
+    joined, field = (address, "engine.address") if address else (os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS")
     with _own_sigterm():
-        ray.init(
-            address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-        )
-
+        if joined and joined != "local":
+            connect.join(joined, field)
+        else:
+            # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
+            connect.start(max(os.cpu_count() or 1, math.ceil(need)))
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:

@@ -1,35 +1,39 @@
-"""The Ray executor: worker actors that embody clients, and their supervision.
+"""The Ray executor: worker actors that embody clients, and who gets which job.
 
 A worker is one process with a trainer. The executor gives each idle worker the next job and waits for the first result.
-When a worker dies, its job returns to the front of the queue and a new worker is started. Jobs are functions of their
-arguments, so the result is the one that the dead worker would have given. A new worker gets jobs once it is ready:
-where a lost node leaves no room for it, the other workers go on without it.
+When a worker dies or hangs, its job returns to the front of the queue and a new worker is started. Jobs are functions
+of their arguments, so the result is the one that the lost worker would have given; whatever a hung worker answers later
+is never read. A new worker gets jobs once it has loaded its model: where a lost node leaves no room for it, the other
+workers go on without it.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
-from ray.util.placement_group import remove_placement_group
+from ray.exceptions import RayTaskError
 
 from rayfed.clients.messages import Job, Result
 from rayfed.clients.plan import RunPlan
 from rayfed.config.execution import Engine
-from rayfed.engine.placement import in_group, reserve
-from rayfed.errors import RunError, UserError
+from rayfed.engine.supervision import Losses, Supervision, describe
+from rayfed.engine.worker_pool import LOST, WorkerPool, reason_of, resolved
+from rayfed.errors import RunError, Stopped, UserError
 from rayfed.server.executor import Executor, Submission, SubmissionResult
 
-LOST = (RayActorError, WorkerCrashedError, ObjectLostError)  # the process, or the node that held its result, is gone
+POLL = 0.5  # seconds between two looks at the deadlines, while nothing arrives
 
 
 class Worker:
     """The actor: a trainer behind a remote call. Plan and payloads arrive resolved by Ray from the object store."""
 
-    def __init__(self, plan: RunPlan) -> None:
+    def load(self, plan: RunPlan) -> None:
+        """Loads the plan's model. Not the constructor's work, which ends when the process has its place."""
         from rayfed.clients.trainer import Trainer
         from rayfed.device import prepare_process
 
@@ -40,108 +44,87 @@ class Worker:
         return self.trainer.execute(job, payloads)
 
 
+@dataclass
+class Running:
+    """A submission on a worker: when it began, by the supervision's clock, and the seconds that it may take."""
+
+    index: int
+    worker: Any
+    begun: float
+    deadline: float
+
+
 class RayExecutor(Executor):
     """`engine.workers` actors, each holding `cpus_per_worker` CPUs and `gpus` GPUs. ``plan``: a reference to a
     RunPlan."""
 
     def __init__(self, engine: Engine, plan: ray.ObjectRef) -> None:
-        self.engine, self.plan = engine, plan
-        self.events: list[str] = []
-        self.group = reserve(engine)
-        self.workers: list[Any] = []  # those that are ready
-        self.starting: dict[ray.ObjectRef, Any] = {}  # the others, by the reference that resolves when they are ready
-        self.failed_starts = 0  # since the last successful one
-        for _ in range(engine.workers):
-            self._start_worker()
+        self.supervision = Supervision(engine)
+        self.pool = WorkerPool(engine, Worker, plan, self.supervision)
+        self.stopping = threading.Event()
 
     def put(self, payload: bytes) -> ray.ObjectRef:
         return ray.put(payload)
 
     def run(self, submissions: Sequence[Submission]) -> Iterator[SubmissionResult]:
-        queue = deque(range(len(submissions)))
-        idle = deque(worker for worker in self.workers if worker not in self.starting.values())
-        retries = [0] * len(submissions)
-        in_flight: dict[ray.ObjectRef, tuple[int, Any]] = {}
-        while queue or in_flight:
+        rules, pool = self.supervision, self.pool
+        rules.begin()
+        queue, losses = deque(range(len(submissions))), [Losses() for _ in submissions]
+        idle, running = deque(pool.idle()), dict[ray.ObjectRef, Running]()
+
+        def lose(ref: ray.ObjectRef, reason: str, hung: bool = False) -> None:
+            lost = running.pop(ref)
+            pool.replace(lost.worker)  # first: after an error, other submissions must find only living workers
+            job = submissions[lost.index].job
+            rules.job_lost(job, losses[lost.index], reason, hung)
+            pool.events.append(f"a worker {'hung' if hung else 'died'} ({reason}); {describe(job)} runs again")
+            queue.appendleft(lost.index)
+            while idle:  # a lost node takes several workers: idle ones must show that they live
+                pool.probe(idle.popleft())
+
+        while queue or running:
             while queue and idle:
                 index, worker = queue.popleft(), idle.popleft()
-                submission = submissions[index]
-                in_flight[worker.execute.remote(submission.job, *submission.payloads)] = index, worker
-            (ready,), _ = ray.wait([*in_flight, *self.starting], num_returns=1)
-            if ready in self.starting:
-                idle.extend(self._started(ready))
-                continue
-            index, worker = in_flight.pop(ready)
-            try:
-                result = ray.get(ready)
-            except LOST as error:
-                retries[index] += 1
-                self._remove_worker(worker)  # first: after an error, other submissions must find only living workers
-                if retries[index] > self.engine.retries:
-                    raise RunError(
-                        f"a pack failed {retries[index]} times because its worker died "
-                        f"(engine.retries={self.engine.retries}): {_last_line(error)}"
-                    ) from None
-                self._replace_worker()
-                queue.appendleft(index)
-                while idle:  # a lost node takes several workers: idle ones must show that they live
-                    self._expect(idle.popleft())
-                continue
-            except RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, UserError | RunError) else error) from None
-            idle.append(worker)
-            yield SubmissionResult(index, result, retries[index])
+                job, payloads = submissions[index].job, submissions[index].payloads
+                ref = worker.execute.remote(job, *payloads)
+                running[ref] = Running(index, worker, rules.clock(), rules.deadline(job, losses[index]))
+            ready = self._wait([*running, *pool.starting])
+            if ready in pool.starting:
+                idle.extend(pool.started(ready))
+            elif ready is not None:
+                try:
+                    result = ray.get(ready)
+                except LOST as error:
+                    lose(ready, reason_of(error))
+                except RayTaskError as error:
+                    raise (error.cause if isinstance(error.cause, UserError | RunError) else error) from None
+                else:
+                    done = running.pop(ready)
+                    rules.job_done(submissions[done.index].job, rules.clock() - done.begun)
+                    idle.append(done.worker)
+                    yield SubmissionResult(done.index, result, losses[done.index].count)
+            now = rules.clock()
+            late = {ref: job.deadline for ref, job in running.items() if now - job.begun > job.deadline}
+            for ref in late.keys() - resolved(late):  # results that only wait to be read are in time
+                lose(ref, f"no answer in {late[ref]:.3g} s, its deadline", hung=True)
+            pool.check()
+            rules.check(max((job.deadline for job in running.values()), default=0.0))
+
+    def stop(self) -> None:
+        self.stopping.set()
 
     def drain_events(self) -> list[str]:
-        events, self.events = self.events, []
+        events, self.pool.events = self.pool.events, []
         return events
 
     def close(self) -> None:
-        for worker in (*self.workers, *self.starting.values()):
-            ray.kill(worker)
-        self.workers, self.starting = [], {}
-        if self.group is not None:
-            remove_placement_group(self.group)
-            self.group = None
+        self.pool.close()
 
-    def _start_worker(self) -> None:
-        actor = ray.remote(num_cpus=self.engine.cpus_per_worker, num_gpus=self.engine.gpus)(Worker)
-        self._expect(actor.options(scheduling_strategy=in_group(self.group)).remote(self.plan))
-
-    def _expect(self, worker: Any) -> None:
-        """Waits for the worker to be ready before it gets a job."""
-        self.starting[worker.__ray_ready__.remote()] = worker
-
-    def _started(self, ready: ray.ObjectRef) -> list[Any]:
-        """The worker that is ready; an empty list where it died, and another one is started."""
-        worker = self.starting.pop(ready)
-        known = worker in self.workers
-        try:
-            ray.get(ready)
-        except LOST as error:
-            if known:
-                self._remove_worker(worker)
-                self._replace_worker()
-                return []
-            self.failed_starts += 1
-            if self.failed_starts > self.engine.retries:
-                count = self.failed_starts
-                raise RunError(f"workers died {count} times before their first job: {_last_line(error)}") from None
-            self._start_worker()
-            return []
-        if not known:
-            self.failed_starts = 0
-            self.workers.append(worker)
-        return [worker]
-
-    def _remove_worker(self, dead: Any) -> None:
-        ray.kill(dead)  # where only its result was lost it lives, and would keep its place
-        self.workers.remove(dead)
-
-    def _replace_worker(self) -> None:
-        self._start_worker()
-        self.events.append("a worker died; a new one takes its place and its clients are trained again")
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines()[-1:] or ["no reason given"])[0]
+    def _wait(self, refs: list[ray.ObjectRef]) -> ray.ObjectRef | None:
+        """A reference that is ready; None where there is none yet. Stopped after a call of `stop`."""
+        if not refs:
+            self.stopping.wait(POLL)  # all workers start later
+        ready = ray.wait(refs, num_returns=1, timeout=POLL)[0] if refs else []
+        if self.stopping.is_set():
+            raise Stopped("the run was asked to stop")
+        return ready[0] if ready else None

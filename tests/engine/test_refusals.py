@@ -1,15 +1,25 @@
 """Workers for which Ray has no room, and workers that die every time, end in one line."""
 
+import os
+import signal
+import sys
+import threading
+import time
+
 import pytest
 import ray
+from ray import cloudpickle
 from ray.exceptions import RayActorError
 
 import rayfed
+from rayfed.clients.messages import ClientOrder, TrainJob
 from rayfed.config.execution import Engine
 from rayfed.engine.driver import Outbox
 from rayfed.engine.ray_executor import RayExecutor
-from rayfed.errors import RunError, UserError
+from rayfed.errors import RunError, Stopped, UserError
 from rayfed.server.executor import Submission
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers get the classes below without this module
 
 
 @pytest.mark.parametrize(
@@ -26,51 +36,97 @@ def test_workers_that_never_fit_are_refused_before_anything_is_written(tiny, tmp
     assert not (tmp_path / "run").exists()
 
 
-class Doomed:
-    """Stands for a worker whose process dies at every job."""
+class Calm:
+    """Stands for a worker that does its job, a text, at once."""
 
-    def __init__(self, *_):
-        pass
+    def load(self, plan):
+        self.plan = plan
 
-    def execute(self, *_):
-        import os
-
-        os._exit(1)
+    def execute(self, job, *_):
+        return f"{job} done"
 
 
-def test_a_job_that_kills_every_worker_ends_the_run(ray_cluster, monkeypatch):
-    monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Doomed)
-    executor = RayExecutor(Engine(workers=1, retries=1), ray.put(None))
-    with pytest.raises(RunError, match="failed 2 times because its worker died"):
-        list(executor.run([Submission(None)]))
-    assert len(executor.drain_events()) == 1
+class Poisoned(Calm):
+    """Its process dies at every job that trains client 7."""
+
+    def execute(self, job, *_):
+        if job.orders[0].client == 7:
+            os._exit(1)
+        return "done"
+
+
+def training(*clients: int) -> TrainJob:
+    return TrainJob(2, 0.1, tuple(ClientOrder(c, None, 0, None, 0, 1.0, "fp32") for c in clients))
+
+
+@pytest.mark.slow
+def test_a_pack_that_kills_every_worker_ends_the_run_with_its_clients(ray_cluster, monkeypatch):
+    monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Poisoned)
+    executor = RayExecutor(Engine(workers=1, retries=2), ray.put(None))
+    with pytest.raises(RunError, match=r"round 3, training clients 7, 8: its worker was lost 12 times in a row"):
+        list(executor.run([Submission(training(c)) for c in range(6)] + [Submission(training(7, 8))]))
+    events = executor.drain_events()
+    assert len(events) == 11
+    assert all("round 3, training clients 7, 8 runs again" in event for event in events)
     assert executor.drain_events() == []
     executor.close()
 
 
-class Stillborn:
+class Stillborn(Calm):
     """Stands for a worker that cannot load its model."""
 
-    def __init__(self, *_):
+    def load(self, plan):
         raise OSError("no such weights")
 
 
-def test_workers_that_never_start_end_the_run(ray_cluster, monkeypatch):
+def test_workers_that_cannot_load_their_model_end_the_run(ray_cluster, monkeypatch):
     monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Stillborn)
-    executor = RayExecutor(Engine(workers=1, retries=1), ray.put(None))
-    with pytest.raises(RunError, match="workers died 2 times before their first job: OSError: no such weights"):
-        list(executor.run([Submission(None)]))
+    executor = RayExecutor(Engine(workers=1, retries=0), ray.put(None))
+    with pytest.raises(RunError, match="no worker could be started, tried 1 times: OSError: no such weights"):
+        list(executor.run([Submission("a job")]))
     executor.close()
 
 
-class Calm:
-    """Stands for a worker that does its job at once."""
+class Hanging(Calm):
+    """The first of the processes that gets the job "hang" stops itself, as SIGSTOP from outside does."""
 
-    def __init__(self, *_):
-        pass
+    def execute(self, job, *_):
+        mark = self.plan / "stopped"
+        if job == "hang" and not mark.exists():
+            mark.write_text("")
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().execute(job)
 
-    def execute(self, *_):
-        return "done"
+
+def test_a_hung_worker_is_killed_and_its_job_runs_again(ray_cluster, monkeypatch, tmp_path):
+    monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Hanging)
+    executor = RayExecutor(Engine(workers=2, deadline=1), ray.put(tmp_path))
+    done = list(executor.run([Submission("hang"), Submission("work")]))
+    assert sorted((d.index, d.result, d.retries) for d in done) == [(0, "hang done", 1), (1, "work done", 0)]
+    assert executor.drain_events() == ["a worker hung (no answer in 1 s, its deadline); a job runs again"]
+    executor.close()
+
+
+class Slow(Calm):
+    """The job "sleep" takes a minute."""
+
+    def execute(self, job, *_):
+        if job == "sleep":
+            time.sleep(60)
+        return super().execute(job)
+
+
+def test_a_run_that_is_asked_to_stop_ends_within_a_second(ray_cluster, monkeypatch):
+    monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Slow)
+    executor = RayExecutor(Engine(workers=1), ray.put(None))
+    results = executor.run([Submission("work"), Submission("sleep")])
+    assert next(results).index == 0
+    threading.Timer(0.2, executor.stop).start()
+    begun = time.monotonic()
+    with pytest.raises(Stopped):
+        next(results)
+    assert time.monotonic() - begun < 1.5
+    executor.close()
 
 
 def gone(worker):
@@ -86,14 +142,14 @@ def test_idle_workers_that_died_together_cost_one_job_one_retry(ray_cluster, mon
     """As when a node is lost between two rounds: the job is not offered to one dead worker after the other."""
     monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Calm)
     executor = RayExecutor(Engine(workers=4, cpus_per_worker=0.25, retries=1), ray.put(None))
-    while executor.starting:
-        assert [done.result for done in executor.run([Submission(None)])] == ["done"]
-    for worker in executor.workers:
+    while executor.pool.starting:
+        assert [done.result for done in executor.run([Submission("work")])] == ["work done"]
+    for worker in executor.pool.ready:
         ray.kill(worker)
         while not gone(worker):  # a kill takes a moment
             pass
-    (done,) = executor.run([Submission(None)])
-    assert (done.result, done.retries) == ("done", 1)
+    (done,) = executor.run([Submission("work")])
+    assert (done.result, done.retries) == ("work done", 1)
     executor.close()
 
 

@@ -126,7 +126,7 @@ def test_workers_that_die_in_an_evaluation_change_no_metric(tiny, tmp_path, ray_
                 yield done
                 if i == 0 and isinstance(submissions[0].job, EvalJob):
                     struck.append(len(submissions))
-                    for worker in self.workers:
+                    for worker in self.pool.ready:
                         ray.kill(worker)
 
     here = rayfed.run(tiny(*EVALUATED), out=tmp_path / "here").metrics

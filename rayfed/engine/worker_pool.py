@@ -1,0 +1,165 @@
+"""The workers of a run: they start, show that they live, and are killed; all of this on Ray, by the rules of
+`rayfed.engine.supervision`.
+
+A worker is started in two steps. First Ray finds a place for its process, which may take as long as a cluster needs to
+grow. Then the worker loads its model, and this has a deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorUnschedulableError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from ray.util.placement_group import remove_placement_group
+
+from rayfed.config.execution import Engine
+from rayfed.engine.placement import in_group, reserve
+from rayfed.engine.supervision import Supervision
+from rayfed.errors import RunError, UserError, first_line
+
+# The process, or the node with its result, is gone, or Ray has killed it.
+LOST = (
+    RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError, ActorUnschedulableError,
+)  # fmt: skip
+PROBE = 15.0  # seconds in which an idle worker must show that it lives
+
+
+@dataclass
+class Start:
+    """A worker that is not ready. ``placed`` resolves when its process runs; None: it did a job before."""
+
+    worker: Any
+    placed: ray.ObjectRef | None
+    begun: float  # by the supervision's clock: when it got its place, or now where it still waits for one
+
+
+class WorkerPool:
+    """`engine.workers` actors of the class ``worker``, which load ``plan`` (a reference to a RunPlan)."""
+
+    def __init__(self, engine: Engine, worker: type, plan: ray.ObjectRef, supervision: Supervision) -> None:
+        self.engine, self.plan, self.supervision, self.clock = engine, plan, supervision, supervision.clock
+        self.actor: Any = ray.remote(num_cpus=engine.cpus_per_worker, num_gpus=engine.gpus)(worker)
+        self.group = reserve(engine)
+        self.events: list[str] = []
+        self.ready: list[Any] = []  # those that have loaded their model
+        self.starting: dict[ray.ObjectRef, Start] = {}  # by the reference that resolves when the worker may get a job
+        self.due: list[float] = []  # when further workers start
+        for _ in range(engine.workers):
+            self.start()
+
+    def start(self) -> None:
+        """Starts a worker; later, where starts have failed."""
+        if wait := self.supervision.wait_before_start():
+            self.due.append(self.clock() + wait)
+        else:
+            self._start()
+
+    def probe(self, worker: Any) -> None:
+        """Waits for a sign of life of an idle worker before it may get a job."""
+        self.starting[worker.__ray_ready__.remote()] = Start(worker, None, self.clock())
+
+    def replace(self, worker: Any) -> None:
+        """Kills a worker that may be dead already, and starts another one.
+
+        Ray sends SIGKILL to a process that does not end within 5 s; then its place is free. A stopped one ends so, too.
+        """
+        ray.kill(worker)
+        if worker in self.ready:
+            self.ready.remove(worker)
+        self.start()
+
+    def idle(self) -> list[Any]:
+        """The workers that may get a job, if none has one."""
+        probed = [start.worker for start in self.starting.values()]
+        return [worker for worker in self.ready if worker not in probed]
+
+    def started(self, ref: ray.ObjectRef) -> list[Any]:
+        """The worker that is ready; an empty list where it died instead, and another one is started.
+
+        RunError or UserError where its model cannot be loaded.
+        """
+        start = self.starting.pop(ref)
+        try:
+            ray.get(ref)
+        except LOST as error:
+            self._failed(start, reason_of(error))
+            return []
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError | RunError):
+                raise error.cause from None
+            cause = error.cause or error
+            self._failed(start, f"{type(cause).__name__}: {first_line(cause)}", raised=True)
+            return []
+        if start.placed is not None:
+            self.supervision.start_done(self.clock() - start.begun)
+            self.ready.append(start.worker)
+        return [start.worker]
+
+    def check(self) -> None:
+        """Starts the workers whose time has come, and replaces those that missed their deadline."""
+        now = self.clock()
+        for _ in [time for time in self.due if time <= now]:
+            self._start()
+        self.due = [time for time in self.due if time > now]
+        placed = resolved(start.placed for start in self.starting.values() if start.placed is not None)
+        waiting = [s for s in self.starting.values() if s.placed is not None and s.placed not in placed]
+        for start in waiting:
+            start.begun = now
+        if self.engine.wait_for_nodes and waiting and len(waiting) == len(self.starting) and not self.ready:
+            self.supervision.waits_for_nodes()
+        deadline = self.supervision.start_deadline()
+        for ref, start in [*self.starting.items()]:
+            seconds = deadline if start.placed is not None else min(PROBE, deadline)
+            if now - start.begun > seconds and ref not in resolved([ref]):
+                del self.starting[ref]
+                self._failed(start, f"no answer in {seconds:.3g} s")
+
+    def close(self) -> None:
+        """Kills all workers and gives their places back."""
+        for worker in (*self.ready, *(start.worker for start in self.starting.values())):
+            ray.kill(worker)
+        self.ready, self.starting, self.due = [], {}, []
+        if self.group is not None:
+            remove_placement_group(self.group)
+            self.group = None
+
+    def _start(self) -> None:
+        worker = self.actor.options(scheduling_strategy=in_group(self.group)).remote()
+        placed = worker.__ray_ready__.remote()
+        self.starting[worker.load.remote(self.plan)] = Start(worker, placed, self.clock())
+
+    def _failed(self, start: Start, reason: str, raised: bool = False) -> None:
+        """A worker died or hung before it got a job."""
+        if start.placed is None:
+            self.supervision.idle_lost(reason)
+            self.events.append(f"a worker died between two jobs ({reason}); a new one takes its place")
+        else:
+            self.supervision.start_failed(reason, raised)
+            wait = self.supervision.wait_before_start()
+            self.events.append(f"a worker did not start ({reason}); the next one starts in {wait:.0f} s")
+        self.replace(start.worker)
+
+
+def resolved(refs: Iterable[ray.ObjectRef]) -> set[ray.ObjectRef]:
+    """The references whose values, or errors, are there."""
+    refs = list(refs)
+    return set(ray.wait(refs, num_returns=len(refs), timeout=0)[0]) if refs else set()
+
+
+def reason_of(error: Exception) -> str:
+    """Why a worker is lost, in one line."""
+    if isinstance(error, OutOfMemoryError) or "running low on memory" in str(error):
+        return "killed by Ray because its node ran out of memory"
+    last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return last.partition(" Some common causes")[0][:200]
