@@ -81,7 +81,7 @@ def summarize(
 
 
 def closing_table(plan: RunPlan, summary: dict[str, Any]) -> Table:
-    """The table at the end: this run, the same run sent dense, the frozen base."""
+    """The table at the end: this run, its adapter if that lost energy, the same run sent dense, the frozen base."""
     down, up, metric = plan.wire.down, plan.wire.up, plan.task.metric or "accuracy"
     name = f"{plan.settings['method']['name']}, density {_density(down.density)} down, {_density(up.density)} up"
     final = {suffix: summary[f"final/test_{metric}{suffix}"] for suffix in ("", "_masked", "_clients")}
@@ -92,6 +92,8 @@ def closing_table(plan: RunPlan, summary: dict[str, Any]) -> Table:
             ("  the server's dense copy", final[""], None),
         ]
     rows.append(("  mean over the clients, each on data like its own", final["_clients"], None))
+    cut = f"  adapter/, whose rank of {summary['export/rank']} loses {summary['export/lost_energy']:.2%} of the energy"
+    rows.append((cut, summary[f"export/test_{metric}"], None))
     if summary["bytes/total"] < summary["bytes/dense"]:
         times = summary["bytes/dense"] / summary["bytes/total"]
         rows.append((f"  the same messages sent dense: {times:.1f}x", None, summary["bytes/dense"]))
@@ -104,6 +106,8 @@ def closing_table(plan: RunPlan, summary: dict[str, Any]) -> Table:
     )
     if summary["final/gap"] is not None:
         cells += (("share of the initial gap to the optimum that is left", f"{summary['final/gap']:.3%}", ""),)
+        if summary["export/gap"] is not None:
+            cells += ((cut, f"{summary['export/gap']:.3%}", ""),)
     return Table(f"After {summary['rounds']} rounds", ("", f"test {metric}", "MB both ways"), cells)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rayfed.clients.messages import SplitName
 from rayfed.clients.plan import RunPlan
-from rayfed.lora.adapter import LowRank, flatten_changes
+from rayfed.lora.adapter import Adapter, LowRank, flatten_changes
 from rayfed.methods import Method
 from rayfed.server.downlink import Downlink
 from rayfed.server.evaluation.evaluate import Model, evaluate, metrics
@@ -48,6 +48,16 @@ def round_metrics(plan: RunPlan, state: Any, t: int, downlink: Downlink, executo
     if plan.eval.clients:
         found |= client_metrics(plan, state, t, executor)
     return found
+
+
+def adapter_metrics(plan: RunPlan, adapter: Adapter, executor: Executor) -> dict[str, Metric]:
+    """The test metrics of an adapter, with the trained head and a pair for every layer that trains."""
+    exact = plan.task.exact_metrics(plan.federation, adapter.layers)
+    if exact is not None:
+        return {**exact}
+    models = {"": (adapter.flatten(), adapter.layout)}
+    outputs = evaluate(executor, plan.federation, models, ("test",), plan.eval.batch_size)
+    return metrics(plan.task, plan.federation, outputs, ("",), ("test",))
 
 
 def global_changes(method: Method, state: Any) -> dict[str, LowRank | Tensor]:
