@@ -10,7 +10,6 @@ written as the adapter of one of its modules, the encoder, with the head in a fi
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,9 +53,8 @@ def load_peft(
 ) -> PeftModel:  # fmt: skip
     """The model with the adapter of a folder that `write_peft` wrote, as a PeftModel in evaluation mode.
 
-    ``shapes`` has (out, in) of every adapted layer, ``head`` the parameters of the ``head_modules``. The folder may come
-    from anywhere: of its files only rank, alpha and safetensors are read, nothing in it names code or another base, and
-    pickles are not opened.
+    ``shapes`` has (out, in) of every adapted layer, ``head`` the parameters of the ``head_modules``. The folder may be
+    anybody's: only rank, alpha and safetensors are read, so that no code, other base or pickle in it is used.
 
     Raises UserError where a file is missing, no regular file or damaged, or does not fit the model.
     """
@@ -72,8 +70,8 @@ def load_peft(
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
-            what = f"it has {name} with shape {found.get(name)}, and this run's model needs {expected.get(name)}"
-            raise allowed("adapter", str(folder), what)
+            here, there = found.get(name, "missing"), expected.get(name, "missing")
+            raise allowed("adapter", str(folder), f"its tensor {name} is {here}, and in the run's model it is {there}")
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT declares int, but computes with floats as well
@@ -83,7 +81,7 @@ def load_peft(
         fan_in_fan_out=any(is_conv1d(model.get_submodule(name)) for name in shapes),
         inference_mode=True,
     )
-    loaded = PeftModel(model, config)  # type: ignore[arg-type]  # any nn.Module will do
+    loaded = PeftModel(model, config)
     set_peft_model_state_dict(loaded, tensors)
     return loaded.eval()
 
@@ -111,12 +109,13 @@ def refuse_links(folder: Path) -> None:
 def _rank_and_scale(folder: Path) -> tuple[int, float, bool]:
     """Rank, alpha and whether the scale is alpha / sqrt(r), from `adapter_config.json`."""
     settings = read_json(folder / CONFIG)
-    values = [settings.get(name) if isinstance(settings, dict) else None for name in ("r", "lora_alpha", "use_rslora")]
+    found: dict[str, Any] = settings if isinstance(settings, dict) else {}
+    values: list[Any] = [found.get(name) for name in ("r", "lora_alpha", "use_rslora")]
     rank, alpha, rslora = values
-    if type(rank) is int and rank > 0 and type(alpha) in (int, float) and math.isfinite(alpha) and type(rslora) is bool:
-        return rank, alpha, rslora
-    what = f"r, lora_alpha, use_rslora are {values}; allowed are an integer above 0, a number, true or false"
-    raise allowed("adapter", str(folder / CONFIG), what)
+    if type(rank) is int and rank > 0 and type(alpha) in (int, float) and abs(alpha) < 1e9 and type(rslora) is bool:
+        return rank, float(alpha), rslora
+    what = f"it has r={rank!r}, lora_alpha={alpha!r}, use_rslora={rslora!r}; allowed are an integer above 0, a number, "
+    raise allowed("adapter", str(folder / CONFIG), f"{what}true or false")
 
 
 def _with_root(name: str, root: str) -> str:
@@ -136,4 +135,6 @@ def _read(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return allowed("adapter", str(path), f"it cannot be read ({first_line(error)}); only the file that the run wrote is")
+    return allowed(
+        "adapter", str(path), f"it cannot be read ({first_line(error)}); only the file that the run wrote is"
+    )

@@ -43,9 +43,9 @@ def export(
 ) -> dict[str, Any]:  # fmt: skip
     """Writes `adapter/`, and `merged/` where asked for, both float32.
 
-    ``head`` has the trained head's parameters. ``summary`` is the run's, for the model card. Returns the adapter's rank,
-    the share of energy that it lost, the number format of its base, and, where energy was lost, what the adapter itself
-    reaches (None elsewhere: it is the run's model).
+    ``head`` has the trained head's parameters. ``summary`` is the run's, for the model card. Returns the adapter's
+    rank, the share of energy that it lost, the number format of its base, and what the adapter itself reaches where
+    energy was lost (None elsewhere: there it is the run's model).
     """
     rank = plan.export.adapter_rank or plan.lora.rank
     adapter, lost = as_adapter(plan, changes, {**plan.model.frozen_head, **head}, rank)

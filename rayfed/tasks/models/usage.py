@@ -25,17 +25,15 @@ class Usage:
 def classifier_usage(settings: Model, max_tokens: int) -> Usage:
     """The usage of the adapter of a text classifier: with the model's own head, or with one on the mean of tokens.
 
-    The lines define ``logits``, a function from a list of texts to a tensor (texts, classes). They run where ``folder``,
-    the folder of the adapter, is `adapter`.
+    The lines define ``logits``, a function from a list of texts to a tensor (texts, classes). They run in the run
+    directory, where the adapter's folder is `adapter`.
     """
     mean = settings.pooling == "mean"
     where = _PACKAGED if settings.name == "minilm" else f"base = {settings.name!r}\n"
-    options = ["dtype=torch.float32" if settings.dtype == "float32" else f"dtype=torch.{settings.dtype}"]
-    if settings.trust_remote_code:
-        options.append("trust_remote_code=True")
+    options = f"dtype=torch.{settings.dtype}" + (", trust_remote_code=True" if settings.trust_remote_code else "")
     code = (_MEAN if mean else _STOCK).format(
         where=where,
-        options=", ".join(options),
+        options=options,
         # Weights that were rounded for training stay rounded.
         as_float32="" if settings.dtype == "float32" else ".float()",
         max_tokens=max_tokens,
