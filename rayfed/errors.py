@@ -33,10 +33,6 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: a cluster wants this process to end. Raised in the main thread, as Ctrl-C is."""
 
 
-class Stopped(RunError):
-    """The run was asked to stop."""
-
-
 def allowed(field: str, value: object, what: str) -> UserError:
     """The refusal that every part uses, ``field: got VALUE, but what``, as an error to raise. Long values are cut."""
     return UserError(f"{field}: got {_SHORT.repr(value)}, but {what}")

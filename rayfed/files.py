@@ -87,7 +87,7 @@ def contents(folder: Path) -> list[Path]:
 
 
 def remove_path(path: Path) -> None:
-    """Removes a file, a link (never what it points to) or a folder with its contents. A missing path changes nothing."""
+    """Removes a file, a link (never what it points to) or a folder with its contents, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

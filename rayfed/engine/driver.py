@@ -154,6 +154,7 @@ def start_ray(address: str | None, need: float) -> None:
             # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
             connect.start(max(os.cpu_count() or 1, math.ceil(need)))
 
+
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
     """Restores this process's handler of SIGTERM, in whose place `ray.init` sets its own."""

@@ -1,11 +1,7 @@
-"""PEFT: the LoRA config, the layers that it targets, and adapters in PEFT's file format.
+"""PEFT: the LoRA config and the layers that it targets. `rayfed.lora.peft_files` has the files.
 
 `match_targets` finds the layers that PEFT would adapt for the same `target_modules`: names, a regular expression,
 `all-linear`, or PEFT's default for the architecture.
-
-`save_peft` writes a folder that `PeftModel.from_pretrained` loads. It needs the tensors alone, not the base model.
-Values are stored as float32. The scale is stored as `lora_alpha`, so that PEFT computes the ``alpha / r`` (or
-``alpha / sqrt(r)``) that the run trained with.
 """
 
 from __future__ import annotations
@@ -13,17 +9,13 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from rayfed.errors import UserError, allowed
-from rayfed.files import atomic_path
-from rayfed.lora.adapter import Adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -146,38 +138,23 @@ def is_conv1d(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D" and getattr(layer, "weight", torch.empty(0)).ndim == 2
 
 
-def peft_settings(config: LoraConfig, layers: Iterable[str], *, base: str, conv1d: bool) -> dict[str, Any]:
+def peft_settings(
+    config: LoraConfig, layers: Iterable[str], *, base: str, conv1d: bool, root: str = ""
+) -> dict[str, Any]:
     """The content of `adapter_config.json`: plain values that JSON can store, equal for equal arguments.
 
     ``layers`` are the names of the adapted layers. ``base`` is the name or folder of the base model. ``conv1d`` says
-    that the layers store their weights transposed (GPT-2).
+    that the layers store their weights transposed (GPT-2). With a ``root``, the adapter is described as that of the
+    module of this name (with a dot at its end), a feature extractor: layers under other names, no head.
     """
     settings: dict[str, Any] = config.to_dict()
     targets = settings["target_modules"]
-    if targets is None or targets == "all-linear":  # replaced by names, so that a reader of the file needs no PEFT
+    if root:  # patterns and numbers of layers were written for the names in the whole model
+        targets = [name.removeprefix(root) for name in layers]
+        settings |= {"task_type": "FEATURE_EXTRACTION", "modules_to_save": None, "layers_to_transform": None}
+    elif targets is None or targets == "all-linear":  # replaced by names, so that a reader of the file needs no PEFT
         targets = layers
     # PEFT stores names in a set, whose order differs from process to process.
     settings["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
     settings |= {"base_model_name_or_path": base, "fan_in_fan_out": conv1d, "inference_mode": True}
     return json.loads(json.dumps(settings, default=sorted))  # sets become lists
-
-
-def save_peft(
-    path: Path, adapter: Adapter, settings: Mapping[str, Any], files: Mapping[str, str] | None = None
-) -> None:
-    """Writes `adapter_config.json`, `adapter_model.safetensors` and the text ``files`` to the folder ``path``.
-
-    ``settings`` come from `peft_settings`. ``files`` maps file names to contents. An existing folder is replaced. If
-    writing fails, the old folder stays. All pairs have the rank and the scale that ``settings`` state.
-    """
-    tensors = {f"{PREFIX}{name}": tensor for name, tensor in adapter.head.items()}
-    for name, pair in adapter.layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.A
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.B
-    texts = {"adapter_config.json": json.dumps(settings, indent=2, sort_keys=True) + "\n", **(files or {})}
-    with atomic_path(path) as folder:
-        folder.mkdir()
-        copies = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}  # safetensors takes no views
-        save_file(copies, folder / "adapter_model.safetensors", {"format": "pt"})
-        for file, text in texts.items():
-            (folder / file).write_text(text, encoding="utf-8")

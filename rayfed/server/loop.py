@@ -107,12 +107,11 @@ class Server:
             yield record
 
     def finish(self) -> Record:
-        """Exports the adapter, measures the baselines where asked for, and returns the summary."""
-        plan = self.plan
-        head = {**plan.model.frozen_head, **plan.method.head(self.state)}
-        exported = export(plan, self.out, global_changes(plan.method, self.state), head)
+        """Measures the baselines where asked for, exports the adapter, and returns the summary."""
+        plan, changes, head = self.plan, global_changes(self.plan.method, self.state), self.plan.method.head(self.state)
         baselines = measure_baselines(plan, self.done, self.executor) if plan.eval.controls else None
-        summary = {**summarize(plan, self.progress, self.ledger, self.done, baselines), **exported}
+        summary = summarize(plan, self.progress, self.ledger, self.done, baselines)
+        summary |= export(plan, self.out, changes, head, summary, self.executor)
         self.sinks.finish(summary, closing_table(plan, summary))
         return summary
 

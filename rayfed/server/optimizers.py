@@ -45,7 +45,7 @@ class ServerOptimizer:
         self.state: dict[str, Tensor] = {}  # the moments
 
     def advance(self, name: str, value: Tensor, change: Tensor) -> Tensor:
-        """The tensor's next value from its mean change; shapes equal. Replaces the moments of ``name`` by new tensors."""
+        """The tensor's next value from its mean change; shapes equal. The moments of ``name`` become new tensors."""
         if value.shape != change.shape:
             raise ValueError(f"{name}: value {tuple(value.shape)} and change {tuple(change.shape)} differ in shape")
         if self.kind == "fedavg":

@@ -90,8 +90,11 @@ def closing_table(plan: RunPlan, summary: dict[str, Any]) -> Table:
     down, up, metric = plan.wire.down, plan.wire.up, plan.task.metric or "accuracy"
     name = f"{plan.settings['method']['name']}, density {_density(down.density)} down, {_density(up.density)} up"
     final, sent, dense = f"final/test_{metric}", summary["bytes/total"], summary["bytes/dense"]
+    rank, lost = summary["export/rank"], summary["export/lost_energy"]
+    exported = f"  adapter/, whose rank of {rank} loses {lost:.2%} of the energy"
     rows = [
         (name, summary[final], sent),
+        (exported, summary[f"export/test_{metric}"], None),
         ("  as clients receive it, sparse", summary[f"{final}_masked"], None),  # what FLASC's own code evaluates
         ("  mean over the clients, each on data like its own", summary[f"{final}_clients"], None),
         (f"  the same messages sent dense: {dense / max(sent, 1):.1f}x", None, dense if sent < dense else None),
@@ -108,6 +111,9 @@ def closing_table(plan: RunPlan, summary: dict[str, Any]) -> Table:
         label = "share of the initial gap to the optimum that is left"
         cells.append((label, f"{gap:.3%}", ""))
         values.append((label, gap, None))
+        if (cut := summary["export/gap"]) is not None:
+            cells.append((exported, f"{cut:.3%}", ""))
+            values.append((exported, cut, None))
     columns = ("", f"test {metric}", "MB both ways")
     return Table(f"After {summary['rounds']} rounds", columns, tuple(cells), tuple(values))
 

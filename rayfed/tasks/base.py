@@ -16,6 +16,7 @@ from rayfed.lora.adapter import LowRank
 from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.base import FrozenBase
 from rayfed.tasks.models.unpadded import Padded, Unpadded
+from rayfed.tasks.models.usage import Usage
 
 if TYPE_CHECKING:
     from rayfed.config.execution import Engine
@@ -105,4 +106,8 @@ class Task:
         return None
 
     def save_tokenizer(self, folder: Any) -> None:
-        """Writes what else the base model needs into the folder of a merged model."""
+        """Writes what else the base model needs into the folder of an adapter or of a merged model."""
+
+    def usage(self) -> Usage | None:
+        """How an exported adapter is used without rayfed, for its model card; None where no other library can."""
+        return None

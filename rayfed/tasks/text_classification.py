@@ -22,6 +22,7 @@ from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.base import FrozenBase, load_base, load_tokenizer, longest_input, model_path, vocabulary
 from rayfed.tasks.models.cache import shared_base
 from rayfed.tasks.models.unpadded import Padded, Unpadded, choose_batching
+from rayfed.tasks.models.usage import Usage, classifier_usage
 
 if TYPE_CHECKING:
     from rayfed.config.execution import Engine
@@ -126,7 +127,12 @@ class TextClassification(Task):
         return (*keys, *(["test/accuracy_clients"] if eval.clients else []))
 
     def save_tokenizer(self, folder: Path) -> None:
-        load_tokenizer(self.model).save_pretrained(folder)
+        tokenizer = load_tokenizer(self.model)
+        tokenizer.padding_side = "right"  # as in every batch of a run
+        tokenizer.save_pretrained(folder)
+
+    def usage(self) -> Usage:
+        return classifier_usage(self.model, self.data.max_tokens)
 
     def _base_key(self, classes: int) -> str:
         """Equal keys, equal base models in float32."""

@@ -7,7 +7,7 @@ On disk the ledger is a folder of Parquet files. Each checkpoint adds one part, 
 name order are one table, ordered by round, client and direction. ``pyarrow.parquet.read_table(folder)`` and
 ``pandas.read_parquet(folder)`` read it. Memory has only the totals of each round and the rows since the last write.
 
-A part is never changed. ``checksum`` covers all parts, each part's bytes together with the checksum of the parts before.
+A part is never changed. ``checksum`` covers all parts: each part's bytes together with the checksum of those before.
 """
 
 from __future__ import annotations

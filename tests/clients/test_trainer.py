@@ -294,7 +294,8 @@ def test_the_model_spec_describes_what_is_trained(experiment, model_spec, tiny_b
     }  # fmt: skip
     assert list(model_spec.shapes.values()) == [(32, 32)] * 4
     assert model_spec.peft["fan_in_fan_out"] is False
-    assert model_spec.peft["modules_to_save"] == ["classifier"]
+    assert (model_spec.root, model_spec.peft["modules_to_save"]) == ("encoder.", None)  # the head has its own file
+    assert model_spec.peft["target_modules"] == sorted(name.removeprefix("encoder.") for name in model_spec.shapes)
     assert model_spec.peft["base_model_name_or_path"] == str(tiny_bert)
     whole = load_base(experiment.model, 4, experiment.seed).model
     assert model_spec.parameters == sum(p.numel() for p in whole.parameters())

@@ -33,7 +33,7 @@ def corrupt(folder: Path, seed: int) -> str:
         (folder / ".swap").replace(path)
     elif kind == "link":
         path.unlink()
-        path.symlink_to(draw.choice(["/dev/zero", "/nowhere", str(draw.choice(files))]))
+        path.symlink_to(draw.choice(["/dev/zero", str(folder / "nowhere"), str(draw.choice(files))]))
     elif kind == "folder":
         path.unlink()
         path.mkdir()

@@ -12,14 +12,16 @@ from transformers import AutoModelForSequenceClassification
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_values
-from rayfed.lora.peft import lora_config, match_targets, peft_settings, save_peft
+from rayfed.lora.peft import lora_config, match_targets, peft_settings
+from rayfed.lora.peft_files import write_peft
 
 CLASSES = 4
 TARGETS = {"bert": ["query", "output.dense"], "mean": ["query", "intermediate.dense"], "gpt2": ["c_attn", "c_fc"]}
 
 
-def save(path, adapter, config, base, conv1d, files=None):
-    save_peft(path, adapter, peft_settings(config, adapter.layers, base=base, conv1d=conv1d), files)
+def save(path, adapter, config, base, conv1d):
+    path.mkdir()
+    write_peft(path, adapter, peft_settings(config, adapter.layers, base=base, conv1d=conv1d))
 
 
 def config_for(base, targets, rank=2, alpha=5, **options):
@@ -114,35 +116,12 @@ def test_the_folder_holds_no_pickle_and_says_what_it_is(saved):
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
 
 
-def test_further_files_are_written_beside_and_an_older_folder_is_replaced(tmp_path):
-    path = tmp_path / "adapter"
-    path.mkdir()
-    (path / "left_over.txt").write_text("old")
-    save(path, pair_adapter(), plain_config(), "b", False, files={"classes.json": '["ä"]'})
-    assert sorted(p.name for p in path.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "classes.json"
-    ]  # fmt: skip
-    assert (path / "classes.json").read_text(encoding="utf-8") == '["ä"]'
-
-
 def plain_config(rank=2, alpha=4, targets=("a", "b")):
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
 
 
 def pair_adapter():
     return Adapter({name: LowRank(torch.ones(3, 2), torch.ones(2, 5), 2.0) for name in "ab"}, {})
-
-
-def test_a_save_that_fails_half_way_leaves_nothing_and_keeps_the_older_folder(tmp_path, monkeypatch):
-    path = tmp_path / "adapter"
-    save(path, pair_adapter(), plain_config(), "old", False)
-    monkeypatch.setattr("rayfed.lora.peft.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        save(path, pair_adapter(), plain_config(), "new", False)
-    with pytest.raises(OSError, match="disk full"):
-        save(tmp_path / "other", pair_adapter(), plain_config(), "new", False)
-    assert list(tmp_path.iterdir()) == [path]
-    assert json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"] == "old"
 
 
 def test_saving_leaves_the_callers_config_as_it_was(tmp_path):

