@@ -76,13 +76,17 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class EvalJob:
-    """Evaluate payload 0 on rows start to stop of a split, counted in order of length; on some classes' rows alone."""
+    """Evaluate payload 0 on rows start to stop of a split, counted in order of length; on some classes' rows alone.
+
+    With ``rows``, start and stop count these rows of the split alone.
+    """
 
     split: SplitName
     start: int
     stop: int
     layout: Layout
     classes: tuple[int, ...] | None = None  # None: all
+    rows: np.ndarray | None = None  # (n,) int64, indices into the split; None: all
 
 
 @dataclass(frozen=True)

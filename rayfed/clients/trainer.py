@@ -131,7 +131,7 @@ class Trainer:
         def outputs_of(inputs: dict[str, Tensor], segment: Segment) -> Tensor:
             return self.forward(inputs).float()
 
-        for chosen, outputs, labels in self._each_batch(job, outputs_of, job.classes):
+        for chosen, outputs, labels in self._each_batch(job, outputs_of, job.classes, job.rows):
             sums, counts = task.loss(outputs, labels)
             loss += sums.double().sum()
             count += counts.double().sum()
@@ -175,11 +175,12 @@ class Trainer:
 
     def _each_batch(
         self, job: messages.EvalJob | messages.FeatureJob, work: Callable[[dict[str, Tensor], Segment], Tensor],
-        classes: Sequence[int] | None = None,
+        classes: Sequence[int] | None = None, only: np.ndarray | None = None,
     ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:  # fmt: skip
         """(rows, result of ``work``, labels) of each batch of the job's rows; a batch that does not fit is halved."""
         data, size = self.plan.federation.split(job.split), self.plan.eval.batch_size
-        rows = self.by_length[job.split][job.start : job.stop]
+        rows = self.by_length[job.split]
+        rows = (rows if only is None else rows[np.isin(rows, only)])[job.start : job.stop]
         if classes is not None:
             rows = rows[np.isin(data.labels[rows], classes)]
 

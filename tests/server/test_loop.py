@@ -245,7 +245,7 @@ def test_checkpoints_are_thinned_and_hold_no_pickle(tiny, tmp_path):
     files = {p.name for p in out.rglob("*") if p.is_file()}
     assert files == {
         "config.yaml", "metrics.jsonl", "events.log", "state.safetensors", "checkpoint.json",
-        "part-000002.parquet", "part-000004.parquet", "part-000005.parquet",
+        "part-000002.parquet", "part-000004.parquet", "part-000005.parquet", "partition.json",
         "adapter_config.json", "adapter_model.safetensors", "classes.json",
     }  # fmt: skip
     assert json.loads((out / "adapter" / "classes.json").read_text()) == ["app", "card", "loan", "rate"]

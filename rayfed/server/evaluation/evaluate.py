@@ -46,9 +46,11 @@ def spans(rows: int, batch_size: int) -> list[tuple[int, int]]:
 
 def evaluate(
     executor: Executor, federation: Federation, models: Mapping[str, Model], splits: Sequence[SplitName],
-    batch_size: int, classes: tuple[int, ...] | None = None,
+    batch_size: int, classes: tuple[int, ...] | None = None, rows: np.ndarray | None = None,
 ) -> dict[tuple[str, SplitName], SplitOutputs]:  # fmt: skip
     """Every model's outputs on every split that has rows; with ``classes``, on the rows of these classes alone.
+
+    With ``rows`` (n,), indices into each of the splits, on these rows alone.
 
     ``models`` maps a suffix of metric keys to a model. The models reach the workers losslessly and are no client
     traffic.
@@ -57,8 +59,8 @@ def evaluate(
     for suffix, (vector, layout) in models.items():
         handle = executor.put(wire.encode(vector))
         for split in splits:
-            for span in spans(len(federation.split(split)), batch_size):
-                jobs.append(((suffix, split), Submission(EvalJob(split, *span, layout, classes), (handle,))))
+            for span in spans(len(federation.split(split) if rows is None else rows), batch_size):
+                jobs.append(((suffix, split), Submission(EvalJob(split, *span, layout, classes, rows), (handle,))))
     parts: dict[tuple[str, SplitName], list[EvalResult]] = {}
     for (key, _), result in zip(jobs, run_all(executor, [job for _, job in jobs]), strict=True):
         parts.setdefault(key, []).append(cast(EvalResult, result))

@@ -16,17 +16,17 @@ distributed (IID). What exceeds that is label skew. The figures take time for th
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rayfed import seeding
+from rayfed.files import write_json
 from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.known_answer.problem import Problem, optimum_distances
 
 FILE = "partition.json"
-"""What a run leaves in its directory: `describe` of its federation."""
-
 LABEL_FIGURES = ("classes", "total_variation", "jensen_shannon")
 
 
@@ -87,10 +87,17 @@ def describe(federation: Federation, clients: int = 48, columns: int = 48) -> di
     }
 
 
+def write_partition(out: Path, federation: Federation) -> None:
+    """Writes `describe` as `partition.json` into the directory of a run, unless it is there: data do not change."""
+    if not (out / FILE).is_file():
+        write_json(out / FILE, describe(federation))
+
+
 def _class_count(federation: Federation) -> int | None:
     """The number of classes; None where a row's label is not one class."""
-    labels = federation.train.labels
-    return len(federation.classes) if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer) else None
+    labels, classes = federation.train.labels, len(federation.classes)
+    numbers = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
+    return classes if numbers and labels.min() >= 0 and labels.max() < classes else None
 
 
 def _label_figures(federation: Federation, labels: np.ndarray, classes: int) -> dict[str, np.ndarray]:
