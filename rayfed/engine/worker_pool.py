@@ -168,4 +168,4 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, OutOfMemoryError) or "running low on memory" in str(error):
         return "killed by Ray because its node ran out of memory"
     last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    return last.partition(" Some common causes")[0][:200]
+    return last.partition(" Some common causes")[0].strip()[:200]
