@@ -53,6 +53,7 @@ format: $(STAMP) ## mend what the linter can mend, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The variable turns off a notice of the theme.
 docs: $(VENV)/.rayfed-docs ## build the documentation into site/, refusing broken links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

@@ -19,8 +19,8 @@ from rayfed.config.sweep import Sweep
 from rayfed.methods import METHODS, method_class
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTSIDE = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)]*)\)")
-"""A link from a page to a file outside docs/, which the site does not have."""
+UPWARD = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+)[^)]*\)")
+"""A link to a file in a folder above the page's: its text, and the `../` that it starts with."""
 
 
 def index() -> str:
@@ -52,7 +52,10 @@ def configuration() -> str:
 
 def equations() -> str:
     """The docstring of every method's module, in the notation of methods.md."""
-    parts = ["# Equations", "Each text is the docstring of `rayfed/methods/NAME.py`. [Methods](methods.md) has the notation."]
+    parts = [
+        "# Equations",
+        "Each text is the docstring of `rayfed/methods/NAME.py`. [Methods](methods.md) has the notation.",
+    ]
     for name in METHODS:
         docstring = inspect.getdoc(importlib.import_module(method_class(name).__module__)) or ""
         parts += [f"## {name}", f"```text\n{docstring}\n```"]
@@ -71,11 +74,14 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Leaves the text of a link to a file outside docs/."""
-    return OUTSIDE.sub(r"\1", markdown)
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Leaves the text of a link to a file outside docs/, which the site does not have."""
+    depth = page.file.src_uri.count("/")
+    return UPWARD.sub(lambda link: link[1] if link[2].count("/") > depth else link[0], markdown)
 
 
 def _safe(text: str) -> str:
     """The text with the signs escaped that Markdown would read outside of code: `lr * B`."""
-    return "".join(part if part.startswith("`") else re.sub(r"([*_<\[])", r"\\\1", part) for part in re.split(r"(`[^`]*`)", text))
+    return "".join(
+        part if part.startswith("`") else re.sub(r"([*_<\[])", r"\\\1", part) for part in re.split(r"(`[^`]*`)", text)
+    )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import runpy
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
+from small_runs import lowrank
 
+import rayfed
 from rayfed.config import Experiment
 from rayfed.config.describe import iter_fields
 from rayfed.config.sweep import Sweep
@@ -25,12 +28,9 @@ HEADING = re.compile(r"^#+ (.*)$", re.M)
 
 
 @pytest.fixture(scope="module")
-def generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def generate() -> SimpleNamespace:
+    """The names in docs/generate.py."""
+    return SimpleNamespace(**runpy.run_path(str(DOCS / "generate.py")))
 
 
 def site() -> dict[str, Any]:
@@ -98,7 +98,7 @@ def test_readme_has_every_method_with_the_facts_of_its_class() -> None:
         assert (ranks == "yes", source) == (cls.mixed_ranks, cls.source), name
 
 
-def test_every_page_is_in_the_navigation(generate: ModuleType) -> None:
+def test_every_page_is_in_the_navigation(generate: SimpleNamespace) -> None:
     written = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")]
     assert sorted(nav_pages(site()["nav"])) == sorted([*written, *generate.PAGES])
 
@@ -110,7 +110,7 @@ def test_the_site_loads_nothing_from_elsewhere() -> None:
     assert config["plugins"] == ["search"]
 
 
-def test_configuration_has_every_setting_and_every_option(generate: ModuleType) -> None:
+def test_configuration_has_every_setting_and_every_option(generate: SimpleNamespace) -> None:
     page = generate.configuration()
     for key, _ in [*iter_fields(Experiment), *iter_fields(Sweep, "sweep.")]:
         assert f"**`{key}`** (default " in page, key
@@ -120,14 +120,24 @@ def test_configuration_has_every_setting_and_every_option(generate: ModuleType) 
             assert f"method.{option} = " in section, (name, option)
 
 
-def test_equations_has_every_method(generate: ModuleType) -> None:
+def test_equations_has_every_method(generate: SimpleNamespace) -> None:
     page = generate.equations()
     assert re.findall(r"^## (\w+)$", page, re.M) == list(METHODS)
     assert "W^r = best rank-r approximation of W" in page
 
 
-def test_index_is_readme_with_links_from_docs(generate: ModuleType) -> None:
+def test_index_is_readme_with_links_from_docs(generate: SimpleNamespace) -> None:
     page = generate.index()
     targets = [target for _, target in LINK.findall(page) if "://" not in target]
     assert "results/density-and-rank.svg" in targets
     assert all((DOCS / target.partition("#")[0]).exists() for target in targets)
+
+
+def test_outputs_has_every_key_that_a_run_writes(tmp_path: Path) -> None:
+    text = (DOCS / "outputs.md").read_text(encoding="utf-8")
+    run = rayfed.run(lowrank("method.name=fedhl", "server.rounds=1", "eval.diagnostics=true"), out=tmp_path / "run")
+    keys = {*run.metrics[0], *run.summary, *pq.read_table(run.out / "ledger.parquet").column_names}
+    keys = {re.sub(r"^clients/rank_\d+$", "clients/rank_4", key) for key in keys}
+    assert [key for key in sorted(keys) if f"`{key}`" not in text] == []
+    files = {entry.name for entry in run.out.iterdir()}
+    assert [name for name in sorted(files) if f"| `{name}" not in text] == []
