@@ -55,7 +55,7 @@ format: $(STAMP) ## mend what the linter can mend, and format
 
 # The variable turns off a notice of the theme.
 docs: $(VENV)/.rayfed-docs ## build the documentation into site/, refusing broken links
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/.rayfed-docs: $(STAMP)
 	@$(PIP) --constraint constraints.txt --editable '.[docs]'
