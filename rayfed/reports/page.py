@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rayfed import __version__
-from rayfed.reports import table
+from rayfed.reports import partition, table
 from rayfed.reports.compare import Comparison
 from rayfed.reports.drawing import MUTED, Styles, css, inline_svg, swatch
 from rayfed.reports.figures import Plot
@@ -46,7 +47,10 @@ def page(
         differing=table.differing(comparison) if comparison.differing else None,
         legend=_legend(comparison, styles),
         sections=list(_sections(comparison, ledgers, plots)),
-        runs=[(run.folder.resolve().name, table.facts(run), _figures(own)) for run, own in zip(runs, single)],
+        runs=[
+            (run.folder.resolve().name, table.facts(run), _figures(own), _data(run.folder))
+            for run, own in zip(runs, single)
+        ],
         explanations=list(_explanations(comparison, link)),
     )  # fmt: skip
 
@@ -96,6 +100,17 @@ def _figures(plots: Iterable[Plot]) -> list[tuple[Plot, str]]:
         (plot, inline_svg(plot.figure(standalone=False), plot.name, plot.title, plot.caption or plot.title))
         for plot in plots
     ]
+
+
+def _data(folder: Path) -> dict[str, Any] | None:
+    """The partition of a run's data: figure, facts, table and definitions; None where the run has left none."""
+    found = partition.read_partition(folder)
+    return found and {
+        "svg": partition.svg(found, inline=True),
+        "facts": partition.facts(found).items(),
+        "table": partition.table(found),
+        "notes": partition.notes(found),
+    }
 
 
 def _legend(comparison: Comparison, styles: Styles) -> list[tuple[str, str]]:

@@ -5,11 +5,14 @@ Both take the values that `rayfed.tasks.data.heterogeneity.describe` gives and t
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+from rayfed.files import regular
 from rayfed.reports.drawing import COLORS, GRID, INK, PAPER, VARIABLES
 from rayfed.tracking import Table
 
@@ -25,6 +28,15 @@ LABELS = {
     "jensen_shannon": "Jensen-Shannon",
     "optimum_distance": "optimum distance",
 }
+
+
+def read_partition(folder: Path) -> dict[str, Any] | None:
+    """`partition.json` of a run directory; None where there is none, as in runs of older versions."""
+    try:
+        found = json.loads(regular(folder / "partition.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def table(partition: Mapping[str, Any]) -> Table:
