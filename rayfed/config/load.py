@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from rayfed.config.describe import allowed_values, alternatives, format_value, iter_fields, section_of, sections_by_kind
 from rayfed.config.parse import MOST_LEVELS, dump_settings, parse, read_text
 from rayfed.config.schema import Experiment
+from rayfed.config.shipped import find_config
 from rayfed.config.types import TextMistake
 from rayfed.errors import MOST_LINES, UserError, allowed
 
@@ -22,6 +23,8 @@ Root = TypeVar("Root", bound=BaseModel)
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Reads the YAML file ``path``, applies ``overrides`` (each `dotted.key=value`, value in YAML) and validates.
+
+    ``path`` may also be the name of a config that comes with rayfed, such as `quickstart`.
 
     Raises UserError with one line per mistake: unknown key, wrong type, value out of range, refused combination.
     """
@@ -32,8 +35,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, not yet validated; empty if the file is empty. UserError where there is none."""
-    settings = parse(read_text(Path(path)), str(path))
+    """The mapping in a YAML file, not yet validated; empty if the file is empty. UserError where there is none.
+
+    ``path`` may also be the name of a config that comes with rayfed.
+    """
+    settings = parse(read_text(find_config(path)), str(path))
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
