@@ -178,8 +178,8 @@ def load_model(run: str | Path, *, trust_remote_code: bool = False) -> nn.Module
     """
     out = Path(run)
     config_file, folder = out / "config.yaml", out / "adapter"
-    if config_file.is_symlink():
-        raise allowed("config", str(config_file), "it is a symbolic link; only plain files and folders are read")
+    if config_file.is_symlink() or config_file.is_fifo():
+        raise allowed("config", str(config_file), "it is a symbolic link or a pipe; only plain files are read")
     experiment = config.load_config(config_file)
     if experiment.data.source == "lowrank":
         raise allowed("run", str(run), "it solved data.source=lowrank, which has no model to load")

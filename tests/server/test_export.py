@@ -201,7 +201,7 @@ def test_the_card_is_one_of_the_hub_and_the_table_names_what_the_rank_loses(tiny
     assert card.data.base_model == experiment.model.name
     assert card.data.library_name == "peft"
     assert card.data.pipeline_tag == "text-classification"
-    assert f"{run.summary['bytes/up']:,}" in card.content
+    assert f"{run.summary['bytes/up_total']:,}" in card.content
     lost, own = run.summary["export/lost_energy"], run.summary["export/test_accuracy"]
     row = rf"adapter/, whose rank of 1 loses {lost:.2%} of the energy +{100 * own:.1f} %"
     assert re.search(row, capsys.readouterr().out)
