@@ -73,7 +73,7 @@ class _Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             near = difflib.get_close_matches(value[:100], action.choices, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise allowed(action.metavar, value, f"{hint}allowed are {', '.join(action.choices)}")
+            raise allowed(str(action.metavar), value, f"{hint}allowed are {', '.join(action.choices)}")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -102,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     run = _command(commands, "run:run", "run one experiment", "Run the experiment in CONFIG.")
     _add_config(run, f"YAML file{names}", "settings to change, such as server.rounds=20")
     _add_out(run, f"run {out}/run", "continue DIR from its last checkpoint")
+    dry_run = "start nothing: check CONFIG, and show what it would take, as `rayfed doctor CONFIG` does"
+    run.add_argument("--dry-run", action="store_true", help=dry_run)
 
     sweep = _command(commands, "run:sweep", "run many trials and compare them", "Run the sweep in CONFIG.")
     changes = "settings to change; also sweep.tune=[client.lr] and such"
@@ -118,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--include", metavar="PATH", action="append", default=[], help=include)
     submit.add_argument("--follow", action="store_true", help="show the logs until the job ends; fail if it does")
 
-    about = "Say what this machine has; with CONFIG, check it, show its plan and time packs of clients."
+    about = (
+        "Say what this machine has; with CONFIG, check it and show its plan, its messages, its memory and its hours."
+    )
     doctor = _command(commands, "doctor:doctor", "what this machine can run, and how fast", about)
     _add_config(doctor, "YAML file of a run", "settings to change", nargs="?")
 

@@ -7,6 +7,7 @@ In a clone they are the YAML files of `configs/`. setup.py puts the same files i
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def find_config(given: str | Path) -> Path:
     A path that leads to no file is returned as it is: reading it says what is wrong.
     """
     path = Path(given)
-    if path.is_file() or path.suffix or path.name != str(given):
+    if path.suffix or path.name != str(given) or os.path.isfile(path):  # unlike is_file, never an error
         return path
     return named(str(given), "config", "there is no such file")
 

@@ -68,11 +68,15 @@ def test_settings_of_one_section(capsys: Capture, section: str, first: str, coun
     assert all(key.startswith(section) for key in keys)
 
 
-def test_settings_of_an_unknown_section(capsys: Capture) -> None:
-    assert main(["settings", "clint"]) == 2
+@pytest.mark.parametrize(
+    ("section", "hint"),
+    [("clint", "did you mean client? "), ("wire.up.densty", "did you mean wire.up.density? "), ("xyz", "")],
+)
+def test_settings_of_an_unknown_section(capsys: Capture, section: str, hint: str) -> None:
+    assert main(["settings", section]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("rayfed: settings: got 'clint', but sections are name, seed, data, ")
+    assert err.startswith(f"rayfed: settings: got '{section}', but {hint}sections are name, seed, data, ")
     assert err.count("\n") == 1
 
 
