@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test coverage test-slow lint format constraints clean
+.PHONY: help setup quickstart test coverage test-slow lint format docs constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,14 +53,22 @@ format: $(STAMP) ## mend what the linter can mend, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The variable turns off a notice of the theme.
+docs: $(VENV)/.rayfed-docs ## build the documentation into site/, refusing broken links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.rayfed-docs: $(STAMP)
+	@$(PIP) --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
 constraints: ## write constraints.txt anew from the newest versions that pyproject.toml allows
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
 	$(PYTHON) -m venv "$$scratch/venv" && \
-	"$$scratch/venv/bin/python" -m pip install -qq --upgrade setuptools --editable '.[dev,minilm]' && \
+	"$$scratch/venv/bin/python" -m pip install -qq --upgrade setuptools --editable '.[dev,docs,minilm]' && \
 	{ grep '^#' constraints.txt; "$$scratch/venv/bin/python" -m pip freeze --all --exclude pip --exclude-editable \
 	  | sed -e '/ @ /d' -e 's/+[^ ]*$$//' | LC_ALL=C sort -f; } > "$$scratch/constraints.txt" && \
 	mv "$$scratch/constraints.txt" constraints.txt
 
 clean: ## remove caches and coverage data; .venv and runs/ stay
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov build dist site *.egg-info
 	find rayfed tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,31 +1,75 @@
-"""The documents refer to files and names that exist."""
+"""The documents refer to files and names that exist, README is short, and the site's generated pages are whole."""
 
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+import yaml
+from small_runs import lowrank
+
+import rayfed
+from rayfed.config import Experiment
+from rayfed.config.describe import iter_fields
+from rayfed.config.sweep import Sweep
+from rayfed.methods import METHODS, method_class
+from rayfed.methods._options import options_of
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.M)
 
 
-def links(page: Path) -> list[tuple[str, Path]]:
-    """(text, file) of every link to a file of the project."""
+@pytest.fixture(scope="module")
+def generate() -> SimpleNamespace:
+    """The names in docs/generate.py."""
+    return SimpleNamespace(**runpy.run_path(str(DOCS / "generate.py")))
+
+
+def site() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+
+def nav_pages(entry: Any) -> list[str]:
+    """The pages of an entry of mkdocs.yml's `nav`, in order."""
+    if isinstance(entry, str):
+        return [entry]
+    return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in nav_pages(part)]
+
+
+def links(page: Path) -> list[tuple[str, str]]:
+    """(text, target) of every link to a file of the project."""
     found = LINK.findall(page.read_text(encoding="utf-8"))
-    return [(text, page.parent / target.split("#")[0]) for text, target in found if "://" not in target]
+    return [(text, target) for text, target in found if "://" not in target]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page: Path) -> None:
-    missing = [(text, str(target)) for text, target in links(page) if not target.exists()]
+def anchors(page: Path) -> set[str]:
+    return {
+        re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-")
+        for heading in HEADING.findall(page.read_text(encoding="utf-8"))
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    missing = []
+    for text, target in links(page):
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            missing.append((text, target))
     assert missing == []
 
 
 def test_the_five_questions_are_answered_by_names_that_exist() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
     section = text.split("## Five questions")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| W")]
     assert len(rows) == 5
@@ -34,5 +78,66 @@ def test_the_five_questions_are_answered_by_names_that_exist() -> None:
         assert any(name for name, _ in named), row
         for name, target in named:
             if name is not None:
-                source = (ROOT / "docs" / target).read_text(encoding="utf-8")
+                source = (DOCS / target).read_text(encoding="utf-8")
                 assert re.search(rf"^\s*def {name[1].rpartition('.')[2]}\(", source, re.M), (name[1], target)
+
+
+def test_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.encode()) <= 8192
+    assert len(text.splitlines()) <= 150
+
+
+def test_readme_has_every_method_with_the_facts_of_its_class() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", text.split("## Methods")[1].split("\n## ")[0], re.M))
+    assert sorted(rows) == sorted(METHODS)
+    for name, row in rows.items():
+        cls, (paper, ranks, source) = method_class(name), (cell.strip() for cell in row.split("|"))
+        assert cls.paper.removeprefix("arXiv ") in paper, name
+        assert (ranks == "yes", source) == (cls.mixed_ranks, cls.source), name
+
+
+def test_every_page_is_in_the_navigation(generate: SimpleNamespace) -> None:
+    written = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")]
+    assert sorted(nav_pages(site()["nav"])) == sorted([*written, *generate.PAGES])
+
+
+def test_the_site_loads_nothing_from_elsewhere() -> None:
+    config = site()
+    assert config["theme"]["font"] is False
+    assert not {"extra_css", "extra_javascript", "extra"} & set(config)
+    assert config["plugins"] == ["search"]
+
+
+def test_configuration_has_every_setting_and_every_option(generate: SimpleNamespace) -> None:
+    page = generate.configuration()
+    for key, _ in [*iter_fields(Experiment), *iter_fields(Sweep, "sweep.")]:
+        assert f"**`{key}`** (default " in page, key
+    for name in METHODS:
+        section = page.split(f"\n### {name}\n")[1].split("\n### ")[0]
+        for option in options_of(method_class(name)):
+            assert f"method.{option} = " in section, (name, option)
+
+
+def test_equations_has_every_method(generate: SimpleNamespace) -> None:
+    page = generate.equations()
+    assert re.findall(r"^## (\w+)$", page, re.M) == list(METHODS)
+    assert "W^r = best rank-r approximation of W" in page
+
+
+def test_index_is_readme_with_links_from_docs(generate: SimpleNamespace) -> None:
+    page = generate.index()
+    targets = [target for _, target in LINK.findall(page) if "://" not in target]
+    assert "results/density-and-rank.svg" in targets
+    assert all((DOCS / target.partition("#")[0]).exists() for target in targets)
+
+
+def test_outputs_has_every_key_that_a_run_writes(tmp_path: Path) -> None:
+    text = (DOCS / "outputs.md").read_text(encoding="utf-8")
+    run = rayfed.run(lowrank("method.name=fedhl", "server.rounds=1", "eval.diagnostics=true"), out=tmp_path / "run")
+    keys = {*run.metrics[0], *run.summary, *pq.read_table(run.out / "ledger.parquet").column_names}
+    keys = {re.sub(r"^clients/rank_\d+$", "clients/rank_4", key) for key in keys}
+    assert [key for key in sorted(keys) if f"`{key}`" not in text] == []
+    files = {entry.name for entry in run.out.iterdir()}
+    assert [name for name in sorted(files) if f"| `{name}" not in text] == []

@@ -126,6 +126,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor = _command(commands, "doctor:doctor", "what this machine can run, and how fast", about)
     _add_config(doctor, "YAML file of a run", "settings to change", nargs="?")
 
+    about = "Show the rows of CONFIG, which client has them, and how much the clients differ. Nothing is trained."
+    data = _command(commands, "data:data", "the rows of each client, and how much clients differ", about)
+    _add_config(data, "YAML file of a run", "settings to change, such as partition.alpha=0.5")
+    data.add_argument("--svg", metavar="FILE", help="also write the figure to FILE")
+
     bench = _command(commands, "bench:bench", "measure what is fast, against what, on this machine")
     bench.add_argument("name", metavar="NAME", help="which benchmark: aggregate, algebra, round, ...")
     sizes = "its sizes, such as uploads=2000 or packs=[1,8]; for round, settings of a run"

@@ -74,8 +74,8 @@ class Engine(Section):
     The time to load the model is not a pack's: it has a deadline by the rule of auto. null: no deadlines.
     """
     stall_s: DecidesNothing[Seconds] = 900.0
-    """Seconds without a finished pack or evaluation, counted from the first failure of a worker, after which the run
-    ends. The deadline of a running pack is waited for, and with wait_for_nodes any time without a node.
+    """Seconds after which the run ends: without a finished pack or evaluation since the first failure of a worker, or
+    without a place for any worker. The deadlines of what runs are waited for, and with wait_for_nodes also a place.
     """
 
     @model_validator(mode="after")

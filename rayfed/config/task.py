@@ -38,7 +38,9 @@ class Data(Section):
     test: Share = 0.2
     """Share of all rows used for the test, if the source has no test split."""
     examples: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
-    """Rows of the source to use; null: all."""
+    """Rows of the source to use, without those of its test split; null: all."""
+    test_examples: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
+    """Rows of the source's test split to use; null: all. Refused where the source has no test split."""
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 128
     """Most tokens per text; longer texts are cut."""
 

@@ -131,6 +131,11 @@ class Eval(Section):
     classes of the client. The mean and quantiles over the clients are recorded. Where every client has a model of its
     own, this takes one evaluation per client.
     """
+    unseen: bool = False
+    """Also measure the global model on the training rows of all clients that never took part so far, which are held out
+    by that: `test/accuracy_unseen` and `test/loss_unseen`, over these rows together; null once every client with rows
+    has taken part. It takes at most one evaluation of all training rows.
+    """
     controls: bool = False
     """At the end, also train only a head on the frozen base model, and measure it: once in the same rounds, and once
     centrally until convergence.

@@ -19,11 +19,12 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup
 
 from rayfed.clients.plan import RunPlan
 from rayfed.config.execution import Engine
 from rayfed.engine import connect
-from rayfed.engine.placement import check_places, on_this_node, with_gpu_share
+from rayfed.engine.placement import check_places, on_this_node, release, reserve, with_gpu_share
 from rayfed.engine.ray_executor import RayExecutor
 from rayfed.engine.rounds import run_rounds, with_pack_size
 from rayfed.errors import RunError, Stopped, UserError, first_line
@@ -68,14 +69,16 @@ class Driver:
         self.executor: RayExecutor | None = None
         self.stopping, self.ended = threading.Event(), threading.Event()
 
-    def run(self, plan: RunPlan, out: Path, resume: bool, uri: str | None) -> Iterator[Message]:
+    def run(
+        self, plan: RunPlan, group: PlacementGroup | None, out: Path, resume: bool, uri: str | None
+    ) -> Iterator[Message]:
         import torch
 
         torch.set_num_threads(1)  # the driver's own sums are element-wise; its cores belong to the workers
         outbox = Outbox()
         with suppress(Stopped), ExitStack() as stack:
             # Entered first, so closed last: where Ray itself is gone, this takes long.
-            self.executor = stack.enter_context(closing(RayExecutor(plan.engine, ray.put(plan))))
+            self.executor = stack.enter_context(closing(RayExecutor(plan.engine, ray.put(plan), group)))
             stack.callback(self.ended.set)
             stack.enter_context(locked(out, shared=True))  # this process may outlive the one that started it
             stack.enter_context(disk_errors(out))
@@ -107,16 +110,18 @@ def run_on_ray(plan: RunPlan, out: Path, resume: bool, uri: str | None, console:
         _pickle_by_value(plan)
         actor: Any = ray.remote(num_cpus=0)(Driver)
         driver = actor.options(scheduling_strategy=on_this_node(), max_concurrency=2).remote()
+        group = reserve(plan.engine)
         try:
-            stream = driver.run.options(num_returns="streaming").remote(ray.put(plan), out.resolve(), resume, uri)
-            for message in stream:
-                name, arguments = ray.get(message)
-                getattr(console, name)(*arguments)
+            arguments = ray.put(plan), group, out.resolve(), resume, uri
+            for message in driver.run.options(num_returns="streaming").remote(*arguments):
+                name, values = ray.get(message)
+                getattr(console, name)(*values)
         except RayTaskError as error:
             if isinstance(error.cause, RayError):
                 raise RunError(f"Ray cannot go on ({_named(error.cause)}); {CONTINUES}") from None
             raise (error.cause if isinstance(error.cause, UserError | RunError) else error) from None
         except RayActorError as error:
+            release(group)  # the driver did not; its workers died with it
             raise RunError(f"the driver died ({first_line(error)}); {CONTINUES}") from None
         except RayError as error:  # such as a full disk below Ray's own folder
             raise RunError(f"Ray cannot go on ({_named(error)}); {CONTINUES}") from None
@@ -133,7 +138,7 @@ def stepwise(plan: RunPlan, out: Path) -> Iterator[Server]:
     """A server in this process with Ray workers, to step through its rounds, as benchmarks do."""
     with _ray(plan.engine):
         plan = with_gpu_share(plan)
-        executor = RayExecutor(plan.engine, ray.put(plan))
+        executor = RayExecutor(plan.engine, ray.put(plan), reserve(plan.engine))
         plan, choice = with_pack_size(plan, executor)
         yield Server(plan, executor, out, SinkList(), False, choice)
         executor.close()

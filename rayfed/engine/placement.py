@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rayfed.clients.plan import RunPlan
@@ -29,7 +29,7 @@ def bundle_of(engine: Engine) -> Bundle:
 
 
 def reserve(engine: Engine) -> PlacementGroup | None:
-    """A placement group with a bundle for each worker, not yet placed.
+    """A placement group with a bundle for each worker, not yet placed. It lives until `release`, or the end of the job.
 
     None where workers need no resources, or where a trial of a sweep has reserved places for them.
     """
@@ -37,6 +37,12 @@ def reserve(engine: Engine) -> PlacementGroup | None:
     if not bundle or ray.util.get_current_placement_group() is not None:
         return None
     return placement_group([dict(bundle) for _ in range(engine.workers)], strategy=engine.placement.upper())
+
+
+def release(group: PlacementGroup | None) -> None:
+    """Gives the places of a group back. A group that was released already, and None, are allowed."""
+    if group is not None:
+        remove_placement_group(group)
 
 
 def in_group(group: PlacementGroup | None) -> Any:

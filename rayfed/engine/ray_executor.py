@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
+from ray.util.placement_group import PlacementGroup
 
 from rayfed.clients.messages import Job, Result
 from rayfed.clients.plan import RunPlan
@@ -55,12 +56,15 @@ class Running:
 
 
 class RayExecutor(Executor):
-    """`engine.workers` actors, each holding `cpus_per_worker` CPUs and `gpus` GPUs. ``plan``: a reference to a
-    RunPlan."""
+    """`engine.workers` actors, each holding `cpus_per_worker` CPUs and `gpus` GPUs.
 
-    def __init__(self, engine: Engine, plan: ray.ObjectRef) -> None:
+    ``plan``: a reference to a RunPlan. ``group``: the workers' places (`rayfed.engine.placement.reserve`), which
+    `close` gives back; None: any place of the cluster, or of a trial.
+    """
+
+    def __init__(self, engine: Engine, plan: ray.ObjectRef, group: PlacementGroup | None = None) -> None:
         self.supervision = Supervision(engine)
-        self.pool = WorkerPool(engine, Worker, plan, self.supervision)
+        self.pool = WorkerPool(engine, Worker, plan, group, self.supervision)
         self.stopping = threading.Event()
 
     def put(self, payload: bytes) -> ray.ObjectRef:
@@ -107,8 +111,7 @@ class RayExecutor(Executor):
             late = {ref: job.deadline for ref, job in running.items() if now - job.begun > job.deadline}
             for ref in late.keys() - resolved(late):  # results that only wait to be read are in time
                 lose(ref, f"no answer in {late[ref]:.3g} s, its deadline", hung=True)
-            pool.check()
-            rules.check(max((job.deadline for job in running.values()), default=0.0))
+            rules.check(max([pool.check(), *(job.deadline for job in running.values())]))
 
     def stop(self) -> None:
         self.stopping.set()

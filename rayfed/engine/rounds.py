@@ -31,8 +31,10 @@ def run_rounds(
         yield from server.rounds()
         yield server.finish()
     except (RunError, KeyboardInterrupt) as error:
+        for text in executor.drain_events():
+            sinks.event(text)
         sinks.event(f"{first_line(error)}; `--resume` continues after round {server.done}")
-        with suppress(RunError):  # the first error is the one to report
+        with suppress(RunError, OSError):  # the first error is the one to report
             server.save()
         raise
 

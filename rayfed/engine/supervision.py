@@ -4,7 +4,7 @@
 - A lost job runs again. Evictions strike all jobs and starts, a poisonous job only its own workers. The run ends when a
   job was lost more than `engine.retries` times and the fate of the others says that this is no chance.
 - After failed starts the next start waits, each time twice as long, up to LONGEST_WAIT.
-- A run ends where nothing has finished for `engine.stall_s` after a failure.
+- A run ends where nothing has finished for `engine.stall_s` after a failure, or no worker got a place in this time.
 
 Everything here is plain Python with a clock that is passed in. `rayfed.engine.ray_executor` applies the rules.
 """
@@ -48,11 +48,12 @@ class Supervision:
         self.failed_starts = 0  # since the last one that succeeded
         self.raised_starts = 0  # of them, by an exception instead of a dead process
         self.failing_since: float | None = None  # the first failure after the last finished job
+        self.unplaced_since: float | None = None  # since when no worker has a place
         self.last_reason = ""
 
     def begin(self) -> None:
         """A new list of jobs begins: the time before it does not count as a failure's."""
-        self.failing_since = None
+        self.failing_since = self.unplaced_since = None
 
     def deadline(self, job: Job, losses: Losses) -> float:
         """Seconds that the job may take; inf without a deadline."""
@@ -106,16 +107,25 @@ class Supervision:
         """Seconds before the next worker is started."""
         return min(2.0 ** (self.failed_starts - 1), LONGEST_WAIT) if self.failed_starts else 0.0
 
-    def waits_for_nodes(self) -> None:
-        """No worker has a place, and the run was asked to wait for one: this time does not count as a failure's."""
-        if self.failing_since is not None:
-            self.failing_since = self.clock()
+    def placed(self, any_worker: bool) -> None:
+        """Whether any worker has a place on the cluster, or had one and is to start again."""
+        if any_worker:
+            self.unplaced_since = None
+        elif self.engine.wait_for_nodes:
+            self.failing_since = None  # the run was asked to wait for as long as it takes
+        elif self.unplaced_since is None:
+            self.unplaced_since = self.clock()
 
     def check(self, longest: float) -> None:
-        """RunError where nothing has finished for too long after a failure.
+        """RunError where nothing has finished for too long after a failure, or no worker got a place for so long.
 
-        ``longest``: the longest deadline of a running job, which is waited for in any case; 0 if none runs.
+        ``longest``: the longest deadline of a running job or start, which is waited for in any case; 0 if none runs.
         """
+        if self.unplaced_since is not None and self.clock() - self.unplaced_since > self.engine.stall_s:
+            raise RunError(
+                f"no worker has got a place on the cluster for {self.engine.stall_s:.0f} s (engine.stall_s): "
+                "other work uses it, or nodes are gone; engine.wait_for_nodes=true waits for them"
+            )
         if self.failing_since is None:
             return
         limit = max(self.engine.stall_s, longest if math.isfinite(longest) else 0.0)

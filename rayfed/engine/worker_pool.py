@@ -21,10 +21,10 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
-from ray.util.placement_group import remove_placement_group
+from ray.util.placement_group import PlacementGroup
 
 from rayfed.config.execution import Engine
-from rayfed.engine.placement import in_group, reserve
+from rayfed.engine.placement import in_group, release
 from rayfed.engine.supervision import Supervision
 from rayfed.errors import RunError, UserError, first_line
 
@@ -45,12 +45,17 @@ class Start:
 
 
 class WorkerPool:
-    """`engine.workers` actors of the class ``worker``, which load ``plan`` (a reference to a RunPlan)."""
+    """`engine.workers` actors of the class ``worker``, which load ``plan`` (a reference to a RunPlan).
 
-    def __init__(self, engine: Engine, worker: type, plan: ray.ObjectRef, supervision: Supervision) -> None:
+    ``group`` has their places; `close` gives them back.
+    """
+
+    def __init__(
+        self, engine: Engine, worker: type, plan: ray.ObjectRef, group: PlacementGroup | None, supervision: Supervision
+    ) -> None:
         self.engine, self.plan, self.supervision, self.clock = engine, plan, supervision, supervision.clock
         self.actor: Any = ray.remote(num_cpus=engine.cpus_per_worker, num_gpus=engine.gpus)(worker)
-        self.group = reserve(engine)
+        self.group = group
         self.events: list[str] = []
         self.ready: list[Any] = []  # those that have loaded their model
         self.starting: dict[ray.ObjectRef, Start] = {}  # by the reference that resolves when the worker may get a job
@@ -106,33 +111,34 @@ class WorkerPool:
             self.ready.append(start.worker)
         return [start.worker]
 
-    def check(self) -> None:
-        """Starts the workers whose time has come, and replaces those that missed their deadline."""
-        now = self.clock()
+    def check(self) -> float:
+        """Starts the workers whose time has come, and replaces those that missed their deadline.
+
+        Returns the deadline of the workers that load their model, in seconds; 0 if none does.
+        """
+        now, deadline = self.clock(), self.supervision.start_deadline()
         for _ in [time for time in self.due if time <= now]:
             self._start()
         self.due = [time for time in self.due if time > now]
         placed = resolved(start.placed for start in self.starting.values() if start.placed is not None)
-        waiting = [s for s in self.starting.values() if s.placed is not None and s.placed not in placed]
+        waiting = [start for start in self.starting.values() if start.placed is not None and start.placed not in placed]
         for start in waiting:
             start.begun = now
-        if self.engine.wait_for_nodes and waiting and len(waiting) == len(self.starting) and not self.ready:
-            self.supervision.waits_for_nodes()
-        deadline = self.supervision.start_deadline()
+        self.supervision.placed(bool(self.ready or self.due or len(waiting) < len(self.starting)))
         for ref, start in [*self.starting.items()]:
             seconds = deadline if start.placed is not None else min(PROBE, deadline)
             if now - start.begun > seconds and ref not in resolved([ref]):
                 del self.starting[ref]
                 self._failed(start, f"no answer in {seconds:.3g} s")
+        return deadline if placed else 0.0
 
     def close(self) -> None:
         """Kills all workers and gives their places back."""
         for worker in (*self.ready, *(start.worker for start in self.starting.values())):
             ray.kill(worker)
         self.ready, self.starting, self.due = [], {}, []
-        if self.group is not None:
-            remove_placement_group(self.group)
-            self.group = None
+        release(self.group)
+        self.group = None
 
     def _start(self) -> None:
         worker = self.actor.options(scheduling_strategy=in_group(self.group)).remote()
@@ -162,4 +168,4 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, OutOfMemoryError) or "running low on memory" in str(error):
         return "killed by Ray because its node ran out of memory"
     last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    return last.partition(" Some common causes")[0][:200]
+    return last.partition(" Some common causes")[0].strip()[:200]

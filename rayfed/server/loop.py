@@ -40,6 +40,7 @@ from rayfed.server.pack_size import Choice
 from rayfed.server.sampling import client_costs, cohort, plan_packs
 from rayfed.server.star import RoundLog, train_round
 from rayfed.server.summary import Progress, closing_table, summarize
+from rayfed.tasks.data.heterogeneity import write_partition
 from rayfed.tracking import RunInfo, Sink
 
 Record = dict[str, Any]
@@ -80,10 +81,10 @@ class Server:
         """Runs the rounds that are left and yields each one's record (the keys of metrics.jsonl)."""
         # A folder with a config.yaml is a run that can be resumed.
         atomic_write(self.out / "config.yaml", dump_settings(dict(self.plan.settings)))
-        if self.choice:
-            write_json(self.out / "pack.json", asdict(self.choice))
+        write_partition(self.out, self.plan.federation)
         self.sinks.start(self._info())
         if self.choice:
+            write_json(self.out / "pack.json", asdict(self.choice))
             self.sinks.event(f"engine.pack=auto: packs of {self.choice.size} (a step: {self.choice.time_model()})")
         for text in self.events:
             self.sinks.event(text)

@@ -85,6 +85,7 @@ class LowRankRegression(Task):
             ("lora.train", lora.train, "all", "there is no head"),
             ("eval.controls", eval.controls, False, "there is no head"),
             ("eval.clients", eval.clients, False, "there are no classes"),
+            ("eval.unseen", eval.unseen, False, "the metrics are exact, without rows"),
             ("eval.early_stop", eval.early_stop and dict(eval.early_stop), None, "there are no validation data"),
         ):
             if value != wanted:

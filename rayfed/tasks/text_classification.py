@@ -57,7 +57,7 @@ class TextClassification(Task):
 
     def load_data(self) -> Federation:
         from rayfed.tasks.data.dataset import load_data
-        from rayfed.tasks.data.partition import partition
+        from rayfed.tasks.data.partition import client_names, partition
         from rayfed.tasks.data.tokens import tokenize
 
         data = load_data(self.data, self.seed)
@@ -78,6 +78,7 @@ class TextClassification(Task):
             classes=data.classes,
             rows=np.concatenate(parts).astype(np.int64),
             starts=np.cumsum([0, *map(len, parts)], dtype=np.int64),
+            names=client_names(data.train.owners, self.partition),
         )
 
     def load_base(self, federation: Federation) -> FrozenBase:

@@ -169,6 +169,7 @@ def test_a_run_leaves_its_directory(finished: Finished) -> None:
         "events.log",
         "ledger.parquet",
         "metrics.jsonl",
+        "partition.json",
         "report.html",
         "summary.json",
     ]

@@ -10,11 +10,13 @@ import pytest
 import ray
 from ray import cloudpickle
 from ray.exceptions import RayActorError
+from ray.util.placement_group import placement_group, remove_placement_group
 
 import rayfed
 from rayfed.clients.messages import ClientOrder, TrainJob
 from rayfed.config.execution import Engine
 from rayfed.engine.driver import Outbox
+from rayfed.engine.placement import reserve
 from rayfed.engine.ray_executor import RayExecutor
 from rayfed.errors import RunError, Stopped, UserError
 from rayfed.server.executor import Submission
@@ -105,6 +107,18 @@ def test_a_hung_worker_is_killed_and_its_job_runs_again(ray_cluster, monkeypatch
     assert sorted((d.index, d.result, d.retries) for d in done) == [(0, "hang done", 1), (1, "work done", 0)]
     assert executor.drain_events() == ["a worker hung (no answer in 1 s, its deadline); a job runs again"]
     executor.close()
+
+
+@pytest.mark.slow
+def test_workers_without_a_place_end_the_run(ray_cluster):
+    """As where other work holds the cluster's CPUs."""
+    (everything := placement_group([{"CPU": 4}])).wait(30)
+    group = reserve(engine := Engine(workers=1, stall_s=1.0))
+    executor = RayExecutor(engine, ray.put(None), group)
+    with pytest.raises(RunError, match="no worker has got a place"):
+        list(executor.run([Submission("work")]))
+    executor.close()
+    remove_placement_group(everything)
 
 
 class Slow(Calm):

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
-from small_runs import wait_for
+from small_runs import lowrank, wait_for
 
 import rayfed
 from rayfed.api import prepare
@@ -21,6 +21,7 @@ from rayfed.clients.messages import EvalJob, TrainJob
 from rayfed.config import dump_config, load_config
 from rayfed.engine.ray_executor import RayExecutor, Worker
 from rayfed.errors import RunError
+from rayfed.methods import METHODS, build
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.loop import Server
 from rayfed.tracking import SinkList, read_metrics
@@ -64,6 +65,18 @@ def kill_a_training_worker() -> bool:
         except (OSError, ValueError, psutil.Error):
             continue
     return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_in_this_process_and_on_ray(tmp_path, ray_cluster, method):
+    """One chain: equal messages, byte for byte, and equal states in every round."""
+    mix = ("profiles.kind=tiers", "profiles.ranks=[1,2]") if build(method).mixed_ranks else ()
+    settings = ("server.rounds=4", "server.cohort=5", "engine.pack=2", f"method.name={method}", *mix)
+    here = rayfed.run(lowrank(*settings), out=tmp_path / "here").metrics
+    there = rayfed.run(lowrank(*settings, "engine.kind=ray", "engine.workers=2"), out=tmp_path / "there").metrics
+    assert [record["state/chain"] for record in there] == [record["state/chain"] for record in here]
+    assert len({record["state/chain"] for record in here}) == 4
 
 
 @pytest.mark.slow
@@ -146,7 +159,7 @@ def test_a_pack_that_kills_its_worker_leaves_the_round_before_it(tiny, tmp_path,
 
     monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Mortal)
     experiment, out = tiny(*EVALUATED, "engine.kind=ray", "engine.workers=3", "engine.retries=0"), tmp_path / "run"
-    with pytest.raises(RunError, match="because its worker died"):
+    with pytest.raises(RunError, match=r"round 3, training client \d+: its worker was lost \d+ times"):
         served(experiment, out, RayExecutor)
     assert checkpoints.manifests(out / "checkpoints")[0].round == 2
 

@@ -160,14 +160,31 @@ def test_a_run_in_which_nothing_finishes_ends_and_says_why():
         rules.check(math.inf)  # without deadlines there is nothing to wait for
 
 
-def test_the_wait_for_nodes_and_the_time_between_rounds_are_no_stall():
+def test_the_time_between_rounds_is_no_stall():
+    rules, clock = supervision(stall_s=100.0)
+    rules.idle_lost("node lost")
+    rules.placed(False)
+    clock.now = 1000.0
+    rules.begin()
+    rules.check(0.0)
+
+
+def test_workers_without_a_place_end_the_run_unless_it_waits_for_nodes():
+    rules, clock = supervision(stall_s=100.0)
+    rules.placed(False)
+    clock.now = 99.0
+    rules.placed(False)
+    rules.check(0.0)
+    rules.placed(True)
+    clock.now = 150.0
+    rules.placed(False)
+    clock.now = 260.0
+    with pytest.raises(RunError, match="no worker has got a place on the cluster for 100 s"):
+        rules.check(1000.0)
     rules, clock = supervision(stall_s=100.0, wait_for_nodes=True)
     rules.idle_lost("node lost")
     clock.now = 1000.0
-    rules.waits_for_nodes()
-    rules.check(0.0)
-    clock.now = 2000.0
-    rules.begin()
+    rules.placed(False)
     rules.check(0.0)
 
 

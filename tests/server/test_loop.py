@@ -247,7 +247,7 @@ def test_checkpoints_are_thinned_and_hold_no_pickle(tiny, tmp_path):
         "config.yaml", "metrics.jsonl", "summary.json", "events.log", "state.safetensors", "checkpoint.json",
         "part-000002.parquet", "part-000004.parquet", "part-000005.parquet",
         "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "classes.json", "README.md",
-        "tokenizer.json", "tokenizer_config.json",
+        "tokenizer.json", "tokenizer_config.json", "partition.json",
     }  # fmt: skip
     assert json.loads((out / "adapter" / "classes.json").read_text()) == ["app", "card", "loan", "rate"]
 

@@ -64,6 +64,7 @@ def test_a_natural_population_has_as_many_clients_as_the_data_have_owners(tmp_pa
         ("lora.train=head", "lora.train: got 'head', {} there is no head; allowed is all"),
         ("eval.controls=true", "eval.controls: got true, {} there is no head; allowed is false"),
         ("eval.clients=true", "eval.clients: got true, {} there are no classes; allowed is false"),
+        ("eval.unseen=true", "eval.unseen: got true, {} the metrics are exact, without rows; allowed is false"),
         (
             "eval.early_stop={patience: 1}",
             "eval.early_stop: got {{'min_delta': 0.0, 'patience': 1}}, {} there are no validation data; allowed is null",  # noqa: E501

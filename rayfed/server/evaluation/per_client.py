@@ -1,4 +1,6 @@
-"""Personal accuracy: one figure a client, comparable between shared and personal models.
+"""What clients get: personal accuracy, one figure a client; and the accuracy on clients that never took part.
+
+Personal accuracy is comparable between shared and personal models:
 
     a_k = sum_y n_k(y) c_k(y) / sum_y n_k(y),    c_k(y): accuracy of client k's model on the test rows of class y
 
@@ -7,6 +9,10 @@ no client's data are split further. Client k's model is the one from which it wo
 receives of the global model (truncated, masked), or a model of its own (FedSA-LoRA's metric is the mean of a_k).
 Classes without test rows are left out of both sums. Derived; with one shared model and equal class shares, a_k is
 balanced accuracy.
+
+A client that never took part has rows on which nobody has trained, drawn from its own distribution: labels and texts.
+The global model's accuracy on all such rows is the accuracy on unparticipating clients; how far it is below the
+accuracy on participating ones is the participation gap (Yuan et al. 2022, arXiv 2110.14216).
 """
 
 from __future__ import annotations
@@ -18,8 +24,9 @@ import numpy as np
 
 from rayfed.clients.plan import RunPlan
 from rayfed.server.downlink import Downlink
-from rayfed.server.evaluation.evaluate import evaluate
+from rayfed.server.evaluation.evaluate import Model, evaluate, metrics
 from rayfed.server.executor import Executor
+from rayfed.server.sampling import cohort
 from rayfed.tasks.base import Metric
 
 QUANTILES = (10, 50, 90)  # percent of the clients
@@ -32,10 +39,24 @@ def client_metrics(plan: RunPlan, state: Any, t: int, executor: Executor) -> dic
     """
     accuracies = client_accuracies(plan, state, t, executor)
     known = accuracies[~np.isnan(accuracies)]
-    metrics: dict[str, Metric] = {"test/accuracy_clients": float(known.mean()) if len(known) else None}
+    found: dict[str, Metric] = {"test/accuracy_clients": float(known.mean()) if len(known) else None}
     for q in QUANTILES:
-        metrics[f"test/accuracy_clients_p{q}"] = float(np.percentile(known, q)) if len(known) else None
-    return metrics
+        found[f"test/accuracy_clients_p{q}"] = float(np.percentile(known, q)) if len(known) else None
+    return found
+
+
+def unseen_metrics(plan: RunPlan, model: Model, t: int, executor: Executor) -> dict[str, Metric]:
+    """The global ``model`` on the training rows of the clients that are in no cohort up to round ``t`` (from 0).
+
+    Keys: `test/loss_unseen` and `test/accuracy_unseen` (or the task's metric); None where there are no such clients.
+    """
+    federation = plan.federation
+    seen = {c for s in range(t + 1) for c in cohort(federation.holders, plan.server.cohort, plan.seed, s)}
+    owners = np.repeat(np.arange(federation.clients), federation.sizes)
+    rows = np.sort(federation.rows[~np.isin(owners, list(seen))])
+    outputs = evaluate(executor, federation, {"": model}, ("train",), plan.eval.batch_size, rows=rows)
+    found = metrics(plan.task, federation, outputs, ("",), ("train",))
+    return {f"test/{name}_unseen": found[f"train/{name}"] for name in ("loss", plan.task.metric) if name}
 
 
 def client_accuracies(plan: RunPlan, state: Any, t: int, executor: Executor) -> np.ndarray:

@@ -71,8 +71,9 @@ def load_data(settings: Data, seed: int) -> TextData:
     """Reads and checks the texts that ``settings`` describe, and gives the three splits.
 
     Classes are numbered over all splits, before ``data.examples`` applies: integer labels in ascending order, strings
-    in code-point order, a ClassLabel of the hub in its own order. ``data.examples`` then draws that many rows of all
-    splits together (keyed by ``seed``, purpose "examples"); every row stays in its split. A split that the source lacks
+    in code-point order, a ClassLabel of the hub in its own order. ``data.examples`` then draws that many rows of the
+    source's training and validation rows together (keyed by ``seed``, purpose "examples"); every row stays in its
+    split. ``data.test_examples`` draws from its test split (purpose "test examples"). A split that the source lacks
     is drawn from the training rows (purpose "split"): first the test, floor(data.test * n) rows, then the validation,
     floor(data.validation * rest) rows. All rows stay in the order of the source.
 
@@ -93,7 +94,12 @@ def load_data(settings: Data, seed: int) -> TextData:
         )
         for name, table in tables.items()
     }
-    splits = _draw_missing(_limit(splits, settings.examples, seed), settings, seed)
+    test = {name: splits.pop(name) for name in ("test",) if name in splits}
+    if settings.test_examples is not None and not test:
+        raise allowed("data.test_examples", settings.test_examples, "the source has no test split; set data.test")
+    splits = _limit(splits, settings.examples, seeding.numpy_rng(seed, "examples"))
+    splits |= _limit(test, settings.test_examples, seeding.numpy_rng(seed, "test examples"))
+    splits = _draw_missing(splits, settings, seed)
     for name in ("train", "test"):
         if not len(splits[name]):
             raise UserError(
@@ -185,12 +191,12 @@ def _labels(
     return indices, class_names or tuple(map(str, values))
 
 
-def _limit(splits: dict[str, Split], examples: int | None, seed: int) -> dict[str, Split]:
+def _limit(splits: dict[str, Split], examples: int | None, rng: np.random.Generator) -> dict[str, Split]:
     """``examples`` random rows of all splits together; all rows if ``examples`` is None."""
     total = sum(map(len, splits.values()))
     if examples is None or examples >= total:
         return splits
-    drawn = np.sort(seeding.numpy_rng(seed, "examples").permutation(total)[:examples])
+    drawn = np.sort(rng.permutation(total)[:examples])
     limited, start = {}, 0
     for name, split in splits.items():
         stop = start + len(split)

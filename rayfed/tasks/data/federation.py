@@ -46,6 +46,7 @@ class Federation:
     rows: np.ndarray  # (n,) int64: indices into train, client after client
     starts: np.ndarray  # (clients + 1,) int64
     extra: Any = None  # more data that the task needs
+    names: np.ndarray | None = None  # (clients,) str, where the source names its clients
 
     @property
     def clients(self) -> int:

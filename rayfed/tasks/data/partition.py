@@ -60,6 +60,11 @@ def partition(labels: np.ndarray, owners: np.ndarray | None, settings: Partition
     return _gather(_divide(classes, shares, rng), clients)
 
 
+def client_names(owners: np.ndarray | None, settings: Partition) -> np.ndarray | None:
+    """(clients,) str: the owner that each client of `natural` is; None for the other partitions."""
+    return np.unique(owners) if owners is not None and settings.kind == "natural" else None
+
+
 def _log_gamma(alpha: float, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Logarithms of Gamma(alpha) draws; normalised Gamma draws are Dirichlet draws.
 

@@ -100,6 +100,15 @@ def make_problem(
     return Problem(features.reshape(-1, inner), targets.reshape(-1, out), owner, rank)
 
 
+def optimum_distances(problem: Problem) -> np.ndarray:
+    """||W_k - W*|| / ||W*|| of each client (clients,), in float64: how far its own optimum is from the common one."""
+    X = problem.features.reshape(problem.clients, -1, problem.features.shape[1]).astype(np.float64)
+    Y = problem.targets.reshape(problem.clients, -1, problem.targets.shape[1])
+    own = np.linalg.solve(X.transpose(0, 2, 1) @ X, X.transpose(0, 2, 1) @ Y)  # (clients, in, out)
+    distances: np.ndarray = np.linalg.norm(own - problem.optimum.T, axis=(1, 2)) / np.linalg.norm(problem.optimum)
+    return distances
+
+
 def loss(problem: Problem, W: npt.ArrayLike) -> float:
     """F(W) of W (out, in), in float64."""
     return gap(problem, W) + problem.floor

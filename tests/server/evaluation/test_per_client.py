@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pyarrow import parquet
 
 import rayfed
 from rayfed.api import prepare
 from rayfed.engine.local_executor import LocalExecutor
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack
-from rayfed.server.evaluation import per_client
+from rayfed.server.evaluation import per_client, targets
 from rayfed.server.evaluation.evaluate import evaluate
-from rayfed.server.evaluation.per_client import client_accuracies
+from rayfed.server.evaluation.per_client import client_accuracies, unseen_metrics
 
 SETTINGS = ("eval.clients=true", "client.lr=0.5", "client.optimizer=adamw", "client.epochs=2", "server.cohort=6")
 
@@ -31,18 +32,19 @@ def seen(monkeypatch):
     return calls
 
 
-def predictions(plan, adapters):
-    """Each adapter's predictions on the test split, one text at a time."""
+def predictions(plan, adapters, split="test"):
+    """Each adapter's predictions on the split, one text at a time."""
     federation, base = plan.federation, plan.task.load_base(plan.federation)
+    rows = federation.split(split)
     stack = Stack(base.model, plan.model.shapes, base.head)
     found = []
     for adapter in adapters:
         stack.load([adapter])
-        found.append(np.zeros(len(federation.test), np.int64))
-        for row in range(len(federation.test)):
-            batch = federation.test.batch(np.array([row]), padded=True)
+        found.append(np.zeros(len(rows), np.int64))
+        for row in range(len(rows)):
+            batch = rows.batch(np.array([row]), padded=True)
             batch.pop("labels")
-            with torch.no_grad(), stack.batch.using([Segment(0, 1, None, [int(federation.test.lengths[row])])]):
+            with torch.no_grad(), stack.batch.using([Segment(0, 1, None, [int(rows.lengths[row])])]):
                 found[-1][row] = int(base.model(**batch).logits.argmax())
     return found
 
@@ -108,3 +110,28 @@ def test_classes_without_test_rows_are_left_out(tiny):
     others = [client for client in np.flatnonzero(federation.sizes).tolist() if client != owner]
     (predicted,) = predictions(plan, [state.layout.unflatten(state.vector)])
     assert each[others].tolist() == pytest.approx(expected(federation, dict.fromkeys(others, predicted)), abs=1e-12)
+
+
+def test_unseen_rows_are_those_of_clients_that_never_took_part(tiny, tmp_path, monkeypatch):
+    arguments = []
+    monkeypatch.setattr(targets, "unseen_metrics", lambda *given: arguments.append(given) or unseen_metrics(*given))
+    settings = ("eval.unseen=true", "eval.every=2", "server.rounds=3", "server.cohort=4")
+    result = rayfed.run(tiny(*settings), out=tmp_path / "run")
+    plan, federation = arguments[0][0], arguments[0][0].federation
+    sent = parquet.read_table(result.out / "ledger.parquet").to_pylist()
+    for given, t in zip(arguments, (1, 2), strict=True):
+        seen = {row["client"] for row in sent if row["round"] <= t + 1}
+        rows = [row for c in federation.holders.tolist() if c not in seen for row in federation.rows_of(c)]
+        vector, layout = given[1]
+        predicted = predictions(plan, [layout.unflatten(vector)], "train")[0][rows]
+        accuracy = float((predicted == federation.train.labels[rows]).mean())
+        assert result.metrics[t]["test/accuracy_unseen"] == pytest.approx(accuracy)
+        assert result.metrics[t]["test/loss_unseen"] > 0
+    assert not any("unseen" in key for key in result.metrics[0])
+
+
+def test_unseen_is_none_once_everybody_took_part(tiny, tmp_path):
+    holders = len(prepare(tiny()).federation.holders)
+    record = rayfed.run(tiny("eval.unseen=true", f"server.cohort={holders}"), out=tmp_path / "run").metrics[-1]
+    assert record["test/accuracy_unseen"] is None
+    assert record["test/loss_unseen"] is None

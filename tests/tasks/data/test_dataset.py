@@ -75,20 +75,38 @@ def test_the_seed_decides_the_splits(load: Any) -> None:
     assert load(seed=2).test.texts != same[0]
 
 
-def test_examples_draws_from_all_splits_and_leaves_rows_in_theirs(load: Any) -> None:
-    splits = {"train": list(range(200)), "validation": [0] * 50, "test": [0] * 50}
+def test_examples_draws_from_train_and_validation_and_leaves_rows_in_theirs(load: Any) -> None:
+    splits = {"train": list(range(200)), "validation": [0] * 100, "test": [0] * 50}
     data = load(splits=splits, examples=120)
-    sizes = [len(data.train), len(data.validation), len(data.test)]
+    sizes = [len(data.train), len(data.validation)]
     assert sum(sizes) == 120
     assert 60 < sizes[0] < 100
-    assert 8 < sizes[1] < 35
     assert len(data.classes) == 200  # the task stays the same
     assert numbers(data.train.texts) == sorted(set(numbers(data.train.texts)))
     assert data.train.labels.tolist() == numbers(data.train.texts)
-    assert {text.split()[0] for text in data.test.texts} == {"test"}
+    assert {text.split()[0] for text in data.validation.texts} == {"validation"}
     assert load(examples=120).train.texts == data.train.texts
     assert load(seed=5, examples=120).train.texts != data.train.texts
     assert len(load(examples=10**6).train) == 200
+
+
+def test_a_given_test_split_stays_whole_unless_test_examples_asks(load: Any) -> None:
+    splits = {"train": [0, 1] * 50, "test": [0, 1] * 30}
+    whole, cut, both = (
+        load(splits=splits, **own) for own in ({}, {"examples": 40}, {"examples": 40, "test_examples": 25})
+    )
+    assert whole.test.texts == cut.test.texts
+    assert len(whole.test) == 60
+    assert len(both.test) == 25
+    assert both.test.labels.tolist() == [number % 2 for number in numbers(both.test.texts)]
+    assert both.train.texts == cut.train.texts  # one cut does not move the other
+    assert len(load(test_examples=10**6).test) == 60
+
+
+def test_test_examples_needs_a_given_test_split(load: Any) -> None:
+    what = r"^data.test_examples: got 5, but the source has no test split; set data.test$"
+    with pytest.raises(UserError, match=what):
+        load(splits={"train": [0, 1] * 10}, test_examples=5)
 
 
 def test_examples_come_before_the_carving(load: Any) -> None:
@@ -155,7 +173,7 @@ def test_a_split_that_ends_up_empty_is_refused(load: Any) -> None:
     with pytest.raises(UserError, match=r"^data.path: no rows are left for the test split \(.*data.test=0.2\)"):
         load(splits={"train": [0, 1, 0]})
     with pytest.raises(UserError, match=r"^data.path: no rows are left for the train split \(data.examples=1,"):
-        load(splits={"train": [0], "test": [1] * 100}, examples=1)
+        load(splits={"train": [0], "validation": [0] * 100, "test": [1]}, examples=1)
     with pytest.raises(UserError, match=r"^data.path: .*test.jsonl holds no rows"):
         load(splits={"train": [0, 1, 0], "test": []})
 
