@@ -18,7 +18,7 @@ help: ## list the targets
 setup: $(STAMP) ## make .venv with rayfed and all it needs (the other targets do this by themselves)
 
 # The stamp is written last; an install that was cut short leaves the other mark, and the folder is made anew.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "rayfed needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo missing); name one with: make PYTHON=python3.11" >&2; exit 1; }
 	@if [ -e $(UNFINISHED) ]; then echo "an earlier set-up was cut short: starting it again"; rm -rf $(VENV); fi

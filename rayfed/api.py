@@ -21,7 +21,7 @@ from rayfed import config, methods, tasks, weighting
 from rayfed.channels import Lossless
 from rayfed.clients.plan import RunPlan
 from rayfed.config import Experiment
-from rayfed.config.marks import settings_digest
+from rayfed.config.marks import differences, settings_digest
 from rayfed.engine.local_executor import run_here
 from rayfed.errors import UserError, allowed
 from rayfed.files import PARTIAL, remove_path
@@ -102,7 +102,7 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     if profiles.mixed_ranks and not method.mixed_ranks:
         raise UserError(
             f"profiles.kind: got {experiment.profiles.kind!r}, which gives clients different ranks, but {name} needs "
-            f"all of them at lora.rank={lora.rank}"
+            f"all of them at lora.rank={lora.rank}; mixed ranks are taken by {', '.join(methods.with_mixed_ranks())}"
         )
     if not method.sparse_down:
         _check_whole(experiment, profiles, "down")
@@ -302,10 +302,12 @@ def _check_out(out: Path, experiment: Experiment, resume: bool) -> Experiment:
     if experiment.engine.pack == "auto" and known.engine.pack != "auto":
         engine = experiment.engine.model_copy(update={"pack": known.engine.pack})
         experiment = experiment.model_copy(update={"engine": engine})
-    made_with, now = known.digest(), settings_digest(experiment.model_dump(mode="json"))
+    settings = experiment.model_dump(mode="json")
+    made_with, now = known.digest(), settings_digest(settings)
     if made_with != now:
+        changed = differences(known.model_dump(mode="json"), settings)
         raise UserError(
-            f"--resume: {out} was made with other settings (digest {made_with}, these have {now}); "
+            f"--resume: {out} was made with other settings (digest {made_with}, these have {now}): {changed}; "
             "resume with its config.yaml or choose another --out"
         )
     return experiment

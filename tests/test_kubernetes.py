@@ -119,8 +119,7 @@ def test_the_command_is_one_that_rayfed_takes_and_fits_the_pods(manifest: Any) -
     assert program == "rayfed"
     options, rest = _parser().parse_known_args(words)
     overrides = options.overrides + rest
-    config = ROOT / Path(options.config).relative_to("/home/ray/rayfed")
-    engine = load_config(config, overrides).engine
+    engine = load_config(options.config, overrides).engine
     cluster = manifest["spec"]["rayClusterSpec"]
     (workers,) = cluster["workerGroupSpecs"]
     (worker,) = workers["template"]["spec"]["containers"]
@@ -138,5 +137,4 @@ def test_it_names_the_pinned_ray_and_is_edited_in_two_places(manifest: Any) -> N
     text = (ROOT / "configs" / "kubernetes" / "rayjob.yaml").read_text()
     (pin,) = re.findall(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert manifest["spec"]["rayClusterSpec"]["rayVersion"] == pin
-    assert re.findall(r"rayproject/ray:(\S+?)-py311-gpu", text) == [pin]
     assert re.findall(r"^ *# (EDIT \d):", text, re.MULTILINE) == ["EDIT 1", "EDIT 2"]

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad usage, settings or data, 1 anything else.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from typing import NoReturn, TypeAlias
 
 from rayfed import __version__
 from rayfed.cli import reports, workspace
-from rayfed.errors import RunError, Terminated, UserError
+from rayfed.errors import RunError, Terminated, UserError, allowed
 from rayfed.storage import masked
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -25,13 +26,8 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and "overrides" in options and all("=" in word and not word.startswith("-") for word in rest):
-        options.overrides += rest  # overrides may also follow the flags
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        options = _parse(sys.argv[1:] if arguments is None else arguments)
         with _sigterm_raises():
             options.action(options)
             sys.stdout.flush()
@@ -68,10 +64,27 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors show no credentials of URIs."""
+    """A parser whose errors are one line, a UserError. An unknown command is answered with a similar one."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(masked(message))
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+    def _check_value(self, action: argparse.Action, value: str) -> None:
+        if action.choices is not None and value not in action.choices:
+            near = difflib.get_close_matches(value[:100], action.choices, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise allowed(str(action.metavar), value, f"{hint}allowed are {', '.join(action.choices)}")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line; those of `--help` where it is empty. UserError for bad usage."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments or ["--help"])
+    if rest and "overrides" in options and all("=" in word and not word.startswith("-") for word in rest):
+        options.overrides += rest  # overrides may also follow the flags
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,14 +93,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rayfed {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     out = "directory (default runs/NAME-TIME), or a URI such as s3://bucket"
+    names = ", or a name that `rayfed init` lists"
+
+    about = "List the configs that come with rayfed, or copy one into this folder, to edit it."
+    init = _command(commands, "init:init", "copy a config that comes with rayfed", about)
+    init.add_argument("name", nargs="?", metavar="NAME", help="the config to copy, to NAME.yaml")
 
     run = _command(commands, "run:run", "run one experiment", "Run the experiment in CONFIG.")
-    _add_config(run, "YAML file; see configs/", "settings to change, such as server.rounds=20")
+    _add_config(run, f"YAML file{names}", "settings to change, such as server.rounds=20")
     _add_out(run, f"run {out}/run", "continue DIR from its last checkpoint")
+    dry_run = "start nothing: check CONFIG, and show what it would take, as `rayfed doctor CONFIG` does"
+    run.add_argument("--dry-run", action="store_true", help=dry_run)
 
     sweep = _command(commands, "run:sweep", "run many trials and compare them", "Run the sweep in CONFIG.")
     changes = "settings to change; also sweep.tune=[client.lr] and such"
-    _add_config(sweep, "YAML file with a section `sweep`; see configs/sweeps/", changes)
+    _add_config(sweep, f"YAML file with a section `sweep`{names}", changes)
     _add_out(sweep, f"sweep {out}/sweep", "run the trials in DIR that are not finished")
 
     about = "Submit CONFIG to a Ray cluster: a run, or a sweep where it has a section `sweep`."
@@ -100,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--include", metavar="PATH", action="append", default=[], help=include)
     submit.add_argument("--follow", action="store_true", help="show the logs until the job ends; fail if it does")
 
-    about = "Say what this machine has; with CONFIG, check it, show its plan and time packs of clients."
+    about = (
+        "Say what this machine has; with CONFIG, check it and show its plan, its messages, its memory and its hours."
+    )
     doctor = _command(commands, "doctor:doctor", "what this machine can run, and how fast", about)
     _add_config(doctor, "YAML file of a run", "settings to change", nargs="?")
 
@@ -146,7 +168,7 @@ def _command(commands: Commands, function: str, help: str, about: str | None = N
 
 def _add_config(parser: argparse.ArgumentParser, config: str, overrides: str, nargs: str | None = None) -> None:
     parser.add_argument("config", nargs=nargs, metavar="CONFIG", help=config)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=overrides)
 
 
 def _add_out(parser: argparse.ArgumentParser, out: str, resume: str) -> None:

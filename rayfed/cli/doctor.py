@@ -1,8 +1,9 @@
 """`rayfed doctor`: what this machine can run; with a config, what that run would do here, measured.
 
 First the machine. Then, for a config, the plan that `rayfed run` would follow: how many clients have data, what
-trains, how texts are padded and why. Then seconds and memory by pack size on the device of the settings, and the pack
-size that `engine.pack: auto` would choose. Nothing is written. Of tokens and keys only their presence is shown.
+trains, what a round sends, how texts are padded and why. Then seconds and memory by pack size on the device of the
+settings, the pack size that `engine.pack: auto` would choose, and the time of a round and of the run. Nothing is
+written. Of tokens and keys only their presence is shown.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rayfed.clients.plan import RunPlan
+    from rayfed.server.pack_size import Choice
+    from rayfed.wire.ledger import Direction
 
 Fact = tuple[str, str]
 
@@ -57,13 +60,14 @@ def machine() -> Iterator[Fact]:
         ("w&b workspace", "wandb_workspaces", "workspace"),
         ("optuna searches", "optuna", "optuna"),
     ):
-        yield use, "yes" if find_spec(module) else f"no: pip install 'rayfed[{extra}]'"
+        yield use, "yes" if find_spec(module) else f"no: pip install -e '.[{extra}]' in a clone"
 
 
 def describe(plan: RunPlan) -> Iterator[Fact]:
     """What the run would do."""
     from rayfed import wire
     from rayfed.profiles import client_profiles
+    from rayfed.wire.ledger import DIRECTIONS
 
     federation, entries, rank = plan.federation, plan.start().layout.size, plan.lora.rank
     yield "digest", plan.digest
@@ -72,6 +76,11 @@ def describe(plan: RunPlan) -> Iterator[Fact]:
     yield "ranks", client_profiles.describe(plan.profiles.rank_mix(federation.sizes))
     yield "trained", f"{entries} entries on {plan.model.parameters} frozen ones"
     yield "a dense message", f"{(wire.HEADER_BYTES + 4 * entries) / 1e6:.2f} MB each way at rank {rank}"
+    sent = " and ".join(f"{_bytes(plan, way) / 1e6:.3g} MB {way}" for way in DIRECTIONS)
+    yield (
+        "a round sends",
+        f"about {sent}, if whole adapters travel (`rayfed methods {plan.settings['method']['name']}`)",
+    )
     yield "padding", str(plan.model.batching)
 
 
@@ -98,6 +107,43 @@ def packs(plan: RunPlan) -> Iterator[Fact]:
     yield "a step takes", choice.time_model()
     yield "a step needs", choice.memory_model()
     yield "engine.pack=auto", f"{choice.size}, for {choice.cohort} clients a round and {workers} pack(s) at a time"
+    seconds = _round_seconds(plan, choice)
+    yield "a round trains", f"about {seconds:.3f} s, if all workers are as fast as this machine; without evaluation"
+    yield "the run trains", f"about {seconds * plan.server.rounds / 3600:.3f} h in {plan.server.rounds} rounds"
+
+
+def _bytes(plan: RunPlan, way: Direction) -> float:
+    """The mean bytes of round 1 in one direction, if each client's message is its whole adapter at its density."""
+    import torch
+
+    from rayfed import seeding, wire
+    from rayfed.lora.adapter import fresh_adapter
+
+    total = clients = 0
+    for tier, count in plan.profiles.tier_mix(plan.federation.sizes).items():
+        profile = plan.profiles.of_tier(tier, 0)
+        entries = fresh_adapter(plan.trained_shapes, plan.model.head, profile.rank, profile.scale, 0).layout.size
+        density = profile.density_down if way == "down" else profile.density_up
+        chosen = None
+        if density < 1:
+            count_sent = wire.keep_count(entries, density)
+            drawn = seeding.numpy_rng(plan.seed, "doctor").choice(entries, count_sent, replace=False)
+            chosen = torch.from_numpy(drawn).sort().values
+        total += count * len(wire.encode(torch.ones(entries), indices=chosen, values=getattr(plan.wire, way).values))
+        clients += count
+    return plan.server.cohort * total / clients
+
+
+def _round_seconds(plan: RunPlan, choice: Choice) -> float:
+    """The time in which the workers train a round, each as fast as the measurements of ``choice`` were."""
+    from rayfed.server.sampling import client_costs
+
+    holders, client = plan.federation.holders, plan.client
+    in_an_epoch = float((-(-plan.federation.sizes[holders] // client.batch_size)).mean())
+    steps = client.epochs * in_an_epoch if client.steps is None else client.steps
+    tokens = float(client_costs(plan.federation, client)[holders].mean()) / steps  # of a client, in a step
+    packs = -(-choice.cohort // (plan.pack or choice.size))
+    return -(-packs // choice.workers) * steps * choice.seconds.at(tokens * choice.cohort / packs)
 
 
 def _print(title: str, facts: Iterator[Fact]) -> None:

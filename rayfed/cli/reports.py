@@ -47,7 +47,7 @@ def write_page(out: Path) -> None:
 
     events = EventSink(out / "events.log")
     if find_spec("matplotlib") is None:
-        events.event(f"no {PAGE}: matplotlib is not installed (pip install 'rayfed[report]')")
+        events.event(f"no {PAGE}: matplotlib is not installed (pip install -e '.[report]' in a clone)")
         return
     try:
         write_report(read([out]), out, files=False)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import rayfed
+from rayfed.cli.doctor import doctor
 from rayfed.cli.reports import write_page
 from rayfed.files import remove_path
 from rayfed.run_directory import locked_out
@@ -20,8 +21,11 @@ from rayfed.storage import RemoteFolder, fetch, is_uri, local_folder, masked, re
 from rayfed.tracking import Record, RunInfo, Sink, Table
 
 
-def run(config: str, overrides: Sequence[str], out: str | None, resume: bool) -> None:
-    """Runs the experiment and prints its digest and its directory."""
+def run(config: str, overrides: Sequence[str], out: str | None, resume: bool, dry_run: bool = False) -> None:
+    """Runs the experiment and prints its digest and its directory. With ``dry_run``, says what it would do instead."""
+    if dry_run:
+        doctor(config, overrides)
+        return
     experiment = rayfed.load_config(config, overrides)
     pack_open = " (engine.pack is not chosen yet)" if experiment.engine.pack == "auto" else ""
     print(f"settings {experiment.digest()}{pack_open}", flush=True)

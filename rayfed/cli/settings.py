@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import textwrap
+from itertools import accumulate
 
 from rayfed.config import Experiment
 from rayfed.config.describe import allowed_values, format_value, iter_fields
 from rayfed.config.sweep import Sweep
-from rayfed.errors import UserError
+from rayfed.errors import allowed
 
 
 def settings(section: str | None) -> None:
@@ -17,13 +19,17 @@ def settings(section: str | None) -> None:
 
 def describe(section: str | None = None) -> str:
     """Every setting of the section (default: all; may be dotted) with its default, allowed values and meaning."""
-    lines = []
+    lines: list[str] = []
     known = iter_fields(Sweep, "sweep.") if (section or "").split(".")[0] == "sweep" else iter_fields(Experiment)
     for key, field in known:
         if section is None or key == section or key.startswith(section + "."):
             default = "(no default)" if field.is_required() else format_value(field.default, quotes=False)
             lines.append(f"{key} = {default}  [{allowed_values(field)}]")
             lines.append(textwrap.fill(field.description or "", 100, initial_indent="    ", subsequent_indent="    "))
-    if not lines:
-        raise UserError(f"settings: got {section!r}, but sections are {', '.join(Experiment.model_fields)}, sweep")
+    if section is not None and not lines:
+        keys = [key for key, _ in (*iter_fields(Experiment), *iter_fields(Sweep, "sweep."))]
+        names = {name for key in keys for name in accumulate(key.split("."), "{}.{}".format)}
+        near = difflib.get_close_matches(section[:100], sorted(names), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise allowed("settings", section, f"{hint}sections are {', '.join(Experiment.model_fields)}, sweep")
     return "\n".join(lines)

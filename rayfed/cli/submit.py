@@ -26,6 +26,7 @@ from ray.job_submission import JobSubmissionClient
 
 from rayfed import __version__, load_config
 from rayfed.config.load import read_settings
+from rayfed.config.shipped import find_config
 from rayfed.config.sweep import load_sweep
 from rayfed.errors import RunError, UserError, allowed, first_line
 from rayfed.storage import is_uri, masked, refuse_credentials, slug
@@ -78,6 +79,7 @@ def plan(
     include: Sequence[str] = (),
 ) -> Job:  # fmt: skip
     """The job for this config. UserError where settings, paths or the size of the files to send are wrong."""
+    config = str(find_config(config))
     command, name, digest, places = _settings(config, overrides)
     files = _files(config, include)
     sent = {path.parts[:1] for path in files}

@@ -60,6 +60,13 @@ def allowed_values(field: FieldInfo) -> str:
     return _describe_type(field.annotation, field.metadata)
 
 
+def words_of(kind: Any) -> list[str]:
+    """The words that a type allows, such as `sgd` and `adamw`; empty where it allows none."""
+    if get_origin(kind) is Literal:
+        return [choice for choice in get_args(kind) if isinstance(choice, str)]
+    return [word for part in get_args(kind) for word in words_of(part)]
+
+
 def alternatives(words: list[str]) -> str:
     """`a, b or c`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -11,9 +11,18 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from rayfed.config.describe import allowed_values, alternatives, format_value, iter_fields, section_of, sections_by_kind
+from rayfed.config.describe import (
+    allowed_values,
+    alternatives,
+    format_value,
+    iter_fields,
+    section_of,
+    sections_by_kind,
+    words_of,
+)
 from rayfed.config.parse import MOST_LEVELS, dump_settings, parse, read_text
 from rayfed.config.schema import Experiment
+from rayfed.config.shipped import find_config
 from rayfed.config.types import TextMistake
 from rayfed.errors import MOST_LINES, UserError, allowed
 
@@ -22,6 +31,8 @@ Root = TypeVar("Root", bound=BaseModel)
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Reads the YAML file ``path``, applies ``overrides`` (each `dotted.key=value`, value in YAML) and validates.
+
+    ``path`` may also be the name of a config that comes with rayfed, such as `quickstart`.
 
     Raises UserError with one line per mistake: unknown key, wrong type, value out of range, refused combination.
     """
@@ -32,8 +43,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, not yet validated; empty if the file is empty. UserError where there is none."""
-    settings = parse(read_text(Path(path)), str(path))
+    """The mapping in a YAML file, not yet validated; empty if the file is empty. UserError where there is none.
+
+    ``path`` may also be the name of a config that comes with rayfed.
+    """
+    settings = parse(read_text(find_config(path)), str(path))
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
@@ -106,9 +120,10 @@ def _line(mistake: Any, settings: Any, root: type[BaseModel]) -> str:
     if field is None:
         hint = "a key is a string" if mistake["type"] == "invalid_key" else _suggest(path[-1], path[:-1], section, root)
         return f"{_dotted(path)}: unknown key; {hint}"
-    what = allowed_values(field)
+    what, words = allowed_values(field), words_of(field.annotation)
     if mistake["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        path, what = (*path, "kind"), alternatives([*sections_by_kind(field)])
+        words = [*sections_by_kind(field)]
+        path, what = (*path, "kind"), alternatives(words)
     value = settings
     for part in path:
         if part not in value:
@@ -116,7 +131,9 @@ def _line(mistake: Any, settings: Any, root: type[BaseModel]) -> str:
         value = value[part]
     if mistake["type"] == "value_error":
         return f"{_dotted(path)}: got {format_value(value)}, but {mistake['ctx']['error']}"
-    return f"{_dotted(path)}: got {format_value(value)}, but it should be {what}"
+    near = difflib.get_close_matches(value[:100].lower(), words, n=1) if isinstance(value, str) else []
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{_dotted(path)}: got {format_value(value)}, but it should be {what}{hint}"
 
 
 def _is_line(mistake: Any) -> bool:

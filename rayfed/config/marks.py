@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rayfed.config.describe import iter_fields, section_of
+from rayfed.config.describe import format_value, iter_fields, section_of
 from rayfed.config.schema import Experiment
 from rayfed.config.types import Aspect, Decides
 
@@ -34,6 +34,18 @@ def decides(name: str) -> tuple[Aspect, ...]:
 def settings_digest(settings: Mapping[str, Any]) -> str:
     """SHA-256 (first 16 hex digits) of all settings that decide anything: equal digests, equal results."""
     return _digest(_select(settings, {"data", "model", "result"}))
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 3) -> str:
+    """The first ``most`` settings that decide anything and differ: `server.rounds was 20 and is 30, and 2 more`."""
+    old, new = (dict(_flat(_select(settings, {"data", "model", "result"}))) for settings in (before, now))
+    changed = [key for key in {**old, **new} if (key in old, old.get(key)) != (key in new, new.get(key))]
+
+    def text(settings: Mapping[str, Any], key: str) -> str:
+        return format_value(settings[key]) if key in settings else "not given"
+
+    shown = [f"{key} was {text(old, key)} and is {text(new, key)}" for key in changed[:most]]
+    return ", ".join([*shown, *([f"and {len(changed) - most} more"] if len(changed) > most else [])])
 
 
 def data_key(settings: Mapping[str, Any]) -> str:
@@ -76,6 +88,15 @@ def _select(settings: Mapping[str, Any], aspects: set[Aspect], prefix: str = "")
         elif aspects & set(decides(f"{prefix}{name}")):
             selected[name] = value
     return selected
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every setting."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _digest(value: Any) -> str:

@@ -209,7 +209,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[st
         else:
             parameters[name] = value
     if settings.get("sweep") is None:
-        raise UserError(f"sweep: {path} has no section `sweep`; `rayfed run` takes it, or see configs/sweeps/")
+        raise UserError(f"sweep: {path} has no section `sweep`; `rayfed run` takes it; `rayfed init` lists sweeps")
     sweep = validate_as(_File, {"sweep": settings.pop("sweep"), "name": settings.get("name", "sweep")}).sweep
     for key, _, override in given:
         cases = [case for _, case in sweep.labelled()]

@@ -27,6 +27,11 @@ def method_class(name: str) -> type[Method]:
     return member_class("rayfed.methods", name, Method, "method.name")
 
 
+def with_mixed_ranks() -> list[str]:
+    """The names of the methods whose clients may have different ranks."""
+    return [name for name in METHODS if method_class(name).mixed_ranks]
+
+
 def build(name: str, **options: Any) -> Method:
     """The method of that name, or at the import path `package.module:Class`, with these options.
 
@@ -50,5 +55,5 @@ __all__ = [
     "ANY_OPTIMIZER", "METHODS", "Advance", "BaseChange", "Change", "ChangeMean", "FactorMean", "FactorState",
     "HeadMean", "LayerMethod", "LayerState", "Method", "PackSum", "ProductMean", "Profile", "Source", "Sparse", "Start",
     "State", "Trainable", "Update", "Updates", "build", "fedavg", "matrix", "mean_change", "merged", "method_class",
-    "product_change",
+    "product_change", "with_mixed_ranks",
 ]  # fmt: skip

@@ -105,7 +105,7 @@ class Study:
 def check_installed() -> None:
     """UserError if Optuna is missing."""
     if find_spec("optuna") is None:
-        raise UserError("sweep.search.kind: got 'optuna', but it is not installed: pip install 'rayfed[optuna]'")
+        raise UserError("sweep.search.kind: got 'optuna', but it is not installed: pip install -e '.[optuna]'")
 
 
 def suggest_point(trial: optuna.Trial, sweep: Sweep) -> Point:

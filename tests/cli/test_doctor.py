@@ -45,7 +45,7 @@ def test_missing_extras_say_how_to_get_them(monkeypatch, capsys) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     assert main(["doctor"]) == 0
     facts = facts_of(capsys.readouterr().out)
-    assert facts["report figures"] == "no: pip install 'rayfed[report]'"
+    assert facts["report figures"] == "no: pip install -e '.[report]' in a clone"
     assert "refuse this machine" in facts["ray token"]
 
 
@@ -70,7 +70,35 @@ def test_a_configs_plan_and_its_packs(config: Path, tiny, tmp_path: Path, monkey
     size, rest = facts["engine.pack=auto"].split(", ", 1)
     assert int(size) in (1, 2, 3)
     assert rest == "for 3 clients a round and 1 pack(s) at a time"
+    # ranks 2 and 4 in turn, a mean of 3: three messages of 3 * 4 * (32 + 32) entries and the head
+    assert facts["a round sends"].startswith("about 0.0109 MB down and 0.0109 MB up, if whole adapters travel")
+    assert float(facts["a round trains"].split()[1]) > 0
+    assert facts["the run trains"].endswith(" h in 7 rounds")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_sparse_message_is_counted_with_its_indices(tiny) -> None:
+    from rayfed import wire
+    from rayfed.api import prepare
+    from rayfed.cli.doctor import _bytes
+
+    plan = prepare(tiny("wire.up.density=0.25", "server.cohort=2"))
+    entries = plan.start().layout.size
+    assert _bytes(plan, "down") == 2 * (wire.HEADER_BYTES + 4 * entries)
+    values = wire.HEADER_BYTES + 4 * wire.keep_count(entries, 0.25)
+    assert 2 * values < _bytes(plan, "up") < 2 * (values + entries / 8 + 8)
+
+
+def test_a_dry_run_is_the_same_answer_and_starts_nothing(config: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    from rayfed.cli import run as command
+
+    asked = []
+    monkeypatch.setattr(command, "doctor", lambda *given: asked.append(given))
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", str(config), "server.rounds=7", "--dry-run", "--out", "out"]) == 0
+    assert asked == [(str(config), ["server.rounds=7"])]
+    assert not (tmp_path / "out").exists()
+    assert capsys.readouterr().out == ""
 
 
 def test_padding_says_why(config: Path, capsys) -> None:

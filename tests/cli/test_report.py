@@ -179,7 +179,7 @@ def test_a_finished_run_gets_its_page(
         assert last.startswith("finish: ")
         assert err == ""
     elif case == "missing":
-        assert last == "no report.html: matplotlib is not installed (pip install 'rayfed[report]')"
+        assert last == "no report.html: matplotlib is not installed (pip install -e '.[report]' in a clone)"
         assert err == ""
     else:
         assert last == "no report.html: ZeroDivisionError: division by zero"

@@ -199,4 +199,5 @@ def test_a_finished_run_is_not_written_over(finished: Finished, no_ray: None, ca
         assert err.startswith(line)
         assert err.count("\n") == 1
     assert "was made with other settings (digest " in err
+    assert "): lora.alpha was 8.0 and is 9.0; resume with its config.yaml" in err
     assert {path: path.stat().st_mtime_ns for path in finished.out.rglob("*")} == before

@@ -202,6 +202,8 @@ def test_what_is_no_override(empty: Path, override: str) -> None:
     [
         ("seed.x=1", "seed.x: got 'seed.x=1', but seed is the value 5"),
         ("client.lr.x=1", "client.lr.x: got 'client.lr.x=1', but client.lr is the value 0.5"),
+        ("client.optimizer=SDG", "client.optimizer: got 'SDG', but it should be sgd or adamw; did you mean sgd?"),
+        ("wire.up.values=fp23", "wire.up.values: got 'fp23', but it should be fp32, "),
         ("client=[1]", "client: got [1], but it should be a section with the keys optimizer, lr, "),
         ("client.lr=[", "override client.lr: not valid YAML: "),
         ("client.lr=", "client.lr: got null, but it should be a number in [1e-30, 1e+30]"),

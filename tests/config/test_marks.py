@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 from changed_settings import FIELDS, FULL, changed
 
 from rayfed.config import validate
-from rayfed.config.marks import data_key, decides, live, model_key, searched, settings_digest
+from rayfed.config.marks import data_key, decides, differences, live, model_key, searched, settings_digest
 from rayfed.config.types import Decides
 
 NOTHING = {
@@ -83,3 +84,15 @@ def test_settings_that_may_change_between_two_rounds() -> None:
 
 def test_settings_that_a_search_of_rank_and_density_sets() -> None:
     assert searched() == ("lora.rank", "wire.down.density", "wire.up.density")
+
+
+def test_differences_name_the_settings_that_decide_something() -> None:
+    before = settings()
+    now = copy.deepcopy(before)
+    now["engine"]["workers"] = 7  # decides nothing
+    assert differences(before, now) == ""
+    now["server"]["rounds"] = 77
+    now["method"]["extra"] = "dense"
+    first = f"server.rounds was {before['server']['rounds']} and is 77, "
+    assert differences(before, now) == f"{first}method.extra was not given and is 'dense'"
+    assert differences(before, now, most=1) == f"{first}and 1 more"

@@ -108,7 +108,10 @@ def test_a_density_that_decays_leaves_one_entry(tmp_path, name):
 
 @pytest.mark.parametrize("name", [name for name in METHODS if not build(name).mixed_ranks])
 def test_mixed_ranks_are_refused_where_they_make_no_sense(tmp_path, name):
-    with pytest.raises(UserError, match=rf"profiles\.kind: got 'tiers'.*{name} needs all of them at lora\.rank=2"):
+    with pytest.raises(
+        UserError,
+        match=rf"profiles\.kind: got 'tiers'.*{name} needs all of them at lora\.rank=2; mixed ranks are taken by fed",
+    ):
         rayfed.run(lowrank(f"method.name={name}", "profiles.kind=tiers", "profiles.ranks=[1,2]"), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -133,5 +133,5 @@ def test_without_optuna_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("rayfed.sweeps.optuna_search.find_spec", lambda name: None)
     sweep = section()
     assert sweep.search is not None
-    with pytest.raises(UserError, match=r"^sweep.search.kind: got 'optuna', but it is not installed: pip install 'ra"):
+    with pytest.raises(UserError, match=r"^sweep.search.kind: got 'optuna', but it is not installed: pip install -e '"):
         Study(sweep.search, sweep, 0)
