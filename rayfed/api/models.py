@@ -36,6 +36,11 @@ def load_model(run: str | Path, *, trust_remote_code: bool = False) -> nn.Module
     experiment = config.load_config(config_file)
     if experiment.data.source == "lowrank":
         raise allowed("run", str(run), "it solved data.source=lowrank, which has no model to load")
+    made_by = (experiment.data.fingerprint or "").partition(" ")[0]
+    if made_by not in ("", "rayfed.tasks.text_classification:TextClassification"):
+        raise allowed(
+            "run", str(run), f"its model comes from a task of its own, {made_by}, which load_model cannot build"
+        )
     model = experiment.model
     if model.trust_remote_code and not trust_remote_code:
         what = f"the code of {model.name} runs only with load_model(run, trust_remote_code=True)"
@@ -45,8 +50,9 @@ def load_model(run: str | Path, *, trust_remote_code: bool = False) -> nn.Module
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise UserError(f"adapter: {folder / 'classes.json'} is no list of the names of classes")
     # The task alone: a method may be named by an import path.
+    # Rows that were objects are not needed here.
     task = tasks.build(
-        data=experiment.data, problem=experiment.problem, partition=experiment.partition, model=model,
+        data=experiment.data.model_copy(update={"fingerprint": None}), problem=experiment.problem, partition=experiment.partition, model=model,
         seed=experiment.seed,
     )  # fmt: skip
     nothing: Any = None

@@ -73,13 +73,14 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     """Builds what the settings name. UserError where parts do not go together. Every `auto` becomes a choice here."""
     data, server, lora, name = experiment.data, experiment.server, experiment.lora, experiment.method.name
     method = method or methods.build(name, **experiment.method.options)
-    task = task or tasks.build(
-        data=data,
-        problem=experiment.problem,
-        partition=experiment.partition,
-        model=experiment.model,
-        seed=experiment.seed,
-    )
+    sections: dict[str, Any] = {
+        "data": data,
+        "problem": experiment.problem,
+        "partition": experiment.partition,
+        "model": experiment.model,
+        "seed": experiment.seed,
+    }
+    task = task.configure(**sections) if task else tasks.build(**sections)
     task.check(lora=lora, server=server, eval=experiment.eval, engine=experiment.engine)
     optimizer = method.optimizer if server.optimizer == "auto" else server.optimizer
     if optimizer not in method.optimizers:
@@ -175,9 +176,19 @@ def _described_model(experiment: Experiment, parts: Components, federation: Fede
 
 
 def describe_objects(experiment: Experiment, task: Task | None, method: Method | None) -> Experiment:
-    """The settings with a method object's import path and options in the place of `method`."""
+    """The settings with what config.yaml says of a task and a method that are objects.
+
+    A method's import path and options take the place of `method`; for a task see `Task.described`.
+    """
+    if task is not None:
+        if not isinstance(task, Task):
+            raise allowed("task", task, "it is an object of a subclass of rayfed.Task")
+        data, model = task.described(experiment.data, experiment.model)
+        experiment = experiment.model_copy(update={"data": data, "model": model})
     if method is None:
         return experiment
+    if not isinstance(method, Method):
+        raise allowed("method", method, "it is an object of a subclass of rayfed.Method")
     cls = type(method)
     package, _, file = cls.__module__.rpartition(".")
     name = file if package == "rayfed.methods" else f"{cls.__module__}:{cls.__qualname__}"

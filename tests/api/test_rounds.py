@@ -60,7 +60,8 @@ def test_settings_are_an_object_a_file_or_a_mapping(tmp_path: Path, whole: rayfe
 
 def test_history_has_a_row_a_round_and_a_column_a_key(whole: rayfed.RunResult) -> None:
     history = whole.history
-    assert list(history.index) == [1, 2, 3, 4] and history.index.name == "round"
+    assert list(history.index) == [1, 2, 3, 4]
+    assert history.index.name == "round"
     assert set(history.columns) == {key for record in whole.metrics for key in record} - {"round"}
     assert list(history["bytes/total"]) == [record["bytes/total"] for record in whole.metrics]
 
@@ -74,7 +75,7 @@ def test_rounds_begin_when_they_are_asked_for(tmp_path: Path, whole: rayfed.RunR
     for record in rounds:
         assert written() == record["round"]
         assert not (tmp_path / "run" / "adapter").exists()
-        with pytest.raises(UserError, match="^result: the run has no result yet"):
+        with pytest.raises(UserError, match=r"^result: the run has no result yet"):
             _ = rounds.result
     assert digests(rounds.result) == digests(whole)
     assert rounds.result.summary == whole.summary
@@ -89,10 +90,10 @@ def test_a_run_that_is_left_early_can_be_resumed(tmp_path: Path, whole: rayfed.R
                 break
     elif how == "with":
         with rayfed.iter_rounds(experiment, out) as rounds:
-            assert next(rounds)["round"] == 1 and next(rounds)["round"] == 2
+            assert [next(rounds)["round"] for _ in range(2)] == [1, 2]
     else:
         rounds = rayfed.iter_rounds(experiment, out)
-        assert next(rounds)["round"] == 1 and next(rounds)["round"] == 2
+        assert [next(rounds)["round"] for _ in range(2)] == [1, 2]
         rounds.close()
     assert manifests(out / "checkpoints")[0].round == 2
     assert "stopped; `--resume` continues after round 2" in (out / "events.log").read_text()
@@ -128,7 +129,8 @@ def test_an_exception_names_the_callback_and_shows_its_code(
         rayfed.run(lowrank("checkpoint.every=3"), out, callbacks=[calls])
     assert str(failure.value) == f"callbacks: Calls.{fails} failed: ZeroDivisionError: no luck"
     (note,) = failure.value.__notes__
-    assert __file__ in note and 'raise ZeroDivisionError("no luck")' in note and "callbacks.py" not in note
+    assert all(text in note for text in (__file__, 'raise ZeroDivisionError("no luck")'))
+    assert "callbacks.py" not in note
     assert [checkpoint.round for checkpoint in manifests(out / "checkpoints")[:1]] == ([done] if done else [])
     assert f"continues after round {done}" in (out / "events.log").read_text()
     resumed = rayfed.run(lowrank("checkpoint.every=3"), out, resume=True)
