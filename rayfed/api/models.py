@@ -49,12 +49,11 @@ def load_model(run: str | Path, *, trust_remote_code: bool = False) -> nn.Module
     classes = read_json(folder / "classes.json")
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise UserError(f"adapter: {folder / 'classes.json'} is no list of the names of classes")
-    # The task alone: a method may be named by an import path.
-    # Rows that were objects are not needed here.
+    # The task alone: a method may be named by an import path. Rows that were Python objects are not needed here.
+    data = experiment.data.model_copy(update={"fingerprint": None})
     task = tasks.build(
-        data=experiment.data.model_copy(update={"fingerprint": None}), problem=experiment.problem, partition=experiment.partition, model=model,
-        seed=experiment.seed,
-    )  # fmt: skip
+        data=data, problem=experiment.problem, partition=experiment.partition, model=model, seed=experiment.seed
+    )
     nothing: Any = None
     federation = Federation(nothing, nothing, nothing, tuple(classes), np.zeros(0, np.int64), np.zeros(1, np.int64))
     forget_base()  # before and after: no run shares the weights of this model, which may be changed
