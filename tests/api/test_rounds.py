@@ -172,3 +172,13 @@ def test_every_public_name_is_there_and_documented() -> None:
     assert set(rayfed.__all__) <= set(dir(rayfed))
     for name in set(rayfed.__all__) - {"__version__"}:
         assert getattr(rayfed, name).__doc__, name
+
+
+def test_report_and_sweep(tmp_path: Path, whole: rayfed.RunResult) -> None:
+    page = rayfed.report(whole.out, out=tmp_path / "report")
+    assert page == tmp_path / "report" / "report.html"
+    assert page.is_file()
+    with pytest.raises(UserError, match=r"^report: got no folder"):
+        rayfed.report()
+    with pytest.raises(UserError, match=r"^config: got '.*none.yaml', but there is no such file$"):
+        rayfed.sweep(tmp_path / "none.yaml")
