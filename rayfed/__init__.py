@@ -15,43 +15,97 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from rayfed.api import RunResult, load_config, load_model, prepare, run
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from rayfed.api import Rounds, RunResult, iter_rounds, load_config, load_model, prepare, run
     from rayfed.config import Experiment
-    from rayfed.errors import UserError
+    from rayfed.engine.callbacks import Callback
+    from rayfed.errors import RunError, UserError
     from rayfed.methods import Method
     from rayfed.objectives import Objective
+    from rayfed.sweeps.sweep import SweepResult
     from rayfed.tasks.base import Task
+    from rayfed.tasks.text_classification import TextClassification
 
 _MODULES = {
+    "Callback": "rayfed.engine.callbacks",
     "Experiment": "rayfed.config",
     "Method": "rayfed.methods",
     "Objective": "rayfed.objectives",
+    "Rounds": "rayfed.api",
+    "RunError": "rayfed.errors",
     "RunResult": "rayfed.api",
     "Task": "rayfed.tasks.base",
+    "TextClassification": "rayfed.tasks.text_classification",
     "UserError": "rayfed.errors",
+    "iter_rounds": "rayfed.api",
     "load_config": "rayfed.api",
     "load_model": "rayfed.api",
     "prepare": "rayfed.api",
     "run": "rayfed.api",
 }
 __all__ = [
+    "Callback",
     "Experiment",
     "Method",
     "Objective",
+    "Rounds",
+    "RunError",
     "RunResult",
     "Task",
+    "TextClassification",
     "UserError",
     "__version__",
+    "iter_rounds",
     "load_config",
     "load_model",
     "prepare",
+    "report",
     "run",
+    "sweep",
 ]
+
+
+def sweep(
+    config: str | Path, overrides: Sequence[str] = (), *, out: str | Path | None = None, resume: bool = False
+) -> SweepResult:
+    """Runs the sweep in the YAML file ``config`` to its end, as `rayfed sweep` does.
+
+    ``overrides`` are `key=value`. ``out`` (default `runs/NAME-TIME`) must be empty or absent unless ``resume``. A trial
+    that fails is recorded, and the others continue: see the result's `failed`, `rows` and `table`. Raises UserError
+    before anything is started where a trial is wrong.
+    """
+    from rayfed.sweeps.sweep import run_sweep
+
+    return run_sweep(config, overrides, out, resume)
+
+
+def report(*folders: str | Path, out: str | Path | None = None, target: float | None = None) -> Path:
+    """Writes a page with tables and figures of runs and sweeps, as `rayfed report` does. Returns the page's path.
+
+    ``out`` is the folder of `report.html` and `figures/`: by default that of a single run, or `report` for several.
+    ``target`` is the accuracy (or gap), 0 to 1, up to which bytes are counted; by default 95 % of the best. Raises
+    UserError where a folder holds no run or a file is damaged.
+    """
+    from pathlib import Path
+
+    from rayfed.errors import UserError
+    from rayfed.reports import read, write_report
+
+    if not folders:
+        raise UserError("report: got no folder, but at least one run or sweep directory is needed")
+    comparison = read(folders, target)
+    return write_report(comparison, Path(out or (folders[0] if len(folders) == 1 else "report")))
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
-        raise AttributeError(f"module 'rayfed' has no attribute {name!r}")
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, __all__, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise AttributeError(f"module 'rayfed' has no attribute {name!r}{hint}")
     from importlib import import_module
 
     return getattr(import_module(_MODULES[name]), name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,6 +75,16 @@ def validate_as(model: type[Root], settings: dict[str, Any]) -> Root:
         if more := len(mistakes) - len(lines):
             lines.append(f"and {more} more mistakes")
         raise UserError("\n".join(lines)) from None
+
+
+def changed(experiment: Experiment, overrides: Sequence[str | Mapping[str, Any]]) -> Experiment:
+    """The settings with overrides: each `key=value`, or a mapping of dotted keys to values. UserError as `validate`."""
+    settings = experiment.model_dump(mode="json", exclude_unset=True)
+    for override in overrides:
+        pairs = override.items() if isinstance(override, Mapping) else [parse_override(override)]
+        for key, value in pairs:
+            assign(settings, key, value, str(override))
+    return validate(settings)
 
 
 def dump_config(experiment: Experiment) -> str:

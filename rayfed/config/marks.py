@@ -79,13 +79,16 @@ def searched() -> tuple[str, ...]:
 
 
 def _select(settings: Mapping[str, Any], aspects: set[Aspect], prefix: str = "") -> dict[str, Any]:
-    """The settings that decide one of the aspects. A section of which nothing is left is left out."""
+    """The settings that decide one of the aspects. A section of which nothing is left is left out.
+
+    So is `data.fingerprint` where the task is no object: digests of runs from files do not depend on that setting.
+    """
     selected = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
             if part := _select(value, aspects, f"{prefix}{name}."):
                 selected[name] = part
-        elif aspects & set(decides(f"{prefix}{name}")):
+        elif aspects & set(decides(f"{prefix}{name}")) and (name, value) != ("fingerprint", None):
             selected[name] = value
     return selected
 

@@ -8,7 +8,8 @@ each is marked so at its field, see `rayfed.config.types`.
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -77,6 +78,15 @@ class Experiment(Section):
                 f"{self.partition.clients} clients (partition.clients)"
             )
         return self
+
+    def with_(self, *overrides: str | Mapping[str, Any]) -> Experiment:
+        """These settings with changes: `with_("server.rounds=5")` as on the command line, or `with_({"seed": 1})`.
+
+        A mapping has dotted names and values. UserError, one line per mistake, where a change is wrong.
+        """
+        from rayfed.config.load import changed  # reads this schema
+
+        return changed(self, overrides)
 
     def digest(self) -> str:
         """SHA-256 (first 16 hex digits) of the settings that decide the result; see the module docstring."""

@@ -16,10 +16,10 @@ class Data(Section):
 
     decides = ("data", "model")  # the model: the number of classes, the longest input
 
-    source: Literal["stdlib", "files", "hub", "lowrank"] = "stdlib"
+    source: Literal["stdlib", "files", "hub", "lowrank", "object"] = "stdlib"
     """`stdlib`: functions of Python's standard library, labelled by module (no download); `files`: local JSONL, CSV or
     Parquet; `hub`: a Hugging Face data set; `lowrank`: a regression problem with a known answer, see the section
-    `problem`.
+    `problem`; `object`: rows that were given in Python, `rayfed.run(..., task=...)`.
     """
     path: Text | None = None
     """For `files`: a folder with train.*, test.* and optionally validation.*, or one file."""
@@ -43,6 +43,10 @@ class Data(Section):
     """Rows of the source's test split to use; null: all. Refused where the source has no test split."""
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 128
     """Most tokens per text; longer texts are cut."""
+    fingerprint: Text | None = None
+    """Of a task that was given in Python, its class and a hash of its content: rayfed writes it into config.yaml, and
+    whoever resumes the run gives an equal task again. null: the settings say everything.
+    """
 
     @property
     def task(self) -> str:
@@ -53,6 +57,8 @@ class Data(Section):
     def _source_is_named(self) -> Data:
         if self.source == "files" and not self.path:
             raise ValueError("data.path: got null, but data.source=files needs a folder or a file")
+        if self.source == "object" and not self.fingerprint:
+            raise ValueError("data.source: got 'object', but Python objects come with rayfed.run(..., task=...)")
         if self.source == "hub" and not self.name:
             raise ValueError("data.name: got null, but data.source=hub needs the name of a data set")
         for field, source in (("path", "files"), ("name", "hub"), ("subset", "hub")):

@@ -12,22 +12,24 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray import cloudpickle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
 from rayfed.clients.plan import RunPlan
 from rayfed.config.execution import Engine
 from rayfed.engine import connect
+from rayfed.engine.callbacks import Callback
 from rayfed.engine.placement import check_places, on_this_node, release, reserve, with_gpu_share
 from rayfed.engine.ray_executor import RayExecutor
 from rayfed.engine.rounds import run_rounds, with_pack_size
-from rayfed.errors import RunError, Stopped, UserError, first_line
+from rayfed.errors import RunError, Stopped, UserError, allowed, first_line
 from rayfed.run_directory import disk_errors, lock_alone, locked
 from rayfed.server.loop import Server
 from rayfed.tracking import Record, RunInfo, Sink, SinkList, Table, open_sinks
@@ -63,14 +65,25 @@ class Outbox(Sink):
 
 
 class Driver:
-    """The actor. `run` yields the calls that a sink in the starting process gets; `stop` may be called meanwhile."""
+    """The actor. `run` yields the calls that a sink in the starting process gets.
+
+    Meanwhile `stop` may be called, and `proceed`, which lets a run with ``waits`` begin its next round.
+    """
 
     def __init__(self) -> None:
         self.executor: RayExecutor | None = None
         self.stopping, self.ended = threading.Event(), threading.Event()
+        self.permits = threading.Semaphore(0)  # rounds that may begin, where the run waits
 
     def run(
-        self, plan: RunPlan, group: PlacementGroup | None, out: Path, resume: bool, uri: str | None
+        self,
+        plan: RunPlan,
+        group: PlacementGroup | None,
+        out: Path,
+        resume: bool,
+        uri: str | None,
+        callbacks: bytes,
+        waits: bool,
     ) -> Iterator[Message]:
         import torch
 
@@ -82,40 +95,60 @@ class Driver:
             stack.callback(self.ended.set)
             stack.enter_context(locked(out, shared=True))  # this process may outlive the one that started it
             stack.enter_context(disk_errors(out))
-            sinks = stack.enter_context(closing(SinkList(open_sinks(plan.tracking, out), outbox)))
-            for _ in run_rounds(plan, self.executor, out, sinks, resume, uri):
-                for message in outbox.drain():  # noqa: UP028 (not `yield from`: Ray resumes with send())
+            sinks = [stack.enter_context(closing(open_sinks(plan.tracking, out))), outbox]
+            rounds = run_rounds(plan, self.executor, out, sinks, resume, uri, cloudpickle.loads(callbacks))
+            stack.enter_context(closing(rounds))
+            for _ in rounds:
+                for message in outbox.drain():
                     yield message
+                if waits:
+                    self.permits.acquire()
                 if self.stopping.is_set():
                     raise Stopped("the run was asked to stop")
+            for message in outbox.drain():
+                yield message
+
+    def proceed(self) -> None:
+        """Lets the next round begin."""
+        self.permits.release()
 
     def stop(self) -> None:
         """Asks `run` to end, and returns when it has."""
         self.stopping.set()
+        self.permits.release()
         if self.executor is not None:
             self.executor.stop()
         self.ended.wait()
 
 
-def run_on_ray(plan: RunPlan, out: Path, resume: bool, uri: str | None, console: Sink) -> None:
-    """Starts (or joins) Ray, runs the plan on it, and shows ``console`` what happens.
+def run_on_ray(
+    plan: RunPlan, out: Path, resume: bool, uri: str | None, console: Sink, callbacks: Sequence[Callback] = (),
+    waits: bool = False,
+) -> Generator[Record]:  # fmt: skip
+    """Starts (or joins) Ray, runs the plan on it, and shows ``console`` what happens. Yields each round's record.
 
-    UserError where the cluster can never hold the workers; RunError where the run cannot go on. Ray is shut down again
-    where it was started here.
+    With ``waits`` the next round begins when its record is asked for. Otherwise the driver runs ahead. UserError where
+    the cluster can never hold the workers, or a callback cannot be pickled; RunError where the run cannot go on. Ray is
+    shut down again where it was started here.
     """
+    _pickle_by_value(plan, callbacks)
+    pickled = _pickled(callbacks)
     with _ray(plan.engine):
         plan = with_gpu_share(plan)
         if waiting := check_places(plan.engine):
             console.event(waiting)
-        _pickle_by_value(plan)
         actor: Any = ray.remote(num_cpus=0)(Driver)
-        driver = actor.options(scheduling_strategy=on_this_node(), max_concurrency=2).remote()
+        driver = actor.options(scheduling_strategy=on_this_node(), max_concurrency=3).remote()
         group = reserve(plan.engine)
         try:
-            arguments = ray.put(plan), group, out.resolve(), resume, uri
-            for message in driver.run.options(num_returns="streaming").remote(*arguments):
-                name, values = ray.get(message)
-                getattr(console, name)(*values)
+            run = driver.run.options(num_returns="streaming")
+            for message in run.remote(ray.put(plan), group, out.resolve(), resume, uri, pickled, waits):
+                name, arguments = ray.get(message)
+                getattr(console, name)(*arguments)
+                if name == "round":
+                    yield arguments[0]
+                    if waits:
+                        driver.proceed.remote()
         except RayTaskError as error:
             if isinstance(error.cause, RayError):
                 raise RunError(f"Ray cannot go on ({_named(error.cause)}); {CONTINUES}") from None
@@ -125,7 +158,8 @@ def run_on_ray(plan: RunPlan, out: Path, resume: bool, uri: str | None, console:
             raise RunError(f"the driver died ({first_line(error)}); {CONTINUES}") from None
         except RayError as error:  # such as a full disk below Ray's own folder
             raise RunError(f"Ray cannot go on ({_named(error)}); {CONTINUES}") from None
-        except KeyboardInterrupt:  # Ctrl-C, or SIGTERM: where all processes got it, Ray may be gone already
+        except (KeyboardInterrupt, GeneratorExit):
+            # Ctrl-C or SIGTERM (where all processes got it, Ray may be gone already), or nobody asks for more records.
             _stop(driver, out)
             raise
         finally:
@@ -196,12 +230,22 @@ def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _pickle_by_value(plan: RunPlan) -> None:
+def _pickle_by_value(plan: RunPlan, callbacks: Sequence[Callback]) -> None:
     """Sends the code of a user's own classes and functions along: workers may be unable to import their modules."""
-    from ray import cloudpickle
-
     function = (plan.profiles.settings.function or "").partition(":")[0]
-    for name in (type(plan.method).__module__, type(plan.task).__module__, function):
+    parts = (plan.method, plan.task, *plan.task.parts, *callbacks)
+    for name in (*(str(getattr(part, "__module__", "")) for part in parts), function):
         package = name.partition(".")[0]
-        if package not in ("", "rayfed", "__main__", "builtins") and name in sys.modules:
+        if package not in ("", "rayfed", "torch", "__main__", "builtins") and name in sys.modules:
             cloudpickle.register_pickle_by_value(sys.modules.get(package, sys.modules[name]))
+
+
+def _pickled(callbacks: Sequence[Callback]) -> bytes:
+    """The callbacks as bytes, which the plan's workers need not load. UserError where one cannot be pickled."""
+    for callback in callbacks:
+        try:
+            cloudpickle.dumps(callback)
+        except Exception as error:
+            what = f"it cannot be pickled, and on Ray it is sent to the driver ({_named(error)})"
+            raise allowed("callbacks", type(callback).__name__, what) from None
+    return bytes(cloudpickle.dumps(tuple(callbacks)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -11,9 +11,10 @@ import torch
 from rayfed.clients.plan import RunPlan
 from rayfed.clients.trainer import Trainer
 from rayfed.device import prepare_process
+from rayfed.engine.callbacks import Callback
 from rayfed.engine.rounds import run_rounds
 from rayfed.server.executor import Executor, Submission, SubmissionResult
-from rayfed.tracking import Sink, SinkList, open_sinks
+from rayfed.tracking import Record, Sink, open_sinks
 
 
 class LocalExecutor(Executor):
@@ -32,9 +33,12 @@ class LocalExecutor(Executor):
         torch.set_num_threads(self.threads)  # the caller's process goes on with its own setting
 
 
-def run_here(plan: RunPlan, out: Path, resume: bool, uri: str | None, console: Sink) -> None:
-    """Runs the plan in this process and shows ``console`` what happens; see `rayfed.engine.rounds.run_rounds`."""
-    sinks = SinkList(open_sinks(plan.tracking, out), console)
-    with closing(LocalExecutor(plan)) as executor, closing(sinks):
-        for _ in run_rounds(plan, executor, out, sinks, resume, uri):
-            pass
+def run_here(
+    plan: RunPlan, out: Path, resume: bool, uri: str | None, console: Sink, callbacks: Sequence[Callback] = ()
+) -> Generator[Record]:
+    """Runs the plan in this process, one round whenever a record is asked for; see `rayfed.engine.rounds.run_rounds`.
+
+    ``console`` is shown what happens.
+    """
+    with closing(LocalExecutor(plan)) as executor, closing(open_sinks(plan.tracking, out)) as sinks:
+        yield from run_rounds(plan, executor, out, [sinks, console], resume, uri, callbacks)

@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from rayfed.clients.plan import RunPlan
+from rayfed.engine.callbacks import Callback, CallbackSink
 from rayfed.errors import RunError, first_line
 from rayfed.server.executor import Executor
 from rayfed.server.loop import Record, Server
 from rayfed.server.pack_size import Choice, choose_pack
 from rayfed.storage import RemoteFolder
-from rayfed.tracking import Sink
+from rayfed.tracking import Sink, SinkList
 
 
 def run_rounds(
-    plan: RunPlan, executor: Executor, out: Path, sinks: Sink, resume: bool, uri: str | None
-) -> Iterator[Record]:
-    """Runs the plan from its pack size to its summary on any executor; yields each round's record, then the summary.
+    plan: RunPlan, executor: Executor, out: Path, sinks: Sequence[Sink], resume: bool, uri: str | None,
+    callbacks: Sequence[Callback] = (),
+) -> Generator[Record]:  # fmt: skip
+    """Runs the plan from its pack size to its summary on any executor; yields each round's record.
 
-    ``uri``: where the run directory is uploaded after every checkpoint. A run that is stopped, or cannot go on, leaves
-    the checkpoint of its last finished round and the reason in events.log.
+    No round begins before it is asked for. After the last one the results are exported. ``uri``: where the run
+    directory is uploaded after every checkpoint. A run that is stopped or closed, or cannot go on, leaves the
+    checkpoint of its last finished round and the reason in events.log.
     """
     upload = partial(RemoteFolder(uri).upload, out) if uri else lambda: None
     plan, choice = with_pack_size(plan, executor)
-    server = Server(plan, executor, out, sinks, resume, choice, upload)
+    called = CallbackSink(callbacks)
+    everyone = SinkList(*sinks, called)
+    server = Server(plan, executor, out, everyone, resume, choice, upload, called.goes_on)
     try:
         yield from server.rounds()
-        yield server.finish()
-    except (RunError, KeyboardInterrupt) as error:
-        for text in executor.drain_events():
-            sinks.event(text)
-        sinks.event(f"{first_line(error)}; `--resume` continues after round {server.done}")
+        if called.stopped:
+            everyone.event(f"a callback ended the run after round {server.done}")
+        server.finish()
+    except (RunError, KeyboardInterrupt, GeneratorExit) as error:
+        why = "stopped" if isinstance(error, GeneratorExit) else first_line(error)
         with suppress(RunError, OSError):  # the first error is the one to report
+            for text in executor.drain_events():
+                everyone.event(text)
+            everyone.event(f"{why}; `--resume` continues after round {server.done}")
+        with suppress(RunError, OSError):
             server.save()
         raise
 

@@ -49,16 +49,17 @@ Record = dict[str, Any]
 class Server:
     """Runs a plan whose pack size is known. Iterate `rounds()` to the end, then call `finish()`.
 
-    ``choice`` is what `engine.pack: auto` was chosen from. ``on_checkpoint`` is called after every written checkpoint.
+    ``choice``: what `engine.pack: auto` was chosen from. ``on_checkpoint`` is called after every written checkpoint.
+    ``goes_on`` is called with every round's record; False ends the run.
     """
 
     def __init__(
         self, plan: RunPlan, executor: Executor, out: Path, sinks: Sink, resume: bool, choice: Choice | None = None,
-        on_checkpoint: Callable[[], None] = lambda: None,
+        on_checkpoint: Callable[[], None] = lambda: None, goes_on: Callable[[Record], bool] = lambda _: True,
     ) -> None:  # fmt: skip
         assert plan.pack is not None
         self.plan, self.executor, self.out, self.sinks = plan, executor, out, sinks
-        self.choice, self.on_checkpoint = choice, on_checkpoint
+        self.choice, self.on_checkpoint, self.goes_on = choice, on_checkpoint, goes_on
         self.optimizer = ServerOptimizer(plan.server_optimizer, plan.server)
         self.costs = client_costs(plan.federation, plan.client)
         self.folder, self.store = out / "checkpoints", ClientStore(out / "clients")
@@ -79,13 +80,12 @@ class Server:
 
     def rounds(self) -> Iterator[Record]:
         """Runs the rounds that are left and yields each one's record (the keys of metrics.jsonl)."""
-        # A folder with a config.yaml is a run that can be resumed.
-        atomic_write(self.out / "config.yaml", dump_settings(dict(self.plan.settings)))
+        atomic_write(self.out / "config.yaml", dump_settings(dict(self.plan.settings)))  # now it can be resumed
         write_partition(self.out, self.plan.federation)
-        self.sinks.start(self._info())
         if self.choice:
             write_json(self.out / "pack.json", asdict(self.choice))
-            self.sinks.event(f"engine.pack=auto: packs of {self.choice.size} (a step: {self.choice.time_model()})")
+            self.events.insert(0, f"engine.pack=auto: packs of {self.choice.size} (a step: {self.choice.time_model()})")
+        self.sinks.start(self._info())
         for text in self.events:
             self.sinks.event(text)
         split_before = False
@@ -97,6 +97,9 @@ class Server:
             self.done = t + 1
             self._unsaved = self._checkpoint(record["state/digest"])
             self.sinks.round(record)
+            if not self.goes_on(record):
+                self.progress.stopped = True
+                self._unsaved = self._checkpoint(record["state/digest"])  # again: it says that the run has ended
             for text in self.executor.drain_events():
                 self.sinks.event(text)
             if record["clients/split"] and not split_before:

@@ -7,7 +7,10 @@ docs/architecture.md shows where each of them is called.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
@@ -28,6 +31,11 @@ Metric = float | list[Any] | None
 """A metric's value: a number, a list of numbers (per class), a list of lists (a matrix); None where it is undefined."""
 
 
+def fingerprint(task: Task, digest: str) -> str:
+    """The import path of the task's class, and the first 16 characters of a digest."""
+    return f"{type(task).__module__}:{type(task).__qualname__} {digest[:16]}"
+
+
 class Task:
     """What is learned. A task is pickled to every worker, so it holds settings, not data or models."""
 
@@ -38,6 +46,26 @@ class Task:
     def from_settings(cls, *, data: Data, problem: Problem, partition: Partition, model: Model, seed: int) -> Self:
         """The task that these sections of the settings describe."""
         raise NotImplementedError
+
+    def configure(self, *, data: Data, problem: Problem, partition: Partition, model: Model, seed: int) -> Self:
+        """The task with these sections of the settings. Called first, for a task that a user gives as an object."""
+        return self
+
+    def described(self, data: Data, model: Model) -> tuple[Data, Model]:
+        """The two sections as config.yaml has them for a task that is given as an object.
+
+        `data.fingerprint` must differ for tasks that may give other results with the same settings. By default it is
+        the import path of the class, and a hash of those fields of a dataclass that are numbers, texts or null.
+        """
+        values: dict[str, object] = vars(self) if is_dataclass(self) else {}
+        plain = {key: value for key, value in values.items() if isinstance(value, bool | int | float | str | None)}
+        digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+        return data.model_copy(update={"fingerprint": fingerprint(self, digest)}), model
+
+    @property
+    def parts(self) -> tuple[object, ...]:
+        """The user's functions and models in the task. Their code is sent to the workers."""
+        return ()
 
     def check(self, *, lora: Lora, server: Server, eval: Eval, engine: Engine) -> None:
         """Raises UserError where other settings do not fit the task. Called before any data are read."""

@@ -6,8 +6,10 @@ its cross-entropy in nats. The metrics are accuracy, macro-F1, the recall of eve
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,8 +19,10 @@ from torch import Tensor, nn
 
 from rayfed.config.task import Data, Model, Partition, Problem
 from rayfed.errors import UserError, allowed
-from rayfed.tasks.base import Metric, Task
+from rayfed.tasks.base import Metric, Task, fingerprint
 from rayfed.tasks.data.federation import Federation
+from rayfed.tasks.data.objects import content_digest, read_objects
+from rayfed.tasks.data.table import SPLITS, Source
 from rayfed.tasks.models.base import FrozenBase, load_base, load_tokenizer, longest_input, model_path, vocabulary
 from rayfed.tasks.models.cache import shared_base
 from rayfed.tasks.models.unpadded import Padded, Unpadded, choose_batching
@@ -34,12 +38,71 @@ LISTS = ("recall_per_class", "confusion_matrix")  # the metrics that are not one
 
 @dataclass(frozen=True)
 class TextClassification(Task):
-    """Texts with one label each."""
+    """Texts with one label each.
 
-    data: Data
-    partition: Partition
-    model: Model
-    seed: int
+        rayfed.run(config, task=rayfed.TextClassification(train=rows, test=more, label="topic"))
+
+    Rows, loss and metrics may be Python objects. What is not given comes from the settings; the first four fields
+    always do. Functions are known by their import path (config.yaml, `data.fingerprint`), rows by their content.
+    """
+
+    data: Data = field(default_factory=Data)
+    partition: Partition = field(default_factory=Partition)
+    model: Model = field(default_factory=Model)
+    seed: int = 0
+    _: KW_ONLY
+    train: Any = None
+    """The training rows, in place of `data.source`: a datasets.Dataset, a pandas DataFrame, a list of mappings, or a
+    torch data set of mappings or of tuples (text, label) or (text, label, client).
+    """
+    validation: Any = None
+    """The validation rows; None: `data.validation` says how many training rows are drawn."""
+    test: Any = None
+    """The test rows; None: `data.test` says how many training rows are drawn."""
+    text: str | None = None
+    """The column with the text; None: `data.text`."""
+    label: str | None = None
+    """The column with the label; None: `data.label`."""
+    client: str | None = None
+    """The column with the client, for partition.kind=natural; None: `data.client`."""
+    loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None
+    """(logits (rows, classes), labels (rows,)) -> each row's loss (rows,); None: the cross-entropy."""
+    metric_fns: Mapping[str, Callable[[Tensor, Tensor], float]] = field(default_factory=dict)
+    """More metrics by name: (predicted classes (n,), labels (n,)) -> a number, over all rows of a split."""
+
+    def configure(self, *, data: Data, problem: Problem, partition: Partition, model: Model, seed: int) -> Self:
+        return replace(self, data=data, partition=partition, model=model, seed=seed)
+
+    def described(self, data: Data, model: Model) -> tuple[Data, Model]:
+        names = {key: name for key in ("text", "label", "client") if (name := getattr(self, key)) is not None}
+        data = data.model_copy(update=names)
+        digest = hashlib.sha256()
+        if (source := self._source(data)) is not None:
+            digest.update(content_digest(source).encode())
+            data = data.model_copy(update={"source": "object", "path": None, "name": None, "subset": None})
+        functions = {"loss": self.loss_fn, **self.metric_fns}
+        for name, function in functions.items():
+            if function is not None and not callable(function):
+                raise allowed(f"task.{name}", function, "it is a function")
+            digest.update(f"|{name}={getattr(function, '__module__', '')}:{_name(function)}".encode())
+        if wrong := set(self.metric_fns) & {"loss", "accuracy", "macro_f1", *LISTS}:
+            raise allowed("task.metric_fns", min(wrong), "this name is taken")
+        return data.model_copy(update={"fingerprint": fingerprint(self, digest.hexdigest())}), model
+
+    @property
+    def parts(self) -> tuple[object, ...]:
+        return (*filter(None, (self.loss_fn,)), *self.metric_fns.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the rows: workers have the federation."""
+        return {**vars(self), "train": None, "validation": None, "test": None}
+
+    def _source(self, data: Data) -> Source | None:
+        """The rows that are objects; None where the settings name the rows."""
+        splits = {name: rows for name in SPLITS if (rows := getattr(self, name)) is not None}
+        if splits and "train" not in splits:
+            raise UserError("train: got None, but validation or test rows come with training rows")
+        return read_objects(splits, data) if splits else None
 
     @classmethod
     def from_settings(cls, *, data: Data, problem: Problem, partition: Partition, model: Model, seed: int) -> Self:
@@ -60,7 +123,7 @@ class TextClassification(Task):
         from rayfed.tasks.data.partition import client_names, partition
         from rayfed.tasks.data.tokens import tokenize
 
-        data = load_data(self.data, self.seed)
+        data = load_data(self.data, self.seed, self._source(self.data))
         parts = partition(data.train.labels, data.train.owners, self.partition, self.seed)
         cut, limit = self.data.max_tokens, longest_input(self.model)
         tokenizer, words = load_tokenizer(self.model), vocabulary(self.model)
@@ -100,7 +163,13 @@ class TextClassification(Task):
         return found
 
     def loss(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        losses = nn.functional.cross_entropy(outputs, labels, reduction="none")
+        if self.loss_fn is None:
+            losses = nn.functional.cross_entropy(outputs, labels, reduction="none")
+        else:
+            losses = self.loss_fn(outputs, labels)
+            if losses.shape != labels.shape:
+                what = f"one loss for each of {len(labels)} rows is needed"
+                raise allowed("task.loss_fn", f"a result of shape {tuple(losses.shape)}", what)
         return losses, torch.ones_like(losses)
 
     def predictions(self, outputs: Tensor) -> Tensor:
@@ -118,10 +187,11 @@ class TextClassification(Task):
             "macro_f1": float(metrics.multiclass_f1_score(predictions, labels, classes, average="macro")),
             "recall_per_class": [recall if count else None for recall, count in zip(recalls, rows)],
             "confusion_matrix": confusion.tolist(),
+            **{name: float(function(predictions, labels)) for name, function in self.metric_fns.items()},
         }
 
     def metric_names(self) -> tuple[str, ...]:
-        return "accuracy", "macro_f1", *LISTS
+        return "accuracy", "macro_f1", *LISTS, *self.metric_fns
 
     def metric_keys(self, eval: Eval) -> tuple[str, ...]:
         keys = [key for key in super().metric_keys(eval) if not any(name in key for name in LISTS)]
@@ -142,3 +212,7 @@ class TextClassification(Task):
         if folder.is_dir():  # other files may come under its name
             key += sorted((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in folder.iterdir())
         return json.dumps(key)
+
+
+def _name(function: object) -> str:
+    return str(getattr(function, "__qualname__", type(function).__qualname__))

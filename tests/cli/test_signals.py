@@ -110,7 +110,7 @@ def test_an_error_of_the_console_does_not_skip_the_last_upload(
         calls.append("close")
         raise ZeroDivisionError
 
-    monkeypatch.setattr("rayfed.api._Summary.close", broken)
+    monkeypatch.setattr("rayfed.api.runs._Summary.close", broken)
     monkeypatch.setattr(RemoteFolder, "upload", lambda *_: calls.append("upload"))
     with pytest.raises(ZeroDivisionError):
         rayfed.run(rayfed.load_config(config), out=f"file://{tmp_path}/remote")

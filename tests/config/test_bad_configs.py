@@ -36,7 +36,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
         raise AssertionError("the config was accepted")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("rayfed.api.run_here", started)
+    monkeypatch.setattr("rayfed.api.runs.run_here", started)
     for module in ("rayfed.engine.driver", "rayfed.engine.ray_executor", "rayfed.sweeps.on_tune"):
         monkeypatch.setitem(sys.modules, module, None)
 

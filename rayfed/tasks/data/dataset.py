@@ -21,7 +21,7 @@ from rayfed.config.task import Data
 from rayfed.errors import UserError, allowed
 from rayfed.tasks.data.table import SPLITS, Source, Table, listed
 
-SOURCE_FIELD = {"stdlib": "data.source", "files": "data.path", "hub": "data.name"}
+SOURCE_FIELD = {"stdlib": "data.source", "files": "data.path", "hub": "data.name", "object": "task"}
 """The setting that names the source, by `data.source`."""
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 UNPRINTABLE = re.compile(r"[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -67,8 +67,8 @@ class TextData:
     classes: tuple[str, ...]
 
 
-def load_data(settings: Data, seed: int) -> TextData:
-    """Reads and checks the texts that ``settings`` describe, and gives the three splits.
+def load_data(settings: Data, seed: int, source: Source | None = None) -> TextData:
+    """Reads and checks the texts that ``settings`` describe (those of ``source``, if given), and gives three splits.
 
     Classes are numbered over all splits, before ``data.examples`` applies: integer labels in ascending order, strings
     in code-point order, a ClassLabel of the hub in its own order. ``data.examples`` then draws that many rows of the
@@ -81,7 +81,7 @@ def load_data(settings: Data, seed: int) -> TextData:
     label or client is neither an integer of 64 bits nor a string of 1 to 200 printable characters, integers and strings
     are mixed, a text is not a string, there is only one class, or train or test is empty in the end.
     """
-    source = _read(settings)
+    source = source or _read(settings)
     tables = {name: source.tables[name] for name in SPLITS if name in source.tables}
     field = SOURCE_FIELD[settings.source]
     for table in tables.values():

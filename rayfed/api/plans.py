@@ -1,0 +1,210 @@
+"""From settings to a plan.
+
+`prepare` builds and checks everything exactly once and returns a `RunPlan`. Below this module nothing takes the whole
+settings, builds a method again, or loads the base model only to describe it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from rayfed import config, methods, tasks, weighting
+from rayfed.api.keywords import suggest_keywords
+from rayfed.channels import Lossless
+from rayfed.clients.plan import RunPlan
+from rayfed.config import Experiment
+from rayfed.errors import UserError, allowed
+from rayfed.methods import Method
+from rayfed.objectives import Plain
+from rayfed.profiles.client_profiles import ClientProfiles
+from rayfed.server.optimizers import ServerOptimizer
+from rayfed.tasks.base import Task
+from rayfed.tasks.data.federation import Federation
+from rayfed.tasks.models.spec import ModelSpec, check_dtype, describe_model
+from rayfed.weighting import Weighting
+
+Settings = Experiment | str | Path | Mapping[str, Any]
+"""What a function of the API takes as settings, see `read_settings`."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """What the settings name, built: everything of a plan that needs neither data nor a model."""
+
+    task: Task
+    method: Method
+    weighting: Weighting
+    server_optimizer: str
+    profiles: ClientProfiles
+
+
+def read_settings(source: Settings) -> Experiment:
+    """The settings as an Experiment: they may be one, the path of a YAML file, or a mapping of sections.
+
+    Raises UserError, one line per mistake.
+    """
+    if isinstance(source, Experiment):
+        return source
+    if isinstance(source, str | Path):
+        return config.load_config(source)
+    if isinstance(source, Mapping):
+        return config.validate(dict(source))
+    raise allowed("experiment", source, "it is an Experiment, the path of a YAML file, or a mapping of sections")
+
+
+@suggest_keywords
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Reads a YAML file, applies `dotted.key=value` overrides, validates fields and combinations.
+
+    Raises UserError (a ValueError), one line per mistake: the field, the value, what is allowed.
+    """
+    experiment = config.load_config(path, overrides)
+    build_components(experiment)
+    return experiment
+
+
+def build_components(experiment: Experiment, task: Task | None = None, method: Method | None = None) -> Components:
+    """Builds what the settings name. UserError where parts do not go together. Every `auto` becomes a choice here."""
+    data, server, lora, name = experiment.data, experiment.server, experiment.lora, experiment.method.name
+    method = method or methods.build(name, **experiment.method.options)
+    sections: dict[str, Any] = {
+        "data": data,
+        "problem": experiment.problem,
+        "partition": experiment.partition,
+        "model": experiment.model,
+        "seed": experiment.seed,
+    }
+    task = task.configure(**sections) if task else tasks.build(**sections)
+    task.check(lora=lora, server=server, eval=experiment.eval, engine=experiment.engine)
+    optimizer = method.optimizer if server.optimizer == "auto" else server.optimizer
+    if optimizer not in method.optimizers:
+        raise UserError(f"server.optimizer: got {optimizer!r}, but {name} allows {', '.join(method.optimizers)}")
+    ServerOptimizer(optimizer, server)
+    if lora.train == "head" and getattr(method, "train", "all") == "masked":
+        raise UserError("method.train: got 'masked', but lora.train=head already says what trains")
+    profiles = ClientProfiles(experiment.profiles, lora, experiment.wire, experiment.seed)
+    if profiles.mixed_ranks and not method.mixed_ranks:
+        raise UserError(
+            f"profiles.kind: got {experiment.profiles.kind!r}, which gives clients different ranks, but {name} needs "
+            f"all of them at lora.rank={lora.rank}; mixed ranks are taken by {', '.join(methods.with_mixed_ranks())}"
+        )
+    if not method.sparse_down:
+        _check_whole(experiment, profiles, "down")
+    if not method.sparse_up:
+        _check_whole(experiment, profiles, "up")
+    weights = method.weights if server.weights == "auto" else server.weights
+    return Components(task, method, weighting.build(weights), optimizer, profiles)
+
+
+@suggest_keywords
+def prepare(
+    experiment: Settings, *, task: Task | None = None, method: Method | None = None,
+    federation: Federation | None = None,
+) -> RunPlan:  # fmt: skip
+    """Builds and checks everything that a run consists of, exactly once. Nothing is started or written.
+
+    ``task`` and ``method`` replace those that the settings name. ``federation`` spares loading the data again: that of
+    a plan with the same `rayfed.config.marks.data_key`. Raises UserError where settings, data or model are wrong.
+    `engine.pack: auto` stays open (`RunPlan.pack` is None) until a worker can measure.
+    """
+    settings = describe_objects(read_settings(experiment), task, method)
+    return make_plan(settings, build_components(settings, task, method), federation)
+
+
+def check(experiment: Experiment, federation: Federation | None = None, model: bool = True) -> Federation:
+    """All that `prepare` checks; returns the data. Without ``model`` the base model is not loaded."""
+    parts = build_components(experiment)
+    federation = _checked_data(experiment, parts, federation)
+    if model:
+        _described_model(experiment, parts, federation)
+    return federation
+
+
+def make_plan(experiment: Experiment, parts: Components, federation: Federation | None) -> RunPlan:
+    """The plan of settings whose components are built. Errors as in `prepare`."""
+    engine = experiment.engine
+    federation = _checked_data(experiment, parts, federation)
+    return RunPlan(
+        **vars(parts),
+        federation=federation,
+        model=_described_model(experiment, parts, federation),
+        objective=Plain(),
+        channel=Lossless(),
+        pack=None if engine.pack == "auto" else engine.pack,
+        seed=experiment.seed,
+        settings=experiment.model_dump(mode="json"),
+        lora=experiment.lora,
+        wire=experiment.wire,
+        client=experiment.client,
+        server=experiment.server,
+        eval=experiment.eval,
+        engine=engine,
+        tracking=experiment.tracking,
+        checkpoint=experiment.checkpoint,
+        export=experiment.export,
+    )
+
+
+def _checked_data(experiment: Experiment, parts: Components, federation: Federation | None) -> Federation:
+    # Only for this process: Ray knows what a cluster's nodes have.
+    if experiment.engine.kind == "local" and experiment.engine.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("engine.device: got 'cuda', but torch finds no GPU here; allowed is cpu")
+    federation = federation or parts.task.load_data()
+    holders, cohort = len(federation.holders), experiment.server.cohort
+    if cohort > holders:
+        raise UserError(f"server.cohort: got {cohort}, but only {holders} of {federation.clients} clients hold data")
+    if experiment.eval.early_stop and not len(federation.validation):
+        raise UserError("eval.early_stop: needs a validation split; set data.validation above 0")
+    parts.profiles.check(federation.sizes)
+    return federation
+
+
+def _described_model(experiment: Experiment, parts: Components, federation: Federation) -> ModelSpec:
+    task, engine, model = parts.task, experiment.engine, experiment.model
+    base = task.load_base(federation)
+    batching = task.batching(base, engine.padding)
+    spec = describe_model(base, task.base_name, experiment.lora, model.dtype, batching, engine.gradient_checkpointing)
+    if model.dtype != "float32":
+        check_dtype(base, model.name, model.dtype)
+    return spec
+
+
+def describe_objects(experiment: Experiment, task: Task | None, method: Method | None) -> Experiment:
+    """The settings with what config.yaml says of a task and a method that are objects.
+
+    A method's import path and options take the place of `method`; for a task see `Task.described`.
+    """
+    if task is not None:
+        if not isinstance(task, Task):
+            raise allowed("task", task, "it is an object of a subclass of rayfed.Task")
+        data, model = task.described(experiment.data, experiment.model)
+        experiment = experiment.model_copy(update={"data": data, "model": model})
+    if method is None:
+        return experiment
+    if not isinstance(method, Method):
+        raise allowed("method", method, "it is an object of a subclass of rayfed.Method")
+    cls = type(method)
+    package, _, file = cls.__module__.rpartition(".")
+    name = file if package == "rayfed.methods" else f"{cls.__module__}:{cls.__qualname__}"
+    fields: Sequence[Any] = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+    options = {field.name: getattr(method, field.name) for field in fields}
+    plain = {key: value for key, value in options.items() if isinstance(value, bool | int | float | str | None)}
+    section = type(experiment.method).model_validate({"name": name, **plain})
+    return experiment.model_copy(update={"method": section})
+
+
+def _check_whole(experiment: Experiment, profiles: ClientProfiles, direction: Literal["down", "up"]) -> None:
+    """Refuses sparse or rounded messages where the method needs them to arrive as they were sent."""
+    wire, name = getattr(experiment.wire, direction), experiment.method.name
+    if profiles.may_be_sparse(direction, experiment.server.rounds):
+        raise UserError(f"wire.{direction}.density: got below 1, but what {name} sends {direction} must arrive whole")
+    if wire.values != "fp32":
+        raise UserError(
+            f"wire.{direction}.values: got {wire.values!r}, but what {name} sends {direction} must arrive exactly: fp32"
+        )

@@ -1,0 +1,35 @@
+"""The examples run, and each is short."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+def test_own_data(tmp_path: Path, tiny_bert: Path) -> None:
+    history = import_module("own_data").main(str(tiny_bert), str(tmp_path / "run")).history
+    assert list(history["test/error"]) == pytest.approx(list(1 - history["test/accuracy"]))
+
+
+def test_step_by_step(tmp_path: Path) -> None:
+    history = import_module("step_by_step").main(str(tmp_path / "run")).history
+    assert 3 < len(history) <= 10
+    assert list(history.index) == list(range(1, len(history) + 1))
+
+
+def test_own_method(tmp_path: Path) -> None:
+    assert len(import_module("own_method").main(str(tmp_path / "run")).history) == 10
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_an_example_is_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < 60
