@@ -63,11 +63,10 @@ class Server:
         self.optimizer = ServerOptimizer(plan.server_optimizer, plan.server)
         self.costs = client_costs(plan.federation, plan.client)
         self.folder, self.store = out / "checkpoints", ClientStore(out / "clients")
-        self.progress, self.base_updates, self.ledger = Progress(), BaseUpdates(), wire.Ledger()
-        self.done, self.chain = 0, ""
+        self.progress, self.base_updates = Progress(), BaseUpdates()
+        self.ledger, self.done, self.chain, self.split = wire.Ledger(), 0, "", False
         self._unsaved: tuple[Checkpoint, dict[str, Tensor], dict[str, Tensor]] | None = None
-        start = plan.start()
-        self.entries = start.layout.size
+        self.entries = (start := plan.start()).layout.size
         found, self.events = checkpoints.restore(out, plan.digest) if resume else (None, [])
         if found is None:
             self.state = plan.method.init(start, plan.seed)
@@ -88,7 +87,6 @@ class Server:
         self.sinks.start(self._info())
         for text in self.events:
             self.sinks.event(text)
-        split_before = False
         for t in range(self.done, self.plan.server.rounds):
             if self.progress.stopped:
                 return
@@ -102,8 +100,8 @@ class Server:
                 self._unsaved = self._checkpoint(record["state/digest"])  # again: it says that the run has ended
             for text in self.executor.drain_events():
                 self.sinks.event(text)
-            if record["clients/split"] and not split_before:
-                split_before = True
+            if record["clients/split"] and not self.split:
+                self.split = True
                 self.sinks.event("some packs do not fit into memory and are split; lower engine.pack to save the try")
             last = self.progress.stopped or self.done == self.plan.server.rounds
             if last or self.done % self.plan.checkpoint.every == 0:

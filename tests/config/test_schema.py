@@ -257,7 +257,7 @@ def test_profiles_that_are_refused(profiles: dict[str, Any], line: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("kind", "tier"),
+        ("kind", "nothing"),
         ("ranks", [0]),
         ("ranks", [2.0]),
         ("ranks", [True]),
@@ -318,7 +318,7 @@ def test_profiles_that_are_fine() -> None:
         ("data.validation", 1, "1"),
         ("wire.down.density", 0, "0"),
         ("wire.down.density", 1.5, "1.5"),
-        ("wire.down.values", "fp64", "'fp64'"),
+        ("wire.down.values", "double", "'double'"),
         ("wire.down.values", False, "false"),
         ("lora.target_modules", 3, "3"),
         ("lora.target_modules", ["query", 3], "['query', 3]"),
