@@ -1,4 +1,4 @@
-"""`rayfed data`: the rows of a run, who holds them, and how much the clients differ. Nothing is trained or written."""
+"""`rayfed data`: the rows of a run, who holds them, and how much the clients differ. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -52,20 +52,17 @@ def data(config: str, overrides: Sequence[str], svg: str | None) -> None:
 
 
 def rows(experiment: Experiment, federation: Federation) -> dict[str, str]:
-    """The rows of each split, the classes and the tokens, as text by label."""
-    splits = {name: len(federation.split(name)) for name in ("train", "validation", "test")}
-    found = {"rows": ", ".join(f"{count:,} {name}" for name, count in splits.items() if count)}
-    if experiment.data.source == "lowrank":
-        return found
+    """The rows of each split, and the tokens of a training row, as text by label."""
     import numpy as np
 
+    splits = {name: len(federation.split(name)) for name in ("train", "validation", "test")}
+    found = {"rows": ", ".join(f"{count:,} {name}" for name, count in splits.items() if count)}
     lengths = federation.train.lengths
     median, longest, limit = int(np.median(lengths)), int(lengths.max()), experiment.data.max_tokens
-    cut = (
-        f"; {100 * float((lengths == limit).mean()):.3g} % of the rows reach data.max_tokens"
-        if longest == limit
-        else ""
-    )
+    if longest == 1:  # rows without tokens
+        return found
+    share = f"{100 * float((lengths == limit).mean()):.3g} %"
+    cut = f"; {share} of the rows reach data.max_tokens" if longest == limit else ""
     return found | {"tokens a row": f"median {median}, most {longest}{cut}"}
 
 
