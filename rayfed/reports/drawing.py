@@ -123,7 +123,7 @@ def drawing() -> Iterator[None]:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("matplotlib: not installed, and figures need it; pip install 'rayfed[report]'") from None
+        raise UserError("matplotlib: not installed, and figures need it; pip install -e '.[report]'") from None
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # hides the message that it builds its font cache
     with matplotlib.rc_context(), warnings.catch_warnings():
         # matplotlib's font may lack a character of a name; the fonts of the page have it.

@@ -89,7 +89,7 @@ def build(project: str, entity: str = "", name: str = "rayfed") -> Any:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
     except ImportError:
-        raise UserError("workspace: wandb-workspaces is not installed: pip install 'rayfed[workspace]'") from None
+        raise UserError("workspace: wandb-workspaces is not installed: pip install -e '.[workspace]'") from None
     sections = [
         ws.Section(name=title, panels=[_panel(wr, panel) for panel in panels], is_open=number < 2)
         for number, (title, panels) in enumerate(SECTIONS.items())

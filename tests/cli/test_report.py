@@ -151,7 +151,7 @@ def test_report_without_matplotlib_is_refused_in_one_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert refused(capsys, "report", bare) == (
-        "matplotlib: not installed, and figures need it; pip install 'rayfed[report]'"
+        "matplotlib: not installed, and figures need it; pip install -e '.[report]'"
     )
     assert main(["compare", str(bare)]) == 0
 

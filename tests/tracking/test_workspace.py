@@ -124,5 +124,5 @@ def test_without_the_package_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "wandb_workspaces.reports.v2", None)
     assert main(["workspace", "--out", str(tmp_path / "x.json")]) == 2
-    assert "pip install 'rayfed[workspace]'" in capsys.readouterr().err
+    assert "pip install -e '.[workspace]'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
