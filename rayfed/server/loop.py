@@ -64,7 +64,7 @@ class Server:
         self.costs = client_costs(plan.federation, plan.client)
         self.folder, self.store = out / "checkpoints", ClientStore(out / "clients")
         self.progress, self.base_updates = Progress(), BaseUpdates()
-        self.ledger, self.done, self.chain, self.split = wire.Ledger(), 0, "", False
+        self.ledger, self.done, self.chain, self.split_reported = wire.Ledger(), 0, "", False
         self._unsaved: tuple[Checkpoint, dict[str, Tensor], dict[str, Tensor]] | None = None
         self.entries = (start := plan.start()).layout.size
         found, self.events = checkpoints.restore(out, plan.digest) if resume else (None, [])
@@ -100,8 +100,8 @@ class Server:
                 self._unsaved = self._checkpoint(record["state/digest"])  # again: it says that the run has ended
             for text in self.executor.drain_events():
                 self.sinks.event(text)
-            if record["clients/split"] and not self.split:
-                self.split = True
+            if record["clients/split"] and not self.split_reported:
+                self.split_reported = True
                 self.sinks.event("some packs do not fit into memory and are split; lower engine.pack to save the try")
             last = self.progress.stopped or self.done == self.plan.server.rounds
             if last or self.done % self.plan.checkpoint.every == 0:

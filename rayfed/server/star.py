@@ -7,6 +7,7 @@ function; see docs/architecture.md.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -43,7 +44,6 @@ class RoundLog:
     retried: int = 0
     split: int = 0  # clients whose pack did not fit into memory
     dense: int = 0  # bytes of the same messages, had every entry travelled in fp32
-    ranks: dict[int, int] = field(default_factory=dict)  # trained rank -> clients
     trained: list[list[int]] = field(default_factory=list)  # [client, trained rank]
     waited: float = 0.0  # seconds in which the server waited for uploads
 
@@ -72,7 +72,6 @@ class RoundLog:
         self.loss += result.losses[i] * result.examples[i]
         self.examples += result.examples[i]
         self.ok += 1
-        self.ranks[result.ranks[i]] = self.ranks.get(result.ranks[i], 0) + 1
         self.trained.append([client.client, result.ranks[i]])
 
     @property
@@ -87,10 +86,10 @@ class RoundLog:
 
     def counts(self) -> dict[str, Any]:
         """The metrics `clients/...`: numbers of clients, and each client that trained with its rank."""
-        ranks = {f"clients/rank_{rank}": count for rank, count in sorted(self.ranks.items())}
+        ranks = Counter(sorted(rank for _, rank in self.trained))
         own = {"ok": self.ok, "retried": self.retried, "split": self.split, "diverged": len(self.diverged)}
-        counts = {f"clients/{name}": count for name, count in own.items()}
-        return {**counts, **ranks, "clients/trained": sorted(self.trained)}
+        own |= {f"rank_{rank}": count for rank, count in ranks.items()}
+        return {f"clients/{name}": count for name, count in own.items()} | {"clients/trained": sorted(self.trained)}
 
     def events(self) -> list[str]:
         """One line about the clients that diverged; none if no client did."""

@@ -118,6 +118,7 @@ def test_a_pack_alone_is_no_more_suspect_than_the_starts_that_fail_with_it():
     for _ in range(15):
         rules.job_lost(training(1), losses, "evicted")
         rules.start_failed("evicted")
+    assert losses.count == 15  # far above engine.retries, and the run goes on
 
 
 def test_failed_starts_wait_longer_and_longer_and_a_good_one_ends_that():
