@@ -233,7 +233,7 @@ def test_without_matplotlib_the_refusal_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     comparison = read([write_run("a")])
-    with pytest.raises(UserError, match=r"^matplotlib: not installed, .*pip install 'rayfed\[report\]'$"):
+    with pytest.raises(UserError, match=r"^matplotlib: not installed, .*pip install -e '\.\[report\]'$"):
         write_report(comparison, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
