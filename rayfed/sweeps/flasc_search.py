@@ -195,8 +195,8 @@ class FlascSearch(Searcher):
         search = FlascSearch(experiment, metric="eval/loss", mode="min", rank=4, density=1 / 64, rounds=2)
         tuner(experiment, {}, tune_config=tune.TuneConfig(search_alg=search, num_samples=-1))
 
-    ``settings``: those of the section `sweep.search` of the kind flasc (`rayfed settings sweep.search`). ``metric``: a key
-    of the results; the value after a probe's last round counts.
+    ``settings``: those of the section `sweep.search` of the kind flasc (`rayfed settings sweep.search`). ``metric``: a
+    key of the results; the value after a probe's last round counts.
 
     The config of a trial has dotted settings of the experiment, with the trial's `name`. Its entry `START_FROM` is the
     run directory of the finished trial that it continues. A trainable that does not report a `RUN_DIR` gets no such
