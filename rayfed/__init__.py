@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rayfed.errors import RunError, UserError
     from rayfed.methods import Method
     from rayfed.objectives import Objective
+    from rayfed.sweeps import tune
     from rayfed.sweeps.sweep import SweepResult
     from rayfed.tasks.base import Task
     from rayfed.tasks.text_classification import TextClassification
@@ -44,6 +45,7 @@ _MODULES = {
     "load_model": "rayfed.api",
     "prepare": "rayfed.api",
     "run": "rayfed.api",
+    "tune": "rayfed.sweeps.tune",
 }
 __all__ = [
     "Callback",
@@ -64,6 +66,7 @@ __all__ = [
     "report",
     "run",
     "sweep",
+    "tune",
 ]
 
 
@@ -108,7 +111,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'rayfed' has no attribute {name!r}{hint}")
     from importlib import import_module
 
-    return getattr(import_module(_MODULES[name]), name)
+    module = import_module(_MODULES[name])
+    return module if module.__name__.endswith(f".{name}") else getattr(module, name)
 
 
 def __dir__() -> list[str]:
