@@ -16,7 +16,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import reduce
 from itertools import chain
+from operator import getitem
 from pathlib import Path
 
 import ray
@@ -191,11 +193,12 @@ def _continue(source: Path, folder: Path, experiment: Experiment) -> None:
                 shutil.copyfile(path, folder / name)
         atomic_write(folder / "config.yaml", dump_config(experiment))
         return
-    changed = changes(before.model_dump(mode="json"), experiment.model_dump(mode="json"))
+    old = before.model_dump(mode="json")
+    changed = changes(old, experiment.model_dump(mode="json"))
     _check_changes(changed, experiment)
     warm_start(source, folder, experiment)
     note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-    note |= {"trial": before.name, "before": {key: old for key, (old, _) in changed.items()}}
+    note |= {"trial": before.name, "before": {key: reduce(getitem, key.split("."), old) for key in changed}}
     if (source / NOTE).is_file():
         note["earlier"] = json.loads((source / NOTE).read_text(encoding="utf-8"))
     write_json(folder / NOTE, note)
