@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from rayfed.config.sweep import Sweep
 from rayfed.files import atomic_write
 from rayfed.sweeps.plan import Trial
+from rayfed.sweeps.progress import RunningTrials
 from rayfed.sweeps.table import (
     NOT_SELECTED,
     STOPPED,
@@ -23,7 +24,7 @@ from rayfed.tracking import Table
 from rayfed.tracking.console import PlainView
 from rayfed.tracking.jsonl import to_line
 
-MakeTable = Callable[[Sequence[Trial], Mapping[str, TrialRow]], Table]
+MakeTable = Callable[[Mapping[str, TrialRow]], Table]
 
 
 class SweepLog:
@@ -39,21 +40,38 @@ class SweepLog:
         self.out, self.sweep, self.view, self.make_table, self.on_trial_end = out, sweep, view, make_table, on_trial_end
         self.trials: dict[str, Trial] = {}
         self.rows: dict[str, TrialRow] = {}
+        self.progress = RunningTrials(view, sweep.metric)
 
-    def set_trials(self, trials: Sequence[Trial]) -> None:
+    def set_trials(self, trials: Iterable[Trial]) -> None:
         """Replaces the trials, in this order; reads their rows from the directories."""
+        trials = list(trials)
         self.trials = {trial.name: trial for trial in trials}
         self.rows = {trial.name: trial_row(self.out, trial, self.sweep) for trial in trials}
         self.write()
 
-    def trial_ended(self, name: str) -> None:
+    def add(self, trial: Trial) -> None:
+        """Adds a trial, or its new settings."""
+        self.trials[trial.name] = trial
+        self.rows[trial.name] = trial_row(self.out, trial, self.sweep)
+
+    def trial_ended(self, trial: Trial) -> None:
         """Reads the row of the trial again and shows it."""
-        row = self.rows[name] = trial_row(self.out, self.trials[name], self.sweep)
+        self.add(trial)
+        self.progress.end(trial.name)
         self.write()
-        ended = sum(row["status"] != UNFINISHED for row in self.rows.values())
-        self.event(f"[{ended}/{len(self.rows)}] {row['status']} {name}: {self._result(row)}")
+        row = self.rows[trial.name]
+        self.event(f"[{self.ended}/{len(self.rows)}] {row['status']} {trial.name}: {self._result(row)}")
         if self.on_trial_end:
-            self.on_trial_end(self.trials[name])
+            self.on_trial_end(trial)
+
+    @property
+    def ended(self) -> int:
+        """How many trials have ended."""
+        return sum(row["status"] != UNFINISHED for row in self.rows.values())
+
+    def show_progress(self) -> None:
+        """Shows the running trials from time to time."""
+        self.progress.show(self.ended, len(self.rows))
 
     def select(self) -> list[Trial]:
         """The trials with the best tuned values. Of the others, those that have not ended are marked."""
@@ -71,7 +89,7 @@ class SweepLog:
     def write(self) -> Table:
         """Writes both files. Returns the table."""
         atomic_write(self.out / "sweep.jsonl", "".join(f"{to_line(row)}\n" for row in self.rows.values()))
-        table = self.make_table(list(self.trials.values()), self.rows)
+        table = self.make_table(self.rows)
         page = io.StringIO()
         PlainView(page).table(table)
         atomic_write(self.out / "table.txt", page.getvalue().lstrip("\n"))

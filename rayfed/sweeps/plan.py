@@ -116,9 +116,7 @@ class Refusals:
             raise UserError("\n".join(lines))
 
 
-def trial_experiment(
-    settings: Mapping[str, Any], overrides: Mapping[str, Any], group: str, name: str
-) -> Experiment:
+def trial_experiment(settings: Mapping[str, Any], overrides: Mapping[str, Any], group: str, name: str) -> Experiment:
     """The settings of a trial: the shared ones with the trial's own, dotted, in their place. UserError if one is wrong.
 
     ``group`` is the W&B group of the trials, unless the settings name one.

@@ -14,11 +14,12 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import reduce
 from itertools import chain
+from operator import getitem
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray import tune
@@ -30,6 +31,8 @@ from rayfed.errors import UserError
 from rayfed.files import atomic_write, remove_path, write_json
 from rayfed.run_directory import locked
 from rayfed.server import checkpoint as checkpoints
+from rayfed.sweeps.plan import Trial
+from rayfed.sweeps.trial import in_one_line, outcome_file, read_outcome, record_outcome, trial_folder
 from rayfed.sweeps.warm_start import NOTE, RUN_DIR, check_rank_change, warm_start
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Record, read_metrics
@@ -41,12 +44,14 @@ RANK = ("lora.rank", "lora.alpha", "lora.rslora")
 
 
 @contextmanager
-def run_folder(folder: Path, experiment: Experiment, start: Path | None) -> Iterator[int]:
+def run_folder(
+    folder: Path, experiment: Experiment, given: tune.Checkpoint | None = None, start: str | None = None
+) -> Iterator[int]:
     """Locks the run directory and prepares it for the trial. Yields the last round that Tune knows of the trial.
 
-    ``start`` is a run directory that a new trial continues. UserError where the settings do not allow to continue.
+    ``given`` is Tune's checkpoint of the trial. ``start`` is a run directory that a new trial continues. UserError where
+    the settings do not allow to continue.
     """
-    given = tune.get_checkpoint()
     with locked(folder, wait=math.inf):  # a trial of a killed process may live on for a moment
         if given is not None:
             with given.as_directory() as path:
@@ -55,7 +60,7 @@ def run_folder(folder: Path, experiment: Experiment, start: Path | None) -> Iter
             for name in STATE:  # the process died before the first round
                 remove_path(folder / name)
             if start is not None:
-                warm_start(start, folder, experiment)
+                warm_start(Path(start), folder, experiment)
             else:  # now the folder is a run directory, whatever Tune has written into it
                 atomic_write(folder / "config.yaml", dump_config(experiment))
         yield last_round(folder) if given is not None else 0
@@ -79,8 +84,11 @@ def load_federation(experiment: Experiment, shared: Mapping[str, ray.ObjectRef])
     return _last[key]
 
 
-def run_trial(experiment: Experiment, folder: Path, federation: Federation | None, known: int) -> Iterator[Record]:
-    """Runs the trial. Yields the records of all rounds after round ``known``: the last one once the run has ended."""
+def run_rounds(experiment: Experiment, folder: Path, federation: Federation, known: int) -> Iterator[Record]:
+    """Runs the experiment. Yields the records of all rounds after round ``known``: the last one once the run has ended.
+
+    So a scheduler that stops a trial after its last round stops nothing.
+    """
     done = last_round(folder)
     earlier = read_metrics(folder / "metrics.jsonl") if known < done else []
     with iter_rounds(experiment, folder, resume=True, federation=federation) as rounds:
@@ -91,18 +99,54 @@ def run_trial(experiment: Experiment, folder: Path, federation: Federation | Non
             yield record
 
 
-def report(records: Iterable[Record], folder: Path, checkpoints: bool) -> None:
-    """Reports every record to Tune, with a checkpoint where the run has just written one and Tune takes ``checkpoints``.
+def run_trial(
+    trial: Trial, out: Path, federation: Federation, given: tune.Checkpoint | None = None,
+    tell: Callable[[Record], object] = lambda record: None,
+) -> None:  # fmt: skip
+    """Runs the trial of a sweep to its end, and records the outcome. Only the death of the process leaves it without.
+
+    ``tell`` gets every record that Tune does not know; a trial that has ended already is not run, but told again. After
+    a failure it gets the reason alone: a metric of an earlier round must not stand for the trial.
+    """
+    folder, experiment = trial_folder(out, trial), trial.experiment
+    outcome = read_outcome(out, trial) if given is None else None
+    if outcome is not None:
+        last = outcome.round or experiment.server.rounds
+        for record in read_metrics(folder / "metrics.jsonl") if outcome.status != "failed" else []:
+            if record["round"] <= last:
+                tell(record)
+        return
+    start = str(folder.with_name(trial.continues)) if trial.continues else None
+    try:
+        with run_folder(folder, experiment, given, start) as known:
+            for record in run_rounds(experiment, folder, federation, known):
+                if record["round"] == experiment.server.rounds:
+                    _record_done(trial, out)
+                tell(record)
+        if not outcome_file(out, trial).is_file():  # the run stopped early
+            _record_done(trial, out)
+    except Exception as error:
+        line = in_one_line(error)
+        record_outcome(out, trial, "failed", error=line)
+        tell({"failed": line})
+
+
+def _record_done(trial: Trial, out: Path) -> None:
+    summary = json.loads((trial_folder(out, trial) / "summary.json").read_text(encoding="utf-8"))
+    record_outcome(out, trial, "done", summary=summary)
+
+
+def report(record: Record, folder: Path, take_checkpoints: bool = True) -> None:
+    """Reports the record to Tune, with a checkpoint if the run has just written one and Tune shall take checkpoints.
 
     The keys are those of metrics.jsonl, without values that were not measured, and `run_dir`.
     """
-    for record in records:
-        metrics = {key: value for key, value in record.items() if value is not None} | {RUN_DIR: str(folder)}
-        if checkpoints and last_round(folder) == record["round"]:
-            with _snapshot(folder) as checkpoint:
-                tune.report(metrics, checkpoint=checkpoint)
-        else:
-            tune.report(metrics)
+    metrics = {key: value for key, value in record.items() if value is not None} | {RUN_DIR: str(folder)}
+    if take_checkpoints and last_round(folder) == record.get("round"):
+        with _snapshot(folder) as checkpoint:
+            tune.report(metrics, checkpoint=checkpoint)
+    else:
+        tune.report(metrics)
 
 
 @contextmanager
@@ -149,11 +193,12 @@ def _continue(source: Path, folder: Path, experiment: Experiment) -> None:
                 shutil.copyfile(path, folder / name)
         atomic_write(folder / "config.yaml", dump_config(experiment))
         return
-    changed = changes(before.model_dump(mode="json"), experiment.model_dump(mode="json"))
+    old = before.model_dump(mode="json")
+    changed = changes(old, experiment.model_dump(mode="json"))
     _check_changes(changed, experiment)
     warm_start(source, folder, experiment)
     note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-    note |= {"trial": before.name, "before": {key: old for key, (old, _) in changed.items()}}
+    note |= {"trial": before.name, "before": {key: reduce(getitem, key.split("."), old) for key in changed}}
     if (source / NOTE).is_file():
         note["earlier"] = json.loads((source / NOTE).read_text(encoding="utf-8"))
     write_json(folder / NOTE, note)

@@ -13,9 +13,9 @@
     )
     results = tuner.fit()  # a ResultGrid; the path of a result is a run directory
 
-A trial is a run. Its config has dotted settings, which take the place of the experiment's. Tune gets every round's record
-under the keys of metrics.jsonl, and a checkpoint every `checkpoint.every` rounds. So any scheduler and any searcher of
-Tune works, and `tune.Tuner.restore(path, rayfed.tune.trainable(experiment))` continues what was interrupted.
+A trial is a run. Its config has dotted settings, which take the place of the experiment's. Tune gets every round's
+record under the keys of metrics.jsonl, and a checkpoint every `checkpoint.every` rounds. So any scheduler and any
+searcher of Tune works, and `tune.Tuner.restore(path, rayfed.tune.trainable(experiment))` continues what was interrupted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from rayfed.config.types import MOST_TRIALS
 from rayfed.engine.driver import start_ray
 from rayfed.errors import UserError
 from rayfed.sweeps.plan import Refusals, Trial, check_data, make_trials, trial_experiment
-from rayfed.sweeps.process import load_federation, report, run_folder, run_trial
+from rayfed.sweeps.process import load_federation, report, run_folder, run_rounds
 from rayfed.sweeps.resources import bundles, check_fits, placement_group
 from rayfed.sweeps.space import Point
 from rayfed.sweeps.warm_start import START_FROM
@@ -114,13 +114,14 @@ def _trainable(experiment: Experiment, data: Mapping[str, ray.ObjectRef]) -> Cal
     settings, group = experiment.model_dump(mode="json", exclude_unset=True), experiment.name
 
     def train(config: Config) -> None:
-        start, context = config.get(START_FROM), tune.get_context()
+        context = tune.get_context()
         trial = trial_experiment(settings, overrides(config), group, context.get_trial_name())
         storage = context.get_storage()
         local = isinstance(storage.storage_filesystem, LocalFileSystem)
         folder = Path(storage.trial_fs_path if local else storage.trial_working_directory)
-        with run_folder(folder, trial, Path(start) if start else None) as known:
-            report(run_trial(trial, folder, load_federation(trial, data), known), folder, checkpoints=True)
+        with run_folder(folder, trial, tune.get_checkpoint(), config.get(START_FROM)) as known:
+            for record in run_rounds(trial, folder, load_federation(trial, data), known):
+                report(record, folder)
 
     def resources(config: Config) -> tune.PlacementGroupFactory:
         try:

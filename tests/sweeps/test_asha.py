@@ -13,7 +13,8 @@ from rayfed.sweeps.asha import ResumableASHA, build_scheduler, compared_rounds
 from rayfed.sweeps.plan import Trial, plan_trials
 from rayfed.sweeps.sweep import run_sweep
 from rayfed.sweeps.table import make_table, trial_row
-from rayfed.sweeps.trial import outcome_file, record_outcome, run_trial, trial_folder
+from rayfed.sweeps.process import run_trial
+from rayfed.sweeps.trial import outcome_file, record_outcome, trial_folder
 from rayfed.tracking import read_metrics
 
 GRID = {"seed": {"grid": [0, 1]}}

@@ -1,0 +1,183 @@
+"""What a sweep runs: the base class of lists of trials and of searches.
+
+A search gives Ray Tune a search algorithm or a scheduler. It knows the trials so far, by the files in the sweep's
+directory. So a resumed sweep repeats no finished trial. What a search decides next may depend on the order in which
+trials ended.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rayfed.config.sweep import Sweep
+from rayfed.errors import UserError
+from rayfed.files import atomic_write
+from rayfed.sweeps.log import SweepLog
+from rayfed.sweeps.plan import Trial, make_trials, plan_trials
+from rayfed.sweeps.space import Point
+from rayfed.sweeps.table import TrialRow, make_table, selection_trials
+from rayfed.sweeps.trial import outcome_file, read_outcome
+from rayfed.tasks.data.federation import Federation
+from rayfed.tracking import Table
+from rayfed.tracking.jsonl import to_line
+
+SEARCH_FILE = "search.jsonl"
+
+
+class Search(ABC):
+    """The trials of the sweep in the directory ``out``. ``settings``: what all trials share.
+
+    A derived class checks its settings in `__init__` (UserError before anything starts). There it sets ``checked``:
+    trials that ask Ray for as much as any later trial, and ``federations``: the data of the trials, by `Trial.data`.
+    """
+
+    pauses = False
+    """Whether Tune pauses trials, or copies them: then it needs their checkpoints."""
+
+    def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
+        self.settings, self.sweep, self.out = settings, sweep, out
+        self.sign = 1 if sweep.mode == "max" else -1
+        self.checked: list[Trial] = []
+        self.federations: dict[str, Federation] = {}
+        self.trials: dict[str, Trial] = {}
+        """The trials so far, by name, in order."""
+        self.log: SweepLog | None = None
+        """Set by `run`."""
+
+    @abstractmethod
+    def tuner(self) -> dict[str, Any]:
+        """The arguments of `tune.TuneConfig` and, as `param_space`, the space: Tune runs all trials that are missing."""
+
+    @abstractmethod
+    def table(self, rows: Mapping[str, TrialRow]) -> Table:
+        """The table of the sweep; ``rows`` are the trials' rows of sweep.jsonl by name."""
+
+    def lines(self) -> Sequence[Mapping[str, Any]]:
+        """The lines of search.jsonl; none: there is no such file."""
+        return ()
+
+    def complete(self) -> bool:
+        """Whether all trials have ended, and no further one follows."""
+        return not self.missing(self.trials.values())
+
+    def run(self, log: SweepLog) -> None:
+        """Runs the missing trials on Ray Tune. Without any, Ray is not even imported."""
+        if self.log is None:
+            self.log = log
+            log.set_trials(self.trials.values())
+        if not self.complete():
+            from rayfed.sweeps.on_tune import run_on_tune
+
+            run_on_tune(self)
+        self.write()
+
+    def trial(self, name: str) -> Trial:
+        """The trial of that name, with its settings as they are now."""
+        return self.trials[name]
+
+    def trial_at(self, name: str, overrides: Mapping[str, Any], labels: Mapping[str, Any] | None = None) -> Trial:
+        """The trial of that name, added to the trials if it is new. UserError where its settings are wrong."""
+        if name not in self.trials:
+            point = Point(overrides, overrides if labels is None else labels)
+            (self.trials[name],) = make_trials(self.settings, [point], [name])
+            if self.log is not None:
+                self.log.add(self.trials[name])
+        return self.trials[name]
+
+    def missing(self, trials: Iterable[Trial]) -> list[Trial]:
+        """The trials that have not ended, and those that failed. UserError where one was made with other settings."""
+        outcomes = [(trial, read_outcome(self.out, trial)) for trial in trials]
+        return [trial for trial, outcome in outcomes if outcome is None or outcome.status == "failed"]
+
+    def forget_failures(self) -> None:
+        """Removes the outcomes of failed trials, which then run again."""
+        for trial in self.missing(self.trials.values()):
+            outcome_file(self.out, trial).unlink(missing_ok=True)
+
+    def write(self) -> None:
+        """Writes search.jsonl."""
+        if lines := self.lines():
+            atomic_write(self.out / SEARCH_FILE, "".join(f"{to_line(line)}\n" for line in lines))
+
+    def refuse_resume(self, recorded: str, now: str) -> NoReturn:
+        """UserError: search.jsonl does not belong to the settings with which the sweep is resumed."""
+        raise UserError(
+            f"--resume: {self.out / SEARCH_FILE} has {recorded}, but the resumed sweep {now}; resume with the sweep's "
+            "own sweep.yaml or choose another --out"
+        )
+
+
+class TrialList(Search):
+    """A sweep without a search: every point of the spaces is a trial, and all are known before the first one starts.
+
+    With `tune_seeds`, the trials of the first seeds run first. Of the others only those with the chosen values run.
+    """
+
+    def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
+        super().__init__(settings, sweep, out)
+        self.checked, self.federations = plan_trials(settings, sweep)
+        self.trials = {trial.name: trial for trial in self.checked}
+        self.missing(self.checked)  # UserError where one was made with other settings
+        self.now: Sequence[Trial] = self.checked
+        """The trials that Tune gets."""
+        self.stop = sweep.stop
+
+    def run(self, log: SweepLog) -> None:
+        first = self.now = selection_trials(self.checked, self.sweep)
+        later = f"; {len(self.checked) - len(first)} wait for the selection" if len(first) < len(self.checked) else ""
+        log.event(f"sweep {self.out}: {len(first)} trials, {len(self.missing(first))} to run{later}")
+        super().run(log)
+        if later:
+            self.now = log.select()
+            # Not with `stop`: a mean over only those seeds that were not stopped would be too good.
+            self.stop = None
+            log.event(f"selected: {len(self.now)} trials of {len(self.checked)}, {len(self.missing(self.now))} to run")
+            if not self.complete():
+                super().run(log)
+
+    def complete(self) -> bool:
+        return not self.missing(self.now)
+
+    def tuner(self) -> dict[str, Any]:
+        from rayfed.sweeps.schedulers import ListedTrials, asha
+
+        # A scheduler compares the missing trials with those that have ended: Tune gets these, too.
+        trials = self.now if self.stop else self.missing(self.now)
+        rounds = max(trial.experiment.server.rounds for trial in trials)
+        scheduler = asha(self.stop, self.sweep, rounds) if self.stop else None
+        return {"search_alg": ListedTrials(trials), "scheduler": scheduler}
+
+    def table(self, rows: Mapping[str, TrialRow]) -> Table:
+        return make_table(self.checked, rows, self.sweep)
+
+
+def read_search(out: Path) -> list[dict[str, Any]]:
+    """The lines of the directory's search.jsonl; none if there is no such file. UserError if it is damaged."""
+    path = out / SEARCH_FILE
+    if not path.is_file():
+        return []
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line is no mapping")
+    except ValueError as error:
+        raise UserError(f"--resume: {path} is damaged ({error}); choose another --out") from None
+    return lines
+
+
+def build_search(settings: dict[str, Any], sweep: Sweep, out: Path) -> Search:
+    """The trials or the search that the section describes. UserError, before anything starts, where it is wrong."""
+    kind = sweep.search.kind if sweep.search else None
+    if kind == "optuna":
+        from rayfed.sweeps.optuna_search import OptunaPoints
+
+        return OptunaPoints(settings, sweep, out)
+    if kind == "pbt":
+        from rayfed.sweeps.pbt import Population
+
+        return Population(settings, sweep, out)
+    return TrialList(settings, sweep, out)
