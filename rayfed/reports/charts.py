@@ -85,7 +85,7 @@ def pareto(comparison: Comparison, styles: Styles, named: bool) -> Any:
 
 
 def methods(comparison: Comparison, styles: Styles) -> Any:
-    """One point per method: the value of its best group, with the deviation over seeds. The best method is at the top."""
+    """One point per method: the value of its best group, with the deviation over seeds. The best is at the top."""
     best, (name, number) = comparison.best_of_methods[::-1], comparison.shown
     figure, axes = drawing.blank(0.9 + 0.3 * len(best))
     for i, group in enumerate(best):
