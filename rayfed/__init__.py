@@ -73,15 +73,18 @@ __all__ = [
 def sweep(
     config: str | Path, overrides: Sequence[str] = (), *, out: str | Path | None = None, resume: bool = False
 ) -> SweepResult:
-    """Runs the sweep in the YAML file ``config`` to its end, as `rayfed sweep` does.
+    """Runs the sweep in the YAML file ``config`` to its end and writes its `report.html`, as `rayfed sweep` does.
 
     ``overrides`` are `key=value`. ``out`` (default `runs/NAME-TIME`) must be empty or absent unless ``resume``. A trial
     that fails is recorded, and the others continue: see the result's `failed`, `rows` and `table`. Raises UserError
     before anything is started where a trial is wrong.
     """
+    from rayfed.reports.sweep_page import write_sweep_page
     from rayfed.sweeps.sweep import run_sweep
 
-    return run_sweep(config, overrides, out, resume)
+    result = run_sweep(config, overrides, out, resume)
+    write_sweep_page(result.out)
+    return result
 
 
 def report(*folders: str | Path, out: str | Path | None = None, target: float | None = None) -> Path:

@@ -88,12 +88,13 @@ def differing(comparison: Comparison) -> Table:
 
 def front(comparison: Comparison) -> Table:
     """The Pareto front of accuracy and bytes, fewest bytes first."""
-    measure = comparison.measure
-    columns: Columns = [("", lambda g: g.label), ("MB both ways", lambda g: megabytes(g.mean(lambda r: r.bytes)))]
-    columns.append((measure.label, lambda g: _spread(g, measure, lambda r: r.value)))
-    if measure.report:
-        columns.append(("test accuracy", lambda g: _spread(g, measure, lambda r: r.report)))
-    return _table("Pareto front", columns, comparison.front)
+    return _table("Pareto front", [("", lambda g: g.label), *_results(comparison.measure)], comparison.front)
+
+
+def methods(comparison: Comparison) -> Table:
+    """The best group of each method on validation, the best method first."""
+    columns: Columns = [("", lambda g: str(g.settings["method.name"])), ("best setting", lambda g: g.label)]
+    return _table("Best of each method", [*columns, *_results(comparison.measure)], comparison.best_of_methods)
 
 
 def parts(comparison: Comparison, ledgers: Ledgers) -> Table:
@@ -157,6 +158,15 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("time of all rounds", clock(seconds)),
         *([("not finite in the last round", str(nonfinite))] if nonfinite else []),
     ]
+
+
+def _results(measure: Measure) -> Columns:
+    """The columns with the bytes and the values of a group."""
+    columns: Columns = [("MB both ways", lambda g: megabytes(g.mean(lambda r: r.bytes)))]
+    columns.append((measure.label, lambda g: _spread(g, measure, lambda r: r.value)))
+    if measure.report:
+        columns.append(("test accuracy", lambda g: _spread(g, measure, lambda r: r.report)))
+    return columns
 
 
 def _table(title: str, columns: Columns, groups: Sequence[RunGroup]) -> Table:

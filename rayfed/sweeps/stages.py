@@ -26,13 +26,12 @@ from rayfed.sweeps.plan import Trial, check_trials, make_trials
 from rayfed.sweeps.space import Point
 from rayfed.sweeps.table import TrialRow, trial_row
 from rayfed.sweeps.trial import outcome_file, read_outcome
+from rayfed.sweeps.warm_start import CONSTANT as CONSTANT
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Table
 from rayfed.tracking.jsonl import to_line
 
 SEARCH_FILE = "search.jsonl"
-CONSTANT = {"client.schedule.kind": "constant", "server.schedule.kind": "constant", "eval.controls": False}
-"""Overrides of trials that later trials continue: constant rates after the warm-up, and nothing at the end."""
 
 
 @dataclass(frozen=True)
