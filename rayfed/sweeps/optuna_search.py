@@ -6,8 +6,8 @@ one are dropped.
 
 A point runs once, or at every seed of the grid of `seed`; its values are the means over its trials. (Tune's `Repeater`
 knows one aim only, and gives trials no seeds of their own.) At most `batch` points are open at a time. A point fails if
-one of its trials has no metric, or if its settings do not go together. A point that repeats an earlier one gets the values
-of the earlier one, and runs no trial.
+one of its trials has no metric, or if its settings do not go together. A point that repeats an earlier one gets the
+values of the earlier one, and runs no trial.
 
 search.jsonl has a line for each point. A resumed search tells Optuna the values of all points whose trials have ended,
 and goes on with the others. The points that follow may differ from those of an uninterrupted search.
@@ -95,13 +95,11 @@ def distributions(sweep: Sweep) -> dict[str, optuna.distributions.BaseDistributi
     if len(cases) > 1:
         found[CASE] = CategoricalDistribution(range(len(cases)))
     for name, space in spaces.items():
-        ((kind, values),) = space.items()
-        choice = kind == "choice"
-        found[name] = (
-            CategoricalDistribution(range(len(values)))
-            if choice
-            else FloatDistribution(*values, log=kind == "loguniform")
-        )
+        if "choice" in space:
+            found[name] = CategoricalDistribution(range(len(space["choice"])))
+        else:
+            ((kind, (low, high)),) = space.items()
+            found[name] = FloatDistribution(low, high, log=kind == "loguniform")
     return found
 
 
@@ -168,20 +166,19 @@ class OptunaPoints(Search):
 
     def optuna(self) -> OptunaSearch:
         """Tune's searcher, with the values of all points whose trials have ended; it suggests the others first."""
-        from ray.tune.search.optuna import OptunaSearch
-
         import optuna
+        from ray.tune.search.optuna import OptunaSearch
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         space, storage = distributions(self.sweep), optuna.storages.InMemoryStorage()
         modes = [self.sweep.mode, *(["min"] if self.search.against else [])]
+        toward = {"max": optuna.study.StudyDirection.MAXIMIZE, "min": optuna.study.StudyDirection.MINIMIZE}
         aims = (
             {"metric": self.objectives, "mode": modes}
             if self.search.against
             else {"metric": self.sweep.metric, "mode": self.sweep.mode}
         )
-        directions = ["maximize" if mode == "max" else "minimize" for mode in modes]
-        study = optuna.create_study(storage=storage, study_name="sweep", directions=directions)
+        study = optuna.create_study(storage=storage, study_name="sweep", directions=[toward[mode] for mode in modes])
         for own in self.suggestions:
             if own.ended:
                 failed = {"state": optuna.trial.TrialState.FAIL}
@@ -219,10 +216,13 @@ class OptunaPoints(Search):
             if against := self.search.against:
                 own.values += (mean(total_of(self.out, trial, against) for trial in own.trials),)
 
+    def by_key(self, own: Suggestion) -> dict[str, float] | None:
+        """The values of the point by their keys; None if it failed or has not ended."""
+        return None if own.values is None else dict(zip(self.objectives, own.values, strict=True))
+
     def lines(self) -> list[dict[str, Any]]:
         found = []
         for own in self.suggestions:
-            values = own.values and dict(zip(self.objectives, own.values, strict=True))
             found.append(
                 {
                     "point": own.number,
@@ -231,7 +231,7 @@ class OptunaPoints(Search):
                     "trials": [trial.name for trial in own.trials],
                     **({"same_as": own.same_as} if own.same_as is not None else {}),
                     **({"refused": own.refused} if own.refused else {}),
-                    "values": values,
+                    "values": self.by_key(own),
                 }
             )
         if self.complete():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class ListedTrials(Searcher):
     """Suggests the trials in their order.
 
-    The list is made before Ray starts, because every trial is checked first. Random draws in it are keyed by setting and
-    number, so that a sweep may grow without new draws for the trials that it has. (Tune's own generator draws one
+    The list is made before Ray starts, because every trial is checked first. Random draws in it are keyed by setting
+    and number, so that a sweep may grow without new draws for the trials that it has. (Tune's own generator draws one
     sequence of numbers for all settings.)
     """
 
@@ -107,11 +107,11 @@ class Generations(PopulationBasedTraining):
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Where all others wait for this one, which has failed, begins the next generation without it."""
-        state = self._trial_state[trial]
-        state.last_score, state.last_train_time = None, self._next_perturbation_sync
+        end, state = self._next_perturbation_sync, cast(Any, self._trial_state)
+        state[trial].last_score, state[trial].last_train_time = None, end
         others = [other for other in tune_controller.get_live_trials() if other is not trial]
-        if others and all(self._trial_state[own].last_train_time >= self._next_perturbation_sync for own in others):
-            super().on_trial_result(tune_controller, others[0], self._trial_state[others[0]].last_result)
+        if others and all(state[other].last_train_time >= end for other in others):
+            super().on_trial_result(tune_controller, others[0], state[others[0]].last_result)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         self.on_trial_complete(tune_controller, trial, {})
@@ -169,8 +169,7 @@ class SuggestedTrials(Searcher):
             first = own if own.same_as is None else self.points.suggestions[own.same_as - 1]
             if not own.ended and not any(trial.name in busy for trial in first.trials):
                 self.points.end(own)
-                result = own.values and dict(zip(self.points.objectives, own.values, strict=True))
-                self.optuna.on_trial_complete(str(own.number), result, error=result is None)
+                self.optuna.on_trial_complete(str(own.number), self.points.by_key(own), error=own.values is None)
 
     def save(self, checkpoint_path: str) -> None:
         """Does nothing: a sweep is resumed from its trials' directories."""
