@@ -24,7 +24,8 @@ from ray import tune
 from rayfed.engine.driver import start_ray
 from rayfed.errors import UserError
 from rayfed.files import remove_path
-from rayfed.sweeps.plan import Trial, make_trials, trial_experiment
+from rayfed.sweeps.log import SweepLog
+from rayfed.sweeps.plan import make_trials, trial_experiment
 from rayfed.sweeps.process import load_federation, report, run_trial
 from rayfed.sweeps.resources import bundles, check_fits, placement_group
 from rayfed.sweeps.search import Search
@@ -43,8 +44,8 @@ ENVIRONMENT = OF_TRIALS | {  # Tune reads these variables when the sweep starts
 STORAGE = "tune"  # the folder of Tune in the sweep's directory
 
 
-def run_on_tune(search: Search) -> None:
-    """Starts Ray (or joins it) and runs the missing trials of the search; its log hears of each that has ended.
+def run_on_tune(search: Search, log: SweepLog) -> None:
+    """Starts Ray (or joins it) and runs the missing trials of the search; ``log`` hears of each that has ended.
 
     UserError where the cluster can never hold one of the trials. If Ray was started here, it is shut down in the end.
     """
@@ -70,7 +71,7 @@ def run_on_tune(search: Search) -> None:
                     storage_path=str(search.out),
                     verbose=0,
                     failure_config=tune.FailureConfig(max(trial.experiment.engine.retries for trial in search.checked)),
-                    callbacks=[_Watch(search)],
+                    callbacks=[_Watch(search, log)],
                 ),
             ).fit()
         finally:
@@ -126,8 +127,8 @@ def _trainable(search: Search, data: Mapping[str, ray.ObjectRef]) -> Callable[[C
 class _Watch(tune.Callback):
     """Tells the log what happens. Records the outcome of stopped trials and of those whose process died."""
 
-    def __init__(self, search: Search) -> None:
-        self.search, self.log = search, search.log
+    def __init__(self, search: Search, log: SweepLog) -> None:
+        self.search, self.log = search, log
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.log.show_progress()

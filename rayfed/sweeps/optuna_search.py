@@ -1,18 +1,16 @@
-"""Points suggested by Optuna (Akiba et al. 2019, arXiv 1907.10902), in batches.
+"""Points suggested by Optuna (Akiba et al. 2019, arXiv 1907.10902), through Ray Tune's `OptunaSearch`.
 
-The study is in memory, and the sampler is seeded by the run's seed. So equal results give equal points. Optuna suggests
-a batch before it knows any result of the batch, and gets the results in the order of its suggestions, whatever the
-order in which the trials ended. (For the Parzen estimators a running point counts as a bad one, so a batch spreads
-out.)
+Each space of `parameters` is a parameter of Optuna; a choice is suggested by its index. The cases are one more choice,
+and the spaces of all cases are parameters, too. Optuna always suggests all of them; those of other cases than the chosen
+one are dropped.
 
-Each space of `parameters` is a parameter of Optuna; a choice is suggested by its index. The label of a case is a
-choice. The spaces of a case are suggested only if the case was chosen, under names of their own.
+A point runs once, or at every seed of the grid of `seed`; its values are the means over its trials. (Tune's `Repeater`
+knows one aim only, and gives trials no seeds of their own.) At most `batch` points are open at a time. A point fails if
+one of its trials has no metric, or if its settings do not go together. A point that repeats an earlier one gets the
+values of the earlier one, and runs no trial.
 
-A batch is a stage (see `rayfed.sweeps.stages`). A point runs once, or at every seed of the grid of `seed`; its values
-are the means over its trials. A point fails if one of its trials has no metric, or if its settings do not go together.
-After a batch, search.jsonl has its values, and a resumed search gives these to Optuna. So a failed trial that succeeds
-when it runs again is in the table, but changes no later point. Optuna suggests all points again, and they must equal
-those in search.jsonl.
+search.jsonl has a line for each point. A resumed search tells Optuna the values of all points whose trials have ended,
+and goes on with the others. The points that follow may differ from those of an uninterrupted search.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ import itertools
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
@@ -33,6 +31,7 @@ from rayfed.config.sweep import SEED, Sweep
 from rayfed.config.types import MOST_TRIALS
 from rayfed.errors import UserError
 from rayfed.sweeps.plan import Trial, check_trials, make_trials
+from rayfed.sweeps.search import Search, read_search
 from rayfed.sweeps.space import (
     CASE,
     Point,
@@ -45,61 +44,37 @@ from rayfed.sweeps.space import (
     short_names,
     split_case,
 )  # fmt: skip
-from rayfed.sweeps.stages import SearchState, StagedSearch, read_search
-from rayfed.sweeps.table import TrialRow, format_labels, format_mb, format_mean, groups, value_columns
+from rayfed.sweeps.table import TrialRow, format_labels, format_mb, format_mean, groups, trial_row, value_columns
 from rayfed.sweeps.trial import trial_folder
 from rayfed.tracking import Table, read_metrics
 
 if TYPE_CHECKING:
     import optuna
+    from ray.tune.search.optuna import OptunaSearch
 
 Values = tuple[float, ...]
 """The metric and, with a second objective, its amount."""
+Params = dict[str, Any]
+"""What Optuna suggests: numbers, and the indices of choices."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Suggestion:
-    """Point ``number`` (from 1) of the search. ``same_as``: the number of an earlier point with the same settings."""
+    """Point ``number`` (from 1) of the search."""
 
     number: int
+    params: Params
     point: Point
-    same_as: int | None
-
-
-class Study:
-    """Optuna's study. UserError if Optuna is not installed."""
-
-    def __init__(self, search: OptunaSettings, sweep: Sweep, seed: int) -> None:
-        check_installed()
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.sweep = sweep
-        self.suggestions: list[Suggestion] = []
-        self._trials: list[optuna.Trial] = []
-        self._first: dict[str, int] = {}  # settings -> the number of the first point with them
-        less, more = optuna.study.StudyDirection.MINIMIZE, optuna.study.StudyDirection.MAXIMIZE
-        directions = [more if sweep.mode == "max" else less, *([less] if search.against else [])]
-        key = seeding.derive_seed(seed, "sweep.optuna") % 2**32
-        self._study = optuna.create_study(directions=directions, sampler=_sampler(search, key))
-
-    def suggest(self, count: int) -> list[Suggestion]:
-        """The next ``count`` points."""
-        for _ in range(count):
-            trial = self._study.ask()
-            point = suggest_point(trial, self.sweep)
-            number = len(self.suggestions) + 1
-            first = self._first.setdefault(json.dumps(point.overrides, sort_keys=True, default=str), number)
-            self._trials.append(trial)
-            self.suggestions.append(Suggestion(number, point, None if first == number else first))
-        return self.suggestions[len(self.suggestions) - count :]
-
-    def add_result(self, number: int, values: Values | None) -> None:
-        """Gives Optuna the values of point ``number``; None: the point failed."""
-        import optuna
-
-        failed = optuna.trial.TrialState.FAIL if values is None else None
-        self._study.tell(self._trials[number - 1], None if values is None else list(values), state=failed)
+    trials: list[Trial] = field(default_factory=list)
+    """One a seed; none where the point repeats an earlier one, or is refused."""
+    same_as: int | None = None
+    """The number of an earlier point with the same settings."""
+    refused: str | None = None
+    """Why its settings do not go together."""
+    ended: bool = False
+    """Whether all of its trials have ended: then Optuna knows its values."""
+    values: Values | None = None
+    """Its values once it has ended; None if it failed."""
 
 
 def check_installed() -> None:
@@ -108,14 +83,42 @@ def check_installed() -> None:
         raise UserError("sweep.search.kind: got 'optuna', but it is not installed: pip install -e '.[optuna]'")
 
 
-def suggest_point(trial: optuna.Trial, sweep: Sweep) -> Point:
-    """The point of Optuna's trial: a case, if there are several, then `parameters`, then the case's own spaces."""
-    cases = sweep.labelled() or [("", {})]
-    label, case = cases[_choose(trial, CASE, len(cases))] if len(cases) > 1 else cases[0]
+def distributions(sweep: Sweep) -> dict[str, optuna.distributions.BaseDistribution]:
+    """The parameters of Optuna: the case if there are several, `parameters`, and every case's own spaces."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    cases = sweep.labelled()
+    spaces = {key: space for key, space in sweep.parameters.items() if key != SEED}
+    for number, (_, case) in enumerate(cases):
+        spaces |= {_name(number, key): space for key, space in split_case(case)[1].items()}
+    found: dict[str, optuna.distributions.BaseDistribution] = {}
+    if len(cases) > 1:
+        found[CASE] = CategoricalDistribution(range(len(cases)))
+    for name, space in spaces.items():
+        if "choice" in space:
+            found[name] = CategoricalDistribution(range(len(space["choice"])))
+        else:
+            ((kind, (low, high)),) = space.items()
+            found[name] = FloatDistribution(low, high, log=kind == "loguniform")
+    return found
+
+
+def point_of(params: Mapping[str, Any], sweep: Sweep) -> Point:
+    """The point that Optuna suggests with these parameters."""
+    number = params.get(CASE, 0)
+    label, case = sweep.labelled()[number] if sweep.labelled() else ("", {})
     fixed, spaces = split_case(case)
-    values = {key: _suggest_value(trial, key, space) for key, space in sweep.parameters.items() if key != SEED}
-    values |= {key: _suggest_value(trial, f"{label}: {key}", space) for key, space in spaces.items()}
+    values = {key: _value(params[key], space) for key, space in sweep.parameters.items() if key != SEED}
+    values |= {key: _value(params[_name(number, key)], space) for key, space in spaces.items()}
     return make_point(sweep, label, fixed, values)
+
+
+def _name(case: int, key: str) -> str:
+    return f"case {case}: {key}"
+
+
+def _value(suggested: Any, space: Mapping[str, Any]) -> Any:
+    return space["choice"][suggested] if "choice" in space else rounded(suggested)
 
 
 def pareto_front(values: Mapping[int, Values], mode: str) -> list[int]:
@@ -128,8 +131,8 @@ def pareto_front(values: Mapping[int, Values], mode: str) -> list[int]:
     return [number for number, own in costs.items() if not any(_dominates(other, own) for other in costs.values())]
 
 
-class OptunaSearch(StagedSearch):
-    """The search of a sweep in the directory ``out``. UserError where its settings are wrong."""
+class OptunaPoints(Search):
+    """The points of a sweep in the directory ``out``. UserError where its settings are wrong."""
 
     def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
         super().__init__(settings, sweep, out)
@@ -147,95 +150,116 @@ class OptunaSearch(StagedSearch):
         seeded += [_with_seed(points[0], seed) for seed in self.seeds[1:]]
         self.checked = make_trials(settings, seeded, ["check"] * len(seeded))
         self.federations = check_trials(self.checked, sweep)
-        self.lines: dict[int, TrialRow] = {line["point"]: line for line in read_search(out) if "point" in line}
-        self.refused: dict[int, str] = {}  # points whose values are valid one by one, but not together; the reason
-        self.added = 0  # points whose values Optuna has
-        seed = self.checked[0].experiment.seed if self.seeds == [None] else settings.get(SEED, 0)
-        self.study = Study(self.search, sweep, seed)
-        self.state()  # UserError if the directory was made with other settings
+        self.suggestions: list[Suggestion] = []
+        self._first: dict[str, int] = {}  # settings -> the number of the first point with them
+        for line in read_search(out):
+            if "point" in line:
+                self._restore(line)
 
-    def state(self) -> SearchState:
-        trials: list[Trial] = []
-        pending: list[Trial] = []
-        total, size = self.search.trials, self.search.batch
-        for first in range(0, total, size):
-            count = min(size, total - first)
-            if len(self.study.suggestions) == first:
-                self.study.suggest(count)
-            batch = self.study.suggestions[first : first + count]
-            for suggestion in batch:
-                self._check_recorded(suggestion)
-            own = [trial for suggestion in batch for trial in self.trials(suggestion)]
-            trials += own
-            missing = [trial for trial in own if not self.has_ended(trial)]
-            pending += missing
-            if missing and not all(suggestion.number in self.lines for suggestion in batch):
-                break
-            for suggestion in batch:
-                self._add_result(suggestion)
-        ended = None if pending else f"all of {total} points"
-        stage = f"points to {len(self.study.suggestions)} of {total}"
-        lines = [self.lines[number] for number in sorted(self.lines)]
-        if ended:
-            lines.append({"ended": ended, **self._best()})
-        return SearchState(trials, pending, stage, ended, self._result(), lines)
+    def complete(self) -> bool:
+        return len(self.suggestions) >= self.search.trials and super().complete()
 
-    def trials(self, suggestion: Suggestion) -> list[Trial]:
-        """The point's trials, one a seed; none if an earlier point is the same, or the point is refused."""
-        if suggestion.same_as is not None or suggestion.number in self.refused:
-            return []
-        points = [_with_seed(suggestion.point, seed) for seed in self.seeds]
-        try:
-            names = [fit_name(f"{suggestion.number:03d},{point_name(p, self.short)}", p) for p in points]
-            return [self.trial_at(name, point) for name, point in zip(names, points, strict=True)]
-        except UserError as error:
-            self.refused[suggestion.number] = str(error).splitlines()[0]
-            return []
+    def tuner(self) -> dict[str, Any]:
+        from rayfed.sweeps.schedulers import SuggestedTrials
 
-    def values(self, suggestion: Suggestion) -> Values | None:
-        """Means over the seeds, from the trials' directories; None if a trial has no metric."""
-        trials = self.trials(suggestion)
-        metrics = [metric for trial in trials if (metric := self.metric(trial)) is not None]
-        if not trials or len(metrics) < len(trials):
-            return None
-        against = self.search.against
-        return mean(metrics), *([mean(total_of(self.out, trial, against) for trial in trials)] if against else [])
+        return {"search_alg": SuggestedTrials(self)}
 
-    def _check_recorded(self, suggestion: Suggestion) -> None:
-        """UserError if search.jsonl has another point of that number, or other objectives."""
-        line, settings = self.lines.get(suggestion.number), suggestion.point.overrides
-        if line and line["settings"] != dict(settings):
-            recorded = f"{format_settings(line['settings'])} as point {suggestion.number}"
-            self.refuse_resume(recorded, f"(or this version of optuna) suggests {format_settings(settings)}")
-        if line and line["values"] is not None and list(line["values"]) != self.objectives:
-            self.refuse_resume(f"values of {' and '.join(line['values'])}", f"compares {' and '.join(self.objectives)}")
+    def optuna(self) -> OptunaSearch:
+        """Tune's searcher, with the values of all points whose trials have ended; it suggests the others first."""
+        import optuna
+        from ray.tune.search.optuna import OptunaSearch
 
-    def _add_result(self, suggestion: Suggestion) -> None:
-        """Gives Optuna the point's values, once. The values in search.jsonl never change."""
-        number, same_as = suggestion.number, suggestion.same_as
-        if number not in self.lines:
-            values = self.values(suggestion)
-            by_key = None if values is None else dict(zip(self.objectives, values, strict=True))
-            self.lines[number] = {
-                "point": number,
-                "settings": dict(suggestion.point.overrides),
-                "trials": [trial.name for trial in self.trials(suggestion)],
-                **({"same_as": same_as} if same_as is not None else {}),
-                **({"refused": self.refused[number]} if number in self.refused else {}),
-                "values": by_key if same_as is None else self.lines[same_as]["values"],
-            }
-        if self.added < number:
-            recorded = self.lines[number]["values"]
-            self.study.add_result(number, None if recorded is None else tuple(recorded[k] for k in self.objectives))
-            self.added = number
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        space, storage = distributions(self.sweep), optuna.storages.InMemoryStorage()
+        modes = [self.sweep.mode, *(["min"] if self.search.against else [])]
+        toward = {"max": optuna.study.StudyDirection.MAXIMIZE, "min": optuna.study.StudyDirection.MINIMIZE}
+        aims = (
+            {"metric": self.objectives, "mode": modes}
+            if self.search.against
+            else {"metric": self.sweep.metric, "mode": self.sweep.mode}
+        )
+        study = optuna.create_study(storage=storage, study_name="sweep", directions=[toward[mode] for mode in modes])
+        for own in self.suggestions:
+            if own.ended:
+                failed = {"state": optuna.trial.TrialState.FAIL}
+                result: dict[str, Any] = failed if own.values is None else {"values": list(own.values)}
+                study.add_trial(optuna.trial.create_trial(params=own.params, distributions=space, **result))
+        seed = seeding.derive_seed(self.checked[0].experiment.seed, "sweep.optuna", len(self.suggestions)) % 2**32
+        return OptunaSearch(
+            space, points_to_evaluate=[own.params for own in self.suggestions if not own.ended], storage=storage,
+            study_name="sweep", sampler=_sampler(self.search, seed), **aims,
+        )  # fmt: skip
+
+    def add(self, params: Params) -> Suggestion:
+        """The next point."""
+        point, number = point_of(params, self.sweep), len(self.suggestions) + 1
+        first = self._first.setdefault(json.dumps(point.overrides, sort_keys=True, default=str), number)
+        own = Suggestion(number, params, point, same_as=None if first == number else first)
+        if own.same_as is None:
+            try:
+                own.trials = [self._trial(number, _with_seed(point, seed)) for seed in self.seeds]
+            except UserError as error:
+                own.refused = str(error).splitlines()[0]
+        self.suggestions.append(own)
+        return own
+
+    def end(self, own: Suggestion) -> None:
+        """All trials of the point have ended: its values are means over the seeds. None if a trial has no metric."""
+        own.ended = True
+        if own.same_as is not None:
+            own.values = self.suggestions[own.same_as - 1].values
+            return
+        rows = [trial_row(self.out, trial, self.sweep) for trial in own.trials]
+        metrics = [row["metric"] for row in rows if row.get("metric") is not None]
+        if rows and len(metrics) == len(rows):
+            own.values = (mean(metrics),)
+            if against := self.search.against:
+                own.values += (mean(total_of(self.out, trial, against) for trial in own.trials),)
+
+    def by_key(self, own: Suggestion) -> dict[str, float] | None:
+        """The values of the point by their keys; None if it failed or has not ended."""
+        return None if own.values is None else dict(zip(self.objectives, own.values, strict=True))
+
+    def lines(self) -> list[dict[str, Any]]:
+        found = []
+        for own in self.suggestions:
+            found.append(
+                {
+                    "point": own.number,
+                    "params": own.params,
+                    "settings": dict(own.point.overrides),
+                    "trials": [trial.name for trial in own.trials],
+                    **({"same_as": own.same_as} if own.same_as is not None else {}),
+                    **({"refused": own.refused} if own.refused else {}),
+                    "values": self.by_key(own),
+                }
+            )
+        if self.complete():
+            found.append({"ended": f"all of {self.search.trials} points", **self._best()})
+        return found
+
+    def _restore(self, line: Mapping[str, Any]) -> None:
+        """Adds the point of a line of search.jsonl. UserError where it belongs to another search."""
+        if line["params"].keys() != (now := distributions(self.sweep)).keys():
+            self.refuse_resume(f"values of {', '.join(line['params'])}", f"searches {', '.join(now)}")
+        own = self.add(line["params"])
+        if dict(own.point.overrides) != line["settings"]:
+            recorded = f"{format_settings(line['settings'])} as point {own.number}"
+            self.refuse_resume(recorded, f"suggests {format_settings(own.point.overrides)}")
+        if not self.missing(own.trials):
+            self.end(own)
+
+    def _trial(self, number: int, point: Point) -> Trial:
+        name = fit_name(f"{number:03d},{point_name(point, self.short)}", point)
+        return self.trial_at(name, point.overrides, point.labels)
 
     def _best(self) -> dict[str, Any]:
         """The best point, the first of equal ones, and, with a second objective, the Pareto front."""
-        points = {own.number: values for own in self.study.suggestions if (values := self.values(own)) is not None}
+        points = {own.number: own.values for own in self.suggestions if own.values is not None}
         best = max(points, key=lambda number: self.sign * points[number][0], default=None)
         found: dict[str, Any] = {"best": best}
         if best is not None:
-            found["settings"] = dict(self.study.suggestions[best - 1].point.overrides)
+            found["settings"] = dict(self.suggestions[best - 1].point.overrides)
             found |= dict(zip(self.objectives, points[best], strict=True))
         return found | ({"front": pareto_front(points, self.sweep.mode)} if self.search.against else {})
 
@@ -249,17 +273,17 @@ class OptunaSearch(StagedSearch):
         front = ", ".join(f"{number:03d}" for number in found["front"])
         return f"{best}; against {self.search.against} the front is {front}"
 
-    def table(self, trials: Sequence[Trial], rows: Mapping[str, TrialRow]) -> Table:
+    def table(self, rows: Mapping[str, TrialRow]) -> Table:
         """A row for each point, with means over the seeds. The best point and the front are marked."""
-        shown = [own for own in self.study.suggestions if any(trial.name in rows for trial in self.trials(own))]
+        shown = [own for own in self.suggestions if any(trial.name in rows for trial in own.trials)]
         labels = list(dict.fromkeys(key for own in shown for key in own.point.labels))
         columns = value_columns(self.checked[0], self.sweep)
         against = self.search.against if self.search.against != "bytes/total" else None
         found = self._best()
         body = []
         for own in shown:
-            (group,) = groups(self.trials(own), rows)
-            seconds, values = group.mean("seconds"), self.values(own)
+            (group,) = groups(own.trials, rows)
+            seconds, values = group.mean("seconds"), own.values
             marks = ["best"] * (own.number == found["best"]) + ["front"] * (own.number in found.get("front", ()))
             body.append(
                 (
@@ -294,17 +318,6 @@ def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
     return a != b and all(x <= y for x, y in zip(a, b, strict=True))
 
 
-def _suggest_value(trial: optuna.Trial, name: str, space: Mapping[str, Any]) -> Any:
-    ((kind, values),) = space.items()
-    if kind == "choice":
-        return values[_choose(trial, name, len(values))]
-    return rounded(trial.suggest_float(name, *values, log=kind == "loguniform"))
-
-
-def _choose(trial: optuna.Trial, name: str, count: int) -> int:
-    return int(trial.suggest_categorical(name, list(range(count))))
-
-
 def _sampler(search: OptunaSettings, seed: int) -> optuna.samplers.BaseSampler:
     from optuna import samplers
 
@@ -313,7 +326,5 @@ def _sampler(search: OptunaSettings, seed: int) -> optuna.samplers.BaseSampler:
     if search.sampler == "nsga2":
         return samplers.NSGAIISampler(population_size=search.batch, seed=seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna calls `multivariate` and `group`, for conditional spaces, experimental
-        return samplers.TPESampler(
-            n_startup_trials=search.startup, multivariate=True, group=True, constant_liar=True, seed=seed
-        )
+        warnings.simplefilter("ignore")  # Optuna calls `multivariate` experimental
+        return samplers.TPESampler(n_startup_trials=search.startup, multivariate=True, constant_liar=True, seed=seed)

@@ -93,7 +93,7 @@ def check_trials(trials: Sequence[Trial], sweep: Sweep) -> dict[str, Federation]
 
 
 class Refusals:
-    """Collects refusals, to raise them together. One refusal of many trials becomes one line that names some of the trials."""
+    """Collects refusals, to raise them together. One of many trials becomes one line that names some of the trials."""
 
     def __init__(self) -> None:
         self.trials: dict[str, list[str]] = {}  # by the line of the refusal

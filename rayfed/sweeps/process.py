@@ -49,8 +49,8 @@ def run_folder(
 ) -> Iterator[int]:
     """Locks the run directory and prepares it for the trial. Yields the last round that Tune knows of the trial.
 
-    ``given`` is Tune's checkpoint of the trial. ``start`` is a run directory that a new trial continues. UserError where
-    the settings do not allow to continue.
+    ``given`` is Tune's checkpoint of the trial. ``start`` is a run directory that a new trial continues. UserError
+    where the settings do not allow to continue.
     """
     with locked(folder, wait=math.inf):  # a trial of a killed process may live on for a moment
         if given is not None:
@@ -126,9 +126,9 @@ def run_trial(
         if not outcome_file(out, trial).is_file():  # the run stopped early
             _record_done(trial, out)
     except Exception as error:
-        line = in_one_line(error)
-        record_outcome(out, trial, "failed", error=line)
-        tell({"failed": line})
+        reason = in_one_line(error)
+        record_outcome(out, trial, "failed", error=reason)
+        tell({"failed": reason})
 
 
 def _record_done(trial: Trial, out: Path) -> None:
@@ -150,8 +150,8 @@ def report(record: Record, folder: Path, take_checkpoints: bool = True) -> None:
 
 
 @contextmanager
-def _snapshot(folder: Path) -> Iterator[tune.Checkpoint]:
-    """The run directory as a checkpoint for Tune, which copies it: links to the files, and only the newest checkpoint."""
+def _snapshot(folder: Path) -> Iterator[Any]:
+    """The run directory with its newest checkpoint alone, as links to the files: Tune copies it."""
     with tempfile.TemporaryDirectory(prefix=".snapshot.", suffix=".partial", dir=folder) as made:
         copy = Path(made)
         for name in STATE:

@@ -46,7 +46,7 @@ def check_fits(trials: Sequence[Trial]) -> None:
 
 
 def placement_group(experiment: Experiment, here: bool = False) -> tune.PlacementGroupFactory:
-    """The placement group of a trial. ``here``: its process stays on this node, because the run directories are here."""
+    """The placement group of a trial. ``here``: its process stays on this node, where the run directories are."""
     process, *workers = bundles(experiment)
     if here:
         own, others = _nodes()

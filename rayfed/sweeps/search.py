@@ -50,7 +50,7 @@ class Search(ABC):
 
     @abstractmethod
     def tuner(self) -> dict[str, Any]:
-        """The arguments of `tune.TuneConfig` and, as `param_space`, the space: Tune runs all trials that are missing."""
+        """The arguments of `tune.TuneConfig`, and `param_space`, with which Tune runs all trials that are missing."""
 
     @abstractmethod
     def table(self, rows: Mapping[str, TrialRow]) -> Table:
@@ -72,7 +72,7 @@ class Search(ABC):
         if not self.complete():
             from rayfed.sweeps.on_tune import run_on_tune
 
-            run_on_tune(self)
+            run_on_tune(self, log)
         self.write()
 
     def trial(self, name: str) -> Trial:

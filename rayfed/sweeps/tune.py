@@ -15,13 +15,14 @@
 
 A trial is a run. Its config has dotted settings, which take the place of the experiment's. Tune gets every round's
 record under the keys of metrics.jsonl, and a checkpoint every `checkpoint.every` rounds. So any scheduler and any
-searcher of Tune works, and `tune.Tuner.restore(path, rayfed.tune.trainable(experiment))` continues what was interrupted.
+searcher of Tune works. `tune.Tuner.restore(path, rayfed.tune.trainable(experiment))` continues what was interrupted.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from rayfed.config.marks import live
 from rayfed.config.types import MOST_TRIALS
 from rayfed.engine.driver import start_ray
 from rayfed.errors import UserError
+from rayfed.sweeps.flasc_search import FlascSearch
 from rayfed.sweeps.plan import Refusals, Trial, check_data, make_trials, trial_experiment
 from rayfed.sweeps.process import load_federation, report, run_folder, run_rounds
 from rayfed.sweeps.resources import bundles, check_fits, placement_group
@@ -84,8 +86,8 @@ def tuner(
         experiment: an `Experiment`, the path of a YAML file, or a mapping of sections.
         param_space: dotted settings -> a space of Tune (`tune.choice`, `tune.loguniform`, `tune.grid_search`, ...) or a
             value. May be empty where a searcher has its own space.
-        tune_config, run_config: as in Tune. By default processes are used again for further trials, and Tune keeps the
-            newest checkpoints of a trial.
+        tune_config, run_config: as in Tune. Processes are used again for further trials (`reuse_actors`). Unless a
+            number is given, Tune keeps the newest 4 checkpoints of a trial, or `checkpoint.keep` if that is more.
 
     Starts Ray, or joins it as `rayfed.run` does, unless this process uses Ray already. UserError, one line per mistake,
     before any trial starts: where a setting is unknown, where a value (for a range, one of its ends) is refused in the
@@ -100,9 +102,13 @@ def tuner(
     if not ray.is_initialized():
         start_ray(settings.engine.address, max(sum(b.get("CPU", 0) for b in bundles(t.experiment)) for t in trials))
     check_fits(trials)
-    tune_config.reuse_actors = tune_config.reuse_actors is not False
-    if run_config.checkpoint_config.num_to_keep is None:
-        run_config.checkpoint_config.num_to_keep = max(KEPT, settings.checkpoint.keep)
+    tune_config = replace(tune_config, reuse_actors=True)
+    if isinstance(tune_config.search_alg, FlascSearch) and tune_config.num_samples == 1:
+        tune_config.num_samples = -1  # the search knows when it has ended
+    kept = run_config.checkpoint_config or tune.CheckpointConfig()
+    if kept.num_to_keep is None:
+        kept = replace(kept, num_to_keep=max(KEPT, settings.checkpoint.keep))
+        run_config = replace(run_config, checkpoint_config=kept)
     # Trials share the data through Ray's object store.
     data = {key: ray.put(federation) for key, federation in federations.items()}
     return tune.Tuner(
@@ -166,7 +172,8 @@ def _values(domain: Any) -> list[Any]:
 
 def _check_search(trial: Trial, tune_config: tune.TuneConfig) -> None:
     """UserError where the scheduler or the searcher asks for what a run does not do."""
-    search, scheduler = tune_config.search_alg, tune_config.scheduler
+    search: Any = tune_config.search_alg
+    scheduler = tune_config.scheduler
     while hasattr(search, "searcher"):  # a limiter or a repeater
         search = search.searcher
     mutations = getattr(scheduler, "_hyperparam_mutations", None) or {}

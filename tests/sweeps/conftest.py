@@ -13,6 +13,7 @@ import pytest
 import yaml
 from small_runs import LOWRANK
 
+from rayfed.sweeps.log import SweepLog
 from rayfed.sweeps.process import load_federation, run_trial
 from rayfed.sweeps.search import Search
 
@@ -26,7 +27,7 @@ class HereInOrder:
     def __init__(self) -> None:
         self.ran: list[list[str]] = []
 
-    def run_on_tune(self, search: Search) -> None:
+    def run_on_tune(self, search: Search, log: SweepLog) -> None:
         self.ran.append([])
         search.forget_failures()
         searcher = search.tuner()["search_alg"]
@@ -40,8 +41,7 @@ class HereInOrder:
             run_trial(trial, search.out, load_federation(trial.experiment, {}), tell=records.append)
             searcher.on_trial_complete(str(number), dict(records[-1]))
             search.write()
-            assert search.log is not None
-            search.log.trial_ended(trial)
+            log.trial_ended(trial)
 
 
 @pytest.fixture(autouse=True)
