@@ -25,7 +25,7 @@ from rayfed.engine.driver import start_ray
 from rayfed.errors import UserError
 from rayfed.files import remove_path
 from rayfed.sweeps.log import SweepLog
-from rayfed.sweeps.plan import make_trials, trial_experiment
+from rayfed.sweeps.plan import Trial, make_trials, trial_experiment
 from rayfed.sweeps.process import load_federation, report, run_trial
 from rayfed.sweeps.resources import bundles, check_fits, placement_group
 from rayfed.sweeps.search import Search

@@ -1,8 +1,8 @@
 """Points suggested by Optuna (Akiba et al. 2019, arXiv 1907.10902), through Ray Tune's `OptunaSearch`.
 
 Each space of `parameters` is a parameter of Optuna; a choice is suggested by its index. The cases are one more choice,
-and the spaces of all cases are parameters, too. Optuna always suggests all of them; those of other cases than the chosen
-one are dropped.
+and the spaces of all cases are parameters, too. Optuna always suggests all of them; those of other cases than the
+chosen one are dropped.
 
 A point runs once, or at every seed of the grid of `seed`; its values are the means over its trials. (Tune's `Repeater`
 knows one aim only, and gives trials no seeds of their own.) At most `batch` points are open at a time. A point fails if
@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -30,6 +28,7 @@ from rayfed.config.search import OptunaSettings
 from rayfed.config.sweep import SEED, Sweep
 from rayfed.config.types import MOST_TRIALS
 from rayfed.errors import UserError
+from rayfed.sweeps.optuna_space import Values, check_installed, distributions, pareto_front, point_of, sampler_of
 from rayfed.sweeps.plan import Trial, check_trials, make_trials
 from rayfed.sweeps.search import Search, read_search
 from rayfed.sweeps.space import (
@@ -38,22 +37,16 @@ from rayfed.sweeps.space import (
     corners,
     fit_name,
     format_settings,
-    make_point,
     point_name,
-    rounded,
     short_names,
-    split_case,
 )  # fmt: skip
 from rayfed.sweeps.table import TrialRow, format_labels, format_mb, format_mean, groups, trial_row, value_columns
 from rayfed.sweeps.trial import trial_folder
 from rayfed.tracking import Table, read_metrics
 
 if TYPE_CHECKING:
-    import optuna
     from ray.tune.search.optuna import OptunaSearch
 
-Values = tuple[float, ...]
-"""The metric and, with a second objective, its amount."""
 Params = dict[str, Any]
 """What Optuna suggests: numbers, and the indices of choices."""
 
@@ -75,60 +68,6 @@ class Suggestion:
     """Whether all of its trials have ended: then Optuna knows its values."""
     values: Values | None = None
     """Its values once it has ended; None if it failed."""
-
-
-def check_installed() -> None:
-    """UserError if Optuna is missing."""
-    if find_spec("optuna") is None:
-        raise UserError("sweep.search.kind: got 'optuna', but it is not installed: pip install -e '.[optuna]'")
-
-
-def distributions(sweep: Sweep) -> dict[str, optuna.distributions.BaseDistribution]:
-    """The parameters of Optuna: the case if there are several, `parameters`, and every case's own spaces."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
-
-    cases = sweep.labelled()
-    spaces = {key: space for key, space in sweep.parameters.items() if key != SEED}
-    for number, (_, case) in enumerate(cases):
-        spaces |= {_name(number, key): space for key, space in split_case(case)[1].items()}
-    found: dict[str, optuna.distributions.BaseDistribution] = {}
-    if len(cases) > 1:
-        found[CASE] = CategoricalDistribution(range(len(cases)))
-    for name, space in spaces.items():
-        if "choice" in space:
-            found[name] = CategoricalDistribution(range(len(space["choice"])))
-        else:
-            ((kind, (low, high)),) = space.items()
-            found[name] = FloatDistribution(low, high, log=kind == "loguniform")
-    return found
-
-
-def point_of(params: Mapping[str, Any], sweep: Sweep) -> Point:
-    """The point that Optuna suggests with these parameters."""
-    number = params.get(CASE, 0)
-    label, case = sweep.labelled()[number] if sweep.labelled() else ("", {})
-    fixed, spaces = split_case(case)
-    values = {key: _value(params[key], space) for key, space in sweep.parameters.items() if key != SEED}
-    values |= {key: _value(params[_name(number, key)], space) for key, space in spaces.items()}
-    return make_point(sweep, label, fixed, values)
-
-
-def _name(case: int, key: str) -> str:
-    return f"case {case}: {key}"
-
-
-def _value(suggested: Any, space: Mapping[str, Any]) -> Any:
-    return space["choice"][suggested] if "choice" in space else rounded(suggested)
-
-
-def pareto_front(values: Mapping[int, Values], mode: str) -> list[int]:
-    """The points that no other point dominates; equal points are all in the front.
-
-    The first value is better by ``mode``, the second one if it is smaller.
-    """
-    sign = -1 if mode == "max" else 1
-    costs = {number: (sign * own[0], *own[1:]) for number, own in values.items()}
-    return [number for number, own in costs.items() if not any(_dominates(other, own) for other in costs.values())]
 
 
 class OptunaPoints(Search):
@@ -164,7 +103,7 @@ class OptunaPoints(Search):
 
         return {"search_alg": SuggestedTrials(self)}
 
-    def optuna(self) -> OptunaSearch:
+    def searcher(self) -> OptunaSearch:
         """Tune's searcher, with the values of all points whose trials have ended; it suggests the others first."""
         import optuna
         from ray.tune.search.optuna import OptunaSearch
@@ -187,7 +126,7 @@ class OptunaPoints(Search):
         seed = seeding.derive_seed(self.checked[0].experiment.seed, "sweep.optuna", len(self.suggestions)) % 2**32
         return OptunaSearch(
             space, points_to_evaluate=[own.params for own in self.suggestions if not own.ended], storage=storage,
-            study_name="sweep", sampler=_sampler(self.search, seed), **aims,
+            study_name="sweep", sampler=sampler_of(self.search, seed), **aims,
         )  # fmt: skip
 
     def add(self, params: Params) -> Suggestion:
@@ -312,19 +251,3 @@ def total_of(out: Path, trial: Trial, key: str) -> float:
 def _with_seed(point: Point, seed: Any) -> Point:
     own = {} if seed is None else {SEED: seed}
     return Point({**point.overrides, **own}, {**point.labels, **own})
-
-
-def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
-    return a != b and all(x <= y for x, y in zip(a, b, strict=True))
-
-
-def _sampler(search: OptunaSettings, seed: int) -> optuna.samplers.BaseSampler:
-    from optuna import samplers
-
-    if search.sampler == "random":
-        return samplers.RandomSampler(seed=seed)
-    if search.sampler == "nsga2":
-        return samplers.NSGAIISampler(population_size=search.batch, seed=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna calls `multivariate` experimental
-        return samplers.TPESampler(n_startup_trials=search.startup, multivariate=True, constant_liar=True, seed=seed)

@@ -20,6 +20,7 @@ from functools import reduce
 from itertools import chain
 from operator import getitem
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import tune
@@ -112,9 +113,9 @@ def run_trial(
     outcome = read_outcome(out, trial) if given is None else None
     if outcome is not None:
         last = outcome.round or experiment.server.rounds
-        for record in read_metrics(folder / "metrics.jsonl") if outcome.status != "failed" else []:
-            if record["round"] <= last:
-                tell(record)
+        for own in read_metrics(folder / "metrics.jsonl") if outcome.status != "failed" else []:
+            if own["round"] <= last:
+                tell(own)
         return
     start = str(folder.with_name(trial.continues)) if trial.continues else None
     try:

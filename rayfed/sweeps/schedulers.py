@@ -131,7 +131,7 @@ class SuggestedTrials(Searcher):
 
     def __init__(self, points: OptunaPoints) -> None:
         super().__init__()
-        self.points, self.optuna = points, points.optuna()
+        self.points, self.optuna = points, points.searcher()
         self.waiting: list[Trial] = []
         self.running: dict[str, str] = {}  # Tune's id of a trial -> its name
         for own in points.suggestions:
