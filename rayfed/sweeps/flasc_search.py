@@ -213,30 +213,30 @@ class FlascSearch(Searcher):
         if mode not in ("max", "min"):
             raise allowed("mode", mode, "it should be max or min")
         super().__init__(metric, mode)
-        self.search = validate_as(FlascSearchSettings, {**settings, "kind": "flasc"})
-        if mistakes := [*self.search.mistakes()]:
+        self.settings = validate_as(FlascSearchSettings, {**settings, "kind": "flasc"})
+        if mistakes := [*self.settings.mistakes()]:
             raise UserError("\n".join(mistakes))
         check_rank_change(experiment)
-        self.cohort = experiment.server.cohort
-        self.final_rounds = experiment.server.rounds if self.search.final else 0
+        self.final_rounds = experiment.server.rounds if self.settings.final else 0
         self._check_budget()
         for probe in self.extremes():
             changed(experiment, [probe.config])  # UserError where a setting does not go with the rank
         self._names: dict[str, str] = {}  # Tune's id of a trial -> the name of its probe
-        self._metrics: dict[str, float | None] = {}  # by the name of the probe that has ended
+        self.metrics: dict[str, float | None] = {}
+        """The metrics of the probes that have ended, by name; None where a probe failed or diverged."""
         self._run_dirs: dict[str, str] = {}
 
     def extremes(self) -> tuple[Probe, Probe]:
         """The first probe, and the final run after the most moves: the largest rank, and the longest name."""
-        first = last = first_probe(self.search)
+        first = last = first_probe(self.settings)
         for move in ("density", "rank"):
-            while further := [probe for probe in neighbours(last, self.search) if probe.path[-1] == move]:
+            while further := [probe for probe in neighbours(last, self.settings) if probe.path[-1] == move]:
                 (last,) = further
         return first, replace(last, path=(FINAL, *last.path), rounds=self.final_rounds)
 
     def suggest(self, trial_id: str) -> Any:
         """The config of the next trial; None while others have to end first, `FINISHED` after the last one."""
-        waiting = [probe for probe in self.progress().pending if probe.name not in self._metrics]
+        waiting = self.waiting()
         probe = next((probe for probe in waiting if probe.name not in self._names.values()), None)
         if probe is None:
             return None if waiting else self.FINISHED
@@ -261,45 +261,25 @@ class FlascSearch(Searcher):
 
     def save(self, checkpoint_path: str) -> None:
         """Writes the state of the search as JSON."""
-        state = {"names": self._names, "metrics": self._metrics, "run_dirs": self._run_dirs}
+        state = {"names": self._names, "metrics": self.metrics, "run_dirs": self._run_dirs}
         write_json(Path(checkpoint_path), state)
 
     def restore(self, checkpoint_path: str) -> None:
         """Reads the state that `save` has written."""
         state = json.loads(Path(checkpoint_path).read_text(encoding="utf-8"))
-        self._names, self._metrics, self._run_dirs = state["names"], state["metrics"], state["run_dirs"]
+        self._names, self.metrics, self._run_dirs = state["names"], state["metrics"], state["run_dirs"]
 
     def progress(self) -> Progress:
         """The progress of the search, from the metrics of the trials that have ended."""
-        return replay(self.search, self.mode, self._metrics, self.final_rounds)
+        return replay(self.settings, self.mode, self.metrics, self.final_rounds)
 
-    def decisions(self) -> list[dict[str, Any]]:
-        """The lines of search.jsonl: one for each step, and one for the end of the search."""
-        progress, metrics = self.progress(), self._metrics
-        lines = [
-            {
-                "step": number,
-                "from": step.base.name,
-                "baseline": step.baseline,
-                "probes": [
-                    {"trial": probe.name, **probe.overrides, "rounds": probe.rounds, "metric": metrics[probe.name]}
-                    for probe in step.probes
-                ],
-                "chosen": step.chosen.name if step.chosen else None,
-            }
-            for number, step in enumerate(progress.steps, 1)
-        ]
-        if progress.ended:
-            chosen, rounds = progress.chosen, progress.rounds
-            lines.append(
-                {"chosen": chosen.name, **chosen.overrides, "ended": progress.ended, "rounds": rounds}
-                | {"client_rounds": rounds * self.cohort, "final": metrics.get(f"{FINAL}-{chosen.name}")}
-            )
-        return lines
+    def waiting(self) -> list[Probe]:
+        """The pending probes that have not ended, as far as the search knows."""
+        return [probe for probe in self.progress().pending if probe.name not in self.metrics]
 
     def _check_budget(self) -> None:
-        budget, rounds, final = self.search.budget, self.search.rounds, self.final_rounds
-        probes = 1 + len(neighbours(first_probe(self.search), self.search)) + self.search.stay
+        budget, rounds, final = self.settings.budget, self.settings.rounds, self.final_rounds
+        probes = 1 + len(neighbours(first_probe(self.settings), self.settings)) + self.settings.stay
         least = rounds * probes + final
         if budget is not None and budget < least:
             reserved = f" and {final} for the final run (server.rounds)" if final else ""
@@ -308,7 +288,7 @@ class FlascSearch(Searcher):
 
     def _record(self, name: str, metric: Any, run_dir: str | None) -> None:
         finite = isinstance(metric, int | float) and math.isfinite(metric)
-        self._metrics[name] = float(metric) if finite else None
+        self.metrics[name] = float(metric) if finite else None
         if run_dir:
             self._run_dirs[name] = run_dir
 

@@ -172,6 +172,10 @@ def read_search(out: Path) -> list[dict[str, Any]]:
 def build_search(settings: dict[str, Any], sweep: Sweep, out: Path) -> Search:
     """The trials or the search that the section describes. UserError, before anything starts, where it is wrong."""
     kind = sweep.search.kind if sweep.search else None
+    if kind == "flasc":
+        from rayfed.sweeps.flasc_sweep import FlascProbes
+
+        return FlascProbes(settings, sweep, out)
     if kind == "optuna":
         from rayfed.sweeps.optuna_search import OptunaPoints
 

@@ -16,6 +16,7 @@ from typing import Any
 from rayfed.config.describe import format_value
 from rayfed.config.sweep import SEED, Sweep
 from rayfed.sweeps.plan import Trial
+from rayfed.sweeps.space import short_names
 from rayfed.sweeps.trial import read_outcome, trial_folder
 from rayfed.tracking import Table, read_metrics
 
@@ -175,7 +176,7 @@ def make_table(trials: Sequence[Trial], rows: Mapping[str, TrialRow], sweep: Swe
             *format_labels(group.labels, labels),
             *group.cells(values),
             format_mb(group.mean("bytes"), 2),
-            _seconds(group),
+            _seconds(group.mean("seconds")),
             f"{len(group.rows)}/{group.trials}",
             *([", ".join(map(str, group.stopped))] if sweep.stop else []),
         )
@@ -183,7 +184,7 @@ def make_table(trials: Sequence[Trial], rows: Mapping[str, TrialRow], sweep: Swe
     )
     stopped = ["stopped at round"] if sweep.stop else []
     titles = (title for _, title in values)
-    columns = (*labels, *titles, "MB both ways", "seconds (the server's own)", "trials", *stopped)
+    columns = (*short_names(labels).values(), *titles, "MB both ways", "seconds", "trials", *stopped)
     return Table(_title(sweep), columns, body)
 
 
@@ -216,7 +217,5 @@ def format_mb(size: float | None, digits: int = 3) -> str:
     return "-" if size is None else f"{size / 1e6:.{digits}f}"
 
 
-def _seconds(group: TrialGroup) -> str:
-    """`138.3 (4.1)`: of all rounds, and the server's own."""
-    seconds, server = group.mean("seconds"), group.mean("server_seconds")
-    return "-" if seconds is None else f"{seconds:.1f}" + ("" if server is None else f" ({server:.1f})")
+def _seconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.1f}"

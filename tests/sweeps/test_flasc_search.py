@@ -117,19 +117,14 @@ def test_the_better_neighbour_is_chosen_until_there_is_none() -> None:
     assert (at.chosen.rank, at.chosen.down, at.chosen.up, at.chosen.rounds) == (4, 1.0, 1.0, 15)
     assert at.ended == "no neighbour up to rank 4 and density 1"
     assert at.rounds == 3 * (1 + 2 + 2 + 2 + 1)
-    assert own.decisions()[1] == {
-        "step": 2,
-        "from": "start-rank",
-        "baseline": 0.30,
-        "probes": [
-            {
-                "trial": f"start-rank-{move}", "lora.rank": rank, "wire.down.density": density,
-                "wire.up.density": density, "rounds": 9, "metric": metric,
-            }
-            for move, rank, density, metric in (("rank", 4, 0.25, 0.35), ("density", 2, 0.5, 0.45))
-        ],
-        "chosen": "start-rank-density",
-    }  # fmt: skip
+    step = at.steps[1]
+    assert (step.base.name, step.baseline, step.chosen and step.chosen.name) == (
+        "start-rank", 0.30, "start-rank-density",
+    )  # fmt: skip
+    assert [(probe.name, probe.rank, probe.up, probe.rounds) for probe in step.probes] == [
+        ("start-rank-rank", 4, 0.25, 9),
+        ("start-rank-density", 2, 0.5, 9),
+    ]
 
 
 def test_a_probe_continues_the_run_of_the_probe_before_at_constant_rates() -> None:
@@ -213,7 +208,7 @@ def test_the_order_in_which_trials_end_decides_nothing(seed: int) -> None:
     first, other = search(stay=True, final=True), search(stay=True, final=True)
     drive(first, LANDSCAPE)
     drive(other, LANDSCAPE, random.Random(seed))
-    assert other.decisions() == first.decisions()
+    assert other.progress() == first.progress()
 
 
 def test_a_search_goes_on_where_it_was_saved(tmp_path: Path) -> None:
