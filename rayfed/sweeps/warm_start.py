@@ -75,7 +75,7 @@ def warm_start(source: Path, folder: Path, experiment: Experiment) -> None:
     """
     settings = load_config(source / "config.yaml")
     found, _ = checkpoints.restore(source, settings.digest())
-    if found is None or found.checkpoint.round >= experiment.server.rounds:
+    if found is None or found.checkpoint.round > experiment.server.rounds:
         raise UserError(f"{source}: no checkpoint to continue for {experiment.server.rounds} rounds")
     method, optimizer = found.method, found.optimizer
     checkpoint = replace(found.checkpoint, experiment=experiment.digest())

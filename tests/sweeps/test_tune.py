@@ -156,7 +156,7 @@ def test_an_interrupted_tuner_is_restored(tmp_path: Path) -> None:
         else:
             tuner = tune.Tuner.restore(f"{out}/swept", rayfed.tune.trainable(experiment))
         for result in tuner.fit():
-            print("result", result.path, result.metrics["round"], len(result.metrics_dataframe))
+            print("result", result.path, result.metrics["round"], result.metrics["training_iteration"])
     """
     out, command = script(tmp_path, code)
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
