@@ -1,4 +1,4 @@
-"""FLASC-Search as the search algorithm of a `tune.Tuner`: from its first probe to its final run, interrupted and restored."""
+"""FLASC-Search as the search algorithm of a `tune.Tuner`: from its first probe to its final run, interrupted."""
 
 from __future__ import annotations
 
