@@ -7,7 +7,6 @@ probe and comes to the same decisions; failed probes run again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import Any
 from rayfed.config.search import FlascSearchSettings
 from rayfed.config.sweep import Sweep
 from rayfed.sweeps.flasc_search import FINAL, FlascSearch, Probe, first_probe
-from rayfed.sweeps.log import SweepLog
 from rayfed.sweeps.plan import Trial, check_trials, make_trials
 from rayfed.sweeps.search import Search
 from rayfed.sweeps.space import Point
-from rayfed.sweeps.table import TrialRow, format_mean, trial_row, value_columns
+from rayfed.sweeps.table import format_mean, value_columns
 from rayfed.sweeps.trial import trial_folder
 from rayfed.sweeps.warm_start import RUN_DIR
 from rayfed.tracking import Table
@@ -45,7 +43,7 @@ class FlascProbes(Search):
     def trial(self, name: str) -> Trial:
         if name not in self.trials:
             (probe,) = (probe for probe in self.searcher.progress().probes if probe.name == name)
-            self.trials[name] = replace(self.trial_at(name, _overrides(probe)), continues=probe.parent)
+            self.add(replace(self.trial_at(name, _overrides(probe)), continues=probe.parent))
         return self.trials[name]
 
     def tuner(self) -> dict[str, Any]:
@@ -61,15 +59,15 @@ class FlascProbes(Search):
                 if json.loads(path.read_text(encoding="utf-8")).get("status") == "failed":
                     path.unlink()
 
-    def run(self, log: SweepLog) -> None:
-        super().run(log)
+    def run(self) -> None:
+        super().run()
         progress = self.searcher.progress()
-        log.event(f"FLASC-Search: {progress.result}: {progress.ended}")
+        self.progress.note(f"FLASC-Search: {progress.result}: {progress.ended}")
 
-    def write(self) -> None:
-        super().write()
+    def write(self) -> Table:
         for probe in self.searcher.waiting():
-            self.trial(probe.name)  # now the log counts it
+            self.trial(probe.name)  # now the sweep counts it
+        return super().write()
 
     def lines(self) -> list[dict[str, Any]]:
         """One line for each step, and one for the end of the search."""
@@ -95,9 +93,9 @@ class FlascProbes(Search):
             )
         return lines
 
-    def table(self, rows: Mapping[str, TrialRow]) -> Table:
+    def table(self) -> Table:
         """A row for each probe, in the order of the steps, and for the final run; MB are those of its own rounds."""
-        progress, values = self.searcher.progress(), value_columns(self.checked[0], self.sweep)
+        rows, progress, values = self.rows, self.searcher.progress(), value_columns(self.checked[0], self.sweep)
         ways = ("down", "up") if self.searcher.settings.directions == "separate" else ("down",)
         steps = {probe.name: str(n) for n, step in enumerate(progress.steps, 1) for probe in step.probes}
         chosen = {progress.first.name, *(step.chosen.name for step in progress.steps if step.chosen)}
@@ -130,7 +128,7 @@ class FlascProbes(Search):
             if missing == trials:
                 return
             for trial in (trial for trial in trials if trial not in missing):
-                metric = trial_row(self.out, trial, self.sweep).get("metric")
+                metric = self.rows[trial.name].get("metric")
                 found = {"name": trial.name, RUN_DIR: str(trial_folder(self.out, trial))}
                 self.searcher.add_evaluated_point(found, metric)
 

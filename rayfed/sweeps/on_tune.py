@@ -24,7 +24,6 @@ from ray import tune
 from rayfed.engine.driver import start_ray
 from rayfed.errors import UserError
 from rayfed.files import remove_path
-from rayfed.sweeps.log import SweepLog
 from rayfed.sweeps.plan import Trial, make_trials, trial_experiment
 from rayfed.sweeps.process import load_federation, report, run_trial
 from rayfed.sweeps.resources import bundles, check_fits, placement_group
@@ -44,8 +43,8 @@ ENVIRONMENT = OF_TRIALS | {  # Tune reads these variables when the sweep starts
 STORAGE = "tune"  # the folder of Tune in the sweep's directory
 
 
-def run_on_tune(search: Search, log: SweepLog) -> None:
-    """Starts Ray (or joins it) and runs the missing trials of the search; ``log`` hears of each that has ended.
+def run_on_tune(search: Search) -> None:
+    """Starts Ray (or joins it) and runs the missing trials of the search.
 
     UserError where the cluster can never hold one of the trials. If Ray was started here, it is shut down in the end.
     """
@@ -71,7 +70,7 @@ def run_on_tune(search: Search, log: SweepLog) -> None:
                     storage_path=str(search.out),
                     verbose=0,
                     failure_config=tune.FailureConfig(max(trial.experiment.engine.retries for trial in search.checked)),
-                    callbacks=[_Watch(search, log)],
+                    callbacks=[_Watch(search)],
                 ),
             ).fit()
         finally:
@@ -125,22 +124,22 @@ def _trainable(search: Search, data: Mapping[str, ray.ObjectRef]) -> Callable[[C
 
 
 class _Watch(tune.Callback):
-    """Tells the log what happens. Records the outcome of stopped trials and of those whose process died."""
+    """Shows what happens. Records the outcome of stopped trials and of those whose process died."""
 
-    def __init__(self, search: Search, log: SweepLog) -> None:
-        self.search, self.log = search, log
+    def __init__(self, search: Search) -> None:
+        self.search, self.progress = search, search.progress
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self.log.show_progress()
+        self.progress.show(self.search.ended, len(self.search.rows))
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.log.progress.start(self.search.trial(str(trial)))
+        self.progress.start(self.search.trial(str(trial)))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
-        self.log.progress.round(str(trial), result)
+        self.progress.round(str(trial), result)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.log.event(f"{trial}: its process died; it continues in a new one")
+        self.progress.note(f"{trial}: its process died; it continues in a new one")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # Without an outcome, the scheduler has stopped it; its process waits in `tune.report`.
@@ -154,5 +153,4 @@ class _Watch(tune.Callback):
         trial = self.search.trial(name)
         if read_outcome(self.search.out, trial) is None:
             record_outcome(self.search.out, trial, status, **known)
-        self.search.write()
-        self.log.trial_ended(trial)
+        self.search.trial_ended(name)

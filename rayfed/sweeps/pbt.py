@@ -22,7 +22,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import reduce
 from itertools import groupby
 from operator import getitem
@@ -38,7 +39,7 @@ from rayfed.errors import UserError
 from rayfed.sweeps.plan import Trial, check_trials, make_trials
 from rayfed.sweeps.search import Search
 from rayfed.sweeps.space import Point, corners, draw
-from rayfed.sweeps.table import TrialRow, format_mb, format_mean, trial_row, value_columns
+from rayfed.sweeps.table import format_mean, make_table
 from rayfed.sweeps.trial import trial_folder
 from rayfed.sweeps.warm_start import CONSTANT, NOTE, check_live_change
 from rayfed.tracking import Table
@@ -78,15 +79,13 @@ class Population(Search):
             name = f"m{i + 1:02d}"
             first = {key: draw(space, key, experiment.seed, i) for key, space in sweep.parameters.items()}
             self.trial_at(name, self._settings(name) or first)
-        self.missing(self.trials.values())  # UserError where a member was made with other settings
 
     def trial(self, name: str) -> Trial:
         """The member with the settings of its run directory."""
-        if (now := self._settings(name)) and now != self.trials[name].overrides:
-            del self.trials[name]
-            self.trial_at(name, now)
-            self.trials = dict(sorted(self.trials.items()))
-        return self.trials[name]
+        now = self._settings(name)
+        if now is None or now == self.trials[name].overrides:
+            return self.trials[name]
+        return make_trials(self.settings, [Point(now, now)], [name])[0]
 
     def tuner(self) -> dict[str, Any]:
         from ray.tune.search import BasicVariantGenerator
@@ -108,36 +107,25 @@ class Population(Search):
 
     def lines(self) -> list[dict[str, Any]]:
         """One line a member with its settings by rounds, then the best member."""
-        members = [self.trial(name) for name in [*self.trials]]
-        metrics = {own.name: trial_row(self.out, own, self.sweep).get("metric") for own in members}
-        lines = [{"trial": own.name, "metric": metrics[own.name], "schedule": self._schedule(own)} for own in members]
-        best = self._best(metrics)
-        return [*lines, {"best": best, "metric": metrics[best]}] if best else lines
+        lines = [
+            {"trial": name, "metric": self.rows[name].get("metric"), "schedule": self._schedule(trial)}
+            for name, trial in self.trials.items()
+        ]
+        best = self._best()
+        return [*lines, {"best": best, "metric": self.rows[best]["metric"]}] if best else lines
 
-    def table(self, rows: Mapping[str, TrialRow]) -> Table:
+    def table(self) -> Table:
         """A row for each member, with the settings of its rounds, in order."""
-        values = value_columns(self.checked[0], self.sweep)
-        metrics = {name: row.get("metric") for name, row in rows.items()}
-        best = self._best(metrics)
-        body = []
-        for name, row in rows.items():
-            schedule = self._schedule(self.trial(name))
+        best, metric, members = self._best(), self.sweep.metric, []
+        for name, trial in self.trials.items():
+            schedule = self._schedule(trial)
             copied = [f"{own['trial']} to {own['rounds'][1]}" for own in schedule[:-1] if own["trial"] != name]
-            body.append(
-                (
-                    name,
-                    *(_history(schedule, key) for key in self.sweep.parameters),
-                    ", ".join(copied),
-                    *(format_mean(row.get(key), None, title) for key, title in values),
-                    format_mb(row.get("bytes")),
-                    ("best" if name == best else "") if row["status"] == "done" else row["status"],
-                )
-            )
-        titles = (title for _, title in values)
-        columns = ("member", *self.sweep.parameters, "copied", *titles, "MB both ways", "")
-        metric = self.sweep.metric
-        result = f": best is {best} with {metric} {format_mean(metrics[best], None, metric)}" if best else ""
-        return Table(f"Population Based Training{result}", columns, tuple(body))
+            history = {key: _history(schedule, key) for key in self.sweep.parameters}
+            members.append(replace(trial, labels={"member": name, **history, "copied": ", ".join(copied)}))
+        title = "Population Based Training"
+        if best:
+            title += f": best is {best} with {metric} {format_mean(self.rows[best]['metric'], None, metric)}"
+        return make_table(members, self.rows, self.sweep, title, lambda own: "best" * (own.labels["member"] == best))
 
     def _settings(self, name: str) -> dict[str, Any] | None:
         """The member's settings in its run directory; None where it has none yet."""
@@ -148,8 +136,8 @@ class Population(Search):
         plain = experiment.model_dump(mode="json")
         return {key: reduce(getitem, key.split("."), plain) for key in self.sweep.parameters}
 
-    def _best(self, metrics: Mapping[str, float | None]) -> str | None:
-        finite = {name: self.sign * metric for name, metric in metrics.items() if metric is not None}
+    def _best(self) -> str | None:
+        finite = {name: self.sign * row["metric"] for name, row in self.rows.items() if row.get("metric") is not None}
         return max(finite, key=lambda name: finite[name], default=None)
 
     def _schedule(self, trial: Trial) -> list[dict[str, Any]]:

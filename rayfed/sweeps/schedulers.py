@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
@@ -14,9 +14,6 @@ from rayfed.config.search import AshaSettings, PbtSettings
 from rayfed.config.sweep import Sweep
 from rayfed.sweeps.plan import Trial
 from rayfed.sweeps.space import rounded
-
-if TYPE_CHECKING:
-    from rayfed.sweeps.optuna_search import OptunaPoints
 
 
 class ListedTrials(Searcher):
@@ -124,54 +121,3 @@ def _within(spaces: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]
             low, high = (rounded(limit) for limit in next(iter(space.values())))
             config[key] = min(max(rounded(config[key]), low), high)
     return config
-
-
-class SuggestedTrials(Searcher):
-    """Suggests the trials of the points that Optuna suggests: a point has one trial a seed."""
-
-    def __init__(self, points: OptunaPoints) -> None:
-        super().__init__()
-        self.points, self.optuna = points, points.searcher()
-        self.waiting: list[Trial] = []
-        self.running: dict[str, str] = {}  # Tune's id of a trial -> its name
-        for own in points.suggestions:
-            if not own.ended:  # it was open when the search was interrupted
-                self.optuna.suggest(str(own.number))
-                self.waiting += points.missing(own.trials)
-
-    def suggest(self, trial_id: str) -> Any:
-        search, known = self.points.search, self.points.suggestions
-        while not self.waiting and len(known) < search.trials:
-            if sum(not own.ended and own.same_as is None for own in known) >= search.batch:
-                return None
-            params = self.optuna.suggest(str(len(known) + 1))
-            assert params is not None
-            self.waiting += self.points.add(params).trials
-            self._tell()
-            self.points.write()
-        if not self.waiting:
-            return self.FINISHED
-        trial = self.waiting.pop(0)
-        self.running[trial_id] = trial.name
-        return named(trial)
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Does nothing: Optuna gets the values of whole points."""
-
-    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        del self.running[trial_id]
-        self._tell()
-
-    def _tell(self) -> None:
-        """Tells Optuna the values of the points of which no trial runs or waits any longer."""
-        busy = {*self.running.values(), *(trial.name for trial in self.waiting)}
-        for own in self.points.suggestions:
-            first = own if own.same_as is None else self.points.suggestions[own.same_as - 1]
-            if not own.ended and not any(trial.name in busy for trial in first.trials):
-                self.points.end(own)
-                self.optuna.on_trial_complete(str(own.number), self.points.by_key(own), error=own.values is None)
-
-    def save(self, checkpoint_path: str) -> None:
-        """Does nothing: a sweep is resumed from its trials' directories."""
-
-    restore = save

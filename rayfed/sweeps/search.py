@@ -7,22 +7,32 @@ trials ended.
 
 from __future__ import annotations
 
+import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
 from rayfed.files import atomic_write
-from rayfed.sweeps.log import SweepLog
 from rayfed.sweeps.plan import Trial, make_trials, plan_trials
+from rayfed.sweeps.progress import Progress
 from rayfed.sweeps.space import Point
-from rayfed.sweeps.table import TrialRow, make_table, selection_trials
-from rayfed.sweeps.trial import outcome_file, read_outcome
+from rayfed.sweeps.table import (
+    NOT_SELECTED,
+    UNFINISHED,
+    TrialRow,
+    make_table,
+    selected_trials,
+    selection_trials,
+    trial_row,
+)
+from rayfed.sweeps.trial import outcome_file
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Table
+from rayfed.tracking.console import PlainView
 from rayfed.tracking.jsonl import to_line
 
 SEARCH_FILE = "search.jsonl"
@@ -45,16 +55,19 @@ class Search(ABC):
         self.federations: dict[str, Federation] = {}
         self.trials: dict[str, Trial] = {}
         """The trials so far, by name, in order."""
-        self.log: SweepLog | None = None
-        """Set by `run`."""
+        self.rows: dict[str, TrialRow] = {}
+        """Their rows of sweep.jsonl, by name."""
+        self.on_trial_end: Callable[[Trial], object] = lambda trial: None
+        """Called with every trial that has ended, after its outcome and its row are written."""
+        self.progress = Progress(PlainView(io.StringIO()), sweep.metric)
 
     @abstractmethod
     def tuner(self) -> dict[str, Any]:
         """The arguments of `tune.TuneConfig`, and `param_space`, with which Tune runs all trials that are missing."""
 
     @abstractmethod
-    def table(self, rows: Mapping[str, TrialRow]) -> Table:
-        """The table of the sweep; ``rows`` are the trials' rows of sweep.jsonl by name."""
+    def table(self) -> Table:
+        """The table of the sweep."""
 
     def lines(self) -> Sequence[Mapping[str, Any]]:
         """The lines of search.jsonl; none: there is no such file."""
@@ -64,44 +77,62 @@ class Search(ABC):
         """Whether all trials have ended, and no further one follows."""
         return not self.missing(self.trials.values())
 
-    def run(self, log: SweepLog) -> None:
+    def run(self) -> None:
         """Runs the missing trials on Ray Tune. Without any, Ray is not even imported."""
-        if self.log is None:
-            self.log = log
-            log.set_trials(self.trials.values())
+        self.write()
         if not self.complete():
             from rayfed.sweeps.on_tune import run_on_tune
 
-            run_on_tune(self, log)
-        self.write()
+            run_on_tune(self)
+            self.write()
 
     def trial(self, name: str) -> Trial:
         """The trial of that name, with its settings as they are now."""
         return self.trials[name]
 
+    def add(self, trial: Trial) -> Trial:
+        """Adds the trial, or its new settings, and reads its row. UserError if it was made with other settings."""
+        self.rows[trial.name] = trial_row(self.out, trial, self.sweep)
+        self.trials[trial.name] = trial
+        return trial
+
     def trial_at(self, name: str, overrides: Mapping[str, Any], labels: Mapping[str, Any] | None = None) -> Trial:
-        """The trial of that name, added to the trials if it is new. UserError where its settings are wrong."""
+        """The trial of that name, added if it is new. UserError where its settings are wrong."""
         if name not in self.trials:
             point = Point(overrides, overrides if labels is None else labels)
-            (self.trials[name],) = make_trials(self.settings, [point], [name])
-            if self.log is not None:
-                self.log.add(self.trials[name])
+            self.add(*make_trials(self.settings, [point], [name]))
         return self.trials[name]
 
     def missing(self, trials: Iterable[Trial]) -> list[Trial]:
-        """The trials that have not ended, and those that failed. UserError where one was made with other settings."""
-        outcomes = [(trial, read_outcome(self.out, trial)) for trial in trials]
-        return [trial for trial, outcome in outcomes if outcome is None or outcome.status == "failed"]
+        """The trials that have not ended, and those that failed."""
+        return [trial for trial in trials if self.rows[trial.name]["status"] in (UNFINISHED, "failed")]
 
     def forget_failures(self) -> None:
         """Removes the outcomes of failed trials, which then run again."""
         for trial in self.missing(self.trials.values()):
             outcome_file(self.out, trial).unlink(missing_ok=True)
 
-    def write(self) -> None:
-        """Writes search.jsonl."""
+    def trial_ended(self, name: str) -> None:
+        """Writes the row of the trial, whose outcome is recorded, and shows it."""
+        trial = self.add(self.trial(name))
+        self.write()
+        self.progress.end(self.rows[name], self.ended, len(self.rows))
+        self.on_trial_end(trial)
+
+    @property
+    def ended(self) -> int:
+        """How many trials have ended."""
+        return sum(row["status"] != UNFINISHED for row in self.rows.values())
+
+    def write(self) -> Table:
+        """Writes sweep.jsonl, search.jsonl and table.txt. Returns the table."""
+        atomic_write(self.out / "sweep.jsonl", "".join(f"{to_line(row)}\n" for row in self.rows.values()))
         if lines := self.lines():
             atomic_write(self.out / SEARCH_FILE, "".join(f"{to_line(line)}\n" for line in lines))
+        table, page = self.table(), io.StringIO()
+        PlainView(page).table(table)
+        atomic_write(self.out / "table.txt", page.getvalue().lstrip("\n"))
+        return table
 
     def refuse_resume(self, recorded: str, now: str) -> NoReturn:
         """UserError: search.jsonl does not belong to the settings with which the sweep is resumed."""
@@ -120,24 +151,27 @@ class TrialList(Search):
     def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
         super().__init__(settings, sweep, out)
         self.checked, self.federations = plan_trials(settings, sweep)
-        self.trials = {trial.name: trial for trial in self.checked}
-        self.missing(self.checked)  # UserError where one was made with other settings
-        self.now: Sequence[Trial] = self.checked
+        for trial in self.checked:
+            self.add(trial)
+        self.now: Sequence[Trial] = selection_trials(self.checked, sweep)
         """The trials that Tune gets."""
         self.stop = sweep.stop
 
-    def run(self, log: SweepLog) -> None:
-        first = self.now = selection_trials(self.checked, self.sweep)
-        later = f"; {len(self.checked) - len(first)} wait for the selection" if len(first) < len(self.checked) else ""
-        log.event(f"sweep {self.out}: {len(first)} trials, {len(self.missing(first))} to run{later}")
-        super().run(log)
+    def run(self) -> None:
+        later = len(self.checked) - len(self.now)
+        wait = f"; {later} wait for the selection" if later else ""
+        self.progress.note(f"sweep {self.out}: {len(self.now)} trials, {len(self.missing(self.now))} to run{wait}")
+        super().run()
         if later:
-            self.now = log.select()
+            self.now = selected_trials(self.checked, self.rows, self.sweep)
+            for name in self.rows.keys() - {trial.name for trial in self.now}:
+                if self.rows[name]["status"] == UNFINISHED:
+                    self.rows[name]["status"] = NOT_SELECTED
             # Not with `stop`: a mean over only those seeds that were not stopped would be too good.
             self.stop = None
-            log.event(f"selected: {len(self.now)} trials of {len(self.checked)}, {len(self.missing(self.now))} to run")
-            if not self.complete():
-                super().run(log)
+            missing = len(self.missing(self.now))
+            self.progress.note(f"selected: {len(self.now)} trials of {len(self.checked)}, {missing} to run")
+            super().run()
 
     def complete(self) -> bool:
         return not self.missing(self.now)
@@ -151,17 +185,15 @@ class TrialList(Search):
         scheduler = asha(self.stop, self.sweep, rounds) if self.stop else None
         return {"search_alg": ListedTrials(trials), "scheduler": scheduler}
 
-    def table(self, rows: Mapping[str, TrialRow]) -> Table:
-        return make_table(self.checked, rows, self.sweep)
+    def table(self) -> Table:
+        return make_table(self.checked, self.rows, self.sweep)
 
 
 def read_search(out: Path) -> list[dict[str, Any]]:
     """The lines of the directory's search.jsonl; none if there is no such file. UserError if it is damaged."""
     path = out / SEARCH_FILE
-    if not path.is_file():
-        return []
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
         if not all(isinstance(line, dict) for line in lines):
             raise ValueError("a line is no mapping")
     except ValueError as error:

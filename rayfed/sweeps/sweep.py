@@ -22,8 +22,8 @@ from rayfed.config.sweep import load_sweep
 from rayfed.errors import RunError
 from rayfed.files import PARTIAL, atomic_write, remove_path
 from rayfed.run_directory import check_out, disk_errors, locked_out
-from rayfed.sweeps.log import SweepLog
 from rayfed.sweeps.plan import Trial
+from rayfed.sweeps.progress import Progress
 from rayfed.sweeps.search import build_search
 from rayfed.sweeps.table import NOT_SELECTED, STOPPED, TrialRow
 from rayfed.tracking import Table
@@ -66,12 +66,12 @@ def run_sweep(
             for leftover in (*out.glob(PARTIAL), *out.glob(f"trials/{PARTIAL}")):  # a trial's own run removes the rest
                 remove_path(leftover)
             atomic_write(out / "sweep.yaml", dump_settings({**settings, "sweep": sweep.model_dump(mode="json")}))
-            log = SweepLog(out, sweep, view, search.table, on_trial_end)
-            log.progress.live = live
-            search.run(log)
-            table = log.write()
+            search.progress = Progress(view, sweep.metric, live)
+            search.on_trial_end = on_trial_end or search.on_trial_end
+            search.run()
+            table = search.table()
         view.table(table)
-    return SweepResult(out, list(log.rows.values()), table)
+    return SweepResult(out, list(search.rows.values()), table)
 
 
 @contextmanager

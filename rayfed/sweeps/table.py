@@ -7,7 +7,7 @@ validation data. The reported test metric takes no part in the selection.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -167,10 +167,16 @@ def best_groups(found: Iterable[TrialGroup], tune: Sequence[str], mode: str) -> 
     return [group for _, group in best.values()]
 
 
-def make_table(trials: Sequence[Trial], rows: Mapping[str, TrialRow], sweep: Sweep) -> Table:
-    """The table of a sweep without a search, by the trials' rows. With `tune`, it has only the best tuned settings."""
+def make_table(
+    trials: Sequence[Trial], rows: Mapping[str, TrialRow], sweep: Sweep, title: str | None = None,
+    mark: Callable[[TrialGroup], str] | None = None,
+) -> Table:  # fmt: skip
+    """The table of a sweep, by the trials' rows: a line for all seeds. With `tune`, only the best tuned settings.
+
+    A search has a title of its own, and a last column with the ``mark`` of each line.
+    """
     labels = list(dict.fromkeys(key for trial in trials for key in trial.labels if key != SEED))
-    values = value_columns(trials[0], sweep)
+    values = [] if not trials else value_columns(trials[0], sweep)
     body = tuple(
         (
             *format_labels(group.labels, labels),
@@ -179,13 +185,14 @@ def make_table(trials: Sequence[Trial], rows: Mapping[str, TrialRow], sweep: Swe
             _seconds(group.mean("seconds")),
             f"{len(group.rows)}/{group.trials}",
             *([", ".join(map(str, group.stopped))] if sweep.stop else []),
+            *([mark(group)] if mark else []),
         )
         for group in groups(selected_trials(trials, rows, sweep), rows)
     )
-    stopped = ["stopped at round"] if sweep.stop else []
-    titles = (title for _, title in values)
-    columns = (*short_names(labels).values(), *titles, "MB both ways", "seconds", "trials", *stopped)
-    return Table(_title(sweep), columns, body)
+    more = (["stopped at round"] if sweep.stop else []) + ([""] if mark else [])
+    titles = (name for _, name in values)
+    columns = (*short_names(labels).values(), *titles, "MB both ways", "seconds", "trials", *more)
+    return Table(title or _title(sweep), columns, body)
 
 
 def _title(sweep: Sweep) -> str:

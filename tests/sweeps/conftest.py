@@ -13,7 +13,6 @@ import pytest
 import yaml
 from small_runs import LOWRANK
 
-from rayfed.sweeps.log import SweepLog
 from rayfed.sweeps.process import load_federation, run_trial
 from rayfed.sweeps.search import Search
 
@@ -27,7 +26,7 @@ class HereInOrder:
     def __init__(self) -> None:
         self.ran: list[list[str]] = []
 
-    def run_on_tune(self, search: Search, log: SweepLog) -> None:
+    def run_on_tune(self, search: Search) -> None:
         self.ran.append([])
         search.forget_failures()
         searcher = search.tuner()["search_alg"]
@@ -40,8 +39,7 @@ class HereInOrder:
             records: list[Any] = []
             run_trial(trial, search.out, load_federation(trial.experiment, {}), tell=records.append)
             searcher.on_trial_complete(str(number), dict(records[-1]))
-            search.write()
-            log.trial_ended(trial)
+            search.trial_ended(trial.name)
 
 
 @pytest.fixture(autouse=True)

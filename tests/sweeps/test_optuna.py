@@ -8,7 +8,7 @@ import pytest
 
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
-from rayfed.sweeps.optuna_space import check_installed, distributions, pareto_front, point_of
+from rayfed.sweeps.optuna_search import check_installed, distributions, pareto_front, point_of
 
 SPACES = {
     "client.lr": {"loguniform": [1e-4, 1e-1]},
@@ -39,7 +39,9 @@ def test_settings_of_a_case_come_with_it_alone() -> None:
 
 
 def test_one_case_is_no_choice() -> None:
-    sweep = section({"client.lr": {"uniform": [0.1, 0.2]}}, [{"method.name": "fedit", "lora.alpha": {"choice": [1, 2]}}])
+    sweep = section(
+        {"client.lr": {"uniform": [0.1, 0.2]}}, [{"method.name": "fedit", "lora.alpha": {"choice": [1, 2]}}]
+    )
     assert [*distributions(sweep)] == ["client.lr", "case 0: lora.alpha"]
     point = point_of({"client.lr": 0.1, "case 0: lora.alpha": 0}, sweep)
     assert point.labels == {"method.name": "fedit", "lora.alpha": 1, "client.lr": 0.1}
@@ -68,6 +70,6 @@ def test_the_front() -> None:
 
 
 def test_without_optuna_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayfed.sweeps.optuna_space.find_spec", lambda name: None)
+    monkeypatch.setattr("rayfed.sweeps.optuna_search.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^sweep.search.kind: got 'optuna', but it is not installed: pip install -e '"):
         check_installed()

@@ -118,7 +118,9 @@ def test_a_trial_continues_another_one_with_other_settings(tmp_path: Path, whole
 def test_what_may_not_change(tmp_path: Path) -> None:
     run(tmp_path / "m1", settings(), stop=2)
     given = checkpoint_of(tmp_path / "m1", tmp_path / "given")
-    with pytest.raises(UserError, match=r"^seed: was 0 and is 1, but a trial that continues from a checkpoint may chang"):
+    with pytest.raises(
+        UserError, match=r"^seed: was 0 and is 1, but a trial that continues from a checkpoint may chang"
+    ):
         run(tmp_path / "m2", settings("seed=1"), given)
 
 
