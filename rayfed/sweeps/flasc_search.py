@@ -199,8 +199,8 @@ class FlascSearch(Searcher):
     key of the results; the value after a probe's last round counts.
 
     The config of a trial has dotted settings of the experiment, with the trial's `name`. Its entry `START_FROM` is the
-    run directory of the finished trial that it continues. A trainable that does not report a `RUN_DIR` gets no such
-    entry, and trains all rounds of the trial (`server.rounds`) from the start.
+    run directory of the finished trial that it continues; every node that runs trials must see it. A trainable that
+    does not report a `RUN_DIR` gets no such entry, and trains all rounds of the trial (`server.rounds`) from the start.
 
     Raises UserError for a wrong setting, for a budget without room for the first step, and for an experiment that
     cannot continue at another rank and density.

@@ -128,9 +128,8 @@ class FlascProbes(Search):
             if missing == trials:
                 return
             for trial in (trial for trial in trials if trial not in missing):
-                metric = self.rows[trial.name].get("metric")
                 found = {"name": trial.name, RUN_DIR: str(trial_folder(self.out, trial))}
-                self.searcher.add_evaluated_point(found, metric)
+                self.searcher.add_evaluated_point(found, self.rows[trial.name].get("metric"))
 
 
 def _overrides(probe: Probe) -> dict[str, Any]:
