@@ -102,7 +102,7 @@ def test_settings_that_rise_together_are_one_axis(writer: Write, tmp_path: Path)
         for lr in (0.1, 0.2):
             overrides = f"lora.rank={rank}", f"lora.alpha={2 * rank}", f"client.lr={lr}"
             folders.append(
-                writer(f"{rank}-{lr}", *overrides, eval=[0.5] * (1 + (rank == 2) ^ (lr == 0.1)), folder=tmp_path)
+                writer(f"{rank}-{lr}", *overrides, eval=[0.5] * (1 + ((rank == 2) != (lr == 0.1))), folder=tmp_path)
             )
     (grid,) = heat_maps(read(folders))
     assert {grid.x.name, grid.y.name} == {"rank", "client.lr"}
