@@ -32,7 +32,7 @@ class Data(Section):
     label: Text = "label"
     """The column with the label: an integer or a string."""
     client: Text | None = None
-    """The column with the client of a row, for partition.kind=natural."""
+    """The column with a row's client, for partition.kind=natural, or with its domain, for partition.kind=domain."""
     validation: Share = 0.1
     """Share of the training rows used for validation, if the source has no validation split."""
     test: Share = 0.2
@@ -116,9 +116,11 @@ class Partition(Section):
 
     decides = ("data",)
 
-    kind: Literal["iid", "dirichlet", "flasc", "pathological", "natural"] = "dirichlet"
-    """`iid`: rows at random; `dirichlet`: label shares of each client drawn from Dirichlet(alpha); `flasc`: as in
-    FLASC's code; `pathological`: few classes per client; `natural`: by the column `data.client`.
+    kind: Literal["iid", "quantity", "dirichlet", "flasc", "pathological", "shards", "domain", "natural"] = "dirichlet"
+    """`iid`: rows at random; `quantity`: rows at random, sizes log-normal; `dirichlet`: label shares of each client
+    drawn from Dirichlet(alpha); `flasc`: as in FLASC's code; `pathological`: few classes per client; `shards`: a few
+    pieces of the rows in the order of their labels; `domain`: rows of one value of the column `data.client`; `natural`:
+    a client is a value of the column `data.client`.
     """
     clients: Clients = 100
     """Clients in the population. Ignored by `natural`, except with data.source=lowrank."""
@@ -126,6 +128,17 @@ class Partition(Section):
     """Dirichlet concentration. The smaller, the more clients differ."""
     classes: Annotated[int, Field(ge=1, le=1_000_000)] = 2
     """For `pathological`: classes per client."""
+    shards: Annotated[int, Field(ge=1, le=1_000_000)] = 2
+    """For `shards`: pieces per client."""
+    sigma: Annotated[float, Field(ge=0, le=10), UNSIGNED] = 1.0
+    """For `quantity`: standard deviation of the logarithm of a client's size. 0: equal sizes."""
+    mix: Annotated[float, Field(ge=0, le=1), UNSIGNED] = 0.0
+    """Share of every client's rows, its last ones, that is pooled and dealt out again at random. Sizes do not change."""
+
+    @property
+    def column(self) -> str | None:
+        """What the column `data.client` must name for this kind: the client, the domain, or nothing."""
+        return {"natural": "client", "domain": "domain"}.get(self.kind)
 
 
 class Model(Section):
