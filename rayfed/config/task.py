@@ -133,7 +133,7 @@ class Partition(Section):
     sigma: Annotated[float, Field(ge=0, le=10), UNSIGNED] = 1.0
     """For `quantity`: standard deviation of the logarithm of a client's size. 0: equal sizes."""
     mix: Annotated[float, Field(ge=0, le=1), UNSIGNED] = 0.0
-    """Share of every client's rows, its last ones, that is pooled and dealt out again at random. Sizes do not change."""
+    """Share of every client's rows, its last ones, that is pooled and dealt out again at random. Sizes stay."""
 
     @property
     def column(self) -> str | None:

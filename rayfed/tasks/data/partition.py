@@ -55,10 +55,11 @@ def partition(labels: np.ndarray, owners: np.ndarray | None, settings: Partition
 
 def _clients(labels: np.ndarray, owners: np.ndarray | None, settings: Partition, seed: int) -> tuple[np.ndarray, int]:
     """The client of each row (n,), and the number of clients."""
-    if settings.column and owners is None:
-        needed = f"partition.kind={settings.kind} needs the column that names the {settings.column}"
-        raise UserError(f"data.client: got null, but {needed}")
-    if settings.kind == "natural":
+    if owners is None:
+        if settings.column:
+            needed = f"partition.kind={settings.kind} needs the column that names the {settings.column}"
+            raise UserError(f"data.client: got null, but {needed}")
+    elif settings.kind == "natural":
         _, client = np.unique(owners, return_inverse=True)
         return client, int(client.max(initial=-1)) + 1
     clients = settings.clients
@@ -79,7 +80,7 @@ def _clients(labels: np.ndarray, owners: np.ndarray | None, settings: Partition,
         client = np.empty(len(labels), dtype=np.int64)
         client[order] = holders[rows * pieces // len(labels)]
         return client, clients
-    if settings.kind == "domain":
+    if owners is not None and settings.kind == "domain":
         return _by_domain(owners, clients, rng), clients
     present, classes = np.unique(labels, return_inverse=True)
     if settings.kind == "pathological":
