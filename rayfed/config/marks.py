@@ -12,7 +12,7 @@ from typing import Any
 
 from rayfed.config.describe import format_value, iter_fields, section_of
 from rayfed.config.schema import Experiment
-from rayfed.config.types import Aspect, Decides
+from rayfed.config.types import Aspect, Decides, Section
 
 
 def decides(name: str) -> tuple[Aspect, ...]:
@@ -66,6 +66,21 @@ def model_key(settings: Mapping[str, Any]) -> str:
     """
     checked = {"gradient_checkpointing": settings["engine"]["gradient_checkpointing"]}
     return _digest(_select(settings, {"model"}) | checked)
+
+
+def depends_on_rounds(settings: Section, before: int, after: int) -> str | None:
+    """A setting by which runs of ``before`` and of ``after`` rounds differ in a round of both: its dotted name.
+
+    ``settings`` is an Experiment or a section. None where there is none: then a run of the one number can go on as one
+    of the other.
+    """
+    if (own := settings.depends_on_rounds(before, after)) is not None:
+        return own
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, Section) and (found := depends_on_rounds(value, before, after)):
+            return f"{name}.{found}"
+    return None
 
 
 def live() -> tuple[str, ...]:
