@@ -15,6 +15,9 @@ from rayfed.config.schema import Experiment
 from rayfed.config.types import Aspect, Decides, Section
 
 
+HASHES = ("fingerprint", "adapter_digest")  # settings that rayfed itself computes, where there is something to hash
+
+
 def decides(name: str) -> tuple[Aspect, ...]:
     """The aspects of a run (data, model, result) that a setting decides; empty where the setting decides nothing.
 
@@ -96,14 +99,14 @@ def searched() -> tuple[str, ...]:
 def _select(settings: Mapping[str, Any], aspects: set[Aspect], prefix: str = "") -> dict[str, Any]:
     """The settings that decide one of the aspects. A section of which nothing is left is left out.
 
-    So is `data.fingerprint` where the task is no object: digests of runs from files do not depend on that setting.
+    So is a hash of what is not there, an object or an adapter: digests of other runs do not depend on these settings.
     """
     selected = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
             if part := _select(value, aspects, f"{prefix}{name}."):
                 selected[name] = part
-        elif aspects & set(decides(f"{prefix}{name}")) and (name, value) != ("fingerprint", None):
+        elif aspects & set(decides(f"{prefix}{name}")) and (value is not None or name not in HASHES):
             selected[name] = value
     return selected
 

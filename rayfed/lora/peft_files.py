@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,19 @@ from torch import Tensor, nn
 
 from rayfed.errors import UserError, allowed, first_line
 from rayfed.files import regular
-from rayfed.lora.adapter import Adapter
+from rayfed.lora.adapter import Adapter, LowRank, scale_of
 from rayfed.lora.peft import PREFIX, is_conv1d
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
+CLASSES = "classes.json"  # the names of the classes, which PEFT does not have
+A, B = ".lora_A.weight", ".lora_B.weight"
+MORE = ("rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens", "lora_bias")
+"""Settings by which a LoRA of PEFT is more than pairs of one rank and scale, beside those named use_... and ..._config."""
+ADDS_NOTHING = ("gaussian", "eva", "orthogonal")
+"""Ways to initialise a LoRA that leave the base's weights as they are."""
 
 
 def write_peft(folder: Path, adapter: Adapter, settings: Mapping[str, Any], root: str = "") -> None:
@@ -86,12 +93,59 @@ def load_peft(
     return loaded.eval()
 
 
-def read_json(path: Path) -> Any:
+@dataclass(frozen=True)
+class PeftAdapter:
+    """A LoRA as its folder has it: pairs by layer, the tensors of the head by name (none: empty), names of classes."""
+
+    layers: dict[str, LowRank]
+    head: dict[str, Tensor]
+    classes: tuple[str, ...] | None  # None: the folder does not name them, as those that rayfed did not write
+
+
+def read_peft(folder: Path) -> PeftAdapter:
+    """The plain LoRA in the folder, anybody's, in float32. Only safetensors and JSON are read, and no base model.
+
+    UserError, which names `model.adapter`, where a file is missing, no regular file or damaged, and where the adapter
+    is more than a pair (B, A) of one rank and scale for each layer and modules that are saved whole.
+    """
+    field = "model.adapter"
+    rank, alpha, rslora = _rank_and_scale(folder, field)
+    settings = read_json(folder / CONFIG, field)
+    starts = settings.get("init_lora_weights", True)
+    if settings.get("peft_type") != "LORA" or not (isinstance(starts, bool) or starts in ADDS_NOTHING):
+        what = f"it has peft_type={settings.get('peft_type')!r}, init_lora_weights={starts!r}; only plain LoRA is read"
+        raise allowed(field, str(folder / CONFIG), what)
+    for name, value in settings.items():
+        if value and (name in MORE or name.endswith("_config") or (name.startswith("use_") and name != "use_rslora")):
+            raise allowed(field, str(folder / CONFIG), f"it has {name}={value!r:.60}; only plain LoRA is read")
+    tensors = {name: tensor.float() for name, tensor in _read(folder, WEIGHTS, field).items()}
+    for name, tensor in tensors.items():
+        if not name.startswith(PREFIX) or not bool(tensor.isfinite().all()):
+            what = f"its tensor {name} " + ("is not finite" if name.startswith(PREFIX) else f"is not below {PREFIX}")
+            raise allowed(field, str(folder / WEIGHTS), what)
+    pairs = {name.removesuffix(A) for name in tensors if name.endswith(A)}
+    layers = {}
+    for name in sorted(pairs):
+        given, other = tensors.pop(name + A), tensors.pop(name + B, None)
+        if other is None or given.ndim != 2 or other.ndim != 2 or (given.shape[0], other.shape[1]) != (rank, rank):
+            raise allowed(field, str(folder / WEIGHTS), f"its layer {name} has no B (out, r) and A (r, in) for r={rank}")
+        layers[name.removeprefix(PREFIX)] = LowRank(other, given, scale_of(rank, alpha, rslora))
+    if not layers or any(".lora_" in name for name in tensors):
+        what = f"it has {next((n for n in tensors if '.lora_' in n), 'no layer')}; every layer needs lora_A and lora_B"
+        raise allowed(field, str(folder / WEIGHTS), what)
+    head = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    if (folder / HEAD).exists():
+        head |= _read(folder, HEAD, field)
+    classes = read_json(folder / CLASSES, field) if (folder / CLASSES).exists() else None
+    return PeftAdapter(layers, head, tuple(map(str, classes)) if isinstance(classes, list) else None)
+
+
+def read_json(path: Path, field: str = "adapter") -> Any:
     """The value in a JSON file. UserError where it is missing, a link, no regular file, or damaged."""
     try:
         return json.loads(regular(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable(path, error, field) from None
 
 
 def refuse_links(folder: Path) -> None:
@@ -106,16 +160,16 @@ def refuse_links(folder: Path) -> None:
             raise allowed("adapter", str(path), "it is a symbolic link; only plain files and folders are read")
 
 
-def _rank_and_scale(folder: Path) -> tuple[int, float, bool]:
+def _rank_and_scale(folder: Path, field: str = "adapter") -> tuple[int, float, bool]:
     """Rank, alpha and whether the scale is alpha / sqrt(r), from `adapter_config.json`."""
-    settings = read_json(folder / CONFIG)
+    settings = read_json(folder / CONFIG, field)
     found: dict[str, Any] = settings if isinstance(settings, dict) else {}
     values: list[Any] = [found.get(name) for name in ("r", "lora_alpha", "use_rslora")]
     rank, alpha, rslora = values
     if type(rank) is int and rank > 0 and type(alpha) in (int, float) and abs(alpha) < 1e9 and type(rslora) is bool:
         return rank, float(alpha), rslora
     what = f"it has r={rank!r}, lora_alpha={alpha!r}, use_rslora={rslora!r}; allowed are an integer above 0, a number, "
-    raise allowed("adapter", str(folder / CONFIG), f"{what}true or false")
+    raise allowed(field, str(folder / CONFIG), f"{what}true or false")
 
 
 def _with_root(name: str, root: str) -> str:
@@ -127,14 +181,12 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file(copies, path, {"format": "pt"})
 
 
-def _read(folder: Path, name: str) -> dict[str, Tensor]:
+def _read(folder: Path, name: str, field: str = "adapter") -> dict[str, Tensor]:
     try:
         return load_file(regular(folder / name))
     except (OSError, ValueError, SafetensorError) as error:
-        raise _unreadable(folder / name, error) from None
+        raise _unreadable(folder / name, error, field) from None
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return allowed(
-        "adapter", str(path), f"it cannot be read ({first_line(error)}); only the file that the run wrote is"
-    )
+def _unreadable(path: Path, error: Exception, field: str) -> UserError:
+    return allowed(field, str(path), f"it cannot be read ({first_line(error)}); only the file as it was written is")
