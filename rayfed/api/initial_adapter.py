@@ -34,7 +34,9 @@ def initial_adapter(experiment: Experiment, spec: ModelSpec, classes: Sequence[s
     for name in sorted(here.keys() | spec.shapes.keys()):
         if here.get(name) != spec.shapes.get(name):
             own, wanted = here.get(name, "missing"), spec.shapes.get(name, "not adapted (lora.target_modules)")
-            raise allowed("model.adapter", settings.adapter, f"its layer {name} is {own}, and in the run it is {wanted}")
+            raise allowed(
+                "model.adapter", settings.adapter, f"its layer {name} is {own}, and in the run it is {wanted}"
+            )
     rank = max(pair.rank for pair in pairs.values())
     if rank > lora.rank:
         raise allowed("lora.rank", lora.rank, f"model.adapter has rank {rank}, and no rank of it may be left out")

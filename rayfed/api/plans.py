@@ -20,7 +20,7 @@ from rayfed.api.keywords import suggest_keywords
 from rayfed.channels import Lossless
 from rayfed.clients.plan import RunPlan
 from rayfed.config import Experiment
-from rayfed.config.adapter import with_digest
+from rayfed.config.adapter import adapter_folder, with_digest
 from rayfed.errors import UserError, allowed
 from rayfed.methods import Method
 from rayfed.objectives import Plain
@@ -162,6 +162,8 @@ def _checked_data(experiment: Experiment, parts: Components, federation: Federat
     # Only for this process: Ray knows what a cluster's nodes have.
     if experiment.engine.kind == "local" and experiment.engine.device == "cuda" and not torch.cuda.is_available():
         raise UserError("engine.device: got 'cuda', but torch finds no GPU here; allowed is cpu")
+    if experiment.model.adapter is not None:
+        adapter_folder(experiment.model.adapter)  # raises UserError; before the data, which may take minutes
     federation = federation or parts.task.load_data()
     holders, cohort = len(federation.holders), experiment.server.cohort
     if cohort > holders:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -55,9 +56,16 @@ def _digest(folder: Path, files: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def with_digest(experiment: Experiment) -> Experiment:
-    """The settings with `model.adapter_digest`, where `model.adapter` is given without it. UserError as above."""
+    """The settings with `model.adapter_digest`, where `model.adapter` is given without it.
+
+    A folder that is not on this machine has no digest: a job may be submitted to another one. UserError as above.
+    """
     model = experiment.model
-    if model.adapter is None or model.adapter_digest is not None:
+    if (
+        model.adapter is None
+        or model.adapter_digest is not None
+        or not os.path.exists(os.path.expanduser(model.adapter))
+    ):
         return experiment
     model = model.model_copy(update={"adapter_digest": adapter_digest(model.adapter)})
     return experiment.model_copy(update={"model": model})

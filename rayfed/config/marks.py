@@ -14,7 +14,6 @@ from rayfed.config.describe import format_value, iter_fields, section_of
 from rayfed.config.schema import Experiment
 from rayfed.config.types import Aspect, Decides, Section
 
-
 HASHES = ("fingerprint", "adapter_digest")  # settings that rayfed itself computes, where there is something to hash
 
 

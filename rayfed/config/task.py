@@ -159,7 +159,7 @@ class Model(Section):
     """
     adapter_digest: DecidesModel[Text | None] = None
     """Of the files of `adapter`, a hash: rayfed writes it into config.yaml, and refuses an adapter with another one.
-    null: it is computed from the folder, which must then be on this machine.
+    null: it is computed when the run starts.
     """
     trust_remote_code: bool = False
     """Run the Python code that comes with a hub model. Use it only for models you trust."""

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
 CLASSES = "classes.json"  # the names of the classes, which PEFT does not have
-A, B = ".lora_A.weight", ".lora_B.weight"
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 MORE = ("rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens", "lora_bias")
-"""Settings by which a LoRA of PEFT is more than pairs of one rank and scale, beside those named use_... and ..._config."""
-ADDS_NOTHING = ("gaussian", "eva", "orthogonal")
-"""Ways to initialise a LoRA that leave the base's weights as they are."""
+"""Settings that make more of PEFT's LoRA than pairs of one rank and scale; so do those named use_... and ..._config."""
+KEEPS_BASE = ("gaussian", "eva", "orthogonal")
+"""Ways to initialise a LoRA that leave the base's weights as they are; others, such as pissa, change them."""
 
 
 def write_peft(folder: Path, adapter: Adapter, settings: Mapping[str, Any], root: str = "") -> None:
@@ -95,49 +95,56 @@ def load_peft(
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """A LoRA as its folder has it: pairs by layer, the tensors of the head by name (none: empty), names of classes."""
+    """A LoRA as its folder has it: pairs by layer, the head's tensors by name (none: empty), the names of classes."""
 
     layers: dict[str, LowRank]
     head: dict[str, Tensor]
-    classes: tuple[str, ...] | None  # None: the folder does not name them, as those that rayfed did not write
+    classes: tuple[str, ...] | None  # None: the folder does not name them
 
 
 def read_peft(folder: Path) -> PeftAdapter:
     """The plain LoRA in the folder, anybody's, in float32. Only safetensors and JSON are read, and no base model.
 
     UserError, which names `model.adapter`, where a file is missing, no regular file or damaged, and where the adapter
-    is more than a pair (B, A) of one rank and scale for each layer and modules that are saved whole.
+    is more than a pair (B, A) for each layer, all of one rank and scale, and modules that are saved whole.
     """
-    field = "model.adapter"
+    field, weights = "model.adapter", str(folder / WEIGHTS)
     rank, alpha, rslora = _rank_and_scale(folder, field)
-    settings = read_json(folder / CONFIG, field)
-    starts = settings.get("init_lora_weights", True)
-    if settings.get("peft_type") != "LORA" or not (isinstance(starts, bool) or starts in ADDS_NOTHING):
-        what = f"it has peft_type={settings.get('peft_type')!r}, init_lora_weights={starts!r}; only plain LoRA is read"
-        raise allowed(field, str(folder / CONFIG), what)
-    for name, value in settings.items():
-        if value and (name in MORE or name.endswith("_config") or (name.startswith("use_") and name != "use_rslora")):
-            raise allowed(field, str(folder / CONFIG), f"it has {name}={value!r:.60}; only plain LoRA is read")
+    _refuse_other_kinds(read_json(folder / CONFIG, field), folder, field)
     tensors = {name: tensor.float() for name, tensor in _read(folder, WEIGHTS, field).items()}
-    for name, tensor in tensors.items():
-        if not name.startswith(PREFIX) or not bool(tensor.isfinite().all()):
-            what = f"its tensor {name} " + ("is not finite" if name.startswith(PREFIX) else f"is not below {PREFIX}")
-            raise allowed(field, str(folder / WEIGHTS), what)
-    pairs = {name.removesuffix(A) for name in tensors if name.endswith(A)}
     layers = {}
-    for name in sorted(pairs):
-        given, other = tensors.pop(name + A), tensors.pop(name + B, None)
-        if other is None or given.ndim != 2 or other.ndim != 2 or (given.shape[0], other.shape[1]) != (rank, rank):
-            raise allowed(field, str(folder / WEIGHTS), f"its layer {name} has no B (out, r) and A (r, in) for r={rank}")
-        layers[name.removeprefix(PREFIX)] = LowRank(other, given, scale_of(rank, alpha, rslora))
-    if not layers or any(".lora_" in name for name in tensors):
-        what = f"it has {next((n for n in tensors if '.lora_' in n), 'no layer')}; every layer needs lora_A and lora_B"
-        raise allowed(field, str(folder / WEIGHTS), what)
+    for name in sorted(name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)):
+        A, B = tensors.pop(name + LORA_A), tensors.pop(name + LORA_B, None)
+        if B is None or A.ndim != 2 or B.ndim != 2 or (A.shape[0], B.shape[1]) != (rank, rank):
+            raise allowed(field, weights, f"its layer {name} has no B (out, r) and A (r, in) with r={rank}")
+        layers[name.removeprefix(PREFIX)] = LowRank(B, A, scale_of(rank, alpha, rslora))
     head = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     if (folder / HEAD).exists():
-        head |= _read(folder, HEAD, field)
+        head |= {name: tensor.float() for name, tensor in _read(folder, HEAD, field).items()}
+    if not layers or any(".lora_" in name for name in head):
+        wrong = next((name for name in head if ".lora_" in name), "no layer")
+        raise allowed(field, weights, f"it has {wrong}; a layer has {LORA_A} and {LORA_B}")
+    parts = {**{name: pair.A for name, pair in layers.items()}, **head}
+    for name, tensor in [*parts.items(), *((name, pair.B) for name, pair in layers.items())]:
+        if not bool(tensor.isfinite().all()):
+            raise allowed(field, str(folder), f"its tensor {name} has values that are not finite")
     classes = read_json(folder / CLASSES, field) if (folder / CLASSES).exists() else None
     return PeftAdapter(layers, head, tuple(map(str, classes)) if isinstance(classes, list) else None)
+
+
+def _refuse_other_kinds(settings: Mapping[str, Any], folder: Path, field: str) -> None:
+    """UserError where `adapter_config.json` describes another adapter than a plain LoRA, or one on a changed base."""
+    more = {
+        name: value
+        for name, value in settings.items()
+        if value and (name in MORE or name.endswith("_config") or (name.startswith("use_") and name != "use_rslora"))
+    }
+    if settings.get("peft_type") != "LORA":
+        more["peft_type"] = settings.get("peft_type")
+    if (start := settings.get("init_lora_weights", True)) not in (True, False, *KEEPS_BASE):
+        more["init_lora_weights"] = start
+    for name, value in more.items():
+        raise allowed(field, str(folder / CONFIG), f"it has {name}={value!r:.60}; only plain LoRA is read")
 
 
 def read_json(path: Path, field: str = "adapter") -> Any:

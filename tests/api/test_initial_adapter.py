@@ -129,7 +129,7 @@ def test_another_content_under_the_same_path_is_refused(
     with pytest.raises(UserError, match=r"model\.adapter_digest was '[0-9a-f]{16}' and is '[0-9a-f]{16}'"):
         rayfed.run(kind("mean", f"model.adapter={folder}"), out, resume=True)
     saved = rayfed.load_config(out / "config.yaml").with_(f"model.adapter={folder}")
-    with pytest.raises(UserError, match=r"^model\.adapter: got .*, but its files have the digest .* and model\.adapter"):
+    with pytest.raises(UserError, match=r"^model\.adapter: got .*, but its files have the digest .* and model"):
         rayfed.run(saved, tmp_path / "other")
 
 
@@ -207,12 +207,12 @@ def tensors_of(folder: Path, change: Callable[[str, torch.Tensor], tuple[str, to
 @pytest.mark.parametrize(
     ("damage", "overrides", "line"),
     [
-        (lambda f: config_of(f, peft_type="LOHA"), (), r"it has peft_type='LOHA'.*only plain LoRA"),
+        (lambda f: config_of(f, peft_type="LOHA"), (), r"it has peft_type='LOHA'; only plain LoRA is read"),
         (lambda f: config_of(f, use_dora=True), (), r"it has use_dora=True; only plain LoRA is read"),
         (lambda f: config_of(f, rank_pattern={"query": 2}), (), r"it has rank_pattern=\{'query': 2\}; only"),
         (lambda f: config_of(f, init_lora_weights="pissa"), (), r"init_lora_weights='pissa'; only"),
         (lambda f: config_of(f, init_lora_weights=[]), (), r"init_lora_weights=\[\]; only"),
-        (lambda f: config_of(f, r=3), (), r"has no B \(out, r\) and A \(r, in\) for r=3"),
+        (lambda f: config_of(f, r=3), (), r"has no B \(out, r\) and A \(r, in\) with r=3"),
         (lambda f: (f / "adapter_config.json").write_text("[]"), (), r"it has r=None"),
         (lambda f: (f / "adapter_config.json").write_text("{"), (), r"adapter_config\.json.*it cannot be read"),
         (lambda f: (f / "adapter_config.json").unlink(), (), r"has no adapter_config\.json: it is no adapter, and"),
@@ -223,10 +223,14 @@ def tensors_of(folder: Path, change: Callable[[str, torch.Tensor], tuple[str, to
             (),
             r"is no regular file",
         ),
-        (lambda f: tensors_of(f, lambda n, t: (n, t * float("nan"))), (), r"is not finite"),
+        (lambda f: tensors_of(f, lambda n, t: (n, t * float("nan"))), (), r"has values that are not finite"),
         (lambda f: tensors_of(f, lambda n, t: (n.replace("lora_B", "lora_C"), t)), (), r"has no B"),
-        (lambda f: tensors_of(f, lambda n, t: (n.replace("base_model.", ""), t)), (), r"is not below base_model\.model"),
-        (lambda f: None, ("lora.target_modules=[query]",), r"layer .*value is \(32, 32\), and in the run it is not ada"),
+        (
+            lambda f: tensors_of(f, lambda n, t: (n.replace("base_model.", ""), t)),
+            (),
+            r"is missing, and in the run it is \(32, 32\)",
+        ),
+        (lambda f: None, ("lora.target_modules=[query]",), r"layer .*value is \(32, 32\), and in the run it is not"),
         (
             lambda f: None,
             ("lora.target_modules=[query,value,key]",),
