@@ -29,24 +29,23 @@ def check_settings(out: Path, known: Experiment, now: Experiment) -> None:
     done = next(iter(checkpoints.manifests(out / "checkpoints")), None)
     if done is None:
         return
-    start_anew = f"start a new run from its adapter, model.adapter={out}"
+    anew = (
+        f"start a new run from its adapter, model.adapter={out}" if (out / "adapter").is_dir() else "name another --out"
+    )
+    got = f"server.rounds: got {after}, but"
     if after < done.round:
-        raise UserError(f"server.rounds: got {after}, but the run in {out} has done {done.round} rounds")
+        raise UserError(f"{got} the run in {out} has done {done.round} rounds")
     if (tied := depends_on_rounds(now, before, after)) is not None:
-        raise UserError(
-            f"server.rounds: got {after}, but the run in {out} was made for {before}, and {tied} depends on their "
-            f"number; {start_anew}"
-        )
+        raise UserError(f"{got} the run in {out} was made for {before}, and {tied} depends on the number; {anew}")
     common = _last_common(out, known, now)
     if common is None:
         raise UserError(
-            f"server.rounds: got {after}, but round {done.round} of {out} is evaluated because of their number "
-            f"(eval.every={now.eval.every}), and there is no checkpoint before it; {start_anew}"
+            f"{got} round {done.round} in {out} was evaluated only as the last one (eval.every={now.eval.every}), and "
+            f"no checkpoint is left from before it; {anew}"
         )
     if common.progress["stopped"]:
         raise UserError(
-            f"server.rounds: got {after}, but the run in {out} was ended after round {common.round}, by "
-            f"eval.early_stop or a callback, and more rounds change nothing; {start_anew}"
+            f"{got} the run in {out} was ended after round {common.round}, by eval.early_stop or a callback; {anew}"
         )
 
 

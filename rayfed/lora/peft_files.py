@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, HEAD = "adapter_config.json", "adapter_model.safetensors", "head.safetensors"
 CLASSES = "classes.json"  # the names of the classes, which PEFT does not have
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
-MORE = ("rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens", "lora_bias")
+MORE = (
+    "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias", "target_parameters", "trainable_token_indices",
+    "alora_invocation_tokens",
+)  # fmt: skip
 """Settings that make more of PEFT's LoRA than pairs of one rank and scale; so do those named use_... and ..._config."""
 KEEPS_BASE = ("gaussian", "eva", "orthogonal")
 """Ways to initialise a LoRA that leave the base's weights as they are; others, such as pissa, change them."""

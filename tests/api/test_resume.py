@@ -84,7 +84,7 @@ def test_the_last_round_runs_again_where_it_was_evaluated_as_the_last(tiny: Any,
     shutil.copytree(out, tmp_path / "one")
     assert_same_run(rayfed.run(tiny("server.rounds=6", *settings), out, resume=True).out, whole.out)
     shutil.rmtree(tmp_path / "one" / "checkpoints" / "round-000003")
-    with pytest.raises(UserError, match=r"^server\.rounds: got 6, but round 4 of .*eval\.every=3.*model\.adapter="):
+    with pytest.raises(UserError, match=r"^server\.rounds: got 6, but round 4 in .*eval\.every=3.*model\.adapter="):
         rayfed.run(tiny("server.rounds=6", *settings), tmp_path / "one", resume=True)
 
 
@@ -92,7 +92,7 @@ def test_the_last_round_runs_again_where_it_was_evaluated_as_the_last(tiny: Any,
     ("settings", "rounds", "line"),
     [
         ((), 3, r"^server\.rounds: got 3, but the run in .* has done 4 rounds$"),
-        (("client.schedule.kind=cosine",), 8, r"made for 4, and client\.schedule\.kind depends on their number; start"),
+        (("client.schedule.kind=cosine",), 8, r"made for 4, and client\.schedule\.kind depends on the number; start"),
         (("server.schedule.kind=linear",), 8, r"and server\.schedule\.kind depends .*model\.adapter=.*run$"),
         (("wire.down.decay=0.5", "wire.down.every=5"), 8, r"and wire\.down\.decay depends on"),
     ],
