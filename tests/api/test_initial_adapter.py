@@ -32,7 +32,7 @@ Tiny = Callable[..., Any]
 KINDS = {  # what differs: the head on the encoder's mean, the model's own, a Conv1D
     "mean": (),
     "stock": ("model.pooling=stock",),
-    "gpt2": ("model.pooling=stock", "lora.target_modules=[c_attn]", "eval.batch_size=1"),
+    "gpt2": ("model.pooling=stock", "lora.target_modules=[c_attn]"),
 }
 
 

@@ -120,7 +120,7 @@ def test_other_settings_are_refused_as_ever(tmp_path: Path) -> None:
         rayfed.run(lowrank("server.rounds=9", "client.lr=0.01"), out, resume=True)
 
 
-@pytest.mark.parametrize("moves", [0, 1, 2])
+@pytest.mark.parametrize("moves", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_death_while_files_are_moved_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
 ) -> None:
