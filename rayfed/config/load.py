@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from rayfed.config.adapter import with_digest
 from rayfed.config.describe import (
     allowed_values,
     alternatives,
@@ -59,7 +60,7 @@ def validate(settings: dict[str, Any]) -> Experiment:
     """The settings as an Experiment. Raises UserError with one line per mistake."""
     if "sweep" in settings:
         raise UserError("sweep: this section describes many runs; start them with `rayfed sweep CONFIG`")
-    return validate_as(Experiment, settings)
+    return with_digest(validate_as(Experiment, settings))
 
 
 def validate_as(model: type[Root], settings: dict[str, Any]) -> Root:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rayfed.config.types import UNSIGNED, Clients, Section, Share, Text
+from rayfed.config.types import UNSIGNED, Clients, DecidesModel, DecidesNothing, Section, Share, Text
 
 Size = Annotated[int, Field(ge=1, le=10_000)]
 
@@ -165,5 +165,20 @@ class Model(Section):
     optimizer states and messages are float32 in any case. bfloat16 halves the memory of the base model and is fast on
     devices that compute in it; a client's trained change differs by 1 or 2 percent.
     """
+    adapter: DecidesNothing[Text | None] = None
+    """Where training starts: a run directory, or a folder with a LoRA in PEFT's format (safetensors). null: at B = 0, a
+    random A and a new head. Its layers are those of the run, and its rank is at most lora.rank: further ranks are new.
+    Its head is taken where it fits the classes.
+    """
+    adapter_digest: DecidesModel[Text | None] = None
+    """Of the files of `adapter`, a hash: rayfed writes it into config.yaml, and refuses an adapter with another one.
+    null: it is computed when the run starts.
+    """
     trust_remote_code: bool = False
     """Run the Python code that comes with a hub model. Use it only for models you trust."""
+
+    @model_validator(mode="after")
+    def _digest_of_an_adapter(self) -> Model:
+        if self.adapter is None and self.adapter_digest is not None:
+            raise ValueError(f"model.adapter_digest: got {self.adapter_digest!r}, but model.adapter is null")
+        return self

@@ -32,6 +32,7 @@ def run_rounds(
     called = CallbackSink(callbacks)
     everyone = SinkList(*sinks, called)
     server = Server(plan, executor, out, everyone, resume, choice, upload, called.goes_on)
+    server.events += plan.notes if not server.done else ()
     try:
         yield from server.rounds()
         if called.stopped:

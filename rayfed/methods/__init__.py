@@ -32,6 +32,11 @@ def with_mixed_ranks() -> list[str]:
     return [name for name in METHODS if method_class(name).mixed_ranks]
 
 
+def with_adapters() -> list[str]:
+    """The names of the methods whose runs may start from a given adapter."""
+    return [name for name in METHODS if not method_class(name).refuses_adapter]
+
+
 def build(name: str, **options: Any) -> Method:
     """The method of that name, or at the import path `package.module:Class`, with these options.
 
@@ -55,5 +60,5 @@ __all__ = [
     "ANY_OPTIMIZER", "METHODS", "Advance", "BaseChange", "Change", "ChangeMean", "FactorMean", "FactorState",
     "HeadMean", "LayerMethod", "LayerState", "Method", "PackSum", "ProductMean", "Profile", "Source", "Sparse", "Start",
     "State", "Trainable", "Update", "Updates", "build", "fedavg", "matrix", "mean_change", "merged", "method_class",
-    "product_change", "with_mixed_ranks",
+    "product_change", "with_adapters", "with_mixed_ranks",
 ]  # fmt: skip

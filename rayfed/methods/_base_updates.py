@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rayfed.lora.adapter import LowRank
+from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.seeding import torch_rng
 
 
@@ -19,6 +19,13 @@ def fresh_A(seed: int, layer: str, t: int, rank: int, inner: int) -> Tensor:
     """
     bound = 1 / math.sqrt(inner)
     return torch.empty(rank, inner).uniform_(-bound, bound, generator=torch_rng(seed, "lora.A", layer, t))
+
+
+def initial_factors(adapter: Adapter) -> dict[str, LowRank]:
+    """What clients must merge before the first round, by layer (scale 1); empty where the adapter changes nothing."""
+    if not any(bool(pair.B.any()) for pair in adapter.layers.values()):
+        return {}
+    return {name: LowRank((pair.scale * pair.B).float(), pair.A.float(), 1.0) for name, pair in adapter.layers.items()}
 
 
 def flat(factors: Mapping[str, LowRank]) -> Tensor:
