@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rayfed.keywords import suggest_keywords
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ __all__ = [
 ]
 
 
+@suggest_keywords
 def sweep(
     config: str | Path, overrides: Sequence[str] = (), *, out: str | Path | None = None, resume: bool = False
 ) -> SweepResult:
@@ -81,6 +84,7 @@ def sweep(
     return run_sweep(config, overrides, out, resume)
 
 
+@suggest_keywords
 def report(*folders: str | Path, out: str | Path | None = None, target: float | None = None) -> Path:
     """Writes a page with tables and figures of runs and sweeps, as `rayfed report` does. Returns the page's path.
 
@@ -112,4 +116,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

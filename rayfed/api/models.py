@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from rayfed import config, tasks
-from rayfed.api.keywords import suggest_keywords
+from rayfed.keywords import suggest_keywords
 from rayfed.errors import UserError, allowed
 from rayfed.lora.peft_files import load_peft, read_json, refuse_links
 from rayfed.tasks.data.federation import Federation

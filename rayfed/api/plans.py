@@ -15,13 +15,14 @@ from typing import Any, Literal
 import torch
 
 from rayfed import config, methods, tasks, weighting
-from rayfed.api.keywords import suggest_keywords
+from rayfed.keywords import suggest_keywords
 from rayfed.channels import Lossless
 from rayfed.clients.plan import RunPlan
 from rayfed.config import Experiment
 from rayfed.errors import UserError, allowed
 from rayfed.methods import Method
 from rayfed.objectives import Plain
+from rayfed.own_code import own_failures
 from rayfed.profiles.client_profiles import ClientProfiles
 from rayfed.server.optimizers import ServerOptimizer
 from rayfed.tasks.base import Task
@@ -69,6 +70,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     return experiment
 
 
+@own_failures(UserError)
 def build_components(experiment: Experiment, task: Task | None = None, method: Method | None = None) -> Components:
     """Builds what the settings name. UserError where parts do not go together. Every `auto` becomes a choice here."""
     data, server, lora, name = experiment.data, experiment.server, experiment.lora, experiment.method.name
@@ -151,6 +153,7 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
     )
 
 
+@own_failures(UserError)
 def _checked_data(experiment: Experiment, parts: Components, federation: Federation | None) -> Federation:
     # Only for this process: Ray knows what a cluster's nodes have.
     if experiment.engine.kind == "local" and experiment.engine.device == "cuda" and not torch.cuda.is_available():
@@ -165,6 +168,7 @@ def _checked_data(experiment: Experiment, parts: Components, federation: Federat
     return federation
 
 
+@own_failures(UserError)
 def _described_model(experiment: Experiment, parts: Components, federation: Federation) -> ModelSpec:
     task, engine, model = parts.task, experiment.engine, experiment.model
     base = task.load_base(federation)
@@ -175,6 +179,7 @@ def _described_model(experiment: Experiment, parts: Components, federation: Fede
     return spec
 
 
+@own_failures(UserError)
 def describe_objects(experiment: Experiment, task: Task | None, method: Method | None) -> Experiment:
     """The settings with what config.yaml says of a task and a method that are objects.
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rayfed import config
-from rayfed.api.keywords import suggest_keywords
+from rayfed.keywords import suggest_keywords
 from rayfed.api.plans import Components, Settings, build_components, describe_objects, make_plan, read_settings
 from rayfed.clients.plan import RunPlan
 from rayfed.config import Experiment

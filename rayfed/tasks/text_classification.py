@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rayfed.config.task import Data, Model, Partition, Problem
 from rayfed.errors import UserError, allowed
+from rayfed.keywords import suggest_keywords
 from rayfed.tasks.base import Metric, Task, fingerprint
 from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.data.objects import content_digest, read_objects
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 LISTS = ("recall_per_class", "confusion_matrix")  # the metrics that are not one number
 
 
+@suggest_keywords
 @dataclass(frozen=True)
 class TextClassification(Task):
     """Texts with one label each.
