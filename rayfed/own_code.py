@@ -40,14 +40,18 @@ def failure(error: Exception, kind: Refusal = RunError, name: str = "") -> UserE
     the way out of an actor.
     """
     own = list(_own_frames(error))
-    place = ""
-    if own:
-        code = own[-1].tb_frame.f_code
-        name, place = name or code.co_qualname, f" ({code.co_filename}:{own[-1].tb_lineno})"
-    refusal = kind(f"{name} failed: {type(error).__name__}: {first_line(error)}{place}")
+    name = name or own[-1].tb_frame.f_code.co_qualname
+    refusal = kind(f"{name} failed: {described(error)}")
     start = own[0] if own else error.__traceback__
     refusal.add_note("".join(traceback.format_exception(type(error), error, start)).rstrip())
     return refusal
+
+
+def described(error: Exception) -> str:
+    """The exception's type and message, and the file and line of the user's own code where there is any."""
+    own = list(_own_frames(error))
+    place = f" ({own[-1].tb_frame.f_code.co_filename}:{own[-1].tb_lineno})" if own else ""
+    return f"{type(error).__name__}: {first_line(error)}{place}"
 
 
 def _own_frames(error: Exception) -> Iterator[TracebackType]:

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 
 from rayfed import config, methods, tasks, weighting
-from rayfed.keywords import suggest_keywords
 from rayfed.channels import Lossless
 from rayfed.clients.plan import RunPlan
 from rayfed.config import Experiment
 from rayfed.errors import UserError, allowed
+from rayfed.keywords import suggest_keywords
 from rayfed.methods import Method
 from rayfed.objectives import Plain
 from rayfed.own_code import own_failures

@@ -26,7 +26,7 @@ from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_layers
 from rayfed.methods import BaseChange, merged
 from rayfed.own_code import own_failures
-from rayfed.tasks.models.base import in_dtype
+from rayfed.tasks.models.base import in_dtype, logits_of
 from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
 from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel
 
@@ -83,8 +83,7 @@ class Trainer:
         """The model's outputs (rows, ...) for a batch, while the stack holds its segments."""
         if self.unpadded is not None:
             return self.unpadded(inputs, self.stack.batch.segments)
-        outputs: Tensor = self.model(**inputs).logits
-        return outputs
+        return logits_of(self.model(**inputs))
 
     def _train(self, job: messages.TrainJob, payloads: Sequence[bytes]) -> messages.TrainResult:
         begun = time.perf_counter()

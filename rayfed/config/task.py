@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from rayfed.config.types import UNSIGNED, Clients, Section, Share, Text
 
+OBJECT = "object"  # the name of a model that was given in Python
 Size = Annotated[int, Field(ge=1, le=10_000)]
 
 
@@ -135,7 +136,8 @@ class Model(Section):
 
     name: Text = "minilm"
     """`minilm`: the packaged all-MiniLM-L6-v2 (extra `minilm`); else a local folder or a hub name that
-    AutoModelForSequenceClassification can load. Ignored by data.source=lowrank, whose model is one layer.
+    AutoModelForSequenceClassification can load. Ignored by data.source=lowrank, whose model is one layer. `object`: a
+    model that was given in Python, `rayfed.run(..., task=...)`.
     """
     pooling: Literal["stock", "mean"] = "stock"
     """`stock`: the model's own classification head; `mean`: the mean over all tokens but the padding, then one linear
@@ -154,3 +156,13 @@ class Model(Section):
     """
     trust_remote_code: bool = False
     """Run the Python code that comes with a hub model. Use it only for models you trust."""
+    fingerprint: Text | None = None
+    """Of a model that was given in Python (name: object), its class and a hash of its weights and of its tokenizer, as
+    in `data.fingerprint`.
+    """
+
+    @model_validator(mode="after")
+    def _name_is_known(self) -> Model:
+        if self.name == OBJECT and not self.fingerprint:
+            raise ValueError("model.name: got 'object', but Python objects come with rayfed.run(..., task=...)")
+        return self
