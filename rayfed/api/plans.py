@@ -7,17 +7,21 @@ settings, builds a method again, or loads the base model only to describe it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+from yaml.representer import RepresenterError
 
 from rayfed import config, methods, tasks, weighting
 from rayfed.channels import Lossless
 from rayfed.clients.plan import RunPlan
 from rayfed.config import Experiment
+from rayfed.config.parse import dump_settings
 from rayfed.errors import UserError, allowed
 from rayfed.keywords import suggest_keywords
 from rayfed.methods import Method
@@ -57,6 +61,23 @@ def read_settings(source: Settings) -> Experiment:
     if isinstance(source, Mapping):
         return config.validate(dict(source))
     raise allowed("experiment", source, "it is an Experiment, the path of a YAML file, or a mapping of sections")
+
+
+@contextmanager
+def settings_file(source: str | Path | Mapping[str, Any]) -> Iterator[Path | str]:
+    """The YAML file at this path, or a temporary one with the mapping. UserError where it is neither."""
+    if isinstance(source, str | Path):
+        yield source
+        return
+    if not isinstance(source, Mapping):
+        raise allowed("config", source, "it is the path of a YAML file, or a mapping of sections")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "settings"
+        try:
+            path.write_text(dump_settings(dict(source)), encoding="utf-8")
+        except RepresenterError as error:
+            raise allowed("config", error.args[-1], "a setting is a text, a number, a list or a mapping") from None
+        yield path
 
 
 @suggest_keywords

@@ -75,9 +75,11 @@ class Task:
         raise NotImplementedError
 
     def load_base(self, federation: Federation) -> FrozenBase:
-        """The frozen base model with its head, in evaluation mode, in float32, on the CPU.
+        """The frozen base model with its head, in float32, on the CPU.
 
-        The weights may be shared with other trainers of the process: replace modules, but never write to weights.
+        Every process calls this, and all of them must get the same weights. The model is called with the tensors of a
+        batch by name, without the labels. It returns outputs (rows, ...), or an object that has them as `logits`. The
+        weights may be shared with other trainers of the process: replace modules, but never write to weights.
         Raises UserError where the model cannot be loaded.
         """
         raise NotImplementedError
@@ -98,7 +100,7 @@ class Task:
         """(sums (rows,), counts (rows,)): each row's summed loss, and the number of terms in the sum.
 
         ``outputs`` (rows, ...) are the model's, in float32, and ``labels`` (rows, ...) those of the batch. A client's
-        loss is the sum of its rows' sums over the sum of their counts.
+        loss is the sum of its rows' sums over the sum of their counts. So the loss of a row depends on this row alone.
         """
         raise NotImplementedError
 
@@ -111,8 +113,8 @@ class Task:
         return {}
 
     def metric_names(self) -> tuple[str, ...]:
-        """The names that `metrics` returns: metrics.jsonl has them under `eval/` and `test/`."""
-        return ()
+        """The names that `metrics` returns: metrics.jsonl has them under `eval/` and `test/`. By default `metric`."""
+        return () if self.metric is None else (self.metric,)
 
     def metric_keys(self, eval: Eval) -> tuple[str, ...]:
         """The keys of metrics.jsonl by which runs of the task can be compared: each holds one number.

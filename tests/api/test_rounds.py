@@ -199,3 +199,17 @@ def test_report_and_sweep(tmp_path: Path, whole: rayfed.RunResult) -> None:
         rayfed.report()
     with pytest.raises(UserError, match=r"^config: got '.*none.yaml', but there is no such file$"):
         rayfed.sweep(tmp_path / "none.yaml")
+
+
+def test_a_sweep_takes_a_file_or_a_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**LOWRANK, "sweep": {"parameters": {"seed": {"grid": [0, 1]}}, "metric": "eval/gap"}}
+    monkeypatch.setattr("rayfed.sweeps.sweep.run_sweep", lambda path, *_: yaml.safe_load(Path(path).read_text()))
+    (tmp_path / "sweep.yaml").write_text(yaml.dump(settings))
+    assert rayfed.sweep(settings) == rayfed.sweep(tmp_path / "sweep.yaml") == settings
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"^sweep.parameters.seed: got .*, but it should be \{grid"):
+        rayfed.sweep({"sweep": {"parameters": {"seed": 7}}})
+    with pytest.raises(UserError, match=r"^config: got 7, but it is the path of a YAML file, or a mapping"):
+        rayfed.sweep(7)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^config: got PosixPath.*, but a setting is a text, a number"):
+        rayfed.sweep({"sweep": tmp_path})

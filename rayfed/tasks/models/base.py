@@ -39,11 +39,17 @@ TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "s
 
 @dataclass(frozen=True)
 class FrozenBase:
-    """A frozen base model, and the names of its head's modules: trained (``head``) or not (``frozen_head``)."""
+    """A base model, and the names of its head's modules: trained (``head``) or not (``frozen_head``).
+
+    The model is put into evaluation mode, and its weights are frozen.
+    """
 
     model: nn.Module
     head: tuple[str, ...]
     frozen_head: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.model.eval().requires_grad_(False)
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -117,12 +123,12 @@ def frozen_base(model: Any, missing: set[str], settings: Model, classes: int, se
         raise allowed("model.name", settings.name, f"{norms[0]} is a BatchNorm, which mixes clients")
     head = _head(model, missing)
     if settings.head == "trained":
-        return FrozenBase(model.eval().requires_grad_(False), head)
+        return FrozenBase(model, head)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeding.derive_seed(seed, "model.frozen_head"))
         for name in head:
             _make_orthonormal(model.get_submodule(name))
-    return FrozenBase(model.eval().requires_grad_(False), (), head)
+    return FrozenBase(model, (), head)
 
 
 def in_dtype(base: FrozenBase, dtype: str) -> FrozenBase:
