@@ -76,9 +76,10 @@ def sweep(
 ) -> SweepResult:  # fmt: skip
     """Runs a sweep to its end, as `rayfed sweep` does.
 
-    ``config`` is a YAML file, or a mapping of sections as in such a file, with a section `sweep`. ``overrides`` are `key=value`. ``out`` (default `runs/NAME-TIME`) must be empty or absent unless ``resume``. A trial
-    that fails is recorded, and the others continue: see the result's `failed`, `rows` and `table`. Raises UserError
-    before anything is started where a trial is wrong.
+    ``config`` is a YAML file, or a mapping of sections as in such a file, with a section `sweep`. ``overrides`` are
+    `key=value`. ``out`` (default `runs/NAME-TIME`) must be empty or absent unless ``resume``. A trial that fails is
+    recorded, and the others continue: see the result's `failed`, `rows` and `table`. Raises UserError before anything
+    is started where a trial is wrong.
     """
     from rayfed.api.plans import settings_file
     from rayfed.sweeps.sweep import run_sweep

@@ -16,8 +16,8 @@ class Callback:
     With `engine.kind: local` the object itself is called. On Ray a copy is called in the driver actor: the object is
     pickled there, and what the copy stores is not seen here. Write to a file what you need later.
 
-    An exception ends the run: RunError names the callback, and its notes have the traceback. The last finished round is
-    in the checkpoint, and a resume continues after it.
+    An exception ends the run: RunError names the callback, the file and the line; its notes and events.log have the
+    traceback. The last finished round is in the checkpoint, and a resume continues after it.
     """
 
     def on_start(self, info: RunInfo) -> None:

@@ -108,7 +108,7 @@ class Task:
         """What metrics need to know of each row's output, (rows, ...)."""
         return outputs
 
-    def metrics(self, predictions: Tensor, labels: Tensor, federation: Federation) -> dict[str, Metric]:
+    def metrics(self, predictions: Tensor, labels: Tensor, federation: Federation) -> Mapping[str, Metric]:
         """A split's metrics beside its loss, by name. Called once a split, with all of its rows in their order."""
         return {}
 

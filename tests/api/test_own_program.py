@@ -35,7 +35,8 @@ rows = Dataset.from_json(sys.argv[1])
 task = rayfed.TextClassification(train=rows, metric_fns={"error": error})
 settings = rayfed.load_config(sys.argv[2])
 for kind in "local", "ray":
-    result = rayfed.run(settings.with_({"engine.kind": kind}), task=task, method=HalfSteps(), callbacks=[StopAfterTwo()])
+    own = {"task": task, "method": HalfSteps(), "callbacks": [StopAfterTwo()]}
+    result = rayfed.run(settings.with_({"engine.kind": kind}), **own)
     print(list(result.history["state/digest"]), list(result.history["test/error"]), result.rounds)
 """
 
