@@ -45,10 +45,7 @@ def load_model(run: str | Path, *, task: Task | None = None, trust_remote_code: 
     experiment = config.load_config(config_file)
     if experiment.data.source == "lowrank" and experiment.data.fingerprint is None:
         raise allowed("run", str(run), "it solved data.source=lowrank, which has no model to load")
-    if task is None:
-        _refuse_objects(experiment, run)
-    else:
-        _check_task(experiment, task)
+    _check_task(experiment, task, run)
     model = experiment.model
     if model.trust_remote_code and not trust_remote_code:
         what = f"the code of {model.name} runs only with load_model(run, trust_remote_code=True)"
@@ -59,10 +56,9 @@ def load_model(run: str | Path, *, task: Task | None = None, trust_remote_code: 
         raise UserError(f"adapter: {folder / 'classes.json'} is no list of the names of classes")
     # The task alone: a method may be named by an import path. Rows that were Python objects are not needed here.
     data = experiment.data.model_copy(update={"fingerprint": None})
-    sections: dict[str, Any] = {name: getattr(experiment, name) for name in ("problem", "partition", "seed")}
-    task = (
-        task.configure(data=data, model=model, **sections) if task else tasks.build(data=data, model=model, **sections)
-    )
+    names = ("problem", "partition", "model", "seed")
+    sections: dict[str, Any] = {"data": data, **{name: getattr(experiment, name) for name in names}}
+    task = task.configure(**sections) if task else tasks.build(**sections)
     nothing: Any = None
     federation = Federation(nothing, nothing, nothing, tuple(classes), np.zeros(0, np.int64), np.zeros(1, np.int64))
     if not _by_text_classification(experiment):
@@ -79,34 +75,30 @@ def load_model(run: str | Path, *, task: Task | None = None, trust_remote_code: 
 def _by_text_classification(experiment: Experiment) -> bool:
     """Whether the run's task was rayfed's own, and no class of the user's."""
     made_by = (experiment.data.fingerprint or "").partition(" ")[0]
-    return made_by in ("", f"{TextClassification.__module__}:{TextClassification.__qualname__}")
+    ours = made_by in ("", f"{TextClassification.__module__}:{TextClassification.__qualname__}")
+    return ours and not experiment.data.own_task
 
 
-def _refuse_objects(experiment: Experiment, run: str | Path) -> None:
-    """UserError where the run's base model was made by a Python object, which load_model needs again."""
-    made_by, what = experiment.model.fingerprint, "rayfed.TextClassification(model=..., tokenizer=...)"
-    if not _by_text_classification(experiment):
-        made_by, what = experiment.data.fingerprint, "an equal task"
-    if made_by is not None:
-        raise allowed(
-            "run", str(run), f"its model comes from Python, {made_by}: load_model(run, task=...) needs {what}"
-        )
+def _from_python(experiment: Experiment) -> str | None:
+    """What names the code that made the run's base model; None where the settings name the model."""
+    if _by_text_classification(experiment):
+        return experiment.model.fingerprint
+    return experiment.data.fingerprint or experiment.data.source
 
 
-def _check_task(experiment: Experiment, task: Task) -> None:
-    """UserError where the task does not make the base model that the run had."""
+def _check_task(experiment: Experiment, task: Task | None, run: str | Path) -> None:
+    """UserError where the base model comes from Python, and ``task`` does not make the same one."""
+    made_by, ours = _from_python(experiment), _by_text_classification(experiment)
+    if task is None:
+        if made_by is not None:
+            what = "rayfed.TextClassification(model=..., tokenizer=...)" if ours else "an equal task"
+            raise allowed("run", str(run), f"its model comes from {made_by}: load_model(run, task=...) needs {what}")
+        return
     if not isinstance(task, Task):
         raise allowed("task", task, "it is an object of a subclass of rayfed.Task")
-    if _by_text_classification(experiment):
-        made_by = experiment.model.fingerprint
-        found = task.described(Data(), experiment.model)[1].fingerprint  # whatever rows it has
-        fits = isinstance(task, TextClassification) and found == made_by
-    else:
-        made_by, found = (
-            data.fingerprint for data in (experiment.data, task.described(experiment.data, experiment.model)[0])
-        )
-        fits = found == made_by
-    if not fits:
-        raise allowed(
-            "task", found or type(task).__name__, f"the run's model comes from {made_by or experiment.model.name}"
-        )
+    data, model = task.described(Data() if ours else experiment.data, experiment.model)
+    found = model.fingerprint if ours else data.fingerprint
+    if not ours and experiment.data.fingerprint is None:
+        found = (found or "").partition(" ")[0]  # the run had the class by its import path alone
+    if found != made_by or ours != (type(task) is TextClassification):
+        raise allowed("task", found or type(task).__name__, f"the run's model comes from {made_by or model.name}")

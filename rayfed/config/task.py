@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from rayfed.config.types import UNSIGNED, Clients, Section, Share, Text
+from rayfed.config.types import UNSIGNED, ClassPath, Clients, Printable, Section, Share, Text
 
 OBJECT = "object"  # the name of a model that was given in Python
+OwnClass = Annotated[str, AfterValidator(ClassPath()), AfterValidator(Printable(1000))]
 Size = Annotated[int, Field(ge=1, le=10_000)]
 
 
@@ -17,10 +18,11 @@ class Data(Section):
 
     decides = ("data", "model")  # the model: the number of classes, the longest input
 
-    source: Literal["stdlib", "files", "hub", "lowrank", "object"] = "stdlib"
+    source: Literal["stdlib", "files", "hub", "lowrank", "object"] | OwnClass = "stdlib"
     """`stdlib`: functions of Python's standard library, labelled by module (no download); `files`: local JSONL, CSV or
     Parquet; `hub`: a Hugging Face data set; `lowrank`: a regression problem with a known answer, see the section
-    `problem`; `object`: rows that were given in Python, `rayfed.run(..., task=...)`.
+    `problem`; `object`: rows that were given in Python, `rayfed.run(..., task=...)`; an import path: a task of your
+    own, a subclass of rayfed.Task.
     """
     path: Text | None = None
     """For `files`: a folder with train.*, test.* and optionally validation.*, or one file."""
@@ -50,8 +52,15 @@ class Data(Section):
     """
 
     @property
+    def own_task(self) -> bool:
+        """Whether `source` is the import path of a task."""
+        return ":" in self.source
+
+    @property
     def task(self) -> str:
-        """The task of these data: its file in `rayfed.tasks`."""
+        """The task of these data: its file in `rayfed.tasks`, or the import path of a class of the user's own."""
+        if self.own_task:
+            return self.source
         return "low_rank_regression" if self.source == "lowrank" else "text_classification"
 
     @model_validator(mode="after")
@@ -63,7 +72,7 @@ class Data(Section):
         if self.source == "hub" and not self.name:
             raise ValueError("data.name: got null, but data.source=hub needs the name of a data set")
         for field, source in (("path", "files"), ("name", "hub"), ("subset", "hub")):
-            if getattr(self, field) is not None and self.source != source:
+            if getattr(self, field) is not None and self.source != source and not self.own_task:
                 raise ValueError(
                     f"data.{field}: got {getattr(self, field)!r}, but that belongs to data.source={source}, "
                     f"and the source is {self.source}"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
+from rayfed.errors import allowed, first_line
 from rayfed.lora.adapter import LowRank
 from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.base import FrozenBase
@@ -44,8 +45,15 @@ class Task:
 
     @classmethod
     def from_settings(cls, *, data: Data, problem: Problem, partition: Partition, model: Model, seed: int) -> Self:
-        """The task that these sections of the settings describe."""
-        raise NotImplementedError
+        """The task that these sections of the settings describe; by default one without arguments, configured."""
+        try:
+            task = cls()
+        except TypeError as error:
+            what = (
+                f"{cls.__qualname__} needs arguments ({first_line(error)}): override from_settings, or give an object"
+            )
+            raise allowed("data.source", data.source, what) from error
+        return task.configure(data=data, problem=problem, partition=partition, model=model, seed=seed)
 
     def configure(self, *, data: Data, problem: Problem, partition: Partition, model: Model, seed: int) -> Self:
         """The task with these sections of the settings. Called first, for a task that a user gives as an object."""
