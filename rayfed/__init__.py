@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rayfed.keywords import suggest_keywords
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from rayfed.api import Rounds, RunResult, iter_rounds, load_config, load_model, prepare, run
@@ -67,20 +69,26 @@ __all__ = [
 ]
 
 
+@suggest_keywords
 def sweep(
-    config: str | Path, overrides: Sequence[str] = (), *, out: str | Path | None = None, resume: bool = False
-) -> SweepResult:
-    """Runs the sweep in the YAML file ``config`` to its end, as `rayfed sweep` does.
+    config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, out: str | Path | None = None,
+    resume: bool = False,
+) -> SweepResult:  # fmt: skip
+    """Runs a sweep to its end, as `rayfed sweep` does.
 
-    ``overrides`` are `key=value`. ``out`` (default `runs/NAME-TIME`) must be empty or absent unless ``resume``. A trial
-    that fails is recorded, and the others continue: see the result's `failed`, `rows` and `table`. Raises UserError
-    before anything is started where a trial is wrong.
+    ``config`` is a YAML file, or a mapping of sections as in such a file, with a section `sweep`. ``overrides`` are
+    `key=value`. ``out`` (default `runs/NAME-TIME`) must be empty or absent unless ``resume``. A trial that fails is
+    recorded, and the others continue: see the result's `failed`, `rows` and `table`. Raises UserError before anything
+    is started where a trial is wrong.
     """
+    from rayfed.api.plans import settings_file
     from rayfed.sweeps.sweep import run_sweep
 
-    return run_sweep(config, overrides, out, resume)
+    with settings_file(config) as path:
+        return run_sweep(path, overrides, out, resume)
 
 
+@suggest_keywords
 def report(*folders: str | Path, out: str | Path | None = None, target: float | None = None) -> Path:
     """Writes a page with tables and figures of runs and sweeps, as `rayfed report` does. Returns the page's path.
 
@@ -112,4 +120,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

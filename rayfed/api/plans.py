@@ -7,23 +7,28 @@ settings, builds a method again, or loads the base model only to describe it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+from yaml.representer import RepresenterError
 
 from rayfed import config, methods, tasks, weighting
 from rayfed.api.initial_adapter import check_method, initial_adapter
-from rayfed.api.keywords import suggest_keywords
 from rayfed.channels import Lossless
 from rayfed.clients.plan import RunPlan
 from rayfed.config import Experiment
 from rayfed.config.adapter import adapter_folder, with_digest
+from rayfed.config.parse import dump_settings
 from rayfed.errors import UserError, allowed
+from rayfed.keywords import suggest_keywords
 from rayfed.methods import Method
 from rayfed.objectives import Plain
+from rayfed.own_code import own_failures
 from rayfed.profiles.client_profiles import ClientProfiles
 from rayfed.server.optimizers import ServerOptimizer
 from rayfed.tasks.base import Task
@@ -60,6 +65,23 @@ def read_settings(source: Settings) -> Experiment:
     raise allowed("experiment", source, "it is an Experiment, the path of a YAML file, or a mapping of sections")
 
 
+@contextmanager
+def settings_file(source: str | Path | Mapping[str, Any]) -> Iterator[Path | str]:
+    """The YAML file at this path, or a temporary one with the mapping. UserError where it is neither."""
+    if isinstance(source, str | Path):
+        yield source
+        return
+    if not isinstance(source, Mapping):
+        raise allowed("config", source, "it is the path of a YAML file, or a mapping of sections")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "settings"
+        try:
+            path.write_text(dump_settings(dict(source)), encoding="utf-8")
+        except RepresenterError as error:
+            raise allowed("config", error.args[-1], "a setting is a text, a number, a list or a mapping") from None
+        yield path
+
+
 @suggest_keywords
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Reads a YAML file, applies `dotted.key=value` overrides, validates fields and combinations.
@@ -71,6 +93,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     return experiment
 
 
+@own_failures(UserError)
 def build_components(experiment: Experiment, task: Task | None = None, method: Method | None = None) -> Components:
     """Builds what the settings name. UserError where parts do not go together. Every `auto` becomes a choice here."""
     data, server, lora, name = experiment.data, experiment.server, experiment.lora, experiment.method.name
@@ -158,6 +181,7 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
     )
 
 
+@own_failures(UserError)
 def _checked_data(experiment: Experiment, parts: Components, federation: Federation | None) -> Federation:
     # Only for this process: Ray knows what a cluster's nodes have.
     if experiment.engine.kind == "local" and experiment.engine.device == "cuda" and not torch.cuda.is_available():
@@ -174,6 +198,7 @@ def _checked_data(experiment: Experiment, parts: Components, federation: Federat
     return federation
 
 
+@own_failures(UserError)
 def _described_model(experiment: Experiment, parts: Components, federation: Federation) -> ModelSpec:
     task, engine, model = parts.task, experiment.engine, experiment.model
     base = task.load_base(federation)
@@ -184,6 +209,7 @@ def _described_model(experiment: Experiment, parts: Components, federation: Fede
     return spec
 
 
+@own_failures(UserError)
 def describe_objects(experiment: Experiment, task: Task | None, method: Method | None) -> Experiment:
     """The settings with what config.yaml says of a task and a method that are objects.
 

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rayfed import config
-from rayfed.api.keywords import suggest_keywords
 from rayfed.api.plans import Components, Settings, build_components, describe_objects, make_plan, read_settings
 from rayfed.api.resume import check_settings, follow_settings
 from rayfed.clients.plan import RunPlan
@@ -20,6 +19,7 @@ from rayfed.engine.callbacks import Callback, check_callbacks
 from rayfed.engine.local_executor import run_here
 from rayfed.errors import UserError
 from rayfed.files import PARTIAL, remove_path
+from rayfed.keywords import suggest_keywords
 from rayfed.methods import Method
 from rayfed.run_directory import check_out, disk_errors, locked_out, share_lock
 from rayfed.server.change_rounds import complete

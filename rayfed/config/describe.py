@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rayfed.config.types import Printable
+from rayfed.config.types import ClassPath, Printable
 
 NOUNS = {
     bool: "true or false",
@@ -112,7 +112,9 @@ def _describe_type(kind: Any, metadata: list[Any]) -> str:
     if origin is Annotated:
         return _describe_type(inside[0], _flat(inside[1:]))
     if origin in (Union, UnionType):
-        return alternatives([_describe_type(part, metadata) for part in inside])
+        literal = [get_args(part) if get_origin(part) is Literal else () for part in inside]
+        words = [[*map(str, found)] or [_describe_type(part, metadata)] for part, found in zip(inside, literal)]
+        return alternatives([word for each in words for word in each])
     if origin is Literal:
         return alternatives([str(choice) for choice in inside])
     if origin is tuple:
@@ -132,6 +134,8 @@ def _flat(metadata: Iterable[Any]) -> list[Any]:
 
 
 def _with_limits(noun: str, metadata: list[Any]) -> str:
+    if any(isinstance(getattr(m, "func", None), ClassPath) for m in metadata):
+        return "an import path package.module:Class"
     if most := next((m.func.most for m in metadata if isinstance(getattr(m, "func", None), Printable)), None):
         return f"{noun} (up to {most} bytes)"
     if most := next((m.max_length for m in metadata if hasattr(m, "max_length")), None):

@@ -68,14 +68,19 @@ def validate_as(model: type[Root], settings: dict[str, Any]) -> Root:
     try:
         return model.model_validate(settings)
     except ValidationError as error:
-        # pydantic reports every item of a list and every type of a union; one line per field is enough
-        mistakes: dict[Any, Any] = {}
-        for mistake in error.errors(include_url=False, include_input=False):
-            mistakes.setdefault((_is_line(mistake), _field(mistake["loc"], model)[1]), mistake)
-        lines = [_line(mistake, settings, model) for mistake in islice(mistakes.values(), MOST_LINES - 1)]
-        if more := len(mistakes) - len(lines):
-            lines.append(f"and {more} more mistakes")
-        raise UserError("\n".join(lines)) from None
+        raise refusal(error, settings, model) from None
+
+
+def refusal(error: ValidationError, settings: Any, model: type[BaseModel]) -> UserError:
+    """What pydantic found wrong with the settings of a ``model``, one line per mistake."""
+    # pydantic reports every item of a list and every type of a union; one line per field is enough
+    mistakes: dict[Any, Any] = {}
+    for mistake in error.errors(include_url=False, include_input=False):
+        mistakes.setdefault((_is_line(mistake), _field(mistake["loc"], model)[1]), mistake)
+    lines = [_line(mistake, settings, model) for mistake in islice(mistakes.values(), MOST_LINES - 1)]
+    if more := len(mistakes) - len(lines):
+        lines.append(f"and {more} more mistakes")
+    return UserError("\n".join(lines))
 
 
 def changed(experiment: Experiment, overrides: Sequence[str | Mapping[str, Any]]) -> Experiment:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from rayfed.config.types import UNSIGNED, Clients, DecidesModel, DecidesNothing, Section, Share, Text
+from rayfed.config.types import (
+    UNSIGNED, ClassPath, Clients, DecidesModel, DecidesNothing, Printable, Section, Share, Text,
+)  # fmt: skip
 
+OBJECT = "object"  # the name of a model that was given in Python
+OwnClass = Annotated[str, AfterValidator(ClassPath()), AfterValidator(Printable(1000))]
 Size = Annotated[int, Field(ge=1, le=10_000)]
 
 
@@ -16,10 +20,11 @@ class Data(Section):
 
     decides = ("data", "model")  # the model: the number of classes, the longest input
 
-    source: Literal["stdlib", "files", "hub", "lowrank", "object"] = "stdlib"
+    source: Literal["stdlib", "files", "hub", "lowrank", "object"] | OwnClass = "stdlib"
     """`stdlib`: functions of Python's standard library, labelled by module (no download); `files`: local JSONL, CSV or
     Parquet; `hub`: a Hugging Face data set; `lowrank`: a regression problem with a known answer, see the section
-    `problem`; `object`: rows that were given in Python, `rayfed.run(..., task=...)`.
+    `problem`; `object`: rows that were given in Python, `rayfed.run(..., task=...)`; an import path: a task of your
+    own, a subclass of rayfed.Task.
     """
     path: Text | None = None
     """For `files`: a folder with train.*, test.* and optionally validation.*, or one file."""
@@ -49,8 +54,15 @@ class Data(Section):
     """
 
     @property
+    def own_task(self) -> bool:
+        """Whether `source` is the import path of a task."""
+        return ":" in self.source
+
+    @property
     def task(self) -> str:
-        """The task of these data: its file in `rayfed.tasks`."""
+        """The task of these data: its file in `rayfed.tasks`, or the import path of a class of the user's own."""
+        if self.own_task:
+            return self.source
         return "low_rank_regression" if self.source == "lowrank" else "text_classification"
 
     @model_validator(mode="after")
@@ -62,7 +74,7 @@ class Data(Section):
         if self.source == "hub" and not self.name:
             raise ValueError("data.name: got null, but data.source=hub needs the name of a data set")
         for field, source in (("path", "files"), ("name", "hub"), ("subset", "hub")):
-            if getattr(self, field) is not None and self.source != source:
+            if getattr(self, field) is not None and self.source != source and not self.own_task:
                 raise ValueError(
                     f"data.{field}: got {getattr(self, field)!r}, but that belongs to data.source={source}, "
                     f"and the source is {self.source}"
@@ -148,7 +160,8 @@ class Model(Section):
 
     name: Text = "minilm"
     """`minilm`: the packaged all-MiniLM-L6-v2 (extra `minilm`); else a local folder or a hub name that
-    AutoModelForSequenceClassification can load. Ignored by data.source=lowrank, whose model is one layer.
+    AutoModelForSequenceClassification can load. Ignored by data.source=lowrank, whose model is one layer. `object`: a
+    model that was given in Python, `rayfed.run(..., task=...)`.
     """
     pooling: Literal["stock", "mean"] = "stock"
     """`stock`: the model's own classification head; `mean`: the mean over all tokens but the padding, then one linear
@@ -176,9 +189,15 @@ class Model(Section):
     """
     trust_remote_code: bool = False
     """Run the Python code that comes with a hub model. Use it only for models you trust."""
+    fingerprint: Text | None = None
+    """Of a model that was given in Python (name: object), its class and a hash of its weights and of its tokenizer, as
+    in `data.fingerprint`.
+    """
 
     @model_validator(mode="after")
-    def _digest_of_an_adapter(self) -> Model:
+    def _objects_are_given(self) -> Model:
+        if self.name == OBJECT and not self.fingerprint:
+            raise ValueError("model.name: got 'object', but Python objects come with rayfed.run(..., task=...)")
         if self.adapter is None and self.adapter_digest is not None:
             raise ValueError(f"model.adapter_digest: got {self.adapter_digest!r}, but model.adapter is null")
         return self

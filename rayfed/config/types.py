@@ -37,6 +37,16 @@ class Printable:
         return text
 
 
+class ClassPath:
+    """A validator of strings: the import path `package.module:Class` of a class of the user's own."""
+
+    def __call__(self, text: str) -> str:
+        module, colon, name = text.partition(":")
+        if not colon or not all(part.isidentifier() for part in (*module.split("."), name)):
+            raise TextMistake("it is no import path package.module:Class")
+        return text
+
+
 UNSIGNED = AfterValidator(lambda x: x + 0.0)  # -0.0 is 0.0, and has its digest
 
 # Every number has limits that the code below can hold. Many allowed values are merely useless.

@@ -132,6 +132,7 @@ def run_on_ray(
     shut down again where it was started here.
     """
     _pickle_by_value(plan, callbacks)
+    _check_pickles(plan)
     pickled = _pickled(callbacks)
     with _ray(plan.engine):
         plan = with_gpu_share(plan)
@@ -236,8 +237,18 @@ def _pickle_by_value(plan: RunPlan, callbacks: Sequence[Callback]) -> None:
     parts = (plan.method, plan.task, *plan.task.parts, *callbacks)
     for name in (*(str(getattr(part, "__module__", "")) for part in parts), function):
         package = name.partition(".")[0]
-        if package not in ("", "rayfed", "torch", "__main__", "builtins") and name in sys.modules:
+        if package not in ("", "rayfed", "torch", "transformers", "__main__", "builtins") and name in sys.modules:
             cloudpickle.register_pickle_by_value(sys.modules.get(package, sys.modules[name]))
+
+
+def _check_pickles(plan: RunPlan) -> None:
+    """UserError where a task or a method that a user gives cannot be sent to the workers."""
+    for field, part in (("task", plan.task), ("method", plan.method)):
+        try:
+            cloudpickle.dumps(part)
+        except Exception as error:
+            what = f"it cannot be pickled, and on Ray it is sent to the workers ({_named(error)})"
+            raise allowed(field, type(part).__name__, what) from None
 
 
 def _pickled(callbacks: Sequence[Callback]) -> bytes:

@@ -10,11 +10,13 @@ from pathlib import Path
 from rayfed.clients.plan import RunPlan
 from rayfed.engine.callbacks import Callback, CallbackSink
 from rayfed.errors import RunError, first_line
+from rayfed.own_code import own_failures
 from rayfed.server.executor import Executor
 from rayfed.server.loop import Record, Server
 from rayfed.server.pack_size import Choice, choose_pack
 from rayfed.storage import RemoteFolder
 from rayfed.tracking import Sink, SinkList
+from rayfed.tracking.events import EventSink
 
 
 def run_rounds(
@@ -31,19 +33,23 @@ def run_rounds(
     plan, choice = with_pack_size(plan, executor)
     called = CallbackSink(callbacks)
     everyone = SinkList(*sinks, called)
-    server = Server(plan, executor, out, everyone, resume, choice, upload, called.goes_on)
+    with own_failures():
+        server = Server(plan, executor, out, everyone, resume, choice, upload, called.goes_on)
     server.events += plan.notes if not server.done else ()
     try:
-        yield from server.rounds()
-        if called.stopped:
-            everyone.event(f"a callback ended the run after round {server.done}")
-        server.finish()
+        with own_failures():
+            yield from server.rounds()
+            if called.stopped:
+                everyone.event(f"a callback ended the run after round {server.done}")
+            server.finish()
     except (RunError, KeyboardInterrupt, GeneratorExit) as error:
         why = "stopped" if isinstance(error, GeneratorExit) else first_line(error)
         with suppress(RunError, OSError):  # the first error is the one to report
             for text in executor.drain_events():
                 everyone.event(text)
             everyone.event(f"{why}; `--resume` continues after round {server.done}")
+            for note in getattr(error, "__notes__", ()):  # the traceback of the user's own code, for this file alone
+                EventSink(out / "events.log").event(note)
         with suppress(RunError, OSError):
             server.save()
         raise
