@@ -35,6 +35,7 @@ class FedSB(LayerMethod):
     traffic_down = traffic_up = "r^2"
     source = "secondary"
     optimizers = ANY_OPTIMIZER
+    secure_aggregation = True
 
     def init(self, adapter: Adapter, seed: int) -> LayerState:
         layers = {}

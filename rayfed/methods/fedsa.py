@@ -35,6 +35,7 @@ class FedSA(FactorMean):
     traffic_down = traffic_up = "r in"
     source = "secondary"
     personal = True
+    secure_aggregation = True
 
     def broadcast(self, state: FactorState, client: Profile) -> Start:
         return Start.of(self.own(state, client.client), *PERSONAL)

@@ -37,6 +37,7 @@ class FFALoRA(LayerMethod):
     source = "secondary"
     optimizers: ClassVar[tuple[str, ...]] = ANY_OPTIMIZER
     mixed_ranks = True
+    secure_aggregation = True
 
     def broadcast(self, state: LayerState, client: Profile) -> Start:
         return Start.of(nested(state, client.rank, client.scale), "A")

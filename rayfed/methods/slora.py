@@ -57,6 +57,7 @@ class SLoRA(LayerMethod):
     summary = "sparse full fine-tuning first, then LoRA from its SVD"
     traffic_down = traffic_up = "rho in out, then r (in + out)"
     source = "secondary"
+    secure_aggregation = True
 
     def init(self, adapter: Adapter, seed: int) -> LayerState:
         layers: dict[str, Change] = {}
