@@ -51,21 +51,22 @@ def report(folders: Sequence[str], target: str | None, out: str | None, link: st
 def compare(folders: Sequence[str], target: str | None) -> None:
     """Prints the table of the runs. UserError where there is nothing to read."""
     from rich.console import Console
-    from rich.measure import Measurement
     from rich.text import Text
 
     from rayfed.reports import read, summary
-    from rayfed.tracking.progress import rich_table
+    from rayfed.tracking.layout import natural_widths
+    from rayfed.tracking.progress import frame, rich_table
 
     comparison = read(folders, _target(target))
     console = Console(highlight=False, markup=False, emoji=False)
-    table = rich_table(summary(comparison))
-    width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+    table = summary(comparison)
+    width = sum(natural_widths(table)) + frame(table)
     if not console.is_terminal:  # a file or a pipe has no width limit
         console.width = max(console.width, width)
     for note in comparison.notes:
         console.print(Text(f"* {note}"), soft_wrap=True)
-    console.print(table if width <= console.width else rich_table(summary(comparison, brief=True)))
+    fitting = table if width <= console.width else summary(comparison, brief=True)
+    console.print(rich_table(fitting, console.width))
 
 
 def _target(text: str | None) -> float | None:
