@@ -53,6 +53,27 @@ def test_every_dependency_is_pinned_to_a_version_it_allows(requirement: Requirem
     assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
 
 
+def locked(name: str) -> dict[str, tuple[str, list[str]]]:
+    """Distribution -> (version, hashes) of a lock."""
+    text = "".join(line for line in (ROOT / name).read_text().splitlines(True) if not line.startswith("#"))
+    entries = re.findall(
+        r"^([\w.-]+)==([^ ]+)( ;[^\\]+)? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", text, re.M
+    )
+    assert len(entries) == len(re.findall(r"^\S", text, re.M)), "a release without a hash"
+    return {canonicalize_name(one): (version, hashes.split()) for one, version, _, hashes in entries}
+
+
+def test_the_locks_have_the_pinned_releases_and_everything_that_they_promise() -> None:
+    releases, cuda = locked("requirements.lock"), locked("requirements-cuda.lock")
+    own = pins()
+    assert {name: version for name, (version, _) in releases.items()} == {name: own[name] for name in releases}
+    promised = [*DEPENDENCIES, *(r for extra in ("minilm", "report", "optuna") for r in EXTRAS[extra])]
+    assert {canonicalize_name(r.name) for r in promised} <= releases.keys()
+    assert all(re.match("cuda-|nvidia-|triton$", name) for name in cuda)
+    for name in ("requirements.lock", "requirements-cuda.lock"):
+        assert "://" not in (ROOT / name).read_text()
+
+
 def test_every_import_is_a_declared_dependency() -> None:
     optional = [r for name, extra in EXTRAS.items() if name != "dev" for r in extra]
     declared = {canonicalize_name(r.name) for r in DEPENDENCIES + optional}
