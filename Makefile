@@ -69,21 +69,14 @@ constraints: ## write constraints.txt anew from the newest versions that pyproje
 	  | sed -e '/ @ /d' -e 's/+[^ ]*$$//' | LC_ALL=C sort -f; } > "$$scratch/constraints.txt" && \
 	mv "$$scratch/constraints.txt" constraints.txt
 
-# uv finds the hashes of all files of a release. The build of torch that pip takes here may be another one than that of
-# the release (a build for CPUs), so its hash is added.
-lock: ## write requirements.lock and requirements-cuda.lock anew: the versions in constraints.txt, with hashes
+lock: ## write requirements.lock anew: the versions in constraints.txt, with hashes
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
 	$(PYTHON) -m venv "$$scratch/venv" && "$$scratch/venv/bin/python" -m pip install -qq uv && \
 	"$$scratch/venv/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 	  --no-emit-index-url --extra minilm --extra report --extra optuna --constraint constraints.txt \
-	  --output-file "$$scratch/all" pyproject.toml && \
-	"$$scratch/venv/bin/python" -m pip download -qq --no-deps --dest "$$scratch/torch" "$$(grep ^torch== constraints.txt)" && \
-	hash=$$("$$scratch/venv/bin/python" -m pip hash "$$scratch"/torch/*.whl | grep ^--hash) && \
-	for lock in requirements.lock requirements-cuda.lock; do grep '^#' $$lock > "$$scratch/$$lock"; done && \
-	awk -v folder="$$scratch/" -v hash="$$hash" \
-	  '/^[^ ]/ { lock = folder (/^(nvidia|cuda)-|^triton==/ ? "requirements-cuda.lock" : "requirements.lock") } \
-	   { print >> lock } /^torch==/ { print "    " hash " \\" >> lock }' "$$scratch/all" && \
-	mv "$$scratch/requirements.lock" "$$scratch/requirements-cuda.lock" .
+	  --output-file "$$scratch/lock" pyproject.toml && \
+	{ grep '^#' requirements.lock; cat "$$scratch/lock"; } > "$$scratch/requirements.lock" && \
+	mv "$$scratch/requirements.lock" requirements.lock
 
 clean: ## remove caches and coverage data; .venv and runs/ stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov build dist site *.egg-info
