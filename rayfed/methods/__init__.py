@@ -6,7 +6,6 @@ Files whose names start with an underscore hold what several methods share.
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from rayfed.errors import UserError
@@ -18,6 +17,7 @@ from rayfed.methods._options import REQUIRED, check_options, in_words, options_o
 from rayfed.methods._state import Change, FactorState, LayerState, State
 from rayfed.methods.base import ANY_OPTIMIZER, Method, Profile, Source
 from rayfed.plugins import member_class, member_names
+from rayfed.suggestions import did_you_mean
 
 METHODS = member_names("rayfed.methods")
 
@@ -46,8 +46,7 @@ def build(name: str, **options: Any) -> Method:
     cls = method_class(name)
     known = options_of(cls)
     for option in (name for name in options if name not in known):
-        near = difflib.get_close_matches(option, known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(option, known)
         raise UserError(f"method.{option}: {name} has no such option; {hint}allowed are {', '.join(known) or 'none'}")
     for option, found in known.items():
         if found.default is REQUIRED and option not in options:

@@ -37,4 +37,4 @@ def flat(factors: Mapping[str, LowRank]) -> Tensor:
 def ranks_report(factors: Mapping[str, LowRank]) -> dict[str, float]:
     """The ranks of what is sent to every client: their mean and the largest."""
     ranks = [pair.rank for pair in factors.values()] or [0]
-    return {"news_rank_mean": sum(ranks) / len(ranks), "news_rank_max": float(max(ranks))}
+    return {"base_update_rank_mean": sum(ranks) / len(ranks), "base_update_rank_max": float(max(ranks))}

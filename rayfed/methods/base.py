@@ -72,6 +72,12 @@ class Method:
     """True if `aggregate` needs only the sum of the weighted changes. Then the server may pass `PackSum`s, which are
     added up where the clients trained. It is false as well where the sum would do but is mostly zeros."""
 
+    secure_aggregation: bool = False
+    """True if `aggregate` needs nothing of the uploads but one weighted sum of them, over entries and with weights that
+    the server knows before it sees an upload. Then secure aggregation could hide each single upload from the server.
+    This is said of dense uploads: which entries of a sparse one are the largest depends on the client's data. Ranks,
+    scales and numbers of examples count as known."""
+
     refuses_adapter: ClassVar[str] = ""
     """Why a run cannot start from a given adapter (`model.adapter`), in a few words. Empty: it can. Then what the
     clients do not have of that adapter travels: in the first downloads, or as the `base_update` of the first state."""

@@ -36,6 +36,7 @@ class FedSA(FactorMean):
     source = "secondary"
     refuses_adapter = "B and the head are each client's own and never travel"
     personal = True
+    secure_aggregation = True
 
     def broadcast(self, state: FactorState, client: Profile) -> Start:
         return Start.of(self.own(state, client.client), *PERSONAL)

@@ -114,7 +114,7 @@ class Server:
         baselines = measure_baselines(plan, self.done, self.executor) if plan.eval.controls else None
         summary = summarize(plan, self.progress, self.ledger, self.done, baselines)
         summary |= export(plan, self.out, changes, head, summary, self.executor)
-        self.sinks.finish(summary, closing_table(plan, summary))
+        self.sinks.finish(summary, closing_table(plan, summary, self.progress.ranks))
         return summary
 
     def save(self) -> None:

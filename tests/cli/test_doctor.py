@@ -96,7 +96,7 @@ def test_a_dry_run_is_the_same_answer_and_starts_nothing(config: Path, tmp_path:
     monkeypatch.setattr(command, "doctor", lambda *given: asked.append(given))
     monkeypatch.chdir(tmp_path)
     assert main(["run", str(config), "server.rounds=7", "--dry-run", "--out", "out"]) == 0
-    assert asked == [(str(config), ["server.rounds=7"])]
+    assert asked == [(str(config), ("server.rounds=7",))]
     assert not (tmp_path / "out").exists()
     assert capsys.readouterr().out == ""
 
