@@ -97,3 +97,7 @@ class RunPlan:
     def with_gpus(self, gpus: float) -> RunPlan:
         """The same run on a cluster of so many GPUs: `engine.gpus_per_worker: auto` becomes a number."""
         return replace(self, engine=self.engine.with_gpus(gpus))
+
+    def with_memory(self, gib: float) -> RunPlan:
+        """The same run with that much memory a worker: `engine.memory_per_worker: auto` becomes a number."""
+        return replace(self, engine=self.engine.model_copy(update={"memory_per_worker": gib}))

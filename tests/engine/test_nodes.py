@@ -17,7 +17,7 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 import rayfed
 from rayfed.api import prepare
 from rayfed.config.execution import Engine
-from rayfed.engine.placement import _mistake, bundle_of, reserve, with_gpu_share
+from rayfed.engine.placement import _mistake, bundle_of, reserve, with_shares
 from rayfed.errors import UserError
 
 RUN = ("wire.up.density=0.25", "server.rounds=30", "server.cohort=4", "eval.every=30")
@@ -174,22 +174,23 @@ def test_workers_share_the_gpus_there_are(gpus: int, workers: int, each: float) 
 def test_the_run_gets_the_share_as_a_number(
     tiny: Any, monkeypatch: Any, engine: list[str], gpus: int, each: float
 ) -> None:
-    has = [{"Alive": True, "Resources": {"CPU": 4.0, "GPU": float(gpus)}}, {"Alive": False, "Resources": {"GPU": 9.0}}]
+    there, gone = {"CPU": 4.0, "GPU": float(gpus)}, {"GPU": 9.0}
+    has = [{"Alive": True, "Labels": {}, "Resources": there}, {"Alive": False, "Labels": {}, "Resources": gone}]
     monkeypatch.setattr("ray.nodes", lambda: has)
     monkeypatch.setattr("ray.util.get_current_placement_group", lambda: None)
     plan = prepare(tiny("engine.kind=ray", *(f"engine.{setting}" for setting in engine)))
-    assert with_gpu_share(plan).engine.gpus_per_worker == each
-    assert with_gpu_share(plan).digest == plan.digest
+    assert with_shares(plan).engine.gpus_per_worker == each
+    assert with_shares(plan).digest == plan.digest
 
 
 @pytest.mark.parametrize(
     ("waits", "says"), [("false", "Ray has no GPUs to share"), ("true", "a number is needed until")]
 )
 def test_no_gpu_has_no_shares(tiny: Any, monkeypatch: Any, waits: str, says: str) -> None:
-    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Labels": {}, "Resources": {"CPU": 4.0}}])
     monkeypatch.setattr("ray.util.get_current_placement_group", lambda: None)
     with pytest.raises(UserError, match=rf"^engine.gpus_per_worker: got 'auto', but {says}[^\n]*$"):
-        with_gpu_share(prepare(tiny("engine.kind=ray", "engine.device=cuda", f"engine.wait_for_nodes={waits}")))
+        with_shares(prepare(tiny("engine.kind=ray", "engine.device=cuda", f"engine.wait_for_nodes={waits}")))
 
 
 def test_a_worker_holds_what_the_settings_say() -> None:
