@@ -72,6 +72,11 @@ def free_unused(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def resident() -> int:
+    """Bytes of its machine's memory that this process uses now."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def forget_peak(device: torch.device) -> int:
     """Resets the peak; returns the bytes that are used now."""
     if device.type == "cuda":
@@ -79,7 +84,7 @@ def forget_peak(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     with suppress(OSError):
         FORGET.write_text("5")  # proc(5): sets the peak to what is resident now
-    return int(psutil.Process().memory_info().rss)
+    return resident()
 
 
 def peak(device: torch.device) -> int:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from rayfed.channels import Channel
 from rayfed.config.execution import Checkpoint, Engine, Export, Tracking
 from rayfed.config.marks import settings_digest
@@ -98,6 +100,7 @@ class RunPlan:
         """The same run on a cluster of so many GPUs: `engine.gpus_per_worker: auto` becomes a number."""
         return replace(self, engine=self.engine.with_gpus(gpus))
 
-    def with_memory(self, gib: float) -> RunPlan:
-        """The same run with that much memory a worker: `engine.memory_per_worker: auto` becomes a number."""
-        return replace(self, engine=self.engine.model_copy(update={"memory_per_worker": gib}))
+    def with_memory(self) -> RunPlan:
+        """The same run with `engine.memory_per_worker` as a number, which auto is not."""
+        weights = self.model.parameters * getattr(torch, self.model.dtype).itemsize
+        return replace(self, engine=self.engine.with_memory(weights))

@@ -96,7 +96,11 @@ class Driver:
             stack.callback(self.ended.set)
             stack.enter_context(locked(out, shared=True))  # this process may outlive the one that started it
             stack.enter_context(disk_errors(out))
-            sinks = [stack.enter_context(closing(open_sinks(plan.tracking, out))), RayMetrics(plan, self.executor), outbox]
+            sinks = [
+                stack.enter_context(closing(open_sinks(plan.tracking, out))),
+                RayMetrics(plan, self.executor),
+                outbox,
+            ]
             rounds = run_rounds(plan, self.executor, out, sinks, resume, uri, cloudpickle.loads(callbacks))
             stack.enter_context(closing(rounds))
             for _ in rounds:

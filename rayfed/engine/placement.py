@@ -13,7 +13,6 @@ from typing import Any
 from uuid import uuid4
 
 import ray
-import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -22,10 +21,8 @@ from rayfed.config.execution import Engine
 from rayfed.engine.labels import mistake_in_labels, satisfies
 from rayfed.errors import UserError, allowed
 
-PROCESS = 0.5
-"""GiB that a worker holds without a model: 0.43 were measured with torch, transformers and Ray loaded."""
-
 Bundle = dict[str, float]
+
 
 def bundle_of(engine: Engine) -> Bundle:
     """The resources of one worker; empty where it asks for none."""
@@ -92,9 +89,7 @@ def with_shares(plan: RunPlan) -> RunPlan:
     engine = plan.engine
     if ray.util.get_current_placement_group() is not None:
         return plan
-    if engine.memory_per_worker == "auto":
-        weights = plan.model.parameters * getattr(torch, plan.model.dtype).itemsize
-        plan = plan.with_memory(math.ceil(100 * (PROCESS + weights / 2**30)) / 100)
+    plan = plan.with_memory()
     if engine.gpus_per_worker != "auto":
         return plan
     if engine.device == "cpu":
