@@ -128,19 +128,19 @@ def _mistake(engine: Engine, nodes: Sequence[Bundle]) -> str | None:
     who, has = ("Ray's nodes with engine.labels", "have") if engine.labels else ("Ray", "has")
     for name, each in bundle.items():
         have = sum(node.get(name, 0) for node in nodes)
-        if each * workers > have + 1e-9 and name == "memory":
-            asked, there = each / 2**30, have / 2**30
-            less = f"but {who} {has} {there:.4g}; 0 reserves none"
-            return f"engine.memory_per_worker: got {asked:g} GiB for each of {workers} workers, {less}"
-        if each * workers > have + 1e-9:
-            field = f"engine.{name.lower()}s_per_worker"
-            return f"{field}: got {each:g} for each of {workers} workers, but {who} {has} {have:g} {name}s"
+        if each * workers <= have + 1e-9:
+            continue
+        if name == "memory":
+            asked, there = f"{each / 2**30:g} GiB", f"{have / 2**30:.4g}; 0 reserves none"
+            return f"engine.memory_per_worker: got {asked} for each of {workers} workers, but {who} {has} {there}"
+        field = f"engine.{name.lower()}s_per_worker"
+        return f"{field}: got {each:g} for each of {workers} workers, but {who} {has} {have:g} {name}s"
     places = sum(count_bundles(node, bundle) for node in nodes) if bundle else workers
     if places < workers:
         amounts = {"CPU": engine.cpus_per_worker, "GPU": engine.gpus, "GiB of memory": engine.memory / 2**30}
-        asked = " and ".join(f"{amount:g} {name}" for name, amount in amounts.items() if amount)
+        each_asks = " and ".join(f"{amount:g} {name}" for name, amount in amounts.items() if amount)
         whose = who if engine.labels else "Ray's nodes"
-        return f"engine.workers: got {workers} with {asked} each, but {whose} have room for {places} of them"
+        return f"engine.workers: got {workers} with {each_asks} each, but {whose} have room for {places} of them"
     return None
 
 

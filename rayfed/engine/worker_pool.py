@@ -56,8 +56,8 @@ class WorkerPool:
         run: str,
     ) -> None:  # fmt: skip
         self.engine, self.plan, self.supervision, self.clock = engine, plan, supervision, supervision.clock
-        reserved = {"num_cpus": engine.cpus_per_worker, "num_gpus": engine.gpus, "memory": engine.memory or None}
-        self.actor: Any = ray.remote(**reserved)(worker)
+        reserve: Any = ray.remote(num_cpus=engine.cpus_per_worker, num_gpus=engine.gpus, memory=engine.memory)
+        self.actor = reserve(worker)
         self.group, self.run, self.begun = group, run, 0
         self.events: list[str] = []
         self.ready: list[Any] = []  # those that have loaded their model
