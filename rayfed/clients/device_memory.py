@@ -72,9 +72,13 @@ def free_unused(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def resident() -> int:
-    """Bytes of its machine's memory that this process uses now."""
-    return int(psutil.Process().memory_info().rss)
+def private() -> int:
+    """Bytes of its machine's memory that this process uses now, without what it shares with others.
+
+    Libraries and the weights of a base in safetensors are mapped from files: all workers of a node share them.
+    """
+    used = psutil.Process().memory_info()
+    return int(used.rss - getattr(used, "shared", 0))  # Linux alone tells
 
 
 def forget_peak(device: torch.device) -> int:
@@ -84,7 +88,7 @@ def forget_peak(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     with suppress(OSError):
         FORGET.write_text("5")  # proc(5): sets the peak to what is resident now
-    return resident()
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak(device: torch.device) -> int:

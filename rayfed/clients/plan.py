@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from rayfed.channels import Channel
 from rayfed.config.execution import Checkpoint, Engine, Export, Tracking
 from rayfed.config.marks import settings_digest
@@ -99,8 +97,3 @@ class RunPlan:
     def with_gpus(self, gpus: float) -> RunPlan:
         """The same run on a cluster of so many GPUs: `engine.gpus_per_worker: auto` becomes a number."""
         return replace(self, engine=self.engine.with_gpus(gpus))
-
-    def with_memory(self) -> RunPlan:
-        """The same run with `engine.memory_per_worker` as a number, which auto is not."""
-        weights = self.model.parameters * getattr(torch, self.model.dtype).itemsize
-        return replace(self, engine=self.engine.with_memory(weights))

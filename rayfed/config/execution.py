@@ -39,8 +39,6 @@ def _label_selector(labels: dict[str, str]) -> dict[str, str]:
     return labels
 
 
-PROCESS = 0.5
-"""GiB that a worker holds without a model: 0.42 were measured with torch, transformers and Ray loaded."""
 LabelSelector = Annotated[dict[str, str], Field(max_length=20), AfterValidator(_label_selector)]
 
 
@@ -58,9 +56,9 @@ class Engine(Section):
     share of the GPUs of the cluster, and exactly 1 in a sweep; with device=cpu 0. `pack: auto` fits packs into the
     share.
     """
-    memory_per_worker: DecidesNothing[Annotated[float, Field(ge=0, le=100_000), UNSIGNED] | Literal["auto"]] = "auto"
-    """GiB of its node's memory that each worker reserves from Ray; 0: none. auto: what a worker holds before it trains,
-    0.5 GiB and the base model's weights, and 0 in a sweep. `rayfed doctor CONFIG` measures what it holds at its peak.
+    memory_per_worker: DecidesNothing[Annotated[float, Field(ge=0, le=100_000), UNSIGNED]] = 0.25
+    """GiB of its node's memory that each worker reserves from Ray; 0: none. The default is what a worker holds without
+    model and data; `rayfed doctor CONFIG` measures what it holds at its peak.
     """
     threads: Annotated[int, Field(ge=1, le=1000)] = 1
     """Torch threads per worker. CPU kernels add up in an order that depends on the threads."""
@@ -125,9 +123,9 @@ class Engine(Section):
         return self.gpus_per_worker
 
     @property
-    def memory(self) -> float:
-        """`memory_per_worker` in bytes. auto, as long as the model is unknown: 0."""
-        return 0.0 if self.memory_per_worker == "auto" else float(int(self.memory_per_worker * 2**30))
+    def memory(self) -> int:
+        """`memory_per_worker` in bytes."""
+        return int(self.memory_per_worker * 2**30)
 
     @property
     def processes(self) -> int:
@@ -141,12 +139,6 @@ class Engine(Section):
         """
         share = math.floor(1e4 / math.ceil(self.workers / gpus)) / 1e4 if gpus else 0.0
         return self.model_copy(update={"gpus_per_worker": share})
-
-    def with_memory(self, weights: int) -> Engine:
-        """The same for a base model whose weights are so many bytes: `memory_per_worker: auto` becomes a number."""
-        if self.memory_per_worker != "auto":
-            return self
-        return self.model_copy(update={"memory_per_worker": math.ceil(100 * (PROCESS + weights / 2**30)) / 100})
 
 
 class Tracking(Section):

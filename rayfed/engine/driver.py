@@ -26,7 +26,7 @@ from rayfed.clients.plan import RunPlan
 from rayfed.config.execution import Engine
 from rayfed.engine import connect
 from rayfed.engine.callbacks import Callback
-from rayfed.engine.placement import check_places, named, on_this_node, release, reserve, with_shares
+from rayfed.engine.placement import check_places, named, on_this_node, release, reserve, with_gpu_share
 from rayfed.engine.ray_executor import RayExecutor
 from rayfed.engine.ray_metrics import RayMetrics
 from rayfed.engine.rounds import run_rounds, with_pack_size
@@ -141,7 +141,7 @@ def run_on_ray(
     with _ray(plan.engine) as dashboard:
         if dashboard:
             console.event(f"Ray's dashboard: http://{dashboard} (`ray get-auth-token` prints the token it may ask for)")
-        plan = with_shares(plan)
+        plan = with_gpu_share(plan)
         if waiting := check_places(plan.engine):
             console.event(waiting)
         actor: Any = ray.remote(num_cpus=0)(Driver)
@@ -178,7 +178,7 @@ def run_on_ray(
 def stepwise(plan: RunPlan, out: Path) -> Iterator[Server]:
     """A server in this process with Ray workers, to step through its rounds, as benchmarks do."""
     with _ray(plan.engine):
-        plan = with_shares(plan)
+        plan = with_gpu_share(plan)
         executor = RayExecutor(plan.engine, ray.put(plan), reserve(plan.engine), plan.name)
         plan, choice = with_pack_size(plan, executor)
         yield Server(plan, executor, out, SinkList(), False, choice)

@@ -22,6 +22,11 @@ from rayfed.engine.labels import mistake_in_labels, satisfies
 from rayfed.errors import UserError, allowed
 
 Bundle = dict[str, float]
+_SHOWN = {  # each resource's field, unit and name in messages
+    "CPU": ("cpus_per_worker", 1, "CPUs"),
+    "GPU": ("gpus_per_worker", 1, "GPUs"),
+    "memory": ("memory_per_worker", 2**30, "GiB of memory"),
+}
 
 
 def bundle_of(engine: Engine) -> Bundle:
@@ -79,26 +84,22 @@ def named(run: str, part: str) -> dict[str, str]:
     return {"name": f"rayfed-{run}-{part}", "namespace": f"rayfed-{uuid4().hex}"}
 
 
-def with_shares(plan: RunPlan) -> RunPlan:
-    """The plan with numbers in place of `engine.gpus_per_worker: auto` and `engine.memory_per_worker: auto`.
+def with_gpu_share(plan: RunPlan) -> RunPlan:
+    """The plan with `engine.gpus_per_worker: auto` as a number: an equal share of the GPUs that the cluster has.
 
-    A worker gets an equal share of the GPUs that the cluster has, and the memory of a process and of the base model's
-    weights. A trial of a sweep has its places already. UserError where the share of the GPUs cannot be known, because
-    there is no GPU yet.
+    A trial of a sweep has its places already. UserError where the share cannot be known, because there is no GPU yet.
     """
     engine = plan.engine
-    if ray.util.get_current_placement_group() is not None:
-        return plan
-    plan = plan.with_memory()
-    if engine.gpus_per_worker != "auto":
+    if engine.gpus_per_worker != "auto" or ray.util.get_current_placement_group() is not None:
         return plan
     if engine.device == "cpu":
         return plan.with_gpus(0.0)
     have = sum(node["Resources"].get("GPU", 0) for node in _nodes(engine))
-    if not have and engine.wait_for_nodes:
-        raise allowed("engine.gpus_per_worker", "auto", "a number is needed until its nodes are there")
     if not have:
-        raise UserError(_label_mistake(engine) or "engine.gpus_per_worker: got 'auto', but Ray has no GPUs to share")
+        if not engine.wait_for_nodes and (mistake := _label_mistake(engine)):
+            raise UserError(mistake)
+        waits = "a number is needed until its nodes are there"
+        raise allowed("engine.gpus_per_worker", "auto", waits if engine.wait_for_nodes else "Ray has no GPUs to share")
     return plan.with_gpus(have)
 
 
@@ -128,19 +129,17 @@ def _mistake(engine: Engine, nodes: Sequence[Bundle]) -> str | None:
     who, has = ("Ray's nodes with engine.labels", "have") if engine.labels else ("Ray", "has")
     for name, each in bundle.items():
         have = sum(node.get(name, 0) for node in nodes)
-        if each * workers <= have + 1e-9:
-            continue
-        if name == "memory":
-            asked, there = f"{each / 2**30:g} GiB", f"{have / 2**30:.4g}; 0 reserves none"
-            return f"engine.memory_per_worker: got {asked} for each of {workers} workers, but {who} {has} {there}"
-        field = f"engine.{name.lower()}s_per_worker"
-        return f"{field}: got {each:g} for each of {workers} workers, but {who} {has} {have:g} {name}s"
+        if each * workers > have + 1e-9:
+            field, unit, noun = _SHOWN[name]
+            hint = "; 0 reserves none" if name == "memory" else ""
+            lacks = f"but {who} {has} {have / unit:g} {noun}{hint}"
+            return f"engine.{field}: got {each / unit:g} for each of {workers} workers, {lacks}"
     places = sum(count_bundles(node, bundle) for node in nodes) if bundle else workers
     if places < workers:
-        amounts = {"CPU": engine.cpus_per_worker, "GPU": engine.gpus, "GiB of memory": engine.memory / 2**30}
-        each_asks = " and ".join(f"{amount:g} {name}" for name, amount in amounts.items() if amount)
+        shown = [(amount / _SHOWN[name][1], _SHOWN[name][2].removesuffix("s")) for name, amount in bundle.items()]
+        asked = " and ".join(f"{amount:g} {noun}" for amount, noun in shown)
         whose = who if engine.labels else "Ray's nodes"
-        return f"engine.workers: got {workers} with {each_asks} each, but {whose} have room for {places} of them"
+        return f"engine.workers: got {workers} with {asked} each, but {whose} have room for {places} of them"
     return None
 
 

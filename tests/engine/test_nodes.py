@@ -9,7 +9,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from small_runs import lowrank, wait_for
 import rayfed
 from rayfed.api import prepare
 from rayfed.config.execution import Engine
-from rayfed.engine.placement import _mistake, bundle_of, reserve, with_shares
+from rayfed.engine.placement import _mistake, bundle_of, reserve, with_gpu_share
 from rayfed.engine.supervision import Supervision
 from rayfed.engine.worker_pool import WorkerPool
 from rayfed.errors import UserError
@@ -114,7 +113,9 @@ def test_workers_go_to_nodes_with_the_labels(nodes: Cluster) -> None:
     ray.get(group.ready(), timeout=60)
     assert set(nodes_of_bundles()) == {labelled}
     give_back(group)
-    bare = Engine(workers=1, cpus_per_worker=0, labels=engine.labels)  # holds nothing, so it needs no group
+    bare = Engine(
+        workers=1, cpus_per_worker=0, memory_per_worker=0, labels=engine.labels
+    )  # holds nothing, so it needs no group
     pool = WorkerPool(bare, Here, ray.put(None), reserve(bare), Supervision(bare), "run")
     assert [ray.get(start.worker.node.remote(), timeout=60) for start in pool.starting.values()] == [labelled]
     pool.close()
@@ -140,7 +141,7 @@ class Here:
         ),
         (
             "engine.memory_per_worker=9999",
-            r"engine.memory_per_worker: got 9999 GiB for each of 2 workers, but Ray has ",
+            r"engine.memory_per_worker: got 9999 for each of 2 workers, but Ray has ",
         ),
     ],
 )
@@ -183,7 +184,7 @@ def test_a_run_is_seen_by_name_and_by_metrics(tmp_path: Any, nodes: Cluster) -> 
 
 
 def test_workers_that_hold_nothing_need_no_group(nodes: Cluster) -> None:
-    assert reserve(Engine(workers=2, cpus_per_worker=0)) is None
+    assert reserve(Engine(workers=2, cpus_per_worker=0, memory_per_worker=0)) is None
 
 
 @pytest.mark.slow
@@ -228,7 +229,7 @@ def test_a_cluster_that_has_yet_to_grow(tiny: Any, tmp_path: Any, nodes: Cluster
         (
             Engine(workers=1, cpus_per_worker=2),
             [{"CPU": 1.0}, {"CPU": 1.0}],
-            "engine.workers: got 1 with 2 CPU each, but Ray's nodes have room for 0 of them",
+            "engine.workers: got 1 with 2 CPU and 0.25 GiB of memory each, but Ray's nodes have room for 0 of them",
         ),
         (
             Engine(workers=3, gpus_per_worker=0.5),
@@ -238,7 +239,7 @@ def test_a_cluster_that_has_yet_to_grow(tiny: Any, tmp_path: Any, nodes: Cluster
         (
             Engine(workers=3, memory_per_worker=1.5),
             [{"CPU": 8.0, "memory": 4.0 * 2**30}],
-            "engine.memory_per_worker: got 1.5 GiB for each of 3 workers, but Ray has 4; 0 reserves none",
+            "engine.memory_per_worker: got 1.5 for each of 3 workers, but Ray has 4 GiB of memory; 0 reserves none",
         ),
         (
             Engine(workers=3, memory_per_worker=1.5),
@@ -248,12 +249,13 @@ def test_a_cluster_that_has_yet_to_grow(tiny: Any, tmp_path: Any, nodes: Cluster
         (
             Engine(workers=3, gpus_per_worker=0.5),
             [{"CPU": 8.0}, {"CPU": 2.0, "GPU": 2.0}],
-            "engine.workers: got 3 with 1 CPU and 0.5 GPU each, but Ray's nodes have room for 2 of them",
+            "engine.workers: got 3 with 1 CPU and 0.5 GPU and 0.25 GiB of memory each, "
+            "but Ray's nodes have room for 2 of them",
         ),
     ],
 )
 def test_what_never_fits_is_known_by_the_nodes(engine: Engine, room: Any, mistake: str | None) -> None:
-    assert _mistake(engine, room) == mistake
+    assert _mistake(engine, [{"memory": 2.0**40} | node for node in room]) == mistake
 
 
 @pytest.mark.parametrize(
@@ -263,8 +265,8 @@ def test_what_never_fits_is_known_by_the_nodes(engine: Engine, room: Any, mistak
 def test_workers_share_the_gpus_there_are(gpus: int, workers: int, each: float) -> None:
     engine = Engine(workers=workers, cpus_per_worker=0).with_gpus(gpus)
     assert engine.gpus_per_worker == each
-    assert _mistake(engine, [{"GPU": float(gpus)}]) is None
-    assert _mistake(engine, [{"GPU": 1.0}] * gpus) is None
+    assert _mistake(engine, [{"GPU": float(gpus), "memory": 2.0**40}]) is None
+    assert _mistake(engine, [{"GPU": 1.0, "memory": 2.0**40}] * gpus) is None
 
 
 @pytest.mark.parametrize(
@@ -279,8 +281,8 @@ def test_the_run_gets_the_share_as_a_number(
     monkeypatch.setattr("ray.nodes", lambda: has)
     monkeypatch.setattr("ray.util.get_current_placement_group", lambda: None)
     plan = prepare(tiny("engine.kind=ray", *(f"engine.{setting}" for setting in engine)))
-    assert with_shares(plan).engine.gpus_per_worker == each
-    assert with_shares(plan).digest == plan.digest
+    assert with_gpu_share(plan).engine.gpus_per_worker == each
+    assert with_gpu_share(plan).digest == plan.digest
 
 
 @pytest.mark.parametrize(
@@ -290,20 +292,10 @@ def test_no_gpu_has_no_shares(tiny: Any, monkeypatch: Any, waits: str, says: str
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Labels": {}, "Resources": {"CPU": 4.0}}])
     monkeypatch.setattr("ray.util.get_current_placement_group", lambda: None)
     with pytest.raises(UserError, match=rf"^engine.gpus_per_worker: got 'auto', but {says}[^\n]*$"):
-        with_shares(prepare(tiny("engine.kind=ray", "engine.device=cuda", f"engine.wait_for_nodes={waits}")))
+        with_gpu_share(prepare(tiny("engine.kind=ray", "engine.device=cuda", f"engine.wait_for_nodes={waits}")))
 
 
 def test_a_worker_holds_what_the_settings_say() -> None:
-    assert bundle_of(Engine(cpus_per_worker=1, gpus_per_worker=0.25)) == {"CPU": 1.0, "GPU": 0.25}
-    assert bundle_of(Engine(cpus_per_worker=0)) == {}
+    assert bundle_of(Engine(cpus_per_worker=1, gpus_per_worker=0.25)) == {"CPU": 1.0, "GPU": 0.25, "memory": 2**28}
     assert bundle_of(Engine(cpus_per_worker=0, memory_per_worker=1.5)) == {"memory": 1.5 * 2**30}
-
-
-@pytest.mark.parametrize(("dtype", "each"), [("float32", 4.23), ("bfloat16", 2.37)])
-def test_a_worker_reserves_its_models_weights(tiny: Any, dtype: str, each: float) -> None:
-    plan = prepare(tiny("engine.kind=ray"))
-    large = replace(plan, model=replace(plan.model, parameters=10**9, dtype=dtype))
-    assert large.with_memory().engine.memory_per_worker == each
-    assert large.with_memory().digest == plan.digest
-    assert plan.with_memory().engine.memory_per_worker == 0.51
-    assert prepare(tiny("engine.memory_per_worker=0")).with_memory().engine.memory == 0
+    assert bundle_of(Engine(cpus_per_worker=0, memory_per_worker=0)) == {}

@@ -18,7 +18,7 @@ from rayfed.engine.supervision import Supervision
 from rayfed.server.sampling import client_costs
 
 now = [0.0]  # seconds, of the sink's clock
-DASHBOARD = Path(__file__).parents[2] / "configs/grafana/rayfed.json"
+ROOT = Path(__file__).parents[2]
 
 
 class Metric:
@@ -77,7 +77,9 @@ def test_a_tag_is_ascii_as_ray_asks(sink: RayMetrics) -> None:
 
 
 def test_the_dashboard_asks_for_exactly_the_metrics_of_a_run() -> None:
-    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
+    panels = json.loads((ROOT / "configs/grafana/rayfed.json").read_text(encoding="utf-8"))["panels"]
     asked = {name for panel in panels for query in panel["targets"] for name in re.findall(r"\bray_\w+", query["expr"])}
     assert asked == {f"ray_{name}_total" for name in COUNTERS} | {f"ray_{name}" for name in GAUGES}
+    named = re.findall(r"`(ray_rayfed_\w+)`", (ROOT / "docs/clusters.md").read_text(encoding="utf-8"))
+    assert set(named) == asked
     assert all('{run=~"$run"}' in query["expr"] for panel in panels for query in panel["targets"])
