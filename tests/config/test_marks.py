@@ -16,7 +16,7 @@ NOTHING = {
     "name", "engine.kind", "engine.workers", "engine.cpus_per_worker", "engine.gpus_per_worker",
     "engine.gradient_checkpointing", "engine.placement", "engine.wait_for_nodes", "engine.address", "engine.retries",
     "client.on_divergence", "eval.subset", "model.adapter",
-    "engine.deadline", "engine.stall_s",
+    "engine.deadline", "engine.stall_s", "engine.memory_per_worker", "engine.labels", "engine.dashboard",
 }  # fmt: skip
 NOTHING_SECTIONS = {"tracking", "checkpoint", "export"}
 DATA_SECTIONS = {"seed", "data", "problem", "partition", "model"}
