@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from rayfed.config.types import (
-    UNSIGNED, ClassPath, Clients, DecidesModel, DecidesNothing, Printable, Section, Share, Text,
+    UNSIGNED,
+    ClassPath,
+    Clients,
+    DecidesModel,
+    DecidesNothing,
+    Printable,
+    Section,
+    Share,
+    Text,
 )  # fmt: skip
 
 OBJECT = "object"  # the name of a model that was given in Python
