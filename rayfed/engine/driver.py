@@ -12,9 +12,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import ray
@@ -42,26 +44,22 @@ SECONDS_TO_STOP = 10.0
 
 
 class Outbox(Sink):
-    """A sink that stores calls until they are sent on: each is a method's name and its arguments."""
+    """A sink that queues its calls for another thread: each is a method's name and its arguments."""
 
     def __init__(self) -> None:
-        self.messages: list[Message] = []
+        self.messages: SimpleQueue[Message | None] = SimpleQueue()  # None: there are no more
 
     def start(self, info: RunInfo) -> None:
-        self.messages.append(("start", (info,)))
+        self.messages.put(("start", (info,)))
 
     def round(self, record: Record) -> None:
-        self.messages.append(("round", (record,)))
+        self.messages.put(("round", (record,)))
 
     def event(self, text: str) -> None:
-        self.messages.append(("event", (text,)))
+        self.messages.put(("event", (text,)))
 
     def finish(self, summary: Record, table: Table | None) -> None:
-        self.messages.append(("finish", (summary, table)))
-
-    def drain(self) -> list[Message]:
-        messages, self.messages = self.messages, []
-        return messages
+        self.messages.put(("finish", (summary, table)))
 
 
 class Driver:
@@ -72,41 +70,46 @@ class Driver:
 
     def __init__(self) -> None:
         self.executor: RayExecutor | None = None
+        self.outbox = Outbox()
         self.stopping, self.ended = threading.Event(), threading.Event()
         self.permits = threading.Semaphore(0)  # rounds that may begin, where the run waits
 
     def run(
-        self,
-        plan: RunPlan,
-        group: PlacementGroup | None,
-        out: Path,
-        resume: bool,
-        uri: str | None,
-        callbacks: bytes,
+        self, plan: RunPlan, group: PlacementGroup | None, out: Path, resume: bool, uri: str | None, callbacks: bytes,
         waits: bool,
-    ) -> Iterator[Message]:
+    ) -> Iterator[Message]:  # fmt: skip
+        """Yields every message as soon as it is there: the rounds run in another thread.
+
+        After the calls that belong to a round comes its record, as ``("record", (record,))``.
+        """
+        run = ThreadPoolExecutor(max_workers=1).submit(self._run, plan, group, out, resume, uri, callbacks, waits)
+        run.add_done_callback(lambda _: self.outbox.messages.put(None))
+        while (message := self.outbox.messages.get()) is not None:
+            yield message
+        run.result()
+
+    def _run(
+        self, plan: RunPlan, group: PlacementGroup | None, out: Path, resume: bool, uri: str | None, callbacks: bytes,
+        waits: bool,
+    ) -> None:  # fmt: skip
         import torch
 
         torch.set_num_threads(1)  # the driver's own sums are element-wise; its cores belong to the workers
-        outbox = Outbox()
         with suppress(Stopped), ExitStack() as stack:
             # Entered first, so closed last: where Ray itself is gone, this takes long.
             self.executor = stack.enter_context(closing(RayExecutor(plan.engine, ray.put(plan), group)))
             stack.callback(self.ended.set)
             stack.enter_context(locked(out, shared=True))  # this process may outlive the one that started it
             stack.enter_context(disk_errors(out))
-            sinks = [stack.enter_context(closing(open_sinks(plan.tracking, out))), outbox]
+            # The outbox first: to start W&B takes seconds, and the header need not wait.
+            sinks = [self.outbox, stack.enter_context(closing(open_sinks(plan.tracking, out)))]
             rounds = run_rounds(plan, self.executor, out, sinks, resume, uri, cloudpickle.loads(callbacks))
-            stack.enter_context(closing(rounds))
-            for _ in rounds:
-                for message in outbox.drain():
-                    yield message
+            for record in stack.enter_context(closing(rounds)):
+                self.outbox.messages.put(("record", (record,)))
                 if waits:
                     self.permits.acquire()
                 if self.stopping.is_set():
                     raise Stopped("the run was asked to stop")
-            for message in outbox.drain():
-                yield message
 
     def proceed(self) -> None:
         """Lets the next round begin."""
@@ -133,7 +136,7 @@ def run_on_ray(
     """
     _pickle_by_value(plan, callbacks)
     pickled = _pickled(callbacks)
-    with _ray(plan.engine):
+    with _ray(plan.engine, console.event):
         plan = with_gpu_share(plan)
         if waiting := check_places(plan.engine):
             console.event(waiting)
@@ -144,11 +147,12 @@ def run_on_ray(
             run = driver.run.options(num_returns="streaming")
             for message in run.remote(ray.put(plan), group, out.resolve(), resume, uri, pickled, waits):
                 name, arguments = ray.get(message)
-                getattr(console, name)(*arguments)
-                if name == "round":
-                    yield arguments[0]
-                    if waits:
-                        driver.proceed.remote()
+                if name != "record":
+                    getattr(console, name)(*arguments)
+                    continue
+                yield arguments[0]
+                if waits:
+                    driver.proceed.remote()
         except RayTaskError as error:
             if isinstance(error.cause, RayError):
                 raise RunError(f"Ray cannot go on ({_named(error.cause)}); {CONTINUES}") from None
@@ -178,18 +182,24 @@ def stepwise(plan: RunPlan, out: Path) -> Iterator[Server]:
         executor.close()
 
 
-def start_ray(address: str | None, need: float) -> None:
+def _ignore(event: str) -> None:
+    """Where nobody is shown what happens."""
+
+
+def start_ray(address: str | None, need: float, event: Callable[[str], None] = _ignore) -> None:
     """Joins the cluster at ``address`` (or RAY_ADDRESS), or starts Ray here with at least ``need`` CPUs.
 
-    UserError where the cluster cannot be joined, RunError where Ray does not start.
+    Calls ``event`` with a line first, because both take seconds. UserError where the cluster cannot be joined, RunError where Ray does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     joined, field = (address, "engine.address") if address else (os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS")
     with _own_sigterm():
         if joined and joined != "local":
+            event(f"joining Ray at {joined}")
             connect.join(joined, field)
         else:
+            event("starting Ray on this machine")
             # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
             connect.start(max(os.cpu_count() or 1, math.ceil(need)))
 
@@ -204,11 +214,11 @@ def _own_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _ray(engine: Engine) -> Iterator[None]:
+def _ray(engine: Engine, event: Callable[[str], None] = _ignore) -> Iterator[None]:
     """Ray as long as the block runs: the one that this process uses already, or one that is started and shut down."""
     ours = not ray.is_initialized()
     if ours:
-        start_ray(engine.address, engine.workers * engine.cpus_per_worker)
+        start_ray(engine.address, engine.workers * engine.cpus_per_worker, event)
     try:
         yield
     finally:

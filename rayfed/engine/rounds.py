@@ -40,8 +40,6 @@ def run_rounds(
     except (RunError, KeyboardInterrupt, GeneratorExit) as error:
         why = "stopped" if isinstance(error, GeneratorExit) else first_line(error)
         with suppress(RunError, OSError):  # the first error is the one to report
-            for text in executor.drain_events():
-                everyone.event(text)
             everyone.event(f"{why}; `--resume` continues after round {server.done}")
         with suppress(RunError, OSError):
             server.save()

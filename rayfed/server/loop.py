@@ -87,6 +87,7 @@ class Server:
         self.sinks.start(self._info())
         for text in self.events:
             self.sinks.event(text)
+        self.executor.subscribe(self.sinks.event)
         for t in range(self.done, self.plan.server.rounds):
             if self.progress.stopped:
                 return
@@ -98,8 +99,6 @@ class Server:
             if not self.goes_on(record):
                 self.progress.stopped = True
                 self._unsaved = self._checkpoint(record["state/digest"])  # again: it says that the run has ended
-            for text in self.executor.drain_events():
-                self.sinks.event(text)
             if record["clients/split"] and not self.split_reported:
                 self.split_reported = True
                 self.sinks.event("some packs do not fit into memory and are split; lower engine.pack to save the try")

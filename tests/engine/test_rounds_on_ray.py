@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from small_runs import lowrank
 
 import rayfed
+from rayfed.config.execution import Engine, Tracking
+from rayfed.engine import driver
 from rayfed.errors import RunError, UserError
 
 ON_RAY = ("engine.kind=ray", "engine.workers=2")
@@ -77,3 +81,27 @@ def test_a_callback_that_cannot_be_pickled_is_refused(tmp_path: Path) -> None:
     pattern = r"^callbacks: got 'HoldsALock', but it cannot be pickled, and on Ray it is sent to the driver \(TypeError"
     with pytest.raises(UserError, match=pattern):
         rayfed.run(lowrank(*ON_RAY), tmp_path / "run", callbacks=[HoldsALock()])
+
+
+def test_what_happens_in_mid_round_is_out_before_the_round_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = threading.Event()
+
+    def rounds(plan: Any, executor: Any, out: Path, sinks: Any, *_: Any) -> Any:
+        sinks[0].start("info")
+        sinks[0].event("in mid-round")
+        assert seen.wait(20), "the round cannot end before its event is out"
+        sinks[0].round({"round": 1})
+        yield {"round": 1}
+        sinks[0].event("at the end")
+        raise RunError("cannot go on")
+
+    monkeypatch.setattr(driver, "run_rounds", rounds)
+    monkeypatch.setattr(driver, "RayExecutor", lambda *_: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(driver.ray, "put", lambda value: value)
+    plan: Any = SimpleNamespace(engine=Engine(), tracking=Tracking(wandb="off"))
+    messages = driver.Driver().run(plan, None, tmp_path, False, None, pickle.dumps(()), False)
+    assert [next(messages) for _ in range(2)] == [("start", ("info",)), ("event", ("in mid-round",))]
+    seen.set()
+    assert [next(messages)[0] for _ in range(3)] == ["round", "record", "event"]
+    with pytest.raises(RunError, match="cannot go on"):
+        next(messages)
