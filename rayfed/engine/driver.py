@@ -189,7 +189,8 @@ def _ignore(event: str) -> None:
 def start_ray(address: str | None, need: float, event: Callable[[str], None] = _ignore) -> None:
     """Joins the cluster at ``address`` (or RAY_ADDRESS), or starts Ray here with at least ``need`` CPUs.
 
-    Calls ``event`` with a line first, because both take seconds. UserError where the cluster cannot be joined, RunError where Ray does not start.
+    Calls ``event`` with a line first, because both take seconds. UserError where the cluster cannot be joined, RunError
+    where Ray does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -83,7 +83,9 @@ def test_a_callback_that_cannot_be_pickled_is_refused(tmp_path: Path) -> None:
         rayfed.run(lowrank(*ON_RAY), tmp_path / "run", callbacks=[HoldsALock()])
 
 
-def test_what_happens_in_mid_round_is_out_before_the_round_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_happens_in_mid_round_is_out_before_the_round_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = threading.Event()
 
     def rounds(plan: Any, executor: Any, out: Path, sinks: Any, *_: Any) -> Any:

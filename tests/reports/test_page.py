@@ -15,7 +15,7 @@ import pytest
 
 from rayfed.errors import UserError
 from rayfed.reports import Link, figures, read, write_report
-from rayfed.reports.charts import pareto
+from rayfed.reports.charts import lines, pareto
 from rayfed.reports.drawing import COLORS, DARK, LIGHT, MARKERS, MUTED, RAMP, css, drawing, group_styles, ramp
 from rayfed.reports.heat_map import draw, heat_maps
 from rayfed.reports.run_charts import client_accuracies, trained
@@ -154,6 +154,14 @@ def test_a_map_ascends_and_equal_points_stay_visible(write_run: Write) -> None:
         points = pareto(comparison, group_styles(comparison.groups, comparison.ranked), False).axes[0].lines
         shown = {line.get_markerfacecolor(): line.get_zorder() for line in points if line.get_marker() in MARKERS}
     assert shown.pop("none") > max(shown.values())
+
+
+def test_equal_values_do_not_hide_each_others_markers() -> None:
+    with drawing():
+        drawn = lines({"rank 2": {3: 0.3}, "rank 4": {3: 0.3}, "rank 8": {3: 0.3}}, ordered=True).axes[0].lines
+    sizes = [line.get_markersize() for line in drawn]
+    assert sizes == sorted(set(sizes), reverse=True), "the ones below are larger"
+    assert {line.get_markerfacecolor() for line in drawn} == {"none"}
 
 
 def test_of_a_long_run_the_last_rounds_show_who_trained(write_run: Write, monkeypatch: pytest.MonkeyPatch) -> None:
