@@ -44,16 +44,16 @@ SECONDS_TO_STOP = 10.0
 
 
 class Outbox(Sink):
-    """A sink that queues its calls for another thread: each is a method's name and its arguments."""
+    """A sink that queues its calls for another thread: each is a method's name and its arguments.
+
+    The driver adds the calls of `round`, each when the round's checkpoint is written.
+    """
 
     def __init__(self) -> None:
         self.messages: SimpleQueue[Message | None] = SimpleQueue()  # None: there are no more
 
     def start(self, info: RunInfo) -> None:
         self.messages.put(("start", (info,)))
-
-    def round(self, record: Record) -> None:
-        self.messages.put(("round", (record,)))
 
     def event(self, text: str) -> None:
         self.messages.put(("event", (text,)))
@@ -74,15 +74,9 @@ class Driver:
         self.stopping, self.ended = threading.Event(), threading.Event()
         self.permits = threading.Semaphore(0)  # rounds that may begin, where the run waits
 
-    def run(
-        self, plan: RunPlan, group: PlacementGroup | None, out: Path, resume: bool, uri: str | None, callbacks: bytes,
-        waits: bool,
-    ) -> Iterator[Message]:  # fmt: skip
-        """Yields every message as soon as it is there: the rounds run in another thread.
-
-        After the calls that belong to a round comes its record, as ``("record", (record,))``.
-        """
-        run = ThreadPoolExecutor(max_workers=1).submit(self._run, plan, group, out, resume, uri, callbacks, waits)
+    def run(self, *arguments: Any) -> Iterator[Message]:
+        """Runs `_run` with the arguments in another thread, and yields every message as soon as it is there."""
+        run = ThreadPoolExecutor(max_workers=1).submit(self._run, *arguments)
         run.add_done_callback(lambda _: self.outbox.messages.put(None))
         while (message := self.outbox.messages.get()) is not None:
             yield message
@@ -101,11 +95,10 @@ class Driver:
             stack.callback(self.ended.set)
             stack.enter_context(locked(out, shared=True))  # this process may outlive the one that started it
             stack.enter_context(disk_errors(out))
-            # The outbox first: to start W&B takes seconds, and the header need not wait.
-            sinks = [self.outbox, stack.enter_context(closing(open_sinks(plan.tracking, out)))]
+            sinks = stack.enter_context(closing(open_sinks(plan.tracking, out, self.outbox)))
             rounds = run_rounds(plan, self.executor, out, sinks, resume, uri, cloudpickle.loads(callbacks))
             for record in stack.enter_context(closing(rounds)):
-                self.outbox.messages.put(("record", (record,)))
+                self.outbox.messages.put(("round", (record,)))
                 if waits:
                     self.permits.acquire()
                 if self.stopping.is_set():
@@ -147,12 +140,11 @@ def run_on_ray(
             run = driver.run.options(num_returns="streaming")
             for message in run.remote(ray.put(plan), group, out.resolve(), resume, uri, pickled, waits):
                 name, arguments = ray.get(message)
-                if name != "record":
-                    getattr(console, name)(*arguments)
-                    continue
-                yield arguments[0]
-                if waits:
-                    driver.proceed.remote()
+                getattr(console, name)(*arguments)
+                if name == "round":
+                    yield arguments[0]
+                    if waits:
+                        driver.proceed.remote()
         except RayTaskError as error:
             if isinstance(error.cause, RayError):
                 raise RunError(f"Ray cannot go on ({_named(error.cause)}); {CONTINUES}") from None

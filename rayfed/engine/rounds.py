@@ -18,7 +18,7 @@ from rayfed.tracking import Sink, SinkList
 
 
 def run_rounds(
-    plan: RunPlan, executor: Executor, out: Path, sinks: Sequence[Sink], resume: bool, uri: str | None,
+    plan: RunPlan, executor: Executor, out: Path, sinks: Sink, resume: bool, uri: str | None,
     callbacks: Sequence[Callback] = (),
 ) -> Generator[Record]:  # fmt: skip
     """Runs the plan from its pack size to its summary on any executor; yields each round's record.
@@ -30,7 +30,7 @@ def run_rounds(
     upload = partial(RemoteFolder(uri).upload, out) if uri else lambda: None
     plan, choice = with_pack_size(plan, executor)
     called = CallbackSink(callbacks)
-    everyone = SinkList(*sinks, called)
+    everyone = SinkList(sinks, called)
     server = Server(plan, executor, out, everyone, resume, choice, upload, called.goes_on)
     try:
         yield from server.rounds()

@@ -62,6 +62,7 @@ def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(page: Path) ->
     assert not re.search(r"@import|url\((?!#)", text)
     assert {element.tag for element in root.iter()}.isdisjoint({"script", "link", "img", "iframe", "object", "style:"})
     assert "default-src 'none'" in text
+    assert "@media screen and (prefers-color-scheme:dark)" in text
     ids = [element.get("id") for element in root.iter() if element.get("id")]
     assert len(ids) == len(set(ids))
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
