@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rayfed.errors import RunError, UserError
     from rayfed.methods import Method
     from rayfed.objectives import Objective
+    from rayfed.reports.run_page import ReportCallback
     from rayfed.sweeps.sweep import SweepResult
     from rayfed.tasks.base import Task
     from rayfed.tasks.text_classification import TextClassification
@@ -36,6 +37,7 @@ _MODULES = {
     "Experiment": "rayfed.config",
     "Method": "rayfed.methods",
     "Objective": "rayfed.objectives",
+    "ReportCallback": "rayfed.reports.run_page",
     "Rounds": "rayfed.api",
     "RunError": "rayfed.errors",
     "RunResult": "rayfed.api",
@@ -53,6 +55,7 @@ __all__ = [
     "Experiment",
     "Method",
     "Objective",
+    "ReportCallback",
     "Rounds",
     "RunError",
     "RunResult",

@@ -1,35 +1,13 @@
-"""`rayfed report` and `rayfed compare`, and the page that a finished run or sweep gets."""
+"""`rayfed report` and `rayfed compare`."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from rayfed.errors import UserError
 
-PAGE = "report.html"
 SEVERAL = Path("report")  # the default folder for a report of several directories
-
-
-def write_page(out: Path) -> None:
-    """Writes `report.html` into the directory of a finished run or sweep. If that fails, logs the reason in events.log.
-
-    The results are already on the disk. So an error here changes neither the results nor the exit code.
-    """
-    from rayfed.reports import read, write_report
-    from rayfed.tracking.events import EventSink
-
-    events = EventSink(out / "events.log")
-    if find_spec("matplotlib") is None:
-        events.event(f"no {PAGE}: matplotlib is not installed (pip install -e '.[report]' in a clone)")
-        return
-    try:
-        write_report(read([out]), out, files=False)
-    except Exception as error:
-        events.event(f"no {PAGE}: {type(error).__name__}: {error}")
-        print(f"rayfed: no {PAGE}: {error}", file=sys.stderr)
 
 
 def report(folders: Sequence[str], target: str | None, out: str | None, link: str | None) -> None:

@@ -20,7 +20,7 @@ from rayfed.tracking.events import EventSink
 
 
 def run_rounds(
-    plan: RunPlan, executor: Executor, out: Path, sinks: Sequence[Sink], resume: bool, uri: str | None,
+    plan: RunPlan, executor: Executor, out: Path, sinks: Sink, resume: bool, uri: str | None,
     callbacks: Sequence[Callback] = (),
 ) -> Generator[Record]:  # fmt: skip
     """Runs the plan from its pack size to its summary on any executor; yields each round's record.
@@ -32,7 +32,7 @@ def run_rounds(
     upload = partial(RemoteFolder(uri).upload, out) if uri else lambda: None
     plan, choice = with_pack_size(plan, executor)
     called = CallbackSink(callbacks)
-    everyone = SinkList(*sinks, called)
+    everyone = SinkList(sinks, called)
     with own_failures():
         server = Server(plan, executor, out, everyone, resume, choice, upload, called.goes_on)
     server.events += plan.notes if not server.done else ()
@@ -45,8 +45,6 @@ def run_rounds(
     except (RunError, KeyboardInterrupt, GeneratorExit) as error:
         why = "stopped" if isinstance(error, GeneratorExit) else first_line(error)
         with suppress(RunError, OSError):  # the first error is the one to report
-            for text in executor.drain_events():
-                everyone.event(text)
             everyone.event(f"{why}; `--resume` continues after round {server.done}")
             for note in getattr(error, "__notes__", ()):  # the traceback of the user's own code, for this file alone
                 EventSink(out / "events.log").event(note)

@@ -7,7 +7,7 @@ grow. Then the worker loads its model, and this has a deadline.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,8 @@ class WorkerPool:
         reserve: Any = ray.remote(num_cpus=engine.cpus_per_worker, num_gpus=engine.gpus, memory=engine.memory)
         self.actor = reserve(worker)
         self.group, self.run, self.begun = group, run, 0
-        self.events: list[str] = []
+        self.events: list[str] = []  # until somebody subscribes
+        self.event: Callable[[str], None] = self.events.append
         self.ready: list[Any] = []  # those that have loaded their model
         self.starting: dict[ray.ObjectRef, Start] = {}  # by the reference that resolves when the worker may get a job
         self.due: list[float] = []  # when further workers start
@@ -72,6 +73,12 @@ class WorkerPool:
             self.due.append(self.clock() + wait)
         else:
             self._start()
+
+    def subscribe(self, event: Callable[[str], None]) -> None:
+        """Calls ``event`` with every event so far, and from now on with each as it happens."""
+        for text in self.events:
+            event(text)
+        self.event = event
 
     def probe(self, worker: Any) -> None:
         """Waits for a sign of life of an idle worker before it may get a job."""
@@ -154,11 +161,11 @@ class WorkerPool:
         """A worker died or hung before it got a job."""
         if start.placed is None:
             self.supervision.idle_lost(reason)
-            self.events.append(f"a worker died between two jobs ({reason}); a new one takes its place")
+            self.event(f"a worker died between two jobs ({reason}); a new one takes its place")
         else:
             self.supervision.start_failed(reason, raised)
             wait = self.supervision.wait_before_start()
-            self.events.append(f"a worker did not start ({reason}); the next one starts in {wait:.0f} s")
+            self.event(f"a worker did not start ({reason}); the next one starts in {wait:.0f} s")
         self.replace(start.worker)
 
 

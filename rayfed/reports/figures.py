@@ -75,7 +75,8 @@ def plots(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link |
 
 
 def run_plots(run: Run, number: int) -> Iterator[Plot]:
-    """The figures of one run: all that its metrics.jsonl has, each a curve, and who trained and what is confused."""
+    """The figures of one run: curves of all that its metrics.jsonl has; who trained when, each client's accuracy, and
+    what is confused."""
     for suffix, title, caption, keys, style in _run_curves(run):
         if series := {name: points for name, key in keys.items() if (points := run.series(key))}:
             draw = partial(charts.lines, series, **style)
@@ -85,11 +86,14 @@ def run_plots(run: Run, number: int) -> Iterator[Plot]:
         part = f" The last {len(shown)} rounds." if len(shown) < len(rounds) else ""
         title, caption = "Who trained when, at which rank", f"One square for each client in each round.{part}"
         yield Plot(f"run-{number}-trained", f"run-{number}", title, caption, partial(run_charts.trained, shown))
-    found = [r for r in run.rounds if r.get("test/confusion_matrix")]
-    if found:
-        after = f"Test rows after round {found[-1]['round']}"
+    if (found := run.last_list("test/accuracy_per_client")) and any(value is not None for value in found[1]):
+        caption = f"After round {found[0]}, for each client that has rows. Classes count as in its own data."
+        draw = partial(run_charts.client_accuracies, found[1], run.last_ranks())
+        yield Plot(f"run-{number}-client-accuracies", f"run-{number}", "Test accuracy of each client", caption, draw)
+    if found := run.last_list("test/confusion_matrix"):
+        after = f"Test rows after round {found[0]}"
         caption = f"{after}: labels down, predictions across. Stronger colours are larger shares of a label."
-        draw = partial(run_charts.confusion, found[-1]["test/confusion_matrix"], run.classes)
+        draw = partial(run_charts.confusion, found[1], run.classes)
         yield Plot(f"run-{number}-confusion", f"run-{number}", "Confusion matrix", caption, draw)
 
 

@@ -48,7 +48,7 @@ def page(
         legend=_legend(comparison, styles),
         sections=list(_sections(comparison, ledgers, plots)),
         runs=[
-            (run.folder.resolve().name, table.facts(run), _figures(own), _data(run.folder))
+            (run.folder.resolve().name, table.facts(run), _figures(own), table.clients(run), _data(run.folder))
             for run, own in zip(runs, single)
         ],
         explanations=list(_explanations(comparison, link)),

@@ -21,6 +21,7 @@ BASELINES = {  # column -> key of the summary
     "frozen base, head trained in the same rounds": "head_only/test_accuracy",
     "frozen base, head trained centrally": "head_only/test_accuracy_central",
 }
+WORST = 20  # clients in the table of those with the lowest accuracy
 Ledgers = Mapping[Run, Traffic]
 Number = Callable[[RunSummary], float | None]
 Columns = list[tuple[str, Callable[[RunGroup], str]]]  # name and cell of each column
@@ -157,6 +158,18 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("time of all rounds", clock(seconds)),
         *([("not finite in the last round", str(nonfinite))] if nonfinite else []),
     ]
+
+
+def clients(run: Run) -> Table | None:
+    """The WORST clients with the lowest test accuracy, and the ranks at which they trained last; None if unknown."""
+    found = run.last_list("test/accuracy_per_client")
+    known = sorted((value, client) for client, value in enumerate(found[1] if found else ()) if value is not None)
+    if found is None or not known:
+        return None
+    ranks = run.last_ranks()
+    rows = [(str(client), str(ranks.get(client, "-")), f"{100 * value:.1f} %") for value, client in known[:WORST]]
+    title = f"Clients with the lowest test accuracy after round {found[0]}, of {len(known)}"
+    return Table(title, ("client", "trained at rank", "test accuracy"), tuple(rows))
 
 
 def _table(title: str, columns: Columns, groups: Sequence[RunGroup]) -> Table:

@@ -87,6 +87,7 @@ class Server:
         self.sinks.start(self._info())
         for text in self.events:
             self.sinks.event(text)
+        self.executor.subscribe(self.sinks.event)
         for t in range(self.done, self.plan.server.rounds):
             if self.progress.stopped:
                 return
@@ -94,15 +95,13 @@ class Server:
             self.progress.add(record, self.plan.task.metric, dense_bytes, self.plan.eval.early_stop)
             self.done = t + 1
             self._unsaved = self._checkpoint(record["state/digest"])
+            if record["clients/split"] and not self.split_reported:
+                self.split_reported = True
+                self.sinks.event("some packs do not fit into memory and are split; lower engine.pack to save the try")
             self.sinks.round(record)
             if not self.goes_on(record):
                 self.progress.stopped = True
                 self._unsaved = self._checkpoint(record["state/digest"])  # again: it says that the run has ended
-            for text in self.executor.drain_events():
-                self.sinks.event(text)
-            if record["clients/split"] and not self.split_reported:
-                self.split_reported = True
-                self.sinks.event("some packs do not fit into memory and are split; lower engine.pack to save the try")
             last = self.progress.stopped or self.done == self.plan.server.rounds
             if last or self.done % self.plan.checkpoint.every == 0:
                 self.save()

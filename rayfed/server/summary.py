@@ -29,6 +29,7 @@ class Progress:
     last_test: float | None = None
     last_test_masked: float | None = None
     last_test_clients: float | None = None  # the mean over the clients, see `rayfed.server.evaluation.per_client`
+    last_test_unseen: float | None = None  # on the rows of clients that never took part
     last_gap: float | None = None  # where the answer is known: the share of the initial gap that is left
     ranks: list[int] = field(default_factory=list)  # at which a client trained, ascending
     dense_bytes: int = 0  # of the messages so far, had every entry travelled in fp32
@@ -48,6 +49,7 @@ class Progress:
             self.last_test = record[f"test/{metric}"]
             self.last_test_masked = record.get(f"test/{metric}_masked")
             self.last_test_clients = record.get(f"test/{metric}_clients")
+            self.last_test_unseen = record.get(f"test/{metric}_unseen")
         value = record.get(f"eval/{metric}")
         if value is None:
             return
@@ -81,6 +83,7 @@ def summarize(
         f"final/test_{metric}": progress.last_test,
         f"final/test_{metric}_masked": progress.last_test_masked,
         f"final/test_{metric}_clients": progress.last_test_clients,
+        f"final/test_{metric}_unseen": progress.last_test_unseen,
         "final/gap": progress.last_gap,
         **{f"{key}_total": count for key, count in ledger.totals().items()},
         "bytes/total": ledger.total_bytes,
@@ -105,6 +108,7 @@ def closing_table(plan: RunPlan, summary: dict[str, Any], ranks: Sequence[int]) 
         (exported, summary[f"export/test_{metric}"], None),
         ("  as clients receive it, sparse", summary[f"{final}_masked"], None),  # what FLASC's own code evaluates
         ("  mean over the clients, each on data like its own", summary[f"{final}_clients"], None),
+        ("  on the rows of clients that never took part", summary[f"{final}_unseen"], None),
         (f"  the same messages sent dense: {dense / max(sent, 1):.1f}x", None, dense if sent < dense else None),
         ("frozen base, only the head trained, same rounds", summary[f"head_only/test_{metric}"], None),
         ("  trained centrally to convergence", summary[f"head_only/test_{metric}_central"], None),

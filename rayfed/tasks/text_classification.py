@@ -246,7 +246,8 @@ class TextClassification(Task):
 
     def metric_keys(self, eval: Eval) -> tuple[str, ...]:
         keys = [key for key in super().metric_keys(eval) if not any(name in key for name in LISTS)]
-        return (*keys, *(["test/accuracy_clients"] if eval.clients else []))
+        more = {"test/accuracy_clients": eval.clients, "test/accuracy_unseen": eval.unseen}
+        return (*keys, *(key for key, measured in more.items() if measured))
 
     def save_tokenizer(self, folder: Path) -> None:
         tokenizer = self._tokenizer()
