@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rayfed.keywords import suggest_keywords
+from rayfed.suggestions import nearest
 
 __version__ = "0.1.0"
 
@@ -109,10 +110,8 @@ def report(*folders: str | Path, out: str | Path | None = None, target: float | 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, __all__, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = nearest(name, __all__)
+        hint = f"; did you mean {near!r}?" if near else ""
         raise AttributeError(f"module 'rayfed' has no attribute {name!r}{hint}")
     from importlib import import_module
 

@@ -18,9 +18,11 @@ import torch
 from yaml.representer import RepresenterError
 
 from rayfed import config, methods, tasks, weighting
+from rayfed.api.initial_adapter import check_method, initial_adapter
 from rayfed.channels import Lossless
 from rayfed.clients.plan import RunPlan
 from rayfed.config import Experiment
+from rayfed.config.adapter import adapter_folder, with_digest
 from rayfed.config.parse import dump_settings
 from rayfed.errors import UserError, allowed
 from rayfed.keywords import suggest_keywords
@@ -55,7 +57,7 @@ def read_settings(source: Settings) -> Experiment:
     Raises UserError, one line per mistake.
     """
     if isinstance(source, Experiment):
-        return source
+        return with_digest(source)
     if isinstance(source, str | Path):
         return config.load_config(source)
     if isinstance(source, Mapping):
@@ -111,6 +113,7 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     ServerOptimizer(optimizer, server)
     if lora.train == "head" and getattr(method, "train", "all") == "masked":
         raise UserError("method.train: got 'masked', but lora.train=head already says what trains")
+    check_method(experiment, method.refuses_adapter, methods.with_adapters())
     profiles = ClientProfiles(experiment.profiles, lora, experiment.wire, experiment.seed)
     if profiles.mixed_ranks and not method.mixed_ranks:
         raise UserError(
@@ -145,7 +148,7 @@ def check(experiment: Experiment, federation: Federation | None = None, model: b
     parts = build_components(experiment)
     federation = _checked_data(experiment, parts, federation)
     if model:
-        _described_model(experiment, parts, federation)
+        initial_adapter(experiment, _described_model(experiment, parts, federation), federation.classes)
     return federation
 
 
@@ -153,10 +156,12 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
     """The plan of settings whose components are built. Errors as in `prepare`."""
     engine = experiment.engine
     federation = _checked_data(experiment, parts, federation)
+    model = _described_model(experiment, parts, federation)
+    initial, *notes = initial_adapter(experiment, model, federation.classes) or (None,)
     return RunPlan(
         **vars(parts),
         federation=federation,
-        model=_described_model(experiment, parts, federation),
+        model=model,
         objective=Plain(),
         channel=Lossless(),
         pack=None if engine.pack == "auto" else engine.pack,
@@ -171,6 +176,8 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
         tracking=experiment.tracking,
         checkpoint=experiment.checkpoint,
         export=experiment.export,
+        initial=initial,
+        notes=tuple(notes),
     )
 
 
@@ -179,6 +186,8 @@ def _checked_data(experiment: Experiment, parts: Components, federation: Federat
     # Only for this process: Ray knows what a cluster's nodes have.
     if experiment.engine.kind == "local" and experiment.engine.device == "cuda" and not torch.cuda.is_available():
         raise UserError("engine.device: got 'cuda', but torch finds no GPU here; allowed is cpu")
+    if experiment.model.adapter is not None:
+        adapter_folder(experiment.model.adapter)  # raises UserError; before the data, which may take minutes
     federation = federation or parts.task.load_data()
     holders, cohort = len(federation.holders), experiment.server.cohort
     if cohort > holders:

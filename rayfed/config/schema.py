@@ -63,6 +63,8 @@ class Experiment(Section, metaclass=_Refuses):
             raise ValueError("lora.train: got 'head', but model.head=frozen leaves nothing to train; all is allowed")
         if self.engine.kind == "ray" and self.engine.device == "cuda" and not self.engine.gpus:
             raise ValueError("engine.gpus_per_worker: got 0, but engine.device=cuda needs more than 0")
+        if self.lora.train == "head" and self.model.adapter is not None:
+            raise ValueError("lora.train: got 'head', but model.adapter has layers, which would not train; use all")
         clients, each = self.partition.clients, self.problem.numbers_per_client
         if self.data.source == "lowrank" and clients * each > MOST_NUMBERS:
             raise ValueError(

@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from rayfed.config.types import UNSIGNED, ClassPath, Clients, Printable, Section, Share, Text
+from rayfed.config.types import (
+    UNSIGNED,
+    ClassPath,
+    Clients,
+    DecidesModel,
+    DecidesNothing,
+    Printable,
+    Section,
+    Share,
+    Text,
+)  # fmt: skip
 
 OBJECT = "object"  # the name of a model that was given in Python
 OwnClass = Annotated[str, AfterValidator(ClassPath()), AfterValidator(Printable(1000))]
@@ -35,7 +45,7 @@ class Data(Section):
     label: Text = "label"
     """The column with the label: an integer or a string."""
     client: Text | None = None
-    """The column with the client of a row, for partition.kind=natural."""
+    """The column with a row's client, for partition.kind=natural, or with its domain, for partition.kind=domain."""
     validation: Share = 0.1
     """Share of the training rows used for validation, if the source has no validation split."""
     test: Share = 0.2
@@ -126,9 +136,11 @@ class Partition(Section):
 
     decides = ("data",)
 
-    kind: Literal["iid", "dirichlet", "flasc", "pathological", "natural"] = "dirichlet"
-    """`iid`: rows at random; `dirichlet`: label shares of each client drawn from Dirichlet(alpha); `flasc`: as in
-    FLASC's code; `pathological`: few classes per client; `natural`: by the column `data.client`.
+    kind: Literal["iid", "quantity", "dirichlet", "flasc", "pathological", "shards", "domain", "natural"] = "dirichlet"
+    """`iid`: rows at random; `quantity`: rows at random, sizes log-normal; `dirichlet`: label shares of each client
+    drawn from Dirichlet(alpha); `flasc`: as in FLASC's code; `pathological`: few classes per client; `shards`: a few
+    pieces of the rows in the order of their labels; `domain`: rows of one value of the column `data.client`; `natural`:
+    a client is a value of the column `data.client`.
     """
     clients: Clients = 100
     """Clients in the population. Ignored by `natural`, except with data.source=lowrank."""
@@ -136,6 +148,17 @@ class Partition(Section):
     """Dirichlet concentration. The smaller, the more clients differ."""
     classes: Annotated[int, Field(ge=1, le=1_000_000)] = 2
     """For `pathological`: classes per client."""
+    shards: Annotated[int, Field(ge=1, le=1_000_000)] = 2
+    """For `shards`: pieces per client."""
+    sigma: Annotated[float, Field(ge=0, le=10), UNSIGNED] = 1.0
+    """For `quantity`: standard deviation of the logarithm of a client's size. 0: equal sizes."""
+    mix: Annotated[float, Field(ge=0, le=1), UNSIGNED] = 0.0
+    """Share of every client's rows, its last ones, that is pooled and dealt out again at random. Sizes stay."""
+
+    @property
+    def column(self) -> str | None:
+        """What the column `data.client` must name for this kind: the client, the domain, or nothing."""
+        return {"natural": "client", "domain": "domain"}.get(self.kind)
 
 
 class Model(Section):
@@ -163,6 +186,15 @@ class Model(Section):
     optimizer states and messages are float32 in any case. bfloat16 halves the memory of the base model and is fast on
     devices that compute in it; a client's trained change differs by 1 or 2 percent.
     """
+    adapter: DecidesNothing[Text | None] = None
+    """Where training starts: a run directory, or a folder with a LoRA in PEFT's format (safetensors). null: at B = 0, a
+    random A and a new head. Its layers are those of the run, and its rank is at most lora.rank: further ranks are new.
+    Its head is taken where it fits the classes.
+    """
+    adapter_digest: DecidesModel[Text | None] = None
+    """Of the files of `adapter`, a hash: rayfed writes it into config.yaml, and refuses an adapter with another one.
+    null: it is computed when the run starts.
+    """
     trust_remote_code: bool = False
     """Run the Python code that comes with a hub model. Use it only for models you trust."""
     fingerprint: Text | None = None
@@ -171,7 +203,9 @@ class Model(Section):
     """
 
     @model_validator(mode="after")
-    def _name_is_known(self) -> Model:
+    def _objects_are_given(self) -> Model:
         if self.name == OBJECT and not self.fingerprint:
             raise ValueError("model.name: got 'object', but Python objects come with rayfed.run(..., task=...)")
+        if self.adapter is None and self.adapter_digest is not None:
+            raise ValueError(f"model.adapter_digest: got {self.adapter_digest!r}, but model.adapter is null")
         return self

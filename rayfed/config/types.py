@@ -102,6 +102,13 @@ class Section(BaseModel):
     )
     decides: ClassVar[tuple[Aspect, ...]] = ("result",)
 
+    def depends_on_rounds(self, before: int, after: int) -> str | None:
+        """The field that makes runs of ``before`` and of ``after`` rounds (`server.rounds`) differ in a round of both.
+
+        None where there is none. A dotted name where the field is in a section of this one.
+        """
+        return None
+
     @model_validator(mode="before")
     @classmethod
     def _empty_sections(cls, settings: Any) -> Any:

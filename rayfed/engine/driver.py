@@ -26,8 +26,9 @@ from rayfed.clients.plan import RunPlan
 from rayfed.config.execution import Engine
 from rayfed.engine import connect
 from rayfed.engine.callbacks import Callback
-from rayfed.engine.placement import check_places, on_this_node, release, reserve, with_gpu_share
+from rayfed.engine.placement import check_places, named, on_this_node, release, reserve, with_gpu_share
 from rayfed.engine.ray_executor import RayExecutor
+from rayfed.engine.ray_metrics import RayMetrics
 from rayfed.engine.rounds import run_rounds, with_pack_size
 from rayfed.errors import RunError, Stopped, UserError, allowed, first_line
 from rayfed.run_directory import disk_errors, lock_alone, locked
@@ -91,11 +92,15 @@ class Driver:
         outbox = Outbox()
         with suppress(Stopped), ExitStack() as stack:
             # Entered first, so closed last: where Ray itself is gone, this takes long.
-            self.executor = stack.enter_context(closing(RayExecutor(plan.engine, ray.put(plan), group)))
+            self.executor = stack.enter_context(closing(RayExecutor(plan.engine, ray.put(plan), group, plan.name)))
             stack.callback(self.ended.set)
             stack.enter_context(locked(out, shared=True))  # this process may outlive the one that started it
             stack.enter_context(disk_errors(out))
-            sinks = [stack.enter_context(closing(open_sinks(plan.tracking, out))), outbox]
+            sinks = [
+                stack.enter_context(closing(open_sinks(plan.tracking, out))),
+                RayMetrics(plan, self.executor),
+                outbox,
+            ]
             rounds = run_rounds(plan, self.executor, out, sinks, resume, uri, cloudpickle.loads(callbacks))
             stack.enter_context(closing(rounds))
             for _ in rounds:
@@ -134,12 +139,14 @@ def run_on_ray(
     _pickle_by_value(plan, callbacks)
     _check_pickles(plan)
     pickled = _pickled(callbacks)
-    with _ray(plan.engine):
+    with _ray(plan.engine) as dashboard:
+        if dashboard:
+            console.event(f"Ray's dashboard: http://{dashboard} (`ray get-auth-token` prints the token it may ask for)")
         plan = with_gpu_share(plan)
         if waiting := check_places(plan.engine):
             console.event(waiting)
         actor: Any = ray.remote(num_cpus=0)(Driver)
-        driver = actor.options(scheduling_strategy=on_this_node(), max_concurrency=3).remote()
+        driver = actor.options(**on_this_node(), **named(plan.name, "driver"), max_concurrency=3).remote()
         group = reserve(plan.engine)
         try:
             run = driver.run.options(num_returns="streaming")
@@ -173,15 +180,16 @@ def stepwise(plan: RunPlan, out: Path) -> Iterator[Server]:
     """A server in this process with Ray workers, to step through its rounds, as benchmarks do."""
     with _ray(plan.engine):
         plan = with_gpu_share(plan)
-        executor = RayExecutor(plan.engine, ray.put(plan), reserve(plan.engine))
+        executor = RayExecutor(plan.engine, ray.put(plan), reserve(plan.engine), plan.name)
         plan, choice = with_pack_size(plan, executor)
         yield Server(plan, executor, out, SinkList(), False, choice)
         executor.close()
 
 
-def start_ray(address: str | None, need: float) -> None:
+def start_ray(address: str | None, need: float, dashboard: bool = False) -> str | None:
     """Joins the cluster at ``address`` (or RAY_ADDRESS), or starts Ray here with at least ``need`` CPUs.
 
+    With ``dashboard`` a Ray that starts here has one. Returns the address of the cluster's dashboard, None without one.
     UserError where the cluster cannot be joined, RunError where Ray does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -189,10 +197,9 @@ def start_ray(address: str | None, need: float) -> None:
     joined, field = (address, "engine.address") if address else (os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS")
     with _own_sigterm():
         if joined and joined != "local":
-            connect.join(joined, field)
-        else:
-            # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
-            connect.start(max(os.cpu_count() or 1, math.ceil(need)))
+            return connect.join(joined, field)
+        # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
+        return connect.start(max(os.cpu_count() or 1, math.ceil(need)), dashboard)
 
 
 @contextmanager
@@ -205,13 +212,16 @@ def _own_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _ray(engine: Engine) -> Iterator[None]:
-    """Ray as long as the block runs: the one that this process uses already, or one that is started and shut down."""
-    ours = not ray.is_initialized()
+def _ray(engine: Engine) -> Iterator[str | None]:
+    """Ray as long as the block runs: the one that this process uses already, or one that is started and shut down.
+
+    Yields the address of the cluster's dashboard where `engine.dashboard` asks for it and Ray is started or joined.
+    """
+    ours, url = not ray.is_initialized(), None
     if ours:
-        start_ray(engine.address, engine.workers * engine.cpus_per_worker)
+        url = start_ray(engine.address, engine.workers * engine.cpus_per_worker, engine.dashboard)
     try:
-        yield
+        yield url if engine.dashboard else None
     finally:
         if ours:
             ray.shutdown()

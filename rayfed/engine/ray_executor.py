@@ -59,12 +59,14 @@ class RayExecutor(Executor):
     """`engine.workers` actors, each holding `cpus_per_worker` CPUs and `gpus` GPUs.
 
     ``plan``: a reference to a RunPlan. ``group``: the workers' places (`rayfed.engine.placement.reserve`), which
-    `close` gives back; None: any place of the cluster, or of a trial.
+    `close` gives back; None: any place of the cluster, or of a trial. ``run``: the name of the run.
     """
 
-    def __init__(self, engine: Engine, plan: ray.ObjectRef, group: PlacementGroup | None = None) -> None:
+    def __init__(
+        self, engine: Engine, plan: ray.ObjectRef, group: PlacementGroup | None = None, run: str = "run"
+    ) -> None:
         self.supervision = Supervision(engine)
-        self.pool = WorkerPool(engine, Worker, plan, group, self.supervision)
+        self.pool = WorkerPool(engine, Worker, plan, group, self.supervision, run)
         self.stopping = threading.Event()
 
     def put(self, payload: bytes) -> ray.ObjectRef:

@@ -35,6 +35,7 @@ def run_rounds(
     everyone = SinkList(*sinks, called)
     with own_failures():
         server = Server(plan, executor, out, everyone, resume, choice, upload, called.goes_on)
+    server.events += plan.notes if not server.done else ()
     try:
         with own_failures():
             yield from server.rounds()

@@ -24,7 +24,7 @@ from ray.exceptions import (
 from ray.util.placement_group import PlacementGroup
 
 from rayfed.config.execution import Engine
-from rayfed.engine.placement import in_group, release
+from rayfed.engine.placement import in_group, named, release
 from rayfed.engine.supervision import Supervision
 from rayfed.errors import RunError, UserError, first_line
 
@@ -47,15 +47,18 @@ class Start:
 class WorkerPool:
     """`engine.workers` actors of the class ``worker``, which load ``plan`` (a reference to a RunPlan).
 
-    ``group`` has their places; `close` gives them back.
+    ``group`` has their places; `close` gives them back. In Ray's dashboard the workers of the run ``run`` are numbered
+    from 0 in the order in which they start: a new worker in the place of a lost one has a number of its own.
     """
 
     def __init__(
-        self, engine: Engine, worker: type, plan: ray.ObjectRef, group: PlacementGroup | None, supervision: Supervision
-    ) -> None:
+        self, engine: Engine, worker: type, plan: ray.ObjectRef, group: PlacementGroup | None, supervision: Supervision,
+        run: str,
+    ) -> None:  # fmt: skip
         self.engine, self.plan, self.supervision, self.clock = engine, plan, supervision, supervision.clock
-        self.actor: Any = ray.remote(num_cpus=engine.cpus_per_worker, num_gpus=engine.gpus)(worker)
-        self.group = group
+        reserve: Any = ray.remote(num_cpus=engine.cpus_per_worker, num_gpus=engine.gpus, memory=engine.memory)
+        self.actor = reserve(worker)
+        self.group, self.run, self.begun = group, run, 0
         self.events: list[str] = []
         self.ready: list[Any] = []  # those that have loaded their model
         self.starting: dict[ray.ObjectRef, Start] = {}  # by the reference that resolves when the worker may get a job
@@ -141,7 +144,9 @@ class WorkerPool:
         self.group = None
 
     def _start(self) -> None:
-        worker = self.actor.options(scheduling_strategy=in_group(self.group)).remote()
+        name = named(self.run, f"worker-{self.begun}")
+        self.begun += 1
+        worker = self.actor.options(**in_group(self.group, self.engine), **name).remote()
         placed = worker.__ray_ready__.remote()
         self.starting[worker.load.remote(self.plan)] = Start(worker, placed, self.clock())
 

@@ -70,12 +70,12 @@ class Server:
         found, self.events = checkpoints.restore(out, plan.digest) if resume else (None, [])
         if found is None:
             self.state = plan.method.init(start, plan.seed)
+            self.base_updates.publish(plan.method.base_update(self.state), plan.model.entries)
         else:
             checkpoint, self.ledger, self.optimizer.state = found.checkpoint, found.ledger, found.optimizer
             self.state = plan.method.restore(found.method, checkpoint.facts, found.clients)
-            self.progress = Progress(**checkpoint.progress)
             self.base_updates = BaseUpdates.from_json(checkpoint.base_updates)
-            self.done, self.chain = checkpoint.round, checkpoint.chain
+            self.done, self.chain, self.progress = checkpoint.round, checkpoint.chain, Progress(**checkpoint.progress)
 
     def rounds(self) -> Iterator[Record]:
         """Runs the rounds that are left and yields each one's record (the keys of metrics.jsonl)."""
@@ -114,7 +114,7 @@ class Server:
         baselines = measure_baselines(plan, self.done, self.executor) if plan.eval.controls else None
         summary = summarize(plan, self.progress, self.ledger, self.done, baselines)
         summary |= export(plan, self.out, changes, head, summary, self.executor)
-        self.sinks.finish(summary, closing_table(plan, summary))
+        self.sinks.finish(summary, closing_table(plan, summary, self.progress.ranks))
         return summary
 
     def save(self) -> None:

@@ -62,6 +62,7 @@ class LowRankRegression(Task):
         for field, value, wanted, why in (
             ("partition.kind", self.partition.kind, "natural", "every client has rows of its own"),
             ("model.dtype", self.model.dtype, "float32", "distances are finer than other formats"),
+            ("model.adapter", self.model.adapter, None, "every run starts from W = 0"),
             ("engine.gradient_checkpointing", engine.gradient_checkpointing, False, "the model is one layer"),
             ("lora.train", lora.train, "all", "there is no head"),
             ("eval.controls", eval.controls, False, "there is no head"),

@@ -157,8 +157,9 @@ class TextClassification(Task):
         if self.partition.kind != "natural" and server.cohort > clients:
             what = f"the population has only {clients} clients (partition.clients)"
             raise allowed("server.cohort", server.cohort, what)
-        if self.partition.kind == "natural" and self.data.client is None:
-            raise UserError("data.client: got null, but partition.kind=natural needs the column that names the client")
+        if self.partition.column and self.data.client is None:
+            needed = f"partition.kind={self.partition.kind} needs the column that names the {self.partition.column}"
+            raise UserError(f"data.client: got null, but {needed}")
         if eval.early_stop and self.data.source == "stdlib" and self.data.validation == 0:
             raise UserError("data.validation: got 0, but eval.early_stop needs a validation split")
 

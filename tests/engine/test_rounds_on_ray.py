@@ -77,3 +77,11 @@ def test_a_callback_that_cannot_be_pickled_is_refused(tmp_path: Path) -> None:
     pattern = r"^callbacks: got 'HoldsALock', but it cannot be pickled, and on Ray it is sent to the driver \(TypeError"
     with pytest.raises(UserError, match=pattern):
         rayfed.run(lowrank(*ON_RAY), tmp_path / "run", callbacks=[HoldsALock()])
+
+
+@pytest.mark.slow
+def test_a_finished_run_goes_on_with_more_rounds(ray_cluster: None, tmp_path: Path) -> None:
+    whole = rayfed.run(lowrank("server.rounds=5"), tmp_path / "whole")
+    rayfed.run(lowrank("server.rounds=3", *ON_RAY), tmp_path / "run")
+    result = rayfed.run(lowrank("server.rounds=5", *ON_RAY), tmp_path / "run", resume=True)
+    assert list(result.history["state/chain"]) == list(whole.history["state/chain"])
