@@ -99,7 +99,15 @@ def test_a_dashboard_is_started_here_and_its_address_is_that_of_the_cluster(list
 
 @pytest.mark.slow
 def test_a_run_prints_the_address_of_its_dashboard(tmp_path):
-    command = [sys.executable, "-m", "rayfed", "run", "configs/lowrank.yaml", "engine.kind=ray", "engine.dashboard=true"]
+    command = [
+        sys.executable,
+        "-m",
+        "rayfed",
+        "run",
+        "configs/lowrank.yaml",
+        "engine.kind=ray",
+        "engine.dashboard=true",
+    ]
     more = ["server.rounds=1", "tracking.wandb=off", "--out", str(tmp_path / "run")]
     done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
