@@ -113,12 +113,13 @@ def test_workers_go_to_nodes_with_the_labels(nodes: Cluster) -> None:
     ray.get(group.ready(), timeout=60)
     assert set(nodes_of_bundles()) == {labelled}
     give_back(group)
-    bare = Engine(
-        workers=1, cpus_per_worker=0, memory_per_worker=0, labels=engine.labels
-    )  # holds nothing, so it needs no group
-    pool = WorkerPool(bare, Here, ray.put(None), reserve(bare), Supervision(bare), "run")
-    assert [ray.get(start.worker.node.remote(), timeout=60) for start in pool.starting.values()] == [labelled]
-    pool.close()
+    for zone, expected in (("b", True), ("!b", False)):
+        # A worker that holds nothing needs no group.
+        bare = Engine(workers=1, cpus_per_worker=0, memory_per_worker=0, labels={"zone": zone})
+        pool = WorkerPool(bare, Here, ray.put(None), reserve(bare), Supervision(bare), "run")
+        (start,) = pool.starting.values()
+        assert (ray.get(start.worker.node.remote(), timeout=60) == labelled) == expected
+        pool.close()
 
 
 class Here:

@@ -11,6 +11,7 @@ import pytest
 from small_runs import lowrank
 
 from rayfed.api import prepare
+from rayfed.clients.messages import FeatureJob
 from rayfed.config.execution import Engine
 from rayfed.engine import ray_metrics
 from rayfed.engine.ray_metrics import COUNTERS, GAUGES, RayMetrics
@@ -52,7 +53,8 @@ def sink(monkeypatch) -> RayMetrics:
 
 def test_a_round_sets_every_metric(sink: RayMetrics) -> None:
     now[0] += 10.0
-    sink.supervision.busy += 5.0  # of the 20 s that two workers have in 10 s
+    for seconds in (2.0, 3.0):  # of the 20 s that two workers have in 10 s
+        sink.supervision.job_done(FeatureJob("train", 0, 8), seconds)
     record = {
         "round": 7, "clients/ok": 2, "clients/retried": 0, "clients/trained": [[0, 2], [3, 2]], "time/train_s": 4.0,
         "bytes/down": 300, "bytes/up": 70,
