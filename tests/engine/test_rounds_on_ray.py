@@ -110,7 +110,7 @@ def test_what_happens_in_mid_round_is_out_before_the_round_ends(
     monkeypatch.setattr(driver, "open_sinks", lambda settings, out, console: console)
     monkeypatch.setattr(driver, "RayMetrics", lambda *_: Sink())
     monkeypatch.setattr(driver.ray, "put", lambda value: value)
-    plan: Any = SimpleNamespace(engine=Engine(), tracking=Tracking(wandb="off"))
+    plan: Any = SimpleNamespace(name="a run", engine=Engine(), tracking=Tracking(wandb="off"))
     messages = driver.Driver().run(plan, None, tmp_path, False, None, pickle.dumps(()), False)
     assert [next(messages) for _ in range(2)] == [("start", ("info",)), ("event", ("in mid-round",))]
     seen.set()
