@@ -79,6 +79,7 @@ class Driver:
         """Runs `_run` with the arguments in another thread, and yields every message as soon as it is there."""
         run = ThreadPoolExecutor(max_workers=1).submit(self._run, *arguments)
         run.add_done_callback(lambda _: self.outbox.messages.put(None))
+        # No `yield from iter(...)`: Ray closes a generator that delegates after its first message.
         while (message := self.outbox.messages.get()) is not None:
             yield message
         run.result()
