@@ -39,7 +39,10 @@ def program() -> None:
 
 
 def _command(function: str, short_help: str, help: str | None, *parameters: click.Parameter) -> None:
-    """Adds the command of this function, `module:name` below `rayfed.cli`. It gets the command's arguments by name."""
+    """Adds the command of this function, `module:name` below `rayfed.cli`. It gets the command's arguments by name.
+
+    ``help`` None: the short help, as a sentence.
+    """
 
     def run(**arguments: Any) -> None:
         resolve_name(f"rayfed.cli.{function}")(**arguments)

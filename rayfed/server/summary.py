@@ -144,8 +144,8 @@ def _densities(plan: RunPlan, rounds: int) -> str:
     """`1/4 down, 1/4 up`: as the wire had them, from the least to the largest where tiers or rounds differ."""
     tiers, found = plan.profiles.tier_mix(plan.federation.sizes), []
     for way in DIRECTIONS:
-        wire, owns = getattr(plan.wire, way), [getattr(tier, f"density_{way}") for tier in tiers]
-        used = sorted({wire.density_at(t, own) for own in owns for t in (0, max(rounds - 1, 0))})
+        settings, owns = getattr(plan.wire, way), [getattr(tier, f"density_{way}") for tier in tiers]
+        used = sorted({settings.density_at(t, own) for own in owns for t in (0, max(rounds - 1, 0))})
         span = used if len(used) == 1 else (used[0], used[-1])
         found.append(f"{' to '.join(map(_density, span))} {way}")
     return ", ".join(found)

@@ -17,7 +17,7 @@ def natural_widths(table: Table) -> list[int]:
 
 
 def column_widths(table: Table, room: int) -> list[int]:
-    """Widths of at most ``room`` characters in all, at least 1 each: the natural ones where they fit.
+    """Widths of at most ``room`` characters in all, at least 1 where a column has text; the natural ones if they fit.
 
     Cells are folded as late as possible: a heading may fold between its words, then the first column down to FIRST,
     then any cell. The widest column gives way first.

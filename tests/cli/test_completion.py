@@ -36,7 +36,7 @@ def completed(capsys: Capture, monkeypatch: pytest.MonkeyPatch, *words: str) -> 
         (["run", "configs/q"], ["file,configs/q"]),
         (["init", ""], [f"plain,{name}" for name in shipped()]),
         (["run", "quickstart", "server.ro"], ["plain,server.rounds="]),
-        (["run", "quickstart", "--out", "x", "lora.al"], ["plain,lora.alpha="]),
+        (["run", "quickstart", "--resume", "lora.al"], ["plain,lora.alpha="]),
         (["run", "quickstart", "sweep."], []),
         (["sweep", "lowrank", "sweep.metr"], ["plain,sweep.metric="]),
         (["run", "quickstart", "--out", "ru"], ["dir,ru"]),
