@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rayfed.methods import Method
     from rayfed.objectives import Objective
     from rayfed.reports.run_page import ReportCallback
+    from rayfed.sweeps import tune
     from rayfed.sweeps.sweep import SweepResult
     from rayfed.tasks.base import Task
     from rayfed.tasks.text_classification import TextClassification
@@ -49,6 +50,7 @@ _MODULES = {
     "load_model": "rayfed.api",
     "prepare": "rayfed.api",
     "run": "rayfed.api",
+    "tune": "rayfed.sweeps.tune",
 }
 __all__ = [
     "Callback",
@@ -70,6 +72,7 @@ __all__ = [
     "report",
     "run",
     "sweep",
+    "tune",
 ]
 
 
@@ -78,7 +81,7 @@ def sweep(
     config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, out: str | Path | None = None,
     resume: bool = False,
 ) -> SweepResult:  # fmt: skip
-    """Runs a sweep to its end, as `rayfed sweep` does.
+    """Runs a sweep to its end and writes its `report.html`, as `rayfed sweep` does.
 
     ``config`` is a YAML file, or a mapping of sections as in such a file, with a section `sweep`. ``overrides`` are
     `key=value`. ``out`` (default `runs/NAME-TIME`) must be empty or absent unless ``resume``. A trial that fails is
@@ -86,10 +89,13 @@ def sweep(
     is started where a trial is wrong.
     """
     from rayfed.api.plans import settings_file
+    from rayfed.reports.sweep_page import write_sweep_page
     from rayfed.sweeps.sweep import run_sweep
 
     with settings_file(config) as path:
-        return run_sweep(path, overrides, out, resume)
+        result = run_sweep(path, overrides, out, resume)
+    write_sweep_page(result.out)
+    return result
 
 
 @suggest_keywords
@@ -118,7 +124,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'rayfed' has no attribute {name!r}{hint}")
     from importlib import import_module
 
-    return getattr(import_module(_MODULES[name]), name)
+    module = import_module(_MODULES[name])
+    return module if module.__name__.endswith(f".{name}") else getattr(module, name)
 
 
 def __dir__() -> list[str]:

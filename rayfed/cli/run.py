@@ -38,11 +38,13 @@ def run(config: str, overrides: Sequence[str], out: str | None, resume: bool, dr
 
 
 def sweep(config: str, overrides: Sequence[str], out: str | None, resume: bool) -> None:
-    """Runs the sweep and prints its directory. RunError where a trial did not finish."""
+    """Runs the sweep, writes its page and prints its directory. RunError where a trial did not finish."""
+    from rayfed.reports.sweep_page import write_sweep_page
     from rayfed.sweeps.sweep import check_failed, run_sweep
 
     if not is_uri(out):
         result = run_sweep(config, overrides, out, resume)
+        write_sweep_page(result.out)
         print(f"sweep directory {result.out}", flush=True)
         check_failed(result)
         return
@@ -51,6 +53,7 @@ def sweep(config: str, overrides: Sequence[str], out: str | None, resume: bool) 
         fetch(remote, folder, resume, "sweep.yaml")
         with uploaded(remote, folder, "sweep.yaml"):
             result = run_sweep(config, overrides, folder, resume, on_trial_end=lambda _: remote.upload(folder))
+            write_sweep_page(folder)
         print(f"sweep directory {masked(out)}", flush=True)
         check_failed(result)  # its message names a file of the local folder
         remove_path(folder)

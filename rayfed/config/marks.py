@@ -40,14 +40,20 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 3) -> str:
     """The first ``most`` settings that decide anything and differ: `server.rounds was 20 and is 30, and 2 more`."""
+    changed = changes(before, now)
+    shown = [f"{key} was {old} and is {new}" for key, (old, new) in list(changed.items())[:most]]
+    return ", ".join([*shown, *([f"and {len(changed) - most} more"] if len(changed) > most else [])])
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The settings that decide anything and differ: dotted name -> (old value, new value), as text."""
     old, new = (dict(_flat(_select(settings, {"data", "model", "result"}))) for settings in (before, now))
-    changed = [key for key in {**old, **new} if (key in old, old.get(key)) != (key in new, new.get(key))]
 
     def text(settings: Mapping[str, Any], key: str) -> str:
         return format_value(settings[key]) if key in settings else "not given"
 
-    shown = [f"{key} was {text(old, key)} and is {text(new, key)}" for key in changed[:most]]
-    return ", ".join([*shown, *([f"and {len(changed) - most} more"] if len(changed) > most else [])])
+    changed = [key for key in {**old, **new} if (key in old, old.get(key)) != (key in new, new.get(key))]
+    return {key: (text(old, key), text(new, key)) for key in changed}
 
 
 def data_key(settings: Mapping[str, Any]) -> str:

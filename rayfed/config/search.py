@@ -149,6 +149,10 @@ class AshaSettings(Section):
     """Rounds before a trial may stop."""
     factor: Factor = 3
     """A trial continues if it is among the best 1 / factor so far."""
+    brackets: Annotated[int, Field(ge=1, le=20)] = 1
+    """Brackets of asynchronous Hyperband: the trials of bracket s have their first comparison after
+    grace * factor^s rounds. 1: successive halving alone.
+    """
 
     def rungs(self, rounds: int) -> list[int]:
         """The rounds after which trials of ``rounds`` rounds are compared: grace * factor^i, below ``rounds``."""

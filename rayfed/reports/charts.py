@@ -89,6 +89,22 @@ def pareto(comparison: Comparison, styles: Styles, named: bool) -> Any:
     return figure
 
 
+def methods(comparison: Comparison, styles: Styles) -> Any:
+    """One point per method: the value of its best group, with the deviation over seeds. The best is at the top."""
+    best, (name, number) = comparison.best_of_methods[::-1], comparison.shown
+    figure, axes = drawing.blank(0.9 + 0.3 * len(best))
+    for i, group in enumerate(best):
+        style = styles.get(group, GroupStyle(MUTED, "-", "o"))
+        deviation = group.deviation(number)
+        axes.errorbar(group.mean(number), i, xerr=deviation, elinewidth=0.8, capsize=2, ecolor=style.color)
+        axes.plot(group.mean(number), i, style.marker, color=style.color, markersize=6)
+    _bar_names(axes, [drawing.shortened(str(group.settings["method.name"])) for group in best])
+    axes.set_ylim(-0.6, len(best) - 0.4)
+    drawing.number_axis(axes.xaxis, percent=True, log=comparison.measure is GAP)
+    axes.set_xlabel(name)
+    return figure
+
+
 def entries(styles: Styles, way: str, named: bool) -> Any:
     """Entries sent ``way`` (`down` or `up`) per client, against rounds. Means over the seeds."""
     figure, axes = _blank(styles, named)

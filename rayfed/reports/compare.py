@@ -131,6 +131,21 @@ class Comparison:
         return sorted(self.groups, key=lambda g: (g.score is None, sign * (g.score or 0.0)))
 
     @property
+    def shown(self) -> tuple[str, Callable[[RunSummary], float | None]]:
+        """(name, number) of what maps show: the reported metric, or the measure where a group has no reported value."""
+        reported = self.measure.report and all(g.values(lambda r: r.report) for g in self.groups if g.score is not None)
+        return ("test accuracy", lambda r: r.report) if reported else (self.measure.label, lambda r: r.value)
+
+    @property
+    def best_of_methods(self) -> list[RunGroup]:
+        """The best group of each method, from the best to the worst. A method without a score is left out."""
+        best: dict[str, RunGroup] = {}
+        for group in self.ranked:
+            if group.score is not None:
+                best.setdefault(group.settings["method.name"], group)
+        return list(best.values())
+
+    @property
     def points(self) -> dict[RunGroup, tuple[float, float]]:
         """Group -> (bytes, score), for the groups with a score."""
         sizes = {group: group.mean(lambda r: r.bytes) or 0.0 for group in self.groups}

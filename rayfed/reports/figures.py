@@ -59,6 +59,9 @@ def plots(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link |
         caption = "Filled points are the Pareto front: no other point is better in both. Bars: deviation over seeds."
         title = f"{measure.label.capitalize()} and MB both ways"
         yield Plot("pareto", "pareto", title, caption, partial(charts.pareto, comparison, styles), True)
+    if len(comparison.best_of_methods) > 1:
+        caption = f"For each method its best setting by {measure.label}. Bars: deviation over seeds."
+        yield Plot("methods", "methods", "Best of each method", caption, partial(charts.methods, comparison, styles))
     yield from _heat_maps(comparison)
     runs = [run for group in styles for run in group.counted]
     if any(run in ledgers for run in runs):
@@ -177,12 +180,11 @@ def _curves(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link
 
 
 def _heat_maps(comparison: Comparison) -> Iterator[Plot]:
-    measure = comparison.measure
-    shown = "test accuracy" if measure.report else measure.label
+    measure, (shown, _) = comparison.measure, comparison.shown
     for grid in heat_map.heat_maps(comparison):
         among = ", ".join(grid.chosen_among)
         best = f" Each cell shows the best {among} by {measure.label}." if among else ""
-        name = f"density-rank-{grid.method}" if grid.method else "density-rank"
-        title = f"Density and rank, {grid.method}" if grid.method else "Density and rank"
-        caption = f"Large number: {shown}, mean over seeds. Small number: MB both ways.{best}"
-        yield Plot(name, "grid", title, caption, partial(heat_map.draw, comparison, grid))
+        cell = "A point for each setting; darker ones are better" if grid.has_points else "Large number"
+        sizes = "" if grid.has_points else " Small number: MB both ways."
+        caption = f"{cell}: {shown}, mean over seeds.{sizes}{best}"
+        yield Plot(grid.name, "grid", grid.title, caption, partial(heat_map.draw, comparison, grid))

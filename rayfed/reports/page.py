@@ -23,7 +23,8 @@ HEADINGS = {
     "curves": "Accuracy and traffic",
     "target": "Bytes to the target",
     "pareto": "Pareto front",
-    "grid": "Density and rank",
+    "methods": "Best of each method",
+    "grid": "Two settings at a time",
     "traffic": "Traffic by part",
     "mix": "Ranks and densities",
 }
@@ -44,6 +45,7 @@ def page(
         notes=comparison.notes,
         summary=table.summary(comparison),
         baselines=table.baselines(comparison),
+        sweeps=_sweep_tables(comparison),
         differing=table.differing(comparison) if comparison.differing else None,
         legend=_legend(comparison, styles),
         sections=list(_sections(comparison, ledgers, plots)),
@@ -79,7 +81,8 @@ def _shown(value: Any) -> Any:
 def _sections(comparison: Comparison, ledgers: Ledgers, plots: Sequence[Plot]) -> Iterable[Mapping[str, Any]]:
     """Heading, figures and table of each section that has a figure; ranks and densities always have their table."""
     tables = {
-        "pareto": table.front(comparison), "traffic": table.parts(comparison, ledgers), "mix": table.mix(comparison),
+        "pareto": table.front(comparison), "methods": table.methods(comparison),
+        "traffic": table.parts(comparison, ledgers), "mix": table.mix(comparison),
     }  # fmt: skip
     headings = {**HEADINGS, "curves": GAP_HEADING} if comparison.measure.lower_is_better else HEADINGS
     for section, heading in headings.items():
@@ -92,6 +95,18 @@ def _sections(comparison: Comparison, ledgers: Ledgers, plots: Sequence[Plot]) -
                 "table": tables.get(section),
                 "caption": section == "mix",
             }
+
+
+def _sweeps(comparison: Comparison) -> list[Path]:
+    """The directories of the sweeps whose trials are compared."""
+    runs = [run for group in comparison.groups for run in group.runs]
+    return list(dict.fromkeys(run.folder.resolve().parents[1] for run in runs if run.trial))
+
+
+def _sweep_tables(comparison: Comparison) -> list[tuple[str, str]]:
+    """(name, table.txt) of each sweep that has one."""
+    tables = [(folder.name, folder / "table.txt") for folder in _sweeps(comparison)]
+    return [(name, path.read_text(encoding="utf-8", errors="replace")) for name, path in tables if path.is_file()]
 
 
 def _figures(plots: Iterable[Plot]) -> list[tuple[Plot, str]]:
@@ -126,8 +141,10 @@ def _legend(comparison: Comparison, styles: Styles) -> list[tuple[str, str]]:
 def _title(comparison: Comparison) -> str:
     if len(comparison.groups) == 1:
         return comparison.groups[0].label
-    runs = sum(len(group.runs) for group in comparison.groups)
-    return f"{len(comparison.groups)} settings compared" + (f", {runs} runs" if runs > len(comparison.groups) else "")
+    runs, sweeps = [run for group in comparison.groups for run in group.runs], _sweeps(comparison)
+    name = f"{sweeps[0].name}: " if len(sweeps) == 1 and all(run.trial for run in runs) else ""
+    several = f", {len(runs)} runs" if len(runs) > len(comparison.groups) else ""
+    return f"{name}{len(comparison.groups)} settings compared{several}"
 
 
 def _lead(comparison: Comparison) -> Iterable[str]:

@@ -89,12 +89,13 @@ def differing(comparison: Comparison) -> Table:
 
 def front(comparison: Comparison) -> Table:
     """The Pareto front of accuracy and bytes, fewest bytes first."""
-    measure = comparison.measure
-    columns: Columns = [("", lambda g: g.label), ("MB both ways", lambda g: megabytes(g.mean(lambda r: r.bytes)))]
-    columns.append((measure.label, lambda g: _spread(g, measure, lambda r: r.value)))
-    if measure.report:
-        columns.append(("test accuracy", lambda g: _spread(g, measure, lambda r: r.report)))
-    return _table("Pareto front", columns, comparison.front)
+    return _table("Pareto front", [("", lambda g: g.label), *_results(comparison.measure)], comparison.front)
+
+
+def methods(comparison: Comparison) -> Table:
+    """The best group of each method on validation, the best method first."""
+    columns: Columns = [("", lambda g: str(g.settings["method.name"])), ("best setting", lambda g: g.label)]
+    return _table("Best of each method", [*columns, *_results(comparison.measure)], comparison.best_of_methods)
 
 
 def parts(comparison: Comparison, ledgers: Ledgers) -> Table:
@@ -170,6 +171,15 @@ def clients(run: Run) -> Table | None:
     rows = [(str(client), str(ranks.get(client, "-")), f"{100 * value:.1f} %") for value, client in known[:WORST]]
     title = f"Clients with the lowest test accuracy after round {found[0]}, of {len(known)}"
     return Table(title, ("client", "trained at rank", "test accuracy"), tuple(rows))
+
+
+def _results(measure: Measure) -> Columns:
+    """The columns with the bytes and the values of a group."""
+    columns: Columns = [("MB both ways", lambda g: megabytes(g.mean(lambda r: r.bytes)))]
+    columns.append((measure.label, lambda g: _spread(g, measure, lambda r: r.value)))
+    if measure.report:
+        columns.append(("test accuracy", lambda g: _spread(g, measure, lambda r: r.report)))
+    return columns
 
 
 def _table(title: str, columns: Columns, groups: Sequence[RunGroup]) -> Table:

@@ -36,22 +36,30 @@ def fits(asked: Sequence[Bundle], here: Bundle, others: Sequence[Bundle]) -> boo
     return not workers or sum(count_bundles(node, workers[0]) for node in (left, *others)) >= len(workers)
 
 
-def placement_groups(trials: Sequence[Trial]) -> dict[str, tune.PlacementGroupFactory]:
-    """The placement group of each trial, by name. UserError where the cluster can never hold one of the trials."""
-    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-    here = nodes.pop(ray.get_runtime_context().get_node_id())
-    others = list(nodes.values())
-    # The run directories are on this node, so a trial's process has to be here too.
-    names = [name for name in here if name.startswith("node:") and name != "node:__internal_head__"]
-    pin = dict.fromkeys(names, 1e-3) if others else {}
-    groups = {}
+def check_fits(trials: Sequence[Trial]) -> None:
+    """UserError where the cluster can never hold one of the trials."""
+    here, others = _nodes()
     for trial in trials:
         asked = bundles(trial.experiment)
         if not fits(asked, here, others):
             raise UserError(_refusal(trial, asked, here, others))
-        process, *workers = asked
-        groups[trial.name] = tune.PlacementGroupFactory([{**process, **pin}, *workers])
-    return groups
+
+
+def placement_group(experiment: Experiment, here: bool = False) -> tune.PlacementGroupFactory:
+    """The placement group of a trial. ``here``: its process stays on this node, where the run directories are."""
+    process, *workers = bundles(experiment)
+    if here:
+        own, others = _nodes()
+        names = [name for name in own if name.startswith("node:") and name != "node:__internal_head__"]
+        process = {**process, **(dict.fromkeys(names, 1e-3) if others else {})}
+    return tune.PlacementGroupFactory([process, *workers])
+
+
+def _nodes() -> tuple[Bundle, list[Bundle]]:
+    """The resources of this node, and those of every other node."""
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    here = nodes.pop(ray.get_runtime_context().get_node_id())
+    return here, list(nodes.values())
 
 
 def _refusal(trial: Trial, asked: Sequence[Bundle], here: Bundle, others: Sequence[Bundle]) -> str:

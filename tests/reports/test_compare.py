@@ -311,8 +311,9 @@ def test_a_map_has_the_best_on_validation_in_each_cell(write_run: Write) -> None
     ):  # fmt: skip
         overrides = f"wire.down.density={density}", f"wire.up.density={density}", f"lora.rank={rank}", f"client.lr={lr}"
         folders.append(write_run(f"r{len(folders)}", *overrides, eval=[value], test=[1 - value]))
-    (grid,) = heat_maps(read(folders))
-    assert (grid.axis, grid.densities, grid.ranks) == ("density, both ways", ["0.0625", "0.25"], ["4", "16"])
+    grid, *others = heat_maps(read(folders))
+    assert [other.title for other in others] == ["client.lr and rank", "Density and client.lr"]
+    assert (grid.y.label, grid.y.texts, grid.x.texts) == ("density, both ways", ["0.0625", "0.25"], ["4", "16"])
     assert {place: group.score for place, group in grid.cells.items()} == {
         (0, 0): 0.3, (0, 1): 0.4, (1, 0): 0.6, (1, 1): 0.8,
     }  # fmt: skip
