@@ -100,7 +100,7 @@ def methods(comparison: Comparison, styles: Styles) -> Any:
         axes.plot(group.mean(number), i, style.marker, color=style.color, markersize=6)
     _bar_names(axes, [drawing.shortened(str(group.settings["method.name"])) for group in best])
     axes.set_ylim(-0.6, len(best) - 0.4)
-    drawing.number_axis(axes.xaxis, percent=True, log=comparison.measure is GAP)
+    drawing.number_axis(axes.xaxis, percent=comparison.measure.share, log=comparison.measure is GAP)
     axes.set_xlabel(name)
     return figure
 
@@ -214,7 +214,7 @@ def _bar_names(axes: Any, names: Sequence[str]) -> None:
 
 
 def _measure_axis(axes: Any, measure: Measure) -> None:
-    drawing.number_axis(axes.yaxis, percent=True, log=measure is GAP)
+    drawing.number_axis(axes.yaxis, percent=measure.share, log=measure is GAP)
     axes.set_ylabel(measure.label)
 
 

@@ -11,7 +11,7 @@ from rayfed.reports import charts, heat_map, run_charts
 from rayfed.reports.compare import Comparison
 from rayfed.reports.drawing import Styles
 from rayfed.reports.runs import Run, natural_key
-from rayfed.reports.table import Ledgers, as_percent, rank_shares
+from rayfed.reports.table import Ledgers, as_text, rank_shares
 from rayfed.reports.traffic import DIRECTIONS, Link
 
 UNLIKE = 0.02  # difference in the share of the uplink above which each direction has its own figure
@@ -49,7 +49,7 @@ def plots(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link |
     yield from _curves(comparison, ledgers, styles, link)
     measure = comparison.measure
     if comparison.target is not None and sum(g.target_bytes is not None for g in styles) >= 2:
-        title = f"MB both ways to {as_percent(comparison.target, measure)} {measure.label}"
+        title = f"MB both ways to {as_text(comparison.target, measure)} {measure.label}"
         caption = (
             "Up to the first evaluated round that reached the target. Means over the seeds, if all of them reached it."
         )
