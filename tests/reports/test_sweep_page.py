@@ -114,7 +114,7 @@ def test_a_sweep_that_has_ended_has_its_page(
 ) -> None:
     from rayfed.sweeps import sweep as sweeps
 
-    monkeypatch.setattr("rayfed.reports.sweep_page.write_report", lambda comparison, out, files: pages.append(out))
+    monkeypatch.setattr("rayfed.reports.run_page.write_report", lambda comparison, out, files: pages.append(out))
     pages: list[Path] = []
     result = sweeps.SweepResult(sweep, [{"trial": "a", "status": "failed"}], Table("", (), ()))
     monkeypatch.setattr(sweeps, "run_sweep", lambda *_, **__: result)
@@ -129,5 +129,5 @@ def test_a_sweep_that_has_ended_has_its_page(
 def test_a_page_that_fails_does_not_fail_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "trials").mkdir()
     write_sweep_page(tmp_path)
-    assert "rayfed: no report.html: DIR: got" in capsys.readouterr().err
+    assert "rayfed: no report.html: UserError: DIR: got" in capsys.readouterr().err
     assert "no report.html: UserError" in (tmp_path / "events.log").read_text()
