@@ -141,7 +141,7 @@ class Comparison:
     def shown(self) -> tuple[str, Callable[[RunSummary], float | None]]:
         """(name, number) of what maps show: the reported metric, or the measure where a group has no reported value."""
         reported = self.measure.report and all(g.values(lambda r: r.report) for g in self.groups if g.score is not None)
-        return ("test accuracy", lambda r: r.report) if reported else (self.measure.label, lambda r: r.value)
+        return (self.measure.report_label, lambda r: r.report) if reported else (self.measure.label, lambda r: r.value)
 
     @property
     def best_of_methods(self) -> list[RunGroup]:

@@ -26,11 +26,22 @@ class ReportCallback(Callback):
         self.out = Path(info.out)
 
     def on_finish(self, summary: Mapping[str, Any]) -> None:
-        events = EventSink(self.out / "events.log")
-        if find_spec("matplotlib") is None:
-            events.event(f"no {PAGE}: matplotlib is not installed (pip install -e '.[report]' in a clone)")
-            return
+        write_page(self.out)
+
+
+def write_page(out: Path) -> str | None:
+    """Writes `report.html` into the directory of a run or sweep that has ended. Returns the reason if that fails.
+
+    The results are on the disk already. So a failure changes neither the results nor the exit code; events.log has the
+    reason.
+    """
+    reason = f"no {PAGE}: matplotlib is not installed (pip install -e '.[report]' in a clone)"
+    if find_spec("matplotlib") is not None:
         try:
-            write_report(read([self.out]), self.out, files=False)
+            write_report(read([out]), out, files=False)
         except Exception as error:
-            events.event(f"no {PAGE}: {type(error).__name__}: {error}")
+            reason = f"no {PAGE}: {type(error).__name__}: {error}"
+        else:
+            return None
+    EventSink(out / "events.log").event(reason)
+    return reason

@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 from ray.tune.search import Searcher
 
-from rayfed.config import Experiment
+from rayfed.api.plans import Settings, read_settings
 from rayfed.config.load import changed, validate_as
 from rayfed.config.search import ROUNDED, FlascSearchSettings
 from rayfed.errors import UserError, allowed
@@ -207,7 +207,7 @@ class FlascSearch(Searcher):
     """
 
     def __init__(
-        self, experiment: Experiment, metric: str = "eval/accuracy", mode: Literal["max", "min"] = "max",
+        self, experiment: Settings, metric: str = "eval/accuracy", mode: Literal["max", "min"] = "max",
         **settings: Any,
     ) -> None:  # fmt: skip
         if mode not in ("max", "min"):
@@ -216,6 +216,7 @@ class FlascSearch(Searcher):
         self.settings = validate_as(FlascSearchSettings, {**settings, "kind": "flasc"})
         if mistakes := [*self.settings.mistakes()]:
             raise UserError("\n".join(mistakes))
+        experiment = read_settings(experiment)
         check_rank_change(experiment)
         self.final_rounds = experiment.server.rounds if self.settings.final else 0
         self._check_budget()
