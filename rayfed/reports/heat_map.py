@@ -110,7 +110,7 @@ def _repeats(axis: Axis, other: Axis) -> bool:
 
 def _all_axes(groups: Sequence[RunGroup], differing: Sequence[str]) -> Iterator[Axis]:
     for key in differing:
-        values = {group: group.settings.get(key) for group in groups}
+        values: dict[RunGroup, Any] = {group: group.settings.get(key) for group in groups}
         if key not in (DOWN, UP, ROUNDS) and all(type(value) in (int, float) for value in values.values()):
             name = "rank" if key == RANK else key
             yield Axis(name, name, (key,), {group: (value,) for group, value in values.items()})

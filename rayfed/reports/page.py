@@ -97,11 +97,15 @@ def _sections(comparison: Comparison, ledgers: Ledgers, plots: Sequence[Plot]) -
             }
 
 
-def _sweep_tables(comparison: Comparison) -> list[tuple[str, str]]:
-    """(name, table.txt) of each sweep whose trials are compared."""
+def _sweeps(comparison: Comparison) -> list[Path]:
+    """The directories of the sweeps whose trials are compared."""
     runs = [run for group in comparison.groups for run in group.runs]
-    sweeps = dict.fromkeys(run.folder.resolve().parents[1] for run in runs if run.trial)
-    tables = [(folder.name, folder / "table.txt") for folder in sweeps]
+    return list(dict.fromkeys(run.folder.resolve().parents[1] for run in runs if run.trial))
+
+
+def _sweep_tables(comparison: Comparison) -> list[tuple[str, str]]:
+    """(name, table.txt) of each sweep that has one."""
+    tables = [(folder.name, folder / "table.txt") for folder in _sweeps(comparison)]
     return [(name, path.read_text(encoding="utf-8", errors="replace")) for name, path in tables if path.is_file()]
 
 
@@ -137,8 +141,10 @@ def _legend(comparison: Comparison, styles: Styles) -> list[tuple[str, str]]:
 def _title(comparison: Comparison) -> str:
     if len(comparison.groups) == 1:
         return comparison.groups[0].label
-    runs = sum(len(group.runs) for group in comparison.groups)
-    return f"{len(comparison.groups)} settings compared" + (f", {runs} runs" if runs > len(comparison.groups) else "")
+    runs, sweeps = [run for group in comparison.groups for run in group.runs], _sweeps(comparison)
+    name = f"{sweeps[0].name}: " if len(sweeps) == 1 and all(run.trial for run in runs) else ""
+    several = f", {len(runs)} runs" if len(runs) > len(comparison.groups) else ""
+    return f"{name}{len(comparison.groups)} settings compared{several}"
 
 
 def _lead(comparison: Comparison) -> Iterable[str]:

@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 from ray.tune.search import Searcher
 
-from rayfed.config import Experiment
+from rayfed.api.plans import Settings, read_settings
 from rayfed.config.load import changed, validate_as
 from rayfed.config.search import ROUNDED, FlascSearchSettings
 from rayfed.errors import UserError, allowed
@@ -199,15 +199,15 @@ class FlascSearch(Searcher):
     key of the results; the value after a probe's last round counts.
 
     The config of a trial has dotted settings of the experiment, with the trial's `name`. Its entry `START_FROM` is the
-    run directory of the finished trial that it continues. A trainable that does not report a `RUN_DIR` gets no such
-    entry, and trains all rounds of the trial (`server.rounds`) from the start.
+    run directory of the finished trial that it continues; every node that runs trials must see it. A trainable that
+    does not report a `RUN_DIR` gets no such entry, and trains all rounds of the trial (`server.rounds`) from the start.
 
     Raises UserError for a wrong setting, for a budget without room for the first step, and for an experiment that
     cannot continue at another rank and density.
     """
 
     def __init__(
-        self, experiment: Experiment, metric: str = "eval/accuracy", mode: Literal["max", "min"] = "max",
+        self, experiment: Settings, metric: str = "eval/accuracy", mode: Literal["max", "min"] = "max",
         **settings: Any,
     ) -> None:  # fmt: skip
         if mode not in ("max", "min"):
@@ -216,6 +216,7 @@ class FlascSearch(Searcher):
         self.settings = validate_as(FlascSearchSettings, {**settings, "kind": "flasc"})
         if mistakes := [*self.settings.mistakes()]:
             raise UserError("\n".join(mistakes))
+        experiment = read_settings(experiment)
         check_rank_change(experiment)
         self.final_rounds = experiment.server.rounds if self.settings.final else 0
         self._check_budget()

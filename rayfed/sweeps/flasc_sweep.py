@@ -55,7 +55,7 @@ class FlascProbes(Search):
     def forget_failures(self) -> None:
         """Also of probes to which the search has not come yet: it comes to them only once others have run again."""
         for path in (self.out / "trials").glob("*.json"):
-            with suppress(ValueError):
+            with suppress(ValueError, AttributeError):  # a damaged file is refused where it is read
                 if json.loads(path.read_text(encoding="utf-8")).get("status") == "failed":
                     path.unlink()
 
@@ -96,6 +96,7 @@ class FlascProbes(Search):
     def table(self) -> Table:
         """A row for each probe, in the order of the steps, and for the final run; MB are those of its own rounds."""
         rows, progress, values = self.rows, self.searcher.progress(), value_columns(self.checked[0], self.sweep)
+        ways = ("down", "up") if self.searcher.settings.directions == "separate" else ("down",)
         steps = {probe.name: str(n) for n, step in enumerate(progress.steps, 1) for probe in step.probes}
         chosen = {progress.first.name, *(step.chosen.name for step in progress.steps if step.chosen)}
         body = []
@@ -108,14 +109,15 @@ class FlascProbes(Search):
                 (
                     "0" if probe == progress.first else steps.get(probe.name, ""),
                     FINAL if probe.is_final else probe.path[-1],
-                    str(probe.rank), f"{probe.down:.4g}", f"{probe.up:.4g}", str(probe.rounds),
+                    str(probe.rank), *(f"{getattr(probe, way):.4g}" for way in ways), str(probe.rounds),
                     *(format_mean(row.get(key), None, title) for key, title in values),
                     f"{size / 1e6 / rounds:.3f}" if row.get("bytes") else "-",
                     mark if row.get("status") == "done" else row.get("status", ""),
                 )
             )  # fmt: skip
         titles = (title for _, title in values)
-        columns = ("step", "probe", "rank", "density down", "density up", "rounds", *titles, "MB a round", "")
+        densities = [f"density {way}" for way in ways] if len(ways) > 1 else ["density"]
+        columns = ("step", "probe", "rank", *densities, "rounds", *titles, "MB a round", "")
         return Table(f"FLASC-Search: {progress.result}", columns, tuple(body))
 
     def _read(self) -> None:
@@ -126,9 +128,8 @@ class FlascProbes(Search):
             if missing == trials:
                 return
             for trial in (trial for trial in trials if trial not in missing):
-                metric = self.rows[trial.name].get("metric")
                 found = {"name": trial.name, RUN_DIR: str(trial_folder(self.out, trial))}
-                self.searcher.add_evaluated_point(found, metric)
+                self.searcher.add_evaluated_point(found, self.rows[trial.name].get("metric"))
 
 
 def _overrides(probe: Probe) -> dict[str, Any]:

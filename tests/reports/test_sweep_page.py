@@ -50,6 +50,7 @@ def texts(out: Path) -> str:
 def test_the_page_of_a_sweep_has_its_table_and_the_best_of_each_method(sweep: Path) -> None:
     write_sweep_page(sweep)
     said = texts(sweep)
+    assert "sweep: 6 settings compared, 12 runs" in said
     assert "The sweep the table <of> the sweep seeds & all" in said
     for title in ("Two settings at a time", "client.lr and rank, fedit", "Best of each method"):
         assert title in said

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweep_files import decisions, files, read_rows
+from sweep_files import decisions, files, folded_width, read_rows
 
 import rayfed
 from rayfed.config import load_config
@@ -65,6 +65,7 @@ def test_a_search_from_its_first_probe_to_its_final_run(search_file, tmp_path: P
     alone = rayfed.run(final, tmp_path / "alone").metrics[-1]["state/digest"]
     assert read_metrics(out / "trials" / f"final-{chosen}" / "metrics.jsonl")[-1]["state/digest"] == alone
 
+    assert folded_width(result.table) <= 80 - len("  test/accuracy")  # a sweep that reports this has one column more
     rows = [[row[1], row[-1]] for row in result.table.rows]
     assert rows[0] == ["start", "chosen"]
     assert rows[-1] == ["final", ""]

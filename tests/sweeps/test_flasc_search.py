@@ -75,7 +75,7 @@ TRIALS = [
 
 @pytest.mark.parametrize("factor", [2, 3, 4])
 @pytest.mark.parametrize("at", [(1, 0.01, 0.01), (3, 0.05, 0.02), (8, 0.001, 0.2)])
-def test_neighbours_cost_the_same(at: tuple, factor: int) -> None:
+def test_neighbours_cost_the_same(at: tuple[int, float, float], factor: int) -> None:
     here = Probe(("start",), *at, 3)
     settings = FlascSearchSettings(kind="flasc", factor=factor, max_rank=99, rounds=3, directions="separate")
     found = neighbours(here, settings)

@@ -55,7 +55,8 @@ def test_each_file_is_here() -> None:
     assert {path.stem for path in FOLDER.glob("*.yaml")} == set(SHORT)
 
 
-def test_density_rank(run_short, here) -> None:
+@pytest.mark.usefixtures("here")
+def test_density_rank(run_short: Callable[[str], SweepResult]) -> None:
     result = run_short("density_rank")
     assert not result.failed
     assert [row[:2] for row in result.table.rows[:4]] == [("1/4", "1"), ("1/4", "2"), ("1/4", "4"), ("1/16", "1")]
@@ -65,7 +66,7 @@ def test_density_rank(run_short, here) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("name", SHORT)
-def test_on_ray(run_short, name: str) -> None:
+def test_on_ray(run_short: Callable[[str], SweepResult], name: str) -> None:
     result = run_short(name)
     assert not result.failed
     assert result.table.rows
