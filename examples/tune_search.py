@@ -1,7 +1,7 @@
 """Ray Tune's own objects over an experiment: python examples/tune_search.py
 
-A search of two settings with early stopping, then Population Based Training of the learning rate. `pip install optuna` and
-`search_alg=OptunaSearch()` in the first TuneConfig lets Optuna choose.
+A search of two settings with early stopping, then Population Based Training of the learning rate. With Optuna installed,
+`search_alg=OptunaSearch()` in the first TuneConfig lets it choose.
 """
 
 from pathlib import Path

@@ -138,7 +138,7 @@ def test_a_trial_is_a_run(ray_cluster, tmp_path: Path) -> None:
 
 
 def script(tmp_path: Path, code: str) -> tuple[Path, list[str]]:
-    """(the folder of results, the command) of a program that has the variables `experiment`, `out`, `tune`, `rayfed`."""
+    """(the folder of results, the command) of a program that knows `experiment`, `out`, `tune` and `rayfed`."""
     out = tmp_path / "results"
     path = tmp_path / "program.py"
     experiment = LOWRANK | {"server": {"rounds": 12, "cohort": 2}}
