@@ -1,6 +1,6 @@
 """Ray Tune's own objects over an experiment: python examples/tune_search.py
 
-A search of two settings with early stopping, then Population Based Training of the learning rate. With Optuna installed,
+A search of two settings with early stopping, then Population Based Training of the learning rate. With Optuna,
 `search_alg=OptunaSearch()` in the first TuneConfig lets it choose.
 """
 
