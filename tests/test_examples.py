@@ -51,6 +51,16 @@ def test_own_task(tmp_path: Path) -> None:
             rayfed.load_model(result.out, task=other)
 
 
+def test_tune_search(tmp_path: Path, ray_cluster: None) -> None:
+    example = import_module("tune_search")
+    results = example.search(str(tmp_path))
+    assert results.num_errors == 0
+    assert {result.metrics["round"] for result in results} <= {2, 4, 6}
+    results = example.population(str(tmp_path))
+    assert [result.metrics["round"] for result in results] == [6, 6]
+    assert any((Path(result.path) / "continues.json").is_file() for result in results)
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_an_example_is_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 60

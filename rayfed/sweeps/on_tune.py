@@ -11,9 +11,7 @@ restored trial with ``resume=False``. Each trial has its own W&B sink, as every 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,10 @@ from typing import Any
 import ray
 from ray import tune
 
-from rayfed.engine.driver import start_ray
-from rayfed.errors import UserError
 from rayfed.files import remove_path
-from rayfed.sweeps.plan import Trial, make_trials, trial_experiment
+from rayfed.sweeps.plan import make_trials, trial_experiment
 from rayfed.sweeps.process import load_federation, report, run_trial
-from rayfed.sweeps.resources import bundles, check_fits, placement_group
+from rayfed.sweeps.resources import join_ray, placement_group
 from rayfed.sweeps.search import Search
 from rayfed.sweeps.space import Point
 from rayfed.sweeps.trial import Status, read_outcome, record_outcome, trial_folder
@@ -48,52 +44,32 @@ def run_on_tune(search: Search) -> None:
 
     UserError where the cluster can never hold one of the trials. If Ray was started here, it is shut down in the end.
     """
-    with on_ray(search.checked):
-        check_fits(search.checked)
+    ours = join_ray(search.checked, ENVIRONMENT)
+    try:
         search.forget_failures()
         data = {key: ray.put(federation) for key, federation in search.federations.items()}
         config = search.tuner()
         remove_path(search.out / STORAGE)
-        try:
-            tune.Tuner(
-                _trainable(search, data),
-                param_space=config.pop("param_space", {}),
-                tune_config=tune.TuneConfig(
-                    **({"num_samples": -1} | config),
-                    max_concurrent_trials=search.sweep.concurrency,
-                    reuse_actors=True,
-                    trial_name_creator=_name,
-                    trial_dirname_creator=_name,
-                ),
-                run_config=tune.RunConfig(
-                    name=STORAGE,
-                    storage_path=str(search.out),
-                    verbose=0,
-                    failure_config=tune.FailureConfig(max(trial.experiment.engine.retries for trial in search.checked)),
-                    callbacks=[_Watch(search)],
-                ),
-            ).fit()
-        finally:
-            remove_path(search.out / STORAGE)
-
-
-@contextmanager
-def on_ray(trials: Sequence[Trial]) -> Iterator[None]:
-    """Ray runs within the context. If Ray is started here, it has CPUs for any of the trials, and is shut down after.
-
-    UserError if the trials name several clusters.
-    """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    addresses = {trial.experiment.engine.address for trial in trials}
-    if len(addresses) > 1:
-        raise UserError("engine.address: a sweep runs on one cluster, but its trials name several")
-    ours = not ray.is_initialized()
-    if ours:
-        start_ray(addresses.pop(), max(sum(b.get("CPU", 0) for b in bundles(trial.experiment)) for trial in trials))
-    try:
-        yield
+        tune.Tuner(
+            _trainable(search, data),
+            param_space=config.pop("param_space", {}),
+            tune_config=tune.TuneConfig(
+                **({"num_samples": -1} | config),
+                max_concurrent_trials=search.sweep.concurrency,
+                reuse_actors=True,
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
+            ),
+            run_config=tune.RunConfig(
+                name=STORAGE,
+                storage_path=str(search.out),
+                verbose=0,
+                failure_config=tune.FailureConfig(max(trial.experiment.engine.retries for trial in search.checked)),
+                callbacks=[_Watch(search)],
+            ),
+        ).fit()
     finally:
+        remove_path(search.out / STORAGE)
         if ours:
             ray.shutdown()
 

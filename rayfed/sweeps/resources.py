@@ -5,6 +5,7 @@ All bundles of a trial are reserved together, so the workers of a running trial 
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +13,7 @@ import ray
 from ray import tune
 
 from rayfed.config import Experiment
+from rayfed.engine.driver import start_ray
 from rayfed.engine.placement import Bundle, bundle_of, count_bundles
 from rayfed.errors import UserError
 from rayfed.sweeps.plan import Trial
@@ -36,8 +38,29 @@ def fits(asked: Sequence[Bundle], here: Bundle, others: Sequence[Bundle]) -> boo
     return not workers or sum(count_bundles(node, workers[0]) for node in (left, *others)) >= len(workers)
 
 
-def check_fits(trials: Sequence[Trial]) -> None:
-    """UserError where the cluster can never hold one of the trials."""
+def join_ray(trials: Sequence[Trial], environment: Mapping[str, str]) -> bool:
+    """Joins the trials' cluster, or starts Ray here with CPUs for any of them, unless this process uses Ray already.
+
+    Whether Ray was started or joined now. ``environment``: variables that are set before, unless they are. UserError
+    where the trials name several clusters, or the cluster can never hold one of them.
+    """
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    addresses = {trial.experiment.engine.address for trial in trials}
+    if len(addresses) > 1:
+        raise UserError("engine.address: trials run on one cluster, but these name several")
+    if ours := not ray.is_initialized():
+        start_ray(addresses.pop(), max(sum(b.get("CPU", 0) for b in bundles(trial.experiment)) for trial in trials))
+    try:
+        _check_fits(trials)
+    except UserError:
+        if ours:
+            ray.shutdown()
+        raise
+    return ours
+
+
+def _check_fits(trials: Sequence[Trial]) -> None:
     here, others = _nodes()
     for trial in trials:
         asked = bundles(trial.experiment)

@@ -20,7 +20,6 @@ searcher of Tune works. `tune.Tuner.restore(path, rayfed.tune.trainable(experime
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,12 +35,11 @@ from rayfed.api.plans import Settings, read_settings
 from rayfed.config import Experiment
 from rayfed.config.marks import live
 from rayfed.config.types import MOST_TRIALS
-from rayfed.engine.driver import start_ray
 from rayfed.errors import UserError
 from rayfed.sweeps.flasc_search import FlascSearch
 from rayfed.sweeps.plan import Refusals, Trial, check_data, make_trials, trial_experiment
 from rayfed.sweeps.process import load_federation, report, run_folder, run_rounds
-from rayfed.sweeps.resources import bundles, check_fits, placement_group
+from rayfed.sweeps.resources import join_ray, placement_group
 from rayfed.sweeps.space import Point
 from rayfed.sweeps.warm_start import START_FROM
 from rayfed.tasks.data.federation import Federation
@@ -55,7 +53,7 @@ ENVIRONMENT = {  # of Ray Tune, unless the user has set the variable
 }
 NAME = "name"  # in a trial's config: the name of its run, in place of the one that Tune made
 COUNTED = ("bytes/", "params/", "time/", "clients/", "method/", "diagnostics/")
-KEPT = 4  # checkpoints of a trial that Tune keeps at least: other trials may need an earlier one than the newest
+CHECKPOINTS = 4  # checkpoints of a trial that Tune keeps at least: other trials may need an earlier one than the newest
 
 
 def overrides(config: Config) -> dict[str, Any]:
@@ -97,17 +95,13 @@ def tuner(
     tune_config, run_config = tune_config or tune.TuneConfig(), run_config or tune.RunConfig()
     trials, federations = _checked(settings, param_space)
     _check_search(trials[0], tune_config)
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if not ray.is_initialized():
-        start_ray(settings.engine.address, max(sum(b.get("CPU", 0) for b in bundles(t.experiment)) for t in trials))
-    check_fits(trials)
+    join_ray(trials, ENVIRONMENT)
     tune_config = replace(tune_config, reuse_actors=True)
     if isinstance(tune_config.search_alg, FlascSearch) and tune_config.num_samples == 1:
         tune_config.num_samples = -1  # the search knows when it has ended
     kept = run_config.checkpoint_config or tune.CheckpointConfig()
     if kept.num_to_keep is None:
-        kept = replace(kept, num_to_keep=max(KEPT, settings.checkpoint.keep))
+        kept = replace(kept, num_to_keep=max(CHECKPOINTS, settings.checkpoint.keep))
         run_config = replace(run_config, checkpoint_config=kept)
     # Trials share the data through Ray's object store.
     data = {key: ray.put(federation) for key, federation in federations.items()}

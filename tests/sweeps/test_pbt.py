@@ -124,9 +124,7 @@ def test_a_resumed_population_goes_on_at_the_generation_that_all_have_reached() 
     assert tune.report(0, 4, **gap(0.5)) == "PAUSE"
 
 
-def test_what_a_population_is_refused_for(pbt_file, tiny, tmp_path: Path) -> None:
-    path = pbt_file()
-    settings, sweep = load_sweep(path)
+def test_what_a_population_is_refused_for(tiny, tmp_path: Path) -> None:
     config = tiny("eval.every=2", "server.rounds=6").model_dump(mode="json", exclude_unset=True)
     search = {"kind": "pbt", "rounds": 3}
     with pytest.raises(UserError, match=r"^eval.every: got 2, but it should divide sweep.search.rounds=3: members are"):

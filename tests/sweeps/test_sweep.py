@@ -12,8 +12,8 @@ from sweep_files import planned, statuses
 import rayfed
 from rayfed.errors import RunError, UserError
 from rayfed.run_directory import locked
-from rayfed.sweeps.sweep import run_sweep
 from rayfed.sweeps.process import run_trial
+from rayfed.sweeps.sweep import run_sweep
 from rayfed.sweeps.trial import in_one_line, outcome_file, read_outcome, trial_folder
 from rayfed.tracking import read_metrics
 

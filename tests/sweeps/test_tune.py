@@ -31,7 +31,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("rayfed.sweeps.tune.start_ray", fail)
+    monkeypatch.setattr("rayfed.sweeps.resources.start_ray", fail)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
 
 
@@ -138,7 +138,7 @@ def test_a_trial_is_a_run(ray_cluster, tmp_path: Path) -> None:
 
 
 def script(tmp_path: Path, code: str) -> tuple[Path, list[str]]:
-    """(the folder of results, the command) of a program that has the variables `experiment`, `out`, `tune`, `rayfed`."""
+    """(the folder of results, the command) of a program that knows `experiment`, `out`, `tune` and `rayfed`."""
     out = tmp_path / "results"
     path = tmp_path / "program.py"
     experiment = LOWRANK | {"server": {"rounds": 12, "cohort": 2}}
