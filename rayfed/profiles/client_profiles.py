@@ -59,6 +59,8 @@ class ClientProfiles:
             density_down=self.wire.down.density_at(t, tier.density_down),
             density_up=self.wire.up.density_at(t, tier.density_up),
             examples=examples,
+            density_fixed=self.wire.down.density_at(1, tier.density_down),
+            head_whole=self.wire.down.head == "dense",
         )
 
     @property
