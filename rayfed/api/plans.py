@@ -127,8 +127,8 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     weights = method.weights if server.weights == "auto" else server.weights
     if server.empty_clients and weights != "uniform":
         raise UserError(
-            f"server.empty_clients: got true, but the weights are {weights!r}, in which clients without training rows do "
-            "not count; allowed with server.weights=uniform"
+            f"server.empty_clients: got true, but the weights are {weights!r}, in which clients without training rows "
+            "do not count; allowed with server.weights=uniform"
         )
     return Components(task, method, weighting.build(weights), optimizer, profiles)
 

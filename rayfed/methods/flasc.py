@@ -49,8 +49,8 @@ class Flasc(FactorMean):
     """Sparse down, dense training, sparse up; uniform weights and AdamW on the server, as in the paper's code."""
 
     mask: Literal["refresh", "fixed"] = "refresh"
-    """Which entries travel down. `refresh`: chosen anew each round. `fixed`: all in the first round; then those that are
-    chosen in the second round, with that round's density."""
+    """Which entries travel down. `refresh`: chosen anew each round. `fixed`: all in the first round; then those that
+    are chosen in the second round, with that round's density."""
     train: Literal["all", "masked"] = "all"
     """Which entries clients train: all of them, or only those that travelled down."""
     sparsity: Literal["unstructured", "structured"] = "unstructured"

@@ -4,14 +4,14 @@ The state is the whole change W (out, in) of every adapted layer, and the head. 
 
     W <- advance(W, sum_k p_k (W_k - W)),   the head likewise             out in entries a layer travel, both ways
 
-A client trains W in the form of an adapter (`rayfed.methods._full_matrices`), so its packs, densities and number formats
-are those of every other method. `lora.rank` is only the rank of the exported adapter, which is the best approximation of
-W. `lora.alpha` is not used. No options.
+A client trains W in the form of an adapter (`rayfed.methods._full_matrices`), so its packs, densities and number
+formats are those of every other method. `lora.rank` is only the rank of the exported adapter, which is the best
+approximation of W. `lora.alpha` is not used. No options.
 
 Source: authors' code read; deviates: the code trains every parameter of the model; here those of layers without LoRA,
 embeddings, norms and biases stay frozen (`lora.target_modules=all-linear` adapts the most). The weight decay of the
-server's AdamW pulls towards the pretrained weights, in the code towards zero. tests/methods/test_flasc_variants.py has a
-dense reference.
+server's AdamW pulls towards the pretrained weights, in the code towards zero. tests/methods/test_flasc_variants.py has
+a dense reference.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from rayfed.lora.adapter import Adapter
-from rayfed.methods import ANY_OPTIMIZER, Advance, LayerMethod, LayerState, Profile, Start, Trainable
-from rayfed.methods import Updates, fedavg, mean_change
+from rayfed.methods import ANY_OPTIMIZER, LayerMethod, LayerState
 from rayfed.methods._full_matrices import matrix_of, with_identity
+from rayfed.methods.base import Advance, Profile, Start, Trainable, Updates, fedavg, mean_change
 
 
 class FullFinetuning(LayerMethod):

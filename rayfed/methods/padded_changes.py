@@ -6,9 +6,9 @@ A client of rank r_k starts from the first r_k ranks of the global factors. What
     up       dB_k, dA_k, padded with zeros to the largest rank
     server   B <- advance(B, sum_k p_k dB_k),   A <- advance(A, sum_k p_k dA_k),   the head likewise
 
-A rank that few clients have moves slowly, but does not shrink: `HetLoRA` averages padded values, which shrink, and `RBLA`
-divides by the weight of the clients that have the rank. Any server optimizer may act on B and A. Its moments and weight
-decay move ranks that no client of the round has. The paper's code calls this HetLoRA. Traffic is r_k (in + out) entries
+A rank that few clients have moves slowly, but does not shrink: `HetLoRA` averages padded values, which shrink, and
+`RBLA` divides by the weight of the clients that have the rank. Any server optimizer may act on B and A. Its moments and
+weight decay move ranks that no client of the round has. The paper calls this HetLoRA. Traffic is r_k (in + out) entries
 a layer both ways. No options.
 
 In the paper's code all clients have the scale of the largest rank: `profiles.scale=server`. With scales of their own,

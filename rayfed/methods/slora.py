@@ -12,9 +12,10 @@ Stage 2 begins with the result of the last sparse round. Its best approximation 
 and FedIT follows: B <- sum_k p_k B_k, A <- sum_k p_k A_k, with r (in + out) entries both ways. The head trains and is
 averaged in both stages.
 
-A client trains W in the form of an adapter (`rayfed.methods._full_matrices`). Both ends know the entries outside the mask,
-so these do not travel. The mask is drawn from the run's seed, so its indices do not travel either. Entry i of the flat vector means something else in each
-stage, so no server optimizer could keep its moments: the plain mean is the only step.
+A client trains W in the form of an adapter (`rayfed.methods._full_matrices`). Both ends know the entries outside the
+mask, so these do not travel. The mask is drawn from the run's seed, so its indices do not travel either. Entry i of the
+flat vector means something else in each stage, so no server optimizer could keep its moments: the plain mean is the
+only step.
 
 Source: secondary; deviates: ours are the share `rho` in each matrix by itself; that matrices without LoRA stay frozen
 in stage 1; and that a direction that W does not have (a singular value of zero) starts as LoRA does, with B = 0 and a

@@ -17,6 +17,7 @@ from rayfed.clients.plan import RunPlan
 from rayfed.lora.adapter import Adapter
 from rayfed.server.sampling import cohort
 
+
 def reference(experiment, plan, start: Adapter) -> torch.Tensor:
     """P after ROUNDS rounds, step for step as FLASC's algorithm box gives them."""
     federation = plan.federation

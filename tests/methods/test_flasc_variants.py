@@ -165,10 +165,13 @@ def test_rank_tiers_average_padded_changes(compared):
 
 
 def test_full_finetuning_trains_the_weights_themselves(tiny, tmp_path):
-    experiment = tiny(f"server.rounds={ROUNDS}", f"eval.every={ROUNDS}", f"server.eps={EPS}", "method.name=full_finetuning")
+    experiment = tiny(
+        f"server.rounds={ROUNDS}", f"eval.every={ROUNDS}", f"server.eps={EPS}", "method.name=full_finetuning"
+    )
     tensors, plan = run(experiment, tmp_path / "run"), rayfed.prepare(experiment)
     layers, head = sorted(plan.trained_shapes), plan.start().head
-    model = load_base(experiment.model, len(plan.federation.classes), experiment.seed).model.double().eval().requires_grad_(True)
+    model = load_base(experiment.model, len(plan.federation.classes), experiment.seed).model
+    model.double().eval().requires_grad_(True)
     named = dict(model.named_parameters())
     parameters = [named[f"{layer}.weight"] for layer in layers] + [named[name] for name in sorted(head)]
     before = torch.cat([named[f"{layer}.weight"].detach().flatten() for layer in layers])
@@ -181,8 +184,6 @@ def test_full_finetuning_trains_the_weights_themselves(tiny, tmp_path):
     theirs = reference(experiment, plan, P, train, lambda t, c, P: 1.0)
     names = [f"W.{layer}" for layer in layers] + [f"head.{name}" for name in sorted(head)]
     assert_close(torch.cat([tensors[name].flatten() for name in names]), theirs, P)
-    layer = torch.cat([tensors[name].flatten() for name in names[: len(layers)]])
-    assert_close(layer, theirs[: len(layer)], P[: len(layer)])
 
 
 def test_empty_clients_need_weights_that_count_them(tiny):
