@@ -88,7 +88,7 @@ def by_factor(vector, layout, ranks, head=torch.ones_like):
     return torch.cat([*(part.flatten() for part in parts), head(vector[layout.mask("head")])])
 
 
-@pytest.mark.parametrize("mask", ["refresh", "fixed"])
+@pytest.mark.parametrize("mask", [pytest.param("refresh", marks=pytest.mark.slow), "fixed"])
 def test_masked_training_under_a_decay(compared, mask):
     """Adapter LTH cuts the mask anew. SparseAdapter sends the first download dense, though not the first uploads, and
     its mask keeps the density of the second round.
