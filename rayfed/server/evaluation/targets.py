@@ -100,12 +100,11 @@ def tier_models(plan: RunPlan, state: Any, t: int, downlink: Downlink, executor:
     for tier in plan.profiles.tier_mix(plan.federation.sizes, plan.server.empty_clients):
         profile = plan.profiles.of_tier(tier, t)
         density = f"_density_{profile.density_down:g}" if profile.density_down < 1 else ""
-        before = downlink.of(profile) if plan.eval.tier_masks == "round" else None
-        start = plan.method.broadcast(state, profile)
-        if before is not None and before.start.layout == start.layout:
-            vector = start.vector if before.has is None else start.vector * before.has
-            download = replace(before, start=start, vector=vector)
-        else:
-            download = following.of(profile)
+        download = following.of(profile)
+        if plan.eval.tier_masks == "round":
+            start, before = download.start, downlink.of(profile)
+            if before.start.layout == start.layout:  # else a mask of the round says nothing about the new state
+                vector = start.vector if before.has is None else start.vector * before.has
+                download = replace(download, vector=vector)
         models[f"_rank_{tier.rank}{density}"] = download.model()
     return models
