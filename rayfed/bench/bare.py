@@ -58,7 +58,7 @@ def bare_model(plan: RunPlan) -> tuple[nn.Module, list[nn.Parameter]]:
     from peft import get_peft_model
 
     base = plan.task.load_base(plan.federation)
-    config = lora_config(**plan.lora.model_dump(exclude={"train"}), head=base.head)
+    config = lora_config(**plan.lora.model_dump(exclude={"train", "compute"}), head=base.head)
     model = get_peft_model(cast(Any, base.model), config).eval()
     model.requires_grad_(False)
     named = dict(model.named_parameters())

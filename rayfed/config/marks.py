@@ -14,6 +14,9 @@ from rayfed.config.describe import format_value, iter_fields, section_of
 from rayfed.config.schema import Experiment
 from rayfed.config.types import Aspect, Decides
 
+NEUTRAL = (("fingerprint", None), ("compute", "auto"))
+"""Names and values: the task is no Python object; adapters compute in the base's format."""
+
 
 def decides(name: str) -> tuple[Aspect, ...]:
     """The aspects of a run (data, model, result) that a setting decides; empty where the setting decides nothing.
@@ -81,14 +84,14 @@ def searched() -> tuple[str, ...]:
 def _select(settings: Mapping[str, Any], aspects: set[Aspect], prefix: str = "") -> dict[str, Any]:
     """The settings that decide one of the aspects. A section of which nothing is left is left out.
 
-    So is `data.fingerprint` where the task is no object: digests of runs from files do not depend on that setting.
+    So are settings at values that change nothing, see `NEUTRAL`: digests of most runs do not depend on these settings.
     """
     selected = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
             if part := _select(value, aspects, f"{prefix}{name}."):
                 selected[name] = part
-        elif aspects & set(decides(f"{prefix}{name}")) and (name, value) != ("fingerprint", None):
+        elif aspects & set(decides(f"{prefix}{name}")) and (name, value) not in NEUTRAL:
             selected[name] = value
     return selected
 

@@ -57,6 +57,7 @@ class WorkerPool:
         self.actor: Any = ray.remote(num_cpus=engine.cpus_per_worker, num_gpus=engine.gpus)(worker)
         self.group = group
         self.events: list[str] = []
+        self.capabilities: list[str] = []  # of the workers' devices, see `rayfed.device.capability`
         self.ready: list[Any] = []  # those that have loaded their model
         self.starting: dict[ray.ObjectRef, Start] = {}  # by the reference that resolves when the worker may get a job
         self.due: list[float] = []  # when further workers start
@@ -96,7 +97,7 @@ class WorkerPool:
         """
         start = self.starting.pop(ref)
         try:
-            ray.get(ref)
+            capability = ray.get(ref)
         except LOST as error:
             self._failed(start, reason_of(error))
             return []
@@ -109,6 +110,12 @@ class WorkerPool:
         if start.placed is not None:
             self.supervision.start_done(self.clock() - start.begun)
             self.ready.append(start.worker)
+            self.capabilities.append(capability)
+            if capability not in self.capabilities[:1]:
+                self.events.append(
+                    f"a worker computes on {capability}, and the first one on {self.capabilities[0]}: their kernels may "
+                    "round differently, so the bits of the result may depend on which worker trains which clients"
+                )
         return [start.worker]
 
     def check(self) -> float:

@@ -51,7 +51,7 @@ def describe_model(
     """
     if gradient_checkpointing:
         layers_of(base.model)  # raises UserError if there are none
-    config = lora_config(**lora.model_dump(exclude={"train"}), head=base.heads)
+    config = lora_config(**lora.model_dump(exclude={"train", "compute"}), head=base.heads)
     shapes = match_targets(base.model, config, base.heads)
     conv1d = any(is_conv1d(base.model.get_submodule(name)) for name in shapes)
     root = "encoder." if isinstance(base.model, MeanPooledClassifier) else ""  # transformers has no such classifier
