@@ -24,4 +24,5 @@ def test_a_gpu_multiplies_bfloat16_by_its_generation_and_one_elsewhere_counts_as
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: generation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card")
     assert multiplies_bfloat16("cuda") == able
-    assert capability("cuda") == ("cuda" if generation is None else "Card, compute capability {}.{}".format(*generation))
+    known = generation and f"Card, compute capability {generation[0]}.{generation[1]}"
+    assert capability("cuda") == (known or "cuda")

@@ -1,8 +1,8 @@
 """Where a pack's training spends its time, by operator: the base in bfloat16 against the base in float32.
 
-The settings and data are those of `rayfed bench round`. A and B are packs of the same clients, in this process, in turn.
-Each operator of torch is timed as the processor time of the thread that runs it, which other processes disturb less
-than wall time. `all` is measured once more, without the clock. Products are those with the frozen weights, and all
+The settings and data are those of `rayfed bench round`. A and B are packs of the same clients, in this process, in
+turn. Each operator of torch is timed as the processor time of the thread that runs it, which other processes disturb
+less than wall time. `all` is measured once more, without the clock. Products are those with the frozen weights, and all
 others (adapters, attention, head); their `share of the rate` is their operations a second over those of one large
 product in the same format.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -104,7 +104,7 @@ class _Clock(TorchDispatchMode):
     def __init__(self, frozen: set[int]) -> None:
         super().__init__()
         self.frozen = frozen
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.operations: Counter[str] = Counter()
         self.groups = {name: group for group, names in GROUPS.items() for name in names}
 

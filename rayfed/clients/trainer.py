@@ -40,7 +40,9 @@ class Trainer:
         self.plan, self.device = plan, torch.device(plan.engine.device)
         base = in_dtype(plan.task.load_base(plan.federation), plan.model.dtype)
         self.model = base.model.to(self.device)
-        self.stack = Stack(self.model, plan.trained_shapes, base.head, plan.lora.dropout, getattr(torch, plan.lora_compute))
+        self.stack = Stack(
+            self.model, plan.trained_shapes, base.head, plan.lora.dropout, getattr(torch, plan.lora_compute)
+        )
         if plan.engine.gradient_checkpointing:
             enable_gradient_checkpointing(self.model)
         self.head = list((self.stack.head or head_layers(self.model, base.frozen_head)).values())

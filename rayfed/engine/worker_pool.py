@@ -113,8 +113,8 @@ class WorkerPool:
             self.capabilities.append(capability)
             if capability not in self.capabilities[:1]:
                 self.events.append(
-                    f"a worker computes on {capability}, and the first one on {self.capabilities[0]}: their kernels may "
-                    "round differently, so the bits of the result may depend on which worker trains which clients"
+                    f"a worker computes on {capability}, and the first one on {self.capabilities[0]}: they may round "
+                    "differently, so the bits of the result may depend on which worker trains which clients"
                 )
         return [start.worker]
 

@@ -108,7 +108,9 @@ def test_a_worker_of_another_capability_is_told(ray_cluster, monkeypatch, tmp_pa
     while len(executor.pool.ready) < 2:
         list(executor.run([Submission("a job")]))
     (event,) = executor.drain_events()
-    assert re.match(r"a worker computes on Vendor AVX\d+, and the first one on Vendor AVX\d+: [^\n]* round differently", event)
+    assert re.match(
+        r"a worker computes on Vendor AVX\d+, and the first one on Vendor AVX\d+: they may round differently", event
+    )
     executor.close()
 
 

@@ -88,13 +88,11 @@ class Segments:
     """The segments of one batch, in rows or (``by_token``) in tokens, and how to split, pad and index by them.
 
     ``batched``: one batched product computes all segments, from `pad`. It pays where all segments have one size, and
-    always on a GPU, where starting a kernel is slow. A CPU computes segments of different sizes one after the other; but
-    not in 16 bits (``half``), where each new shape costs a fraction of a millisecond: there sizes are rounded up.
+    always on a GPU, where starting a kernel is slow. A CPU computes segments of different sizes one after the other. In
+    16 bits (``half``), where it spends a fraction of a millisecond on each new shape, it pads them to a rounded size.
     """
 
-    def __init__(
-        self, segments: Sequence[Segment], by_token: bool, device: torch.device, half: bool = False
-    ) -> None:
+    def __init__(self, segments: Sequence[Segment], by_token: bool, device: torch.device, half: bool = False) -> None:
         self.segments, self.by_token, self.device = segments, by_token, device
         self.slots = [s.slot for s in segments]
         self.sizes = [s.tokens if by_token else s.rows for s in segments]

@@ -76,9 +76,7 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayo
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float) -> Tensor:
         _, H, T, D = query.shape
         rows = [t[0].transpose(0, 1).reshape(T * H, D) for t in (query, key, value)]
         saved, results = [], []
