@@ -100,7 +100,7 @@ class Segments:
         self._multiple = ROUNDED if half and by_token and device.type == "cpu" else 1
         self.equal_sizes = len(set(self.sizes)) == 1 and self.sizes[0] % self._multiple == 0  # then no padding
         self.batched = device.type != "cpu" or half or (self.equal_sizes and len(segments) > 1)
-        self._padded: tuple[Tensor, Tensor] | None = None
+        self._padded: tuple[Tensor, int, Tensor] | None = None
         self._keys: dict[tuple[int, ...], Tensor] = {}
 
     def split(self, x: Tensor) -> list[Tensor]:
@@ -117,9 +117,9 @@ class Segments:
 
         ``x`` is ``key`` as (total * m, I).
         """
-        if self._padded is None or self._padded[0] is not key:
-            self._padded = key, self.pad(x)
-        return self._padded[1]
+        if self._padded is None or self._padded[0] is not key or self._padded[1] != key._version:
+            self._padded = key, key._version, self.pad(x)  # the version changes where a model writes to its input
+        return self._padded[2]
 
     def unpad(self, padded: Tensor) -> Tensor:
         """The inverse of `pad`: (K, C * m, I) -> (total * m, I)."""
