@@ -103,7 +103,7 @@ def model_of(build):
 def train(build, members, settings, dtype="float32", again=False):
     model, head, shapes = model_of(build)
     in_dtype(FrozenBase(model, (head,)), dtype)
-    stack = Stack(model, shapes, [head], dropout=0.2, compute=getattr(torch, dtype))
+    stack = Stack(model, shapes, [head], 0.2, torch.bfloat16 if dtype == "bfloat16" else None)
     if again:
         enable_gradient_checkpointing(model)
     context = TrainingContext(

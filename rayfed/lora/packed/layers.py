@@ -27,11 +27,11 @@ class StackedLora(nn.Module):
 
     Input (rows, ..., I), output (rows, ..., O), or tokens in place of rows. There are no slots before the first `load`.
     ``name`` is the layer's name, from which dropout derives its feature keys. ``compute`` is the format of the operands
-    in products with the factors, which stay float32 themselves.
+    in products with the factors, which stay float32 themselves; None: that of the factors.
     """
 
     def __init__(
-        self, base: nn.Module, batch: Batch, dropout: float = 0.0, name: str = "", compute: torch.dtype = torch.float32
+        self, base: nn.Module, batch: Batch, dropout: float = 0.0, name: str = "", compute: torch.dtype | None = None
     ) -> None:
         super().__init__()
         outer, inner = layer_shape(base)
@@ -77,7 +77,7 @@ class StackedLora(nn.Module):
 
     def _on_device(self, change: LowRank | Tensor | None) -> LowRank | Tensor | None:
         def move(tensor: Tensor) -> Tensor:
-            return to_device(tensor.to(self.compute), self.device)
+            return to_device(tensor.to(self.compute or tensor.dtype), self.device)
 
         if isinstance(change, LowRank):
             return LowRank(move(change.B), move(change.A), change.scale)

@@ -61,10 +61,10 @@ class Batch:
         finally:
             self.segments, self._cache = [], {}
 
-    def segments_of(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Segments:
+    def segments_of(self, x: Tensor, dtype: torch.dtype | None = None) -> Segments:
         """The segments of ``x``: by rows for (rows, ..., I), by tokens for (1, tokens, I) and (tokens, I).
 
-        ``dtype`` is that of the products that will be computed.
+        ``dtype`` is that of the products that will be computed; None: float32 or finer.
 
         Raises:
             ValueError: ``x`` has another number of rows and tokens than the segments.

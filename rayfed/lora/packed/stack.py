@@ -22,12 +22,13 @@ class Stack:
 
     Freezes the model and replaces the adapted layers and the linear layers of the head in place. ``layers`` names the
     adapted layers. ``head`` names modules whose parameters all belong to nn.Linear layers (else UserError).
-    ``compute`` is the format of the operands in products with adapters; the head computes in float32.
+    ``compute`` is the format of the operands in products with adapters (None: that of the adapters); the head computes
+    in float32.
     """
 
     def __init__(
         self, model: nn.Module, layers: Iterable[str], head: Sequence[str], dropout: float = 0.0,
-        compute: torch.dtype = torch.float32,
+        compute: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         model.requires_grad_(False)
         self.batch = Batch()
