@@ -9,6 +9,7 @@ from typing import Any
 from rayfed.config.sweep import load_sweep
 from rayfed.sweeps.plan import Trial, plan_trials
 from rayfed.tasks.data.federation import Federation
+from rayfed.tracking import Table
 
 
 def decisions(out: Path) -> list[dict[str, Any]]:
@@ -24,6 +25,13 @@ def files(folder: Path) -> dict[Path, int]:
 def read_rows(out: Path) -> list[dict[str, Any]]:
     """The lines of sweep.jsonl."""
     return [json.loads(line) for line in (out / "sweep.jsonl").read_text().splitlines()]
+
+
+def folded_width(table: Table) -> int:
+    """The width of the table on a terminal that folds headings between their words."""
+    columns = zip(table.columns, *table.rows, strict=True)
+    widths = [max(map(len, (*head.split(), *cells)), default=0) for head, *cells in columns]
+    return sum(widths) + 2 * (len(widths) - 1)
 
 
 def statuses(out: Path) -> dict[str, str]:

@@ -12,10 +12,10 @@ from typing import Any
 
 from rayfed.config.describe import format_value, iter_fields, section_of
 from rayfed.config.schema import Experiment
-from rayfed.config.types import Aspect, Decides
+from rayfed.config.types import Aspect, Decides, Section
 
-NEUTRAL = (("fingerprint", None), ("compute", "auto"))
-"""Names and values: the task is no Python object; adapters compute in the base's format."""
+NEUTRAL = (("fingerprint", None), ("adapter_digest", None), ("compute", "auto"))
+"""Names and values: there is no object or adapter to hash; adapters compute in the base's format."""
 
 
 def decides(name: str) -> tuple[Aspect, ...]:
@@ -41,14 +41,20 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 3) -> str:
     """The first ``most`` settings that decide anything and differ: `server.rounds was 20 and is 30, and 2 more`."""
+    changed = changes(before, now)
+    shown = [f"{key} was {old} and is {new}" for key, (old, new) in list(changed.items())[:most]]
+    return ", ".join([*shown, *([f"and {len(changed) - most} more"] if len(changed) > most else [])])
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The settings that decide anything and differ: dotted name -> (old value, new value), as text."""
     old, new = (dict(_flat(_select(settings, {"data", "model", "result"}))) for settings in (before, now))
-    changed = [key for key in {**old, **new} if (key in old, old.get(key)) != (key in new, new.get(key))]
 
     def text(settings: Mapping[str, Any], key: str) -> str:
         return format_value(settings[key]) if key in settings else "not given"
 
-    shown = [f"{key} was {text(old, key)} and is {text(new, key)}" for key in changed[:most]]
-    return ", ".join([*shown, *([f"and {len(changed) - most} more"] if len(changed) > most else [])])
+    changed = [key for key in {**old, **new} if (key in old, old.get(key)) != (key in new, new.get(key))]
+    return {key: (text(old, key), text(new, key)) for key in changed}
 
 
 def data_key(settings: Mapping[str, Any]) -> str:
@@ -69,6 +75,21 @@ def model_key(settings: Mapping[str, Any]) -> str:
     """
     checked = {"gradient_checkpointing": settings["engine"]["gradient_checkpointing"]}
     return _digest(_select(settings, {"model"}) | checked)
+
+
+def depends_on_rounds(settings: Section, before: int, after: int) -> str | None:
+    """A setting by which runs of ``before`` and of ``after`` rounds differ in a round of both: its dotted name.
+
+    ``settings`` is an Experiment or a section. None where there is none: then a run of the one number can go on as one
+    of the other.
+    """
+    if (own := settings.depends_on_rounds(before, after)) is not None:
+        return own
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, Section) and (found := depends_on_rounds(value, before, after)):
+            return f"{name}.{found}"
+    return None
 
 
 def live() -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Two parts of the section `sweep`: `search`, which chooses settings by results, and `stop`, which ends trials early.
 
-The classes here hold and check what a user may write. The algorithms are in `rayfed.sweeps`: `flasc`, `optuna_search`
-(optuna), `pbt` and `asha`.
+The classes here hold and check what a user may write. The algorithms are in `rayfed.sweeps`: `flasc_search`,
+`optuna_search`, `pbt` and `schedulers`.
 """
 
 from __future__ import annotations
@@ -96,10 +96,10 @@ class OptunaSettings(SearchSettings):
     trials: Trials
     """Points to ask Optuna for. A repeated point counts, but does not run again."""
     batch: Annotated[int, Field(ge=1, le=1000)] = 4
-    """Points to ask for at a time. They run side by side; later points depend on their results."""
+    """Points that are open at a time. They run side by side; later points depend on their results."""
     sampler: Literal["tpe", "nsga2", "random"] = "tpe"
-    """`tpe`: tree-structured Parzen estimator over all settings together; `nsga2`: genetic algorithm, one generation
-    per batch; `random`: random points.
+    """`tpe`: tree-structured Parzen estimator over all settings together; `nsga2`: genetic algorithm with generations
+    of `batch` points; `random`: random points.
     """
     startup: Trials = 10
     """For `tpe`: random points before the first suggested point."""
@@ -128,9 +128,11 @@ class PbtSettings(SearchSettings):
     population: Annotated[int, Field(ge=2, le=1000)] = 8
     """Members. Their first settings are random draws."""
     rounds: Rounds
-    """Rounds of a generation. server.rounds, the total, is a multiple of them."""
+    """Rounds of a generation. server.rounds, the total, is a multiple of them; eval.every divides them."""
     quantile: Annotated[float, Field(ge=0, le=0.5), UNSIGNED] = 0.25
-    """Share of the members that copy, and of the members to copy from, rounded up; 0: none."""
+    """Share of the members that copy, and of the members to copy from, rounded up; 0: none. A member that failed is
+    left out.
+    """
     factors: Annotated[tuple[Positive, Positive], Field(strict=False)] = (0.8, 1.2)
     """A copied number is multiplied by one of the two, within its limits. A copied choice moves to the next or the
     previous value of its list.
@@ -149,6 +151,10 @@ class AshaSettings(Section):
     """Rounds before a trial may stop."""
     factor: Factor = 3
     """A trial continues if it is among the best 1 / factor so far."""
+    brackets: Annotated[int, Field(ge=1, le=20)] = 1
+    """Brackets of asynchronous Hyperband: the trials of bracket s have their first comparison after
+    grace * factor^s rounds. 1: successive halving alone.
+    """
 
     def rungs(self, rounds: int) -> list[int]:
         """The rounds after which trials of ``rounds`` rounds are compared: grace * factor^i, below ``rounds``."""

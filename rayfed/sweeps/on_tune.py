@@ -1,142 +1,132 @@
-"""Runs trials on Ray Tune: one process a trial, as many at a time as fit.
+"""Runs the trials of a sweep on Ray Tune: one process a trial, as many at a time as fit.
 
 Tune places the trials, reuses processes for further trials (each process imports torch once, and loads the base model
-again only if it changes), and restarts a trial whose process died; the trial then continues from its own checkpoint.
+and the data again only if they change), and restarts a trial whose process died; the trial then continues from its
+checkpoint. What Tune itself stores is removed at the end: a sweep is resumed from its trials' directories. For Tune, a
+failed trial has ended like any other; the recorded outcome says why.
 
-Tune's restore is not used: a sweep is resumed from the trials' directories (see `rayfed.sweeps.trial`). For Tune, a
-failed trial has ended like any other; the recorded outcome says why. The outcome of a trial that `sweep.stop` ends is
-recorded here.
-
-Ray's W&B integration is not used either: `WandbLoggerCallback` sees only what is reported to Tune, and starts the W&B
-run of a restored trial with ``resume=False``. Each trial has its own W&B sink, as every run, and continues its W&B run.
+Ray's W&B integration is not used: `WandbLoggerCallback` sees only what is reported to Tune, and starts the W&B run of a
+restored trial with ``resume=False``. Each trial has its own W&B sink, as every run, and continues its W&B run.
 """
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 
-from rayfed.config.sweep import Sweep
-from rayfed.engine.driver import start_ray
-from rayfed.errors import UserError
-from rayfed.sweeps.asha import build_scheduler
-from rayfed.sweeps.log import SweepLog
-from rayfed.sweeps.plan import Trial
-from rayfed.sweeps.resources import bundles, placement_groups
-from rayfed.sweeps.trial import read_outcome, record_outcome, run_trial
-from rayfed.tasks.data.federation import Federation
-from rayfed.tracking import Record, Sink
+from rayfed.files import remove_path
+from rayfed.sweeps.plan import make_trials, trial_experiment
+from rayfed.sweeps.process import load_federation, report, run_trial
+from rayfed.sweeps.resources import join_ray, placement_group
+from rayfed.sweeps.search import Search
+from rayfed.sweeps.space import Point
+from rayfed.sweeps.trial import Status, read_outcome, record_outcome, trial_folder
+from rayfed.sweeps.tune import ENVIRONMENT as OF_TRIALS
+from rayfed.sweeps.tune import Config, overrides
+from rayfed.sweeps.warm_start import START_FROM
 
-ENVIRONMENT = {  # Tune reads these variables when the sweep starts
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in the settings start from the same folder as in `rayfed run`
+ENVIRONMENT = OF_TRIALS | {  # Tune reads these variables when the sweep starts
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # one line says that a process died
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # each run writes its own metrics
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the command, as it ends any other command
     "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # some rounds do not measure the metric of `stop`
 }
+STORAGE = "tune"  # the folder of Tune in the sweep's directory
 
 
-def run_on_tune(
-    trials: Sequence[Trial], sweep: Sweep, out: Path, federations: Mapping[str, Federation], log: SweepLog
-) -> None:
-    """Starts Ray (or joins it) and runs the trials; ``log`` hears of each that has ended.
+def run_on_tune(search: Search) -> None:
+    """Starts Ray (or joins it) and runs the missing trials of the search.
 
     UserError where the cluster can never hold one of the trials. If Ray was started here, it is shut down in the end.
     """
-    with on_ray(trials):
-        groups = placement_groups(trials)
-        by_name = {trial.name: trial for trial in trials}
-        data = {key: ray.put(federations[key]) for key in {trial.data for trial in trials}}
-        reporting = sweep.stop is not None  # else nothing needs the metrics of a running trial
-        trainable = tune.with_parameters(_train, trials=by_name, data=data, out=out, reporting=reporting)
+    ours = join_ray(search.checked, ENVIRONMENT, search.progress.note)
+    try:
+        search.forget_failures()
+        data = {key: ray.put(federation) for key, federation in search.federations.items()}
+        config = search.tuner()
+        remove_path(search.out / STORAGE)
         tune.Tuner(
-            tune.with_resources(trainable, lambda config: groups[config["trial"]]),
-            param_space={"trial": tune.grid_search(list(by_name))},
+            _trainable(search, data),
+            param_space=config.pop("param_space", {}),
             tune_config=tune.TuneConfig(
-                max_concurrent_trials=sweep.concurrency,
-                scheduler=build_scheduler(list(log.trials.values()), sweep, out),
+                **({"num_samples": -1} | config),
+                max_concurrent_trials=search.sweep.concurrency,
                 reuse_actors=True,
-                trial_name_creator=lambda trial: trial.config["trial"],
-                trial_dirname_creator=lambda trial: trial.config["trial"],
+                trial_name_creator=_name,
+                trial_dirname_creator=_name,
             ),
             run_config=tune.RunConfig(
-                name=time.strftime("%Y%m%d-%H%M%S"),
-                storage_path=str(out / "tune"),
+                name=STORAGE,
+                storage_path=str(search.out),
                 verbose=0,
-                failure_config=tune.FailureConfig(max(trial.experiment.engine.retries for trial in trials)),
-                callbacks=[_Outcomes(by_name, out, log)],
+                failure_config=tune.FailureConfig(max(trial.experiment.engine.retries for trial in search.checked)),
+                callbacks=[_Watch(search)],
             ),
         ).fit()
-
-
-@contextmanager
-def on_ray(trials: Sequence[Trial]) -> Iterator[None]:
-    """Ray runs within the context. If Ray is started here, it has CPUs for any of the trials, and is shut down after.
-
-    UserError if the trials name several clusters.
-    """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    addresses = {trial.experiment.engine.address for trial in trials}
-    if len(addresses) > 1:
-        raise UserError("engine.address: a sweep runs on one cluster, but its trials name several")
-    ours = not ray.is_initialized()
-    if ours:
-        start_ray(addresses.pop(), max(sum(b.get("CPU", 0) for b in bundles(trial.experiment)) for trial in trials))
-    try:
-        yield
     finally:
+        remove_path(search.out / STORAGE)
         if ours:
             ray.shutdown()
 
 
-def _train(
-    config: dict[str, Any], trials: Mapping[str, Trial], data: Mapping[str, ray.ObjectRef], out: Path, reporting: bool
-) -> None:
-    trial = trials[config["trial"]]
-    sink = _TuneSink(trial.experiment.server.rounds) if reporting else None
-    run_trial(trial, out, ray.get(data[trial.data]), sink)
-    tune.report({"ended": 1})
+def _name(trial: Any) -> str:
+    return str(trial.config["name"])
 
 
-class _TuneSink(Sink):
-    """Reports the numbers of every round but the last to Tune. After the last round a trial cannot be stopped."""
+def _trainable(search: Search, data: Mapping[str, ray.ObjectRef]) -> Callable[[Config], None]:
+    settings, out, pauses = search.settings, search.out, search.pauses
 
-    def __init__(self, rounds: int) -> None:
-        self.rounds = rounds
+    def train(config: Config) -> None:
+        own, name = overrides(config), tune.get_context().get_trial_name()
+        (trial,) = make_trials(settings, [Point(own, own)], [name])
+        start = config.get(START_FROM)
+        run_trial(
+            replace(trial, continues=Path(start).name if start else None),
+            out,
+            load_federation(trial.experiment, data),
+            tune.get_checkpoint(),
+            lambda record: report(record, trial_folder(out, trial), pauses),
+        )
 
-    def round(self, record: Record) -> None:
-        numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
-        if numbers["round"] < self.rounds:
-            tune.report(numbers)
+    train.__name__ = "trial"
+    return tune.with_resources(
+        train, lambda config: placement_group(trial_experiment(settings, overrides(config), "", "trial"), here=True)
+    )
 
 
-class _Outcomes(tune.Callback):
-    """Tells the log which trials ended. Records the outcome of stopped trials and of those whose process died."""
+class _Watch(tune.Callback):
+    """Shows what happens. Records the outcome of stopped trials and of those whose process died."""
 
-    def __init__(self, trials: Mapping[str, Trial], out: Path, log: SweepLog) -> None:
-        self.trials, self.out, self.log = trials, out, log
+    def __init__(self, search: Search) -> None:
+        self.search, self.progress = search, search.progress
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        own = self.trials[trial.config["trial"]]
-        if read_outcome(self.out, own) is None:  # the scheduler stopped it; its process waits in `tune.report`
-            record_outcome(self.out, own, "stopped", round=trial.last_result["round"])
-        self.log.trial_ended(own.name)
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.progress.show(self.search.ended, len(self.search.rows))
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.progress.start(self.search.trial(str(trial)))
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        self.progress.round(str(trial), result)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.log.event(f"{trial.config['trial']}: its process died; it continues in a new one")
+        self.progress.note(f"{trial}: its process died; it continues in a new one")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        # Without an outcome, the scheduler has stopped it; its process waits in `tune.report`.
+        self._ended(str(trial), "stopped", round=trial.last_result.get("round"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        own = self.trials[trial.config["trial"]]
-        if read_outcome(self.out, own) is None:
-            error = "its process died, and did so again at every new start (engine.retries)"
-            record_outcome(self.out, own, "failed", error=error)
-        self.log.trial_ended(own.name)
+        error = "its process died, and did so again at every new start (engine.retries)"
+        self._ended(str(trial), "failed", error=error)
+
+    def _ended(self, name: str, status: Status, **known: Any) -> None:
+        trial = self.search.trial(name)
+        if read_outcome(self.search.out, trial) is None:
+            record_outcome(self.search.out, trial, status, **known)
+        self.search.trial_ended(name)

@@ -60,10 +60,10 @@ def make_trials(settings: dict[str, Any], points: Sequence[Point], names: Sequen
         raise UserError(f"sweep: got more than {MOST_TRIALS} points to check, but at most so many are allowed")
     group = str(settings.get("name", "sweep"))
     trials = []
-    refusals = _Refusals()
+    refusals = Refusals()
     for point, name in zip(points, names, strict=True):
         with refusals.of(point):
-            experiment = _experiment(settings, point, group, name)
+            experiment = trial_experiment(settings, point.overrides, group, name)
             task = build_components(experiment).task
             metrics = ("train/loss", *task.metric_keys(experiment.eval), "bytes/total")
             data = data_key(experiment.model_dump(mode="json"))
@@ -74,7 +74,7 @@ def make_trials(settings: dict[str, Any], points: Sequence[Point], names: Sequen
 
 def check_trials(trials: Sequence[Trial], sweep: Sweep) -> dict[str, Federation]:
     """The federations of the trials. UserError as in `plan_trials`, for metrics, data and base models."""
-    refusals = _Refusals()
+    refusals = Refusals()
     federations: dict[str, Federation] = {}
     models: set[str] = set()
     for trial in trials:
@@ -82,7 +82,7 @@ def check_trials(trials: Sequence[Trial], sweep: Sweep) -> dict[str, Federation]
             exact = build_components(trial.experiment).task.exact
             _check_metric(trial, sweep)
             _check_stop(trial, sweep, exact)
-            federation = _check_data(trial, federations, models)
+            federation = check_data(trial, federations, models)
             if sweep.metric.startswith("eval/") and not exact and not len(federation.validation):
                 raise UserError(
                     f"sweep.metric: got {sweep.metric!r}, but the data have no validation split; set data.validation "
@@ -92,8 +92,8 @@ def check_trials(trials: Sequence[Trial], sweep: Sweep) -> dict[str, Federation]
     return federations
 
 
-class _Refusals:
-    """Collects refusals. One refusal of many trials becomes one line that names some of the trials."""
+class Refusals:
+    """Collects refusals, to raise them together. One of many trials becomes one line that names some of the trials."""
 
     def __init__(self) -> None:
         self.trials: dict[str, list[str]] = {}  # by the line of the refusal
@@ -116,9 +116,13 @@ class _Refusals:
             raise UserError("\n".join(lines))
 
 
-def _experiment(settings: dict[str, Any], point: Point, group: str, name: str) -> Experiment:
-    own = copy.deepcopy(settings)
-    for key, value in point.overrides.items():
+def trial_experiment(settings: Mapping[str, Any], overrides: Mapping[str, Any], group: str, name: str) -> Experiment:
+    """The settings of a trial: the shared ones with the trial's own, dotted, in their place. UserError if one is wrong.
+
+    ``group`` is the W&B group of the trials, unless the settings name one.
+    """
+    own = copy.deepcopy(dict(settings))
+    for key, value in overrides.items():
         if key.split(".")[0] in ("sweep", "name", "tracking"):
             raise UserError(f"{key}: a sweep cannot vary it; it changes nothing in the result")
         assign(own, key, copy.deepcopy(value), format_settings({key: value}))
@@ -163,8 +167,11 @@ def _check_stop(trial: Trial, sweep: Sweep, exact: bool) -> None:
         )
 
 
-def _check_data(trial: Trial, federations: dict[str, Federation], models: set[str]) -> Federation:
-    """The trial's federation. ``federations`` and ``models`` hold what earlier trials were checked with."""
+def check_data(trial: Trial, federations: dict[str, Federation], models: set[str]) -> Federation:
+    """The trial's federation. ``federations`` and ``models`` hold what earlier trials were checked with.
+
+    UserError where settings and data, or settings and base model, do not go together.
+    """
     engine = trial.experiment.engine
     if engine.kind == "local" and engine.device == "cuda" and not engine.gpus:
         raise UserError("engine.gpus_per_worker: got 0, but in a sweep it says how much of a GPU each trial holds")

@@ -11,28 +11,26 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rayfed.config.parse import dump_settings
-from rayfed.config.sweep import Sweep, load_sweep
+from rayfed.config.sweep import load_sweep
 from rayfed.errors import RunError
 from rayfed.files import PARTIAL, atomic_write, remove_path
 from rayfed.run_directory import check_out, disk_errors, locked_out
-from rayfed.sweeps.flasc import FlascSearch
-from rayfed.sweeps.log import SweepLog
-from rayfed.sweeps.optuna_search import OptunaSearch
-from rayfed.sweeps.pbt import PbtSearch
-from rayfed.sweeps.plan import Trial, plan_trials
-from rayfed.sweeps.stages import StagedSearch, run_trials, trials_to_run
-from rayfed.sweeps.table import NOT_SELECTED, STOPPED, TrialRow, make_table, selection_trials
-from rayfed.sweeps.trial import read_outcome
-from rayfed.tasks.data.federation import Federation
+from rayfed.sweeps.plan import Trial
+from rayfed.sweeps.progress import Progress
+from rayfed.sweeps.search import build_search
+from rayfed.sweeps.table import NOT_SELECTED, STOPPED, TrialRow
 from rayfed.tracking import Table
 from rayfed.tracking.console import PlainView
 
-SEARCHES: dict[str, type[StagedSearch]] = {"flasc": FlascSearch, "optuna": OptunaSearch, "pbt": PbtSearch}
+if TYPE_CHECKING:
+    from rich.live import Live
 
 
 @dataclass(frozen=True)
@@ -63,44 +61,30 @@ def run_sweep(
     with locked_out(out, str(settings.get("name", "sweep")), resume) as folder:
         out = folder.resolve()
         check_out(out, resume, "sweep", "sweep.yaml")
-        search = SEARCHES[sweep.search.kind](settings, sweep, out) if sweep.search else None
-        trials, federations = ([], {}) if search else plan_trials(settings, sweep)
-        for trial in trials:
-            read_outcome(out, trial)  # UserError if the trial was made with other settings
-        with disk_errors(out):
+        search = build_search(settings, sweep, out)
+        with disk_errors(out), _console(settings) as (view, live):
             for leftover in (*out.glob(PARTIAL), *out.glob(f"trials/{PARTIAL}")):  # a trial's own run removes the rest
                 remove_path(leftover)
             atomic_write(out / "sweep.yaml", dump_settings({**settings, "sweep": sweep.model_dump(mode="json")}))
-            console = (settings.get("tracking") or {}).get("console") != "off"
-            view = PlainView(sys.stdout if console else io.StringIO())
-            table_of = search.table if search else lambda trials, rows: make_table(trials, rows, sweep)
-            log = SweepLog(out, sweep, view, table_of, on_trial_end)
-            if search:
-                search.run(log)
-            else:
-                _run_list(trials, sweep, out, federations, log)
-            table = log.write()
-            view.table(table)
-    return SweepResult(out, list(log.rows.values()), table)
+            search.progress = Progress(view, sweep.metric, live)
+            search.on_trial_end = on_trial_end or search.on_trial_end
+            search.run()
+            table = search.table()
+        view.table(table)
+    return SweepResult(out, list(search.rows.values()), table)
 
 
-def _run_list(
-    trials: Sequence[Trial], sweep: Sweep, out: Path, federations: Mapping[str, Federation], log: SweepLog
-) -> None:
-    """Runs the trials of a sweep without a search. With `tune_seeds`, the trials of the first seeds run first."""
-    first = selection_trials(trials, sweep)
-    missing = trials_to_run(out, trials)
-    now = [trial for trial in missing if trial in first]
-    later = f"; {len(trials) - len(first)} wait for the selection" if len(first) < len(trials) else ""
-    log.set_trials(trials)
-    log.event(f"sweep {out}: {len(first)} trials, {len(now)} to run{later}")
-    run_trials(now, sweep, out, federations, log)
-    if later:
-        selected = log.select()
-        now = [trial for trial in missing if trial in selected and trial not in first]
-        log.event(f"selected: {len(selected)} trials of {len(trials)}, {len(now)} to run")
-        # Without `stop`: a mean over only those seeds that were not stopped would be too good.
-        run_trials(now, sweep.model_copy(update={"stop": None}), out, federations, log)
+@contextmanager
+def _console(settings: Mapping[str, Any]) -> Iterator[tuple[PlainView, Live | None]]:
+    """(where lines go, the table that stays in place below them): a terminal has both, as `tracking.console` says."""
+    mode = (settings.get("tracking") or {}).get("console", "auto")
+    if mode == "rich" or (mode == "auto" and sys.stdout.isatty()):
+        from rich.live import Live  # loads slowly
+
+        with Live(auto_refresh=False, transient=True) as live:
+            yield PlainView(sys.stdout), live  # `live` has replaced sys.stdout: lines go above the table
+    else:
+        yield PlainView(io.StringIO() if mode == "off" else sys.stdout), None
 
 
 def check_failed(result: SweepResult) -> None:

@@ -7,7 +7,7 @@ validation data. The reported test metric takes no part in the selection.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,6 +16,7 @@ from typing import Any
 from rayfed.config.describe import format_value
 from rayfed.config.sweep import SEED, Sweep
 from rayfed.sweeps.plan import Trial
+from rayfed.sweeps.space import short_names
 from rayfed.sweeps.trial import read_outcome, trial_folder
 from rayfed.tracking import Table, read_metrics
 
@@ -25,7 +26,7 @@ TIME, SERVER_TIME = "time/round_s", "time/server_s"
 UNFINISHED = "unfinished"
 STOPPED = "stopped"  # by the section `stop`
 NOT_SELECTED = "not selected"  # other tuned values were better on the first seeds, so the trial does not run
-IN_PERCENT = ("accuracy", "accuracy_masked", "accuracy_clients", "gap")
+IN_PERCENT = ("accuracy", "accuracy_masked", "accuracy_clients", "accuracy_unseen", "gap")
 
 
 def trial_row(out: Path, trial: Trial, sweep: Sweep) -> TrialRow:
@@ -166,25 +167,32 @@ def best_groups(found: Iterable[TrialGroup], tune: Sequence[str], mode: str) -> 
     return [group for _, group in best.values()]
 
 
-def make_table(trials: Sequence[Trial], rows: Mapping[str, TrialRow], sweep: Sweep) -> Table:
-    """The table of a sweep without a search, by the trials' rows. With `tune`, it has only the best tuned settings."""
+def make_table(
+    trials: Sequence[Trial], rows: Mapping[str, TrialRow], sweep: Sweep, title: str | None = None,
+    mark: Callable[[TrialGroup], str] | None = None,
+) -> Table:  # fmt: skip
+    """The table of a sweep, by the trials' rows: a line for all seeds. With `tune`, only the best tuned settings.
+
+    A search has a title of its own, and a last column with the ``mark`` of each line.
+    """
     labels = list(dict.fromkeys(key for trial in trials for key in trial.labels if key != SEED))
-    values = value_columns(trials[0], sweep)
+    values = [] if not trials else value_columns(trials[0], sweep)
     body = tuple(
         (
             *format_labels(group.labels, labels),
             *group.cells(values),
             format_mb(group.mean("bytes"), 2),
-            _seconds(group),
+            _seconds(group.mean("seconds")),
             f"{len(group.rows)}/{group.trials}",
             *([", ".join(map(str, group.stopped))] if sweep.stop else []),
+            *([mark(group)] if mark else []),
         )
         for group in groups(selected_trials(trials, rows, sweep), rows)
     )
-    stopped = ["stopped at round"] if sweep.stop else []
-    titles = (title for _, title in values)
-    columns = (*labels, *titles, "MB both ways", "seconds (the server's own)", "trials", *stopped)
-    return Table(_title(sweep), columns, body)
+    more = (["stopped at round"] if sweep.stop else []) + ([""] if mark else [])
+    titles = (name for _, name in values)
+    columns = (*short_names(labels).values(), *titles, "MB both ways", "seconds", "trials", *more)
+    return Table(title or _title(sweep), columns, body)
 
 
 def _title(sweep: Sweep) -> str:
@@ -216,7 +224,5 @@ def format_mb(size: float | None, digits: int = 3) -> str:
     return "-" if size is None else f"{size / 1e6:.{digits}f}"
 
 
-def _seconds(group: TrialGroup) -> str:
-    """`138.3 (4.1)`: of all rounds, and the server's own."""
-    seconds, server = group.mean("seconds"), group.mean("server_seconds")
-    return "-" if seconds is None else f"{seconds:.1f}" + ("" if server is None else f" ({server:.1f})")
+def _seconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.1f}"

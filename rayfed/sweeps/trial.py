@@ -1,4 +1,4 @@
-"""One trial: a run in its own directory, and the file that records its outcome.
+"""The outcome of a trial: a file beside the trial's run directory.
 
 A resumed sweep reads the run directories `trials/NAME/` and the outcomes `trials/NAME.json`, and nothing that Ray Tune
 remembers. A trial has ended once its outcome is recorded. Until then it starts, or continues from its own checkpoint. A
@@ -14,16 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rayfed.api import run
 from rayfed.config import load_config
 from rayfed.errors import RunError, UserError
-from rayfed.files import remove_path, write_json
-from rayfed.run_directory import locked
+from rayfed.files import write_json
 from rayfed.storage import masked
 from rayfed.sweeps.plan import Trial
-from rayfed.sweeps.warm_start import warm_start
-from rayfed.tasks.data.federation import Federation
-from rayfed.tracking import Sink
 
 Status = Literal["done", "failed", "stopped"]
 
@@ -79,23 +74,6 @@ def record_outcome(
     """Writes the trial's outcome."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in (summary or {}).items()}
     write_json(outcome_file(out, trial), asdict(Outcome(status, trial.experiment.digest(), error, finite, round)))
-
-
-def run_trial(trial: Trial, out: Path, federation: Federation, sink: Sink | None = None) -> None:
-    """Runs the trial to its end and records the outcome. Only the death of the process leaves it without one."""
-    folder = trial_folder(out, trial)
-    with locked(folder, wait=math.inf):  # a trial of a killed sweep may live on for a moment
-        if not (folder / "config.yaml").is_file():  # the process died before the first round
-            for entry in folder.iterdir():
-                remove_path(entry)
-        try:
-            if trial.continues and not (folder / "config.yaml").is_file():
-                warm_start(folder.with_name(trial.continues), folder, trial.experiment)
-            result = run(trial.experiment, folder, resume=True, sink=sink, federation=federation)
-        except Exception as error:
-            record_outcome(out, trial, "failed", error=in_one_line(error))
-        else:
-            record_outcome(out, trial, "done", summary=result.summary)
 
 
 def in_one_line(error: Exception) -> str:

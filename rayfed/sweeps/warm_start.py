@@ -37,6 +37,10 @@ from rayfed.server.optimizers import ServerOptimizer
 
 Tensors = dict[str, Tensor]
 SQUARES = ("v", "exp_avg_sq")  # moments of squared gradients
+CONSTANT = {"client.schedule.kind": "constant", "server.schedule.kind": "constant", "eval.controls": False}
+"""Overrides of trials that later trials continue: constant rates after the warm-up, and nothing at the end."""
+START_FROM = "rayfed.start_from"  # in the config of a trial: the run directory of the trial that it continues
+RUN_DIR = "run_dir"  # in the results of a trial: its run directory
 NOTE = "continues.json"  # in the run's directory: the continued trial, its round, and the digest of that state
 
 
@@ -71,7 +75,7 @@ def warm_start(source: Path, folder: Path, experiment: Experiment) -> None:
     """
     settings = load_config(source / "config.yaml")
     found, _ = checkpoints.restore(source, settings.digest())
-    if found is None or found.checkpoint.round >= experiment.server.rounds:
+    if found is None or found.checkpoint.round > experiment.server.rounds:
         raise UserError(f"{source}: no checkpoint to continue for {experiment.server.rounds} rounds")
     method, optimizer = found.method, found.optimizer
     checkpoint = replace(found.checkpoint, experiment=experiment.digest())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,33 @@ import pytest
 import yaml
 from small_runs import LOWRANK
 
-from rayfed.sweeps.trial import run_trial
+from rayfed.sweeps.process import load_federation, run_trial
+from rayfed.sweeps.search import Search
 
 
 class HereInOrder:
-    """Replaces Ray Tune: runs the trials one after the other in this process; `ran` has their names, by stage."""
+    """Replaces Ray Tune: runs the trials that are suggested one after the other in this process.
+
+    `ran` has their names: a list for each use of Ray Tune.
+    """
 
     def __init__(self) -> None:
         self.ran: list[list[str]] = []
 
-    def on_ray(self, trials) -> AbstractContextManager:
-        return nullcontext()
-
-    def run_on_tune(self, trials, sweep, out, federations, listener) -> None:
+    def run_on_tune(self, search: Search) -> None:
         self.ran.append([])
-        for trial in trials:
+        search.forget_failures()
+        searcher = search.tuner()["search_alg"]
+        for number in count():
+            config = searcher.suggest(str(number))
+            if not isinstance(config, dict):
+                break
+            trial = search.trial(config["name"])
             self.ran[-1].append(trial.name)
-            run_trial(trial, out, federations[trial.data])
-            listener.trial_ended(trial.name)
+            records: list[Any] = []
+            run_trial(trial, search.out, load_federation(trial.experiment, {}), tell=records.append)
+            searcher.on_trial_complete(str(number), dict(records[-1]))
+            search.trial_ended(trial.name)
 
 
 @pytest.fixture(autouse=True)

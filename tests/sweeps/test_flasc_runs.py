@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sweep_files import decisions, files
+from sweep_files import decisions, files, folded_width, read_rows
 
 import rayfed
 from rayfed.config import load_config
-from rayfed.config.sweep import load_sweep
-from rayfed.sweeps.flasc import FlascSearch, replay
+from rayfed.sweeps import process
 from rayfed.sweeps.sweep import run_sweep
 from rayfed.tracking import read_metrics
 
@@ -34,7 +33,8 @@ def search_file(sweep_file) -> Callable[..., Path]:
 def test_a_search_from_its_first_probe_to_its_final_run(search_file, tmp_path: Path, here, capsys) -> None:
     path, out = search_file(), tmp_path / "out"
     result = run_sweep(path, ["tracking.console=plain"], out=out)
-    assert here.ran[:2] == [["start"], ["start-rank", "start-density"]]
+    (ran,) = here.ran
+    assert ran[:3] == ["start", "start-rank", "start-density"]
     assert not result.failed
     metric = {line["trial"]: line["metric"] for line in result.rows}
     *steps, last = decisions(out)
@@ -42,14 +42,15 @@ def test_a_search_from_its_first_probe_to_its_final_run(search_file, tmp_path: P
     for number, step in enumerate(steps, 1):
         assert (step["step"], step["from"], step["baseline"]) == (number, chosen, metric[chosen])
         probes = {probe["trial"]: probe["metric"] for probe in step["probes"]}
-        assert list(probes) == here.ran[number]
+        assert list(probes) == [name for name in ran if name in probes]
         assert probes == {name: metric[name] for name in probes}
         best = min(probes, key=probes.__getitem__)
         assert step["chosen"] == (best if probes[best] < metric[chosen] else None)
         chosen = step["chosen"] or chosen
     assert last["chosen"] == chosen
-    assert here.ran[-1] == [f"final-{chosen}"]
-    probes = sum(map(len, here.ran)) - 1
+    assert ran[-1] == f"final-{chosen}"
+    assert [*metric] == ran
+    probes = len(ran) - 1
     assert (last["rounds"], last["client_rounds"]) == (2 * probes + 5, 2 * (2 * probes + 5))
     assert (list(metric)[-1], last["final"]) == (f"final-{chosen}", metric[f"final-{chosen}"])
 
@@ -64,12 +65,15 @@ def test_a_search_from_its_first_probe_to_its_final_run(search_file, tmp_path: P
     alone = rayfed.run(final, tmp_path / "alone").metrics[-1]["state/digest"]
     assert read_metrics(out / "trials" / f"final-{chosen}" / "metrics.jsonl")[-1]["state/digest"] == alone
 
+    assert folded_width(result.table) <= 80 - len("  test/accuracy")  # a sweep that reports this has one column more
     rows = [[row[1], row[-1]] for row in result.table.rows]
     assert rows[0] == ["start", "chosen"]
     assert rows[-1] == ["final", ""]
     assert sum(state == "chosen" for _, state in rows) == 1 + sum(step["chosen"] is not None for step in steps)
     assert f"chosen: rank {last['lora.rank']}, densities" in result.table.title
-    assert "step 1, to run: start-rank, start-density" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "* [1/3] done start: eval/gap" in said
+    assert f"* FLASC-Search: chosen: rank {last['lora.rank']}, densities" in said
 
 
 def test_bytes_are_those_of_the_rows_own_rounds(search_file, tmp_path: Path, here) -> None:
@@ -91,18 +95,6 @@ def test_a_search_that_is_done_needs_no_ray(search_file, tmp_path: Path, here, m
     assert files(out / "trials") == before
 
 
-def test_the_search_that_comes_with_rayfed_fits_its_budget(tmp_path: Path, monkeypatch) -> None:
-    """Every path through it: at most the nine probes of two rounds and the final nine that its file speaks of."""
-    monkeypatch.setattr("rayfed.sweeps.flasc.check_trials", lambda *_: {})  # without data and model
-    path = Path(__file__).parents[2] / "configs" / "sweeps" / "flasc_search.yaml"
-    search = FlascSearch(*load_sweep(path), tmp_path)
-    assert (search.reserve, search.search.budget) == (9, 27)
-    for prefer in ("rank", "density"):
-        at = replay(search.search, "max", lambda probe: len(probe.path) + 0.5 * (probe.path[-1] == prefer), 9)  # noqa: B023
-        assert (at.chosen.rank, at.chosen.down, at.chosen.up) == (64, 0.25, 0.25)
-        assert at.rounds + search.reserve <= 27
-
-
 def test_a_probe_killed_during_its_warm_start_starts_again(search_file, tmp_path: Path, here, monkeypatch) -> None:
     path, out = search_file(max_rank=2), tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -114,29 +106,69 @@ def test_a_probe_killed_during_its_warm_start_starts_again(search_file, tmp_path
     assert not run_sweep(path, out=out, resume=True).failed
 
 
-def test_a_failed_probe_loses_and_is_tried_again_on_resume(search_file, tmp_path: Path, here, monkeypatch) -> None:
-    from rayfed.sweeps import trial as trials
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The names of the trials that fail."""
+    names: set[str] = set()
+    rounds = process.run_rounds
 
-    path, out, run = search_file(max_rank=2), tmp_path / "out", trials.run
-
-    def fails(experiment, *rest, **more):
-        if experiment.name == "start-density":
+    def fails(experiment: rayfed.Experiment, *rest: Any) -> Iterator[Any]:
+        if experiment.name in names:
             raise MemoryError("out of memory")
-        return run(experiment, *rest, **more)
+        yield from rounds(experiment, *rest)
 
-    monkeypatch.setattr(trials, "run", fails)
+    monkeypatch.setattr(process, "run_rounds", fails)
+    return names
+
+
+def test_failed_probes_lose_and_are_tried_again_on_resume(search_file, tmp_path: Path, here, failing) -> None:
+    """Also one to which the resumed search comes only after another one has run again."""
+    path, out = search_file(max_rank=2), tmp_path / "out"
+    failing |= {"start-density", "start-rank-density"}
     result = run_sweep(path, out=out)
-    assert [line["trial"] for line in result.failed] == ["start-density"]
-    assert decisions(out)[0]["probes"][1]["metric"] is None
-    assert decisions(out)[0]["chosen"] in ("start-rank", None)
-    monkeypatch.setattr(trials, "run", run)
-    here.ran.clear()
+    assert {line["trial"] for line in result.failed} == failing
+    assert [decisions(out)[0]["probes"][1]["metric"], decisions(out)[0]["chosen"]] == [None, "start-rank"]
+    failing.clear()
     assert not run_sweep(path, out=out, resume=True).failed
-    assert here.ran[0] == ["start-density"]
+    assert here.ran[0][:2] == ["start", "start-rank"]
+    assert here.ran[1][0] == "start-density"
+    whole = run_sweep(path, out=tmp_path / "whole")
+    assert decisions(out) == decisions(tmp_path / "whole")
+    assert [row["digest"] for row in whole.rows] == [line["digest"] for line in read_rows(out)]
+
+
+def test_killed_between_two_probes_it_comes_to_the_same_decisions(
+    search_file, tmp_path: Path, here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = search_file(max_rank=2), tmp_path / "out"
+    whole = run_sweep(path, out=tmp_path / "whole")
+    trials = [row["trial"] for row in whole.rows]
+    for name in trials[1], trials[3]:
+        with monkeypatch.context() as patch:
+            patch.setattr(process, "run_rounds", interrupted(process.run_rounds, name))
+            with pytest.raises(KeyboardInterrupt):
+                run_sweep(path, out=out, resume=out.is_dir())
+    before = files(out / "trials" / trials[0])
+    result = run_sweep(path, out=out, resume=True)
+    assert files(out / "trials" / trials[0]) == before
+    assert decisions(out) == decisions(tmp_path / "whole")
+    assert [row["digest"] for row in result.rows] == [row["digest"] for row in whole.rows]
+
+
+def interrupted(rounds: Callable[..., Iterator[Any]], name: str) -> Callable[..., Iterator[Any]]:
+    """``rounds``, in which the trial of that name is killed after a round."""
+
+    def run(experiment: rayfed.Experiment, *rest: Any) -> Iterator[Any]:
+        for record in rounds(experiment, *rest):
+            yield record
+            if experiment.name == name:
+                raise KeyboardInterrupt
+
+    return run
 
 
 def test_without_a_final_run_the_search_ends_with_its_probes(search_file, tmp_path: Path, here) -> None:
     run_sweep(search_file(final=False, budget=6), out=tmp_path / "out")
-    assert here.ran == [["start"], ["start-rank", "start-density"]]
+    assert here.ran == [["start", "start-rank", "start-density"]]
     last = decisions(tmp_path / "out")[-1]
     assert (last["rounds"], last["final"]) == (6, None)

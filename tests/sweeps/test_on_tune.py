@@ -153,14 +153,27 @@ def test_a_stopped_trial_stays_stopped(ray_cluster, sweep_file, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "search", [{"kind": "optuna", "trials": 5, "batch": 2, "startup": 2}, {"kind": "pbt", "population": 3, "rounds": 2}]
-)
-def test_on_ray_the_decisions_are_the_same(ray_cluster, sweep_file, tmp_path: Path, here, monkeypatch, search) -> None:
-    """Two trials at a time on Ray Tune, against one after the other in this process."""
-    section = {"search": search, "parameters": {"client.lr": {"loguniform": [1e-3, 2e-1]}}, "concurrency": 2}
-    path = sweep_file(section, server={"rounds": 6})
-    run_sweep(path, out=tmp_path / "here")
-    monkeypatch.undo()  # Ray Tune itself
-    run_sweep(path, out=tmp_path / "ray")
-    assert decisions(tmp_path / "ray") == decisions(tmp_path / "here")
+@pytest.mark.parametrize("kind", ["optuna", "pbt"])
+def test_a_killed_search_repeats_no_finished_trial(sweep_file, tmp_path: Path, kind: str) -> None:
+    """Killed on Ray Tune, in the middle of trials; on the resume, finished trials stay as they are."""
+    search = {"optuna": {"trials": 5, "batch": 2, "startup": 2}, "pbt": {"population": 3, "rounds": 200}}[kind]
+    spaces = {"client.lr": {"loguniform": [1e-3, 1e-1]}}
+    section = {"search": {"kind": kind} | search, "parameters": spaces, "concurrency": 2}
+    path, out = sweep_file(section, server={"rounds": 600}, checkpoint={"every": 50}), tmp_path / "out"
+    if kind == "optuna":
+        resume = start_and_kill(path, out, lambda: len([*out.glob("trials/*.json")]) == 2)
+    else:
+        resume = start_and_kill(path, out, lambda: [*out.glob("trials/*/checkpoints/round-000350")])
+    before = files(out / "trials")
+    ended = {file.stem for file in out.glob("trials/*.json")}
+    again = resume()
+    assert again.returncode == 0, again.stderr
+    assert set(statuses(out).values()) == {"done"}
+    assert all(files(out / "trials")[file] == at for file, at in before.items() if file.parent.name in ended)
+    assert len(statuses(out)) == {"optuna": 5, "pbt": 3}[kind]
+    for name in statuses(out):
+        rounds = read_metrics(out / "trials" / name / "metrics.jsonl")
+        assert [record["round"] for record in rounds] == list(range(1, 601))
+        if not (out / "trials" / name / "continues.json").exists():
+            alone = rayfed.run(rayfed.load_config(out / "trials" / name / "config.yaml"), tmp_path / name)
+            assert rounds[-1]["state/digest"] == alone.metrics[-1]["state/digest"]

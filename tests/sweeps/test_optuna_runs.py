@@ -1,4 +1,4 @@
-"""Optuna over real runs: batches, means over seeds, no point runs twice, and a resumed search has the same points."""
+"""Optuna over real runs: means over seeds, no point runs twice, and a resumed search repeats no finished trial."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from sweep_files import decisions, files
 
 from rayfed.config.sweep import Sweep, load_sweep
 from rayfed.errors import UserError
-from rayfed.sweeps.optuna_search import OptunaSearch
+from rayfed.sweeps import process
+from rayfed.sweeps.optuna_search import OptunaPoints
 from rayfed.sweeps.space import corners
 from rayfed.sweeps.sweep import run_sweep
 from rayfed.tracking import read_metrics
@@ -29,19 +30,19 @@ def optuna_file(sweep_file) -> Callable[..., Path]:
     return write
 
 
-def test_a_search_from_its_first_batch_to_its_best_point(optuna_file, tmp_path: Path, here, monkeypatch) -> None:
+def test_a_search_from_its_first_point_to_its_best(optuna_file, tmp_path: Path, here, monkeypatch) -> None:
     path, out = optuna_file(), tmp_path / "out"
     result = run_sweep(path, out=out)
-    assert [len(stage) for stage in here.ran] == [3, 3, 1]
-    ran = [name for stage in here.ran for name in stage]
+    (ran,) = here.ran
     assert [line["trial"] for line in result.rows] == ran
     metric = {line["trial"]: line["metric"] for line in result.rows}
     *points, last = decisions(out)
+    assert len(points) == 7
     for number, point in enumerate(points, 1):
         assert point["point"] == number
         (name,) = point["trials"]
         rate, rank = point["settings"]["client.lr"], point["settings"]["lora.rank"]
-        assert name == f"{number:03d},lr={rate:g},rank={rank}"
+        assert name == f"lr={rate:g},rank={rank}"
         assert point["values"] == {"eval/gap": metric[name]}
     best = min(points, key=lambda point: point["values"]["eval/gap"])
     assert (last["best"], last["settings"], last["ended"]) == (best["point"], best["settings"], "all of 7 points")
@@ -56,45 +57,89 @@ def test_a_search_from_its_first_batch_to_its_best_point(optuna_file, tmp_path: 
     assert files(out / "trials") == before
 
 
-def test_a_failed_trial_that_succeeds_later_changes_no_point(optuna_file, tmp_path: Path, here, monkeypatch) -> None:
-    from rayfed.sweeps import trial as trials
+def test_points_depend_on_results(optuna_file, tmp_path: Path, here) -> None:
+    """One after the other, equal results give equal points; the opposite aim gives others."""
+    path = optuna_file(batch=1, trials=5)
+    for name, mode in (("a", "min"), ("b", "min"), ("c", "max")):
+        run_sweep(path, [f"sweep.mode={mode}"], out=tmp_path / name)
+    assert here.ran[0] == here.ran[1]
+    assert here.ran[0][:3] == here.ran[2][:3]  # random at first
+    assert here.ran[0][3:] != here.ran[2][3:]
 
-    path, out, run = optuna_file(), tmp_path / "out", trials.run
 
-    def fails(experiment, *rest, **more):
-        if experiment.name.startswith("002"):
+@pytest.mark.parametrize("sampler", ["nsga2", "random"])
+def test_other_samplers(optuna_file, tmp_path: Path, here, sampler: str) -> None:
+    path = optuna_file(sampler=sampler, against="bytes/total", startup=10, trials=4)
+    assert len(run_sweep(path, out=tmp_path / "out").table.rows) == 4
+
+
+@pytest.mark.parametrize("against", [None, "bytes/up"])
+def test_an_interrupted_search_repeats_no_finished_trial(
+    optuna_file, tmp_path: Path, here, monkeypatch, against
+) -> None:
+    """Interrupted in its first and in its fourth trial: the open points come first, then new ones, `trials` in all."""
+    run, path = process.run_rounds, optuna_file(SPACES | {"seed": {"grid": [0, 1]}}, trials=4, batch=2, against=against)
+    for done in (0, 3):
+        out, started = tmp_path / str(done), []
+
+        def interrupted(experiment, *rest, started=started, done=done):
+            started.append(experiment.name)
+            if len(started) > done:
+                raise KeyboardInterrupt
+            return run(experiment, *rest)
+
+        monkeypatch.setattr(process, "run_rounds", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(path, out=out)
+        monkeypatch.setattr(process, "run_rounds", run)
+        known = [name for point in decisions(out) for name in point["trials"]]
+        assert started == known[: done + 1]
+        before = {name: files(out / "trials" / name) for name in started[:done]}
+        here.ran.clear()
+        result = run_sweep(path, out=out, resume=True)
+        (ran,) = here.ran
+        assert ran[: len(known) - done] == known[done:]
+        assert len(ran) == 8 - done
+        assert before == {name: files(out / "trials" / name) for name in started[:done]}
+        assert all(point["values"] for point in decisions(out)[:-1])
+        assert not result.failed
+
+
+def test_optuna_knows_the_values_of_earlier_points(optuna_file, tmp_path: Path, here) -> None:
+    path, out = optuna_file(SPACES, {"a": {}, "b": {"lora.alpha": 1.0}}), tmp_path / "out"
+    run_sweep(path, ["sweep.search.trials=5"], out=out)
+    settings, sweep = load_sweep(path)
+    points = OptunaPoints(settings, sweep, out)
+    assert not points.complete()
+    points.tuner()
+    study = points.optuna._ot_study
+    assert study is not None
+    assert [trial.values for trial in study.trials] == [[point["values"]["eval/gap"]] for point in decisions(out)[:5]]
+    assert [trial.params for trial in study.trials] == [point["params"] for point in decisions(out)[:5]]
+    run_sweep(path, out=out, resume=True)
+    assert [len(stage) for stage in here.ran] == [5, 2]
+
+
+def test_a_failed_trial_runs_again(optuna_file, tmp_path: Path, here, monkeypatch) -> None:
+    path, out, run = optuna_file(), tmp_path / "out", process.run_rounds
+    run_sweep(path, ["sweep.search.trials=2"], out=tmp_path / "first")
+    wrong = here.ran.pop()[1]
+
+    def fails(experiment, *rest):
+        if experiment.name == wrong:
             raise MemoryError("out of memory")
-        return run(experiment, *rest, **more)
+        return run(experiment, *rest)
 
-    monkeypatch.setattr(trials, "run", fails)
+    monkeypatch.setattr(process, "run_rounds", fails)
     result = run_sweep(path, out=out)
-    assert [line["trial"][:3] for line in result.failed] == ["002"]
-    *points, _ = decisions(out)
-    assert [point["point"] for point in points if point["values"] is None] == [2]
-    ran = here.ran[:]
-    here.ran.clear()
-
-    def watched(*arguments, **more):
-        assert len((out / "sweep.jsonl").read_text().splitlines()) == 7  # no row is missing meanwhile
-        return run(*arguments, **more)
-
-    monkeypatch.setattr(trials, "run", watched)
+    assert [line["trial"] for line in result.failed] == [wrong]
+    assert [point["point"] for point in decisions(out)[:-1] if point["values"] is None] == [2]
+    monkeypatch.setattr(process, "run_rounds", run)
     result = run_sweep(path, out=out, resume=True)
-    assert here.ran == [[ran[0][1]]]
+    assert here.ran[1:] == [[wrong]]
     assert not result.failed
-    assert decisions(out)[:-1] == points  # recorded values stay
-    assert result.table.rows[1][-2] == "1/1"  # and the table has the new result
-    # With the value of point 2, Optuna would have suggested other points.
-    assert run_sweep(path, out=tmp_path / "other").rows[3]["trial"] != result.rows[3]["trial"]
-
-
-def test_more_points_of_the_same_search(optuna_file, tmp_path: Path, here) -> None:
-    path, out = optuna_file(), tmp_path / "out"
-    run_sweep(path, ["sweep.search.trials=4"], out=out)
-    run_sweep(path, ["sweep.search.trials=7"], out=out, resume=True)
-    assert [len(stage) for stage in here.ran] == [3, 1, 2, 1]
-    run_sweep(path, out=tmp_path / "whole")
-    assert decisions(out) == decisions(tmp_path / "whole")
+    assert all(point["values"] for point in decisions(out)[:-1])
+    assert result.table.rows[1][-2] == "1/1"
 
 
 def test_seeds_cases_and_bytes(optuna_file, tmp_path: Path, here) -> None:
@@ -120,32 +165,38 @@ def test_seeds_cases_and_bytes(optuna_file, tmp_path: Path, here) -> None:
     }  # fmt: skip
     assert last["front"] == [n for n in metrics if n not in beaten]
     assert [row[0] for row in result.table.rows if "front" in row[-1]] == [f"{n:03d}" for n in last["front"]]
-    assert {"case", "bytes/up"} < set(result.table.columns)
+    assert {"point", "case"} < set(result.table.columns)
+    assert all("bytes/up" in row[-1] for row in result.table.rows)
 
 
 def test_no_point_runs_twice(optuna_file, tmp_path: Path, here) -> None:
     path = optuna_file({"lora.rank": {"choice": [1, 2]}})
     result = run_sweep(path, out=tmp_path / "out")
-    ran = [name for stage in here.ran for name in stage]
-    assert sorted(name.partition(",")[2] for name in ran) == ["rank=1", "rank=2"]
+    assert [sorted(stage) for stage in here.ran] == [["rank=1", "rank=2"]]
     assert len(result.rows) == len(result.table.rows) == 2
     *points, _ = decisions(tmp_path / "out")
     assert len(points) == 7
+    metric = {row["trial"]: row["metric"] for row in result.rows}
     for point in points:
-        first = points[point.get("same_as", point["point"]) - 1]
-        assert (point["settings"], point["values"]) == (first["settings"], first["values"])
-        assert bool(point["trials"]) == ("same_as" not in point)
+        (name,) = point["trials"]
+        assert point["values"] == {"eval/gap": metric[name]}
     run_sweep(path, out=tmp_path / "out", resume=True)
     assert decisions(tmp_path / "out")[:-1] == points
 
 
 def test_a_directory_of_other_points_is_refused(optuna_file, tmp_path: Path, here) -> None:
-    path, out = optuna_file(), tmp_path / "out"
+    path, out = optuna_file(trials=2), tmp_path / "out"
     run_sweep(path, out=out)
-    with pytest.raises(UserError, match=r"^--resume: .*search.jsonl has client.lr=.* as point 1, but the resumed"):
-        run_sweep(path, ["sweep.parameters.client.lr={loguniform: [0.001, 0.2]}"], out=out, resume=True)
-    with pytest.raises(UserError, match=r"^--resume: .*search.jsonl has values of eval/gap, but .*gap and bytes"):
-        run_sweep(path, ["sweep.search.against=bytes/up"], out=out, resume=True)
+    with pytest.raises(
+        UserError, match=r"^--resume: .*search.jsonl has values of client.lr, lora.rank, but the resumed"
+    ):
+        run_sweep(path, ["sweep.parameters.lora.rank=null"], out=out, resume=True)
+    with pytest.raises(
+        UserError, match=r"^--resume: .*search.jsonl has client.lr=.*rank=.* as point 1, but the resumed"
+    ):
+        run_sweep(path, ["sweep.parameters.lora.rank={choice: [4, 3]}"], out=out, resume=True)
+    with pytest.raises(UserError, match=r"^--resume: .*rank=.* was made with other settings"):
+        run_sweep(path, ["client.steps=3"], out=out, resume=True)
     (out / "search.jsonl").write_text("{")
     with pytest.raises(UserError, match=r"^--resume: .*search.jsonl is damaged"):
         run_sweep(path, out=out, resume=True)
@@ -154,9 +205,8 @@ def test_a_directory_of_other_points_is_refused(optuna_file, tmp_path: Path, her
 def test_the_search_in_configs_is_valid(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("rayfed.sweeps.optuna_search.check_trials", lambda *_: {})  # without data and model
     path = Path(__file__).parents[2] / "configs" / "sweeps" / "optuna_accuracy_bytes.yaml"
-    search = OptunaSearch(*load_sweep(path), tmp_path)
+    search = OptunaPoints(*load_sweep(path), tmp_path)
     assert len(search.checked) == 3 * 2**3  # every rank at both ends of the three ranges
-    assert [trial.name[:3] for trial in search.state().pending] == ["001", "002", "003", "004"]
 
 
 def test_a_refused_point_counts_as_failed(sweep_file, tmp_path: Path, here, monkeypatch) -> None:

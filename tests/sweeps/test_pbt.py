@@ -1,107 +1,165 @@
-"""Which members copy which, worked out by hand, and how settings change."""
+"""Population Based Training: what Tune gets, what a member's directory says, and a population on Ray Tune itself."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from sweep_files import decisions, files, statuses
 
+import rayfed
 from rayfed.config.search import PbtSettings
-from rayfed.sweeps.pbt import Member, explore, first_generation, next_generation
+from rayfed.config.sweep import Sweep, load_sweep
+from rayfed.errors import UserError
+from rayfed.sweeps.pbt import Population
+from rayfed.sweeps.schedulers import Generations, _within
 from rayfed.sweeps.space import draw
+from rayfed.sweeps.sweep import run_sweep
+from rayfed.tracking import read_metrics
 
-SPACES = {"client.lr": {"loguniform": [1e-3, 1e-1]}, "client.steps": {"choice": [1, 2, 4, 8]}}
-
-
-def rule(**more) -> PbtSettings:
-    return PbtSettings(**({"kind": "pbt", "population": 8, "rounds": 2} | more))
-
-
-def test_the_first_generation_has_the_draws_of_a_random_sweep() -> None:
-    members = first_generation(rule(), SPACES, 3)
-    assert [member.name for member in members] == [f"g01-m0{n}" for n in range(1, 9)]
-    for i, member in enumerate(members):
-        assert member.settings == {key: draw(space, key, 3, i) for key, space in SPACES.items()}
-        assert member.lineage == [member]
+SEARCH = {"kind": "pbt", "population": 4, "rounds": 2}
+SPACES = {"client.lr": {"loguniform": [1e-3, 2e-1]}}
+SERVER = {"rounds": 6, "cohort": 2}
 
 
-@pytest.mark.parametrize(("mode", "sign"), [("max", 1), ("min", -1)])
-def test_the_worst_quarter_copies_the_best(mode: str, sign: int) -> None:
-    members = first_generation(rule(), SPACES, 0)
-    values = [sign * value for value in (0.5, 0.9, 0.1, 0.6, 0.4, 0.8, 0.3, 0.7)]
-    parents: Counter[int] = Counter()
-    for seed in range(20):
-        after = next_generation(members, values, rule(), SPACES, mode, seed)
-        assert [member.name for member in after] == [f"g02-m0{n}" for n in range(1, 9)]
-        for member, before in zip(after, members, strict=True):
-            if member.number in (3, 7):  # 0.1 and 0.3
-                assert member.parent is not None
-                parents[member.parent.number] += 1
-                expected = explore(member.parent.settings, rule(), SPACES, seed, 2, member.number)
-                assert member.settings == expected
-                assert member.lineage == [member.parent, member]
-            else:
-                assert member.parent is before
-                assert member.settings == before.settings
-        assert next_generation(members, values, rule(), SPACES, mode, seed) == after
-    assert set(parents) == {2, 6}  # 0.9 and 0.8, either of them
-    assert min(parents.values()) > 8  # of 40 draws
+@pytest.fixture
+def pbt_file(sweep_file) -> Callable[..., Path]:
+    def write(spaces: Any = SPACES, server: Any = SERVER, **more: Any) -> Path:
+        return sweep_file({"search": SEARCH | more, "parameters": spaces}, server=server)
+
+    return write
 
 
-def sources(values: list[float | None], **more) -> list[int]:
-    """For each member, the number of the member that it continues."""
-    members = first_generation(rule(population=len(values), **more), SPACES, 0)
-    after = next_generation(members, values, rule(population=len(values), **more), SPACES, "max", 0)
-    return [member.parent.number for member in after if member.parent is not None]
-
-
-def test_how_many_copy() -> None:
-    assert sources([0.1, 0.2, 0.3, 0.4], quantile=0.0) == [1, 2, 3, 4]
-    assert sources([0.1, 0.2, 0.3, 0.4], quantile=0.01) == [4, 2, 3, 4]  # rounded up
-    assert sources([0.1, 0.2, 0.3], quantile=0.5) == [3, 2, 3]  # never more than half
-    assert sources([0.5, 0.5, 0.5, 0.5], quantile=0.25) == [1, 2, 3, 1]  # of equals the first is better
-
-
-def test_a_member_without_a_metric_always_copies() -> None:
-    assert sources([None, 0.2, 0.3, 0.4], quantile=0.0) == [4, 2, 3, 4]
-    assert sources([None, 0.2, 0.3, 0.4], quantile=0.25) == [4, 2, 3, 4]
-    assert sources([None, None, None, 0.4], quantile=0.25) == [4, 4, 4, 4]
-    with pytest.raises(ValueError, match="no member has a metric"):
-        sources([None, None])
-
-
-def many(settings: dict, **more) -> list[dict]:
-    return [explore(settings, rule(**more), SPACES, 0, generation, 1) for generation in range(2, 202)]
-
-
-def test_numbers_are_multiplied_and_choices_move() -> None:
-    found = many({"client.lr": 0.01, "client.steps": 2}, resample=0.0)
-    assert Counter(own["client.lr"] for own in found).keys() == {0.008, 0.012}
-    assert Counter(own["client.steps"] for own in found).keys() == {1, 4}
-    assert 60 < sum(own["client.lr"] == 0.008 for own in found) < 140
-    found = many({"client.lr": 0.01, "client.steps": 2}, resample=0.0, factors=(0.5, 3))
-    assert {own["client.lr"] for own in found} == {0.005, 0.03}
+def test_the_first_settings_are_the_draws_of_a_random_sweep(pbt_file, tmp_path: Path) -> None:
+    members = Population(*load_sweep(pbt_file(), ["seed=3", "checkpoint.every=3"]), tmp_path).trials
+    assert [*members] == ["m01", "m02", "m03", "m04"]
+    for i, member in enumerate(members.values()):
+        assert member.overrides == {"client.lr": draw(SPACES["client.lr"], "client.lr", 3, i)}
+        assert member.experiment.checkpoint.every == 1  # so that every generation ends with a checkpoint
+        assert member.experiment.client.schedule.kind == "constant"
 
 
 def test_numbers_stay_within_their_range() -> None:
-    found = many({"client.lr": 0.09, "client.steps": 8}, resample=0.0)
-    assert {own["client.lr"] for own in found} == {0.072, 0.1}
-    assert {own["client.steps"] for own in found} == {4}  # the only neighbour
+    spaces = {"client.lr": {"loguniform": [1e-3, 1e-1]}, "client.steps": {"choice": [1, 2]}}
+    assert _within(spaces, {"name": "m01", "client.lr": 0.12, "client.steps": 2})["client.lr"] == 0.1
+    assert _within(spaces, {"client.lr": 8e-4, "client.steps": 2}) == {"client.lr": 0.001, "client.steps": 2}
+    assert _within(spaces, {"client.lr": 0.0123456789, "client.steps": 2})["client.lr"] == 0.0123457
 
 
-def test_some_settings_are_new_draws() -> None:
-    found = many({"client.lr": 0.01, "client.steps": 2})
-    anew = [own["client.lr"] for own in found if own["client.lr"] not in (0.008, 0.012)]
-    assert 30 < len(anew) < 75  # a quarter of 200
-    assert len(set(anew)) == len(anew)
-    assert all(1e-3 <= rate <= 1e-1 for rate in anew)
-    assert min(anew) < 3e-3  # over the whole range
-    assert max(anew) > 3e-2
-    assert {own["client.steps"] for own in many({"client.lr": 0.01, "client.steps": 2}, resample=1.0)} == {1, 2, 4, 8}
+class Trial(SimpleNamespace):
+    """A trial of Tune; equal to itself alone."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
 
-def test_a_lineage_goes_back_to_the_first_generation() -> None:
-    first = Member(1, 4, {})
-    second = Member(2, 1, {}, first)
-    third = Member(3, 1, {}, second)
-    assert [member.name for member in third.lineage] == ["g01-m04", "g02-m01", "g03-m01"]
+class Controller:
+    """What the scheduler sees of Tune: trials, of which some are paused."""
+
+    def __init__(self, count: int, done: int = 0) -> None:
+        rule = PbtSettings(kind="pbt", population=count, rounds=2)
+        sweep = Sweep(parameters=SPACES, metric="eval/gap", mode="min", search=rule)
+        self.scheduler = Generations(rule, sweep, 6, done)
+        self.search_alg = None
+        kept = SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None))
+        self.trials = [
+            Trial(
+                config={"client.lr": 0.01}, evaluated_params={}, status="RUNNING", experiment_tag=str(i),
+                run_metadata=SimpleNamespace(checkpoint_manager=kept), is_finished=lambda: False,
+            )
+            for i in range(count)
+        ]  # fmt: skip
+        self.copied: list[list[int]] = []
+        self.scheduler._checkpoint_or_exploit = self.decide  # type: ignore[method-assign]
+        for trial in self.trials:
+            self.scheduler.on_trial_add(self, trial)
+
+    def get_trials(self) -> list[Any]:
+        return self.trials
+
+    get_live_trials = get_trials
+
+    def decide(self, trial: Any, controller: Any, best: list[Any], worst: list[Any]) -> None:
+        if trial in worst:
+            self.copied.append([self.trials.index(trial), *map(self.trials.index, best)])
+
+    def report(self, member: int, round: int, **metrics: float) -> str:
+        trial = self.trials[member]
+        decision = self.scheduler.on_trial_result(self, trial, {"round": round} | metrics)
+        if decision == "PAUSE":
+            trial.status = "PAUSED"
+        return decision
+
+
+def gap(value: float) -> dict[str, float]:
+    return {"eval/gap": value}
+
+
+def test_members_wait_for_each_other() -> None:
+    tune = Controller(3)
+    assert tune.report(0, 1, **gap(0.5)) == "CONTINUE"
+    assert tune.report(0, 2, **gap(0.5)) == "PAUSE"
+    assert tune.report(1, 2, **gap(0.9)) == "PAUSE"
+    assert tune.copied == []
+    assert tune.report(2, 2, **gap(0.1)) == "PAUSE"
+    assert tune.copied == [[1, 2]]  # the worst copies the best
+    assert [tune.report(member, 6, **gap(0.1)) for member in range(3)] == ["CONTINUE"] * 3  # after the last, nothing
+
+
+def test_a_member_that_fails_keeps_nobody_waiting() -> None:
+    tune = Controller(3)
+    tune.report(0, 2, **gap(0.5))
+    tune.report(1, 2, **gap(0.9))
+    assert tune.report(2, 1, failed=1.0) == "CONTINUE"
+    tune.scheduler.on_trial_complete(tune, tune.trials[2], {})
+    assert tune.copied == [[1, 0]]
+
+
+def test_a_resumed_population_goes_on_at_the_generation_that_all_have_reached() -> None:
+    tune = Controller(2, done=2)
+    assert tune.report(0, 2, **gap(0.5)) == "CONTINUE"  # told again; compared before
+    assert tune.report(0, 4, **gap(0.5)) == "PAUSE"
+
+
+def test_what_a_population_is_refused_for(tiny, tmp_path: Path) -> None:
+    config = tiny("eval.every=2", "server.rounds=6").model_dump(mode="json", exclude_unset=True)
+    search = {"kind": "pbt", "rounds": 3}
+    with pytest.raises(UserError, match=r"^eval.every: got 2, but it should divide sweep.search.rounds=3: members are"):
+        Population(config, Sweep(parameters=SPACES, search=search), tmp_path)
+
+
+def test_a_population_on_ray_tune(ray_cluster, pbt_file, tmp_path: Path) -> None:
+    """A member that copies nobody has the bits of a run of its own; what others copied is in their directories."""
+    path, out = pbt_file(server={"rounds": 4, "cohort": 2}), tmp_path / "out"
+    result = run_sweep(path, ["sweep.concurrency=2"], out=out)
+    assert statuses(out) == dict.fromkeys(("m01", "m02", "m03", "m04"), "done")
+    *members, end = decisions(out)
+    assert end["best"] == min(members, key=lambda line: line["metric"])["trial"]
+    copies = [line for line in members if len(line["schedule"]) == 2]
+    assert len(copies) == 1
+    for line in members:
+        rounds = read_metrics(out / "trials" / line["trial"] / "metrics.jsonl")
+        assert [own["round"] for own in rounds] == [1, 2, 3, 4]
+        first, *later = line["schedule"]
+        if later:
+            source = read_metrics(out / "trials" / first["trial"] / "metrics.jsonl")
+            assert [own["state/digest"] for own in rounds[:2]] == [own["state/digest"] for own in source[:2]]
+            assert (first["rounds"], later[0]["rounds"], later[0]["trial"]) == ([1, 2], [3, 4], line["trial"])
+            assert first["client.lr"] != later[0]["client.lr"]
+        else:
+            config = rayfed.load_config(out / "trials" / line["trial"] / "config.yaml")
+            assert config.client.lr == first["client.lr"]
+            alone = rayfed.run(config, tmp_path / line["trial"])
+            assert [own["state/digest"] for own in rounds] == [own["state/digest"] for own in alone.metrics]
+    assert [row[0] for row in result.table.rows if row[-1] == "best"] == [end["best"]]
+
+    before = files(out / "trials")
+    again = run_sweep(out / "sweep.yaml", out=out, resume=True)
+    assert (again.rows, again.table) == (result.rows, result.table)
+    assert files(out / "trials") == before
+    with pytest.raises(UserError, match=r"^--resume: .*m01 was made with other settings"):
+        run_sweep(path, ["server.cohort=3"], out=out, resume=True)
+    assert not (out / "tune").exists()

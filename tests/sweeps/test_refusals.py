@@ -18,7 +18,7 @@ DRAWN = {"client.lr": {"loguniform": [0.1, 0.2]}}
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> Callable[..., str]:
-    for module in ("ray", "rayfed.engine.driver", "rayfed.engine.ray_executor", "rayfed.sweeps.on_tune"):
+    for module in ("rayfed.engine.ray_executor", "rayfed.sweeps.on_tune"):
         monkeypatch.setitem(sys.modules, module, None)
 
     def refused(*arguments: str | Path) -> str:

@@ -1,0 +1,84 @@
+"""A sweep on the console: its running trials, in a table that stays in place on a terminal, and every trial's end."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rayfed.sweeps.plan import Trial
+from rayfed.sweeps.table import STOPPED, TrialRow, format_mb, format_mean
+from rayfed.tracking import Table
+from rayfed.tracking.console import RECENT, PlainView
+from rayfed.tracking.format import clock
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+EVERY_S = 30.0
+"""Seconds between two reports on the running trials, where these are lines."""
+
+
+class Progress:
+    """Lines go to ``view``. ``metric`` is the key that is shown. ``live``: the table on a terminal."""
+
+    def __init__(self, view: PlainView, metric: str, live: Live | None = None) -> None:
+        self.view, self.metric, self.live = view, metric, live
+        self._running: dict[str, dict[str, Any]] = {}  # the last record of each running trial, and its seconds
+        self._shown = 0.0
+
+    def note(self, text: str) -> None:
+        """Shows the text."""
+        self.view.note(text)
+
+    def start(self, trial: Trial) -> None:
+        """The trial's process begins its work, or goes on after a pause."""
+        new = {"round": 0, "rounds": trial.experiment.server.rounds, "seconds": deque(maxlen=RECENT)}
+        self._running.setdefault(trial.name, new)
+
+    def round(self, name: str, record: Mapping[str, Any]) -> None:
+        """The trial has finished a round."""
+        if name in self._running and "round" in record:
+            self._running[name] |= {key: record[key] for key in ("round", "bytes/total", self.metric) if key in record}
+            self._running[name]["seconds"].append(record["time/round_s"])
+
+    def end(self, row: TrialRow, ended: int, trials: int) -> None:
+        """The trial of this row has ended, as so many of all ``trials``."""
+        self._running.pop(row["trial"], None)
+        metric, size = format_mean(row.get("metric"), None, self.metric), format_mb(row.get("bytes") or 0, 2)
+        result = row["error"] or f"{self.metric} {metric}, {size} MB, {row.get('seconds') or 0:.1f} s"
+        if row["status"] == STOPPED:
+            metric = format_mean(row["stopped"]["metric"], None, self.metric)
+            result = f"after round {row['stopped']['round']} ({self.metric} {metric})"
+        self.note(f"[{ended}/{trials}] {row['status']} {row['trial']}: {result}")
+
+    def show(self, ended: int, trials: int) -> None:
+        """Shows the running trials, where these are lines not more often than every `EVERY_S`."""
+        if self.live is not None:
+            from rayfed.tracking.progress import rich_table
+
+            table = self.table(ended, trials)
+            self.live.update(rich_table(table, self.live.console.width), refresh=True)
+        elif self._running and time.monotonic() - self._shown >= EVERY_S:
+            self._shown = time.monotonic()
+            table = self.table(ended, trials)
+            self.note(table.title)
+            for name, place, metric, size, eta in table.rows:
+                self.note(f"  {name}: round {place}, {self.metric} {metric}, {size} MB, eta {eta}")
+
+    def table(self, ended: int, trials: int) -> Table:
+        """One row a running trial."""
+        rows = [
+            (
+                name,
+                f"{last['round']}/{last['rounds']}",
+                format_mean(last.get(self.metric), None, self.metric),
+                format_mb(last.get("bytes/total"), 2),
+                clock(statistics.median(own) * (last["rounds"] - last["round"])) if (own := last["seconds"]) else "-",
+            )
+            for name, last in self._running.items()
+        ]
+        title = f"{ended} of {trials} trials have ended"
+        return Table(title, ("running", "round", self.metric, "MB", "eta"), tuple(rows))

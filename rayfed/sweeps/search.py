@@ -1,0 +1,219 @@
+"""What a sweep runs: the base class of lists of trials and of searches.
+
+A search gives Ray Tune a search algorithm or a scheduler. It knows the trials so far, by the files in the sweep's
+directory. So a resumed sweep repeats no finished trial. What a search decides next may depend on the order in which
+trials ended.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rayfed.config.sweep import Sweep
+from rayfed.errors import UserError
+from rayfed.files import atomic_write
+from rayfed.sweeps.plan import Trial, make_trials, plan_trials
+from rayfed.sweeps.progress import Progress
+from rayfed.sweeps.space import Point
+from rayfed.sweeps.table import (
+    NOT_SELECTED,
+    UNFINISHED,
+    TrialRow,
+    make_table,
+    selected_trials,
+    selection_trials,
+    trial_row,
+)
+from rayfed.sweeps.trial import outcome_file
+from rayfed.tasks.data.federation import Federation
+from rayfed.tracking import Table
+from rayfed.tracking.console import PlainView
+from rayfed.tracking.jsonl import to_line
+
+SEARCH_FILE = "search.jsonl"
+
+
+class Search(ABC):
+    """The trials of the sweep in the directory ``out``. ``settings``: what all trials share.
+
+    A derived class checks its settings in `__init__` (UserError before anything starts). There it sets ``checked``:
+    trials that ask Ray for as much as any later trial, and ``federations``: the data of the trials, by `Trial.data`.
+    """
+
+    pauses = False
+    """Whether Tune pauses trials, or copies them: then it needs their checkpoints."""
+
+    def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
+        self.settings, self.sweep, self.out = settings, sweep, out
+        self.sign = 1 if sweep.mode == "max" else -1
+        self.checked: list[Trial] = []
+        self.federations: dict[str, Federation] = {}
+        self.trials: dict[str, Trial] = {}
+        """The trials so far, by name, in order."""
+        self.rows: dict[str, TrialRow] = {}
+        """Their rows of sweep.jsonl, by name."""
+        self.on_trial_end: Callable[[Trial], object] = lambda trial: None
+        """Called with every trial that has ended, after its outcome and its row are written."""
+        self.progress = Progress(PlainView(io.StringIO()), sweep.metric)
+
+    @abstractmethod
+    def tuner(self) -> dict[str, Any]:
+        """The arguments of `tune.TuneConfig`, and `param_space`, with which Tune runs all trials that are missing."""
+
+    @abstractmethod
+    def table(self) -> Table:
+        """The table of the sweep."""
+
+    def lines(self) -> Sequence[Mapping[str, Any]]:
+        """The lines of search.jsonl; none: there is no such file."""
+        return ()
+
+    def complete(self) -> bool:
+        """Whether all trials have ended, and no further one follows."""
+        return not self.missing(self.trials.values())
+
+    def run(self) -> None:
+        """Runs the missing trials on Ray Tune. Without any, Ray is not even imported."""
+        self.write()
+        if not self.complete():
+            from rayfed.sweeps.on_tune import run_on_tune
+
+            run_on_tune(self)
+            self.write()
+
+    def trial(self, name: str) -> Trial:
+        """The trial of that name, with its settings as they are now."""
+        return self.trials[name]
+
+    def add(self, trial: Trial) -> Trial:
+        """Adds the trial, or its new settings, and reads its row. UserError if it was made with other settings."""
+        self.rows[trial.name] = trial_row(self.out, trial, self.sweep)
+        self.trials[trial.name] = trial
+        return trial
+
+    def trial_at(self, name: str, overrides: Mapping[str, Any], labels: Mapping[str, Any] | None = None) -> Trial:
+        """The trial of that name, added if it is new. UserError where its settings are wrong."""
+        if name not in self.trials:
+            point = Point(overrides, overrides if labels is None else labels)
+            self.add(*make_trials(self.settings, [point], [name]))
+        return self.trials[name]
+
+    def missing(self, trials: Iterable[Trial]) -> list[Trial]:
+        """The trials that have not ended, and those that failed."""
+        return [trial for trial in trials if self.rows[trial.name]["status"] in (UNFINISHED, "failed")]
+
+    def forget_failures(self) -> None:
+        """Removes the outcomes of failed trials, which then run again."""
+        for trial in self.missing(self.trials.values()):
+            outcome_file(self.out, trial).unlink(missing_ok=True)
+
+    def trial_ended(self, name: str) -> None:
+        """Writes the row of the trial, whose outcome is recorded, and shows it."""
+        trial = self.add(self.trial(name))
+        self.write()
+        self.progress.end(self.rows[name], self.ended, len(self.rows))
+        self.on_trial_end(trial)
+
+    @property
+    def ended(self) -> int:
+        """How many trials have ended."""
+        return sum(row["status"] != UNFINISHED for row in self.rows.values())
+
+    def write(self) -> Table:
+        """Writes sweep.jsonl, search.jsonl and table.txt. Returns the table."""
+        atomic_write(self.out / "sweep.jsonl", "".join(f"{to_line(row)}\n" for row in self.rows.values()))
+        if lines := self.lines():
+            atomic_write(self.out / SEARCH_FILE, "".join(f"{to_line(line)}\n" for line in lines))
+        table, page = self.table(), io.StringIO()
+        PlainView(page).table(table)
+        atomic_write(self.out / "table.txt", page.getvalue().lstrip("\n"))
+        return table
+
+    def refuse_resume(self, recorded: str, now: str) -> NoReturn:
+        """UserError: search.jsonl does not belong to the settings with which the sweep is resumed."""
+        raise UserError(
+            f"--resume: {self.out / SEARCH_FILE} has {recorded}, but the resumed sweep {now}; resume with the sweep's "
+            "own sweep.yaml or choose another --out"
+        )
+
+
+class TrialList(Search):
+    """A sweep without a search: every point of the spaces is a trial, and all are known before the first one starts.
+
+    With `tune_seeds`, the trials of the first seeds run first. Of the others only those with the chosen values run.
+    """
+
+    def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
+        super().__init__(settings, sweep, out)
+        self.checked, self.federations = plan_trials(settings, sweep)
+        for trial in self.checked:
+            self.add(trial)
+        self.now: Sequence[Trial] = selection_trials(self.checked, sweep)
+        """The trials that Tune gets."""
+        self.stop = sweep.stop
+
+    def run(self) -> None:
+        later = len(self.checked) - len(self.now)
+        wait = f"; {later} wait for the selection" if later else ""
+        self.progress.note(f"sweep {self.out}: {len(self.now)} trials, {len(self.missing(self.now))} to run{wait}")
+        super().run()
+        if later:
+            self.now = selected_trials(self.checked, self.rows, self.sweep)
+            for name in self.rows.keys() - {trial.name for trial in self.now}:
+                if self.rows[name]["status"] == UNFINISHED:
+                    self.rows[name]["status"] = NOT_SELECTED
+            # Not with `stop`: a mean over only those seeds that were not stopped would be too good.
+            self.stop = None
+            missing = len(self.missing(self.now))
+            self.progress.note(f"selected: {len(self.now)} trials of {len(self.checked)}, {missing} to run")
+            super().run()
+
+    def complete(self) -> bool:
+        return not self.missing(self.now)
+
+    def tuner(self) -> dict[str, Any]:
+        from rayfed.sweeps.schedulers import ListedTrials, asha
+
+        # A scheduler compares the missing trials with those that have ended: Tune gets these, too.
+        trials = self.now if self.stop else self.missing(self.now)
+        rounds = max(trial.experiment.server.rounds for trial in trials)
+        scheduler = asha(self.stop, self.sweep, rounds) if self.stop else None
+        return {"search_alg": ListedTrials(trials), "scheduler": scheduler}
+
+    def table(self) -> Table:
+        return make_table(self.checked, self.rows, self.sweep)
+
+
+def read_search(out: Path) -> list[dict[str, Any]]:
+    """The lines of the directory's search.jsonl; none if there is no such file. UserError if it is damaged."""
+    path = out / SEARCH_FILE
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line is no mapping")
+    except ValueError as error:
+        raise UserError(f"--resume: {path} is damaged ({error}); choose another --out") from None
+    return lines
+
+
+def build_search(settings: dict[str, Any], sweep: Sweep, out: Path) -> Search:
+    """The trials or the search that the section describes. UserError, before anything starts, where it is wrong."""
+    kind = sweep.search.kind if sweep.search else None
+    if kind == "flasc":
+        from rayfed.sweeps.flasc_sweep import FlascProbes
+
+        return FlascProbes(settings, sweep, out)
+    if kind == "optuna":
+        from rayfed.sweeps.optuna_search import OptunaPoints
+
+        return OptunaPoints(settings, sweep, out)
+    if kind == "pbt":
+        from rayfed.sweeps.pbt import Population
+
+        return Population(settings, sweep, out)
+    return TrialList(settings, sweep, out)

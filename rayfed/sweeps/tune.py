@@ -1,0 +1,192 @@
+"""Ray Tune over experiments: `rayfed.tune.trainable` and `rayfed.tune.tuner`.
+
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    tuner = rayfed.tune.tuner(
+        experiment,
+        {"wire.up.density": tune.loguniform(1 / 64, 1), "lora.rank": tune.choice([2, 4, 8, 16])},
+        tune_config=tune.TuneConfig(
+            metric="eval/accuracy", mode="max", num_samples=20,
+            scheduler=ASHAScheduler(time_attr="round", max_t=experiment.server.rounds, grace_period=3),
+        ),
+    )
+    results = tuner.fit()  # a ResultGrid; the path of a result is a run directory
+
+A trial is a run. Its config has dotted settings, which take the place of the experiment's. Tune gets every round's
+record under the keys of metrics.jsonl, and a checkpoint every `checkpoint.every` rounds. So any scheduler and any
+searcher of Tune works. `tune.Tuner.restore(path, rayfed.tune.trainable(experiment))` continues what was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from pyarrow.fs import LocalFileSystem
+from ray import tune
+from ray.tune.search.sample import Categorical, Float, Function, Integer
+
+from rayfed.api import build_components
+from rayfed.api.plans import Settings, read_settings
+from rayfed.config import Experiment
+from rayfed.config.marks import live
+from rayfed.config.types import MOST_TRIALS
+from rayfed.errors import UserError
+from rayfed.sweeps.flasc_search import FlascSearch
+from rayfed.sweeps.plan import Refusals, Trial, check_data, make_trials, trial_experiment
+from rayfed.sweeps.process import load_federation, report, run_folder, run_rounds
+from rayfed.sweeps.resources import join_ray, placement_group
+from rayfed.sweeps.space import Point
+from rayfed.sweeps.warm_start import START_FROM
+from rayfed.tasks.data.federation import Federation
+
+Config = dict[str, Any]
+"""Tune's config of a trial: dotted settings and their values."""
+ENVIRONMENT = {  # of Ray Tune, unless the user has set the variable
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in the settings start from the same folder as in `rayfed run`
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # not every round is evaluated
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "15",  # a run that is stopped may still have to write its checkpoint
+}
+NAME = "name"  # in a trial's config: the name of its run, in place of the one that Tune made
+COUNTED = ("bytes/", "params/", "time/", "clients/", "method/", "diagnostics/")
+CHECKPOINTS = 4  # checkpoints of a trial that Tune keeps at least: other trials may need an earlier one than the newest
+
+
+def overrides(config: Config) -> dict[str, Any]:
+    """The settings of the trial in its config."""
+    return {key: value for key, value in config.items() if key not in (NAME, START_FROM)}
+
+
+def trainable(experiment: Settings) -> Callable[[Config], None]:
+    """A function trainable of Ray Tune: one trial is one run, with the resources that it needs.
+
+    ``experiment``: an `Experiment`, the path of a YAML file, or a mapping of sections. Keys of Tune's config are dotted
+    settings. The run directory is the trial's folder in Tune's storage; where the storage is no local path, it is the
+    trial's working directory. The run has the trial's name and, in W&B, the experiment's name as group. UserError where
+    the settings are wrong.
+    """
+    settings = read_settings(experiment)
+    build_components(settings)
+    return _trainable(settings, {})
+
+
+def tuner(
+    experiment: Settings, param_space: Mapping[str, Any], tune_config: tune.TuneConfig | None = None,
+    run_config: tune.RunConfig | None = None,
+) -> tune.Tuner:  # fmt: skip
+    """A `tune.Tuner` over the experiment. Its `fit` returns Tune's ResultGrid.
+
+    Args:
+        experiment: an `Experiment`, the path of a YAML file, or a mapping of sections.
+        param_space: dotted settings -> a space of Tune (`tune.choice`, `tune.loguniform`, `tune.grid_search`, ...) or a
+            value. May be empty where a searcher has its own space.
+        tune_config, run_config: as in Tune. Processes are used again for further trials (`reuse_actors`). Unless a
+            number is given, Tune keeps the newest 4 checkpoints of a trial, or `checkpoint.keep` if that is more.
+
+    Starts Ray, or joins it as `rayfed.run` does, unless this process uses Ray already. UserError, one line per mistake,
+    before any trial starts: where a setting is unknown, where a value (for a range, one of its ends) is refused in the
+    place of the experiment's, or where the cluster can never hold a trial.
+    """
+    settings = read_settings(experiment)
+    tune_config, run_config = tune_config or tune.TuneConfig(), run_config or tune.RunConfig()
+    trials, federations = _checked(settings, param_space)
+    _check_search(trials[0], tune_config)
+    join_ray(trials, ENVIRONMENT)
+    tune_config = replace(tune_config, reuse_actors=True)
+    if isinstance(tune_config.search_alg, FlascSearch) and tune_config.num_samples == 1:
+        tune_config.num_samples = -1  # the search knows when it has ended
+    kept = run_config.checkpoint_config or tune.CheckpointConfig()
+    if kept.num_to_keep is None:
+        kept = replace(kept, num_to_keep=max(CHECKPOINTS, settings.checkpoint.keep))
+        run_config = replace(run_config, checkpoint_config=kept)
+    # Trials share the data through Ray's object store.
+    data = {key: ray.put(federation) for key, federation in federations.items()}
+    return tune.Tuner(
+        _trainable(settings, data), param_space=dict(param_space), tune_config=tune_config, run_config=run_config
+    )
+
+
+def _trainable(experiment: Experiment, data: Mapping[str, ray.ObjectRef]) -> Callable[[Config], None]:
+    settings, group = experiment.model_dump(mode="json", exclude_unset=True), experiment.name
+
+    def train(config: Config) -> None:
+        context = tune.get_context()
+        trial = trial_experiment(settings, overrides(config), group, context.get_trial_name())
+        storage = context.get_storage()
+        local = isinstance(storage.storage_filesystem, LocalFileSystem)
+        folder = Path(storage.trial_fs_path if local else storage.trial_working_directory)
+        with run_folder(folder, trial, tune.get_checkpoint(), config.get(START_FROM)) as known:
+            for record in run_rounds(trial, folder, load_federation(trial, data), known):
+                report(record, folder)
+
+    def resources(config: Config) -> tune.PlacementGroupFactory:
+        try:
+            own = trial_experiment(settings, overrides(config), group, "trial")
+        except UserError:  # the trial itself will say so
+            own = experiment
+        return placement_group(own)
+
+    train.__name__ = "rayfed"  # the first word of the trials' names
+    return tune.with_resources(train, resources)
+
+
+def _checked(experiment: Experiment, space: Mapping[str, Any]) -> tuple[list[Trial], dict[str, Federation]]:
+    """(trials with every value of the space once, their data by `Trial.data`). UserError where one of them is wrong."""
+    values = {key: own for key, domain in space.items() if key not in (NAME, START_FROM) and (own := _values(domain))}
+    first = {key: own[0] for key, own in values.items()}
+    points = [first, *(first | {key: value} for key, own in values.items() for value in own[1:MOST_TRIALS])]
+    settings = experiment.model_dump(mode="json", exclude_unset=True)
+    trials = make_trials(settings, [Point(own, own) for own in points], ["check"] * len(points))
+    federations: dict[str, Federation] = {}
+    models: set[str] = set()
+    refusals = Refusals()
+    for trial in trials:
+        with refusals.of(trial):
+            check_data(trial, federations, models)
+    refusals.raise_all()
+    return trials, federations
+
+
+def _values(domain: Any) -> list[Any]:
+    """The values of a space of Tune: all choices, both ends of a range, or the value itself; none if unknown."""
+    if isinstance(domain, Categorical):
+        return list(domain.categories)
+    if isinstance(domain, Float):
+        return [domain.lower, domain.upper]
+    if isinstance(domain, Integer):
+        return [domain.lower, domain.upper - 1]
+    if isinstance(domain, Function):
+        return []
+    return list(domain["grid_search"]) if isinstance(domain, dict) and [*domain] == ["grid_search"] else [domain]
+
+
+def _check_search(trial: Trial, tune_config: tune.TuneConfig) -> None:
+    """UserError where the scheduler or the searcher asks for what a run does not do."""
+    search: Any = tune_config.search_alg
+    scheduler = tune_config.scheduler
+    while hasattr(search, "searcher"):  # a limiter or a repeater
+        search = search.searcher
+    mutations = getattr(scheduler, "_hyperparam_mutations", None) or {}
+    for key in mutations:
+        if key not in live():
+            what = f"a run can change only {', '.join(live())}"
+            raise UserError(f"tune_config.scheduler: got mutations of {key}, but {what}")
+    metrics = {own for part in (tune_config, search, scheduler) for own in _metrics(part)}
+    for metric in sorted(metrics):
+        if metric not in trial.metrics and not metric.startswith(COUNTED):
+            what = f"trials of this task can be compared by {', '.join(trial.metrics)} and {', '.join(COUNTED)}..."
+            raise UserError(f"tune_config.metric: got {metric!r}, but {what}")
+    every, reader = trial.experiment.eval.every, scheduler if mutations else search
+    reads = mutations or type(search).__name__ == "OptunaSearch"
+    exact = build_components(trial.experiment).task.exact
+    if reads and every > 1 and not exact and any(own.startswith(("eval/", "test/")) for own in metrics):
+        raise UserError(f"eval.every: got {every}, but {type(reader).__name__} reads the metric of every round: 1")
+
+
+def _metrics(part: Any) -> list[str]:
+    metric = getattr(part, "metric", None) or getattr(part, "_metric", None) or []
+    return [metric] if isinstance(metric, str) else list(metric)

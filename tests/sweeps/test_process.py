@@ -1,0 +1,133 @@
+"""What a trial's process does, without Ray: continue from Tune's checkpoints, and tell every round once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import tune
+from small_runs import lowrank
+
+import rayfed
+from rayfed.config import Experiment, load_config
+from rayfed.errors import UserError
+from rayfed.server.chain import continued_after, verify
+from rayfed.sweeps.process import _snapshot, last_round, load_federation, run_folder, run_rounds
+from rayfed.tracking import read_metrics
+
+
+def settings(*overrides: str) -> Experiment:
+    return lowrank("server.rounds=6", "server.optimizer=adamw", "server.lr=0.01", *overrides)
+
+
+def run(folder: Path, experiment: Experiment, given: Path | None = None, stop: int | None = None) -> list[int]:
+    """The rounds that Tune is told. ``stop``: Tune stops the trial after that round."""
+    checkpoint: Any = tune.Checkpoint.from_directory(str(given)) if given else None
+    told = []
+    with run_folder(folder, experiment, checkpoint) as known:
+        rounds = run_rounds(experiment, folder, load_federation(experiment, {}), known)
+        for record in rounds:
+            told.append(int(str(record["round"])))
+            if record["round"] == stop:
+                rounds.close()
+                break
+    return told
+
+
+def checkpoint_of(folder: Path, at: Path) -> Path:
+    """What Tune stores of the run directory."""
+    with _snapshot(folder) as checkpoint:
+        return Path(shutil.copytree(checkpoint.path, at))
+
+
+def digests(folder: Path) -> list[str]:
+    return [record["state/digest"] for record in read_metrics(folder / "metrics.jsonl")]
+
+
+def verified(folder: Path) -> str:
+    """What `rayfed verify` says of the run directory."""
+    return verify(folder, load_config(folder / "config.yaml").digest(), continued_after(folder))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The digests of the unbroken run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    rayfed.run(settings(), folder)
+    return digests(folder)
+
+
+def test_the_last_record_comes_after_the_end_of_the_run(tmp_path: Path, whole: list[str]) -> None:
+    rounds = run_rounds(settings(), tmp_path, load_federation(settings(), {}), 0)
+    with run_folder(tmp_path, settings()) as known:
+        assert known == 0
+        for record in rounds:
+            assert (tmp_path / "summary.json").is_file() == (record["round"] == 6)
+    assert digests(tmp_path) == whole
+    assert run(tmp_path, settings()) == [1, 2, 3, 4, 5, 6]  # told again where Tune knows nothing; nothing runs
+
+
+def test_a_trial_continues_from_its_run_directory(tmp_path: Path, whole: list[str]) -> None:
+    assert run(tmp_path, settings("checkpoint.every=2"), stop=3) == [1, 2, 3]
+    shutil.rmtree(tmp_path / "checkpoints" / "round-000003")  # as if the process had been killed
+    assert run(tmp_path, settings("checkpoint.every=2")) == [1, 2, 3, 4, 5, 6]
+    assert digests(tmp_path) == whole
+
+
+def test_a_paused_trial_continues_from_its_checkpoint(tmp_path: Path, whole: list[str]) -> None:
+    """Tune may know less than the run directory: what is newer goes, and Tune is told these rounds again."""
+    folder = tmp_path / "run"
+    run(folder, settings(), stop=3)
+    given = checkpoint_of(folder, tmp_path / "given")
+    run(folder, settings(), stop=4)
+    (folder / "notes.txt").write_text("mine")
+    assert run(folder, settings(), given) == [4, 5, 6]
+    assert digests(folder) == whole
+    assert (folder / "notes.txt").is_file()  # the same directory
+    assert run(tmp_path / "elsewhere", settings(), given) == [4, 5, 6]
+    assert digests(tmp_path / "elsewhere") == whole
+    assert not (folder / "continues.json").exists()
+    assert verified(tmp_path / "elsewhere").startswith("rounds 1 to 6 and ")
+
+
+def test_a_trial_continues_another_one_with_other_settings(tmp_path: Path, whole: list[str]) -> None:
+    better, worse = settings("name=m1"), settings("name=m2", "client.lr=0.01")
+    run(tmp_path / "m1", better, stop=2)
+    run(tmp_path / "m2", worse, stop=3)
+    given = checkpoint_of(tmp_path / "m1", tmp_path / "given")
+    changed = settings("name=m2", "client.lr=0.06")
+    assert run(tmp_path / "m2", changed, given, stop=4) == [3, 4]
+    assert digests(tmp_path / "m2")[:2] == whole[:2]
+    assert digests(tmp_path / "m2")[2] != whole[2]
+    note = json.loads((tmp_path / "m2" / "continues.json").read_text())
+    assert (note["trial"], note["round"], note["before"]) == ("m1", 2, {"client.lr": 0.05})
+    assert verified(tmp_path / "m2").startswith("rounds 3 to 4 and 2 checkpoints are as they were written")
+
+    # The first member copies the second one: the note has both steps.
+    given = checkpoint_of(tmp_path / "m2", tmp_path / "second")
+    assert run(tmp_path / "m1", settings("name=m1", "client.lr=0.07"), given) == [5, 6]
+    note = json.loads((tmp_path / "m1" / "continues.json").read_text())
+    assert (note["trial"], note["round"], note["before"]) == ("m2", 4, {"client.lr": 0.06})
+    assert note["earlier"]["trial"] == "m1"
+    assert [record["round"] for record in read_metrics(tmp_path / "m1" / "metrics.jsonl")] == list(range(1, 7))
+
+
+def test_what_may_not_change(tmp_path: Path) -> None:
+    run(tmp_path / "m1", settings(), stop=2)
+    given = checkpoint_of(tmp_path / "m1", tmp_path / "given")
+    with pytest.raises(
+        UserError, match=r"^seed: was 0 and is 1, but a trial that continues from a checkpoint may chang"
+    ):
+        run(tmp_path / "m2", settings("seed=1"), given)
+
+
+def test_a_checkpoint_has_what_a_run_needs_and_no_more(tmp_path: Path) -> None:
+    run(tmp_path / "run", settings("checkpoint.keep=3"), stop=4)
+    given = checkpoint_of(tmp_path / "run", tmp_path / "given")
+    assert {path.name for path in given.iterdir()} == {"config.yaml", "metrics.jsonl", "ledger.parquet", "checkpoints"}
+    assert [path.name for path in (given / "checkpoints").iterdir()] == ["round-000004"]
+    assert last_round(given) == 4
+    assert not [path for path in (tmp_path / "run").iterdir() if "snapshot" in path.name]
