@@ -1,7 +1,7 @@
 """Attention over concatenated texts in 16 bits on a CPU: all tiles of a batch in one batched product.
 
 A CPU that multiplies in bfloat16 does so several times faster than in float32, but only in large calls: torch's own
-function takes 3 to 7 times as long as in float32 on short texts, and each new shape costs a fraction of a millisecond,
+function takes 3 to 9 times as long as in float32 on short texts, and each new shape costs a fraction of a millisecond,
 because oneDNN makes a kernel for it. So tiles of up to 32 tokens (or one longer text) are padded to the next multiple
 of 32, all tiles of one width are one batch, and the number of tiles is rounded up. Thus few shapes occur.
 

@@ -1,6 +1,6 @@
 """Attention of padded batches in 16 bits on a CPU: torch's function, called in float32.
 
-On a CPU torch's 16-bit function takes 3 to 7 times as long as its float32 function for rows of up to 64 tokens. Copies
+On a CPU torch's 16-bit function takes 3 to 9 times as long as its float32 function for rows of up to 64 tokens. Copies
 of query, key and value in float32 cost little.
 """
 
