@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from rayfed.reports.run_page import ReportCallback
     from rayfed.sweeps.sweep import SweepResult
     from rayfed.tasks.base import Task
+    from rayfed.tasks.causal_lm import CausalLM
     from rayfed.tasks.text_classification import TextClassification
 
 _MODULES = {
+    "CausalLM": "rayfed.tasks.causal_lm",
     "Callback": "rayfed.engine.callbacks",
     "Experiment": "rayfed.config",
     "Method": "rayfed.methods",
@@ -52,6 +54,7 @@ _MODULES = {
 }
 __all__ = [
     "Callback",
+    "CausalLM",
     "Experiment",
     "Method",
     "Objective",

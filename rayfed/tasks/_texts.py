@@ -8,12 +8,15 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from torch import nn
+
 from rayfed.config.task import Data, Model, Partition, Problem
 from rayfed.errors import UserError, allowed
 from rayfed.tasks.base import Task, fingerprint
 from rayfed.tasks.data.objects import content_digest, read_objects
 from rayfed.tasks.data.table import SPLITS, Source
-from rayfed.tasks.models.base import load_tokenizer, model_path
+from rayfed.tasks.models.base import FrozenBase, load_tokenizer, model_path, positions
+from rayfed.tasks.models.unpadded import Padded, Unpadded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,6 +103,20 @@ class TextTask(Task):
         if limit is not None and longest > limit:
             what = f"some texts have {longest} tokens and the model takes at most {limit}"
             raise allowed("data.max_tokens", self.data.max_tokens, what)
+
+    def batching(self, base: FrozenBase, padding: str) -> Unpadded | Padded:
+        if padding == "batch":
+            return Padded("engine.padding=batch")
+        most = self.data.max_tokens
+        found = self.choose_batching(base.model, min(most, positions(getattr(base.model, "config", None)) or most))
+        if padding == "never" and isinstance(found, Padded):
+            what = f"this model needs padding ({found.reason}); allowed are auto and batch"
+            raise allowed("engine.padding", padding, what)
+        return found
+
+    def choose_batching(self, model: nn.Module, longest: int) -> Unpadded | Padded:
+        """How to run the model without padding on texts of up to ``longest`` tokens, or why it needs padding."""
+        raise NotImplementedError
 
     @property
     def base_name(self) -> str:

@@ -20,7 +20,7 @@ from rayfed.keywords import suggest_keywords
 from rayfed.tasks._texts import TextTask
 from rayfed.tasks.base import Metric
 from rayfed.tasks.data.federation import Federation
-from rayfed.tasks.models.base import FrozenBase, load_base, longest_input, positions, vocabulary
+from rayfed.tasks.models.base import FrozenBase, load_base, longest_input, vocabulary
 from rayfed.tasks.models.cache import shared_base
 from rayfed.tasks.models.objects import fingerprint as own_fingerprint
 from rayfed.tasks.models.objects import load_own_base, own_module, own_tokenizer
@@ -137,15 +137,8 @@ class TextClassification(TextTask):
     def base_name(self) -> str:
         return super().base_name if self.model is None else OBJECT
 
-    def batching(self, base: FrozenBase, padding: str) -> Unpadded | Padded:
-        if padding == "batch":
-            return Padded("engine.padding=batch")
-        most = self.data.max_tokens
-        found = choose_batching(base.model, min(most, positions(getattr(base.model, "config", None)) or most))
-        if padding == "never" and isinstance(found, Padded):
-            what = f"this model needs padding ({found.reason}); allowed are auto and batch"
-            raise allowed("engine.padding", padding, what)
-        return found
+    def choose_batching(self, model: nn.Module, longest: int) -> Unpadded | Padded:
+        return choose_batching(model, longest)
 
     def loss(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.loss_fn is None:
