@@ -16,11 +16,11 @@ from rayfed.keywords import suggest_keywords
 from rayfed.lora.peft_files import load_peft, read_json, refuse_links
 from rayfed.own_code import own_failures
 from rayfed.tasks.base import Task
+from rayfed.tasks.causal_lm import CausalLM
 from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.base import in_dtype, name_classes
 from rayfed.tasks.models.cache import forget_base
 from rayfed.tasks.models.spec import describe_model
-from rayfed.tasks.causal_lm import CausalLM
 from rayfed.tasks.text_classification import TextClassification
 
 

@@ -65,9 +65,10 @@ def export(
 
 
 def save_adapter(plan: RunPlan, path: Path, adapter: Adapter, card: str) -> None:
-    """Writes the folder ``path``: the adapter for PEFT, the tokenizer, ``card`` as `README.md`, and `classes.json`.
+    """Writes the folder ``path``: the adapter for PEFT, `classes.json`, the tokenizer, and ``card`` as `README.md`.
 
-    A task without classes has no `classes.json`. An existing folder is replaced. If writing fails, the old folder stays. All pairs have one rank.
+    A task without classes has no `classes.json`. An existing folder is replaced. If writing fails, the old folder
+    stays. All pairs have one rank.
     """
     rank = next(iter(adapter.layers.values())).rank
     with atomic_path(path) as folder:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ class CausalLM(TextTask):
     def make_forward(self, model: nn.Module, batching: Unpadded | Padded) -> Forward:
         if isinstance(batching, Unpadded):
             return NextTokens(model, batching)
-        model.config.use_cache = False  # a decoder would copy all keys and values for a next token
+        cast(Any, model.config).use_cache = False  # a decoder would copy all keys and values for a next token
         return lambda inputs, segments: padded_next_tokens(model, inputs)
 
     def loss(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

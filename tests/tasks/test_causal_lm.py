@@ -119,7 +119,8 @@ def test_blocks_have_the_tokens_of_one_client_and_one_text_ends_before_the_next(
     rows: Path, models: dict[str, Path]
 ) -> None:
     federation = prepare(experiment(rows, models["gpt2"], "data.packing=true", "data.validation=0")).federation
-    assert federation.names is not None and federation.names.tolist() == ["Ann", "Bob", "Cay"]
+    assert federation.names is not None
+    assert federation.names.tolist() == ["Ann", "Bob", "Cay"]
     train: Any = federation.train
     for client, name in enumerate(federation.names):
         own = [train.ids[train.offsets[row] : train.offsets[row + 1]] for row in federation.rows_of(client)]
@@ -153,7 +154,10 @@ def test_labels_are_read_only_for_a_partition_by_label(rows: Path, models: dict[
         ("eval.controls=true", "eval.controls: got true, {} there is no new head; allowed is false"),
         ("eval.clients=true", "eval.clients: got true, {} there are no classes; allowed is false"),
         ("data.max_tokens=1", "data.max_tokens: got 1, but with data.task=causal_lm at least 2 are needed"),
-        ("data.client=null", "data.client: got null, but partition.kind=natural needs the column that names the client"),
+        (
+            "data.client=null",
+            "data.client: got null, but partition.kind=natural needs the column that names the client",
+        ),
         ("data.max_tokens=65", "data.max_tokens: got 65, but some texts have 65 tokens and the model takes at most 64"),
         (
             "lora.target_modules=[lm_head]",

@@ -7,6 +7,7 @@ predict, so it is left out: otherwise the mean over the tokens of a batch could 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -35,7 +36,7 @@ def blocks(tokens: Tokens, parts: Sequence[np.ndarray], size: int) -> tuple[Toke
     order = _joined(parts)
     joined = _pieces(tokens, tokens.offsets[order], tokens.offsets[order + 1])
     ends = joined.offsets[np.cumsum([0, *map(len, parts)])]  # where the tokens of each client end, from 0
-    first = [np.arange(start, stop - SHORTEST + 1, size) for start, stop in zip(ends[:-1], ends[1:])]
+    first = [np.arange(start, stop - SHORTEST + 1, size) for start, stop in pairwise(ends)]
     last = [np.minimum(rows + size, stop) for rows, stop in zip(first, ends[1:])]
     starts = np.cumsum([0, *map(len, first)], dtype=np.int64)
     return _pieces(joined, _joined(first), _joined(last)), np.arange(starts[-1]), starts

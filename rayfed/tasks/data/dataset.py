@@ -90,7 +90,8 @@ def load_data(
     for table in tables.values():
         if not len(table):
             raise UserError(f"{field}: {table.origin} holds no rows")
-    labels, classes = {name: np.zeros(len(table), dtype=np.int64) for name, table in tables.items()}, ()
+    labels = {name: np.zeros(len(table), dtype=np.int64) for name, table in tables.items()}
+    classes: tuple[str, ...] = ()
     if read := {name: table for name, table in tables.items() if name in labelled}:
         found, classes = _labels(read, settings.label, source.class_names)
         labels |= found

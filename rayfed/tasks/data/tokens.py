@@ -122,7 +122,7 @@ def tokenize_whole(split: Split, tokenizer: PreTrainedTokenizerBase, vocabulary:
             lists += encode(group)
             group, characters = [], 0
     if end is not None:
-        lists = [ids + [end] if ids and ids[-1] != end else ids for ids in lists]
+        lists = [[*ids, end] if ids and ids[-1] != end else ids for ids in lists]
     return _tokens(lists, split, tokenizer, vocabulary)
 
 
@@ -148,9 +148,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, split: Split, **options: Any) -
     return encode
 
 
-def _tokens(
-    lists: list[list[int]], split: Split, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None
-) -> Tokens:
+def _tokens(lists: list[list[int]], split: Split, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None) -> Tokens:
     """The ids of the split's texts as `Tokens`. UserError where an id is outside the model's vocabulary."""
     offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
     flat = np.fromiter(chain.from_iterable(lists), dtype=np.int64, count=int(offsets[-1]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -13,15 +15,17 @@ TEXTS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10, 11], [12], []]
 
 def tokens_of(texts: list[list[int]]) -> Tokens:
     offsets = np.cumsum([0, *map(len, texts)])
-    return Tokens(np.array(sum(texts, []), np.int32), offsets, np.zeros(len(texts), np.int64), pad_id=99)
+    return Tokens(
+        np.array([id for text in texts for id in text], np.int32), offsets, np.zeros(len(texts), np.int64), pad_id=99
+    )
 
 
 def clients(found: tuple[Tokens, np.ndarray, np.ndarray]) -> list[list[list[int]]]:
     """The rows of every client as lists of ids."""
     tokens, rows, starts = found
-    lists = [tokens.ids[a:b].tolist() for a, b in zip(tokens.offsets[:-1], tokens.offsets[1:])]
+    lists = [tokens.ids[a:b].tolist() for a, b in pairwise(tokens.offsets)]
     assert (tokens.pad_id, len(tokens), sorted(rows)) == (99, len(lists), list(range(len(lists))))
-    return [[lists[row] for row in rows[a:b]] for a, b in zip(starts[:-1], starts[1:])]
+    return [[lists[row] for row in rows[a:b]] for a, b in pairwise(starts)]
 
 
 def test_texts_of_fewer_than_two_tokens_are_no_rows() -> None:
