@@ -186,4 +186,5 @@ def test_real_speakers_train_on_ray(models: dict[str, Path], tmp_path: Path, ray
         "lora.rank=8", "lora.alpha=16", "engine={kind: ray, workers: 2, pack: 3}",
     )  # fmt: skip
     metrics = rayfed.run(settings, tmp_path / "run").metrics
-    assert metrics[-1]["test/loss"] < metrics[0]["test/loss"] - 0.05  # the base is random, so adapters have little to adapt
+    # The base is random, so there is little to adapt.
+    assert metrics[-1]["test/loss"] < metrics[0]["test/loss"] - 0.05

@@ -17,8 +17,10 @@ SHORTEST = 2  # tokens of a row: one to see and one to predict
 
 
 def whole_texts(tokens: Tokens, parts: Sequence[np.ndarray]) -> tuple[Tokens, np.ndarray, np.ndarray]:
-    """(rows, indices, starts): one row a text, the rows of ``parts`` (each the texts of a client) as a `Federation` has
-    them. Rows stay in the order of the texts."""
+    """(rows, indices, starts) as a `Federation` has them: one row a text, in the order of the texts.
+
+    ``parts`` has the texts of every client, as indices.
+    """
     kept = tokens.lengths >= SHORTEST
     number = np.cumsum(kept) - 1  # of each text that is kept, its number among these
     chosen = [number[part[kept[part]]] for part in parts]

@@ -27,7 +27,7 @@ from rayfed.config.task import Model
 from rayfed.errors import allowed, first_line
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.peft import output_layer
-from rayfed.tasks.models.base import FrozenBase, check_model, from_pretrained, logits_of, model_path
+from rayfed.tasks.models.base import FrozenBase, check_model, from_pretrained, logits_of, model_path, quiet
 from rayfed.tasks.models.folder import check_weights
 from rayfed.tasks.models.unpadded import TOLERANCE, Padded, Unpadded, UnpaddedEncoder, encoder_of, random_texts
 from rayfed.tasks.models.varlen_attention import PackedSequences
@@ -46,19 +46,20 @@ def load_causal_base(settings: Model, seed: int) -> FrozenBase:
 
     config = from_pretrained(AutoConfig, settings)
     if (folder := Path(model_path(settings))).is_dir():
-        check_weights(settings, folder, config, AutoModelForCausalLM)
+        with quiet():
+            check_weights(settings, folder, config, AutoModelForCausalLM)
     options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeding.derive_seed(seed, "model.init"))
         model, report = from_pretrained(AutoModelForCausalLM, settings, config=config, **options)
     for name in sorted(map(str, report["missing_keys"])):
-        raise allowed("model.name", settings.name, f"as a causal language model it lacks the weights {name}")
+        raise allowed("model.name", settings.name, f"it is no causal language model: it lacks the weights {name}")
     check_model(model, settings.name)
     base = FrozenBase(model, (), task_type="CAUSAL_LM")
     with torch.no_grad():
         logits = logits_of(model(input_ids=torch.tensor([[1, 1, 0], [1, 1, 1]])))[:, :-1]
     if not torch.allclose(logits[0], logits[1], rtol=TOLERANCE, atol=TOLERANCE * float(logits.abs().max())):
-        raise allowed("model.name", settings.name, "its tokens see later ones: it is no causal language model")
+        raise allowed("model.name", settings.name, "it is no causal language model: its tokens see later ones")
     return base
 
 

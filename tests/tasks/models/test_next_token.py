@@ -109,8 +109,8 @@ def test_a_model_that_changes_its_logits_runs_padded() -> None:
 @pytest.mark.parametrize(
     ("model", "line"),
     [
-        (transformers.BertLMHeadModel, "its tokens see later ones: it is no causal language model"),
-        (transformers.BertModel, "as a causal language model it lacks the weights cls.predictions."),
+        (transformers.BertLMHeadModel, "it is no causal language model: its tokens see later ones"),
+        (transformers.BertModel, "it is no causal language model: it lacks the weights cls.predictions."),
     ],
 )
 def test_other_models_are_refused(tmp_path: Path, model: Any, line: str) -> None:
