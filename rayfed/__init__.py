@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     from rayfed.sweeps import tune
     from rayfed.sweeps.sweep import SweepResult
     from rayfed.tasks.base import Task
+    from rayfed.tasks.causal_lm import CausalLM
     from rayfed.tasks.text_classification import TextClassification
 
 _MODULES = {
+    "CausalLM": "rayfed.tasks.causal_lm",
     "Callback": "rayfed.engine.callbacks",
     "Experiment": "rayfed.config",
     "Method": "rayfed.methods",
@@ -54,6 +56,7 @@ _MODULES = {
 }
 __all__ = [
     "Callback",
+    "CausalLM",
     "Experiment",
     "Method",
     "Objective",

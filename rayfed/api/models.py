@@ -16,6 +16,7 @@ from rayfed.keywords import suggest_keywords
 from rayfed.lora.peft_files import load_peft, read_json, refuse_links
 from rayfed.own_code import own_failures
 from rayfed.tasks.base import Task
+from rayfed.tasks.causal_lm import CausalLM
 from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.base import in_dtype, name_classes
 from rayfed.tasks.models.cache import forget_base
@@ -51,9 +52,7 @@ def load_model(run: str | Path, *, task: Task | None = None, trust_remote_code: 
         what = f"the code of {model.name} runs only with load_model(run, trust_remote_code=True)"
         raise UserError(f"model.trust_remote_code: got true in {config_file}, but {what}")
     refuse_links(folder)
-    classes = read_json(folder / "classes.json")
-    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
-        raise UserError(f"adapter: {folder / 'classes.json'} is no list of the names of classes")
+    classes = _classes(folder) if experiment.data.task_class != "causal_lm" else []
     # The task alone: a method may be named by an import path. Rows that were Python objects are not needed here.
     data = experiment.data.model_copy(update={"fingerprint": None})
     names = ("problem", "partition", "model", "seed")
@@ -61,7 +60,7 @@ def load_model(run: str | Path, *, task: Task | None = None, trust_remote_code: 
     task = task.configure(**sections) if task else tasks.build(**sections)
     nothing: Any = None
     federation = Federation(nothing, nothing, nothing, tuple(classes), np.zeros(0, np.int64), np.zeros(1, np.int64))
-    if not _by_text_classification(experiment):
+    if not _built_in(experiment):
         federation = task.load_data()
     forget_base()  # before and after: no run shares the weights of this model, which may be changed
     base = in_dtype(task.load_base(federation), model.dtype)
@@ -72,23 +71,31 @@ def load_model(run: str | Path, *, task: Task | None = None, trust_remote_code: 
     return load_peft(base.model, folder, spec.shapes, head, base.heads, spec.root)
 
 
-def _by_text_classification(experiment: Experiment) -> bool:
+def _classes(folder: Path) -> list[str]:
+    """The names of the classes that an adapter's head knows."""
+    classes = read_json(folder / "classes.json")
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"adapter: {folder / 'classes.json'} is no list of the names of classes")
+    return classes
+
+
+def _built_in(experiment: Experiment) -> bool:
     """Whether the run's task was rayfed's own, and no class of the user's."""
     made_by = (experiment.data.fingerprint or "").partition(" ")[0]
-    ours = made_by in ("", f"{TextClassification.__module__}:{TextClassification.__qualname__}")
+    ours = made_by in ("", *(f"{cls.__module__}:{cls.__qualname__}" for cls in (TextClassification, CausalLM)))
     return ours and not experiment.data.own_task
 
 
 def _from_python(experiment: Experiment) -> str | None:
     """What names the code that made the run's base model; None where the settings name the model."""
-    if _by_text_classification(experiment):
+    if _built_in(experiment):
         return experiment.model.fingerprint
     return experiment.data.fingerprint or experiment.data.source
 
 
 def _check_task(experiment: Experiment, task: Task | None, run: str | Path) -> None:
     """UserError where the base model comes from Python, and ``task`` does not make the same one."""
-    made_by, ours = _from_python(experiment), _by_text_classification(experiment)
+    made_by, ours = _from_python(experiment), _built_in(experiment)
     if task is None:
         if made_by is not None:
             what = "rayfed.TextClassification(model=..., tokenizer=...)" if ours else "an equal task"
@@ -100,5 +107,5 @@ def _check_task(experiment: Experiment, task: Task | None, run: str | Path) -> N
     found = model.fingerprint if ours else data.fingerprint
     if not ours and experiment.data.fingerprint is None:
         found = (found or "").partition(" ")[0]  # the run had the class by its import path alone
-    if found != made_by or ours != (type(task) is TextClassification):
+    if found != made_by or ours != (type(task) in (TextClassification, CausalLM)):
         raise allowed("task", found or type(task).__name__, f"the run's model comes from {made_by or model.name}")

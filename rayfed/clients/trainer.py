@@ -26,10 +26,10 @@ from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_layers
 from rayfed.methods import BaseChange, merged
 from rayfed.own_code import own_failures
-from rayfed.tasks.models.base import in_dtype, logits_of
+from rayfed.tasks.models.base import in_dtype
 from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
 from rayfed.tasks.models.padded_attention import use_float32_attention
-from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel
+from rayfed.tasks.models.unpadded import Padded
 
 SPLITS: tuple[messages.SplitName, ...] = ("train", "validation", "test")
 
@@ -49,14 +49,14 @@ class Trainer:
             enable_gradient_checkpointing(self.model)
         self.head = list((self.stack.head or head_layers(self.model, base.frozen_head)).values())
         batching = plan.model.batching
-        self.unpadded = UnpaddedModel(self.model, batching) if isinstance(batching, Unpadded) else None
-        if self.unpadded is None and self.device.type == "cpu" and plan.model.dtype != "float32":
+        padded = isinstance(batching, Padded)
+        if padded and self.device.type == "cpu" and plan.model.dtype != "float32":
             use_float32_attention(self.model)
+        self.outputs = plan.task.make_forward(self.model, batching)
         # Row indices in order of length: batches of evaluation hold little padding.
         self.by_length = {name: np.argsort(plan.federation.split(name).lengths, kind="stable") for name in SPLITS}
-        data, padded = plan.federation.train, self.unpadded is None
         self.context = TrainingContext(
-            self.stack, self.forward, plan.task, data, padded, plan.client, plan.seed, self.device
+            self.stack, self.forward, plan.task, plan.federation.train, padded, plan.client, plan.seed, self.device
         )
 
     @own_failures()
@@ -86,9 +86,7 @@ class Trainer:
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """The model's outputs (rows, ...) for a batch, while the stack holds its segments."""
-        if self.unpadded is not None:
-            return self.unpadded(inputs, self.stack.batch.segments)
-        return logits_of(self.model(**inputs))
+        return self.outputs(inputs, self.stack.batch.segments)
 
     def _train(self, job: messages.TrainJob, payloads: Sequence[bytes]) -> messages.TrainResult:
         begun = time.perf_counter()

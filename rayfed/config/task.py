@@ -24,10 +24,14 @@ Size = Annotated[int, Field(ge=1, le=10_000)]
 
 
 class Data(Section):
-    """Where the labelled texts come from."""
+    """What is learned, and where the texts come from."""
 
-    decides = ("data", "model")  # the model: the number of classes, the longest input
+    decides = ("data", "model")  # the model: its kind, the number of classes, the longest input
 
+    task: Literal["text_classification", "causal_lm"] = "text_classification"
+    """`text_classification`: one label a text; `causal_lm`: the next token. Ignored where `source` is a task itself:
+    `lowrank`, or an import path.
+    """
     source: Literal["stdlib", "files", "hub", "lowrank", "object"] | OwnClass = "stdlib"
     """`stdlib`: functions of Python's standard library, labelled by module (no download); `files`: local JSONL, CSV or
     Parquet; `hub`: a Hugging Face data set; `lowrank`: a regression problem with a known answer, see the section
@@ -43,7 +47,7 @@ class Data(Section):
     text: Text = "text"
     """The column with the text."""
     label: Text = "label"
-    """The column with the label: an integer or a string."""
+    """The column with the label: an integer or a string. causal_lm reads it only for a partition by label."""
     client: Text | None = None
     """The column with a row's client, for partition.kind=natural, or with its domain, for partition.kind=domain."""
     validation: Share = 0.1
@@ -55,7 +59,11 @@ class Data(Section):
     test_examples: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
     """Rows of the source's test split to use; null: all. Refused where the source has no test split."""
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 128
-    """Most tokens per text; longer texts are cut."""
+    """Most tokens per text; longer texts are cut. With `packing`: tokens per block."""
+    packing: bool = False
+    """For causal_lm: the texts of a client are joined, an end-of-text token after each, and cut into blocks of
+    `max_tokens`. Nothing of a text is lost, and a token also sees the texts before its own in the block.
+    """
     fingerprint: Text | None = None
     """Of a task that was given in Python, its class and a hash of its content: rayfed writes it into config.yaml, and
     whoever resumes the run gives an equal task again. null: the settings say everything.
@@ -67,11 +75,11 @@ class Data(Section):
         return ":" in self.source
 
     @property
-    def task(self) -> str:
+    def task_class(self) -> str:
         """The task of these data: its file in `rayfed.tasks`, or the import path of a class of the user's own."""
         if self.own_task:
             return self.source
-        return "low_rank_regression" if self.source == "lowrank" else "text_classification"
+        return "low_rank_regression" if self.source == "lowrank" else self.task
 
     @model_validator(mode="after")
     def _source_is_named(self) -> Data:
@@ -81,6 +89,8 @@ class Data(Section):
             raise ValueError("data.source: got 'object', but Python objects come with rayfed.run(..., task=...)")
         if self.source == "hub" and not self.name:
             raise ValueError("data.name: got null, but data.source=hub needs the name of a data set")
+        if self.packing and self.task_class in ("text_classification", "low_rank_regression"):
+            raise ValueError("data.packing: got true, but only data.task=causal_lm joins texts")
         for field, source in (("path", "files"), ("name", "hub"), ("subset", "hub")):
             if getattr(self, field) is not None and self.source != source and not self.own_task:
                 raise ValueError(
@@ -160,6 +170,11 @@ class Partition(Section):
         """What the column `data.client` must name for this kind: the client, the domain, or nothing."""
         return {"natural": "client", "domain": "domain"}.get(self.kind)
 
+    @property
+    def by_label(self) -> bool:
+        """Whether this kind divides rows by their labels."""
+        return self.kind in ("dirichlet", "flasc", "pathological", "shards")
+
 
 class Model(Section):
     """The frozen base model."""
@@ -168,8 +183,9 @@ class Model(Section):
 
     name: Text = "minilm"
     """`minilm`: the packaged all-MiniLM-L6-v2 (extra `minilm`); else a local folder or a hub name that
-    AutoModelForSequenceClassification can load. Ignored by data.source=lowrank, whose model is one layer. `object`: a
-    model that was given in Python, `rayfed.run(..., task=...)`.
+    AutoModelForSequenceClassification can load, or AutoModelForCausalLM with data.task=causal_lm. Ignored by
+    data.source=lowrank, whose model is one layer. `object`: a model that was given in Python, `rayfed.run(...,
+    task=...)`.
     """
     pooling: Literal["stock", "mean"] = "stock"
     """`stock`: the model's own classification head; `mean`: the mean over all tokens but the padding, then one linear

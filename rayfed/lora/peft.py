@@ -74,6 +74,7 @@ def match_targets(model: nn.Module, config: LoraConfig, head: Sequence[str]) -> 
             raise UserError(
                 f"{got}, but it is no regular expression ({error}); a list of names is allowed, too"
             ) from None
+    output = output_layer(model)  # PEFT's all-linear leaves it out as well
     shapes: dict[str, tuple[int, int]] = {}
     linear: set[str] = set()
     for name, module in model.named_modules():
@@ -82,7 +83,7 @@ def match_targets(model: nn.Module, config: LoraConfig, head: Sequence[str]) -> 
         fits = isinstance(module, nn.Linear) or is_conv1d(module)
         if fits:
             linear.add(name.rpartition(".")[2])
-        if fits if targets == "all-linear" else check_target_module_exists(config, name):
+        if fits and module is not output if targets == "all-linear" else check_target_module_exists(config, name):
             if not fits:
                 raise UserError(
                     f"{got}, but it matches {name}, a {type(module).__name__}; "
@@ -120,6 +121,12 @@ def _check_layer_numbers(model: nn.Module, config: LoraConfig, shapes: Iterable[
         there = ", ".join(str(number) for number in numbers if has_modules(number, names))
         what = f"the layers with modules that match are {there}" if there else "no layer with a number has such modules"
         raise allowed("lora.layers_to_transform", missing, what)
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """The layer of a language model that gives the logits of its vocabulary; None where there is none."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if get else None
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int]:

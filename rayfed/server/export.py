@@ -67,16 +67,17 @@ def export(
 def save_adapter(plan: RunPlan, path: Path, adapter: Adapter, card: str) -> None:
     """Writes the folder ``path``: the adapter for PEFT, `classes.json`, the tokenizer, and ``card`` as `README.md`.
 
-    An existing folder is replaced. If writing fails, the old folder stays. All pairs have one rank.
+    A task without classes has no `classes.json`. An existing folder is replaced. If writing fails, the old folder
+    stays. All pairs have one rank.
     """
     rank = next(iter(adapter.layers.values())).rank
     with atomic_path(path) as folder:
         folder.mkdir()
         write_peft(folder, adapter, {**plan.model.peft, "r": rank, "lora_alpha": plan.lora.alpha}, plan.model.root)
         plan.task.save_tokenizer(folder)
-        classes = json.dumps(list(plan.federation.classes), indent=2) + "\n"
-        for name, text in (("classes.json", classes), ("README.md", card)):
-            (folder / name).write_text(text, encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        if classes := list(plan.federation.classes):
+            (folder / "classes.json").write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
 
 
 def as_adapter(plan: RunPlan, changes: Changes, head: Mapping[str, Tensor], rank: int) -> tuple[Adapter, float]:

@@ -66,7 +66,9 @@ def _facts(plan: RunPlan, summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _trained(plan: RunPlan) -> str:
-    return "the adapter; the head is random and frozen" if plan.model.frozen_head else "the adapter and the head"
+    if plan.model.frozen_head:
+        return "the adapter; the head is random and frozen"
+    return "the adapter and the head" if plan.model.head else "the adapter"
 
 
 def _use(plan: RunPlan, usage: Usage) -> list[str]:

@@ -24,5 +24,5 @@ def build(*, data: Data, problem: Problem, partition: Partition, model: Model, s
     if data.fingerprint is not None:
         what = "the task was a Python object: give it again, rayfed.run(..., task=...)"
         raise allowed("data.fingerprint", data.fingerprint, what)
-    cls = member_class("rayfed.tasks", data.task, Task, "data.source")
+    cls = member_class("rayfed.tasks", data.task_class, Task, "data.source")
     return cls.from_settings(data=data, problem=problem, partition=partition, model=model, seed=seed)

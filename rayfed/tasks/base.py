@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayfed.errors import allowed, first_line
 from rayfed.lora.adapter import LowRank
+from rayfed.lora.packed.segments import Segment
 from rayfed.tasks.data.federation import Federation
-from rayfed.tasks.models.base import FrozenBase
-from rayfed.tasks.models.unpadded import Padded, Unpadded
+from rayfed.tasks.models.base import FrozenBase, logits_of
+from rayfed.tasks.models.unpadded import Padded, Unpadded, UnpaddedModel
 from rayfed.tasks.models.usage import Usage
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from rayfed.config.task import Data, Model, Partition, Problem
     from rayfed.config.training import Eval, Server
 
+Forward = Callable[[dict[str, Tensor], Sequence[Segment]], Tensor]
+"""The inputs of a batch by name, and its segments, in; outputs (rows, ...) out."""
 Metric = float | list[Any] | None
 """A metric's value: a number, a list of numbers (per class), a list of lists (a matrix); None where it is undefined."""
 
@@ -103,6 +106,15 @@ class Task:
         UserError where ``padding`` asks for what the model cannot do.
         """
         return Padded("all rows have one length")
+
+    def make_forward(self, model: nn.Module, batching: Unpadded | Padded) -> Forward:
+        """What computes outputs (rows, ...) from the inputs of a batch, by name, and its segments.
+
+        Called once a process, when stacked layers have taken their places in the ``model``.
+        """
+        if isinstance(batching, Unpadded):
+            return UnpaddedModel(model, batching)
+        return lambda inputs, segments: logits_of(model(**inputs))
 
     def loss(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(sums (rows,), counts (rows,)): each row's summed loss, and the number of terms in the sum.

@@ -6,33 +6,21 @@ its cross-entropy in nats. The metrics are accuracy, macro-F1, the recall of eve
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rayfed.config.task import OBJECT, Data, Model, Partition, Problem
+from rayfed.config.task import OBJECT, Data, Model
 from rayfed.errors import UserError, allowed
 from rayfed.keywords import suggest_keywords
-from rayfed.tasks.base import Metric, Task, fingerprint
+from rayfed.tasks._texts import TextTask
+from rayfed.tasks.base import Metric
 from rayfed.tasks.data.federation import Federation
-from rayfed.tasks.data.objects import content_digest, read_objects
-from rayfed.tasks.data.table import SPLITS, Source
-from rayfed.tasks.models.base import (
-    FrozenBase,
-    load_base,
-    load_tokenizer,
-    longest_input,
-    model_path,
-    positions,
-    vocabulary,
-)
+from rayfed.tasks.models.base import FrozenBase, load_base, longest_input, vocabulary
 from rayfed.tasks.models.cache import shared_base
 from rayfed.tasks.models.objects import fingerprint as own_fingerprint
 from rayfed.tasks.models.objects import load_own_base, own_module, own_tokenizer
@@ -42,16 +30,14 @@ from rayfed.tasks.models.usage import Usage, classifier_usage
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rayfed.config.execution import Engine
-    from rayfed.config.method import Lora
-    from rayfed.config.training import Eval, Server
+    from rayfed.config.training import Eval
 
 LISTS = ("recall_per_class", "confusion_matrix")  # the metrics that are not one number
 
 
 @suggest_keywords
 @dataclass(frozen=True)
-class TextClassification(Task):
+class TextClassification(TextTask):
     """Texts with one label each.
 
         rayfed.run(config, task=rayfed.TextClassification(train=rows, test=more, label="topic"))
@@ -61,25 +47,7 @@ class TextClassification(Task):
     (`data.fingerprint`), and a model by its weights and its tokenizer (`model.fingerprint`).
     """
 
-    data: Data = field(default_factory=Data)
-    partition: Partition = field(default_factory=Partition)
-    model_settings: Model = field(default_factory=Model)
-    seed: int = 0
     _: KW_ONLY
-    train: Any = None
-    """The training rows, in place of `data.source`: a datasets.Dataset, a pandas DataFrame, a list of mappings, or a
-    torch data set of mappings or of tuples (text, label) or (text, label, client).
-    """
-    validation: Any = None
-    """The validation rows; None: `data.validation` says how many training rows are drawn."""
-    test: Any = None
-    """The test rows; None: `data.test` says how many training rows are drawn."""
-    text: str | None = None
-    """The column with the text; None: `data.text`."""
-    label: str | None = None
-    """The column with the label; None: `data.label`."""
-    client: str | None = None
-    """The column with the client, for partition.kind=natural; None: `data.client`."""
     model: nn.Module | Callable[[], nn.Module] | None = None
     """The base model, in place of `model.name`: a module, or a function that makes one (with torch's generator always
     in the same state). It is called with `input_ids` and `attention_mask`, both (rows, tokens), and returns the logits
@@ -93,28 +61,19 @@ class TextClassification(Task):
     metric_fns: Mapping[str, Callable[[Tensor, Tensor], float]] = field(default_factory=dict)
     """More metrics by name: (predicted classes (n,), labels (n,)) -> a number, over all rows of a split."""
 
-    def configure(self, *, data: Data, problem: Problem, partition: Partition, model: Model, seed: int) -> Self:
-        return replace(self, data=data, partition=partition, model_settings=model, seed=seed)
-
     def described(self, data: Data, model: Model) -> tuple[Data, Model]:
-        names = {key: name for key in ("text", "label", "client") if (name := getattr(self, key)) is not None}
-        data = data.model_copy(update=names)
-        digest = hashlib.sha256()
-        if (source := self._source(data)) is not None:
-            digest.update(content_digest(source).encode())
-            data = data.model_copy(update={"source": "object", "path": None, "name": None, "subset": None})
-        elif data.source == "object":
-            what = "the rows were Python objects: give them again, TextClassification(train=...)"
-            raise allowed("data.source", "object", what)
+        data, _ = super().described(data.model_copy(update={"task": "text_classification"}), model)
+        return data, self._described_model(model)
+
+    def _functions_digest(self) -> bytes:
         functions = {"loss": self.loss_fn, **self.metric_fns}
         for name, function in functions.items():
             if function is not None and not callable(function):
                 raise allowed(f"task.{name}", function, "it is a function")
-            digest.update(f"|{name}={getattr(function, '__module__', '')}:{_name(function)}".encode())
         if wrong := set(self.metric_fns) & {"loss", "accuracy", "macro_f1", *LISTS}:
             raise allowed("task.metric_fns", min(wrong), "this name is taken")
-        data = data.model_copy(update={"fingerprint": fingerprint(self, digest.hexdigest())})
-        return data, self._described_model(model)
+        names = (f"|{name}={getattr(f, '__module__', '')}:{_name(f)}" for name, f in functions.items() if f is not None)
+        return "".join(names).encode()
 
     def _described_model(self, settings: Model) -> Model:
         """The section `model`, with the name and the fingerprint of a model that is an object."""
@@ -137,31 +96,9 @@ class TextClassification(Task):
         return tuple(filter(None, (self.loss_fn, *self.metric_fns.values(), *of_model)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the rows: workers have the federation. A module travels on the CPU."""
+        """Without the rows; a module travels on the CPU."""
         model = own_module(self.model) if isinstance(self.model, nn.Module) else self.model
-        return {**vars(self), "train": None, "validation": None, "test": None, "model": model}
-
-    def _source(self, data: Data) -> Source | None:
-        """The rows that are objects; None where the settings name the rows."""
-        splits = {name: rows for name in SPLITS if (rows := getattr(self, name)) is not None}
-        if splits and "train" not in splits:
-            raise UserError("train: got None, but validation or test rows come with training rows")
-        return read_objects(splits, data) if splits else None
-
-    @classmethod
-    def from_settings(cls, *, data: Data, problem: Problem, partition: Partition, model: Model, seed: int) -> Self:
-        return cls(data, partition, model, seed)
-
-    def check(self, *, lora: Lora, server: Server, eval: Eval, engine: Engine) -> None:
-        clients = self.partition.clients
-        if self.partition.kind != "natural" and server.cohort > clients:
-            what = f"the population has only {clients} clients (partition.clients)"
-            raise allowed("server.cohort", server.cohort, what)
-        if self.partition.column and self.data.client is None:
-            needed = f"partition.kind={self.partition.kind} needs the column that names the {self.partition.column}"
-            raise UserError(f"data.client: got null, but {needed}")
-        if eval.early_stop and self.data.source == "stdlib" and self.data.validation == 0:
-            raise UserError("data.validation: got 0, but eval.early_stop needs a validation split")
+        return {**super().__getstate__(), "model": model}
 
     def load_data(self) -> Federation:
         from rayfed.tasks.data.dataset import load_data
@@ -177,10 +114,7 @@ class TextClassification(Task):
         train, validation, test = (
             tokenize(split, tokenizer, cut, words) for split in (data.train, data.validation, data.test)
         )
-        longest = max(int(split.lengths.max(initial=0)) for split in (train, validation, test))
-        if limit is not None and longest > limit:
-            what = f"some texts have {longest} tokens and the model takes at most {limit}"
-            raise allowed("data.max_tokens", cut, what)
+        self._check_length((train, validation, test), limit)
         return Federation(
             train,
             validation,
@@ -201,17 +135,10 @@ class TextClassification(Task):
 
     @property
     def base_name(self) -> str:
-        return model_path(self.model_settings) if self.model is None else OBJECT
+        return super().base_name if self.model is None else OBJECT
 
-    def batching(self, base: FrozenBase, padding: str) -> Unpadded | Padded:
-        if padding == "batch":
-            return Padded("engine.padding=batch")
-        most = self.data.max_tokens
-        found = choose_batching(base.model, min(most, positions(getattr(base.model, "config", None)) or most))
-        if padding == "never" and isinstance(found, Padded):
-            what = f"this model needs padding ({found.reason}); allowed are auto and batch"
-            raise allowed("engine.padding", padding, what)
-        return found
+    def choose_batching(self, model: nn.Module, longest: int) -> Unpadded | Padded:
+        return choose_batching(model, longest)
 
     def loss(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.loss_fn is None:
@@ -249,24 +176,11 @@ class TextClassification(Task):
         more = {"test/accuracy_clients": eval.clients, "test/accuracy_unseen": eval.unseen}
         return (*keys, *(key for key, measured in more.items() if measured))
 
-    def save_tokenizer(self, folder: Path) -> None:
-        tokenizer = self._tokenizer()
-        tokenizer.padding_side = "right"  # as in every batch of a run
-        tokenizer.save_pretrained(folder)
-
     def usage(self) -> Usage | None:
         return classifier_usage(self.model_settings, self.data.max_tokens) if self.model is None else None
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.model_settings) if self.model is None else own_tokenizer(self.tokenizer)
-
-    def _base_key(self, classes: int) -> str:
-        """Equal keys, equal base models in float32."""
-        key: list[Any] = [classes, self.seed, self.model_settings.model_dump(mode="json", exclude={"dtype"})]
-        folder = Path(self.base_name)
-        if self.model is None and folder.is_dir():  # other files may come under its name
-            key += sorted((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in folder.iterdir())
-        return json.dumps(key)
+        return super()._tokenizer() if self.model is None else own_tokenizer(self.tokenizer)
 
 
 def _name(function: object) -> str:

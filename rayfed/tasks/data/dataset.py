@@ -1,4 +1,4 @@
-"""Labelled texts in three splits, from any source.
+"""Texts in three splits, from any source, with labels or without.
 
 The sources (`stdlib`, `files`, `hub`) read columns. This module checks the columns, numbers the classes, and draws the
 splits that the source lacks. Every error names the file, the column and the row.
@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """n labelled texts, in the order of the source."""
+    """n texts, in the order of the source."""
 
     texts: list[str]
-    labels: np.ndarray  # (n,) int64, indices into TextData.classes
+    labels: np.ndarray  # (n,) int64, indices into TextData.classes; 0 where labels are not read
     owners: np.ndarray | None = None  # (n,) str: the client of each row; None without data.client or without its column
     origin: str = "the split"  # where the rows come from, for error messages
     numbers: np.ndarray | None = None  # (n,) int64: the rows' numbers there, from 0; None: 0 to n - 1
@@ -59,7 +59,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class TextData:
-    """Three splits over the same classes. Train and test have rows; validation may be empty."""
+    """Three splits over the same classes (none: no labels). Train and test have rows; validation may be empty."""
 
     train: Split
     validation: Split
@@ -67,7 +67,9 @@ class TextData:
     classes: tuple[str, ...]
 
 
-def load_data(settings: Data, seed: int, source: Source | None = None) -> TextData:
+def load_data(
+    settings: Data, seed: int, source: Source | None = None, labelled: Collection[str] = tuple(SPLITS)
+) -> TextData:
     """Reads and checks the texts that ``settings`` describe (those of ``source``, if given), and gives three splits.
 
     Classes are numbered over all splits, before ``data.examples`` applies: integer labels in ascending order, strings
@@ -75,19 +77,24 @@ def load_data(settings: Data, seed: int, source: Source | None = None) -> TextDa
     source's training and validation rows together (keyed by ``seed``, purpose "examples"); every row stays in its
     split. ``data.test_examples`` draws from its test split (purpose "test examples"). A split that the source lacks
     is drawn from the training rows (purpose "split"): first the test, floor(data.test * n) rows, then the validation,
-    floor(data.validation * rest) rows. All rows stay in the order of the source.
+    floor(data.validation * rest) rows. All rows stay in the order of the source. Labels are read in the ``labelled``
+    splits of the source; without them there are no classes.
 
     Empty texts are rows like others; their number is logged as a warning. Raises UserError if a column is missing, a
     label or client is neither an integer of 64 bits nor a string of 1 to 200 printable characters, integers and strings
     are mixed, a text is not a string, there is only one class, or train or test is empty in the end.
     """
-    source = source or _read(settings)
+    source = source or read_source(settings)
     tables = {name: source.tables[name] for name in SPLITS if name in source.tables}
     field = SOURCE_FIELD[settings.source]
     for table in tables.values():
         if not len(table):
             raise UserError(f"{field}: {table.origin} holds no rows")
-    labels, classes = _labels(tables, settings.label, source.class_names)
+    labels = {name: np.zeros(len(table), dtype=np.int64) for name, table in tables.items()}
+    classes: tuple[str, ...] = ()
+    if read := {name: table for name, table in tables.items() if name in labelled}:
+        found, classes = _labels(read, settings.label, source.class_names)
+        labels |= found
     splits = {
         name: Split(
             _texts(table, settings.text), labels[name], _owners(table, settings.client, name == "train"), table.origin
@@ -109,7 +116,8 @@ def load_data(settings: Data, seed: int, source: Source | None = None) -> TextDa
     return TextData(splits["train"], splits["validation"], splits["test"], classes)
 
 
-def _read(settings: Data) -> Source:
+def read_source(settings: Data) -> Source:
+    """The unchecked rows that ``settings`` describe. UserError where they cannot be read."""
     # Imported here, so that pyarrow and datasets are imported only for the source that needs them.
     if settings.source == "stdlib":
         from rayfed.tasks.data.stdlib import read_stdlib

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ Encode = Callable[[list[str]], list[list[int]]]
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """n concatenated texts as token ids. Text i is ``ids[offsets[i]:offsets[i + 1]]`` and has at least one token."""
+    """n concatenated texts as token ids. Text i is ``ids[offsets[i]:offsets[i + 1]]``; in a batch it has a token."""
 
     ids: np.ndarray  # (total,) int32
     offsets: np.ndarray  # (n + 1,) int64, from 0 to total
@@ -82,20 +82,8 @@ def tokenize(
     special = tokenizer.num_special_tokens_to_add()
     if max_tokens <= special:  # with a smaller limit, a tokenizer silently cuts nothing
         raise allowed("data.max_tokens", max_tokens, f"the tokenizer alone adds {special} special tokens to each text")
-    if max_tokens > tokenizer.model_max_length:
-        raise allowed("data.max_tokens", max_tokens, f"the model takes at most {tokenizer.model_max_length} tokens")
-    options = {"return_attention_mask": False, "return_token_type_ids": False}
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        if not texts:  # some tokenizers fail
-            return []
-        try:
-            found = tokenizer(texts, truncation=True, max_length=max_tokens, padding=False, **options)
-        except Exception as error:  # tokenizers raises the class Exception itself
-            what = f"its tokenizer fails on texts of {split.origin}"
-            raise UserError(f"model.name: {what}: {first_line(error)}") from None
-        return found["input_ids"]
-
+    check_limit(tokenizer, max_tokens)
+    encode = _encoder(tokenizer, split, truncation=True, max_length=max_tokens)
     usual = 16 * max_tokens + 2048  # characters; nearly every longer text has more than max_tokens tokens
     longest = max(LONGEST, 4 * usual)
     step = max(1, AT_ONCE // usual)
@@ -112,6 +100,56 @@ def tokenize(
                 what = f"a text of more than {longest} characters has spaces between its words: cut it"
                 raise UserError(f"data.text: got {len(text)} characters in {split.place(row)}, but {what}")
     lists = [ids or [_filler(tokenizer)] for ids in lists]
+    return _tokens(lists, split, tokenizer, vocabulary)
+
+
+def tokenize_whole(split: Split, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> Tokens:
+    """The split's texts as tokens, uncut, with their special tokens, and an end-of-text token if the tokenizer has one.
+
+    A text without any token stays empty. UserError as in `tokenize`; for any text of more than a million characters.
+    """
+    encode, end = _encoder(tokenizer, split, verbose=False), tokenizer.eos_token_id
+    lists: list[list[int]] = []
+    group: list[str] = []
+    characters = 0
+    for row, text in enumerate(split.texts):
+        if len(text) > LONGEST:
+            what = f"a text has at most {LONGEST}: cut it"
+            raise UserError(f"data.text: got {len(text)} characters in {split.place(row)}, but {what}")
+        group.append(text)
+        characters += len(text)
+        if characters > AT_ONCE - LONGEST or row == len(split) - 1:
+            lists += encode(group)
+            group, characters = [], 0
+    if end is not None:
+        lists = [[*ids, end] if ids and ids[-1] != end else ids for ids in lists]
+    return _tokens(lists, split, tokenizer, vocabulary)
+
+
+def check_limit(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+    """UserError where rows of ``max_tokens`` tokens exceed the length that the tokenizer allows."""
+    if max_tokens > tokenizer.model_max_length:
+        raise allowed("data.max_tokens", max_tokens, f"the model takes at most {tokenizer.model_max_length} tokens")
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, split: Split, **options: Any) -> Encode:
+    """A function from texts of the split to their ids. It raises UserError where the tokenizer fails."""
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        if not texts:  # some tokenizers fail
+            return []
+        try:
+            found = tokenizer(texts, padding=False, return_attention_mask=False, return_token_type_ids=False, **options)
+        except Exception as error:  # tokenizers raises the class Exception itself
+            what = f"its tokenizer fails on texts of {split.origin}"
+            raise UserError(f"model.name: {what}: {first_line(error)}") from None
+        return found["input_ids"]
+
+    return encode
+
+
+def _tokens(lists: list[list[int]], split: Split, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None) -> Tokens:
+    """The ids of the split's texts as `Tokens`. UserError where an id is outside the model's vocabulary."""
     offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
     flat = np.fromiter(chain.from_iterable(lists), dtype=np.int64, count=int(offsets[-1]))
     most = vocabulary or np.iinfo(np.int32).max

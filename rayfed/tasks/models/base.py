@@ -41,12 +41,14 @@ TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "s
 class FrozenBase:
     """A base model, and the names of its head's modules: trained (``head``) or not (``frozen_head``).
 
-    The model is put into evaluation mode, and its weights are frozen.
+    ``task_type`` is PEFT's name for what a model of transformers does. The model is put into evaluation mode, and its
+    weights are frozen.
     """
 
     model: nn.Module
     head: tuple[str, ...]
     frozen_head: tuple[str, ...] = ()
+    task_type: str = "SEQ_CLS"
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
@@ -93,7 +95,7 @@ def load_base(settings: Model, classes: int, seed: int) -> FrozenBase:
     options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeding.derive_seed(seed, "model.init"))
-        model, report = _from_pretrained(loader, settings, config=config, **options)
+        model, report = from_pretrained(loader, settings, config=config, **options)
         missing = {str(key) for key in report["missing_keys"]} | {str(key[0]) for key in report["mismatched_keys"]}
         encoder = "" if settings.pooling == "mean" else f"{model.base_model_prefix}."
         for name in sorted(missing):
@@ -115,12 +117,7 @@ def frozen_base(model: Any, missing: set[str], settings: Model, classes: int, se
             torch.manual_seed(seeding.derive_seed(seed, "model.head"))
             nn.init.normal_(model.classifier.weight, std=0.02)
             nn.init.zeros_(model.classifier.bias)
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.isfinite().all():
-            raise allowed("model.name", settings.name, f"its weight {name} has values that are not finite")
-    norms = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if norms:
-        raise allowed("model.name", settings.name, f"{norms[0]} is a BatchNorm, which mixes clients")
+    check_model(model, settings.name)
     head = _head(model, missing)
     if settings.head == "trained":
         return FrozenBase(model, head)
@@ -129,6 +126,16 @@ def frozen_base(model: Any, missing: set[str], settings: Model, classes: int, se
         for name in head:
             _make_orthonormal(model.get_submodule(name))
     return FrozenBase(model, (), head)
+
+
+def check_model(model: nn.Module, name: str) -> None:
+    """UserError, with the model's ``name``, where it has weights that are not finite, or a BatchNorm."""
+    for key, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            raise allowed("model.name", name, f"its weight {key} has values that are not finite")
+    norms = [key for key, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        raise allowed("model.name", name, f"{norms[0]} is a BatchNorm, which mixes clients")
 
 
 def in_dtype(base: FrozenBase, dtype: str) -> FrozenBase:
@@ -154,7 +161,7 @@ def in_dtype(base: FrozenBase, dtype: str) -> FrozenBase:
 def name_classes(model: nn.Module, classes: Sequence[str]) -> None:
     """Writes the names of the classes into the model's config, where transformers looks for them (`id2label`)."""
     config: Any = getattr(model, "config", None)
-    if config is None:  # a module that is not of transformers
+    if config is None or not classes:  # a module that is not of transformers, or a task without classes
         return
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: i for i, name in enumerate(classes)}
@@ -187,7 +194,7 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
         # transformers would return an empty tokenizer, which knows no words
         raise allowed("model.name", settings.name, "this folder holds no tokenizer")
     with _without_stderr():
-        tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, settings)
+        tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, settings)
         _or_refuse(settings, lambda: tokenizer("a text"))
     return checked_tokenizer(tokenizer, settings.name)
 
@@ -242,14 +249,14 @@ def model_path(settings: Model) -> str:
 def _config(settings: Model, classes: int) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    config: PretrainedConfig = _from_pretrained(AutoConfig, settings, num_labels=classes)
+    config: PretrainedConfig = from_pretrained(AutoConfig, settings, num_labels=classes)
     config.problem_type = "single_label_classification"
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = load_tokenizer(settings).pad_token_id  # GPT-2 finds a text's last token by it
     return config
 
 
-def _from_pretrained(loader: Any, settings: Model, **options: Any) -> Any:
+def from_pretrained(loader: Any, settings: Model, **options: Any) -> Any:
     """What a class of transformers loads for the model. UserError if it cannot be loaded."""
     path = model_path(settings)
     if Path(path).is_dir():

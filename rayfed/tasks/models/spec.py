@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayfed.config.method import Lora
 from rayfed.errors import allowed, first_line
 from rayfed.lora.packed.stack import head_values
-from rayfed.lora.peft import is_conv1d, lora_config, match_targets, peft_settings
+from rayfed.lora.peft import is_conv1d, lora_config, match_targets, output_layer, peft_settings
 from rayfed.tasks.models.base import FrozenBase, MeanPooledClassifier, in_dtype
 from rayfed.tasks.models.checkpointing import layers_of
 from rayfed.tasks.models.unpadded import Padded, Unpadded
@@ -52,9 +52,10 @@ def describe_model(
     if gradient_checkpointing:
         layers_of(base.model)  # raises UserError if there are none
     # PEFT's class for a task needs the config of a model of transformers; without a task, PEFT takes any module.
-    task_type = "SEQ_CLS" if hasattr(base.model, "config") else None
+    task_type = base.task_type if hasattr(base.model, "config") else None
     config = lora_config(**lora.model_dump(exclude={"train", "compute"}), head=base.heads, task_type=task_type)
     shapes = match_targets(base.model, config, base.heads)
+    _check_untied(base.model, shapes)
     conv1d = any(is_conv1d(base.model.get_submodule(name)) for name in shapes)
     root = "encoder." if isinstance(base.model, MeanPooledClassifier) else ""  # transformers has no such classifier
     return ModelSpec(
@@ -67,6 +68,15 @@ def describe_model(
         dtype,
         batching,
     )
+
+
+def _check_untied(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """UserError where the output layer is adapted and shares its weights with the embeddings of the input."""
+    output = output_layer(model)
+    for name in shapes:
+        if model.get_submodule(name) is output and output.weight is model.get_input_embeddings().weight:  # type: ignore
+            what = "it shares its weights with the embeddings of the input: a change would be of both"
+            raise allowed("lora.target_modules", name, what)
 
 
 def check_dtype(base: FrozenBase, name: str, dtype: str) -> None:

@@ -51,17 +51,15 @@ class Padded:
         return f"to the longest of a batch ({self.reason})"
 
 
-class UnpaddedModel:
-    """Runs a model on batches without padding (`Tokens.batch`). Until `release`, the model takes no other batches."""
+class UnpaddedEncoder:
+    """A model's encoder, which computes attention over concatenated texts until `release`."""
 
-    def __init__(self, model: nn.Module, batching: Unpadded) -> None:
+    def __init__(self, model: nn.Module) -> None:
         from transformers import AttentionInterface
 
         AttentionInterface.register(NAME, varlen_attention)
-        self.model, self.batching = model, batching
-        self.encoder = _encoder(model)
+        self.encoder = encoder_of(model)
         self.config: Any = self.encoder.config
-        self._batch: _UnpaddedBatch  # that of the call in progress
         self._original = self.config._attn_implementation, getattr(self.config, "use_cache", None)
         with quiet():
             self.encoder.set_attn_implementation(NAME)
@@ -71,6 +69,25 @@ class UnpaddedModel:
         self._warns = hasattr(self.encoder, "warn_if_padding_and_no_attention_mask")
         if self._warns:
             self.encoder.warn_if_padding_and_no_attention_mask = lambda *args: None
+
+    def release(self) -> None:
+        """Restores the encoder as it was."""
+        if self._warns:
+            del self.encoder.warn_if_padding_and_no_attention_mask  # the method of its class remains
+        implementation, use_cache = self._original
+        with quiet():
+            self.encoder.set_attn_implementation(implementation)
+        if use_cache:
+            self.config.use_cache = use_cache
+
+
+class UnpaddedModel(UnpaddedEncoder):
+    """Runs a model on batches without padding (`Tokens.batch`). Until `release`, the model takes no other batches."""
+
+    def __init__(self, model: nn.Module, batching: Unpadded) -> None:
+        super().__init__(model)
+        self.model, self.batching = model, batching
+        self._batch: _UnpaddedBatch  # that of the call in progress
         self._hooks = [
             self.encoder.register_forward_pre_hook(self._replace_inputs, with_kwargs=True),
             self.encoder.register_forward_hook(self._replace_output),
@@ -91,13 +108,7 @@ class UnpaddedModel:
         """Restores the model as it was."""
         for hook in self._hooks:
             hook.remove()
-        if self._warns:
-            del self.encoder.warn_if_padding_and_no_attention_mask  # the method of its class remains
-        implementation, use_cache = self._original
-        with quiet():
-            self.encoder.set_attn_implementation(implementation)
-        if use_cache:
-            self.config.use_cache = use_cache
+        super().release()
 
     def _replace_inputs(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         others = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
@@ -155,8 +166,8 @@ def choose_batching(model: nn.Module, longest: int) -> Unpadded | Padded:
     model is left unchanged.
     """
     try:
-        config: Any = _encoder(model).config
-        tokens, segments = _random_texts(config, longest)
+        config: Any = encoder_of(model).config
+        tokens, segments = random_texts(config, longest)
         rows = np.arange(len(tokens))
         padded, unpadded = tokens.batch(rows, padded=True), tokens.batch(rows, padded=False)
         logits = model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"]).logits
@@ -187,7 +198,7 @@ def _logits_without_padding(
         unpadded.release()
 
 
-def _random_texts(config: Any, longest: int) -> tuple[Tokens, list[Segment]]:
+def random_texts(config: Any, longest: int) -> tuple[Tokens, list[Segment]]:
     """Texts of two clients, one of ``longest`` tokens and short ones, without padding tokens."""
     lengths = [longest, *(min(n, longest) for n in (1, 3, 2, 5, 3))]
     pad_id = config.pad_token_id or 0
@@ -197,7 +208,7 @@ def _random_texts(config: Any, longest: int) -> tuple[Tokens, list[Segment]]:
     return tokens, [Segment(0, 2, lengths=lengths[:2]), Segment(1, 4, lengths=lengths[2:])]
 
 
-def _encoder(model: nn.Module) -> Any:
+def encoder_of(model: nn.Module) -> Any:
     """The part of the model below its head."""
     encoder = model.encoder if isinstance(model, MeanPooledClassifier) else getattr(model, "base_model", model)
     if encoder is model or not hasattr(encoder, "set_attn_implementation"):

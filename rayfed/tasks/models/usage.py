@@ -1,4 +1,4 @@
-"""How an exported classifier is used without rayfed: the Python lines of its model card, for transformers and PEFT.
+"""How an exported adapter is used without rayfed: the Python lines of its model card, for transformers and PEFT.
 
 They do what the run did: right padding, no token types, texts cut at `data.max_tokens`, the same features, and a base
 whose weights are in the run's number format. They compute in float32.
@@ -28,18 +28,31 @@ def classifier_usage(settings: Model, max_tokens: int) -> Usage:
     The lines define ``logits``, a function from a list of texts to a tensor (texts, classes). They run in the run
     directory, where the adapter's folder is `adapter`.
     """
-    mean = settings.pooling == "mean"
-    where = _PACKAGED if settings.name == "minilm" else f"base = {settings.name!r}\n"
-    options = f"dtype=torch.{settings.dtype}" + (", trust_remote_code=True" if settings.trust_remote_code else "")
-    code = (_MEAN if mean else _STOCK).format(
-        where=where,
-        options=options,
-        # Weights that were rounded for training stay rounded.
-        as_float32="" if settings.dtype == "float32" else ".float()",
-        max_tokens=max_tokens,
-        normalize=_NORMALIZE if settings.normalize else "",
+    code = _MEAN if settings.pooling == "mean" else _STOCK
+    more = {"max_tokens": max_tokens, "normalize": _NORMALIZE if settings.normalize else ""}
+    return Usage(
+        HUB_NAMES.get(settings.name, settings.name), "text-classification", code.format(**_loading(settings), **more)
     )
-    return Usage(HUB_NAMES.get(settings.name, settings.name), "text-classification", code)
+
+
+def causal_lm_usage(settings: Model, max_tokens: int, packing: bool) -> Usage:
+    """The usage of the adapter of a causal language model.
+
+    The lines define ``perplexity``, a function from a list of texts to a number: on the texts of the test split, the
+    run's figure. They run in the run directory.
+    """
+    rows = (_BLOCKS if packing else _TEXTS).format(max_tokens=max_tokens)
+    return Usage(settings.name, "text-generation", _CAUSAL.format(**_loading(settings), rows=rows))
+
+
+def _loading(settings: Model) -> dict[str, str]:
+    """How the base is loaded: where it is, transformers' options, and what makes it float32."""
+    return {
+        "where": _PACKAGED if settings.name == "minilm" else f"base = {settings.name!r}\n",
+        "options": f"dtype=torch.{settings.dtype}" + (", trust_remote_code=True" if settings.trust_remote_code else ""),
+        # Weights that were rounded for training stay rounded.
+        "as_float32": "" if settings.dtype == "float32" else ".float()",
+    }
 
 
 _PACKAGED = """\
@@ -114,4 +127,50 @@ print([id2label[i] for i in logits(["a text", "another text"]).argmax(-1).tolist
 
 _NORMALIZE = """\
     features = torch.nn.functional.normalize(features, dim=-1) * features.shape[-1] ** 0.5
+"""
+
+_CAUSAL = """\
+import math
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{where}folder = "adapter"  # where this file lies
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(base, {options}){as_float32}
+model = PeftModel.from_pretrained(model, folder).eval()
+
+
+def rows(texts):
+{rows}
+
+def perplexity(texts):
+    loss = count = 0
+    for ids in rows(texts):
+        row = torch.tensor([ids])
+        with torch.no_grad():
+            logits = model(input_ids=row).logits[0, :-1]
+        loss += torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum").item()
+        count += len(ids) - 1
+    return math.exp(loss / count)
+
+
+print(perplexity(["a text", "another text"]))
+prompt = tokenizer("a text", return_token_type_ids=False, return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
+"""
+
+_TEXTS = """\
+    found = tokenizer(texts, truncation=True, max_length={max_tokens})["input_ids"]
+    return [ids for ids in found if len(ids) > 1]
+"""
+
+_BLOCKS = """\
+    joined, end = [], tokenizer.eos_token_id
+    for ids in tokenizer(texts)["input_ids"]:
+        joined += [*ids, end] if ids and end not in (None, ids[-1]) else ids
+    found = [joined[i : i + {max_tokens}] for i in range(0, len(joined), {max_tokens})]
+    return [ids for ids in found if len(ids) > 1]
 """

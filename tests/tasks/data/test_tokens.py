@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from rayfed.errors import UserError
 from rayfed.tasks.data.dataset import Split
-from rayfed.tasks.data.tokens import Tokens, tokenize
+from rayfed.tasks.data.tokens import Tokens, tokenize, tokenize_whole
 
 
 def split(*texts: str) -> Split:
@@ -217,3 +218,19 @@ def test_a_tokenizer_that_fails_is_refused() -> None:
         UserError, match=r"^model.name: its tokenizer fails on texts of the split: WordLevel error: Missing"
     ):
         tokenize(split("unknown"), tokenizer, 8)
+
+
+def test_whole_texts_are_uncut_and_end_once() -> None:
+    texts = split("c d", "", "b " * 3000, "d<e>")
+    for tokenizer, end in ((words(), []), (words(eos_token="<e>"), [6])):
+        found = tokenize_whole(texts, tokenizer)
+        lists = [found.ids[a:b].tolist() for a, b in pairwise(found.offsets)]
+        assert lists[:3] == [[2, 3, *end], [], [1] * 3000 + end]
+    assert lists[3] == [3, 6]
+
+
+def test_a_whole_text_of_more_than_a_million_characters_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"^data.text: got 1000001 characters in the split, row 2, but a text has at most"
+    ):
+        tokenize_whole(split("a", "b" * 1_000_001), words())
