@@ -11,6 +11,7 @@ restored trial with ``resume=False``. Each trial has its own W&B sink, as every 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,7 @@ def run_on_tune(search: Search) -> None:
 
     UserError where the cluster can never hold one of the trials. If Ray was started here, it is shut down in the end.
     """
+    new = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     ours = join_ray(search.checked, ENVIRONMENT)
     try:
         search.forget_failures()
@@ -70,6 +72,8 @@ def run_on_tune(search: Search) -> None:
         ).fit()
     finally:
         remove_path(search.out / STORAGE)
+        for name in new:  # later experiments of this process are not the sweep's
+            os.environ.pop(name, None)
         if ours:
             ray.shutdown()
 
