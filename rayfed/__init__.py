@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rayfed.keywords import suggest_keywords
+from rayfed.suggestions import nearest
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from rayfed.api import Rounds, RunResult, iter_rounds, load_config, load_model, prepare, run
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from rayfed.errors import RunError, UserError
     from rayfed.methods import Method
     from rayfed.objectives import Objective
+    from rayfed.reports.run_page import ReportCallback
     from rayfed.sweeps import tune
     from rayfed.sweeps.sweep import SweepResult
     from rayfed.tasks.base import Task
@@ -34,6 +38,7 @@ _MODULES = {
     "Experiment": "rayfed.config",
     "Method": "rayfed.methods",
     "Objective": "rayfed.objectives",
+    "ReportCallback": "rayfed.reports.run_page",
     "Rounds": "rayfed.api",
     "RunError": "rayfed.errors",
     "RunResult": "rayfed.api",
@@ -52,6 +57,7 @@ __all__ = [
     "Experiment",
     "Method",
     "Objective",
+    "ReportCallback",
     "Rounds",
     "RunError",
     "RunResult",
@@ -70,23 +76,29 @@ __all__ = [
 ]
 
 
+@suggest_keywords
 def sweep(
-    config: str | Path, overrides: Sequence[str] = (), *, out: str | Path | None = None, resume: bool = False
-) -> SweepResult:
-    """Runs the sweep in the YAML file ``config`` to its end and writes its `report.html`, as `rayfed sweep` does.
+    config: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, out: str | Path | None = None,
+    resume: bool = False,
+) -> SweepResult:  # fmt: skip
+    """Runs a sweep to its end and writes its `report.html`, as `rayfed sweep` does.
 
-    ``overrides`` are `key=value`. ``out`` (default `runs/NAME-TIME`) must be empty or absent unless ``resume``. A trial
-    that fails is recorded, and the others continue: see the result's `failed`, `rows` and `table`. Raises UserError
-    before anything is started where a trial is wrong.
+    ``config`` is a YAML file, or a mapping of sections as in such a file, with a section `sweep`. ``overrides`` are
+    `key=value`. ``out`` (default `runs/NAME-TIME`) must be empty or absent unless ``resume``. A trial that fails is
+    recorded, and the others continue: see the result's `failed`, `rows` and `table`. Raises UserError before anything
+    is started where a trial is wrong.
     """
+    from rayfed.api.plans import settings_file
     from rayfed.reports.sweep_page import write_sweep_page
     from rayfed.sweeps.sweep import run_sweep
 
-    result = run_sweep(config, overrides, out, resume)
+    with settings_file(config) as path:
+        result = run_sweep(path, overrides, out, resume)
     write_sweep_page(result.out)
     return result
 
 
+@suggest_keywords
 def report(*folders: str | Path, out: str | Path | None = None, target: float | None = None) -> Path:
     """Writes a page with tables and figures of runs and sweeps, as `rayfed report` does. Returns the page's path.
 
@@ -107,10 +119,8 @@ def report(*folders: str | Path, out: str | Path | None = None, target: float | 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, __all__, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = nearest(name, __all__)
+        hint = f"; did you mean {near!r}?" if near else ""
         raise AttributeError(f"module 'rayfed' has no attribute {name!r}{hint}")
     from importlib import import_module
 
@@ -119,4 +129,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -7,21 +7,24 @@ files whose names start with an underscore are not members. A user's own member 
 
 from __future__ import annotations
 
-import difflib
 import pkgutil
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from rayfed.errors import UserError, allowed, first_line
+from rayfed.suggestions import did_you_mean
 
 T = TypeVar("T")
 
 
 @cache
 def member_names(package: str) -> tuple[str, ...]:
-    """The names of the members of an axis's package, sorted. Does not import the members."""
-    names = (module.name for module in pkgutil.iter_modules(import_module(package).__path__) if not module.ispkg)
+    """The names of the members of an axis's package, sorted. Imports neither the package nor its members."""
+    spec = find_spec(package)
+    assert spec is not None, package
+    names = (module.name for module in pkgutil.iter_modules(spec.submodule_search_locations) if not module.ispkg)
     return tuple(sorted(name for name in names if name != "base" and not name.startswith("_")))
 
 
@@ -37,9 +40,7 @@ def member_class(package: str, name: str, base: type[T], field: str) -> type[T]:
         return found
     names = member_names(package)
     if name not in names:
-        near = difflib.get_close_matches(name.lower(), names, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"{field}: got {name!r}, but {hint}allowed are {', '.join(names)}")
+        raise UserError(f"{field}: got {name!r}, but {did_you_mean(name, names)}allowed are {', '.join(names)}")
     module = import_module(f"{package}.{name}")
     (member,) = (
         value

@@ -39,6 +39,8 @@ def _other(kind: Any, value: Any = None) -> Any:
         return next(choice for choice in inside if choice != value)
     if get_origin(kind) is tuple:
         return (_other(inside[0]),) if inside[-1] is Ellipsis else tuple(_other(item) for item in inside)
+    if get_origin(kind) is dict:
+        return {_other(inside[0]): _other(inside[1])}
     if inside:  # Annotated, or a union with null
         return _other(inside[0], value)
     return not value if kind is bool else {int: 7, float: 0.7, str: "other"}[kind]

@@ -14,6 +14,7 @@ import yaml
 from small_runs import lowrank
 
 import rayfed
+from rayfed.cli.methods import describe
 from rayfed.config import Experiment
 from rayfed.config.describe import iter_fields
 from rayfed.config.sweep import Sweep
@@ -93,9 +94,20 @@ def test_readme_has_every_method_with_the_facts_of_its_class() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", text.split("## Methods")[1].split("\n## ")[0], re.M))
     assert sorted(rows) == sorted(METHODS)
     for name, row in rows.items():
-        cls, (paper, ranks, source) = method_class(name), (cell.strip() for cell in row.split("|"))
+        cls, (paper, ranks, secure, source) = method_class(name), (cell.strip() for cell in row.split("|"))
         assert cls.paper.removeprefix("arXiv ") in paper, name
         assert (ranks == "yes", source) == (cls.mixed_ranks, cls.source), name
+        assert (secure or "no") in describe(name).split("secure ")[1].splitlines()[0], name
+
+
+def test_the_overview_of_methods_has_the_facts_of_every_class() -> None:
+    text = (DOCS / "methods.md").read_text(encoding="utf-8").split("## Overview")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*`) \| .* \|(.*)\|(.*)\|$", text, re.M)
+    found = {name: (r.strip(), s.strip()) for names, r, s in rows for name in re.findall(r"`(\w+)`", names)}
+    assert sorted(found) == sorted(METHODS)
+    for name, (ranks, secure) in found.items():
+        assert (ranks == "yes") == method_class(name).mixed_ranks, name
+        assert (secure or "no") in describe(name).split("secure ")[1].splitlines()[0], name
 
 
 def test_every_page_is_in_the_navigation(generate: SimpleNamespace) -> None:

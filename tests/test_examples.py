@@ -5,7 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+import rayfed
+from rayfed.errors import UserError
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -38,6 +43,22 @@ def test_tune_search(tmp_path: Path, ray_cluster: None) -> None:
     results = example.population(str(tmp_path))
     assert [result.metrics["round"] for result in results] == [6, 6]
     assert any((Path(result.path) / "continues.json").is_file() for result in results)
+
+
+def test_own_task(tmp_path: Path) -> None:
+    example = import_module("own_task")
+    result = rayfed.run(example.SETTINGS, tmp_path / "run", task=example.SineRegression())
+    history = result.history
+    assert history["eval/loss"].iloc[-1] < 0.3 * history["eval/loss"].iloc[0]
+    task = example.SineRegression()
+    model, test = rayfed.load_model(result.out, task=task), task.load_data().test
+    batch = test.batch(np.arange(len(test)), padded=True)
+    with torch.no_grad():
+        near = task.metrics(model(batch["features"]), batch["labels"], task.load_data())["near"]
+    assert near == history["test/near"].iloc[-1]
+    for other in (None, example.SineRegression(clients=9), rayfed.TextClassification()):
+        with pytest.raises(UserError, match=r"comes from .*own_task:SineRegression"):
+            rayfed.load_model(result.out, task=other)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

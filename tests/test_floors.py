@@ -21,7 +21,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rayfed"
 
 FLOORS = (
-    ("errors", "seeding", "files", "device", "storage", "plugins", "run_directory"),
+    (
+        "errors",
+        "seeding",
+        "files",
+        "device",
+        "storage",
+        "plugins",
+        "suggestions",
+        "run_directory",
+        "keywords",
+        "own_code",
+    ),
     ("config",),
     ("tracking",),
     ("lora",),

@@ -18,7 +18,7 @@ import jsonschema
 import pytest
 import yaml
 
-from rayfed.cli import _parser
+from rayfed.cli.commands import program as commands
 from rayfed.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -115,11 +115,10 @@ def test_a_wrong_field_is_found(manifest: Any, place: list[Any], field: str, val
 
 
 def test_the_command_is_one_that_rayfed_takes_and_fits_the_pods(manifest: Any) -> None:
-    program, *words = shlex.split(manifest["spec"]["entrypoint"])
+    program, command, *words = shlex.split(manifest["spec"]["entrypoint"])
     assert program == "rayfed"
-    options, rest = _parser().parse_known_args(words)
-    overrides = options.overrides + rest
-    engine = load_config(options.config, overrides).engine
+    options = commands.commands[command].make_context(command, words).params
+    engine = load_config(options["config"], options["overrides"]).engine
     cluster = manifest["spec"]["rayClusterSpec"]
     (workers,) = cluster["workerGroupSpecs"]
     (worker,) = workers["template"]["spec"]["containers"]
@@ -129,7 +128,7 @@ def test_the_command_is_one_that_rayfed_takes_and_fits_the_pods(manifest: Any) -
     assert engine.workers == workers["replicas"] * min(on_gpu, on_cpu)
     (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
     assert "nvidia.com/gpu" not in head["resources"]["limits"]  # the driver needs none
-    assert Path(options.out).is_relative_to(head["volumeMounts"][0]["mountPath"])
+    assert Path(options["out"]).is_relative_to(head["volumeMounts"][0]["mountPath"])
     assert head["image"] == worker["image"]
 
 

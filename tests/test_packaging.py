@@ -55,7 +55,8 @@ def test_the_archives_are_whole(built: Path) -> None:
     wanted = files_of("rayfed", "*.py") | {f"rayfed/{config}" for config in configs}
     assert wanted | {"rayfed/py.typed", "rayfed/reports/page.html"} == {f for f in wheel if f.startswith("rayfed/")}
     wanted |= files_of("tests", "*.py") | files_of("docs", "*.md") | files_of("configs", "*")
-    alone = {"Makefile", "Dockerfile", "constraints.txt", "cluster.yaml", "setup.py", "README.md", "LICENSE"}
+    wanted |= files_of("examples", "*.py") | {path.name for path in ROOT.glob("*.*") if not path.name.startswith(".")}
+    alone = {"Makefile", "Dockerfile", "LICENSE"}
     assert {f for f in wanted if not f.startswith("rayfed/configs") and (ROOT / f).is_file()} | alone <= source
 
 

@@ -53,6 +53,20 @@ def test_every_dependency_is_pinned_to_a_version_it_allows(requirement: Requirem
     assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
 
 
+def test_the_lock_has_the_pinned_releases_with_hashes_and_all_that_it_promises() -> None:
+    text, own = (ROOT / "requirements.lock").read_text(), pins()
+    entry = r"^([\w.-]+)==([^ ]+)( ; [^\\]+)? \\\n(?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+"
+    found = {canonicalize_name(name): version for name, version, _ in re.findall(entry, text, re.M)}
+    assert len(found) == len(re.findall(r"^[^#\s]", text, re.M)), "a release without a hash"
+    cuda = {name for name in found if re.match("cuda-|nvidia-|triton$", name)}  # torch's, and not pinned by rayfed
+    assert {name: version for name, version in found.items() if name not in cuda} == {
+        n: own[n] for n in found.keys() - cuda
+    }
+    promised = [*DEPENDENCIES, *(r for extra in ("minilm", "report", "optuna") for r in EXTRAS[extra])]
+    assert {canonicalize_name(r.name) for r in promised} <= found.keys()
+    assert "://" not in text
+
+
 def test_every_import_is_a_declared_dependency() -> None:
     optional = [r for name, extra in EXTRAS.items() if name != "dev" for r in extra]
     declared = {canonicalize_name(r.name) for r in DEPENDENCIES + optional}

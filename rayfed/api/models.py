@@ -9,38 +9,43 @@ import numpy as np
 from torch import nn
 
 from rayfed import config, tasks
-from rayfed.api.keywords import suggest_keywords
+from rayfed.config import Experiment
+from rayfed.config.task import Data
 from rayfed.errors import UserError, allowed
+from rayfed.keywords import suggest_keywords
 from rayfed.lora.peft_files import load_peft, read_json, refuse_links
+from rayfed.own_code import own_failures
+from rayfed.tasks.base import Task
 from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.base import in_dtype, name_classes
 from rayfed.tasks.models.cache import forget_base
 from rayfed.tasks.models.spec import describe_model
+from rayfed.tasks.text_classification import TextClassification
 
 
 @suggest_keywords
-def load_model(run: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
+@own_failures(UserError)
+def load_model(run: str | Path, *, task: Task | None = None, trust_remote_code: bool = False) -> nn.Module:
     """A finished run's model, ready for inference: a PeftModel of the base it was trained on and its `adapter/`.
 
     ``run`` is a run directory, which may come from anybody: nothing in it is executed, pickles are not opened, links
     are not followed. A base model that comes with code of its own (`model.trust_remote_code`) is loaded only if
     ``trust_remote_code`` says so as well. `adapter/README.md` has the lines that load the same without rayfed.
 
-    Raises UserError where the run has no model to load, a file is missing, damaged or a link, or the base cannot be
-    loaded.
+    ``task`` is needed where the run's model came from Python: an equal object of your own subclass of `rayfed.Task`, or
+    `rayfed.TextClassification(model=..., tokenizer=...)`. Of the latter, rows and functions are not needed.
+
+    Raises UserError where the run has no model to load, a file is missing, damaged or a link, ``task`` is not what the
+    run had, or the base cannot be loaded.
     """
     out = Path(run)
     config_file, folder = out / "config.yaml", out / "adapter"
     if config_file.is_symlink() or config_file.is_fifo():
         raise allowed("config", str(config_file), "it is a symbolic link or a pipe; only plain files are read")
     experiment = config.load_config(config_file)
-    if experiment.data.source == "lowrank":
+    if experiment.data.source == "lowrank" and experiment.data.fingerprint is None:
         raise allowed("run", str(run), "it solved data.source=lowrank, which has no model to load")
-    made_by = (experiment.data.fingerprint or "").partition(" ")[0]
-    if made_by not in ("", "rayfed.tasks.text_classification:TextClassification"):
-        raise allowed(
-            "run", str(run), f"its model comes from a task of its own, {made_by}, which load_model cannot build"
-        )
+    _check_task(experiment, task, run)
     model = experiment.model
     if model.trust_remote_code and not trust_remote_code:
         what = f"the code of {model.name} runs only with load_model(run, trust_remote_code=True)"
@@ -51,11 +56,13 @@ def load_model(run: str | Path, *, trust_remote_code: bool = False) -> nn.Module
         raise UserError(f"adapter: {folder / 'classes.json'} is no list of the names of classes")
     # The task alone: a method may be named by an import path. Rows that were Python objects are not needed here.
     data = experiment.data.model_copy(update={"fingerprint": None})
-    task = tasks.build(
-        data=data, problem=experiment.problem, partition=experiment.partition, model=model, seed=experiment.seed
-    )
+    names = ("problem", "partition", "model", "seed")
+    sections: dict[str, Any] = {"data": data, **{name: getattr(experiment, name) for name in names}}
+    task = task.configure(**sections) if task else tasks.build(**sections)
     nothing: Any = None
     federation = Federation(nothing, nothing, nothing, tuple(classes), np.zeros(0, np.int64), np.zeros(1, np.int64))
+    if not _by_text_classification(experiment):
+        federation = task.load_data()
     forget_base()  # before and after: no run shares the weights of this model, which may be changed
     base = in_dtype(task.load_base(federation), model.dtype)
     forget_base()
@@ -63,3 +70,35 @@ def load_model(run: str | Path, *, trust_remote_code: bool = False) -> nn.Module
     name_classes(base.model, classes)
     head = {**spec.head, **spec.frozen_head}
     return load_peft(base.model, folder, spec.shapes, head, base.heads, spec.root)
+
+
+def _by_text_classification(experiment: Experiment) -> bool:
+    """Whether the run's task was rayfed's own, and no class of the user's."""
+    made_by = (experiment.data.fingerprint or "").partition(" ")[0]
+    ours = made_by in ("", f"{TextClassification.__module__}:{TextClassification.__qualname__}")
+    return ours and not experiment.data.own_task
+
+
+def _from_python(experiment: Experiment) -> str | None:
+    """What names the code that made the run's base model; None where the settings name the model."""
+    if _by_text_classification(experiment):
+        return experiment.model.fingerprint
+    return experiment.data.fingerprint or experiment.data.source
+
+
+def _check_task(experiment: Experiment, task: Task | None, run: str | Path) -> None:
+    """UserError where the base model comes from Python, and ``task`` does not make the same one."""
+    made_by, ours = _from_python(experiment), _by_text_classification(experiment)
+    if task is None:
+        if made_by is not None:
+            what = "rayfed.TextClassification(model=..., tokenizer=...)" if ours else "an equal task"
+            raise allowed("run", str(run), f"its model comes from {made_by}: load_model(run, task=...) needs {what}")
+        return
+    if not isinstance(task, Task):
+        raise allowed("task", task, "it is an object of a subclass of rayfed.Task")
+    data, model = task.described(Data() if ours else experiment.data, experiment.model)
+    found = model.fingerprint if ours else data.fingerprint
+    if not ours and experiment.data.fingerprint is None:
+        found = (found or "").partition(" ")[0]  # the run had the class by its import path alone
+    if found != made_by or ours != (type(task) is TextClassification):
+        raise allowed("task", found or type(task).__name__, f"the run's model comes from {made_by or model.name}")

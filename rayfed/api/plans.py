@@ -7,21 +7,28 @@ settings, builds a method again, or loads the base model only to describe it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+from yaml.representer import RepresenterError
 
 from rayfed import config, methods, tasks, weighting
-from rayfed.api.keywords import suggest_keywords
+from rayfed.api.initial_adapter import check_method, initial_adapter
 from rayfed.channels import Lossless
 from rayfed.clients.plan import RunPlan
 from rayfed.config import Experiment
+from rayfed.config.adapter import adapter_folder, with_digest
+from rayfed.config.parse import dump_settings
 from rayfed.errors import UserError, allowed
+from rayfed.keywords import suggest_keywords
 from rayfed.methods import Method
 from rayfed.objectives import Plain
+from rayfed.own_code import own_failures
 from rayfed.profiles.client_profiles import ClientProfiles
 from rayfed.server.optimizers import ServerOptimizer
 from rayfed.tasks.base import Task
@@ -50,12 +57,29 @@ def read_settings(source: Settings) -> Experiment:
     Raises UserError, one line per mistake.
     """
     if isinstance(source, Experiment):
-        return source
+        return with_digest(source)
     if isinstance(source, str | Path):
         return config.load_config(source)
     if isinstance(source, Mapping):
         return config.validate(dict(source))
     raise allowed("experiment", source, "it is an Experiment, the path of a YAML file, or a mapping of sections")
+
+
+@contextmanager
+def settings_file(source: str | Path | Mapping[str, Any]) -> Iterator[Path | str]:
+    """The YAML file at this path, or a temporary one with the mapping. UserError where it is neither."""
+    if isinstance(source, str | Path):
+        yield source
+        return
+    if not isinstance(source, Mapping):
+        raise allowed("config", source, "it is the path of a YAML file, or a mapping of sections")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "settings"
+        try:
+            path.write_text(dump_settings(dict(source)), encoding="utf-8")
+        except RepresenterError as error:
+            raise allowed("config", error.args[-1], "a setting is a text, a number, a list or a mapping") from None
+        yield path
 
 
 @suggest_keywords
@@ -69,6 +93,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     return experiment
 
 
+@own_failures(UserError)
 def build_components(experiment: Experiment, task: Task | None = None, method: Method | None = None) -> Components:
     """Builds what the settings name. UserError where parts do not go together. Every `auto` becomes a choice here."""
     data, server, lora, name = experiment.data, experiment.server, experiment.lora, experiment.method.name
@@ -88,6 +113,7 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     ServerOptimizer(optimizer, server)
     if lora.train == "head" and getattr(method, "train", "all") == "masked":
         raise UserError("method.train: got 'masked', but lora.train=head already says what trains")
+    check_method(experiment, method.refuses_adapter, methods.with_adapters())
     profiles = ClientProfiles(experiment.profiles, lora, experiment.wire, experiment.seed)
     if profiles.mixed_ranks and not method.mixed_ranks:
         raise UserError(
@@ -122,7 +148,7 @@ def check(experiment: Experiment, federation: Federation | None = None, model: b
     parts = build_components(experiment)
     federation = _checked_data(experiment, parts, federation)
     if model:
-        _described_model(experiment, parts, federation)
+        initial_adapter(experiment, _described_model(experiment, parts, federation), federation.classes)
     return federation
 
 
@@ -130,10 +156,12 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
     """The plan of settings whose components are built. Errors as in `prepare`."""
     engine = experiment.engine
     federation = _checked_data(experiment, parts, federation)
+    model = _described_model(experiment, parts, federation)
+    initial, *notes = initial_adapter(experiment, model, federation.classes) or (None,)
     return RunPlan(
         **vars(parts),
         federation=federation,
-        model=_described_model(experiment, parts, federation),
+        model=model,
         objective=Plain(),
         channel=Lossless(),
         pack=None if engine.pack == "auto" else engine.pack,
@@ -148,13 +176,18 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
         tracking=experiment.tracking,
         checkpoint=experiment.checkpoint,
         export=experiment.export,
+        initial=initial,
+        notes=tuple(notes),
     )
 
 
+@own_failures(UserError)
 def _checked_data(experiment: Experiment, parts: Components, federation: Federation | None) -> Federation:
     # Only for this process: Ray knows what a cluster's nodes have.
     if experiment.engine.kind == "local" and experiment.engine.device == "cuda" and not torch.cuda.is_available():
         raise UserError("engine.device: got 'cuda', but torch finds no GPU here; allowed is cpu")
+    if experiment.model.adapter is not None:
+        adapter_folder(experiment.model.adapter)  # raises UserError; before the data, which may take minutes
     federation = federation or parts.task.load_data()
     holders, cohort = len(federation.holders), experiment.server.cohort
     if cohort > holders:
@@ -165,6 +198,7 @@ def _checked_data(experiment: Experiment, parts: Components, federation: Federat
     return federation
 
 
+@own_failures(UserError)
 def _described_model(experiment: Experiment, parts: Components, federation: Federation) -> ModelSpec:
     task, engine, model = parts.task, experiment.engine, experiment.model
     base = task.load_base(federation)
@@ -175,6 +209,7 @@ def _described_model(experiment: Experiment, parts: Components, federation: Fede
     return spec
 
 
+@own_failures(UserError)
 def describe_objects(experiment: Experiment, task: Task | None, method: Method | None) -> Experiment:
     """The settings with what config.yaml says of a task and a method that are objects.
 

@@ -11,17 +11,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rayfed import config
-from rayfed.api.keywords import suggest_keywords
 from rayfed.api.plans import Components, Settings, build_components, describe_objects, make_plan, read_settings
+from rayfed.api.resume import check_settings, follow_settings
 from rayfed.clients.plan import RunPlan
 from rayfed.config import Experiment
-from rayfed.config.marks import differences, settings_digest
 from rayfed.engine.callbacks import Callback, check_callbacks
 from rayfed.engine.local_executor import run_here
 from rayfed.errors import UserError
 from rayfed.files import PARTIAL, remove_path
+from rayfed.keywords import suggest_keywords
 from rayfed.methods import Method
 from rayfed.run_directory import check_out, disk_errors, locked_out, share_lock
+from rayfed.server.change_rounds import complete
 from rayfed.storage import RemoteFolder, fetch, is_uri, local_folder, uploaded
 from rayfed.tasks.base import Task
 from rayfed.tasks.data.federation import Federation
@@ -170,6 +171,7 @@ def _records(
         with uploaded(remote, folder), disk_errors(folder), closing(console):
             for leftover in folder.rglob(PARTIAL):
                 remove_path(leftover)
+            follow_settings(folder, plan)
             yield from _started(plan, folder, resume, uri, console, callbacks, waits)
     return RunResult(folder, summary.figures)
 
@@ -193,18 +195,12 @@ def _check_out(out: Path, experiment: Experiment, resume: bool) -> Experiment:
     """
     if not check_out(out, resume, "run", "config.yaml"):
         return experiment
+    complete(out)
     known = config.load_config(out / "config.yaml")
     if experiment.engine.pack == "auto" and known.engine.pack != "auto":
         engine = experiment.engine.model_copy(update={"pack": known.engine.pack})
         experiment = experiment.model_copy(update={"engine": engine})
-    settings = experiment.model_dump(mode="json")
-    made_with, now = known.digest(), settings_digest(settings)
-    if made_with != now:
-        changed = differences(known.model_dump(mode="json"), settings)
-        raise UserError(
-            f"--resume: {out} was made with other settings (digest {made_with}, these have {now}): {changed}; "
-            "resume with its config.yaml or choose another --out"
-        )
+    check_settings(out, known, experiment)
     return experiment
 
 

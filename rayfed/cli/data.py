@@ -77,7 +77,8 @@ def _print_table(table: Any) -> None:
 
     from rayfed.tracking.progress import rich_table
 
-    Console(highlight=False, markup=False, emoji=False).print(rich_table(table))
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(rich_table(table, console.width))
 
 
 def _print_heat_map(found: Mapping[str, Any]) -> None:

@@ -99,14 +99,19 @@ def packs(plan: RunPlan) -> Iterator[Fact]:
         plan = plan.with_gpus(torch.cuda.device_count())  # as a run on this machine alone would do
     prepare_process(engine.threads, engine.device, engine.deterministic)
     job, room, workers = measure_job(plan), device_memory.free(plan.engine), plan.engine.processes
-    found = []
-    for m in measure(Trainer(plan), job.clients, job.sizes, room):
+    trainer, found = Trainer(plan), []
+    process = device_memory.private()
+    for m in measure(trainer, job.clients, job.sizes, room):
         found.append(m)
         yield f"{m.size} at a time", f"{1e3 * m.seconds / m.size:.1f} ms a client and step, {m.bytes / 2**20:.0f} MiB"
     choice = choose_size(found, plan.server.cohort, workers, room)
     yield "a step takes", choice.time_model()
     yield "a step needs", choice.memory_model()
     yield "engine.pack=auto", f"{choice.size}, for {choice.cohort} clients a round and {workers} pack(s) at a time"
+    if engine.kind == "ray":
+        peak = process + (choice.bytes.at((plan.pack or choice.size) * choice.tokens) if engine.device == "cpu" else 0)
+        what = f"{peak / 2**30:.2f} GiB of its node's memory; engine.memory_per_worker={engine.memory_per_worker:g}"
+        yield "a worker needs", f"{what} is reserved"
     seconds = _round_seconds(plan, choice)
     yield "a round trains", f"about {seconds:.3f} s, if all workers are as fast as this machine; without evaluation"
     yield "the run trains", f"about {seconds * plan.server.rounds / 3600:.3f} h in {plan.server.rounds} rounds"

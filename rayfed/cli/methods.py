@@ -17,14 +17,16 @@ def methods(name: str | None) -> None:
 
 
 def describe_all() -> str:
-    """Every method: its name, paper and summary, then its traffic, whether it takes mixed ranks, and its source."""
+    """Every method: its name, paper and summary, then its traffic, mixed ranks, secure aggregation, source."""
     lines = []
     for name in METHODS:
         cls = method_class(name)
         lines.append(f"{name:<10} {cls.paper:<16} {cls.summary}")
         ranks = "mixed ranks" if cls.mixed_ranks else "one rank"
-        lines.append(f"{'':<10} down {cls.traffic_down}; up {cls.traffic_up}; {ranks}; source: {cls.source}")
+        lines.append(f"{'':<10} down {cls.traffic_down}; up {cls.traffic_up}")
+        lines.append(f"{'':<10} {ranks}; secure aggregation: {_secure(cls)}; source: {cls.source}")
     lines.append("Traffic is in entries per layer and round. `rayfed methods NAME` shows a method's options.")
+    lines.append("Secure aggregation: whether the server needs only a sum of the uploads, over entries known to all.")
     return "\n".join(lines)
 
 
@@ -40,6 +42,7 @@ def describe(name: str) -> str:
         "down": f"{cls.traffic_down} entries per layer and round",
         "up": f"{cls.traffic_up} entries per layer and round",
         "ranks": "clients may have different ranks" if cls.mixed_ranks else "all clients have one rank",
+        "secure": f"aggregation without seeing single uploads: {_secure(cls)}",
         "weights": f"{cls.weights} (server.weights)",
         "optimizer": f"{cls.optimizer} (server.optimizer); allowed are {', '.join(cls.optimizers)}",
     }
@@ -51,6 +54,14 @@ def describe(name: str) -> str:
         if option in meanings:
             lines.append(textwrap.fill(meanings[option], 100, initial_indent="    ", subsequent_indent="    "))
     return "\n".join(lines if options else [*lines, "  no options"])
+
+
+def _secure(cls: type[Method]) -> str:
+    """When secure aggregation allows the method. A property decides by the options, and here by their defaults."""
+    claim: object = cls.secure_aggregation
+    if isinstance(claim, property):
+        return "by its options, no by default"
+    return "dense uploads" if claim else "no"
 
 
 def _meanings(cls: type[Method]) -> dict[str, str]:

@@ -14,11 +14,9 @@ from pathlib import Path
 
 import rayfed
 from rayfed.cli.doctor import doctor
-from rayfed.cli.reports import write_page
 from rayfed.files import remove_path
 from rayfed.run_directory import locked_out
 from rayfed.storage import RemoteFolder, fetch, is_uri, local_folder, masked, refuse_credentials, uploaded
-from rayfed.tracking import Record, RunInfo, Sink, Table
 
 
 def run(config: str, overrides: Sequence[str], out: str | None, resume: bool, dry_run: bool = False) -> None:
@@ -30,11 +28,11 @@ def run(config: str, overrides: Sequence[str], out: str | None, resume: bool, dr
     pack_open = " (engine.pack is not chosen yet)" if experiment.engine.pack == "auto" else ""
     print(f"settings {experiment.digest()}{pack_open}", flush=True)
     if not is_uri(out):
-        result = rayfed.run(experiment, out=out, resume=resume, sink=_PageSink())
+        result = rayfed.run(experiment, out=out, resume=resume, callbacks=[rayfed.ReportCallback()])
         print(f"run directory {result.out}")
         return
     with _local_folder(out, resume) as folder:
-        rayfed.run(experiment, out=out, resume=resume, sink=_PageSink())
+        rayfed.run(experiment, out=out, resume=resume, callbacks=[rayfed.ReportCallback()])
         remove_path(folder)
     print(f"run directory {masked(out)}")
 
@@ -67,13 +65,3 @@ def _local_folder(uri: str, resume: bool) -> Iterator[Path]:
     refuse_credentials(uri)
     with locked_out(local_folder(uri), "", resume) as folder:
         yield folder
-
-
-class _PageSink(Sink):
-    """Writes `report.html` when the run has finished, before the run directory is uploaded for the last time."""
-
-    def start(self, info: RunInfo) -> None:
-        self.out = Path(info.out)
-
-    def finish(self, summary: Record, table: Table | None) -> None:
-        write_page(self.out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import textwrap
 from itertools import accumulate
 
@@ -10,6 +9,7 @@ from rayfed.config import Experiment
 from rayfed.config.describe import allowed_values, format_value, iter_fields
 from rayfed.config.sweep import Sweep
 from rayfed.errors import allowed
+from rayfed.suggestions import did_you_mean
 
 
 def settings(section: str | None) -> None:
@@ -29,7 +29,6 @@ def describe(section: str | None = None) -> str:
     if section is not None and not lines:
         keys = [key for key, _ in (*iter_fields(Experiment), *iter_fields(Sweep, "sweep."))]
         names = {name for key in keys for name in accumulate(key.split("."), "{}.{}".format)}
-        near = difflib.get_close_matches(section[:100], sorted(names), n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(section, sorted(names))
         raise allowed("settings", section, f"{hint}sections are {', '.join(Experiment.model_fields)}, sweep")
     return "\n".join(lines)

@@ -109,13 +109,13 @@ def _settings(config: str, overrides: Sequence[str]) -> tuple[str, str, str, dic
         settings, _ = load_sweep(config, overrides)  # the cluster checks its trials: the data are there
         command, name, digest = "sweep", str(settings.get("name", "sweep")), ""
         data, model = settings.get("data") or {}, settings.get("model") or {}
-        path, base = data.get("path"), model.get("name")
+        path, base, adapter = data.get("path"), model.get("name"), model.get("adapter")
     else:
         experiment = load_config(config, overrides)
         command, name, digest = "run", experiment.name, experiment.digest()
-        path, base = experiment.data.path, experiment.model.name
+        path, base, adapter = experiment.data.path, experiment.model.name, experiment.model.adapter
     local_base = base if base and Path(base).is_dir() else None  # else a model of a hub
-    return command, slug(name), digest, {"data.path": path, "model.name": local_base}
+    return command, slug(name), digest, {"data.path": path, "model.name": local_base, "model.adapter": adapter}
 
 
 def _files(config: str, include: Sequence[str]) -> dict[Path, Path]:

@@ -57,6 +57,11 @@ class RunPlan:
     checkpoint: Checkpoint
     export: Export
 
+    initial: Adapter | None = None
+    """The adapter that `model.adapter` names, at the run's rank; None: the run starts from a new one."""
+    notes: tuple[str, ...] = ()
+    """Lines for the log of a run that begins."""
+
     @property
     def name(self) -> str:
         """The run's name, as in the settings."""
@@ -79,7 +84,9 @@ class RunPlan:
         return len(tiers) == 1 and not self.method.personal and self.profiles.may_be_sparse("down", self.server.rounds)
 
     def start(self) -> Adapter:
-        """The adapter that the run starts from: B = 0, A random, and the head's initial values."""
+        """The adapter that the run starts from: the given one, or B = 0, A random, and the head's initial values."""
+        if self.initial is not None:
+            return self.initial
         lora = self.lora
         scale = scale_of(lora.rank, lora.alpha, lora.rslora)
         return fresh_adapter(self.trained_shapes, self.model.head, lora.rank, scale, self.seed)

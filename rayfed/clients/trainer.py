@@ -25,7 +25,8 @@ from rayfed.errors import RunError
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_layers
 from rayfed.methods import BaseChange, merged
-from rayfed.tasks.models.base import in_dtype
+from rayfed.own_code import own_failures
+from rayfed.tasks.models.base import in_dtype, logits_of
 from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
 from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel
 
@@ -35,6 +36,7 @@ SPLITS: tuple[messages.SplitName, ...] = ("train", "validation", "test")
 class Trainer:
     """Loads the plan's base model once, then `execute`s jobs on it."""
 
+    @own_failures()
     def __init__(self, plan: RunPlan) -> None:
         self.plan, self.device = plan, torch.device(plan.engine.device)
         base = in_dtype(plan.task.load_base(plan.federation), plan.model.dtype)
@@ -52,10 +54,12 @@ class Trainer:
             self.stack, self.forward, plan.task, data, padded, plan.client, plan.seed, self.device
         )
 
+    @own_failures()
     def execute(self, job: messages.Job, payloads: Sequence[bytes]) -> messages.Result:
         """Executes one job: train, evaluate, features or measure, by its type.
 
-        RunError where the memory does not suffice, or no algorithm gives the same bits every time.
+        RunError where the memory does not suffice, no algorithm gives the same bits every time, or the user's own code
+        fails.
         """
         try:
             match job:
@@ -79,8 +83,7 @@ class Trainer:
         """The model's outputs (rows, ...) for a batch, while the stack holds its segments."""
         if self.unpadded is not None:
             return self.unpadded(inputs, self.stack.batch.segments)
-        outputs: Tensor = self.model(**inputs).logits
-        return outputs
+        return logits_of(self.model(**inputs))
 
     def _train(self, job: messages.TrainJob, payloads: Sequence[bytes]) -> messages.TrainResult:
         begun = time.perf_counter()

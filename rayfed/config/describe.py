@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rayfed.config.types import Printable
+from rayfed.config.types import ClassPath, Printable
 
 NOUNS = {
     bool: "true or false",
@@ -112,7 +112,9 @@ def _describe_type(kind: Any, metadata: list[Any]) -> str:
     if origin is Annotated:
         return _describe_type(inside[0], _flat(inside[1:]))
     if origin in (Union, UnionType):
-        return alternatives([_describe_type(part, metadata) for part in inside])
+        literal = [get_args(part) if get_origin(part) is Literal else () for part in inside]
+        words = [[*map(str, found)] or [_describe_type(part, metadata)] for part, found in zip(inside, literal)]
+        return alternatives([word for each in words for word in each])
     if origin is Literal:
         return alternatives([str(choice) for choice in inside])
     if origin is tuple:
@@ -120,6 +122,8 @@ def _describe_type(kind: Any, metadata: list[Any]) -> str:
         count = most if inside[-1] is Ellipsis else f"{len(inside)} "
         item, *limits = get_args(inside[0]) or inside[:1]  # the type of the items, and their limits if Annotated
         return f"a list of {count}{_with_limits(PLURALS.get(item, 'values'), _flat(limits))}"
+    if origin is dict:
+        return f"{_with_limits(NOUNS[dict], metadata)}, from {PLURALS[inside[0]]} to {PLURALS[inside[1]]}"
     if kind is type(None):
         return "null"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -132,6 +136,8 @@ def _flat(metadata: Iterable[Any]) -> list[Any]:
 
 
 def _with_limits(noun: str, metadata: list[Any]) -> str:
+    if any(isinstance(getattr(m, "func", None), ClassPath) for m in metadata):
+        return "an import path package.module:Class"
     if most := next((m.func.most for m in metadata if isinstance(getattr(m, "func", None), Printable)), None):
         return f"{noun} (up to {most} bytes)"
     if most := next((m.max_length for m in metadata if hasattr(m, "max_length")), None):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from rayfed.config.types import (
     UNSIGNED,
@@ -19,8 +20,26 @@ from rayfed.config.types import (
     Section,
     Tag,
     Text,
+    TextMistake,
     Workers,
 )
+
+_WORD = r"[a-zA-Z0-9]([a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+_LABEL = re.compile(rf"({_WORD}/)?{_WORD}")
+_CONDITION = re.compile(rf"!?({_WORD}|in\({_WORD}(, ?{_WORD})*\))")
+
+
+def _label_selector(labels: dict[str, str]) -> dict[str, str]:
+    """Refuses what Ray would refuse after it has started: names and conditions that are not written its way."""
+    for label, condition in labels.items():
+        if not _LABEL.fullmatch(label):
+            raise TextMistake(f"{label!r} is no name of a label, such as ray.io/accelerator-type")
+        if not _CONDITION.fullmatch(condition):
+            raise TextMistake(f"{label} allows a value, !value, in(value, value) and !in(value, value)")
+    return labels
+
+
+LabelSelector = Annotated[dict[str, str], Field(max_length=20), AfterValidator(_label_selector)]
 
 
 class Engine(Section):
@@ -36,6 +55,10 @@ class Engine(Section):
     """Share of a GPU that each worker reserves from Ray; a worker uses one device. auto: with device=cuda an equal
     share of the GPUs of the cluster, and exactly 1 in a sweep; with device=cpu 0. `pack: auto` fits packs into the
     share.
+    """
+    memory_per_worker: DecidesNothing[Annotated[float, Field(ge=0, le=100_000), UNSIGNED]] = 0.25
+    """GiB of its node's memory that each worker reserves from Ray; 0: none. The default is what a worker holds without
+    model and data; `rayfed doctor CONFIG` measures what it holds at its peak.
     """
     threads: Annotated[int, Field(ge=1, le=1000)] = 1
     """Torch threads per worker. CPU kernels add up in an order that depends on the threads."""
@@ -60,10 +83,17 @@ class Engine(Section):
     """
     placement: DecidesNothing[Literal["spread", "pack"]] = "spread"
     """Workers on as many nodes of the cluster as possible (spread), or as few (pack)."""
+    labels: DecidesNothing[LabelSelector | None] = None
+    """Labels of the nodes on which workers run, such as {ray.io/accelerator-type: H200}; null: any node. Ray's
+    conditions on a value: H200, !H200, in(H100, H200), !in(H100, H200).
+    """
     wait_for_nodes: DecidesNothing[bool] = False
     """true: wait for new nodes of an autoscaling cluster while workers lack room; false: refuse."""
     address: DecidesNothing[Text | None] = None
     """Address of the Ray cluster; null: the address in RAY_ADDRESS, else a new cluster on this machine."""
+    dashboard: DecidesNothing[bool] = False
+    """true: start Ray's dashboard with a new cluster on this machine, and print the address of the cluster's dashboard.
+    """
     retries: DecidesNothing[Annotated[int, Field(ge=0, le=1000)]] = 3
     """How often a pack runs again, at least, after its worker died or hung. The run ends after more such losses, unless
     other packs lose their workers so often that it may be chance (p >= 1e-6), as under frequent evictions.
@@ -91,6 +121,11 @@ class Engine(Section):
         if self.gpus_per_worker == "auto":
             return 1.0 if self.device == "cuda" else 0.0
         return self.gpus_per_worker
+
+    @property
+    def memory(self) -> int:
+        """`memory_per_worker` in bytes."""
+        return int(self.memory_per_worker * 2**30)
 
     @property
     def processes(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from rayfed.config.adapter import with_digest
 from rayfed.config.describe import (
     allowed_values,
     alternatives,
@@ -25,6 +25,7 @@ from rayfed.config.schema import Experiment
 from rayfed.config.shipped import find_config
 from rayfed.config.types import TextMistake
 from rayfed.errors import MOST_LINES, UserError, allowed
+from rayfed.suggestions import nearest
 
 Root = TypeVar("Root", bound=BaseModel)
 
@@ -59,7 +60,7 @@ def validate(settings: dict[str, Any]) -> Experiment:
     """The settings as an Experiment. Raises UserError with one line per mistake."""
     if "sweep" in settings:
         raise UserError("sweep: this section describes many runs; start them with `rayfed sweep CONFIG`")
-    return validate_as(Experiment, settings)
+    return with_digest(validate_as(Experiment, settings))
 
 
 def validate_as(model: type[Root], settings: dict[str, Any]) -> Root:
@@ -67,14 +68,19 @@ def validate_as(model: type[Root], settings: dict[str, Any]) -> Root:
     try:
         return model.model_validate(settings)
     except ValidationError as error:
-        # pydantic reports every item of a list and every type of a union; one line per field is enough
-        mistakes: dict[Any, Any] = {}
-        for mistake in error.errors(include_url=False, include_input=False):
-            mistakes.setdefault((_is_line(mistake), _field(mistake["loc"], model)[1]), mistake)
-        lines = [_line(mistake, settings, model) for mistake in islice(mistakes.values(), MOST_LINES - 1)]
-        if more := len(mistakes) - len(lines):
-            lines.append(f"and {more} more mistakes")
-        raise UserError("\n".join(lines)) from None
+        raise refusal(error, settings, model) from None
+
+
+def refusal(error: ValidationError, settings: Any, model: type[BaseModel]) -> UserError:
+    """What pydantic found wrong with the settings of a ``model``, one line per mistake."""
+    # pydantic reports every item of a list and every type of a union; one line per field is enough
+    mistakes: dict[Any, Any] = {}
+    for mistake in error.errors(include_url=False, include_input=False):
+        mistakes.setdefault((_is_line(mistake), _field(mistake["loc"], model)[1]), mistake)
+    lines = [_line(mistake, settings, model) for mistake in islice(mistakes.values(), MOST_LINES - 1)]
+    if more := len(mistakes) - len(lines):
+        lines.append(f"and {more} more mistakes")
+    return UserError("\n".join(lines))
 
 
 def changed(experiment: Experiment, overrides: Sequence[str | Mapping[str, Any]]) -> Experiment:
@@ -141,8 +147,8 @@ def _line(mistake: Any, settings: Any, root: type[BaseModel]) -> str:
         value = value[part]
     if mistake["type"] == "value_error":
         return f"{_dotted(path)}: got {format_value(value)}, but {mistake['ctx']['error']}"
-    near = difflib.get_close_matches(value[:100].lower(), words, n=1) if isinstance(value, str) else []
-    hint = f"; did you mean {near[0]}?" if near else ""
+    near = nearest(value, words) if isinstance(value, str) else None
+    hint = f"; did you mean {near}?" if near else ""
     return f"{_dotted(path)}: got {format_value(value)}, but it should be {what}{hint}"
 
 
@@ -181,7 +187,7 @@ def _field(
 def _suggest(last: int | str, above: Sequence[int | str], section: type[BaseModel], root: type[BaseModel]) -> str:
     """A hint for an unknown key: a similar key of the same section, or the same key of another section."""
     last = str(last)
-    near = difflib.get_close_matches(last[:100], section.model_fields, n=1)
+    near = nearest(last, section.model_fields)
     names = [name for name, _ in iter_fields(root)]
     itself = _dotted([*above, last])  # a known name if only sections of another kind have the key
     far = [name for name in names if name.endswith("." + last) and name != itself]
@@ -190,7 +196,7 @@ def _suggest(last: int | str, above: Sequence[int | str], section: type[BaseMode
             f"in YAML each part of a name is a level of its own: {last.replace('.', ': {')}: ...{'}' * last.count('.')}"
         )
     if near:
-        return f"did you mean {_dotted([*above, near[0]])}? (allowed are {', '.join(section.model_fields)})"
+        return f"did you mean {_dotted([*above, near])}? (allowed are {', '.join(section.model_fields)})"
     if far:
         return f"did you mean {' or '.join(far)}?"
     return f"allowed are {', '.join(section.model_fields)}"

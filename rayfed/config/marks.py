@@ -12,7 +12,9 @@ from typing import Any
 
 from rayfed.config.describe import format_value, iter_fields, section_of
 from rayfed.config.schema import Experiment
-from rayfed.config.types import Aspect, Decides
+from rayfed.config.types import Aspect, Decides, Section
+
+HASHES = ("fingerprint", "adapter_digest")  # settings that rayfed itself computes, where there is something to hash
 
 
 def decides(name: str) -> tuple[Aspect, ...]:
@@ -74,6 +76,21 @@ def model_key(settings: Mapping[str, Any]) -> str:
     return _digest(_select(settings, {"model"}) | checked)
 
 
+def depends_on_rounds(settings: Section, before: int, after: int) -> str | None:
+    """A setting by which runs of ``before`` and of ``after`` rounds differ in a round of both: its dotted name.
+
+    ``settings`` is an Experiment or a section. None where there is none: then a run of the one number can go on as one
+    of the other.
+    """
+    if (own := settings.depends_on_rounds(before, after)) is not None:
+        return own
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, Section) and (found := depends_on_rounds(value, before, after)):
+            return f"{name}.{found}"
+    return None
+
+
 def live() -> tuple[str, ...]:
     """Dotted names of the settings that may change between two rounds of one run."""
     return tuple(name for name, field in iter_fields(Experiment) if "live" in field.metadata)
@@ -87,14 +104,14 @@ def searched() -> tuple[str, ...]:
 def _select(settings: Mapping[str, Any], aspects: set[Aspect], prefix: str = "") -> dict[str, Any]:
     """The settings that decide one of the aspects. A section of which nothing is left is left out.
 
-    So is `data.fingerprint` where the task is no object: digests of runs from files do not depend on that setting.
+    So is a hash of what is not there, an object or an adapter: digests of other runs do not depend on these settings.
     """
     selected = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
             if part := _select(value, aspects, f"{prefix}{name}."):
                 selected[name] = part
-        elif aspects & set(decides(f"{prefix}{name}")) and (name, value) != ("fingerprint", None):
+        elif aspects & set(decides(f"{prefix}{name}")) and (value is not None or name not in HASHES):
             selected[name] = value
     return selected
 

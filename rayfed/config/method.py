@@ -99,6 +99,11 @@ class Wire(Section):
     down: Direction = section(Direction)  # server to client
     up: Direction = section(Direction)  # client to server
 
+    def depends_on_rounds(self, before: int, after: int) -> str | None:
+        """A download density that decays from 1: metrics of the masked model are there if it gets below 1 in time."""
+        sparse = [self.down.density_at(rounds - 1, 1.0) < 1 for rounds in (before, after)]
+        return None if sparse[0] == sparse[1] else "down.decay"
+
 
 class Profiles(Section):
     """The rank and the densities of each client, as its device and link allow. The same in every round.

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from rayfed.config.execution import Checkpoint, Engine, Export, Tracking
 from rayfed.config.method import Lora, Method, Profiles, Wire
@@ -22,7 +22,19 @@ from rayfed.config.types import DecidesData, DecidesNothing, Name, Section, sect
 MOST_NUMBERS = 100_000_000  # of the problem with a known answer; making it takes about 25 bytes for each
 
 
-class Experiment(Section):
+class _Refuses(type(Section)):  # type: ignore[misc]  # the metaclass of pydantic
+    """`Experiment(...)` raises UserError, one line per mistake. (An `__init__` would also be called by validation.)"""
+
+    def __call__(cls, **settings: Any) -> Any:
+        try:
+            return super().__call__(**settings)
+        except ValidationError as error:
+            from rayfed.config.load import refusal  # reads this schema
+
+            raise refusal(error, settings, Experiment) from None
+
+
+class Experiment(Section, metaclass=_Refuses):
     """All settings of one run."""
 
     name: DecidesNothing[Name] = "run"
@@ -51,6 +63,8 @@ class Experiment(Section):
             raise ValueError("lora.train: got 'head', but model.head=frozen leaves nothing to train; all is allowed")
         if self.engine.kind == "ray" and self.engine.device == "cuda" and not self.engine.gpus:
             raise ValueError("engine.gpus_per_worker: got 0, but engine.device=cuda needs more than 0")
+        if self.lora.train == "head" and self.model.adapter is not None:
+            raise ValueError("lora.train: got 'head', but model.adapter has layers, which would not train; use all")
         clients, each = self.partition.clients, self.problem.numbers_per_client
         if self.data.source == "lowrank" and clients * each > MOST_NUMBERS:
             raise ValueError(

@@ -6,12 +6,12 @@ In a clone they are the YAML files of `configs/`. setup.py puts the same files i
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from pathlib import Path
 
 from rayfed.errors import allowed
+from rayfed.suggestions import did_you_mean
 
 
 def folder() -> Path:
@@ -41,8 +41,7 @@ def named(name: str, field: str, wrong: str = "there is no such config") -> Path
     """The shipped config of that name. UserError, which names ``field`` and says what is ``wrong``, for others."""
     known = shipped()
     if name not in known:
-        near = difflib.get_close_matches(name[:100], known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(name, known)
         raise allowed(field, name, f"{wrong}; {hint}configs that come with rayfed are {', '.join(known)}")
     return known[name]
 

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from rayfed.config.types import UNSIGNED, Clients, Section, Share, Text
+from rayfed.config.types import (
+    UNSIGNED,
+    ClassPath,
+    Clients,
+    DecidesModel,
+    DecidesNothing,
+    Printable,
+    Section,
+    Share,
+    Text,
+)  # fmt: skip
 
+OBJECT = "object"  # the name of a model that was given in Python
+OwnClass = Annotated[str, AfterValidator(ClassPath()), AfterValidator(Printable(1000))]
 Size = Annotated[int, Field(ge=1, le=10_000)]
 
 
@@ -16,10 +28,11 @@ class Data(Section):
 
     decides = ("data", "model")  # the model: the number of classes, the longest input
 
-    source: Literal["stdlib", "files", "hub", "lowrank", "object"] = "stdlib"
+    source: Literal["stdlib", "files", "hub", "lowrank", "object"] | OwnClass = "stdlib"
     """`stdlib`: functions of Python's standard library, labelled by module (no download); `files`: local JSONL, CSV or
     Parquet; `hub`: a Hugging Face data set; `lowrank`: a regression problem with a known answer, see the section
-    `problem`; `object`: rows that were given in Python, `rayfed.run(..., task=...)`.
+    `problem`; `object`: rows that were given in Python, `rayfed.run(..., task=...)`; an import path: a task of your
+    own, a subclass of rayfed.Task.
     """
     path: Text | None = None
     """For `files`: a folder with train.*, test.* and optionally validation.*, or one file."""
@@ -32,7 +45,7 @@ class Data(Section):
     label: Text = "label"
     """The column with the label: an integer or a string."""
     client: Text | None = None
-    """The column with the client of a row, for partition.kind=natural."""
+    """The column with a row's client, for partition.kind=natural, or with its domain, for partition.kind=domain."""
     validation: Share = 0.1
     """Share of the training rows used for validation, if the source has no validation split."""
     test: Share = 0.2
@@ -49,8 +62,15 @@ class Data(Section):
     """
 
     @property
+    def own_task(self) -> bool:
+        """Whether `source` is the import path of a task."""
+        return ":" in self.source
+
+    @property
     def task(self) -> str:
-        """The task of these data: its file in `rayfed.tasks`."""
+        """The task of these data: its file in `rayfed.tasks`, or the import path of a class of the user's own."""
+        if self.own_task:
+            return self.source
         return "low_rank_regression" if self.source == "lowrank" else "text_classification"
 
     @model_validator(mode="after")
@@ -62,7 +82,7 @@ class Data(Section):
         if self.source == "hub" and not self.name:
             raise ValueError("data.name: got null, but data.source=hub needs the name of a data set")
         for field, source in (("path", "files"), ("name", "hub"), ("subset", "hub")):
-            if getattr(self, field) is not None and self.source != source:
+            if getattr(self, field) is not None and self.source != source and not self.own_task:
                 raise ValueError(
                     f"data.{field}: got {getattr(self, field)!r}, but that belongs to data.source={source}, "
                     f"and the source is {self.source}"
@@ -116,9 +136,11 @@ class Partition(Section):
 
     decides = ("data",)
 
-    kind: Literal["iid", "dirichlet", "flasc", "pathological", "natural"] = "dirichlet"
-    """`iid`: rows at random; `dirichlet`: label shares of each client drawn from Dirichlet(alpha); `flasc`: as in
-    FLASC's code; `pathological`: few classes per client; `natural`: by the column `data.client`.
+    kind: Literal["iid", "quantity", "dirichlet", "flasc", "pathological", "shards", "domain", "natural"] = "dirichlet"
+    """`iid`: rows at random; `quantity`: rows at random, sizes log-normal; `dirichlet`: label shares of each client
+    drawn from Dirichlet(alpha); `flasc`: as in FLASC's code; `pathological`: few classes per client; `shards`: a few
+    pieces of the rows in the order of their labels; `domain`: rows of one value of the column `data.client`; `natural`:
+    a client is a value of the column `data.client`.
     """
     clients: Clients = 100
     """Clients in the population. Ignored by `natural`, except with data.source=lowrank."""
@@ -126,6 +148,17 @@ class Partition(Section):
     """Dirichlet concentration. The smaller, the more clients differ."""
     classes: Annotated[int, Field(ge=1, le=1_000_000)] = 2
     """For `pathological`: classes per client."""
+    shards: Annotated[int, Field(ge=1, le=1_000_000)] = 2
+    """For `shards`: pieces per client."""
+    sigma: Annotated[float, Field(ge=0, le=10), UNSIGNED] = 1.0
+    """For `quantity`: standard deviation of the logarithm of a client's size. 0: equal sizes."""
+    mix: Annotated[float, Field(ge=0, le=1), UNSIGNED] = 0.0
+    """Share of every client's rows, its last ones, that is pooled and dealt out again at random. Sizes stay."""
+
+    @property
+    def column(self) -> str | None:
+        """What the column `data.client` must name for this kind: the client, the domain, or nothing."""
+        return {"natural": "client", "domain": "domain"}.get(self.kind)
 
 
 class Model(Section):
@@ -135,7 +168,8 @@ class Model(Section):
 
     name: Text = "minilm"
     """`minilm`: the packaged all-MiniLM-L6-v2 (extra `minilm`); else a local folder or a hub name that
-    AutoModelForSequenceClassification can load. Ignored by data.source=lowrank, whose model is one layer.
+    AutoModelForSequenceClassification can load. Ignored by data.source=lowrank, whose model is one layer. `object`: a
+    model that was given in Python, `rayfed.run(..., task=...)`.
     """
     pooling: Literal["stock", "mean"] = "stock"
     """`stock`: the model's own classification head; `mean`: the mean over all tokens but the padding, then one linear
@@ -152,5 +186,26 @@ class Model(Section):
     optimizer states and messages are float32 in any case. bfloat16 halves the memory of the base model and is fast on
     devices that compute in it; a client's trained change differs by 1 or 2 percent.
     """
+    adapter: DecidesNothing[Text | None] = None
+    """Where training starts: a run directory, or a folder with a LoRA in PEFT's format (safetensors). null: at B = 0, a
+    random A and a new head. Its layers are those of the run, and its rank is at most lora.rank: further ranks are new.
+    Its head is taken where it fits the classes.
+    """
+    adapter_digest: DecidesModel[Text | None] = None
+    """Of the files of `adapter`, a hash: rayfed writes it into config.yaml, and refuses an adapter with another one.
+    null: it is computed when the run starts.
+    """
     trust_remote_code: bool = False
     """Run the Python code that comes with a hub model. Use it only for models you trust."""
+    fingerprint: Text | None = None
+    """Of a model that was given in Python (name: object), its class and a hash of its weights and of its tokenizer, as
+    in `data.fingerprint`.
+    """
+
+    @model_validator(mode="after")
+    def _objects_are_given(self) -> Model:
+        if self.name == OBJECT and not self.fingerprint:
+            raise ValueError("model.name: got 'object', but Python objects come with rayfed.run(..., task=...)")
+        if self.adapter is None and self.adapter_digest is not None:
+            raise ValueError(f"model.adapter_digest: got {self.adapter_digest!r}, but model.adapter is null")
+        return self

@@ -31,6 +31,9 @@ class Schedule(Section):
     final: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Factor on lr in the last round."""
 
+    def depends_on_rounds(self, before: int, after: int) -> str | None:
+        return None if self.kind == "constant" else "kind"  # the warm-up has a length of its own
+
 
 class Client(Section):
     """Local training."""
@@ -146,3 +149,7 @@ class Eval(Section):
     """
     early_stop: EarlyStop | None = None
     """When to end the run early; null: run all rounds."""
+
+    def full(self, round: int, rounds: int) -> bool:
+        """Whether round ``round`` (from 1) of a run of ``rounds`` is evaluated on all rows."""
+        return round % self.every == 0 or round == rounds

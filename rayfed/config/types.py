@@ -37,6 +37,16 @@ class Printable:
         return text
 
 
+class ClassPath:
+    """A validator of strings: the import path `package.module:Class` of a class of the user's own."""
+
+    def __call__(self, text: str) -> str:
+        module, colon, name = text.partition(":")
+        if not colon or not all(part.isidentifier() for part in (*module.split("."), name)):
+            raise TextMistake("it is no import path package.module:Class")
+        return text
+
+
 UNSIGNED = AfterValidator(lambda x: x + 0.0)  # -0.0 is 0.0, and has its digest
 
 # Every number has limits that the code below can hold. Many allowed values are merely useless.
@@ -91,6 +101,13 @@ class Section(BaseModel):
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
     decides: ClassVar[tuple[Aspect, ...]] = ("result",)
+
+    def depends_on_rounds(self, before: int, after: int) -> str | None:
+        """The field that makes runs of ``before`` and of ``after`` rounds (`server.rounds`) differ in a round of both.
+
+        None where there is none. A dotted name where the field is in a section of this one.
+        """
+        return None
 
     @model_validator(mode="before")
     @classmethod

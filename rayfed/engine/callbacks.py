@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from rayfed.errors import RunError, UserError, allowed, first_line
+from rayfed.errors import UserError, allowed
+from rayfed.own_code import failure
 from rayfed.tracking import Record, RunInfo, Sink, Table
 
 
@@ -17,8 +16,8 @@ class Callback:
     With `engine.kind: local` the object itself is called. On Ray a copy is called in the driver actor: the object is
     pickled there, and what the copy stores is not seen here. Write to a file what you need later.
 
-    An exception ends the run: RunError names the callback, and its notes have the traceback. The last finished round is
-    in the checkpoint, and a resume continues after it.
+    An exception ends the run: RunError names the callback, the file and the line; its notes and events.log have the
+    traceback. The last finished round is in the checkpoint, and a resume continues after it.
     """
 
     def on_start(self, info: RunInfo) -> None:
@@ -67,7 +66,7 @@ class CallbackSink(Sink):
                 answers.append(getattr(callback, name)(argument))
             except Exception as error:
                 self.failed = True
-                _refuse(callback, name, error)
+                raise failure(error, name=f"callbacks: {type(callback).__name__}.{name}") from None
         return answers
 
 
@@ -81,12 +80,3 @@ def check_callbacks(callbacks: Sequence[Callback]) -> tuple[Callback, ...]:
         if not isinstance(callback, Callback):
             raise allowed("callbacks", callback, "each is an object of a subclass of rayfed.Callback")
     return tuple(callbacks)
-
-
-def _refuse(callback: Callback, name: str, error: Exception) -> NoReturn:
-    """RunError in one line, with the traceback of the user's code as a note, which survives the way out of an actor."""
-    what = f"{type(callback).__name__}.{name} failed: {type(error).__name__}: {first_line(error)}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != str(Path(__file__))]
-    refusal = RunError(f"callbacks: {what}")
-    refusal.add_note("".join([*traceback.format_list(frames), *traceback.format_exception_only(error)]).rstrip())
-    raise refusal from None

@@ -21,13 +21,16 @@ ANSWER = 10.0  # seconds in which a host must accept a connection
 CLIENT_PORT = 10001  # of ray:// addresses without one
 
 
-def start(cpus: int) -> None:
-    """Starts Ray on this machine with so many CPUs. RunError where it does not start."""
+def start(cpus: int, dashboard: bool) -> str | None:
+    """Starts Ray on this machine with so many CPUs. RunError where it does not start.
+
+    With ``dashboard`` returns the address of Ray's dashboard (HOST:PORT), else None.
+    """
     # The default of 30 s is too short for a cold or busy machine.
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     for _ in range(TRIES):
         try:
-            return _init("local", cpus)
+            return _init("local", cpus, dashboard) or None
         except Exception as error:  # Ray raises bare Exceptions here
             ray.shutdown()
             reason = error
@@ -35,9 +38,10 @@ def start(cpus: int) -> None:
     raise RunError(f"Ray did not start on this machine, tried {TRIES} times: {first_line(reason)} Its logs: {logs}")
 
 
-def join(address: str, field: str) -> None:
+def join(address: str, field: str) -> str | None:
     """Joins the cluster at ``address``: HOST:PORT, ray://HOST:PORT or auto.
 
+    Returns the address of the cluster's dashboard (HOST:PORT), None where it has none.
     UserError, which names ``field``, where no cluster answers there, or one of another version.
     """
     if (listener := host_and_port(address)) is not None:
@@ -47,7 +51,7 @@ def join(address: str, field: str) -> None:
             reason = "no answer" if isinstance(error, TimeoutError) else first_line(error)
             raise allowed(field, address, f"no Ray cluster can be reached there ({reason})") from None
     try:
-        _init(address, None)
+        return _init(address, None, False) or None
     except Exception as error:  # of many classes, by the kind of address
         ray.shutdown()
         raise allowed(field, address, f"Ray cannot join it: {' '.join(str(error).split())[:300]}") from None
@@ -64,5 +68,9 @@ def host_and_port(address: str) -> tuple[str, int] | None:
     return (parts.hostname, port) if scheme in ("", "ray") and parts.hostname and port else None
 
 
-def _init(address: str, cpus: int | None) -> None:
-    ray.init(address=address, num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+def _init(address: str, cpus: int | None, dashboard: bool) -> str | None:
+    """Returns the address of the dashboard; none or an empty one where there is no dashboard."""
+    context = ray.init(
+        address=address, num_cpus=cpus, include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR
+    )
+    return context.dashboard_url

@@ -12,9 +12,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import ray
@@ -26,8 +28,9 @@ from rayfed.clients.plan import RunPlan
 from rayfed.config.execution import Engine
 from rayfed.engine import connect
 from rayfed.engine.callbacks import Callback
-from rayfed.engine.placement import check_places, on_this_node, release, reserve, with_gpu_share
+from rayfed.engine.placement import check_places, named, on_this_node, release, reserve, with_gpu_share
 from rayfed.engine.ray_executor import RayExecutor
+from rayfed.engine.ray_metrics import RayMetrics
 from rayfed.engine.rounds import run_rounds, with_pack_size
 from rayfed.errors import RunError, Stopped, UserError, allowed, first_line
 from rayfed.run_directory import disk_errors, lock_alone, locked
@@ -42,26 +45,22 @@ SECONDS_TO_STOP = 10.0
 
 
 class Outbox(Sink):
-    """A sink that stores calls until they are sent on: each is a method's name and its arguments."""
+    """A sink that queues its calls for another thread: each is a method's name and its arguments.
+
+    The driver adds the calls of `round`, each when the round's checkpoint is written.
+    """
 
     def __init__(self) -> None:
-        self.messages: list[Message] = []
+        self.messages: SimpleQueue[Message | None] = SimpleQueue()  # None: there are no more
 
     def start(self, info: RunInfo) -> None:
-        self.messages.append(("start", (info,)))
-
-    def round(self, record: Record) -> None:
-        self.messages.append(("round", (record,)))
+        self.messages.put(("start", (info,)))
 
     def event(self, text: str) -> None:
-        self.messages.append(("event", (text,)))
+        self.messages.put(("event", (text,)))
 
     def finish(self, summary: Record, table: Table | None) -> None:
-        self.messages.append(("finish", (summary, table)))
-
-    def drain(self) -> list[Message]:
-        messages, self.messages = self.messages, []
-        return messages
+        self.messages.put(("finish", (summary, table)))
 
 
 class Driver:
@@ -72,41 +71,41 @@ class Driver:
 
     def __init__(self) -> None:
         self.executor: RayExecutor | None = None
+        self.outbox = Outbox()
         self.stopping, self.ended = threading.Event(), threading.Event()
         self.permits = threading.Semaphore(0)  # rounds that may begin, where the run waits
 
-    def run(
-        self,
-        plan: RunPlan,
-        group: PlacementGroup | None,
-        out: Path,
-        resume: bool,
-        uri: str | None,
-        callbacks: bytes,
+    def run(self, *arguments: Any) -> Iterator[Message]:
+        """Runs `_run` with the arguments in another thread, and yields every message as soon as it is there."""
+        run = ThreadPoolExecutor(max_workers=1).submit(self._run, *arguments)
+        run.add_done_callback(lambda _: self.outbox.messages.put(None))
+        # No `yield from iter(...)`: Ray closes a generator that delegates after its first message.
+        while (message := self.outbox.messages.get()) is not None:
+            yield message
+        run.result()
+
+    def _run(
+        self, plan: RunPlan, group: PlacementGroup | None, out: Path, resume: bool, uri: str | None, callbacks: bytes,
         waits: bool,
-    ) -> Iterator[Message]:
+    ) -> None:  # fmt: skip
         import torch
 
         torch.set_num_threads(1)  # the driver's own sums are element-wise; its cores belong to the workers
-        outbox = Outbox()
         with suppress(Stopped), ExitStack() as stack:
             # Entered first, so closed last: where Ray itself is gone, this takes long.
-            self.executor = stack.enter_context(closing(RayExecutor(plan.engine, ray.put(plan), group)))
+            self.executor = stack.enter_context(closing(RayExecutor(plan.engine, ray.put(plan), group, plan.name)))
             stack.callback(self.ended.set)
             stack.enter_context(locked(out, shared=True))  # this process may outlive the one that started it
             stack.enter_context(disk_errors(out))
-            sinks = [stack.enter_context(closing(open_sinks(plan.tracking, out))), outbox]
+            tracked = open_sinks(plan.tracking, out, self.outbox)
+            sinks = stack.enter_context(closing(SinkList(tracked, RayMetrics(plan, self.executor))))
             rounds = run_rounds(plan, self.executor, out, sinks, resume, uri, cloudpickle.loads(callbacks))
-            stack.enter_context(closing(rounds))
-            for _ in rounds:
-                for message in outbox.drain():
-                    yield message
+            for record in stack.enter_context(closing(rounds)):
+                self.outbox.messages.put(("round", (record,)))
                 if waits:
                     self.permits.acquire()
                 if self.stopping.is_set():
                     raise Stopped("the run was asked to stop")
-            for message in outbox.drain():
-                yield message
 
     def proceed(self) -> None:
         """Lets the next round begin."""
@@ -132,13 +131,16 @@ def run_on_ray(
     shut down again where it was started here.
     """
     _pickle_by_value(plan, callbacks)
+    _check_pickles(plan)
     pickled = _pickled(callbacks)
-    with _ray(plan.engine):
+    with _ray(plan.engine, console.event) as dashboard:
+        if dashboard:
+            console.event(f"Ray's dashboard: http://{dashboard} (`ray get-auth-token` prints the token it may ask for)")
         plan = with_gpu_share(plan)
         if waiting := check_places(plan.engine):
             console.event(waiting)
         actor: Any = ray.remote(num_cpus=0)(Driver)
-        driver = actor.options(scheduling_strategy=on_this_node(), max_concurrency=3).remote()
+        driver = actor.options(**on_this_node(), **named(plan.name, "driver"), max_concurrency=3).remote()
         group = reserve(plan.engine)
         try:
             run = driver.run.options(num_returns="streaming")
@@ -172,26 +174,35 @@ def stepwise(plan: RunPlan, out: Path) -> Iterator[Server]:
     """A server in this process with Ray workers, to step through its rounds, as benchmarks do."""
     with _ray(plan.engine):
         plan = with_gpu_share(plan)
-        executor = RayExecutor(plan.engine, ray.put(plan), reserve(plan.engine))
+        executor = RayExecutor(plan.engine, ray.put(plan), reserve(plan.engine), plan.name)
         plan, choice = with_pack_size(plan, executor)
         yield Server(plan, executor, out, SinkList(), False, choice)
         executor.close()
 
 
-def start_ray(address: str | None, need: float) -> None:
+def _ignore(event: str) -> None:
+    """Where nobody is shown what happens."""
+
+
+def start_ray(
+    address: str | None, need: float, dashboard: bool = False, event: Callable[[str], None] = _ignore
+) -> str | None:
     """Joins the cluster at ``address`` (or RAY_ADDRESS), or starts Ray here with at least ``need`` CPUs.
 
-    UserError where the cluster cannot be joined, RunError where Ray does not start.
+    Calls ``event`` with a line first, because both take seconds. With ``dashboard`` a Ray that starts here has one.
+    Returns the address of the cluster's dashboard, None without one. UserError where the cluster cannot be joined,
+    RunError where Ray does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     joined, field = (address, "engine.address") if address else (os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS")
     with _own_sigterm():
         if joined and joined != "local":
-            connect.join(joined, field)
-        else:
-            # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
-            connect.start(max(os.cpu_count() or 1, math.ceil(need)))
+            event(f"joining Ray at {joined}")
+            return connect.join(joined, field)
+        event("starting Ray on this machine")
+        # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
+        return connect.start(max(os.cpu_count() or 1, math.ceil(need)), dashboard)
 
 
 @contextmanager
@@ -204,13 +215,16 @@ def _own_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _ray(engine: Engine) -> Iterator[None]:
-    """Ray as long as the block runs: the one that this process uses already, or one that is started and shut down."""
-    ours = not ray.is_initialized()
+def _ray(engine: Engine, event: Callable[[str], None] = _ignore) -> Iterator[str | None]:
+    """Ray as long as the block runs: the one that this process uses already, or one that is started and shut down.
+
+    Yields the address of the cluster's dashboard where `engine.dashboard` asks for it and Ray is started or joined.
+    """
+    ours, url = not ray.is_initialized(), None
     if ours:
-        start_ray(engine.address, engine.workers * engine.cpus_per_worker)
+        url = start_ray(engine.address, engine.workers * engine.cpus_per_worker, engine.dashboard, event)
     try:
-        yield
+        yield url if engine.dashboard else None
     finally:
         if ours:
             ray.shutdown()
@@ -236,8 +250,18 @@ def _pickle_by_value(plan: RunPlan, callbacks: Sequence[Callback]) -> None:
     parts = (plan.method, plan.task, *plan.task.parts, *callbacks)
     for name in (*(str(getattr(part, "__module__", "")) for part in parts), function):
         package = name.partition(".")[0]
-        if package not in ("", "rayfed", "torch", "__main__", "builtins") and name in sys.modules:
+        if package not in ("", "rayfed", "torch", "transformers", "__main__", "builtins") and name in sys.modules:
             cloudpickle.register_pickle_by_value(sys.modules.get(package, sys.modules[name]))
+
+
+def _check_pickles(plan: RunPlan) -> None:
+    """UserError where a task or a method that a user gives cannot be sent to the workers."""
+    for field, part in (("task", plan.task), ("method", plan.method)):
+        try:
+            cloudpickle.dumps(part)
+        except Exception as error:
+            what = f"it cannot be pickled, and on Ray it is sent to the workers ({_named(error)})"
+            raise allowed(field, type(part).__name__, what) from None
 
 
 def _pickled(callbacks: Sequence[Callback]) -> bytes:

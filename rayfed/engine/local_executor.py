@@ -40,5 +40,5 @@ def run_here(
 
     ``console`` is shown what happens.
     """
-    with closing(LocalExecutor(plan)) as executor, closing(open_sinks(plan.tracking, out)) as sinks:
-        yield from run_rounds(plan, executor, out, [sinks, console], resume, uri, callbacks)
+    with closing(LocalExecutor(plan)) as executor, closing(open_sinks(plan.tracking, out, console)) as sinks:
+        yield from run_rounds(plan, executor, out, sinks, resume, uri, callbacks)

@@ -10,21 +10,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Any
+from uuid import uuid4
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayfed.clients.plan import RunPlan
 from rayfed.config.execution import Engine
+from rayfed.engine.labels import mistake_in_labels, satisfies
 from rayfed.errors import UserError, allowed
 
 Bundle = dict[str, float]
+_SHOWN = {  # each resource's field, unit and name in messages
+    "CPU": ("cpus_per_worker", 1, "CPUs"),
+    "GPU": ("gpus_per_worker", 1, "GPUs"),
+    "memory": ("memory_per_worker", 2**30, "GiB of memory"),
+}
 
 
 def bundle_of(engine: Engine) -> Bundle:
     """The resources of one worker; empty where it asks for none."""
-    asked = {"CPU": engine.cpus_per_worker, "GPU": engine.gpus}
+    asked = {"CPU": engine.cpus_per_worker, "GPU": engine.gpus, "memory": engine.memory}
     return {name: amount for name, amount in asked.items() if amount}
 
 
@@ -36,7 +43,9 @@ def reserve(engine: Engine) -> PlacementGroup | None:
     bundle = bundle_of(engine)
     if not bundle or ray.util.get_current_placement_group() is not None:
         return None
-    return placement_group([dict(bundle) for _ in range(engine.workers)], strategy=engine.placement.upper())
+    bundles = [dict(bundle) for _ in range(engine.workers)]
+    labels = [dict(engine.labels) for _ in bundles] if engine.labels else None
+    return placement_group(bundles, strategy=engine.placement.upper(), bundle_label_selector=labels)
 
 
 def release(group: PlacementGroup | None) -> None:
@@ -45,21 +54,34 @@ def release(group: PlacementGroup | None) -> None:
         remove_placement_group(group)
 
 
-def in_group(group: PlacementGroup | None) -> Any:
-    """A worker's scheduling strategy: any free bundle of the group. None: the trial's group, or Ray's default."""
-    return None if group is None else PlacementGroupSchedulingStrategy(group)
+def in_group(group: PlacementGroup | None, engine: Engine) -> dict[str, Any]:
+    """A worker's options: any free bundle of the group. None: a node with the labels, or the trial's group."""
+    if group is not None:
+        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
+    if ray.util.get_current_placement_group() is not None:
+        return {}
+    return {"label_selector": engine.labels}
 
 
-def on_this_node() -> Any:
-    """The driver's scheduling strategy: the node of the starting process.
+def on_this_node() -> dict[str, Any]:
+    """The driver's options: the node of the starting process.
 
     A trial of a sweep has a placement group. Its driver joins the first bundle, the trial's own, and its workers use
     the others; outside the group they might wait for resources that other trials hold.
     """
     group = ray.util.get_current_placement_group()
     if group is not None:
-        return PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        inside = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
+        return {"scheduling_strategy": inside}
+    return {"label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
+
+
+def named(run: str, part: str) -> dict[str, str]:
+    """An actor's options: `rayfed-RUN-PART` is its name in Ray's dashboard and in `ray list actors`.
+
+    Two actors of one namespace must not have one name, so every actor has its own namespace.
+    """
+    return {"name": f"rayfed-{run}-{part}", "namespace": f"rayfed-{uuid4().hex}"}
 
 
 def with_gpu_share(plan: RunPlan) -> RunPlan:
@@ -72,8 +94,10 @@ def with_gpu_share(plan: RunPlan) -> RunPlan:
         return plan
     if engine.device == "cpu":
         return plan.with_gpus(0.0)
-    have = sum(node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"])
+    have = sum(node["Resources"].get("GPU", 0) for node in _nodes(engine))
     if not have:
+        if not engine.wait_for_nodes and (mistake := _label_mistake(engine)):
+            raise UserError(mistake)
         waits = "a number is needed until its nodes are there"
         raise allowed("engine.gpus_per_worker", "auto", waits if engine.wait_for_nodes else "Ray has no GPUs to share")
     return plan.with_gpus(have)
@@ -81,8 +105,7 @@ def with_gpu_share(plan: RunPlan) -> RunPlan:
 
 def check_places(engine: Engine) -> str | None:
     """UserError where the cluster can never hold the workers; a line to show where it has to grow first."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    mistake = _mistake(engine, nodes)
+    mistake = _label_mistake(engine) or _mistake(engine, [node["Resources"] for node in _nodes(engine)])
     if mistake is None:
         return None
     if not engine.wait_for_nodes:
@@ -90,17 +113,33 @@ def check_places(engine: Engine) -> str | None:
     return f"waiting for nodes: {mistake}"
 
 
+def _nodes(engine: Engine) -> list[dict[str, Any]]:
+    """The living nodes on which workers may run."""
+    return [node for node in ray.nodes() if node["Alive"] and satisfies(node["Labels"], engine.labels or {})]
+
+
+def _label_mistake(engine: Engine) -> str | None:
+    """Why no living node has the labels; None where one does."""
+    return mistake_in_labels(engine.labels or {}, [node["Labels"] for node in ray.nodes() if node["Alive"]])
+
+
 def _mistake(engine: Engine, nodes: Sequence[Bundle]) -> str | None:
     """Why the nodes, empty as they may be, cannot hold the workers; None where they can."""
-    for name, each in bundle_of(engine).items():
-        field = f"engine.{name.lower()}s_per_worker"
+    bundle, workers = bundle_of(engine), engine.workers
+    who, has = ("Ray's nodes with engine.labels", "have") if engine.labels else ("Ray", "has")
+    for name, each in bundle.items():
         have = sum(node.get(name, 0) for node in nodes)
-        if each * engine.workers > have + 1e-9:
-            return f"{field}: got {each:g} for each of {engine.workers} workers, but Ray has {have:g} {name}s"
-    places = sum(count_bundles(node, bundle_of(engine)) for node in nodes) if bundle_of(engine) else engine.workers
-    if places < engine.workers:
-        asked = " and ".join(f"{amount:g} {name}" for name, amount in bundle_of(engine).items())
-        return f"engine.workers: got {engine.workers} with {asked} each, but Ray's nodes have room for {places} of them"
+        if each * workers > have + 1e-9:
+            field, unit, noun = _SHOWN[name]
+            hint = "; 0 reserves none" if name == "memory" else ""
+            lacks = f"but {who} {has} {have / unit:g} {noun}{hint}"
+            return f"engine.{field}: got {each / unit:g} for each of {workers} workers, {lacks}"
+    places = sum(count_bundles(node, bundle) for node in nodes) if bundle else workers
+    if places < workers:
+        shown = [(amount / _SHOWN[name][1], _SHOWN[name][2].removesuffix("s")) for name, amount in bundle.items()]
+        asked = " and ".join(f"{amount:g} {noun}" for amount, noun in shown)
+        whose = who if engine.labels else "Ray's nodes"
+        return f"engine.workers: got {workers} with {asked} each, but {whose} have room for {places} of them"
     return None
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,12 +59,14 @@ class RayExecutor(Executor):
     """`engine.workers` actors, each holding `cpus_per_worker` CPUs and `gpus` GPUs.
 
     ``plan``: a reference to a RunPlan. ``group``: the workers' places (`rayfed.engine.placement.reserve`), which
-    `close` gives back; None: any place of the cluster, or of a trial.
+    `close` gives back; None: any place of the cluster, or of a trial. ``run``: the name of the run.
     """
 
-    def __init__(self, engine: Engine, plan: ray.ObjectRef, group: PlacementGroup | None = None) -> None:
+    def __init__(
+        self, engine: Engine, plan: ray.ObjectRef, group: PlacementGroup | None = None, run: str = "run"
+    ) -> None:
         self.supervision = Supervision(engine)
-        self.pool = WorkerPool(engine, Worker, plan, group, self.supervision)
+        self.pool = WorkerPool(engine, Worker, plan, group, self.supervision, run)
         self.stopping = threading.Event()
 
     def put(self, payload: bytes) -> ray.ObjectRef:
@@ -81,7 +83,7 @@ class RayExecutor(Executor):
             pool.replace(lost.worker)  # first: after an error, other submissions must find only living workers
             job = submissions[lost.index].job
             rules.job_lost(job, losses[lost.index], reason, hung)
-            pool.events.append(f"a worker {'hung' if hung else 'died'} ({reason}); {describe(job)} runs again")
+            pool.event(f"a worker {'hung' if hung else 'died'} ({reason}); {describe(job)} runs again")
             queue.appendleft(lost.index)
             while idle:  # a lost node takes several workers: idle ones must show that they live
                 pool.probe(idle.popleft())
@@ -116,9 +118,8 @@ class RayExecutor(Executor):
     def stop(self) -> None:
         self.stopping.set()
 
-    def drain_events(self) -> list[str]:
-        events, self.pool.events = self.pool.events, []
-        return events
+    def subscribe(self, event: Callable[[str], None]) -> None:
+        self.pool.subscribe(event)
 
     def close(self) -> None:
         self.pool.close()

@@ -10,15 +10,17 @@ from pathlib import Path
 from rayfed.clients.plan import RunPlan
 from rayfed.engine.callbacks import Callback, CallbackSink
 from rayfed.errors import RunError, first_line
+from rayfed.own_code import own_failures
 from rayfed.server.executor import Executor
 from rayfed.server.loop import Record, Server
 from rayfed.server.pack_size import Choice, choose_pack
 from rayfed.storage import RemoteFolder
 from rayfed.tracking import Sink, SinkList
+from rayfed.tracking.events import EventSink
 
 
 def run_rounds(
-    plan: RunPlan, executor: Executor, out: Path, sinks: Sequence[Sink], resume: bool, uri: str | None,
+    plan: RunPlan, executor: Executor, out: Path, sinks: Sink, resume: bool, uri: str | None,
     callbacks: Sequence[Callback] = (),
 ) -> Generator[Record]:  # fmt: skip
     """Runs the plan from its pack size to its summary on any executor; yields each round's record.
@@ -30,19 +32,22 @@ def run_rounds(
     upload = partial(RemoteFolder(uri).upload, out) if uri else lambda: None
     plan, choice = with_pack_size(plan, executor)
     called = CallbackSink(callbacks)
-    everyone = SinkList(*sinks, called)
-    server = Server(plan, executor, out, everyone, resume, choice, upload, called.goes_on)
+    everyone = SinkList(sinks, called)
+    with own_failures():
+        server = Server(plan, executor, out, everyone, resume, choice, upload, called.goes_on)
+    server.events += plan.notes if not server.done else ()
     try:
-        yield from server.rounds()
-        if called.stopped:
-            everyone.event(f"a callback ended the run after round {server.done}")
-        server.finish()
+        with own_failures():
+            yield from server.rounds()
+            if called.stopped:
+                everyone.event(f"a callback ended the run after round {server.done}")
+            server.finish()
     except (RunError, KeyboardInterrupt, GeneratorExit) as error:
         why = "stopped" if isinstance(error, GeneratorExit) else first_line(error)
         with suppress(RunError, OSError):  # the first error is the one to report
-            for text in executor.drain_events():
-                everyone.event(text)
             everyone.event(f"{why}; `--resume` continues after round {server.done}")
+            for note in getattr(error, "__notes__", ()):  # the traceback of the user's own code, for this file alone
+                EventSink(out / "events.log").event(note)
         with suppress(RunError, OSError):
             server.save()
         raise

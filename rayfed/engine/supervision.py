@@ -45,6 +45,7 @@ class Supervision:
         self.engine, self.clock = engine, clock
         self.slowest: dict[str, float] = {}  # by kind of job: the most seconds for a unit of work
         self.successes = self.losses = 0  # of jobs and starts, over the run
+        self.busy = 0.0  # seconds that finished jobs took, over all workers
         self.failed_starts = 0  # since the last one that succeeded
         self.raised_starts = 0  # of them, by an exception instead of a dead process
         self.failing_since: float | None = None  # the first failure after the last finished job
@@ -70,6 +71,7 @@ class Supervision:
         """Counts a finished job."""
         self._record(*kind_and_work(job), seconds)
         self.successes += 1
+        self.busy += seconds
         self.failing_since = None
 
     def start_done(self, seconds: float) -> None:

@@ -7,7 +7,7 @@ grow. Then the worker loads its model, and this has a deadline.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from ray.exceptions import (
 from ray.util.placement_group import PlacementGroup
 
 from rayfed.config.execution import Engine
-from rayfed.engine.placement import in_group, release
+from rayfed.engine.placement import in_group, named, release
 from rayfed.engine.supervision import Supervision
 from rayfed.errors import RunError, UserError, first_line
 
@@ -47,16 +47,20 @@ class Start:
 class WorkerPool:
     """`engine.workers` actors of the class ``worker``, which load ``plan`` (a reference to a RunPlan).
 
-    ``group`` has their places; `close` gives them back.
+    ``group`` has their places; `close` gives them back. In Ray's dashboard the workers of the run ``run`` are numbered
+    from 0 in the order in which they start: a new worker in the place of a lost one has a number of its own.
     """
 
     def __init__(
-        self, engine: Engine, worker: type, plan: ray.ObjectRef, group: PlacementGroup | None, supervision: Supervision
-    ) -> None:
+        self, engine: Engine, worker: type, plan: ray.ObjectRef, group: PlacementGroup | None, supervision: Supervision,
+        run: str,
+    ) -> None:  # fmt: skip
         self.engine, self.plan, self.supervision, self.clock = engine, plan, supervision, supervision.clock
-        self.actor: Any = ray.remote(num_cpus=engine.cpus_per_worker, num_gpus=engine.gpus)(worker)
-        self.group = group
-        self.events: list[str] = []
+        reserve: Any = ray.remote(num_cpus=engine.cpus_per_worker, num_gpus=engine.gpus, memory=engine.memory)
+        self.actor = reserve(worker)
+        self.group, self.run, self.begun = group, run, 0
+        self.events: list[str] = []  # until somebody subscribes
+        self.event: Callable[[str], None] = self.events.append
         self.ready: list[Any] = []  # those that have loaded their model
         self.starting: dict[ray.ObjectRef, Start] = {}  # by the reference that resolves when the worker may get a job
         self.due: list[float] = []  # when further workers start
@@ -69,6 +73,12 @@ class WorkerPool:
             self.due.append(self.clock() + wait)
         else:
             self._start()
+
+    def subscribe(self, event: Callable[[str], None]) -> None:
+        """Calls ``event`` with every event so far, and from now on with each as it happens."""
+        for text in self.events:
+            event(text)
+        self.event = event
 
     def probe(self, worker: Any) -> None:
         """Waits for a sign of life of an idle worker before it may get a job."""
@@ -141,7 +151,9 @@ class WorkerPool:
         self.group = None
 
     def _start(self) -> None:
-        worker = self.actor.options(scheduling_strategy=in_group(self.group)).remote()
+        name = named(self.run, f"worker-{self.begun}")
+        self.begun += 1
+        worker = self.actor.options(**in_group(self.group, self.engine), **name).remote()
         placed = worker.__ray_ready__.remote()
         self.starting[worker.load.remote(self.plan)] = Start(worker, placed, self.clock())
 
@@ -149,11 +161,11 @@ class WorkerPool:
         """A worker died or hung before it got a job."""
         if start.placed is None:
             self.supervision.idle_lost(reason)
-            self.events.append(f"a worker died between two jobs ({reason}); a new one takes its place")
+            self.event(f"a worker died between two jobs ({reason}); a new one takes its place")
         else:
             self.supervision.start_failed(reason, raised)
             wait = self.supervision.wait_before_start()
-            self.events.append(f"a worker did not start ({reason}); the next one starts in {wait:.0f} s")
+            self.event(f"a worker did not start ({reason}); the next one starts in {wait:.0f} s")
         self.replace(start.worker)
 
 

@@ -25,7 +25,7 @@ PREFIX = "base_model.model."
 
 def lora_config(
     *, rank: int, alpha: float, rslora: bool, dropout: float, target_modules: str | Sequence[str] | None,
-    layers_to_transform: Sequence[int] | None, head: Sequence[str] = (), task_type: str = "SEQ_CLS",
+    layers_to_transform: Sequence[int] | None, head: Sequence[str] = (), task_type: str | None = "SEQ_CLS",
 ) -> LoraConfig:  # fmt: skip
     """PEFT's config of an adapter.
 

@@ -6,7 +6,6 @@ Files whose names start with an underscore hold what several methods share.
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from rayfed.errors import UserError
@@ -18,6 +17,7 @@ from rayfed.methods._options import REQUIRED, check_options, in_words, options_o
 from rayfed.methods._state import Change, FactorState, LayerState, State
 from rayfed.methods.base import ANY_OPTIMIZER, Method, Profile, Source
 from rayfed.plugins import member_class, member_names
+from rayfed.suggestions import did_you_mean
 
 METHODS = member_names("rayfed.methods")
 
@@ -32,6 +32,11 @@ def with_mixed_ranks() -> list[str]:
     return [name for name in METHODS if method_class(name).mixed_ranks]
 
 
+def with_adapters() -> list[str]:
+    """The names of the methods whose runs may start from a given adapter."""
+    return [name for name in METHODS if not method_class(name).refuses_adapter]
+
+
 def build(name: str, **options: Any) -> Method:
     """The method of that name, or at the import path `package.module:Class`, with these options.
 
@@ -41,8 +46,7 @@ def build(name: str, **options: Any) -> Method:
     cls = method_class(name)
     known = options_of(cls)
     for option in (name for name in options if name not in known):
-        near = difflib.get_close_matches(option, known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(option, known)
         raise UserError(f"method.{option}: {name} has no such option; {hint}allowed are {', '.join(known) or 'none'}")
     for option, found in known.items():
         if found.default is REQUIRED and option not in options:
@@ -55,5 +59,5 @@ __all__ = [
     "ANY_OPTIMIZER", "METHODS", "Advance", "BaseChange", "Change", "ChangeMean", "FactorMean", "FactorState",
     "HeadMean", "LayerMethod", "LayerState", "Method", "PackSum", "ProductMean", "Profile", "Source", "Sparse", "Start",
     "State", "Trainable", "Update", "Updates", "build", "fedavg", "matrix", "mean_change", "merged", "method_class",
-    "product_change", "with_mixed_ranks",
+    "product_change", "with_adapters", "with_mixed_ranks",
 ]  # fmt: skip

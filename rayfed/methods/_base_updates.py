@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rayfed.lora.adapter import LowRank
+from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.seeding import torch_rng
 
 
@@ -21,6 +21,13 @@ def fresh_A(seed: int, layer: str, t: int, rank: int, inner: int) -> Tensor:
     return torch.empty(rank, inner).uniform_(-bound, bound, generator=torch_rng(seed, "lora.A", layer, t))
 
 
+def initial_factors(adapter: Adapter) -> dict[str, LowRank]:
+    """What clients must merge before the first round, by layer (scale 1); empty where the adapter changes nothing."""
+    if not any(bool(pair.B.any()) for pair in adapter.layers.values()):
+        return {}
+    return {name: LowRank((pair.scale * pair.B).float(), pair.A.float(), 1.0) for name, pair in adapter.layers.items()}
+
+
 def flat(factors: Mapping[str, LowRank]) -> Tensor:
     """B, then A, of every layer by name, as one float32 vector: what a client merges, layer by layer (scale 1)."""
     tensors = [tensor for name in sorted(factors) for tensor in (factors[name].B, factors[name].A)]
@@ -30,4 +37,4 @@ def flat(factors: Mapping[str, LowRank]) -> Tensor:
 def ranks_report(factors: Mapping[str, LowRank]) -> dict[str, float]:
     """The ranks of what is sent to every client: their mean and the largest."""
     ranks = [pair.rank for pair in factors.values()] or [0]
-    return {"news_rank_mean": sum(ranks) / len(ranks), "news_rank_max": float(max(ranks))}
+    return {"base_update_rank_mean": sum(ranks) / len(ranks), "base_update_rank_max": float(max(ranks))}

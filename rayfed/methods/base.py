@@ -72,6 +72,16 @@ class Method:
     """True if `aggregate` needs only the sum of the weighted changes. Then the server may pass `PackSum`s, which are
     added up where the clients trained. It is false as well where the sum would do but is mostly zeros."""
 
+    secure_aggregation: bool = False
+    """True if `aggregate` needs nothing of the uploads but one weighted sum of them, over entries and with weights that
+    the server knows before it sees an upload. Then secure aggregation could hide each single upload from the server.
+    This is said of dense uploads: which entries of a sparse one are the largest depends on the client's data. Ranks,
+    scales and numbers of examples count as known."""
+
+    refuses_adapter: ClassVar[str] = ""
+    """Why a run cannot start from a given adapter (`model.adapter`), in a few words. Empty: it can. Then what the
+    clients do not have of that adapter travels: in the first downloads, or as the `base_update` of the first state."""
+
     state_class: ClassVar[type[State]] = State
     """The class of the method's state."""
 
@@ -82,8 +92,9 @@ class Method:
     def init(self, adapter: Adapter, seed: int) -> Any:
         """The state before the first round. Called once a run.
 
-        ``adapter`` has the largest rank of all clients, B = 0, a random A, and the start values of the head. It has no
-        layers if only the head trains. ``seed`` is the run's seed, for what the method draws.
+        ``adapter`` has the largest rank of all clients, B = 0, a random A, and the start values of the head; or it is
+        the given one (`model.adapter`), and `delta` of the state is its change. It has no layers if only the head
+        trains. ``seed`` is the run's seed, for what the method draws.
         """
         raise NotImplementedError
 
@@ -124,7 +135,10 @@ class Method:
         raise NotImplementedError
 
     def base_update(self, state: Any) -> Tensor | None:
-        """What every client must merge into its base after the last round, (m,); None: nothing. Called once a round."""
+        """What every client must merge into its base after the last round, (m,); None: nothing. Called once a round.
+
+        Of the first state it is what every client must merge before it trains for the first time.
+        """
         return None
 
     def delta(self, state: Any, layer: str) -> LowRank | Tensor:

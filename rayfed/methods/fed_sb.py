@@ -34,7 +34,9 @@ class FedSB(LayerMethod):
     summary = "frozen factors; average the core between them"
     traffic_down = traffic_up = "r^2"
     source = "secondary"
+    refuses_adapter = "A and B are drawn from the seed and never travel"
     optimizers = ANY_OPTIMIZER
+    secure_aggregation = True
 
     def init(self, adapter: Adapter, seed: int) -> LayerState:
         layers = {}

@@ -19,3 +19,4 @@ class FedIT(FactorMean):
     summary = "average the factors"
     source = "secondary"
     sum_in_worker = True
+    secure_aggregation = True

@@ -34,7 +34,9 @@ class FedSA(FactorMean):
     summary = "average A; B and the head stay with the client"
     traffic_down = traffic_up = "r in"
     source = "secondary"
+    refuses_adapter = "B and the head are each client's own and never travel"
     personal = True
+    secure_aggregation = True
 
     def broadcast(self, state: FactorState, client: Profile) -> Start:
         return Start.of(self.own(state, client.client), *PERSONAL)

@@ -35,8 +35,10 @@ class FFALoRA(LayerMethod):
     summary = "A frozen and shared; average B"
     traffic_down = traffic_up = "r_k out"
     source = "secondary"
+    refuses_adapter: ClassVar[str] = "A is drawn from the seed and never travels"
     optimizers: ClassVar[tuple[str, ...]] = ANY_OPTIMIZER
     mixed_ranks = True
+    secure_aggregation = True
 
     def broadcast(self, state: LayerState, client: Profile) -> Start:
         return Start.of(nested(state, client.rank, client.scale), "A")

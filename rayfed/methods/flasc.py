@@ -54,6 +54,7 @@ class Flasc(FactorMean):
     weights = "uniform"
     optimizer = "adamw"
     sum_in_worker = True
+    secure_aggregation = True
 
     def broadcast(self, state: FactorState, client: Profile) -> Start:
         start = super().broadcast(state, client)

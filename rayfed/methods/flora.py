@@ -27,7 +27,7 @@ from torch import Tensor
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import add, stack
 from rayfed.methods import Advance, HeadMean, LayerMethod, LayerState, Profile, Source, Start, Updates, fedavg
-from rayfed.methods._base_updates import flat, fresh_A, ranks_report
+from rayfed.methods._base_updates import flat, fresh_A, initial_factors, ranks_report
 
 
 class FLoRA(LayerMethod):
@@ -44,7 +44,9 @@ class FLoRA(LayerMethod):
     def init(self, adapter: Adapter, seed: int) -> LayerState:
         base = {name: pair.dense().float() for name, pair in adapter.layers.items()}
         rank = max((pair.rank for pair in adapter.layers.values()), default=0)
-        return LayerState(head=dict(adapter.head), base=base, notes={"seed": seed, "rank": rank})
+        merged = initial_factors(adapter)
+        news = {"news": self.flat(merged)} if merged else {}
+        return LayerState(head=dict(adapter.head), base=base, extras=news, notes={"seed": seed, "rank": rank})
 
     def broadcast(self, state: LayerState, client: Profile) -> Start:
         layers = {}

@@ -63,6 +63,11 @@ class HetLoRA(Nested):
         """Ranks that prune themselves differ within a tier."""
         return self.prune
 
+    @property
+    def secure_aggregation(self) -> bool:  # type: ignore[override]
+        """Weights by norm and self-pruned ranks are known only after the uploads were seen."""
+        return self.weighting == "given" and not self.prune
+
     def rank(self, state: LayerState, client: Profile) -> int:
         stored = state.clients.get(client.client, {}).get("rank")
         return client.rank if stored is None else min(client.rank, int(stored))

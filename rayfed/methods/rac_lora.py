@@ -25,7 +25,7 @@ from pydantic import PositiveInt
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import add
 from rayfed.methods import Advance, LayerState, Profile, Start, Updates, fedavg
-from rayfed.methods._base_updates import fresh_A
+from rayfed.methods._base_updates import flat, fresh_A, initial_factors
 from rayfed.methods._layers import zero_base
 from rayfed.methods.ffa_lora import FFALoRA
 
@@ -42,9 +42,19 @@ class RACLoRA(FFALoRA):
     traffic_down = "r out"
     weights = "uniform"
     optimizers = ("fedavg", "sgd")
+    refuses_adapter = ""
 
     def init(self, adapter: Adapter, seed: int) -> LayerState:
-        return replace(super().init(adapter, seed), base=zero_base(adapter), notes={"seed": seed})
+        """A given adapter is merged into the base, and the first block's A is drawn."""
+        state, merged = super().init(adapter, seed), initial_factors(adapter)
+        if not merged:
+            return replace(state, base=zero_base(adapter), notes={"seed": seed})
+        layers = {
+            name: LowRank(torch.zeros_like(pair.B), fresh_A(seed, name, 0, pair.rank, pair.A.shape[1]), pair.scale)
+            for name, pair in adapter.layers.items()
+        }
+        base = {name: pair.dense() for name, pair in merged.items()}
+        return replace(state, layers=layers, base=base, extras={"news": flat(merged)}, notes={"seed": seed})
 
     def broadcast(self, state: LayerState, client: Profile) -> Start:
         start = super().broadcast(state, client)

@@ -27,6 +27,7 @@ class RBLA(Nested):
     traffic_down = traffic_up = "r_k (in + out)"
     source = "secondary"
     optimizers = ("fedavg", "sgd")
+    secure_aggregation = True
 
     def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         sums = RankwiseMean(state)

@@ -41,6 +41,7 @@ class RoLoRA(FactorMean):
     source = "secondary"
     sparse_down = False
     sum_in_worker: ClassVar[bool] = True
+    secure_aggregation = True
 
     def broadcast(self, state: FactorState, client: Profile) -> Start:
         start = super().broadcast(state, client)

@@ -57,6 +57,8 @@ class SLoRA(LayerMethod):
     summary = "sparse full fine-tuning first, then LoRA from its SVD"
     traffic_down = traffic_up = "rho in out, then r (in + out)"
     source = "secondary"
+    refuses_adapter = "its first stage finds where LoRA starts"
+    secure_aggregation = True
 
     def init(self, adapter: Adapter, seed: int) -> LayerState:
         layers: dict[str, Change] = {}

@@ -33,7 +33,11 @@ def curves(comparison: Comparison, styles: Styles, x: X | None, label: str, name
     measure = comparison.measure
     groups = sorted(comparison.groups, key=lambda group: group in styles)  # the grey lines are drawn first
     drawn = {group: curve(group.counted, measure, x) for group in groups}
-    handles = {group: _line(axes, own, styles.get(group), len(group.counted) > 1) for group, own in drawn.items()}
+    sizes = _marker_sizes(len(drawn))
+    handles = {
+        group: _line(axes, own, styles.get(group), len(group.counted) > 1, size)
+        for (group, own), size in zip(drawn.items(), sizes)
+    }
     if comparison.target is not None:
         axes.axhline(comparison.target, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
     _measure_axis(axes, measure)
@@ -48,9 +52,10 @@ def lines(
     """Named series against rounds, with a legend; ``ordered`` ones, such as ranks, have colours of a ramp."""
     figure, axes = drawing.blank(2.6 + 0.17 * len(series))
     handles, colors = [], drawing.ramp(len(series)) if ordered else cycle(COLORS)
-    for points, color, dash, marker in zip(series.values(), colors, cycle(DASHES), cycle(MARKERS)):
+    sizes = _marker_sizes(len(series))
+    for points, color, dash, marker, size in zip(series.values(), colors, cycle(DASHES), cycle(MARKERS), sizes):
         shown = marker if len(points) <= FEW else None
-        style: Any = {"color": color, "linestyle": dash, "marker": shown, "markerfacecolor": "none"}
+        style: Any = {"color": color, "linestyle": dash, "marker": shown, "markerfacecolor": "none", "markersize": size}
         handles += axes.plot(list(points), list(points.values()), **style)
     if percent:
         drawing.number_axis(axes.yaxis, percent=True, log=log)
@@ -95,7 +100,7 @@ def methods(comparison: Comparison, styles: Styles) -> Any:
         axes.plot(group.mean(number), i, style.marker, color=style.color, markersize=6)
     _bar_names(axes, [drawing.shortened(str(group.settings["method.name"])) for group in best])
     axes.set_ylim(-0.6, len(best) - 0.4)
-    drawing.number_axis(axes.xaxis, percent=True, log=comparison.measure is GAP)
+    drawing.number_axis(axes.xaxis, percent=comparison.measure.share, log=comparison.measure is GAP)
     axes.set_xlabel(name)
     return figure
 
@@ -173,13 +178,18 @@ def ranks(styles: Styles) -> Any:
     return figure
 
 
-def _line(axes: Any, own: Curve, style: GroupStyle | None, band: bool) -> Any:
+def _marker_sizes(count: int) -> list[float]:
+    """Sizes of ``count`` hollow markers, from large to small: of equal points, a later one lies in an earlier one."""
+    return [4 + 6 * (count - 1 - i) / max(count - 1, 3) for i in range(count)]
+
+
+def _line(axes: Any, own: Curve, style: GroupStyle | None, band: bool, size: float) -> Any:
     if style is None:
         return axes.plot(own.x, own.mean, color=MUTED, linewidth=0.8)[0]
     if band:
         axes.fill_between(own.x, own.low, own.high, color=style.color, alpha=0.18, linewidth=0)
     marker, at = (style.marker, own.full) if len(own.full) <= FEW else (None, [])
-    shown: Any = {"marker": marker, "markevery": at, "markerfacecolor": "none"}
+    shown: Any = {"marker": marker, "markevery": at, "markerfacecolor": "none", "markersize": size}
     return axes.plot(own.x, own.mean, color=style.color, linestyle=style.dash, **shown)[0]
 
 
@@ -204,7 +214,7 @@ def _bar_names(axes: Any, names: Sequence[str]) -> None:
 
 
 def _measure_axis(axes: Any, measure: Measure) -> None:
-    drawing.number_axis(axes.yaxis, percent=True, log=measure is GAP)
+    drawing.number_axis(axes.yaxis, percent=measure.share, log=measure is GAP)
     axes.set_ylabel(measure.label)
 
 

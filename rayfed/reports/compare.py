@@ -2,7 +2,7 @@
 
 A run's result is that of its last evaluated round, whose model it exports. Runs are ranked by the validation accuracy;
 the test accuracy is reported and has no part in the choice. The known-answer problem has no test data; there the gap
-counts. The best round on validation is shown beside the last one.
+counts. Where a task has no accuracy, the loss counts. The best round on validation is shown beside the last one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ CLOSE = 0.95  # the default target, as a share of the best result
 class Measure:
     """The metric ``key`` that ranks runs, and the metric ``report`` that is only reported.
 
-    Values are shares, 0 to 1 for an accuracy. ``between``: the metric of rounds that have no ``key``, for curves only.
+    ``share``: whether values are shares, which are shown in percent, 0 to 1 for an accuracy. ``between``: the metric of
+    rounds that have no ``key``, for curves only.
     """
 
     key: str
@@ -33,6 +34,8 @@ class Measure:
     label: str
     lower_is_better: bool = False
     between: str | None = None
+    report_label: str = "test accuracy"
+    share: bool = True
 
     def better(self, a: float, b: float) -> bool:
         return a < b if self.lower_is_better else a > b
@@ -41,7 +44,11 @@ class Measure:
 ACCURACY = Measure("eval/accuracy", "test/accuracy", "validation accuracy", between="eval_subset/accuracy")
 TEST_ONLY = Measure("test/accuracy", None, "test accuracy")
 GAP = Measure("eval/gap", None, "share of the gap left", lower_is_better=True)
-MEASURES = (GAP, ACCURACY, TEST_ONLY)  # the first one that all runs have counts
+LOSS = Measure(
+    "eval/loss", "test/loss", "validation loss", lower_is_better=True, between="eval_subset/loss",
+    report_label="test loss", share=False,
+)  # fmt: skip
+MEASURES = (GAP, ACCURACY, TEST_ONLY, LOSS)  # the first one that all runs have counts
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,7 @@ class Comparison:
     def shown(self) -> tuple[str, Callable[[RunSummary], float | None]]:
         """(name, number) of what maps show: the reported metric, or the measure where a group has no reported value."""
         reported = self.measure.report and all(g.values(lambda r: r.report) for g in self.groups if g.score is not None)
-        return ("test accuracy", lambda r: r.report) if reported else (self.measure.label, lambda r: r.value)
+        return (self.measure.report_label, lambda r: r.report) if reported else (self.measure.label, lambda r: r.value)
 
     @property
     def best_of_methods(self) -> list[RunGroup]:
@@ -213,9 +220,12 @@ def measure_of(runs: Sequence[Run]) -> Measure:
 
 
 def default_target(measure: Measure, groups: Sequence[RunGroup]) -> float | None:
-    """95 % of the best accuracy; for a gap, what is left after 95 % of the best reduction. None without a score."""
+    """95 % of the best accuracy; for a gap, what is left after 95 % of the best reduction.
+
+    None without a score, and for a loss, of which no share means anything.
+    """
     scores = [group.score for group in groups if group.score is not None]
-    if not scores:
+    if not scores or not measure.share:
         return None
     return 1 - CLOSE * (1 - min(scores)) if measure.lower_is_better else CLOSE * max(scores)
 
@@ -225,7 +235,8 @@ def summarise(run: Run, measure: Measure, target: float | None) -> RunSummary:
     series = run.series(measure.key)
     total = {record["round"]: record["bytes/total"] for record in run.rounds}
     last = max(series) if series and not run.diverged(measure.key) else None
-    best = max(series, key=lambda t: series[t], default=None) if measure.report else None  # the first of equal rounds
+    choose = min if measure.lower_is_better else max  # of equal rounds the first one
+    best = choose(series, key=lambda t: series[t], default=None) if measure.report else None
     reports = run.series(measure.report) if measure.report else {}
     reached = next((t for t, value in series.items() if target is not None and not measure.better(target, value)), None)
     return RunSummary(

@@ -11,7 +11,7 @@ from rayfed.reports import charts, heat_map, run_charts
 from rayfed.reports.compare import Comparison
 from rayfed.reports.drawing import Styles
 from rayfed.reports.runs import Run, natural_key
-from rayfed.reports.table import Ledgers, as_percent, rank_shares
+from rayfed.reports.table import Ledgers, as_text, rank_shares
 from rayfed.reports.traffic import DIRECTIONS, Link
 
 UNLIKE = 0.02  # difference in the share of the uplink above which each direction has its own figure
@@ -49,7 +49,7 @@ def plots(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link |
     yield from _curves(comparison, ledgers, styles, link)
     measure = comparison.measure
     if comparison.target is not None and sum(g.target_bytes is not None for g in styles) >= 2:
-        title = f"MB both ways to {as_percent(comparison.target, measure)} {measure.label}"
+        title = f"MB both ways to {as_text(comparison.target, measure)} {measure.label}"
         caption = (
             "Up to the first evaluated round that reached the target. Means over the seeds, if all of them reached it."
         )
@@ -78,7 +78,8 @@ def plots(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link |
 
 
 def run_plots(run: Run, number: int) -> Iterator[Plot]:
-    """The figures of one run: all that its metrics.jsonl has, each a curve, and who trained and what is confused."""
+    """The figures of one run: curves of all that its metrics.jsonl has; who trained when, each client's accuracy, and
+    what is confused."""
     for suffix, title, caption, keys, style in _run_curves(run):
         if series := {name: points for name, key in keys.items() if (points := run.series(key))}:
             draw = partial(charts.lines, series, **style)
@@ -88,11 +89,14 @@ def run_plots(run: Run, number: int) -> Iterator[Plot]:
         part = f" The last {len(shown)} rounds." if len(shown) < len(rounds) else ""
         title, caption = "Who trained when, at which rank", f"One square for each client in each round.{part}"
         yield Plot(f"run-{number}-trained", f"run-{number}", title, caption, partial(run_charts.trained, shown))
-    found = [r for r in run.rounds if r.get("test/confusion_matrix")]
-    if found:
-        after = f"Test rows after round {found[-1]['round']}"
+    if (found := run.last_list("test/accuracy_per_client")) and any(value is not None for value in found[1]):
+        caption = f"After round {found[0]}, for each client that has rows. Classes count as in its own data."
+        draw = partial(run_charts.client_accuracies, found[1], run.last_ranks())
+        yield Plot(f"run-{number}-client-accuracies", f"run-{number}", "Test accuracy of each client", caption, draw)
+    if found := run.last_list("test/confusion_matrix"):
+        after = f"Test rows after round {found[0]}"
         caption = f"{after}: labels down, predictions across. Stronger colours are larger shares of a label."
-        draw = partial(run_charts.confusion, found[-1]["test/confusion_matrix"], run.classes)
+        draw = partial(run_charts.confusion, found[1], run.classes)
         yield Plot(f"run-{number}-confusion", f"run-{number}", "Confusion matrix", caption, draw)
 
 

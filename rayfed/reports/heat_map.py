@@ -10,7 +10,7 @@ from typing import Any
 from rayfed.reports import drawing
 from rayfed.reports.compare import Comparison, RunGroup
 from rayfed.reports.labels import in_order, spelled
-from rayfed.reports.table import as_percent
+from rayfed.reports.table import as_text
 from rayfed.tracking.format import megabytes
 
 RANK, DOWN, UP, METHOD = "lora.rank", "wire.down.density", "wire.up.density", "method.name"
@@ -157,7 +157,7 @@ def _cells(comparison: Comparison, grid: HeatMap, values: Mapping[tuple[int, int
         text: Any = {"ha": "center", "va": "center", "color": "#ffffff" if luminance < 0.5 else "#000000"}
         group = grid.cells[i, j]
         deviation = group.deviation(comparison.shown[1]) if few else None
-        axes.text(j, i + 0.12, as_percent(value, measure, deviation), weight="bold", size=size, **text)
+        axes.text(j, i + 0.12, as_text(value, measure, deviation), weight="bold", size=size, **text)
         axes.text(j, i - 0.24, f"{megabytes(group.mean(lambda r: r.bytes))} MB", size=size - 2, **text)
     axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(-0.5, len(rows) - 0.5), xlabel=grid.x.label, ylabel=grid.y.label)
     axes.set_xticks(range(len(columns)), columns)
@@ -179,8 +179,6 @@ def _points(comparison: Comparison, grid: HeatMap, values: Mapping[tuple[int, in
         numbers = [tick[0] for tick in own.ticks]
         drawing.number_axis(axis, log=min(numbers) > 0 and max(numbers) > WIDE * min(numbers))
     axes.set(xlabel=grid.x.label, ylabel=grid.y.label)
-    ends = [
-        (handles[i], f"{name}: {as_percent(values[ranked[i]], measure)}") for name, i in (("worst", 0), ("best", -1))
-    ]
+    ends = [(handles[i], f"{name}: {as_text(values[ranked[i]], measure)}") for name, i in (("worst", 0), ("best", -1))]
     drawing.legend(axes, *zip(*ends)) if values else None
     return figure

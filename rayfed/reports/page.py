@@ -10,11 +10,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rayfed import __version__
 from rayfed.reports import partition, table
-from rayfed.reports.compare import Comparison
+from rayfed.reports.compare import GAP, LOSS, Comparison
 from rayfed.reports.drawing import MUTED, Styles, css, inline_svg, swatch
 from rayfed.reports.figures import Plot
 from rayfed.reports.labels import printable
-from rayfed.reports.table import Ledgers, as_percent
+from rayfed.reports.table import Ledgers, as_text
 from rayfed.reports.traffic import Link
 from rayfed.tracking.format import megabytes
 
@@ -28,7 +28,7 @@ HEADINGS = {
     "traffic": "Traffic by part",
     "mix": "Ranks and densities",
 }
-GAP_HEADING = "Gap and traffic"  # in place of the first one, where the measure is a gap
+OTHER_MEASURES = {GAP: "Gap and traffic", LOSS: "Loss and traffic"}  # in place of the first one
 
 
 def page(
@@ -50,7 +50,7 @@ def page(
         legend=_legend(comparison, styles),
         sections=list(_sections(comparison, ledgers, plots)),
         runs=[
-            (run.folder.resolve().name, table.facts(run), _figures(own), _data(run.folder))
+            (run.folder.resolve().name, table.facts(run), _figures(own), table.clients(run), _data(run.folder))
             for run, own in zip(runs, single)
         ],
         explanations=list(_explanations(comparison, link)),
@@ -84,7 +84,7 @@ def _sections(comparison: Comparison, ledgers: Ledgers, plots: Sequence[Plot]) -
         "pareto": table.front(comparison), "methods": table.methods(comparison),
         "traffic": table.parts(comparison, ledgers), "mix": table.mix(comparison),
     }  # fmt: skip
-    headings = {**HEADINGS, "curves": GAP_HEADING} if comparison.measure.lower_is_better else HEADINGS
+    headings = {**HEADINGS, "curves": OTHER_MEASURES.get(comparison.measure, HEADINGS["curves"])}
     for section, heading in headings.items():
         here = [plot for plot in plots if plot.section == section]
         if here or section == "mix":
@@ -155,16 +155,16 @@ def _lead(comparison: Comparison) -> Iterable[str]:
         yield "No run has a finite value."
         return
     tested = best.mean(lambda r: r.report) if measure.report else None
-    reached = f"{as_percent(best.score, measure)} {measure.label}"
+    reached = f"{as_text(best.score, measure)} {measure.label}"
     if tested is not None:
-        reached = f"{as_percent(tested, measure)} test accuracy, {reached}"
+        reached = f"{as_text(tested, measure)} {measure.report_label}, {reached}"
     first = f"Best is {best.label}:" if several else "The exported model reaches"
     yield f"{first} {reached}, for {megabytes(best.mean(lambda r: r.bytes))} MB both ways."
     targets = [(size, group.label) for group in comparison.groups if (size := group.target_bytes) is not None]
     if comparison.target is not None and several and targets:
         fewest, label = min(targets, key=lambda pair: pair[0])
         yield (
-            f"Fewest bytes to {as_percent(comparison.target, measure)} {measure.label}: {label}, "
+            f"Fewest bytes to {as_text(comparison.target, measure)} {measure.label}: {label}, "
             f"{megabytes(fewest)} MB; {len(targets)} of {len(comparison.groups)} reach it."
         )
 
@@ -172,21 +172,21 @@ def _lead(comparison: Comparison) -> Iterable[str]:
 def _explanations(comparison: Comparison, link: Link | None) -> Iterable[str]:
     measure = comparison.measure
     yield "1 MB is 1e6 bytes. Bytes are the lengths of the encoded messages of all clients, with headers and indices."
-    if measure.lower_is_better:
+    if measure is GAP:
         yield "The gap is (F(W) - F(W*)) / (F(0) - F(W*)), computed exactly. The last round counts."
+    elif measure is LOSS:
+        yield "The last evaluated round counts: its model is the one that a run exports."
     else:
         yield (
             "The last evaluated round counts: its model is the one that a run exports, and its test accuracy is "
             "final/test_accuracy in the run's summary."
         )
     if measure.report:
-        yield "Runs are ranked by validation accuracy. The test accuracy has no part in any choice."
+        yield f"Runs are ranked by {measure.label}. The {measure.report_label} has no part in any choice."
     if comparison.target is not None:
-        default = (
-            "what is left after 95 % of the best reduction" if measure.lower_is_better else "95 % of the best mean"
-        )
+        default = "what is left after 95 % of the best reduction" if measure is GAP else "95 % of the best mean"
         yield (
-            f"The target is {as_percent(comparison.target, measure)} {measure.label} "
+            f"The target is {as_text(comparison.target, measure)} {measure.label} "
             f"({'given' if comparison.given_target else default}), the dotted line in the curves. A run reaches the "
             "target in the first fully evaluated round at or beyond it."
         )

@@ -1,4 +1,4 @@
-"""The charts of a single run that have no axis of a measure: who trained when, and the confusion matrix."""
+"""The charts of a single run that are no curves: who trained when, each client's accuracy, the confusion matrix."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rayfed.reports import drawing
-from rayfed.reports.drawing import INK, PAPER, ramp
+from rayfed.reports.drawing import INK, MUTED, PAPER, ramp
 
 NAMED = 25  # largest number of classes with names on the axes
 Trained = Mapping[int, Sequence[Sequence[int]]]  # round -> [client, rank] of each client that trained
@@ -16,7 +16,8 @@ def trained(rounds: Trained) -> Any:
     """One square for every client and round in which the client trained, coloured by its rank."""
     ranks = sorted({rank for pairs in rounds.values() for _, rank in pairs})
     figure, axes = drawing.blank(3.6)
-    size = min(6.0, 200 / (1 + max(rounds) - min(rounds)))
+    clients = [client for pairs in rounds.values() for client, _ in pairs]
+    size = min(6.0, 200 / (1 + max(rounds) - min(rounds)), max(1.5, 170 / (1 + max(clients) - min(clients))))
     handles = []
     for rank, color in zip(ranks, ramp(len(ranks))):
         points = [(t, client) for t, pairs in rounds.items() for client, own in pairs if own == rank]
@@ -26,6 +27,26 @@ def trained(rounds: Trained) -> Any:
     for axis in (axes.xaxis, axes.yaxis):
         drawing.number_axis(axis, whole=True)
     drawing.legend(axes, handles, [f"rank {rank}" for rank in ranks])
+    return figure
+
+
+def client_accuracies(accuracies: Sequence[float | None], ranks: Mapping[int, int]) -> Any:
+    """One point for each client that has an accuracy, the lowest first, coloured by ``ranks``: client -> rank."""
+    order = sorted((value, client) for client, value in enumerate(accuracies) if value is not None)
+    figure, axes = drawing.blank(3.0)
+    groups: dict[int | None, list[tuple[int, float]]] = {}
+    for place, (value, client) in enumerate(order, 1):
+        groups.setdefault(ranks.get(client), []).append((place, value))
+    known = sorted(rank for rank in groups if rank is not None)
+    colors: dict[int | None, str] = {None: MUTED, **dict(zip(known, ramp(len(known))))}
+    shown = [*known, *([None] if None in groups else [])]
+    style: Any = {"markersize": min(5.0, 200 / len(order)), "markeredgewidth": 0}
+    handles = [axes.plot(*zip(*groups[rank]), "o", color=colors[rank], **style)[0] for rank in shown]
+    axes.set_xlabel("clients, the lowest accuracy first")
+    axes.set_ylabel("test accuracy")
+    drawing.number_axis(axes.xaxis, whole=True)
+    drawing.number_axis(axes.yaxis, percent=True)
+    drawing.legend(axes, handles, ["has not trained" if rank is None else f"rank {rank}" for rank in shown])
     return figure
 
 

@@ -61,6 +61,14 @@ class Run:
         """Round -> the sum of the values up to and including that round."""
         return dict(zip((r["round"] for r in self.rounds), accumulate(r[key] for r in self.rounds)))
 
+    def last_list(self, key: str) -> tuple[int, list[Any]] | None:
+        """(round, value) of the last round that has a list under the key; None if no round has."""
+        return next(((r["round"], r[key]) for r in reversed(self.rounds) if r.get(key)), None)
+
+    def last_ranks(self) -> dict[int, int]:
+        """Client -> the rank at which it trained last, for the clients that trained."""
+        return {client: rank for record in self.rounds for client, rank in record.get("clients/trained") or ()}
+
     def measured(self, key: str) -> bool:
         """Whether the run has a value of the metric in any round, finite or not."""
         return bool(self.series(key)) or self.diverged(key)

@@ -14,13 +14,17 @@ from rayfed.reports.traffic import DIRECTIONS, PARTS, Traffic
 from rayfed.tracking import Table
 from rayfed.tracking.format import clock, megabytes
 
-DETAILS = ("rounds", "sparse model", "best round", "test accuracy, best round", "MB down", "MB up", "target round")
+DETAILS = (
+    "rounds", "sparse model", "best round", "test accuracy, best round", "test loss, best round", "MB down", "MB up",
+    "target round",
+)  # fmt: skip
 BASELINES = {  # column -> key of the summary
     "exported model": "final/test_accuracy",
     "as clients receive it": "final/test_accuracy_masked",
     "frozen base, head trained in the same rounds": "head_only/test_accuracy",
     "frozen base, head trained centrally": "head_only/test_accuracy_central",
 }
+WORST = 20  # clients in the table of those with the lowest accuracy
 Ledgers = Mapping[Run, Traffic]
 Number = Callable[[RunSummary], float | None]
 Columns = list[tuple[str, Callable[[RunGroup], str]]]  # name and cell of each column
@@ -39,11 +43,11 @@ def summary(comparison: Comparison, brief: bool = False) -> Table:
     columns.append(("rounds", lambda g: _range([run.rounds[-1]["round"] for run in g.counted])))
     columns.append((measure.label, lambda g: _spread(g, measure, lambda r: r.value)))
     if measure.report:
-        columns.append(("test accuracy", lambda g: _spread(g, measure, lambda r: r.report)))
+        columns.append((measure.report_label, lambda g: _spread(g, measure, lambda r: r.report)))
         if any(group.values(lambda r: r.masked) for group in groups):
             columns.append(("sparse model", lambda g: _spread(g, measure, lambda r: r.masked)))
         columns.append(("best round", lambda g: _range([r.best_round for r in g.summaries])))
-        columns.append(("test accuracy, best round", lambda g: _spread(g, measure, lambda r: r.best_report)))
+        columns.append((f"{measure.report_label}, best round", lambda g: _spread(g, measure, lambda r: r.best_report)))
     columns += [
         ("MB down", lambda g: megabytes(g.mean(lambda r: r.down))),
         ("MB up", lambda g: megabytes(g.mean(lambda r: r.up))),
@@ -51,7 +55,7 @@ def summary(comparison: Comparison, brief: bool = False) -> Table:
     ]
     goal = comparison.target
     if goal is not None:
-        columns.append((f"MB to {as_percent(goal, measure)}", _to_target))
+        columns.append((f"MB to {as_text(goal, measure)}", _to_target))
         columns.append(("target round", lambda g: _range([r.target_round for r in g.summaries])))
     if brief:
         columns = [(name, cell) for name, cell in columns if name not in DETAILS]
@@ -70,7 +74,7 @@ def baselines(comparison: Comparison) -> Table | None:
         for key in BASELINES.values():
             found = [value for run in group.counted if (value := run.summary.get(key)) is not None]
             spread = stdev(found) if len(found) > 1 else None
-            cells.append(as_percent(mean(found), comparison.measure, spread) if found else "-")
+            cells.append(as_text(mean(found), comparison.measure, spread) if found else "-")
         if any(cell != "-" for cell in cells[-2:]):
             rows.append((group.label, *cells))
     return Table("Test accuracy of the run and of its baselines", ("", *BASELINES), tuple(rows)) if rows else None
@@ -135,8 +139,10 @@ def rank_shares(group: RunGroup) -> dict[int, float]:
     return {rank: counts[rank] / counts.total() for rank in sorted(counts)}
 
 
-def as_percent(value: float, measure: Measure, deviation: float | None = None) -> str:
-    """`81.2 %`, `81.2 ± 0.4 %`. A gap, which may be tiny, has three significant digits."""
+def as_text(value: float, measure: Measure, deviation: float | None = None) -> str:
+    """`81.2 %`, `81.2 ± 0.4 %`. A gap, which may be tiny, has three significant digits. A loss: `0.8123`."""
+    if not measure.share:
+        return f"{value:.4f}" if deviation is None else f"{value:.4f} ± {deviation:.4f}"
     digits = 1
     if measure.lower_is_better:
         digits = 2 - math.floor(math.log10(100 * abs(value))) if value else 0
@@ -160,12 +166,24 @@ def facts(run: Run) -> list[tuple[str, str]]:
     ]
 
 
+def clients(run: Run) -> Table | None:
+    """The WORST clients with the lowest test accuracy, and the ranks at which they trained last; None if unknown."""
+    found = run.last_list("test/accuracy_per_client")
+    known = sorted((value, client) for client, value in enumerate(found[1] if found else ()) if value is not None)
+    if found is None or not known:
+        return None
+    ranks = run.last_ranks()
+    rows = [(str(client), str(ranks.get(client, "-")), f"{100 * value:.1f} %") for value, client in known[:WORST]]
+    title = f"Clients with the lowest test accuracy after round {found[0]}, of {len(known)}"
+    return Table(title, ("client", "trained at rank", "test accuracy"), tuple(rows))
+
+
 def _results(measure: Measure) -> Columns:
     """The columns with the bytes and the values of a group."""
     columns: Columns = [("MB both ways", lambda g: megabytes(g.mean(lambda r: r.bytes)))]
     columns.append((measure.label, lambda g: _spread(g, measure, lambda r: r.value)))
     if measure.report:
-        columns.append(("test accuracy", lambda g: _spread(g, measure, lambda r: r.report)))
+        columns.append((measure.report_label, lambda g: _spread(g, measure, lambda r: r.report)))
     return columns
 
 
@@ -180,7 +198,7 @@ def _spread(group: RunGroup, measure: Measure, number: Number) -> str:
     if center is None:
         return "diverged" if any(run.diverged(measure.key) for run in group.counted) else "-"
     seeds, total = len(group.values(number)), len(group.summaries)
-    return as_percent(center, measure, group.deviation(number)) + (f" ({seeds}/{total})" if seeds < total else "")
+    return as_text(center, measure, group.deviation(number)) + (f" ({seeds}/{total})" if seeds < total else "")
 
 
 def _to_target(group: RunGroup) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,21 @@ def verify(out: Path, settings: str, first: int = 0) -> str:
             raise RunError(f"{folder}: its digest or its chain is not the one in metrics.jsonl")
     later = f"; rounds {last + 1} to {len(records)} have no checkpoint yet" if len(records) > last else ""
     return f"rounds {first + 1} to {last} and {len(found)} checkpoints are as they were written{later}: chain {before}"
+
+
+def rechained(out: Path, records: Sequence[Mapping[str, Any]], settings: str) -> list[dict[str, Any]]:
+    """The records with the chain that they have where the settings' digest is ``settings``; all else stays.
+
+    ``records`` are those of rounds 1 to n of the run directory ``out``, whose ledger has these rounds. The rounds of a
+    run that this one continued keep their chain.
+    """
+    first, new = continued_after(out), [dict(record) for record in records]
+    before = str(new[first - 1]["state/chain"]) if first else ""
+    for number, rows in _rounds(out):
+        if first < number <= len(new):
+            record = new[number - 1]
+            before = record["state/chain"] = link(before, settings, rows, record["state/digest"])
+    return new
 
 
 def continued_after(out: Path) -> int:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +46,9 @@ class Executor:
     def stop(self) -> None:
         """Asks a running `run` to end soon; it raises `Stopped`."""
 
-    def drain_events(self) -> list[str]:
-        """One line for each event since the last call, such as a worker that was replaced."""
-        return []
+    def subscribe(self, event: Callable[[str], None]) -> None:
+        """Calls ``event`` with a line for each event, such as a worker that was replaced: past ones now, others as they
+        happen, in the thread that runs `run`."""
 
     def close(self) -> None:
         """Stops the workers."""

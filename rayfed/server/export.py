@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import Tensor
 
 from rayfed.clients.plan import RunPlan
@@ -120,6 +120,8 @@ def save_merged(plan: RunPlan, path: Path, changes: Changes, head: Mapping[str, 
         if isinstance(model, MeanPooledClassifier):
             model.encoder.save_pretrained(folder)  # type: ignore[operator]
             save_file({name: tensor.clone() for name, tensor in head.items()}, folder / HEAD)
-        else:
+        elif hasattr(model, "save_pretrained"):
             model.save_pretrained(folder)  # type: ignore[operator]
+        else:  # a module that is not of transformers
+            save_model(model, str(folder / "model.safetensors"))
         plan.task.save_tokenizer(folder)

@@ -70,12 +70,12 @@ class Server:
         found, self.events = checkpoints.restore(out, plan.digest) if resume else (None, [])
         if found is None:
             self.state = plan.method.init(start, plan.seed)
+            self.base_updates.publish(plan.method.base_update(self.state), plan.model.entries)
         else:
             checkpoint, self.ledger, self.optimizer.state = found.checkpoint, found.ledger, found.optimizer
             self.state = plan.method.restore(found.method, checkpoint.facts, found.clients)
-            self.progress = Progress(**checkpoint.progress)
             self.base_updates = BaseUpdates.from_json(checkpoint.base_updates)
-            self.done, self.chain = checkpoint.round, checkpoint.chain
+            self.done, self.chain, self.progress = checkpoint.round, checkpoint.chain, Progress(**checkpoint.progress)
 
     def rounds(self) -> Iterator[Record]:
         """Runs the rounds that are left and yields each one's record (the keys of metrics.jsonl)."""
@@ -87,6 +87,7 @@ class Server:
         self.sinks.start(self._info())
         for text in self.events:
             self.sinks.event(text)
+        self.executor.subscribe(self.sinks.event)
         for t in range(self.done, self.plan.server.rounds):
             if self.progress.stopped:
                 return
@@ -94,15 +95,13 @@ class Server:
             self.progress.add(record, self.plan.task.metric, dense_bytes, self.plan.eval.early_stop)
             self.done = t + 1
             self._unsaved = self._checkpoint(record["state/digest"])
+            if record["clients/split"] and not self.split_reported:
+                self.split_reported = True
+                self.sinks.event("some packs do not fit into memory and are split; lower engine.pack to save the try")
             self.sinks.round(record)
             if not self.goes_on(record):
                 self.progress.stopped = True
                 self._unsaved = self._checkpoint(record["state/digest"])  # again: it says that the run has ended
-            for text in self.executor.drain_events():
-                self.sinks.event(text)
-            if record["clients/split"] and not self.split_reported:
-                self.split_reported = True
-                self.sinks.event("some packs do not fit into memory and are split; lower engine.pack to save the try")
             last = self.progress.stopped or self.done == self.plan.server.rounds
             if last or self.done % self.plan.checkpoint.every == 0:
                 self.save()
@@ -114,7 +113,7 @@ class Server:
         baselines = measure_baselines(plan, self.done, self.executor) if plan.eval.controls else None
         summary = summarize(plan, self.progress, self.ledger, self.done, baselines)
         summary |= export(plan, self.out, changes, head, summary, self.executor)
-        self.sinks.finish(summary, closing_table(plan, summary))
+        self.sinks.finish(summary, closing_table(plan, summary, self.progress.ranks))
         return summary
 
     def save(self) -> None:

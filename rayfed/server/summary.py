@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rayfed import wire
@@ -12,6 +12,9 @@ from rayfed.config.training import EarlyStop
 from rayfed.server.evaluation.baselines import Baselines
 from rayfed.tracking import Table
 from rayfed.tracking.sinks import Scalar
+from rayfed.wire.ledger import DIRECTIONS
+
+NAMED = 4  # largest number of ranks that the closing table names
 
 
 @dataclass
@@ -26,7 +29,9 @@ class Progress:
     last_test: float | None = None
     last_test_masked: float | None = None
     last_test_clients: float | None = None  # the mean over the clients, see `rayfed.server.evaluation.per_client`
+    last_test_unseen: float | None = None  # on the rows of clients that never took part
     last_gap: float | None = None  # where the answer is known: the share of the initial gap that is left
+    ranks: list[int] = field(default_factory=list)  # at which a client trained, ascending
     dense_bytes: int = 0  # of the messages so far, had every entry travelled in fp32
     stale: int = 0  # evaluations since the last improvement that counted
     mark: float | None = None  # the value from which an improvement is measured
@@ -38,11 +43,13 @@ class Progress:
         A round that was not evaluated changes neither the best round nor early stopping.
         """
         self.dense_bytes += dense_bytes
+        self.ranks = sorted({*self.ranks, *(rank for _, rank in record["clients/trained"])})
         self.last_gap = record.get("eval/gap", self.last_gap)
         if record.get(f"test/{metric}") is not None:
             self.last_test = record[f"test/{metric}"]
             self.last_test_masked = record.get(f"test/{metric}_masked")
             self.last_test_clients = record.get(f"test/{metric}_clients")
+            self.last_test_unseen = record.get(f"test/{metric}_unseen")
         value = record.get(f"eval/{metric}")
         if value is None:
             return
@@ -76,6 +83,7 @@ def summarize(
         f"final/test_{metric}": progress.last_test,
         f"final/test_{metric}_masked": progress.last_test_masked,
         f"final/test_{metric}_clients": progress.last_test_clients,
+        f"final/test_{metric}_unseen": progress.last_test_unseen,
         "final/gap": progress.last_gap,
         **{f"{key}_total": count for key, count in ledger.totals().items()},
         "bytes/total": ledger.total_bytes,
@@ -85,10 +93,13 @@ def summarize(
     }
 
 
-def closing_table(plan: RunPlan, summary: dict[str, Any]) -> Table:
-    """The table at the end: the exported model, what clients receive of it, the messages sent dense, the bare base."""
-    down, up, metric = plan.wire.down, plan.wire.up, plan.task.metric or "accuracy"
-    name = f"{plan.settings['method']['name']}, density {_density(down.density)} down, {_density(up.density)} up"
+def closing_table(plan: RunPlan, summary: dict[str, Any], ranks: Sequence[int]) -> Table:
+    """The table at the end: the exported model, what clients receive of it, the messages sent dense, the bare base.
+
+    ``ranks`` are those at which clients trained, ascending.
+    """
+    metric, rounds = plan.task.metric or "accuracy", summary["rounds"]
+    name = f"{plan.settings['method']['name']}{_ranks(ranks)}, density {_densities(plan, rounds)}"
     final, sent, dense = f"final/test_{metric}", summary["bytes/total"], summary["bytes/dense"]
     rank, lost = summary["export/rank"], summary["export/lost_energy"]
     exported = f"  adapter/, whose rank of {rank} loses {lost:.2%} of the energy"
@@ -97,6 +108,7 @@ def closing_table(plan: RunPlan, summary: dict[str, Any]) -> Table:
         (exported, summary[f"export/test_{metric}"], None),
         ("  as clients receive it, sparse", summary[f"{final}_masked"], None),  # what FLASC's own code evaluates
         ("  mean over the clients, each on data like its own", summary[f"{final}_clients"], None),
+        ("  on the rows of clients that never took part", summary[f"{final}_unseen"], None),
         (f"  the same messages sent dense: {dense / max(sent, 1):.1f}x", None, dense if sent < dense else None),
         ("frozen base, only the head trained, same rounds", summary[f"head_only/test_{metric}"], None),
         ("  trained centrally to convergence", summary[f"head_only/test_{metric}_central"], None),
@@ -115,7 +127,28 @@ def closing_table(plan: RunPlan, summary: dict[str, Any]) -> Table:
             cells.append((exported, f"{cut:.3%}", ""))
             values.append((exported, cut, None))
     columns = ("", f"test {metric}", "MB both ways")
-    return Table(f"After {summary['rounds']} rounds", columns, tuple(cells), tuple(values))
+    return Table(f"After {rounds} rounds", columns, tuple(cells), tuple(values))
+
+
+def _ranks(used: Sequence[int]) -> str:
+    """`, rank 16`, `, ranks 4, 8 and 16`, or their range where there are many."""
+    numbers = [str(rank) for rank in used]
+    if len(numbers) < 2:
+        return "".join(f", rank {number}" for number in numbers)
+    if len(numbers) > NAMED:
+        return f", {len(numbers)} ranks from {numbers[0]} to {numbers[-1]}"
+    return f", ranks {', '.join(numbers[:-1])} and {numbers[-1]}"
+
+
+def _densities(plan: RunPlan, rounds: int) -> str:
+    """`1/4 down, 1/4 up`: as the wire had them, from the least to the largest where tiers or rounds differ."""
+    tiers, found = plan.profiles.tier_mix(plan.federation.sizes), []
+    for way in DIRECTIONS:
+        settings, owns = getattr(plan.wire, way), [getattr(tier, f"density_{way}") for tier in tiers]
+        used = sorted({settings.density_at(t, own) for own in owns for t in (0, max(rounds - 1, 0))})
+        span = used if len(used) == 1 else (used[0], used[-1])
+        found.append(f"{' to '.join(map(_density, span))} {way}")
+    return ", ".join(found)
 
 
 def _density(value: float) -> str:

@@ -59,7 +59,8 @@ class Progress:
         if self.live is not None:
             from rayfed.tracking.progress import rich_table
 
-            self.live.update(rich_table(self.table(ended, trials)), refresh=True)
+            table = self.table(ended, trials)
+            self.live.update(rich_table(table, self.live.console.width), refresh=True)
         elif self._running and time.monotonic() - self._shown >= EVERY_S:
             self._shown = time.monotonic()
             table = self.table(ended, trials)

@@ -26,7 +26,7 @@ TIME, SERVER_TIME = "time/round_s", "time/server_s"
 UNFINISHED = "unfinished"
 STOPPED = "stopped"  # by the section `stop`
 NOT_SELECTED = "not selected"  # other tuned values were better on the first seeds, so the trial does not run
-IN_PERCENT = ("accuracy", "accuracy_masked", "accuracy_clients", "gap")
+IN_PERCENT = ("accuracy", "accuracy_masked", "accuracy_clients", "accuracy_unseen", "gap")
 
 
 def trial_row(out: Path, trial: Trial, sweep: Sweep) -> TrialRow:

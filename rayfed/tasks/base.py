@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
+from rayfed.errors import allowed, first_line
 from rayfed.lora.adapter import LowRank
 from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.base import FrozenBase
@@ -44,8 +45,15 @@ class Task:
 
     @classmethod
     def from_settings(cls, *, data: Data, problem: Problem, partition: Partition, model: Model, seed: int) -> Self:
-        """The task that these sections of the settings describe."""
-        raise NotImplementedError
+        """The task that these sections of the settings describe; by default one without arguments, configured."""
+        try:
+            task = cls()
+        except TypeError as error:
+            what = (
+                f"{cls.__qualname__} needs arguments ({first_line(error)}): override from_settings, or give an object"
+            )
+            raise allowed("data.source", data.source, what) from error
+        return task.configure(data=data, problem=problem, partition=partition, model=model, seed=seed)
 
     def configure(self, *, data: Data, problem: Problem, partition: Partition, model: Model, seed: int) -> Self:
         """The task with these sections of the settings. Called first, for a task that a user gives as an object."""
@@ -75,9 +83,11 @@ class Task:
         raise NotImplementedError
 
     def load_base(self, federation: Federation) -> FrozenBase:
-        """The frozen base model with its head, in evaluation mode, in float32, on the CPU.
+        """The frozen base model with its head, in float32, on the CPU.
 
-        The weights may be shared with other trainers of the process: replace modules, but never write to weights.
+        Every process calls this, and all of them must get the same weights. The model is called with the tensors of a
+        batch by name, without the labels. It returns outputs (rows, ...), or an object that has them as `logits`. The
+        weights may be shared with other trainers of the process: replace modules, but never write to weights.
         Raises UserError where the model cannot be loaded.
         """
         raise NotImplementedError
@@ -98,7 +108,7 @@ class Task:
         """(sums (rows,), counts (rows,)): each row's summed loss, and the number of terms in the sum.
 
         ``outputs`` (rows, ...) are the model's, in float32, and ``labels`` (rows, ...) those of the batch. A client's
-        loss is the sum of its rows' sums over the sum of their counts.
+        loss is the sum of its rows' sums over the sum of their counts. So the loss of a row depends on this row alone.
         """
         raise NotImplementedError
 
@@ -106,13 +116,13 @@ class Task:
         """What metrics need to know of each row's output, (rows, ...)."""
         return outputs
 
-    def metrics(self, predictions: Tensor, labels: Tensor, federation: Federation) -> dict[str, Metric]:
+    def metrics(self, predictions: Tensor, labels: Tensor, federation: Federation) -> Mapping[str, Metric]:
         """A split's metrics beside its loss, by name. Called once a split, with all of its rows in their order."""
         return {}
 
     def metric_names(self) -> tuple[str, ...]:
-        """The names that `metrics` returns: metrics.jsonl has them under `eval/` and `test/`."""
-        return ()
+        """The names that `metrics` returns: metrics.jsonl has them under `eval/` and `test/`. By default `metric`."""
+        return () if self.metric is None else (self.metric,)
 
     def metric_keys(self, eval: Eval) -> tuple[str, ...]:
         """The keys of metrics.jsonl by which runs of the task can be compared: each holds one number.

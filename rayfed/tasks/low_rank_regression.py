@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -21,7 +20,7 @@ from rayfed.config.task import Data, Model, Partition, Problem
 from rayfed.errors import UserError, allowed
 from rayfed.lora.adapter import LowRank
 from rayfed.tasks.base import Task
-from rayfed.tasks.data.federation import Federation
+from rayfed.tasks.data.federation import Federation, NumberRows
 from rayfed.tasks.known_answer import problem as known
 from rayfed.tasks.models.base import FrozenBase
 
@@ -29,25 +28,6 @@ if TYPE_CHECKING:
     from rayfed.config.execution import Engine
     from rayfed.config.method import Lora
     from rayfed.config.training import Eval, Server
-
-
-@dataclass(frozen=True, eq=False)
-class NumberRows:
-    """Features (n, in) and targets (n, out), float32. Every row has one length."""
-
-    features: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.ones(len(self), dtype=np.int64)
-
-    def batch(self, rows: np.ndarray, padded: bool) -> dict[str, Tensor]:
-        """``features`` (b, in) and ``labels`` (b, out); indexing copies, so the tensors may be written to."""
-        return {"features": torch.from_numpy(self.features[rows]), "labels": torch.from_numpy(self.labels[rows])}
 
 
 class LinearModel(nn.Module):
@@ -58,8 +38,9 @@ class LinearModel(nn.Module):
         self.layer = nn.Linear(inputs, outputs, bias=False)
         nn.init.zeros_(self.layer.weight)
 
-    def forward(self, features: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.layer(features))
+    def forward(self, features: Tensor) -> Tensor:
+        outputs: Tensor = self.layer(features)
+        return outputs
 
 
 @dataclass(frozen=True)
@@ -81,6 +62,7 @@ class LowRankRegression(Task):
         for field, value, wanted, why in (
             ("partition.kind", self.partition.kind, "natural", "every client has rows of its own"),
             ("model.dtype", self.model.dtype, "float32", "distances are finer than other formats"),
+            ("model.adapter", self.model.adapter, None, "every run starts from W = 0"),
             ("engine.gradient_checkpointing", engine.gradient_checkpointing, False, "the model is one layer"),
             ("lora.train", lora.train, "all", "there is no head"),
             ("eval.controls", eval.controls, False, "there is no head"),
@@ -114,7 +96,7 @@ class LowRankRegression(Task):
         )
 
     def load_base(self, federation: Federation) -> FrozenBase:
-        return FrozenBase(LinearModel(self.problem.outputs, self.problem.inputs).eval().requires_grad_(False), ())
+        return FrozenBase(LinearModel(self.problem.outputs, self.problem.inputs), ())
 
     @property
     def base_name(self) -> str:

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 __all__ = ["Record", "RunInfo", "Sink", "SinkList", "Table", "Value", "open_console", "open_sinks", "read_metrics"]
 
 
-def open_sinks(settings: Tracking, out: Path) -> SinkList:
+def open_sinks(settings: Tracking, out: Path, console: Sink | None = None) -> SinkList:
     """The sinks of a run in the directory ``out``: metrics, events, and TensorBoard and W&B as the settings say.
 
-    UserError if a package that the settings ask for is not installed.
+    The ``console`` comes after the files and before W&B, whose start takes seconds; it is closed with them. UserError
+    if a package that the settings ask for is not installed.
     """
     events = EventSink(Path(out) / "events.log")
-    sinks: list[Sink] = [JsonlSink(Path(out) / "metrics.jsonl"), events]
+    sinks: list[Sink] = [JsonlSink(Path(out) / "metrics.jsonl"), events, *([console] if console else [])]
     if settings.tensorboard:
         sinks.append(TensorBoardSink(Path(out) / "tensorboard"))
     if (mode := wandb_mode(settings)) != "off":

@@ -8,6 +8,7 @@ that was measured. Lines have at most 80 columns, except for long names, long pa
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import sys
 import textwrap
@@ -15,12 +16,14 @@ from collections import deque
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from rayfed.tracking.format import clock, loss, megabytes, percent, round_of, short
+from rayfed.tracking.layout import column_widths, folded
 from rayfed.tracking.sinks import Record, RunInfo, Sink, Table, scalars
 
 if TYPE_CHECKING:
     from rayfed.tracking.progress import RichView
 
 WIDTH = 80
+GAP = "  "  # between the columns of a table
 RECENT = 9  # rounds in the median of the time left
 HEADING_EVERY = 20  # rounds between two lines of column names, so that a long log shows them again
 COLUMNS = (("loss", 9), ("accuracy", 10), ("down MB", 9), ("up MB", 8), ("total MB", 10), ("seconds", 9), ("eta", 9))
@@ -102,13 +105,18 @@ class PlainView:
         self._write(f"* {text}")
 
     def table(self, table: Table) -> None:
-        """Writes aligned columns: the first to the left; the others, mostly numbers, to the right."""
+        """Writes aligned columns: the first to the left; the others, mostly numbers, to the right.
+
+        On a terminal the table is as wide as that at most. A file or a pipe has no limit.
+        """
+        room = shutil.get_terminal_size().columns if self._stream.isatty() else sys.maxsize
+        widths = column_widths(table, room - len(GAP) * (len(table.columns) - 1))
         self._write("")
-        self._write(table.title)
-        widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
+        self._write(textwrap.fill(table.title, room))
         for row in (table.columns, tuple("-" * width for width in widths), *table.rows):
-            first, rest = f"{row[0]:<{widths[0]}}", zip(row[1:], widths[1:], strict=True)
-            self._write((first + "".join(f"  {cell:>{width}}" for cell, width in rest)).rstrip())
+            for first, *rest in folded(row, widths):
+                cells = [f"{first:<{widths[0]}}", *map(str.rjust, rest, widths[1:])]
+                self._write(GAP.join(cells).rstrip())
 
     def stop(self) -> None:
         """Does nothing: a plain view has nothing to release."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import rich.table
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from rayfed.tracking.format import clock, round_of
+from rayfed.tracking.layout import column_widths, folded
 from rayfed.tracking.sinks import RunInfo, Table
 
 TEXT_WIDTH = 66  # the largest width, in columns, of the texts beside the bar: round, loss, accuracy, MB, time left
@@ -55,7 +56,7 @@ class RichView:
     def table(self, table: Table) -> None:
         """Ends the bar and prints the table below it."""
         self.stop()
-        self._console.print(rich_table(table))
+        self._console.print(rich_table(table, self._console.width))
 
     def stop(self) -> None:
         """Ends the bar and restores the cursor, stdout and stderr."""
@@ -72,11 +73,22 @@ class Countdown:
         return clock(max(0.0, self._end - time.monotonic()))
 
 
-def rich_table(table: Table) -> rich.table.Table:
-    """The table for rich. On a narrow terminal a cell is folded over several lines and never cut."""
+def rich_table(table: Table, room: int) -> rich.table.Table:
+    """The table for rich, at most ``room`` columns wide: cells are folded over several lines, never cut."""
     drawn = rich.table.Table(title=Text(table.title), title_justify="left")
-    for number, name in enumerate(table.columns):
-        drawn.add_column(Text(name), justify="right" if number else "left", overflow="fold")
+    widths = column_widths(table, room - frame(table))
+    for number, (name, width) in enumerate(zip(table.columns, widths, strict=True)):
+        justify: Literal["left", "right"] = "right" if number else "left"
+        drawn.add_column(_cell(name, width), justify=justify, width=width or None, overflow="fold")
     for row in table.rows:
-        drawn.add_row(*map(Text, row))
+        drawn.add_row(*map(_cell, row, widths))
     return drawn
+
+
+def frame(table: Table) -> int:
+    """The columns that lines and spaces between the cells take."""
+    return 3 * len(table.columns) + 1
+
+
+def _cell(text: str, width: int) -> Text:
+    return Text("\n".join(cell for (cell,) in folded((text,), (width,))))

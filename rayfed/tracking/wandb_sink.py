@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rayfed.config.execution import Tracking
 
 FILES = ("config.yaml", "metrics.jsonl", "summary.json", "ledger.parquet", "partition.json", "report.html")
-CONFUSION = "test/confusion_matrix"
+CONFUSION, PER_CLIENT = "test/confusion_matrix", "test/accuracy_per_client"
 SERVICE = "WANDB_SERVICE"  # names wandb's helper process; child processes inherit the variable
 QUIET = {
     "silent": True,
@@ -49,7 +49,7 @@ class WandbSink(Sink):
         self._run: Any = None
         self._info: RunInfo | None = None
         self._defined: set[str] = set()  # metrics whose summary is the best value
-        self._confusion: Any = None  # the last confusion matrix
+        self._lists: dict[str, Any] = {}  # the last confusion matrix and accuracies of the clients
         self._finished = False
 
     def start(self, info: RunInfo) -> None:
@@ -118,7 +118,7 @@ class WandbSink(Sink):
 
     def _log(self, record: Record) -> None:
         values = scalars(record)
-        self._confusion = record.get(CONFUSION) or self._confusion
+        self._lists |= {key: record[key] for key in (CONFUSION, PER_CLIENT) if record.get(key)}
         for key in (key for key in values if key not in self._defined):
             if best := best_value(key):
                 self._defined.add(key)
@@ -153,9 +153,14 @@ class WandbSink(Sink):
         if table is not None:
             rows = table.values or table.rows
             values["table"] = wandb.Table(columns=list(table.columns), data=[list(row) for row in rows])
-        if self._confusion is not None:
-            cells = _confusion_cells(self._confusion, self._class_names())
+        if CONFUSION in self._lists:
+            cells = _confusion_cells(self._lists[CONFUSION], self._class_names())
             values["confusion"] = wandb.Table(columns=["label", "prediction", "rows"], data=cells)
+        if PER_CLIENT in self._lists:
+            accuracies = [[i, value] for i, value in enumerate(self._lists[PER_CLIENT]) if value is not None]
+            values["clients"] = wandb.Table(columns=["client", "accuracy"], data=accuracies)
+        if cells := self._partition_cells():
+            values["partition"] = wandb.Table(columns=["client", "class", "rows"], data=cells)
         self._run.summary.update(values)
 
     def _log_adapter(self, summary: Record) -> None:
@@ -182,6 +187,23 @@ class WandbSink(Sink):
             elif path.is_file():
                 artifact.add_file(str(path))
         self._run.log_artifact(artifact)
+
+    def _partition_cells(self) -> list[list[Any]]:
+        """[client, class, rows] of every cell of the heat map in partition.json; none where there is no such map.
+
+        Where several classes share a column, the first one names it: `card ...`.
+        """
+        assert self._info is not None
+        path = self._info.out / "partition.json"
+        grid = json.loads(path.read_text(encoding="utf-8"))["heat_map"] if path.is_file() else None
+        if grid is None:
+            return []
+        columns = [f"{name} ..." if grid["columns_of"] > 1 else name for name in grid["classes"]]
+        return [
+            [client, column, count]
+            for client, counts in zip(grid["clients"], grid["counts"], strict=True)
+            for column, count in zip(columns, counts, strict=True)
+        ]
 
     def _class_names(self) -> list[str] | None:
         assert self._info is not None

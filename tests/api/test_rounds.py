@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pydoc
+import re
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +129,15 @@ def test_an_exception_names_the_callback_and_shows_its_code(
     out, calls = tmp_path / "run", Calls(last=1 if fails == "on_event" else 0, fails=fails)
     with pytest.raises(RunError) as failure:
         rayfed.run(lowrank("checkpoint.every=3"), out, callbacks=[calls])
-    assert str(failure.value) == f"callbacks: Calls.{fails} failed: ZeroDivisionError: no luck"
+    raised = next(i for i, line in enumerate(Path(__file__).read_text().splitlines(), 1) if "raise ZeroDiv" in line)
+    message = f"callbacks: Calls.{fails} failed: ZeroDivisionError: no luck ({__file__}:{raised})"
+    assert str(failure.value) == message
     (note,) = failure.value.__notes__
     assert all(text in note for text in (__file__, 'raise ZeroDivisionError("no luck")'))
     assert "callbacks.py" not in note
     assert [checkpoint.round for checkpoint in manifests(out / "checkpoints")[:1]] == ([done] if done else [])
     assert f"continues after round {done}" in (out / "events.log").read_text()
+    assert 'raise ZeroDivisionError("no luck")' in (out / "events.log").read_text()
     resumed = rayfed.run(lowrank("checkpoint.every=3"), out, resume=True)
     assert digests(resumed) == digests(whole)[: 1 if fails == "on_event" else 4]
 
@@ -164,6 +169,16 @@ def test_wrong_keywords_and_names_suggest_the_right_ones(tmp_path: Path) -> None
     wrong: Any = {"ouput": tmp_path}
     with pytest.raises(TypeError, match=r"^run\(\) got an unexpected keyword argument 'ouput'; did you mean 'out'\?$"):
         rayfed.run(lowrank(), **wrong)
+    wrong = {"labels": "topic"}
+    with pytest.raises(TypeError, match=r"^TextClassification\(\) got .* argument 'labels'; did you mean 'label'\?$"):
+        rayfed.TextClassification(**wrong)
+    for function in (rayfed.sweep, rayfed.report):
+        with pytest.raises(TypeError, match=r"got an unexpected keyword argument 'ouput'; did you mean 'out'\?$"):
+            function(tmp_path, **{"ouput": tmp_path})  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"^serverr: unknown key; did you mean server\? "):
+        rayfed.Experiment(serverr={})
+    with pytest.raises(UserError, match=r"^server.rounds: got 'x', but it should be an integer in"):
+        rayfed.Experiment(server={"rounds": "x"})
     with pytest.raises(AttributeError, match=r"no attribute 'iter_round'; did you mean 'iter_rounds'\?$"):
         _ = rayfed.iter_round
 
@@ -172,6 +187,8 @@ def test_every_public_name_is_there_and_documented() -> None:
     assert set(rayfed.__all__) <= set(dir(rayfed))
     for name in set(rayfed.__all__) - {"__version__"}:
         assert getattr(rayfed, name).__doc__, name
+    text = pydoc.plain(pydoc.render_doc(rayfed))
+    assert all(re.search(rf"\b{name}\b", text) for name in set(rayfed.__all__) - {"__version__"})
 
 
 def test_report_and_sweep(tmp_path: Path, whole: rayfed.RunResult) -> None:
@@ -182,3 +199,17 @@ def test_report_and_sweep(tmp_path: Path, whole: rayfed.RunResult) -> None:
         rayfed.report()
     with pytest.raises(UserError, match=r"^config: got '.*none.yaml', but there is no such file$"):
         rayfed.sweep(tmp_path / "none.yaml")
+
+
+def test_a_sweep_takes_a_file_or_a_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**LOWRANK, "sweep": {"parameters": {"seed": {"grid": [0, 1]}}, "metric": "eval/gap"}}
+    monkeypatch.setattr("rayfed.sweeps.sweep.run_sweep", lambda path, *_: yaml.safe_load(Path(path).read_text()))
+    (tmp_path / "sweep.yaml").write_text(yaml.dump(settings))
+    assert rayfed.sweep(settings) == rayfed.sweep(tmp_path / "sweep.yaml") == settings
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"^sweep.parameters.seed: got .*, but it should be \{grid"):
+        rayfed.sweep({"sweep": {"parameters": {"seed": 7}}})
+    with pytest.raises(UserError, match=r"^config: got 7, but it is the path of a YAML file, or a mapping"):
+        rayfed.sweep(7)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^config: got PosixPath.*, but a setting is a text, a number"):
+        rayfed.sweep({"sweep": tmp_path})

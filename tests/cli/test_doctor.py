@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rayfed.cli import main
+from rayfed.clients import device_memory
 from rayfed.config import dump_config
 
 
@@ -96,9 +97,17 @@ def test_a_dry_run_is_the_same_answer_and_starts_nothing(config: Path, tmp_path:
     monkeypatch.setattr(command, "doctor", lambda *given: asked.append(given))
     monkeypatch.chdir(tmp_path)
     assert main(["run", str(config), "server.rounds=7", "--dry-run", "--out", "out"]) == 0
-    assert asked == [(str(config), ["server.rounds=7"])]
+    assert asked == [(str(config), ("server.rounds=7",))]
     assert not (tmp_path / "out").exists()
     assert capsys.readouterr().out == ""
+
+
+def test_what_a_worker_of_ray_needs_is_measured(config: Path, capsys) -> None:
+    """A pack comes on top of what this process holds of its own."""
+    assert main(["doctor", str(config), "engine.kind=ray", "engine.memory_per_worker=0.5"]) == 0
+    needs, rest = facts_of(capsys.readouterr().out)["a worker needs"].split(" ", 1)
+    assert device_memory.private() / 2**30 * 0.5 < float(needs) < device_memory.private() / 2**30 + 1
+    assert rest == "GiB of its node's memory; engine.memory_per_worker=0.5 is reserved"
 
 
 def test_padding_says_why(config: Path, capsys) -> None:

@@ -191,7 +191,7 @@ def test_a_finished_run_is_not_written_over(finished: Finished, no_ray: None, ca
     before = {path: path.stat().st_mtime_ns for path in finished.out.rglob("*")}
     for overrides, line in (
         (["server.rounds=1"], f"rayfed: --out: got {str(finished.out)!r}, but it is not empty; "),
-        (["server.rounds=2", "--resume"], "rayfed: --resume: "),
+        (["server.rounds=2", "seed=5", "--resume"], "rayfed: --resume: "),
         (["server.rounds=1", "lora.alpha=9", "--resume"], "rayfed: --resume: "),
     ):
         assert main(["run", str(finished.config), *overrides, "--out", str(finished.out)]) == 2

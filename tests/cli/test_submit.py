@@ -104,6 +104,10 @@ def test_includes_are_sent_by_their_last_name_without_environments_and_history(c
             ["data.source=files", "data.client=owner", "data.path=my/rows"],
             "data.path: got 'my/rows', but a job runs in a folder of its own",
         ),
+        (
+            ["data.source=files", "data.client=owner", "data.path=/rows", "model.adapter=runs/a"],
+            "model.adapter: got 'runs/a', but a job runs in a folder of its own",
+        ),
         (["--address", "localhost:8265"], "--address: got 'localhost:8265', but allowed is the URL of a dashboard"),
     ],
 )

@@ -69,7 +69,7 @@ def test_rows_of_different_counts_weigh_by_their_counts(data, pack):
     stack = Stack(model := LinearModel(OUT, IN).requires_grad_(False), ["layer"], [])
 
     def forward(inputs):
-        return model(**inputs).logits
+        return model(**inputs)
 
     context = TrainingContext(stack, forward, MissingTargets(), data, True, settings, SEED, torch.device("cpu"))
     chosen = [members[i] for i in pack]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -34,7 +35,7 @@ def init(monkeypatch) -> list[object]:
     """Stands for `ray.init`: raises each of the errors in the list, one a call, and then returns."""
     errors: list[object] = []
     monkeypatch.setattr(ray, "shutdown", lambda: None)  # the tests of other files have a Ray in this process
-    monkeypatch.setattr(ray, "init", lambda **_: errors and raise_(errors.pop(0)))
+    monkeypatch.setattr(ray, "init", lambda **_: raise_(errors.pop(0)) if errors else SimpleNamespace(dashboard_url=""))
     return errors
 
 
@@ -79,6 +80,38 @@ def test_ray_is_started_again_on_a_busy_machine(init, monkeypatch):
     init.extend([slow] * 3)
     with pytest.raises(RunError, match=r"^Ray did not start on this machine, tried 3 times: The current node .*/logs$"):
         start_ray(None, 1)
+
+
+def test_a_dashboard_is_started_here_and_its_address_is_that_of_the_cluster(listener, monkeypatch):
+    asked = []
+
+    def init(**given):
+        asked.append((given["address"], given["include_dashboard"]))
+        return SimpleNamespace(dashboard_url="127.0.0.1:8265" if given["include_dashboard"] else "")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert start_ray(None, 1) is None
+    assert start_ray(None, 1, dashboard=True) == "127.0.0.1:8265"
+    assert start_ray(address_of(listener), 1, dashboard=True) is None  # a cluster without one does not get one
+    assert asked == [("local", False), ("local", True), (address_of(listener), False)]
+
+
+@pytest.mark.slow
+def test_a_run_prints_the_address_of_its_dashboard(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "rayfed",
+        "run",
+        "configs/lowrank.yaml",
+        "engine.kind=ray",
+        "engine.dashboard=true",
+    ]
+    more = ["server.rounds=1", "tracking.wandb=off", "--out", str(tmp_path / "run")]
+    done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Ray's dashboard: http://127.0.0.1:" in done.stdout
 
 
 @pytest.mark.parametrize(

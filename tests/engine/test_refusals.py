@@ -67,10 +67,9 @@ def test_a_pack_that_kills_every_worker_ends_the_run_with_its_clients(ray_cluste
     executor = RayExecutor(Engine(workers=1, retries=2), ray.put(None))
     with pytest.raises(RunError, match=r"round 3, training clients 7, 8: its worker was lost 12 times in a row"):
         list(executor.run([Submission(training(c)) for c in range(6)] + [Submission(training(7, 8))]))
-    events = executor.drain_events()
+    executor.subscribe((events := []).append)
     assert len(events) == 11
     assert all("round 3, training clients 7, 8 runs again" in event for event in events)
-    assert executor.drain_events() == []
     executor.close()
 
 
@@ -103,9 +102,13 @@ class Hanging(Calm):
 def test_a_hung_worker_is_killed_and_its_job_runs_again(ray_cluster, monkeypatch, tmp_path):
     monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Hanging)
     executor = RayExecutor(Engine(workers=2, deadline=1), ray.put(tmp_path))
-    done = list(executor.run([Submission("hang"), Submission("work")]))
-    assert sorted((d.index, d.result, d.retries) for d in done) == [(0, "hang done", 1), (1, "work done", 0)]
-    assert executor.drain_events() == ["a worker hung (no answer in 1 s, its deadline); a job runs again"]
+    executor.subscribe((events := []).append)
+    done = []
+    for result in executor.run([Submission("hang"), Submission("work")]):
+        done.append((result.index, result.result, result.retries))
+        assert result.index or events, "the event is out before the job's result"
+    assert sorted(done) == [(0, "hang done", 1), (1, "work done", 0)]
+    assert events == ["a worker hung (no answer in 1 s, its deadline); a job runs again"]
     executor.close()
 
 
@@ -170,11 +173,10 @@ def test_idle_workers_that_died_together_cost_one_job_one_retry(ray_cluster, mon
 def test_the_outbox_repeats_every_call_in_order():
     outbox, heard = Outbox(), []
     outbox.start("info")
-    outbox.round({"round": 1})
     outbox.event("text")
     outbox.finish({}, None)
     outbox.close()
-    for name, arguments in outbox.drain():
+    outbox.messages.put(None)
+    for name, arguments in iter(outbox.messages.get, None):
         heard.append((name, len(arguments)))
-    assert heard == [("start", 1), ("round", 1), ("event", 1), ("finish", 2)]
-    assert outbox.drain() == []
+    assert heard == [("start", 1), ("event", 1), ("finish", 2)]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from small_runs import lowrank
 
 import rayfed
+from rayfed.config.execution import Engine, Tracking
+from rayfed.engine import driver
 from rayfed.errors import RunError, UserError
+from rayfed.tracking import Sink
 
 ON_RAY = ("engine.kind=ray", "engine.workers=2")
 
@@ -77,3 +82,38 @@ def test_a_callback_that_cannot_be_pickled_is_refused(tmp_path: Path) -> None:
     pattern = r"^callbacks: got 'HoldsALock', but it cannot be pickled, and on Ray it is sent to the driver \(TypeError"
     with pytest.raises(UserError, match=pattern):
         rayfed.run(lowrank(*ON_RAY), tmp_path / "run", callbacks=[HoldsALock()])
+
+
+@pytest.mark.slow
+def test_a_finished_run_goes_on_with_more_rounds(ray_cluster: None, tmp_path: Path) -> None:
+    whole = rayfed.run(lowrank("server.rounds=5"), tmp_path / "whole")
+    rayfed.run(lowrank("server.rounds=3", *ON_RAY), tmp_path / "run")
+    result = rayfed.run(lowrank("server.rounds=5", *ON_RAY), tmp_path / "run", resume=True)
+    assert list(result.history["state/chain"]) == list(whole.history["state/chain"])
+
+
+def test_what_happens_in_mid_round_is_out_before_the_round_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = threading.Event()
+
+    def rounds(plan: Any, executor: Any, out: Path, sinks: Any, *_: Any) -> Any:
+        sinks.start("info")
+        sinks.event("in mid-round")
+        assert seen.wait(20), "the round cannot end before its event is out"
+        yield {"round": 1}
+        sinks.event("at the end")
+        raise RunError("cannot go on")
+
+    monkeypatch.setattr(driver, "run_rounds", rounds)
+    monkeypatch.setattr(driver, "RayExecutor", lambda *_: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(driver, "open_sinks", lambda settings, out, console: console)
+    monkeypatch.setattr(driver, "RayMetrics", lambda *_: Sink())
+    monkeypatch.setattr(driver.ray, "put", lambda value: value)
+    plan: Any = SimpleNamespace(name="a run", engine=Engine(), tracking=Tracking(wandb="off"))
+    messages = driver.Driver().run(plan, None, tmp_path, False, None, pickle.dumps(()), False)
+    assert [next(messages) for _ in range(2)] == [("start", ("info",)), ("event", ("in mid-round",))]
+    seen.set()
+    assert [next(messages)[0] for _ in range(2)] == ["round", "event"]
+    with pytest.raises(RunError, match="cannot go on"):
+        next(messages)

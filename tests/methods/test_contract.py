@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.methods import METHODS, Profile, build
 
 RANK = 4
+OUTPUTS = (Path(__file__).parents[2] / "docs" / "outputs.md").read_text(encoding="utf-8")
 VARIANTS = [
     ("fedex_lora", {"rank_cap": 3}),
     ("fedhl", {"gamma": 1.0, "data": "examples", "split": "b"}),
@@ -24,6 +26,7 @@ VARIANTS = [
     ("florist", {"tau": 0.9}),
     ("hetlora", {"gamma": 0.5, "weighting": "given", "regularizer": 0.0}),
     ("hetlora", {"gamma": 0.5}),
+    ("hetlora", {"weighting": "given", "prune": False}),
     ("lora_a2", {"head_budget": "whole"}),
     ("rac_lora", {"block_rounds": 2}),
     ("raflora", {"orphans": "zero"}),
@@ -88,6 +91,33 @@ def test_a_restored_state_goes_on_to_the_same_bits(play, random_adapter, name, o
         assert all(isinstance(value, float) for value in after.report.values())
         state = after
     assert method.layers(state) == tuple(sorted(NON_SQUARE))
+
+
+@every_method
+@pytest.mark.parametrize("zero", [True, False], ids=["B = 0", "random B"])
+def test_a_client_is_sent_all_that_the_first_state_changes(random_adapter, name, options, zero):
+    """Of a given adapter a client has nothing. What it knows of its start is drawn from a seed or 0; what lies below
+    its start is its base update, which the server counts.
+    """
+    method = build(name, **options)
+    state = started(method, random_adapter, zero)
+    assert bool(method.refuses_adapter) == (name in ("fed_sb", "fedsa", "ffa_lora", "slora"))
+    if zero or method.refuses_adapter:
+        assert zero is False or method.base_update(state) is None
+        return
+    given = random_adapter(NON_SQUARE, RANK, 2.0, seed=1)
+    start = method.broadcast(state, Profile(0, RANK, 2.0))
+    sent = start.vector if start.known is None else torch.where(start.known, 0.0, start.vector)
+    travels, update = start.layout.unflatten(sent), method.base_update(state)
+    known = start.layout.unflatten(start.vector - sent)
+    assert not any(pair.B.any() for pair in known.layers.values())
+    assert update is None or update.numel() >= sum(RANK * (out + inner) for out, inner in NON_SQUARE.values())
+    for layer, pair in given.layers.items():
+        torch.testing.assert_close(dense(method.delta(state, layer)), dense(pair), rtol=1e-5, atol=1e-5)
+        below = 0.0 if update is None else dense(pair)
+        merged = dense(start.merge.layers[layer]) if start.merge is not None else 0.0
+        torch.testing.assert_close(below + merged + dense(travels.layers[layer]), dense(pair), rtol=1e-4, atol=1e-4)
+    assert torch.equal(travels.head["head.weight"], given.head["head.weight"])
 
 
 @every_method
@@ -167,6 +197,53 @@ def test_the_server_optimizer_sees_each_name_with_one_shape(play, random_adapter
 
         state, _ = play(method, state, cohort, training(t), advance=advance)
         assert len(set(seen)) == len(seen) > 0
+
+
+def moved_by(update, amount, like, ranks):
+    """The upload (n,) plus ``amount`` of the first ``ranks`` of ``like``, an adapter, under the client's own scale."""
+    change = update.change.clone()
+    adapter = update.layout.unflatten(change)  # views: what is added there is in the change
+    for name, pair in adapter.layers.items():
+        other = like.layers[name]
+        pair.B[:, :ranks] += amount * other.scale / pair.scale * other.B[:, :ranks]
+        pair.A[:ranks] += amount * other.A[:ranks]
+        if pair.R is not None:
+            pair.R.add_(amount * other.R)
+    for name, tensor in adapter.head.items():
+        tensor.add_(amount * like.head[name])
+    return change
+
+
+@every_method
+def test_secure_aggregation_is_for_those_that_need_a_sum_alone(play, random_adapter, name, options):
+    """Two cohorts whose dense uploads differ, in the ranks that all clients have, but have one weighted sum."""
+    method = build(name, **options)
+    state, same = started(method, random_adapter), True
+    ranks = (4, 2, 2) if method.mixed_ranks else (RANK,) * 3
+    clients = [Profile(k, r, 8.0 / r, examples=(3, 1, 5)[k]) for k, r in enumerate(ranks)]
+    for t in range(3):
+        after, updates = play(method, state, clients, training(t))
+        others = []
+        for update, sign in zip(updates, (1, -1, 0)):  # the second client's own values shrink: hetlora may prune it
+            start, trainable = method.broadcast(state, update.client), method.trainable(state, update.client)
+            up = trainable.uploaded(start.layout, trainable.support(start.layout, None))
+            moved = moved_by(update, sign / update.weight / 2, updates[1].sent, ranks=min(a.rank for a in clients))
+            others.append(replace(update, sparse_change=torch.where(up, moved, update.change)))
+        assert not torch.equal(others[0].change, updates[0].change)
+        again = method.aggregate(state, iter(others))
+        same &= after.clients.keys() == again.clients.keys()
+        pairs = [(after.tensors(), again.tensors()), *((after.clients[k], again.clients.get(k)) for k in after.clients)]
+        same = same and all(torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-5) for a, b in pairs for k in a)
+        state = after
+    assert same == method.secure_aggregation
+    assert method.secure_aggregation or not method.sum_in_worker
+
+
+@every_method
+def test_its_figures_are_documented(play, random_adapter, name, options):
+    method = build(name, **options)
+    state, _ = play(method, started(method, random_adapter), cohorts(method)[0], training(0))
+    assert [key for key in state.report if f"`method/{key}`" not in OUTPUTS] == []
 
 
 @every_method

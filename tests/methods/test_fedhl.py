@@ -132,6 +132,78 @@ def test_weights_are_on_the_simplex_and_grow_with_rank(play, random_adapter, gam
     assert p[3] > p[0]
 
 
+def penalties(method, W, updates):
+    """What divides each client's weight, from the definitions in the docstring, in float64."""
+    energy = sum(w.square().sum() for w in W.values())
+    for update in updates:
+        if method.error == "rank":
+            arrived = {name: truncation(W[name], update.client.rank) for name in W}
+        else:
+            arrived = {name: product(update, name, False) for name in W}
+        error = sum((W[name] - arrived[name]).square().sum() for name in W)
+        if method.relative:
+            yield float((error / energy + method.eps) ** method.gamma) if energy else 1.0
+        else:
+            yield float(error**method.gamma + method.eps)
+
+
+@pytest.mark.parametrize("kind", ["fresh", "random"])
+@pytest.mark.parametrize("options", [{"relative": True}, {"error": "sent"}, {"relative": True, "error": "sent"}])
+def test_relative_errors_and_errors_of_what_was_sent(play, random_adapter, kind, options):
+    method = FedHL(gamma=1.5, eps=0.1, **options)
+    start = begin(random_adapter, kind)
+    state, W = method.init(start, 0), {name: dense(start.layers[name]) for name in SHAPES}
+    for members in ROUNDS:
+        cohort = [profile(k, density_down=0.5) for k in members]
+        state, updates = play(method, state, cohort, training(8))
+        p = [1 / penalty for penalty in penalties(method, W, updates)]
+        for name in W:
+            W[name] = W[name] + sum(
+                share / sum(p) * (product(u, name, True) - product(u, name, False)) for share, u in zip(p, updates)
+            )
+            close(method.delta(state, name), W[name])
+
+
+def test_relative_weights_do_not_depend_on_the_size_of_the_change(play, random_adapter):
+    clients, start = [Profile(k, k + 1, 1.0) for k in range(4)], begin(random_adapter, "random")
+    larger = {name: LowRank(30 * pair.B, pair.A, pair.scale) for name, pair in start.layers.items()}
+
+    def weights_max(method, layers):
+        state = method.init(Adapter(layers, start.head), 0)
+        return play(method, state, clients, training(9))[0].report["weights_max"]
+
+    relative, absolute = FedHL(gamma=1.0, relative=True, eps=0.1), FedHL(gamma=1.0, eps=0.1)
+    assert weights_max(relative, larger) == pytest.approx(weights_max(relative, start.layers), rel=1e-4)
+    assert weights_max(absolute, larger) > weights_max(absolute, start.layers) + 0.01
+
+
+@pytest.mark.parametrize("data", ["ignore", "examples"])
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
+def test_the_least_cohort_tempers_the_weights(play, random_adapter, data, share):
+    clients = [Profile(k, k + 1, 1.0, examples=4 + k) for k in range(4)]
+    start = begin(random_adapter, "random")
+    state, W = FedHL().init(start, 0), {name: dense(start.layers[name]) for name in SHAPES}
+    method = FedHL(min_cohort=share, data=data)
+    after, updates = play(method, state, clients, training(10))
+    data_weights = [u.client.examples if data == "examples" else 1 for u in updates]
+    alone = sum(data_weights) ** 2 / sum(d**2 for d in data_weights)
+    plain, _ = play(FedHL(data=data), state, clients, training(10))
+    assert plain.report["effective_cohort"] < 0.3 * alone  # the limit binds
+    assert after.report["effective_cohort"] == pytest.approx(share * alone, rel=1e-4)
+    power = after.report["weights_power"]
+    raw = [d / penalty**power for d, penalty in zip(data_weights, penalties(method, W, updates))]
+    assert after.report["weights_max"] == pytest.approx(max(raw) / sum(raw), rel=1e-4)
+
+
+def test_a_least_cohort_that_is_met_changes_no_bit(play, random_adapter):
+    clients, start = [Profile(k, 2 + k % 2, 1.0) for k in range(4)], begin(random_adapter, "random")
+    state = FedHL().init(start, 0)
+    plain, _ = play(FedHL(gamma=0.1), state, clients, training(11))
+    limited, _ = play(FedHL(gamma=0.1, min_cohort=0.5), state, clients, training(11))
+    assert all(torch.equal(plain.layers[name], limited.layers[name]) for name in SHAPES)
+    assert limited.report["weights_power"] == 1.0
+
+
 def test_any_server_optimizer_moves_the_matrix(play, random_adapter):
     seen = []
 

@@ -36,7 +36,7 @@ def test_base_gains_the_mean_of_products_and_nothing_is_lost(play, random_adapte
 def test_base_is_the_sum_of_the_news(play, random_adapter):
     method, train = FLoRA(), training(3)
     state = method.init(begun(random_adapter, False), seed=7)
-    assert method.base_update(state) is None
+    assert method.base_update(method.init(begun(random_adapter, True), seed=7)) is None
     for cohort in COHORTS:
         before = {name: W.clone() for name, W in state.base.items()}
         state, _ = play(method, state, cohort, train)

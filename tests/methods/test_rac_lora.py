@@ -51,8 +51,8 @@ def test_a_block_of_one_round_merges_the_mean_of_products(play, random_adapter):
 @pytest.mark.parametrize("block_rounds", [1, 2])
 def test_blocks_open_afresh_and_close_with_news(play, random_adapter, block_rounds):
     method, train = RACLoRA(block_rounds=block_rounds), training(4)
+    assert method.base_update(method.init(begun(random_adapter, True), seed=7)) is None
     state = method.init(begun(random_adapter, False), seed=7)
-    assert method.base_update(state) is None
     for t, cohort in enumerate(COHORTS, start=1):
         before = state
         start = method.broadcast(before, Profile(0, 2, 4.0))

@@ -13,7 +13,7 @@ import pytest
 import rayfed
 from rayfed import wire
 from rayfed.errors import UserError
-from rayfed.reports import read, summary
+from rayfed.reports import read, summary, write_report
 from rayfed.reports.compare import ACCURACY, curve
 from rayfed.reports.heat_map import heat_maps
 from rayfed.reports.table import baselines, differing, front, rank_shares
@@ -42,6 +42,27 @@ def test_the_last_evaluated_round_counts_and_the_best_on_validation_is_shown_bes
     assert row["sparse model"] == "40.0 %"
     assert row["best round"] == "2"
     assert row["test accuracy, best round"] == "60.0 %"
+
+
+def test_without_an_accuracy_the_loss_counts(write_run: Write, tmp_path: Path) -> None:
+    def losses(values: list[float | None]) -> dict[str, list[float | None]]:
+        return {"eval/loss": values, "test/loss": [value and 2 * value for value in values]}
+
+    nothing = {"eval": [None] * 3}
+    poor, good = (
+        write_run(name, f"client.lr={lr}", **nothing, more=losses(values))
+        for name, lr, values in (("poor", 0.1, [3.0, 2.5, 2.75]), ("good", 0.2, [3.0, None, 0.25]))
+    )
+    comparison = read([poor, good])
+    assert [group.label for group in comparison.ranked] == ["lr 0.2", "lr 0.1"]
+    (found,) = comparison.ranked[1].summaries
+    assert (found.value, found.report, found.best_round, found.best_report) == (2.75, 5.5, 2, 5.0)
+    assert comparison.target is None  # no share of a loss means anything
+    row = cells([poor, good])["lr 0.2"]
+    assert (row["validation loss"], row["test loss"]) == ("0.2500", "0.5000")
+    page = write_report(comparison, tmp_path / "page").read_text()
+    assert "Loss and traffic" in page
+    assert "Best is lr 0.2: 0.5000 test loss, 0.2500 validation loss" in page
 
 
 def test_the_table_is_what_a_real_run_left_in_metrics_and_ledger(

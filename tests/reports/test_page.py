@@ -15,9 +15,10 @@ import pytest
 
 from rayfed.errors import UserError
 from rayfed.reports import Link, figures, read, write_report
-from rayfed.reports.charts import pareto
-from rayfed.reports.drawing import COLORS, DARK, LIGHT, MARKERS, RAMP, css, drawing, group_styles, ramp
+from rayfed.reports.charts import lines, pareto
+from rayfed.reports.drawing import COLORS, DARK, LIGHT, MARKERS, MUTED, RAMP, css, drawing, group_styles, ramp
 from rayfed.reports.heat_map import draw, heat_maps
+from rayfed.reports.run_charts import client_accuracies, trained
 
 Write = Callable[..., Path]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -61,6 +62,7 @@ def test_the_page_is_well_formed_and_needs_nothing_from_elsewhere(page: Path) ->
     assert not re.search(r"@import|url\((?!#)", text)
     assert {element.tag for element in root.iter()}.isdisjoint({"script", "link", "img", "iframe", "object", "style:"})
     assert "default-src 'none'" in text
+    assert "@media screen and (prefers-color-scheme:dark)" in text
     ids = [element.get("id") for element in root.iter() if element.get("id")]
     assert len(ids) == len(set(ids))
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
@@ -106,20 +108,26 @@ def test_one_run_shows_its_own_figures(write_run: Write, tmp_path: Path) -> None
     more |= {"eval_subset/accuracy": [0.2, None], "method/residual": [1.0, 2.0]}
     more |= {"diagnostics/to_mean_of_products": [0.1, 0.2], "clients/trained": [[[3, 4], [7, 16]], [[3, 4], [5, 4]]]}
     more |= {"test/confusion_matrix": [None, [[5, 1], [0, 9]]]}
+    more |= {"test/accuracy_per_client": [None, [0.75, None, 0.25, 0.5, 1.0, 0.5]]}
     folder = write_run("a", "name=mine", more=more)
     (folder / "adapter").mkdir()
     (folder / "adapter" / "classes.json").write_text(json.dumps(["<cards>", "a name that is far too long"]))
     root = tree(write_report(read([folder]), folder))
     titles = [texts(title) for title in root.findall(".//figure/svg/title")]
-    assert titles[-8:] == [
+    assert titles[-9:] == [
         "Accuracy against rounds", "Loss against rounds", "Test accuracy by tier of clients",
         "Test accuracy over the clients", "Distance from plain averages", "residual against rounds",
-        "Who trained when, at which rank", "Confusion matrix",
+        "Who trained when, at which rank", "Test accuracy of each client", "Confusion matrix",
     ]  # fmt: skip
     letters = [texts(text) for text in root.findall(".//figure/svg//text")]
     assert {"validation", "validation, sparse model", "test", "training", "rank 4, density 0.25"} <= set(letters)
     assert {"90th percentile", "median", "mean", "10th percentile"} <= set(letters)
     assert {"validation, subset", "rank 4", "rank 16", "<cards>", "a name t...ong", "9"} <= set(letters)
+    assert "has not trained" in letters
+    (lowest,) = (own for own in root.findall(".//table") if "lowest test accuracy" in texts(own[0]))
+    rows = [[texts(cell) for cell in row] for row in lowest.findall("tbody/tr")]
+    assert rows[:3] == [["2", "-", "25.0 %"], ["3", "4", "50.0 %"], ["5", "4", "50.0 %"]]
+    assert "after round 2, of 5" in texts(lowest)
     assert "2 of 2, finished" in texts(root)
     assert "Run by run" not in texts(root)
     assert sorted(path.name for path in (folder / "figures").iterdir())[:2] == ["bytes.png", "bytes.svg"]
@@ -149,6 +157,14 @@ def test_a_map_ascends_and_equal_points_stay_visible(write_run: Write) -> None:
     assert shown.pop("none") > max(shown.values())
 
 
+def test_equal_values_do_not_hide_each_others_markers() -> None:
+    with drawing():
+        drawn = lines({"rank 2": {3: 0.3}, "rank 4": {3: 0.3}, "rank 8": {3: 0.3}}, ordered=True).axes[0].lines
+    sizes = [line.get_markersize() for line in drawn]
+    assert sizes == sorted(set(sizes), reverse=True), "the ones below are larger"
+    assert {line.get_markerfacecolor() for line in drawn} == {"none"}
+
+
 def test_of_a_long_run_the_last_rounds_show_who_trained(write_run: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "MOST_SQUARES", 5)
     more = {"clients/trained": [[[1, 4], [2, 4]]] * 4}
@@ -156,6 +172,17 @@ def test_of_a_long_run_the_last_rounds_show_who_trained(write_run: Write, monkey
     (plot,) = (plot for plot in figures.run_plots(run, 1) if plot.name == "run-1-trained")
     assert list(plot.draw.args[0]) == [4, 3]
     assert plot.caption.endswith("The last 2 rounds.")
+
+
+def test_squares_of_many_clients_are_small_and_every_client_has_its_own_point() -> None:
+    with drawing():
+        few = trained({t: [[client, 4] for client in range(5)] for t in range(1, 4)}).axes[0].lines[0]
+        many = trained({1: [[0, 4], [349, 4]]}).axes[0].lines[0]
+        points = client_accuracies([0.5, None, 0.5, 0.25], {0: 4, 3: 16}).axes[0].lines
+    assert (few.get_markersize(), many.get_markersize()) == (6.0, 1.5)
+    shown = [(int(x), float(y)) for line in points for x, y in zip(*line.get_data())]
+    assert sorted(shown) == [(1, 0.25), (2, 0.5), (3, 0.5)]
+    assert [line.get_color() for line in points] == [*ramp(2), MUTED], "ranks, then the client that has not trained"
 
 
 def test_names_are_only_ever_text(write_run: Write, tmp_path: Path) -> None:

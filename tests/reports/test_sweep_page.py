@@ -14,7 +14,7 @@ from rayfed.cli.run import sweep as sweep_command
 from rayfed.errors import RunError
 from rayfed.reports import read
 from rayfed.reports.drawing import drawing
-from rayfed.reports.heat_map import draw, heat_maps
+from rayfed.reports.heat_map import MOST_CELLS, draw, heat_maps
 from rayfed.reports.sweep_page import write_sweep_page
 from rayfed.reports.table import methods
 from rayfed.tracking import Table
@@ -85,13 +85,25 @@ def test_a_map_has_cells_for_grids_and_points_for_draws(writer: Write, tmp_path:
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
 
 
+def test_an_axis_of_many_values_has_points(writer: Write, tmp_path: Path) -> None:
+    folders = [
+        writer(f"{lr}-{rank}", f"client.lr={lr}", f"lora.rank={rank}", folder=tmp_path)
+        for lr in range(1, MOST_CELLS + 2)
+        for rank in (2, 4)
+    ]
+    assert [grid.has_points for grid in heat_maps(read(folders))] == [True]
+    assert [grid.has_points for grid in heat_maps(read(folders[:-2]))] == [False]
+
+
 def test_settings_that_rise_together_are_one_axis(writer: Write, tmp_path: Path) -> None:
     """The scale follows the rank; rounds are no axis."""
     folders = []
     for rank in (2, 4):
         for lr in (0.1, 0.2):
             overrides = f"lora.rank={rank}", f"lora.alpha={2 * rank}", f"client.lr={lr}"
-            folders.append(writer(f"{rank}-{lr}", *overrides, eval=[0.5] * rank, folder=tmp_path))
+            folders.append(
+                writer(f"{rank}-{lr}", *overrides, eval=[0.5] * (1 + ((rank == 2) != (lr == 0.1))), folder=tmp_path)
+            )
     (grid,) = heat_maps(read(folders))
     assert {grid.x.name, grid.y.name} == {"rank", "client.lr"}
 
@@ -102,7 +114,7 @@ def test_a_sweep_that_has_ended_has_its_page(
 ) -> None:
     from rayfed.sweeps import sweep as sweeps
 
-    monkeypatch.setattr("rayfed.reports.sweep_page.write_report", lambda comparison, out, files: pages.append(out))
+    monkeypatch.setattr("rayfed.reports.run_page.write_report", lambda comparison, out, files: pages.append(out))
     pages: list[Path] = []
     result = sweeps.SweepResult(sweep, [{"trial": "a", "status": "failed"}], Table("", (), ()))
     monkeypatch.setattr(sweeps, "run_sweep", lambda *_, **__: result)
@@ -117,5 +129,5 @@ def test_a_sweep_that_has_ended_has_its_page(
 def test_a_page_that_fails_does_not_fail_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "trials").mkdir()
     write_sweep_page(tmp_path)
-    assert "rayfed: no report.html: DIR: got" in capsys.readouterr().err
+    assert "rayfed: no report.html: UserError: DIR: got" in capsys.readouterr().err
     assert "no report.html: UserError" in (tmp_path / "events.log").read_text()

@@ -5,23 +5,28 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from contextlib import closing
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import lowrank
 
 import rayfed
 from rayfed import wire
 from rayfed.api import prepare
 from rayfed.clients.messages import EvalJob
 from rayfed.clients.trainer import Trainer
+from rayfed.engine.local_executor import LocalExecutor
 from rayfed.errors import RunError
 from rayfed.lora.adapter import Layout
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.executor import SubmissionResult, in_order
+from rayfed.server.loop import Server
 from rayfed.tasks.models.base import load_base
+from rayfed.tracking import Sink
 
 KEYS = {
     "round", "train/loss", "eval/loss", "eval/accuracy", "bytes/down", "bytes/up", "bytes/total", "params/down",
@@ -279,3 +284,31 @@ def test_results_are_put_in_order_as_soon_as_they_can_be():
     seen = [(done.index, len(taken)) for done in in_order(arrivals())]
     assert [index for index, _ in seen] == [0, 1, 2, 3, 4]
     assert seen[0][1] == 2  # task 0 was handed on before 1, 4 and 3 had arrived
+
+
+def test_events_of_workers_are_out_when_they_happen(tmp_path):
+    calls = []
+
+    class Calls(Sink):
+        def start(self, info):
+            calls.append("start")
+
+        def event(self, text):
+            calls.append(text)
+
+        def round(self, record):
+            calls.append("round")
+
+    class Eventful(LocalExecutor):
+        def subscribe(self, event):
+            event("a worker did not start")
+            self.event = event
+
+        def run(self, submissions):
+            self.event("a worker died")
+            yield from super().run(submissions)
+
+    plan = prepare(lowrank("server.rounds=1")).with_pack(2)
+    with closing(Eventful(plan)) as executor:
+        assert len(list(Server(plan, executor, tmp_path, Calls(), False).rounds())) == 1
+    assert calls == ["start", "a worker did not start", "a worker died", "round"]

@@ -18,10 +18,14 @@ def test_what_a_trial_asks_of_ray() -> None:
     local = settings("engine.kind=local", "engine.device=cuda", "engine.gpus_per_worker=0.25")
     assert bundles(local) == [{"CPU": 1, "GPU": 0.25}]
     assert bundles(settings("engine.kind=local", "engine.device=cuda")) == [{"CPU": 1, "GPU": 1}]
-    assert bundles(settings("engine.workers=2", "engine.device=cuda")) == [{"CPU": 1}] + 2 * [{"CPU": 1, "GPU": 1}]
-    ray = settings("engine.workers=3", "engine.cpus_per_worker=0.5", "engine.gpus_per_worker=1")
+    shared = settings("engine.workers=2", "engine.device=cuda")
+    assert bundles(shared) == [{"CPU": 1}] + 2 * [{"CPU": 1, "GPU": 1, "memory": 2**28}]
+    ray = settings(
+        "engine.workers=3", "engine.cpus_per_worker=0.5", "engine.gpus_per_worker=1", "engine.memory_per_worker=0"
+    )
     assert bundles(ray) == [{"CPU": 1}] + 3 * [{"CPU": 0.5, "GPU": 1}]
-    assert bundles(settings("engine.cpus_per_worker=0")) == [{"CPU": 1}]  # Ray takes no empty bundle
+    nothing = settings("engine.cpus_per_worker=0", "engine.memory_per_worker=0")
+    assert bundles(nothing) == [{"CPU": 1}]  # Ray takes no empty bundle
 
 
 def test_which_trials_can_ever_run() -> None:

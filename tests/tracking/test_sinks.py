@@ -22,6 +22,7 @@ from rayfed.tracking import (
     read_metrics,
     tensorboard_sink,
 )
+from rayfed.tracking.console import ConsoleSink
 from rayfed.tracking.events import EventSink
 from rayfed.tracking.jsonl import JsonlSink
 from rayfed.tracking.wandb_sink import WandbSink
@@ -120,10 +121,12 @@ def test_open_sinks_writes_metrics_and_events_and_leaves_wandb_off(tmp_path: Pat
     assert len((tmp_path / "run" / "events.log").read_text().splitlines()) == 2
 
 
-def test_open_sinks_has_wandb_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_sinks_has_the_console_after_the_files_and_wandb_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    sinks = open_sinks(Tracking(), tmp_path)
-    assert [type(sink) for sink in sinks.sinks] == [JsonlSink, EventSink, WandbSink]
+    sinks = open_sinks(Tracking(), tmp_path, ConsoleSink("plain"))
+    assert [type(sink) for sink in sinks.sinks] == [JsonlSink, EventSink, ConsoleSink, WandbSink]
     sinks.close()
 
 

@@ -16,6 +16,7 @@ from wandb_files import runs
 
 from rayfed.config.execution import Tracking
 from rayfed.errors import UserError
+from rayfed.files import write_json
 from rayfed.tracking import Record, RunInfo, SinkList, Table, open_sinks, wandb_sink
 from rayfed.tracking import wandb_login as login
 from rayfed.tracking.jsonl import JsonlSink
@@ -51,6 +52,7 @@ def record(number: int) -> Record:
         "clients/odd": 2,
         "test/recall": [0.5, 0.25],
         "test/confusion_matrix": [[number, 0], [1, 2]],
+        "test/accuracy_per_client": [number / 10, None, 0.5] if number % 2 else None,
         "state/digest": f"{number:08x}",
     }
 
@@ -167,6 +169,8 @@ def play(out: Path, first: int, last: int, done: bool = True) -> list[str]:
 
 def test_offline_run_holds_everything_and_leaves_no_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
+    grid = {"clients": ["ann", "bob"], "classes": ["a", "c"], "columns_of": 2, "counts": [[3, 0], [1, 2]]}
+    write_json(out / "partition.json", {"heat_map": grid})
     said = play(out, 1, 5)
     assert helpers() == []
     assert "WANDB_SERVICE" not in os.environ
@@ -183,13 +187,17 @@ def test_offline_run_holds_everything_and_leaves_no_process(tmp_path: Path, capf
     assert run["summary"]["test/accuracy"] == 0.5
     assert {"probe", "recall", "test/recall"}.isdisjoint(run["summary"])
     tables = {}
-    for key in ("table", "confusion"):
+    for key in ("table", "confusion", "clients", "partition"):
         (file,) = (out / "wandb").glob(f"offline-run-*/files/{run['summary'][key]['path']}")
         tables[key] = json.loads(file.read_text())
     assert tuple(tables["table"]["columns"]) == TABLE.columns
     assert tuple(map(tuple, tables["table"]["data"])) == TABLE.values
     assert tables["confusion"]["columns"] == ["label", "prediction", "rows"]
     assert tables["confusion"]["data"] == [["0", "0", 5], ["1", "0", 1], ["1", "1", 2]]
+    assert (tables["clients"]["columns"], tables["clients"]["data"]) == (["client", "accuracy"], [[0, 0.5], [2, 0.5]])
+    assert tables["partition"]["columns"] == ["client", "class", "rows"]
+    cells = [["ann", "a ...", 3], ["ann", "c ...", 0], ["bob", "a ...", 1], ["bob", "c ...", 2]]
+    assert tables["partition"]["data"] == cells
     assert run["best"] == {"train/loss": "min", "eval/accuracy": "max"}
     assert run["metrics"]["*"] == "round"
     assert run["metrics"]["bytes/total"] == "round"

@@ -33,15 +33,17 @@ QUANTILES = (10, 50, 90)  # percent of the clients
 
 
 def client_metrics(plan: RunPlan, state: Any, t: int, executor: Executor) -> dict[str, Metric]:
-    """Mean and quantiles of a_k over the clients with data, after round ``t`` (from 0).
+    """Every client's a_k, and their mean and quantiles over the clients with data, after round ``t`` (from 0).
 
-    Keys: `test/accuracy_clients` and `test/accuracy_clients_p10`, `..._p50`, `..._p90`.
+    Keys: `test/accuracy_per_client`, a list by client id with None for a client without an a_k;
+    `test/accuracy_clients` and `test/accuracy_clients_p10`, `..._p50`, `..._p90`.
     """
     accuracies = client_accuracies(plan, state, t, executor)
     known = accuracies[~np.isnan(accuracies)]
     found: dict[str, Metric] = {"test/accuracy_clients": float(known.mean()) if len(known) else None}
     for q in QUANTILES:
         found[f"test/accuracy_clients_p{q}"] = float(np.percentile(known, q)) if len(known) else None
+    found["test/accuracy_per_client"] = [None if np.isnan(a) else a for a in accuracies.tolist()]
     return found
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -33,6 +34,25 @@ class Rows(Protocol):
         With ``padded``, rows are padded to the longest of them. Otherwise they are concatenated without padding; only
         tasks whose `batching` can be `Unpadded` support that.
         """
+
+
+@dataclass(frozen=True, eq=False)
+class NumberRows:
+    """`Rows` of numbers: features (n, ...) and labels (n, ...), such as targets. Models get the input `features`."""
+
+    features: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.ones(len(self), dtype=np.int64)
+
+    def batch(self, rows: np.ndarray, padded: bool) -> dict[str, Tensor]:
+        """``features`` (b, ...) and ``labels`` (b, ...); indexing copies, so the tensors may be written to."""
+        return {"features": torch.from_numpy(self.features[rows]), "labels": torch.from_numpy(self.labels[rows])}
 
 
 @dataclass(frozen=True)

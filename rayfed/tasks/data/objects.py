@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from rayfed.config.task import Data
-from rayfed.errors import UserError, allowed, first_line
+from rayfed.errors import UserError, allowed
+from rayfed.own_code import failure
 from rayfed.tasks.data.table import Source, Table
 
 KINDS = "a datasets.Dataset, a pandas DataFrame, a list of mappings, or a torch data set with a length"
@@ -58,7 +59,7 @@ def _item(rows: Any, index: int, split: str) -> Any:
     try:
         return rows[index]
     except Exception as error:  # the code of a user's own data set
-        raise UserError(f"{split}: row {index + 1} fails: {type(error).__name__}: {first_line(error)}") from error
+        raise failure(error, UserError, f"{split}: row {index + 1}") from None
 
 
 def _mapping(item: Any, index: int, split: str, wanted: list[str]) -> Mapping[str, Any]:

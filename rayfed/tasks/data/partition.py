@@ -1,7 +1,7 @@
 """Divides the training rows among the clients.
 
-Except for `natural`, rows are shuffled first, within a class or for `iid` over all rows. So rows that are neighbours in
-a file do not go to one client.
+Except for `natural`, rows are shuffled first: within a class, within a domain, or over all rows where neither counts.
+So rows that are neighbours in a file do not go to one client.
 
 flwr-datasets has such partitioners, too, but takes seconds to import (it imports plotting) and about as long again to
 select the rows of 350 clients. Its IidPartitioner does not shuffle. Its PathologicalPartitioner may leave classes out,
@@ -21,9 +21,11 @@ from rayfed.errors import UserError, allowed
 def partition(labels: np.ndarray, owners: np.ndarray | None, settings: Partition, seed: int) -> list[np.ndarray]:
     """The rows of each client: int64 indices into ``labels``, ascending. Every row goes to exactly one client.
 
-    ``labels`` (n,) int; ``owners`` (n,) str, for `natural` only. Draws are keyed by ``seed`` (purpose "partition").
+    ``labels`` (n,) int; ``owners`` (n,) str, for `natural` and `domain`. Draws are keyed by ``seed`` (purpose
+    "partition").
 
     - `iid`: the sizes of two clients differ by at most one row.
+    - `quantity`: sizes in proportion to draws from a log-normal distribution of ``sigma``.
     - `dirichlet`: each class is divided among the clients by shares from Dirichlet(alpha) (Yurochkin et al. 2019,
       arXiv 1905.12022, without the balancing).
     - `flasc`: each client draws class shares from Dirichlet(alpha). Every class is divided in proportion to the shares
@@ -33,22 +35,53 @@ def partition(labels: np.ndarray, owners: np.ndarray | None, settings: Partition
     - `pathological`: ``classes`` classes per client, taken in turn from shuffled lists of all classes. So the classes
       have equally many clients, give or take one or two. The clients of a class get equal parts of its rows; if there
       are fewer rows than clients, some get none.
+    - `shards`: the rows in the order of their labels, in random order within a label, are cut into ``shards`` times
+      ``clients`` pieces of equal size, give or take a row. A client gets ``shards`` of them at random (McMahan et al.
+      2017, arXiv 1602.05629).
+    - `domain`: an owner is a domain. A client has rows of one domain, and the clients of a domain share them evenly. A
+      domain has clients in proportion to its rows, and at least one. Clients are in the order of the domains' names.
     - `natural`: one client per owner, in the order of the owners' names.
 
-    Clients may be empty, except with `natural`. Raises UserError if there are fewer rows than clients, if there are no
-    owners, if ``classes`` exceeds the number of classes, or if it is too small for every class to have a client.
+    With ``mix`` above 0, each client then gives its last round(mix * size) rows, and gets as many back from the pool of
+    all of these (FLASC's code for Reddit).
+
+    Clients may be empty, except with `natural` and `domain`. Raises UserError if there are fewer rows than clients, if
+    there are no owners, if there are more domains than clients, if ``classes`` exceeds the number of classes, or if it
+    is too small for every class to have a client.
     """
-    if settings.kind == "natural":
-        if owners is None:
-            raise UserError("data.client: got null, but partition.kind=natural needs the column that names the client")
+    parts = _gather(*_clients(labels, owners, settings, seed))
+    return _mixed(parts, settings.mix, seed) if settings.mix else parts
+
+
+def _clients(labels: np.ndarray, owners: np.ndarray | None, settings: Partition, seed: int) -> tuple[np.ndarray, int]:
+    """The client of each row (n,), and the number of clients."""
+    if owners is None:
+        if settings.column:
+            needed = f"partition.kind={settings.kind} needs the column that names the {settings.column}"
+            raise UserError(f"data.client: got null, but {needed}")
+    elif settings.kind == "natural":
         _, client = np.unique(owners, return_inverse=True)
-        return _gather(client, int(client.max(initial=-1)) + 1)
+        return client, int(client.max(initial=-1)) + 1
     clients = settings.clients
     if clients > len(labels):
         raise allowed("partition.clients", clients, f"there are only {len(labels)} training rows to share")
     rng = seeding.numpy_rng(seed, "partition", settings.kind)
+    rows = np.arange(len(labels))
     if settings.kind == "iid":
-        return _gather(rng.permutation(np.arange(len(labels)) % clients), clients)
+        return rng.permutation(rows % clients), clients
+    if settings.kind == "quantity":
+        logs = settings.sigma * rng.standard_normal(clients)
+        sizes = _sizes(len(labels), np.exp(logs - np.logaddexp.reduce(logs)))
+        return rng.permutation(np.repeat(np.arange(clients), sizes)), clients
+    if settings.kind == "shards":
+        pieces = clients * settings.shards
+        holders = rng.permutation(np.arange(pieces) % clients)
+        order = np.lexsort((rng.random(len(labels)), labels))
+        client = np.empty(len(labels), dtype=np.int64)
+        client[order] = holders[rows * pieces // len(labels)]
+        return client, clients
+    if owners is not None and settings.kind == "domain":
+        return _by_domain(owners, clients, rng), clients
     present, classes = np.unique(labels, return_inverse=True)
     if settings.kind == "pathological":
         shares = _pathological_shares(clients, len(present), settings.classes, rng)
@@ -57,12 +90,37 @@ def partition(labels: np.ndarray, owners: np.ndarray | None, settings: Partition
         if settings.kind == "flasc":
             logs -= np.logaddexp.reduce(logs, axis=1, keepdims=True)  # each client's shares of the classes sum to 1
         shares = np.exp(logs - np.logaddexp.reduce(logs, axis=0))
-    return _gather(_divide(classes, shares, rng), clients)
+    return _divide(classes, shares, rng), clients
 
 
 def client_names(owners: np.ndarray | None, settings: Partition) -> np.ndarray | None:
     """(clients,) str: the owner that each client of `natural` is; None for the other partitions."""
     return np.unique(owners) if owners is not None and settings.kind == "natural" else None
+
+
+def _by_domain(domains: np.ndarray, clients: int, rng: np.random.Generator) -> np.ndarray:
+    """The client of each row (n,), given the domain of each row."""
+    names, of_row, rows = np.unique(domains, return_inverse=True, return_counts=True)
+    if len(names) > clients:
+        raise allowed("partition.clients", clients, f"each of the {len(names)} domains needs a client")
+    counts = np.ones(len(names), dtype=np.int64)
+    for _ in range(clients - len(names)):
+        counts[np.argmax(rows / counts)] += 1  # a client more for the domain that has the most rows per client
+    first = np.cumsum(counts) - counts
+    client = np.empty(len(domains), dtype=np.int64)
+    for domain in range(len(names)):
+        mine = rng.permutation(np.flatnonzero(of_row == domain))
+        client[mine] = first[domain] + np.arange(len(mine)) % counts[domain]
+    return client
+
+
+def _mixed(parts: list[np.ndarray], share: float, seed: int) -> list[np.ndarray]:
+    """The clients' rows after each has exchanged its last ones, round(share * size) of them, through a common pool."""
+    keep = [len(part) - round(share * len(part)) for part in parts]
+    pool = np.concatenate([part[n:] for part, n in zip(parts, keep)])
+    pool = seeding.numpy_rng(seed, "partition", "mix").permutation(pool)
+    cuts = np.cumsum([len(part) - n for part, n in zip(parts, keep)])[:-1]
+    return [np.sort(np.concatenate([part[:n], new])) for part, n, new in zip(parts, keep, np.split(pool, cuts))]
 
 
 def _log_gamma(alpha: float, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

@@ -39,11 +39,17 @@ TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "s
 
 @dataclass(frozen=True)
 class FrozenBase:
-    """A frozen base model, and the names of its head's modules: trained (``head``) or not (``frozen_head``)."""
+    """A base model, and the names of its head's modules: trained (``head``) or not (``frozen_head``).
+
+    The model is put into evaluation mode, and its weights are frozen.
+    """
 
     model: nn.Module
     head: tuple[str, ...]
     frozen_head: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.model.eval().requires_grad_(False)
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -93,6 +99,15 @@ def load_base(settings: Model, classes: int, seed: int) -> FrozenBase:
         for name in sorted(missing):
             if name.startswith(encoder) and not OPTIONAL.search(name):
                 raise allowed("model.name", settings.name, f"its weights lack {name}, or it has another shape there")
+    return frozen_base(model, missing, settings, classes, seed)
+
+
+def frozen_base(model: Any, missing: set[str], settings: Model, classes: int, seed: int) -> FrozenBase:
+    """The model as a base: with a mean-pooled head or frozen head where the settings say so, in evaluation mode.
+
+    ``missing`` names the parameters that are no trained weights, see `_head`. Errors as in `load_base`.
+    """
+    with torch.random.fork_rng(devices=[]):
         if settings.pooling == "mean":
             if isinstance(getattr(model, "pooler", None), nn.Module):
                 model.pooler = None  # it is not used, but `all-linear` would adapt and send it
@@ -108,12 +123,12 @@ def load_base(settings: Model, classes: int, seed: int) -> FrozenBase:
         raise allowed("model.name", settings.name, f"{norms[0]} is a BatchNorm, which mixes clients")
     head = _head(model, missing)
     if settings.head == "trained":
-        return FrozenBase(model.eval().requires_grad_(False), head)
+        return FrozenBase(model, head)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeding.derive_seed(seed, "model.frozen_head"))
         for name in head:
             _make_orthonormal(model.get_submodule(name))
-    return FrozenBase(model.eval().requires_grad_(False), (), head)
+    return FrozenBase(model, (), head)
 
 
 def in_dtype(base: FrozenBase, dtype: str) -> FrozenBase:
@@ -138,9 +153,21 @@ def in_dtype(base: FrozenBase, dtype: str) -> FrozenBase:
 
 def name_classes(model: nn.Module, classes: Sequence[str]) -> None:
     """Writes the names of the classes into the model's config, where transformers looks for them (`id2label`)."""
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
+    if config is None:  # a module that is not of transformers
+        return
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: i for i, name in enumerate(classes)}
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits that a model returned: a tensor, or the `logits` of an object, as transformers' models have them."""
+    logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise UserError(
+            f"model: it returned {type(outputs).__name__}, but a tensor is needed, or an object with `logits`"
+        )
+    return logits
 
 
 def to_float32(x: Tensor) -> Tensor:
@@ -162,18 +189,27 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
     with _without_stderr():
         tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, settings)
         _or_refuse(settings, lambda: tokenizer("a text"))
+    return checked_tokenizer(tokenizer, settings.name)
+
+
+def checked_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
+    """The same tokenizer, with a padding token. Errors as in `load_tokenizer`, with the model's ``name``."""
     if not isinstance(tokenizer.model_max_length, int | float):
-        raise allowed("model.name", settings.name, "the model_max_length of its tokenizer is not a number")
+        raise allowed("model.name", name, "the model_max_length of its tokenizer is not a number")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise allowed("model.name", settings.name, "its tokenizer has no padding and no end-of-text token")
+        raise allowed("model.name", name, "its tokenizer has no padding and no end-of-text token")
     return tokenizer
 
 
 def longest_input(settings: Model) -> int | None:
     """The largest number of tokens that the model has positions for; None if it has no limit."""
-    config = _config(settings, 2)
+    return positions(_config(settings, 2))
+
+
+def positions(config: Any) -> int | None:
+    """The largest number of tokens that a model with this ``config`` of transformers has positions for, if any."""
     limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if limit and "roberta" in str(getattr(config, "model_type", "")):
         limit -= config.pad_token_id + 1  # RoBERTa's positions start after the padding token's id

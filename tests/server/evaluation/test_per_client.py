@@ -81,6 +81,7 @@ def test_every_clients_own_model_on_data_like_its_own(tiny, tmp_path, seen, meth
     assert each[holders].tolist() == pytest.approx(wanted, abs=1e-12)
     assert np.isnan(np.delete(each, holders)).all()
     record = result.metrics[-1]
+    assert record["test/accuracy_per_client"] == [None if np.isnan(value) else value for value in each.tolist()]
     assert record["test/accuracy_clients"] == pytest.approx(np.mean(wanted))
     assert record["test/accuracy_clients_p10"] == pytest.approx(np.percentile(wanted, 10))
     assert result.summary["final/test_accuracy_clients"] == record["test/accuracy_clients"]
@@ -127,6 +128,7 @@ def test_unseen_rows_are_those_of_clients_that_never_took_part(tiny, tmp_path, m
         accuracy = float((predicted == federation.train.labels[rows]).mean())
         assert result.metrics[t]["test/accuracy_unseen"] == pytest.approx(accuracy)
         assert result.metrics[t]["test/loss_unseen"] > 0
+    assert result.summary["final/test_accuracy_unseen"] == result.metrics[-1]["test/accuracy_unseen"]
     assert not any("unseen" in key for key in result.metrics[0])
 
 

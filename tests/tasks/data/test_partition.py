@@ -28,7 +28,8 @@ def histogram(parts: list[np.ndarray], labels: np.ndarray = LABELS) -> np.ndarra
 
 
 @given(
-    kind=st.sampled_from(["iid", "dirichlet", "flasc", "pathological"]),
+    kind=st.sampled_from(["iid", "quantity", "dirichlet", "flasc", "pathological", "shards", "domain"]),
+    mix=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     labels=st.lists(st.integers(3, 8), min_size=1, max_size=80),
     clients=st.integers(1, 80),
     alpha=st.sampled_from([1e-300, 1e-3, 0.1, 1.0, 1e3, 1e300]),
@@ -36,21 +37,26 @@ def histogram(parts: list[np.ndarray], labels: np.ndarray = LABELS) -> np.ndarra
     seed=st.integers(0, 5),
 )
 def test_every_row_has_exactly_one_client(
-    kind: str, labels: list[int], clients: int, alpha: float, classes: int, seed: int
+    kind: str, mix: float, labels: list[int], clients: int, alpha: float, classes: int, seed: int
 ) -> None:
-    settings = Partition(kind=kind, clients=clients, alpha=alpha, classes=classes)
+    settings = Partition(kind=kind, clients=clients, alpha=alpha, classes=classes, shards=classes, mix=mix)
+    owners = np.array([f"domain {label}" for label in labels])
+    present = len(set(labels))
     try:
-        parts = partition(np.array(labels), None, settings, seed)
+        parts = partition(np.array(labels), owners, settings, seed)
     except UserError:
-        present = len(set(labels))
-        assert clients > len(labels) or (kind == "pathological" and not -(-present // clients) <= classes <= present)
+        assert (
+            clients > len(labels)
+            or (kind == "pathological" and not -(-present // clients) <= classes <= present)
+            or (kind == "domain" and present > clients)
+        )
         return
     assert len(parts) == clients
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
     assert all(part.dtype == np.int64 and (np.diff(part) > 0).all() for part in parts)
 
 
-@pytest.mark.parametrize("kind", ["iid", "dirichlet", "flasc", "pathological"])
+@pytest.mark.parametrize("kind", ["iid", "quantity", "dirichlet", "flasc", "pathological", "shards"])
 def test_the_seed_and_the_kind_decide(kind: str) -> None:
     once, again, other = split(kind), split(kind), split(kind, seed=1)
     assert all(np.array_equal(a, b) for a, b in zip(once, again, strict=True))
@@ -141,6 +147,47 @@ def test_pathological_clients_are_not_in_the_order_of_classes() -> None:
     assert len({tuple(first[i : i + 10]) for i in range(0, 60, 10)}) == 6  # every deck is shuffled anew
 
 
+def test_quantity_sizes_are_log_normal_and_labels_are_not_skewed() -> None:
+    labels = np.random.default_rng(0).integers(0, 4, 400_000)
+    parts = split("quantity", labels=labels, clients=500, sigma=0.7)
+    logs = np.log([len(part) for part in parts])
+    assert logs.std() == pytest.approx(0.7, rel=0.08)
+    assert abs(((logs - logs.mean()) ** 3).mean()) < 0.3 * 0.7**3  # as symmetric as a normal distribution
+    large = histogram(parts, labels)[np.argsort(logs)[-20:]]
+    assert np.abs(large / large.sum(axis=1, keepdims=True) - 0.25).max() < 0.05
+    assert {len(part) for part in split("quantity", sigma=0)} == {50}
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5])
+def test_shards_are_pieces_of_the_rows_in_the_order_of_labels(shards: int) -> None:
+    parts = split("shards", shards=shards)
+    assert {len(part) for part in parts} == {50}
+    held = [len(set(LABELS[part])) for part in parts]
+    assert max(held) <= 2 * shards  # a piece of 50 / shards rows spans two labels at most
+    assert np.mean(held) > 0.9 * min(shards, 3)
+
+
+def test_a_client_has_one_domain_and_domains_have_clients_by_size() -> None:
+    domains = np.repeat(["c", "a", "b"], [600, 300, 10])
+    parts = partition(np.zeros(910, dtype=np.int64), domains, Partition(kind="domain", clients=10), 0)
+    held = [set(domains[part]) for part in parts]
+    assert held == [{"a"}] * 3 + [{"b"}] + [{"c"}] * 6
+    assert [len(part) for part in parts] == [100] * 3 + [10] + [100] * 6
+
+
+def test_mixing_exchanges_the_last_rows_of_every_client() -> None:
+    owners = np.repeat(["a", "b", "c", "d"], [200, 100, 60, 4])
+    plain, mixed = (
+        partition(np.zeros(364, dtype=np.int64), owners, Partition(kind="natural", mix=mix), 0) for mix in (0.0, 0.25)
+    )
+    assert [len(part) for part in mixed] == [200, 100, 60, 4]
+    for before, after in zip(plain, mixed, strict=True):
+        stay = len(before) - round(0.25 * len(before))
+        assert set(before[:stay]) <= set(after)
+    last = set(range(150, 200))
+    assert 15 < len(last & set(mixed[0])) < 40  # 50 of the pool's 91 rows come back, at random
+
+
 def test_natural_has_one_client_per_owner_in_order_of_names() -> None:
     owners = np.array(["b", "a", "10", "b", "9"])
     parts = partition(np.zeros(5, dtype=np.int64), owners, Partition(kind="natural", clients=1), 0)
@@ -165,7 +212,8 @@ def test_natural_on_real_domains() -> None:
             {"classes": 2, "clients": 4},
             "partition.classes: got 2, but 4 clients need at least 3 each to cover all 10 classes",
         ),
-        ("natural", {}, "data.client: got null, but partition.kind=natural needs the column"),
+        ("natural", {}, "data.client: got null, but partition.kind=natural needs the column that names the client"),
+        ("domain", {}, "data.client: got null, but partition.kind=domain needs the column that names the domain"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(kind: str, options: dict[str, int], message: str) -> None:
