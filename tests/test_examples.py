@@ -35,16 +35,6 @@ def test_own_method(tmp_path: Path) -> None:
     assert len(import_module("own_method").main(str(tmp_path / "run")).history) == 10
 
 
-def test_tune_search(tmp_path: Path, ray_cluster: None) -> None:
-    example = import_module("tune_search")
-    results = example.search(str(tmp_path))
-    assert results.num_errors == 0
-    assert {result.metrics["round"] for result in results} <= {2, 4, 6}
-    results = example.population(str(tmp_path))
-    assert [result.metrics["round"] for result in results] == [6, 6]
-    assert any((Path(result.path) / "continues.json").is_file() for result in results)
-
-
 def test_own_task(tmp_path: Path) -> None:
     example = import_module("own_task")
     result = rayfed.run(example.SETTINGS, tmp_path / "run", task=example.SineRegression())
@@ -59,6 +49,16 @@ def test_own_task(tmp_path: Path) -> None:
     for other in (None, example.SineRegression(clients=9), rayfed.TextClassification()):
         with pytest.raises(UserError, match=r"comes from .*own_task:SineRegression"):
             rayfed.load_model(result.out, task=other)
+
+
+def test_tune_search(tmp_path: Path, ray_cluster: None) -> None:
+    example = import_module("tune_search")
+    results = example.search(str(tmp_path))
+    assert results.num_errors == 0
+    assert {result.metrics["round"] for result in results} <= {2, 4, 6}
+    results = example.population(str(tmp_path))
+    assert [result.metrics["round"] for result in results] == [6, 6]
+    assert any((Path(result.path) / "continues.json").is_file() for result in results)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

@@ -133,9 +133,7 @@ def run_on_ray(
     _pickle_by_value(plan, callbacks)
     _check_pickles(plan)
     pickled = _pickled(callbacks)
-    with _ray(plan.engine, console.event) as dashboard:
-        if dashboard:
-            console.event(f"Ray's dashboard: http://{dashboard} (`ray get-auth-token` prints the token it may ask for)")
+    with _ray(plan.engine, console.event):
         plan = with_gpu_share(plan)
         if waiting := check_places(plan.engine):
             console.event(waiting)
@@ -186,12 +184,11 @@ def _ignore(event: str) -> None:
 
 def start_ray(
     address: str | None, need: float, dashboard: bool = False, event: Callable[[str], None] = _ignore
-) -> str | None:
+) -> None:
     """Joins the cluster at ``address`` (or RAY_ADDRESS), or starts Ray here with at least ``need`` CPUs.
 
-    Calls ``event`` with a line first, because both take seconds. With ``dashboard`` a Ray that starts here has one.
-    Returns the address of the cluster's dashboard, None without one. UserError where the cluster cannot be joined,
-    RunError where Ray does not start.
+    Calls ``event`` with a line first, because both take seconds. With ``dashboard`` a Ray that starts here has one, and
+    ``event`` gets its address. UserError where the cluster cannot be joined, RunError where Ray does not start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -199,10 +196,13 @@ def start_ray(
     with _own_sigterm():
         if joined and joined != "local":
             event(f"joining Ray at {joined}")
-            return connect.join(joined, field)
-        event("starting Ray on this machine")
-        # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
-        return connect.start(max(os.cpu_count() or 1, math.ceil(need)), dashboard)
+            url = connect.join(joined, field)
+        else:
+            event("starting Ray on this machine")
+            # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
+            url = connect.start(max(os.cpu_count() or 1, math.ceil(need)), dashboard)
+    if dashboard and url:
+        event(f"Ray's dashboard: http://{url} (`ray get-auth-token` prints the token it may ask for)")
 
 
 @contextmanager
@@ -215,16 +215,13 @@ def _own_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _ray(engine: Engine, event: Callable[[str], None] = _ignore) -> Iterator[str | None]:
-    """Ray as long as the block runs: the one that this process uses already, or one that is started and shut down.
-
-    Yields the address of the cluster's dashboard where `engine.dashboard` asks for it and Ray is started or joined.
-    """
-    ours, url = not ray.is_initialized(), None
+def _ray(engine: Engine, event: Callable[[str], None] = _ignore) -> Iterator[None]:
+    """Ray as long as the block runs: the one that this process uses already, or one that is started and shut down."""
+    ours = not ray.is_initialized()
     if ours:
-        url = start_ray(engine.address, engine.workers * engine.cpus_per_worker, engine.dashboard, event)
+        start_ray(engine.address, engine.workers * engine.cpus_per_worker, engine.dashboard, event)
     try:
-        yield url if engine.dashboard else None
+        yield
     finally:
         if ours:
             ray.shutdown()

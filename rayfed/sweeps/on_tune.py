@@ -46,7 +46,7 @@ def run_on_tune(search: Search) -> None:
     UserError where the cluster can never hold one of the trials. If Ray was started here, it is shut down in the end.
     """
     new = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
-    ours = join_ray(search.checked, ENVIRONMENT)
+    ours = join_ray(search.checked, ENVIRONMENT, search.progress.note)
     try:
         search.forget_failures()
         data = {key: ray.put(federation) for key, federation in search.federations.items()}

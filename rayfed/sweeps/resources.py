@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import ray
 from ray import tune
 
 from rayfed.config import Experiment
 from rayfed.engine.driver import start_ray
+from rayfed.engine.labels import mistake_in_labels, satisfies
 from rayfed.engine.placement import Bundle, bundle_of, count_bundles
 from rayfed.errors import UserError
 from rayfed.sweeps.plan import Trial
@@ -29,20 +31,27 @@ def bundles(experiment: Experiment) -> list[Bundle]:
     return [{"CPU": 1.0}, *(dict(worker) for _ in range(engine.workers) if worker)]
 
 
-def fits(asked: Sequence[Bundle], here: Bundle, others: Sequence[Bundle]) -> bool:
-    """Whether the trial can ever run: its process on the node ``here``, where --out is, its workers on any node."""
+def fits(asked: Sequence[Bundle], here: Bundle, others: Sequence[Bundle], workers_here: bool = True) -> bool:
+    """Whether the trial can ever run: its process on the node ``here``, where --out is, its workers there or elsewhere.
+
+    ``workers_here``: whether the node ``here`` has `engine.labels`. ``others``: the other nodes that have.
+    """
     process, *workers = asked
     if not count_bundles(here, process):
         return False
     left = {name: amount - process.get(name, 0) for name, amount in here.items()}
-    return not workers or sum(count_bundles(node, workers[0]) for node in (left, *others)) >= len(workers)
+    nodes = (left, *others) if workers_here else others
+    return not workers or sum(count_bundles(node, workers[0]) for node in nodes) >= len(workers)
 
 
-def join_ray(trials: Sequence[Trial], environment: Mapping[str, str]) -> bool:
+def join_ray(
+    trials: Sequence[Trial], environment: Mapping[str, str], event: Callable[[str], None] = lambda text: None
+) -> bool:
     """Joins the trials' cluster, or starts Ray here with CPUs for any of them, unless this process uses Ray already.
 
-    Whether Ray was started or joined now. ``environment``: variables that are set before, unless they are. UserError
-    where the trials name several clusters, or the cluster can never hold one of them.
+    Whether Ray was started or joined now. ``environment``: variables that are set before, unless they are. ``event``
+    gets a line first, since that takes seconds. UserError where the trials name several clusters, or the cluster can
+    never hold one of them.
     """
     for name, value in environment.items():
         os.environ.setdefault(name, value)
@@ -50,7 +59,8 @@ def join_ray(trials: Sequence[Trial], environment: Mapping[str, str]) -> bool:
     if len(addresses) > 1:
         raise UserError("engine.address: trials run on one cluster, but these name several")
     if ours := not ray.is_initialized():
-        start_ray(addresses.pop(), max(sum(b.get("CPU", 0) for b in bundles(trial.experiment)) for trial in trials))
+        cpus = max(sum(bundle.get("CPU", 0) for bundle in bundles(trial.experiment)) for trial in trials)
+        start_ray(addresses.pop(), cpus, any(trial.experiment.engine.dashboard for trial in trials), event)
     try:
         _check_fits(trials)
     except UserError:
@@ -63,9 +73,13 @@ def join_ray(trials: Sequence[Trial], environment: Mapping[str, str]) -> bool:
 def _check_fits(trials: Sequence[Trial]) -> None:
     here, others = _nodes()
     for trial in trials:
-        asked = bundles(trial.experiment)
-        if not fits(asked, here, others):
-            raise UserError(_refusal(trial, asked, here, others))
+        asked, selector = bundles(trial.experiment), trial.experiment.engine.labels or {}
+        labelled = [node for node in (here, *others) if satisfies(node["Labels"], selector)]
+        if not labelled and (mistake := mistake_in_labels(selector, [node["Labels"] for node in (here, *others)])):
+            raise UserError(f"{mistake} (trial {trial.name})")
+        elsewhere = [node["Resources"] for node in labelled if node is not here]
+        if not fits(asked, here["Resources"], elsewhere, here in labelled):
+            raise UserError(_refusal(trial, asked, here["Resources"], elsewhere))
 
 
 def placement_group(experiment: Experiment, here: bool = False) -> tune.PlacementGroupFactory:
@@ -73,14 +87,16 @@ def placement_group(experiment: Experiment, here: bool = False) -> tune.Placemen
     process, *workers = bundles(experiment)
     if here:
         own, others = _nodes()
-        names = [name for name in own if name.startswith("node:") and name != "node:__internal_head__"]
+        names = [name for name in own["Resources"] if name.startswith("node:") and name != "node:__internal_head__"]
         process = {**process, **(dict.fromkeys(names, 1e-3) if others else {})}
-    return tune.PlacementGroupFactory([process, *workers])
+    labels = experiment.engine.labels
+    selectors: dict[str, Any] = {"bundle_label_selector": [{}, *(dict(labels) for _ in workers)]} if labels else {}
+    return tune.PlacementGroupFactory([process, *workers], **selectors)
 
 
-def _nodes() -> tuple[Bundle, list[Bundle]]:
-    """The resources of this node, and those of every other node."""
-    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+def _nodes() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """This node as Ray describes it, and every other living node."""
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
     here = nodes.pop(ray.get_runtime_context().get_node_id())
     return here, list(nodes.values())
 

@@ -83,7 +83,7 @@ def test_ray_is_started_again_on_a_busy_machine(init, monkeypatch):
 
 
 def test_a_dashboard_is_started_here_and_its_address_is_that_of_the_cluster(listener, monkeypatch):
-    asked = []
+    asked, events = [], []
 
     def init(**given):
         asked.append((given["address"], given["include_dashboard"]))
@@ -91,9 +91,10 @@ def test_a_dashboard_is_started_here_and_its_address_is_that_of_the_cluster(list
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert start_ray(None, 1) is None
-    assert start_ray(None, 1, dashboard=True) == "127.0.0.1:8265"
-    assert start_ray(address_of(listener), 1, dashboard=True) is None  # a cluster without one does not get one
+    start_ray(None, 1, event=events.append)
+    start_ray(None, 1, dashboard=True, event=events.append)
+    start_ray(address_of(listener), 1, dashboard=True, event=events.append)  # a cluster without one does not get one
+    assert [text.split(" (")[0] for text in events if "dashboard" in text] == ["Ray's dashboard: http://127.0.0.1:8265"]
     assert asked == [("local", False), ("local", True), (address_of(listener), False)]
 
 
