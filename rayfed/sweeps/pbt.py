@@ -30,6 +30,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
+from rayfed.api import build_components
 from rayfed.config import Experiment, load_config
 from rayfed.config.describe import format_value
 from rayfed.config.load import assign
@@ -70,7 +71,8 @@ class Population(Search):
             )
         check_live_change(experiment, sweep.parameters)
         self.federations = check_trials(self.checked, sweep)
-        if generation % every and sweep.metric.startswith(("eval/", "test/")):
+        exact = build_components(experiment).task.exact
+        if generation % every and not exact and sweep.metric.startswith(("eval/", "test/")):
             raise UserError(
                 f"eval.every: got {every}, but it should divide sweep.search.rounds={generation}: members are compared "
                 f"by {sweep.metric} after so many rounds"
