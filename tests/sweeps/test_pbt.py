@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune.schedulers import PopulationBasedTraining
 from sweep_files import decisions, files, statuses
 
 import rayfed
@@ -63,7 +65,7 @@ class Controller:
     def __init__(self, count: int, done: int = 0) -> None:
         rule = PbtSettings(kind="pbt", population=count, rounds=2)
         sweep = Sweep(parameters=SPACES, metric="eval/gap", mode="min", search=rule)
-        self.scheduler = Generations(rule, sweep, 6, done)
+        self.scheduler = Generations(rule, sweep, 6, 0, done)
         self.search_alg = None
         kept = SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None))
         self.trials = [
@@ -117,6 +119,28 @@ def test_a_member_that_fails_keeps_nobody_waiting() -> None:
     assert tune.report(2, 1, failed=1.0) == "CONTINUE"
     tune.scheduler.on_trial_complete(tune, tune.trials[2], {})
     assert tune.copied == [[1, 0]]
+
+
+def test_choices_are_keyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the seed, the round and the member; the random numbers of the process stay as they are."""
+    found: list[float] = []
+    monkeypatch.setattr(
+        PopulationBasedTraining, "_checkpoint_or_exploit", lambda self, trial, *rest: found.append(random.random())
+    )
+    scheduler = Controller(2).scheduler
+    before = random.getstate()
+    for trial, done in (("m01", 2), ("m02", 2), ("m01", 4), ("m01", 2)):
+        scheduler._next_perturbation_sync = done
+        Generations._checkpoint_or_exploit(scheduler, trial, None, [], [])
+    assert random.getstate() == before
+    assert found[0] == found[3]
+    assert len({*found}) == 3
+    rate = scheduler._hyperparam_mutations["client.lr"]
+    random.seed(1)
+    first = rate()
+    random.seed(1)
+    assert rate() == first
+    assert 1e-3 <= first <= 2e-1
 
 
 def test_a_resumed_population_goes_on_at_the_generation_that_all_have_reached() -> None:
