@@ -107,19 +107,19 @@ class _Watch(tune.Callback):
     """Shows what happens. Records the outcome of stopped trials and of those whose process died."""
 
     def __init__(self, search: Search) -> None:
-        self.search, self.progress = search, search.progress
+        self.search = search
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self.progress.show(self.search.ended, len(self.search.rows))
+        self.search.progress.show(self.search.ended, len(self.search.rows))
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.progress.start(self.search.trial(str(trial)))
+        self.search.progress.start(self.search.trial(str(trial)))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
-        self.progress.round(str(trial), result)
+        self.search.progress.round(str(trial), result)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.progress.note(f"{trial}: its process died; it continues in a new one")
+        self.search.progress.note(f"{trial}: its process died; it continues in a new one")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # Without an outcome, the scheduler has stopped it; its process waits in `tune.report`.
