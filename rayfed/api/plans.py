@@ -125,6 +125,11 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     if not method.sparse_up:
         _check_whole(experiment, profiles, "up")
     weights = method.weights if server.weights == "auto" else server.weights
+    if server.empty_clients and weights != "uniform":
+        raise UserError(
+            f"server.empty_clients: got true, but the weights are {weights!r}, in which clients without training rows "
+            "do not count; allowed with server.weights=uniform"
+        )
     return Components(task, method, weighting.build(weights), optimizer, profiles)
 
 
@@ -189,12 +194,14 @@ def _checked_data(experiment: Experiment, parts: Components, federation: Federat
     if experiment.model.adapter is not None:
         adapter_folder(experiment.model.adapter)  # raises UserError; before the data, which may take minutes
     federation = federation or parts.task.load_data()
-    holders, cohort = len(federation.holders), experiment.server.cohort
-    if cohort > holders:
-        raise UserError(f"server.cohort: got {cohort}, but only {holders} of {federation.clients} clients hold data")
+    server, clients = experiment.server, federation.clients
+    candidates = clients if server.empty_clients else len(federation.holders)
+    if server.cohort > candidates:
+        which = "exist" if server.empty_clients else "hold data"
+        raise UserError(f"server.cohort: got {server.cohort}, but only {candidates} of {clients} clients {which}")
     if experiment.eval.early_stop and not len(federation.validation):
         raise UserError("eval.early_stop: needs a validation split; set data.validation above 0")
-    parts.profiles.check(federation.sizes)
+    parts.profiles.check(federation.sizes, server.empty_clients)
     return federation
 
 

@@ -57,7 +57,7 @@ class TrainedClient:
     """One client's result: its entries (n,) after training, mean loss over steps, examples seen, steps done."""
 
     vector: Tensor
-    loss: float
+    loss: float  # 0 without steps
     examples: int
     steps: int
 
@@ -91,8 +91,13 @@ def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Te
 
 
 def batches(rows: np.ndarray, settings: Client, seed: int, t: int, client: int) -> list[np.ndarray]:
-    """A client's batches for round t: each epoch a fresh keyed order, the last batch of an epoch as small as it is."""
+    """A client's batches for round t: each epoch a fresh keyed order, the last batch of an epoch as small as it is.
+
+    A client without rows has no batches.
+    """
     plan: list[np.ndarray] = []
+    if not len(rows):
+        return plan
     steps = settings.steps if settings.steps is not None else -(-len(rows) // settings.batch_size) * settings.epochs
     epoch = 0
     while len(plan) < steps:
@@ -117,6 +122,8 @@ class _PackTraining:
 
     def run(self) -> list[TrainedClient]:
         stack = self.context.stack
+        if without := [slot for slot, plan in enumerate(self.plans) if not plan]:
+            stack.snapshot(without)
         for step in range(max(len(plan) for plan in self.plans)):
             active = [slot for slot, plan in enumerate(self.plans) if step < len(plan)]
             with stack.batch.using(self._segments(active, step)):
@@ -130,7 +137,7 @@ class _PackTraining:
                 stack.snapshot(ended)
         vectors = stack.read_snapshots([member.layout for member in self.members])
         return [
-            TrainedClient(vector, loss / len(plan), sum(map(len, plan)), len(plan))
+            TrainedClient(vector, loss / max(len(plan), 1), sum(map(len, plan)), len(plan))
             for vector, loss, plan in zip(vectors, self.losses.tolist(), self.plans, strict=True)
         ]
 

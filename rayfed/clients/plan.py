@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from rayfed.channels import Channel
 from rayfed.config.execution import Checkpoint, Engine, Export, Tracking
 from rayfed.config.marks import settings_digest
@@ -80,8 +82,15 @@ class RunPlan:
     @cached_property
     def one_mask(self) -> bool:
         """Whether all clients of a round receive one sparse model: one rank and one download density below 1."""
-        tiers = {(tier.rank, tier.density_down) for tier in self.profiles.tier_mix(self.federation.sizes)}
+        mix = self.profiles.tier_mix(self.federation.sizes, self.server.empty_clients)
+        tiers = {(tier.rank, tier.density_down) for tier in mix}
         return len(tiers) == 1 and not self.method.personal and self.profiles.may_be_sparse("down", self.server.rounds)
+
+    @cached_property
+    def candidates(self) -> np.ndarray:
+        """The clients of which cohorts are drawn: those that hold data, or all (`server.empty_clients`)."""
+        federation = self.federation
+        return np.arange(federation.clients) if self.server.empty_clients else federation.holders
 
     def start(self) -> Adapter:
         """The adapter that the run starts from: the given one, or B = 0, A random, and the head's initial values."""

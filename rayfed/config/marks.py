@@ -59,10 +59,11 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
 def data_key(settings: Mapping[str, Any]) -> str:
     """Names the data of a run and who holds them (16 hex digits): equal keys, equal federations and equal refusals.
 
-    Two more settings are in the key because the data are checked against them: `server.cohort`, and whether
-    `eval.early_stop` is given.
+    Three more settings are in the key because the data are checked against them: `server.cohort`,
+    `server.empty_clients`, and whether `eval.early_stop` is given.
     """
-    checked = {"cohort": settings["server"]["cohort"], "early_stop": settings["eval"]["early_stop"] is not None}
+    checked = {name: settings["server"][name] for name in ("cohort", "empty_clients")}
+    checked["early_stop"] = settings["eval"]["early_stop"] is not None
     return _digest(_select(settings, {"data"}) | checked)
 
 

@@ -93,10 +93,19 @@ class Direction(Section):
         return max(first * self.decay ** (t // self.every), min(first, LEAST_DENSITY))
 
 
+class Down(Direction):
+    """Density and number format of the messages from server to client."""
+
+    head: Literal["sparse", "dense"] = "sparse"
+    """`sparse`: the density is that of adapter and head together; `dense`: the head is always sent whole, and the
+    density is that of the adapter alone, as FLASC's code does it for density tiers.
+    """
+
+
 class Wire(Section):
     """Sparsity and number format of messages, per direction."""
 
-    down: Direction = section(Direction)  # server to client
+    down: Down = section(Down)  # server to client
     up: Direction = section(Direction)  # client to server
 
     def depends_on_rounds(self, before: int, after: int) -> str | None:

@@ -86,6 +86,10 @@ class Server(Section):
     """Communication rounds."""
     cohort: Clients = 10
     """Clients per round, drawn without replacement."""
+    empty_clients: bool = False
+    """Also draw clients without training rows, as FLASC's code does. They receive and send as all others do, change
+    nothing, and count in the mean: so the weights must be uniform. false: they are never drawn.
+    """
     weights: Literal["auto", "uniform", "examples"] = "auto"
     """Aggregation weights of the clients; auto: as in the method's paper."""
     optimizer: Literal["auto", "fedavg", "sgd", "fedavgm", "fedadam", "adamw"] = "auto"
@@ -129,6 +133,10 @@ class Eval(Section):
     """Also evaluate the sparse model that clients download, if wire.down.density is below 1."""
     tiers: bool = False
     """Also evaluate the model that each tier of clients (rank, download density) would download."""
+    tier_masks: Literal["next", "round"] = "next"
+    """For `tiers`, where downloads are sparse: the mask that the tier would get `next`, cut from the new model; or the
+    mask that the tier had in the `round` that led to it, as in FLASC's code and in `masked`.
+    """
     clients: bool = False
     """Also measure the test accuracy of each client: its download, or its own model, on test rows weighted like the
     classes of the client. The mean and quantiles over the clients are recorded. Where every client has a model of its

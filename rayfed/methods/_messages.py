@@ -32,9 +32,10 @@ class Start:
     vector: Tensor
     layout: Layout
     mask: Tensor | None = None
-    """Boolean (n,): the entries to send. None: the server sends the largest entries, as many as the density allows."""
+    """Boolean (n,): the entries to send. None: the server sends the largest entries, as many as the density allows.
+    With `Profile.head_whole` the server adds the head to either."""
     dense: bool = False
-    """If true, all entries travel in this round, both ways, whatever the client's densities are."""
+    """If true, all entries travel down in this round, whatever the client's density is."""
     known: Tensor | None = None
     """Boolean (n,): entries that never travel, because the client has them already. Either they are drawn from a seed,
     or they are the client's own from an earlier round."""

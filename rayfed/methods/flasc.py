@@ -16,16 +16,20 @@ Density is a setting of the wire that any method can use, so most lines live out
     4  rayfed/methods/_means.py                 `mean_change`, with uniform weights
     5  rayfed/server/optimizers.py              AdamW
 
-This class holds the paper's defaults, and two options that give the baselines of the paper's code:
+This class holds the paper's defaults, and the options that give the baselines of the paper's code:
 
-    mask=refresh, train=all        FLASC
-    mask=refresh, train=masked     Federated Select; with a density decay, Adapter LTH
-    mask=fixed,   train=masked     SparseAdapter: one dense round, then one mask for good
+    mask=refresh, train=all                     FLASC
+    mask=refresh, train=masked                  Federated Select; with a density decay, Adapter LTH
+    mask=fixed,   train=masked                  SparseAdapter: the first download is dense, then one mask stays
+    sparsity=structured, wire.down.head=dense   tiers of `profiles.densities_down` that get whole ranks by their norms
 
-Source: authors' code read; deviates: with mask=fixed the code sends only the first download dense, and cuts the mask
-once; here the first uploads are dense too, and the mask shrinks with a density decay. Clients without data are never
-drawn. With density tiers the code always sends the head dense down. tests/methods/test_flasc_reference.py has a dense
-reference.
+`structured` takes, of each factor by itself, floor(d r) of the rows of A or of the columns of B, those of the largest
+L2 norm, at least one; and of the head floor(d n_head) entries. So a row of A may travel without its column of B.
+Uploads are structured as well, by the norms of the change; dense uploads are those of the code.
+
+Source: authors' code read; deviates: the code has structured downloads with dense uploads alone. Of ties the code's
+top-k takes any. Clients without data are drawn only with `server.empty_clients`. tests/methods/test_flasc_reference.py
+and tests/methods/test_flasc_variants.py have dense references.
 """
 
 from __future__ import annotations
@@ -33,8 +37,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from torch import Tensor
+
+from rayfed.lora.adapter import Layout
 from rayfed.methods import Advance, FactorMean, FactorState, Profile, Start, Trainable, Updates, fedavg
-from rayfed.wire import top_mask
+from rayfed.wire import top_k, top_mask
 
 
 @dataclass(frozen=True)
@@ -42,9 +49,13 @@ class Flasc(FactorMean):
     """Sparse down, dense training, sparse up; uniform weights and AdamW on the server, as in the paper's code."""
 
     mask: Literal["refresh", "fixed"] = "refresh"
-    """Which entries travel down. `refresh`: chosen anew each round. `fixed`: chosen once, after a dense first round."""
+    """Which entries travel down. `refresh`: chosen anew each round. `fixed`: all in the first round; then those that
+    are chosen in the second round, with that round's density."""
     train: Literal["all", "masked"] = "all"
     """Which entries clients train: all of them, or only those that travelled down."""
+    sparsity: Literal["unstructured", "structured"] = "unstructured"
+    """What a density counts. `unstructured`: the largest entries, whichever they are. `structured`: of each factor the
+    ranks (rows of A, columns of B) of the largest norms."""
 
     paper = "arXiv 2406.05233"
     summary = "sparse down and up, dense local training"
@@ -57,19 +68,43 @@ class Flasc(FactorMean):
     secure_aggregation = True
 
     def broadcast(self, state: FactorState, client: Profile) -> Start:
-        start = super().broadcast(state, client)
-        if self.mask == "refresh":
+        start, scores, density = super().broadcast(state, client), state.vector, client.density_down
+        if self.mask == "fixed":
+            if "anchor" not in state.extras:
+                return replace(start, dense=True)
+            scores, density = state.extras["anchor"], client.density_fixed or density
+        elif self.sparsity == "unstructured" or density == 1:
             return start
-        if "anchor" not in state.extras:
-            return replace(start, dense=True)
-        anchor = state.extras["anchor"].nan_to_num()  # a start that is not finite is refused by the downlink
-        return replace(start, mask=top_mask(anchor, client.density_down))
+        scores = scores.nan_to_num()  # a start that is not finite is refused by the downlink
+        if self.sparsity == "structured":
+            return replace(start, mask=structured_mask(scores, state.layout, density))
+        whole = state.layout.mask("head") if client.head_whole else None
+        return replace(start, mask=top_mask(scores, density, whole))
 
     def trainable(self, state: FactorState, client: Profile) -> Trainable:
         return Trainable(received_only=self.train == "masked")
+
+    def select(self, start: Tensor, change: Tensor, layout: Layout, budget: int, density: float) -> Tensor:
+        if self.sparsity == "unstructured":
+            return top_k(change, budget)
+        ranks = structured_mask(change, layout, density)
+        chosen = top_k(change.where(ranks, 0.0), budget)  # a density under 1 / r allows less than the rank it takes
+        return chosen[ranks[chosen]]
 
     def aggregate(self, state: FactorState, updates: Updates, advance: Advance = fedavg) -> FactorState:
         state = super().aggregate(state, updates, advance)
         if self.mask == "fixed" and "anchor" not in state.extras:
             state = replace(state, extras={"anchor": state.vector})
         return state
+
+
+def structured_mask(vector: Tensor, layout: Layout, density: float) -> Tensor:
+    """Boolean (n,): each factor's ranks of the largest L2 norms, and the head's largest entries, at that density."""
+    mask = layout.mask()
+    values, marks = layout.unflatten(vector), layout.unflatten(mask)  # views: what is marked there is in the mask
+    for name, pair in values.layers.items():
+        marks.layers[name].A[top_mask(pair.A.double().norm(dim=1), density)] = True
+        marks.layers[name].B[:, top_mask(pair.B.double().norm(dim=0), density)] = True
+    in_head = layout.mask("head")
+    mask[in_head] = top_mask(vector[in_head], density)
+    return mask

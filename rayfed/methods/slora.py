@@ -12,10 +12,10 @@ Stage 2 begins with the result of the last sparse round. Its best approximation 
 and FedIT follows: B <- sum_k p_k B_k, A <- sum_k p_k A_k, with r (in + out) entries both ways. The head trains and is
 averaged in both stages.
 
-A client trains W in the form of an adapter: one factor is W, the other the identity on the layer's shorter side, scale
-1, rank min(in, out). Both ends know the identity and the entries outside the mask, so these do not travel. The mask is
-drawn from the run's seed, so its indices do not travel either. Entry i of the flat vector means something else in each
-stage, so no server optimizer could keep its moments: the plain mean is the only step.
+A client trains W in the form of an adapter (`rayfed.methods._full_matrices`). Both ends know the entries outside the
+mask, so these do not travel. The mask is drawn from the run's seed, so its indices do not travel either. Entry i of the
+flat vector means something else in each stage, so no server optimizer could keep its moments: the plain mean is the
+only step.
 
 Source: secondary; deviates: ours are the share `rho` in each matrix by itself; that matrices without LoRA stay frozen
 in stage 1; and that a direction that W does not have (a singular value of zero) starts as LoRA does, with B = 0 and a
@@ -35,6 +35,7 @@ from rayfed.config.types import Density
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import norm, svd, tail_energy
 from rayfed.methods import Change, LayerMethod, LayerState
+from rayfed.methods._full_matrices import matrix_of, with_identity
 from rayfed.methods._truncation import truncated
 from rayfed.methods.base import Advance, Profile, Start, Trainable, Updates, fedavg, mean_change
 from rayfed.seeding import torch_rng
@@ -84,7 +85,7 @@ class SLoRA(LayerMethod):
         change = mean_change(updates, adapter.layout.size)
         new = adapter.layout.unflatten(advance("vector", adapter.flatten(), change))
         # Copies: views would hold the whole flat vector in memory, identities included.
-        layers = {name: _matrix(pair).clone() if sparse else _copy(pair) for name, pair in new.layers.items()}
+        layers = {name: matrix_of(pair).clone() if sparse else _copy(pair) for name, pair in new.layers.items()}
         state = state.next(layers=layers, head={name: tensor.clone() for name, tensor in new.head.items()})
         return self._to_lora(state) if state.rounds == self.rounds_sparse else state
 
@@ -107,28 +108,15 @@ class SLoRA(LayerMethod):
 def _adapter(state: LayerState) -> Adapter:
     """The global adapter in the form that clients train: stage 1's matrices with an identity, stage 2's pairs."""
     pairs = {
-        name: layer if isinstance(layer, LowRank) else _with_identity(layer, 1.0)
-        for name, layer in state.layers.items()
+        name: layer if isinstance(layer, LowRank) else with_identity(layer) for name, layer in state.layers.items()
     }
     return Adapter(pairs, state.head)
 
 
 def _on_mask(state: LayerState) -> Tensor:
     """Boolean (n,), in stage 1: the entries that train, which are those on the masks and the head's."""
-    marks = {name: _with_identity(state.extras[f"mask.{name}"].float(), 0.0) for name in state.layers}
+    marks = {name: with_identity(state.extras[f"mask.{name}"].float(), 0.0) for name in state.layers}
     return Adapter(marks, {name: torch.ones_like(tensor) for name, tensor in state.head.items()}).flatten().bool()
-
-
-def _with_identity(W: Tensor, diagonal: float) -> LowRank:
-    """W as one factor; the other is ``diagonal`` times the identity, on the shorter side."""
-    out, inner = W.shape
-    other = diagonal * torch.eye(min(out, inner))
-    return LowRank(W, other, 1.0) if inner <= out else LowRank(other, W, 1.0)
-
-
-def _matrix(pair: LowRank) -> Tensor:
-    """The W of which `_with_identity` made the pair."""
-    return pair.B if pair.A.shape[1] <= pair.B.shape[0] else pair.A
 
 
 def _copy(pair: LowRank) -> LowRank:

@@ -59,6 +59,8 @@ class ClientProfiles:
             density_down=self.wire.down.density_at(t, tier.density_down),
             density_up=self.wire.up.density_at(t, tier.density_up),
             examples=examples,
+            density_fixed=self.wire.down.density_at(1, tier.density_down),
+            head_whole=self.wire.down.head == "dense",
         )
 
     @property
@@ -78,11 +80,11 @@ class ClientProfiles:
         own = getattr(self.settings, f"densities_{direction}")
         return bool(wire.density_at(rounds - 1, None if own is None else min(own)) < 1)
 
-    def check(self, sizes: np.ndarray) -> None:
+    def check(self, sizes: np.ndarray, everyone: bool = False) -> None:
         """Raises UserError if the profiles do not fit the population. ``sizes`` (clients,): training rows per client.
 
         A list needs one entry per client. A user's function must return a valid value for every client with training
-        rows (for 100,000 random ones, if there are more), and the same value when it is called again.
+        rows, or ``everyone`` (for 100,000 random ones, if there are more), and the same value when it is called again.
         """
         own = self.settings
         if own.kind == "list" and own.entries != len(sizes):
@@ -91,14 +93,14 @@ class ClientProfiles:
                 "clients"
             )
         if own.kind == "function":
-            for client in self._examined(sizes).tolist():
+            for client in self._examined(sizes, everyone).tolist():
                 tier, again = (self.tier_of(client, int(sizes[client])) for _ in range(2))
                 if again != tier:
                     what = f"it gave client {client} first {tuple(tier)}, then {tuple(again)} (rank, densities)"
                     raise allowed("profiles.function", own.function, what)
 
-    def tier_mix(self, sizes: np.ndarray) -> dict[Tier, int]:
-        """The number of clients with training rows in each tier, smallest rank first.
+    def tier_mix(self, sizes: np.ndarray, everyone: bool = False) -> dict[Tier, int]:
+        """The number of clients with training rows, or of ``everyone``, in each tier, smallest rank first.
 
         ``sizes`` (clients,): training rows per client. If a tier depends on more than the client's number and there are
         more than 100,000 such clients, the counts are those of 100,000 random clients (keyed by the seed).
@@ -107,11 +109,11 @@ class ClientProfiles:
         mix: Counter[Tier] = Counter()
         if own.kind == "same" or (own.kind == "tiers" and own.weights is None):
             tiers = own.entries or 1
-            counts = np.bincount(np.flatnonzero(sizes) % tiers, minlength=tiers)
+            counts = np.bincount(_counted(sizes, everyone) % tiers, minlength=tiers)
             for i in np.flatnonzero(counts):
                 mix[self.tier_of(int(i), 0)] += int(counts[i])
         else:
-            mix.update(self.tier_of(int(c), int(sizes[c])) for c in self._examined(sizes))
+            mix.update(self.tier_of(int(c), int(sizes[c])) for c in self._examined(sizes, everyone))
         return dict(sorted(mix.items()))
 
     def rank_mix(self, sizes: np.ndarray) -> dict[int, int]:
@@ -121,12 +123,17 @@ class ClientProfiles:
             mix[tier.rank] += count
         return dict(mix)
 
-    def _examined(self, sizes: np.ndarray) -> np.ndarray:
-        """All clients with training rows, or MOST_EXAMINED random ones. Evenly spaced clients could share one tier."""
-        clients = np.flatnonzero(sizes)
+    def _examined(self, sizes: np.ndarray, everyone: bool) -> np.ndarray:
+        """All counted clients, or MOST_EXAMINED random ones. Evenly spaced clients could share one tier."""
+        clients = _counted(sizes, everyone)
         if len(clients) <= MOST_EXAMINED:
             return clients
         return seeding.numpy_rng(self.seed, "profile.mix").choice(clients, MOST_EXAMINED, replace=False)
+
+
+def _counted(sizes: np.ndarray, everyone: bool) -> np.ndarray:
+    """The clients with training rows, or all."""
+    return np.arange(len(sizes)) if everyone else np.flatnonzero(sizes)
 
 
 def describe(mix: Mapping[int, int]) -> str:

@@ -101,9 +101,12 @@ class Downlink:
             raise RunError("the global adapter has values that are not finite; lower server.lr or client.lr")
         travels = slice(None) if start.known is None else ~start.known
         vector = start.vector[travels]
+        whole = start.layout.mask("head")[travels] if client.head_whole else None
         mask = None if start.mask is None else start.mask[travels]
         if mask is None and not start.dense and client.density_down < 1:
-            mask = wire.top_mask(vector, client.density_down)
+            mask = wire.top_mask(vector, client.density_down, whole)
+        elif mask is not None and whole is not None:
+            mask = mask | whole
         payload = wire.encode(vector, indices=None if mask is None else mask.nonzero().squeeze(1), values=self.values)
         arrived = self.channel.deliver(payload)
         known, has_already = None, None

@@ -148,7 +148,7 @@ class Server:
         """Trains and evaluates round ``t`` (from 0): its record, and its messages' bytes had they been dense fp32."""
         begun = time.perf_counter()
         plan, sizes = self.plan, self.plan.federation.sizes
-        drawn = cohort(plan.federation.holders, plan.server.cohort, plan.seed, t)
+        drawn = cohort(plan.candidates, plan.server.cohort, plan.seed, t)
         clients = [plan.profiles.profile(c, int(sizes[c]), t) for c in drawn]
         assert plan.pack is not None
         packs = plan_packs(clients, plan.pack, self.costs)

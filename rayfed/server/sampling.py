@@ -20,13 +20,13 @@ from rayfed.profiles.profile import Profile
 from rayfed.tasks.data.federation import Federation
 
 
-def cohort(holders: np.ndarray, count: int, seed: int, t: int) -> list[int]:
-    """``count`` distinct clients for round ``t``, uniform among those that hold data, in the order drawn.
+def cohort(candidates: np.ndarray, count: int, seed: int, t: int) -> list[int]:
+    """``count`` distinct clients for round ``t``, uniform among the ``candidates``, in the order drawn.
 
-    ``holders``: the clients that hold data. A draw takes time for ``count`` clients, not for the population. Every run
-    seed has its own cohorts. ValueError where too few clients hold data.
+    A draw takes time for ``count`` clients, not for the population. Every run seed has its own cohorts. ValueError
+    where there are too few candidates.
     """
-    drawn: list[int] = seeding.numpy_rng(seed, "cohort", t).choice(holders, size=count, replace=False).tolist()
+    drawn: list[int] = seeding.numpy_rng(seed, "cohort", t).choice(candidates, size=count, replace=False).tolist()
     return drawn
 
 

@@ -216,15 +216,14 @@ def _submission(
     orders = []
     for client in pack:
         received, trainable = downlink.of(client), plan.method.trainable(state, client)
-        density = 1.0 if received.start.dense else client.density_up
         orders.append(
             ClientOrder(
                 client=client.client,
                 layout=received.start.layout,
                 payload=index(received.handle),
                 trainable=trainable,
-                budget=received.budget(trainable, density),
-                density_up=density,
+                budget=received.budget(trainable, client.density_up),
+                density_up=client.density_up,
                 values=plan.wire.up.values,
                 weight=plan.weighting.weight(client),
                 known=None if received.known is None else index(received.known),

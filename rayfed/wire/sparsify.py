@@ -66,12 +66,13 @@ def top_k(x: Tensor, k: int) -> Tensor:
     return torch.from_numpy(_largest(bits, k).astype(np.int64, copy=False)).to(x.device)
 
 
-def top_mask(x: Tensor, density: float) -> Tensor:
+def top_mask(x: Tensor, density: float, whole: Tensor | None = None) -> Tensor:
     """A mask of the ``keep_count(n, density)`` largest magnitudes of a flat vector; ties as in ``top_k``.
 
     Args:
         x: shape (n,), any real floating dtype, any device.
         density: share of entries to keep, over 0 and at most 1.
+        whole: bool, shape (n,): entries that travel in any case. The density is that of the others. None: no entry.
 
     Returns:
         bool, shape (n,), on the device of ``x``; True where the entry travels.
@@ -79,6 +80,10 @@ def top_mask(x: Tensor, density: float) -> Tensor:
     Raises:
         ValueError: as ``top_k``.
     """
+    if whole is not None:
+        mask = whole.clone()
+        mask[~whole] = top_mask(x[~whole], density)
+        return mask
     mask = torch.zeros(x.numel(), dtype=torch.bool, device=x.device)
     mask[top_k(x, keep_count(x.numel(), density))] = True
     return mask

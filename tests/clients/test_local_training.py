@@ -313,6 +313,11 @@ def test_steps_cycle_through_epochs_and_override_them(steps):
     assert all(np.array_equal(a, b) for a, b in zip(plan, whole))
 
 
+def test_no_rows_make_no_batch():
+    for steps in (None, 3):
+        assert batches(np.array([], np.int64), Client(steps=steps), seed=0, t=0, client=0) == []
+
+
 def test_fewer_rows_than_a_batch_make_one_batch():
     (only,) = batches(np.array([5, 9]), Client(batch_size=4), seed=0, t=0, client=0)
     assert sorted(only.tolist()) == [5, 9]

@@ -22,7 +22,7 @@ NOTHING_SECTIONS = {"tracking", "checkpoint", "export"}
 DATA_SECTIONS = {"seed", "data", "problem", "partition", "model"}
 MODEL_SECTIONS = {"data", "problem", "model", "lora"}
 # Not decided by the setting, but checked against it, so that they are in the key.
-CHECKED_WITH_DATA = {"server.cohort"}
+CHECKED_WITH_DATA = {"server.cohort", "server.empty_clients"}
 CHECKED_WITH_MODEL = {"engine.gradient_checkpointing"}
 
 

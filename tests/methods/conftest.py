@@ -50,7 +50,7 @@ def play(
             trained = torch.where(support, wanted, vector)
         up = trainable.uploaded(start.layout, support)
         change = torch.where(up, trained - vector, 0.0)
-        density = 1.0 if start.dense else client.density_up
+        density = client.density_up
         budget = int(density * int(trainable.uploaded(start.layout, trainable.support(start.layout, None)).sum()))
         if density < 1:
             chosen = method.select(vector, change, start.layout, budget, density)

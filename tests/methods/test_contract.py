@@ -23,6 +23,7 @@ VARIANTS = [
     ("fedview", {"start": "half", "split": "b"}),
     ("fedview", {"start": "fresh", "split": "balanced"}),
     ("flasc", {"mask": "fixed", "train": "masked"}),
+    ("flasc", {"sparsity": "structured"}),
     ("florist", {"tau": 0.9}),
     ("hetlora", {"gamma": 0.5, "weighting": "given", "regularizer": 0.0}),
     ("hetlora", {"gamma": 0.5}),
@@ -96,8 +97,8 @@ def test_a_restored_state_goes_on_to_the_same_bits(play, random_adapter, name, o
 @every_method
 @pytest.mark.parametrize("zero", [True, False], ids=["B = 0", "random B"])
 def test_a_client_is_sent_all_that_the_first_state_changes(random_adapter, name, options, zero):
-    """Of a given adapter a client has nothing. What it knows of its start is drawn from a seed or 0; what lies below
-    its start is its base update, which the server counts.
+    """Of a given adapter a client has nothing. What it knows of its start is the same for every adapter; what lies
+    below its start is its base update, which the server counts.
     """
     method = build(name, **options)
     state = started(method, random_adapter, zero)
@@ -106,18 +107,20 @@ def test_a_client_is_sent_all_that_the_first_state_changes(random_adapter, name,
         assert zero is False or method.base_update(state) is None
         return
     given = random_adapter(NON_SQUARE, RANK, 2.0, seed=1)
-    start = method.broadcast(state, Profile(0, RANK, 2.0))
-    sent = start.vector if start.known is None else torch.where(start.known, 0.0, start.vector)
-    travels, update = start.layout.unflatten(sent), method.base_update(state)
-    known = start.layout.unflatten(start.vector - sent)
-    assert not any(pair.B.any() for pair in known.layers.values())
+    another = method.init(random_adapter(NON_SQUARE, RANK, 2.0, seed=2), seed=7)
+    start, other = (method.broadcast(first, Profile(0, RANK, 2.0)) for first in (state, another))
+    if start.known is not None:
+        assert torch.equal(start.known, other.known)
+        assert torch.equal(start.vector[start.known], other.vector[start.known])
+        assert not (start.known & start.layout.mask("head")).any()
+    received, update = start.layout.unflatten(start.vector), method.base_update(state)
     assert update is None or update.numel() >= sum(RANK * (out + inner) for out, inner in NON_SQUARE.values())
     for layer, pair in given.layers.items():
         torch.testing.assert_close(dense(method.delta(state, layer)), dense(pair), rtol=1e-5, atol=1e-5)
         below = 0.0 if update is None else dense(pair)
         merged = dense(start.merge.layers[layer]) if start.merge is not None else 0.0
-        torch.testing.assert_close(below + merged + dense(travels.layers[layer]), dense(pair), rtol=1e-4, atol=1e-4)
-    assert torch.equal(travels.head["head.weight"], given.head["head.weight"])
+        torch.testing.assert_close(below + merged + dense(received.layers[layer]), dense(pair), rtol=1e-4, atol=1e-4)
+    assert torch.equal(received.head["head.weight"], given.head["head.weight"])
 
 
 @every_method

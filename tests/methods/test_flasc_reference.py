@@ -1,8 +1,6 @@
 """FLASC against a dense reference written from the paper's equations on a real PEFT model: masks and loops.
 
-The reference shares with rayfed only what the equations leave open: who is drawn, in which order a client sees its
-rows, and the start values. It trains a PEFT model with torch's own optimizers, one client at a time, and keeps the
-global model as a plain vector.
+tests/methods/peft_reference.py says what the reference shares with rayfed.
 """
 
 from __future__ import annotations
@@ -11,60 +9,13 @@ import math
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft_reference import ROUNDS, PeftClient, random_start, run, top
 
 import rayfed
 from rayfed.clients.local_training import batches
 from rayfed.clients.plan import RunPlan
-from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.lora.peft import lora_config
-from rayfed.server.checkpoint import restore
+from rayfed.lora.adapter import Adapter
 from rayfed.server.sampling import cohort
-from rayfed.tasks.models.base import load_base
-
-ROUNDS = 5
-
-
-def top(values: torch.Tensor, k: int) -> torch.Tensor:
-    """1 where an entry is among the k largest magnitudes, the lower index winning ties; sorted in plain Python."""
-    order = sorted(range(len(values)), key=lambda i: (-abs(float(values[i])), i))
-    mask = torch.zeros(len(values))
-    mask[order[:k]] = 1.0
-    return mask
-
-
-class PeftClient:
-    """A PEFT model whose trainable parameters can be set from, and read as, the flat vector."""
-
-    def __init__(self, experiment, plan, start):
-        base = load_base(experiment.model, len(plan.federation.classes), experiment.seed)
-        self.model = get_peft_model(
-            base.model, lora_config(**experiment.lora.model_dump(exclude={"train"}), head=base.head)
-        ).eval()
-        named = dict(self.model.named_parameters())
-        self.parameters = []
-        for entry in start.layout.entries:
-            prefix = f"base_model.model.{entry.name}"
-            if entry.part == "head":
-                module, _, kind = prefix.rpartition(".")
-                self.parameters.append(named[f"{module}.modules_to_save.default.{kind}"])
-            else:
-                self.parameters.append(named[f"{prefix}.lora_{entry.part}.default.weight"])
-
-    def train(self, start, steps, federation, settings):
-        with torch.no_grad():
-            offset = 0
-            for parameter in self.parameters:
-                parameter.copy_(start[offset : offset + parameter.numel()].view_as(parameter))
-                offset += parameter.numel()
-        optimizer = torch.optim.SGD(self.parameters, lr=settings.lr, momentum=settings.momentum)
-        for rows in steps:
-            batch = federation.train.batch(rows, padded=True)
-            labels = batch.pop("labels")
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(self.model(**batch).logits, labels).backward()
-            optimizer.step()
-        return torch.cat([p.detach().flatten() for p in self.parameters])
 
 
 def reference(experiment, plan, start: Adapter) -> torch.Tensor:
@@ -96,24 +47,6 @@ def reference(experiment, plan, start: Adapter) -> torch.Tensor:
     return P
 
 
-def random_start(adapter: Adapter) -> Adapter:
-    """B = 0 would leave A's first changes at rounding level, and a comparison of them would say nothing."""
-    draw = torch.Generator().manual_seed(7)
-    layers = {
-        name: LowRank(0.1 * torch.randn(pair.B.shape, generator=draw), pair.A, pair.scale)
-        for name, pair in sorted(adapter.layers.items())
-    }
-    return Adapter(layers, adapter.head)
-
-
-def run(experiment, out) -> torch.Tensor:
-    rayfed.run(experiment, out=out)
-    found, _ = restore(out, experiment.digest())
-    assert found is not None
-    assert found.checkpoint.round == ROUNDS
-    return found.method["vector"]
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "fedadam"])
 @pytest.mark.parametrize("density", [1, 0.25, 0.0625])
 def test_all_rounds_agree_with_the_reference(tiny, tmp_path, monkeypatch, density, optimizer):
@@ -123,7 +56,7 @@ def test_all_rounds_agree_with_the_reference(tiny, tmp_path, monkeypatch, densit
     )  # fmt: skip
     fresh = RunPlan.start
     monkeypatch.setattr(RunPlan, "start", lambda plan: random_start(fresh(plan)))
-    ours = run(experiment, tmp_path / "run")
+    ours = run(experiment, tmp_path / "run")["vector"]
     plan = rayfed.prepare(experiment)
     start = plan.start()
     theirs = reference(experiment, plan, start)

@@ -72,6 +72,15 @@ def test_keep_count_stays_in_range(n, density):
 
 
 @given(st.integers(0, 300), st.floats(0.01, 1), st.integers(0, 1000))
+def test_entries_that_travel_whole_do_not_count(n, density, seed):
+    x = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    whole = torch.arange(n) % 3 == 0
+    mask = top_mask(x, density, whole)
+    assert bool(mask[whole].all())
+    assert torch.equal(mask[~whole], top_mask(x[~whole], density))
+
+
+@given(st.integers(0, 300), st.floats(0.01, 1), st.integers(0, 1000))
 def test_top_mask_agrees_with_top_k(n, density, seed):
     x = torch.from_numpy(np.random.default_rng(seed).integers(-4, 5, n).astype(np.float32))
     mask = top_mask(x, density)

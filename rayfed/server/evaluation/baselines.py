@@ -95,7 +95,7 @@ def _same_rounds(
         optimizer.lr = scheduled(optimizer.base_lr, plan.server.schedule, t, plan.server.rounds)
         lr = scheduled(plan.client.lr, plan.client.schedule, t, plan.server.rounds)
         updates = []
-        for c in cohort(plan.federation.holders, plan.server.cohort, plan.seed, t):
+        for c in cohort(plan.candidates, plan.server.cohort, plan.seed, t):
             rows = plan.federation.rows_of(c)
             (trained,) = train_pack(context, [PackMember(c, state.layout, state.vector, everything, rows)], lr=lr, t=t)
             profile = plan.profiles.profile(c, len(rows), t)

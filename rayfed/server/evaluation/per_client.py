@@ -53,7 +53,7 @@ def unseen_metrics(plan: RunPlan, model: Model, t: int, executor: Executor) -> d
     Keys: `test/loss_unseen` and `test/accuracy_unseen` (or the task's metric); None where there are no such clients.
     """
     federation = plan.federation
-    seen = {c for s in range(t + 1) for c in cohort(federation.holders, plan.server.cohort, plan.seed, s)}
+    seen = {c for s in range(t + 1) for c in cohort(plan.candidates, plan.server.cohort, plan.seed, s)}
     owners = np.repeat(np.arange(federation.clients), federation.sizes)
     rows = np.sort(federation.rows[~np.isin(owners, list(seen))])
     outputs = evaluate(executor, federation, {"": model}, ("train",), plan.eval.batch_size, rows=rows)

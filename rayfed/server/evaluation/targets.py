@@ -8,6 +8,7 @@ FLASC evaluates under every tier's mask; with mixed ranks, the truncation counts
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def round_metrics(plan: RunPlan, state: Any, t: int, downlink: Downlink, executo
     if one_mask and first and first.has is not None and first.start.layout == layout and first.start.known is None:
         models["_masked"] = vector * first.has, layout
     if plan.eval.tiers:
-        models |= tier_models(plan, state, t, executor)
+        models |= tier_models(plan, state, t, downlink, executor)
     outputs = evaluate(executor, plan.federation, models, splits, plan.eval.batch_size)
     found = metrics(plan.task, plan.federation, outputs, [*dict.fromkeys((*suffixes, *models))], splits)
     if plan.eval.clients:
@@ -86,17 +87,24 @@ def global_changes(method: Method, state: Any) -> dict[str, LowRank | Tensor]:
     return {name: method.delta(state, name) for name in method.layers(state)}
 
 
-def tier_models(plan: RunPlan, state: Any, t: int, executor: Executor) -> dict[str, Model]:
+def tier_models(plan: RunPlan, state: Any, t: int, downlink: Downlink, executor: Executor) -> dict[str, Model]:
     """Each tier's model, by the suffix of its metric keys: `_rank_4`, with `_density_0.25` where downloads are sparse.
 
+    ``downlink`` has the downloads of round ``t``, which led to the state: `eval.tier_masks` may ask for their masks.
     None for methods whose clients all have models of their own.
     """
     if plan.method.personal:
         return {}
-    downlink = Downlink(plan.method, state, plan.wire.down.values, plan.channel, executor)
+    following = Downlink(plan.method, state, plan.wire.down.values, plan.channel, executor)
     models = {}
-    for tier in plan.profiles.tier_mix(plan.federation.sizes):
+    for tier in plan.profiles.tier_mix(plan.federation.sizes, plan.server.empty_clients):
         profile = plan.profiles.of_tier(tier, t)
         density = f"_density_{profile.density_down:g}" if profile.density_down < 1 else ""
-        models[f"_rank_{tier.rank}{density}"] = downlink.of(profile).model()
+        download = following.of(profile)
+        if plan.eval.tier_masks == "round":
+            start, before = download.start, downlink.of(profile)
+            if before.start.layout == start.layout:  # else a mask of the round says nothing about the new state
+                vector = start.vector if before.has is None else start.vector * before.has
+                download = replace(download, vector=vector)
+        models[f"_rank_{tier.rank}{density}"] = download.model()
     return models

@@ -6,9 +6,16 @@ import pytest
 import torch
 
 import rayfed
+from rayfed import wire
 from rayfed.api import prepare
 from rayfed.engine.local_executor import LocalExecutor
+from rayfed.server.downlink import Downlink
 from rayfed.server.evaluation.targets import tier_models
+
+
+def downloads(plan, state, executor):
+    """The downloads of a round that begins with the state."""
+    return Downlink(plan.method, state, plan.wire.down.values, plan.channel, executor)
 
 
 @pytest.mark.parametrize("scale", ["own", "server"])
@@ -28,7 +35,7 @@ def test_density_tiers_keep_the_largest_entries(tiny):
     plan = prepare(tiny("profiles.kind=tiers", "profiles.densities_down=[0.25,1.0]", "eval.tiers=true"))
     state = plan.method.init(plan.start(), plan.seed)
     executor = LocalExecutor(plan)
-    models = tier_models(plan, state, 0, executor)
+    models = tier_models(plan, state, 0, downloads(plan, state, executor), executor)
     executor.close()
     assert sorted(models) == ["_rank_4", "_rank_4_density_0.25"]
     sparse, _ = models["_rank_4_density_0.25"]
@@ -36,6 +43,21 @@ def test_density_tiers_keep_the_largest_entries(tiny):
     assert int(kept.sum()) == int(0.25 * len(sparse))
     assert torch.equal(sparse[kept], state.vector[kept])
     assert float(state.vector[~kept].abs().max()) <= float(sparse[kept].abs().min())
+
+
+@pytest.mark.parametrize(("masks", "cut_from"), [("next", 1), ("round", 0)])
+def test_tiers_are_measured_under_their_next_masks_or_those_of_the_round(tiny, masks, cut_from):
+    tiers = ("profiles.kind=tiers", "profiles.densities_down=[0.25,1.0]", f"eval.tier_masks={masks}")
+    plan = prepare(tiny(*tiers))
+    before = plan.method.init(plan.start(), plan.seed)
+    draw = torch.Generator().manual_seed(0)
+    state = before.next(vector=torch.randn(before.vector.shape, generator=draw))
+    executor = LocalExecutor(plan)
+    models = tier_models(plan, state, 0, downloads(plan, before, executor), executor)
+    executor.close()
+    kept = wire.top_mask((before, state)[cut_from].vector, 0.25)
+    assert torch.equal(models["_rank_4_density_0.25"][0], state.vector * kept)
+    assert torch.equal(models["_rank_4"][0], state.vector)
 
 
 @pytest.mark.parametrize("name", ["flora", "fedview"])
