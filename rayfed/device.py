@@ -3,8 +3,35 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
+from pathlib import Path
 
 import torch
+
+
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether the device (`engine.device`) has instructions for products in bfloat16. A GPU elsewhere counts as new."""
+    if device == "cpu":
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+
+
+def capability(device: str) -> str:
+    """What matrix libraries choose their kernels by: equal plans give equal bits on devices of one capability.
+
+    Of a GPU that this process lacks: only the name of the device.
+    """
+    if device != "cpu":
+        if not torch.cuda.is_available():
+            return device
+        major, minor = torch.cuda.get_device_capability()
+        return f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+    cpuinfo = Path("/proc/cpuinfo")  # only on Linux
+    vendor = re.search(r"vendor_id\s*: (\S+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else None
+    extra = {"AMX": torch.cpu._is_amx_tile_supported(), "AVX512_BF16": torch.cpu._is_avx512_bf16_supported()}
+    kinds = [torch.backends.cpu.get_cpu_capability(), *(name for name, found in extra.items() if found)]
+    return f"{vendor[1] if vendor else platform.machine()} {' '.join(kinds)}"
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

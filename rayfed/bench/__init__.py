@@ -18,7 +18,7 @@ from rayfed.config.load import validate_as
 from rayfed.config.types import Section
 from rayfed.errors import UserError
 
-BENCHMARKS = ("aggregate", "algebra", "round", "scale", "train", "wire")
+BENCHMARKS = ("aggregate", "algebra", "round", "scale", "step", "train", "wire")
 Sizes = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
 
 

@@ -24,7 +24,7 @@ from rayfed.lora.adapter import Entry
 from rayfed.lora.peft import PREFIX, lora_config
 from rayfed.tasks.data.tokens import Tokens
 
-TrainRound = Callable[[Tensor, int, Sequence[Sequence[int]], int | None], Tensor]
+TrainRound = Callable[[Tensor, int, Sequence[Sequence[int]], int | None, bool], Tensor]
 _this_process: tuple[RunPlan, nn.Module, list[nn.Parameter]]
 
 
@@ -32,9 +32,10 @@ _this_process: tuple[RunPlan, nn.Module, list[nn.Parameter]]
 def bare_loop(plan: RunPlan) -> Iterator[TrainRound]:
     """As many processes as the plan has workers, with one thread each, and a function that trains a round on them.
 
-    The function takes the weights (n,) before the round, the round, the clients of each process and the tokens of every
-    row (None: as many as the longest row of its batch has). It returns the mean (n,) of the clients' weights after the
-    round, weighted by examples. The processes load the model during the first round.
+    The function takes the weights (n,) before the round, the round, the clients of each process, the tokens of every
+    row (None: as many as the longest row of its batch has), and whether to compute in torch's autocast to bfloat16. It
+    returns the mean (n,) of the clients' weights after the round, weighted by examples. The processes load the model
+    during the first round.
     """
     plan = replace(plan, profiles=cast(Any, None))  # not needed here, and its rule may be a lambda
     with ExitStack() as stack:
@@ -43,9 +44,12 @@ def bare_loop(plan: RunPlan) -> Iterator[TrainRound]:
             for _ in range(plan.engine.workers)
         ]
 
-        def train(vector: Tensor, t: int, clients: Sequence[Sequence[int]], pad_to: int | None) -> Tensor:
+        def train(
+            vector: Tensor, t: int, clients: Sequence[Sequence[int]], pad_to: int | None, autocast: bool
+        ) -> Tensor:
             work = [
-                pool.submit(_train, vector.numpy(), t, own, pad_to) for pool, own in zip(pools, clients, strict=True)
+                pool.submit(_train, vector.numpy(), t, own, pad_to, autocast)
+                for pool, own in zip(pools, clients, strict=True)
             ]
             parts = [future.result() for future in work]
             return torch.from_numpy(sum(total for total, _ in parts) / sum(examples for _, examples in parts))
@@ -58,7 +62,7 @@ def bare_model(plan: RunPlan) -> tuple[nn.Module, list[nn.Parameter]]:
     from peft import get_peft_model
 
     base = plan.task.load_base(plan.federation)
-    config = lora_config(**plan.lora.model_dump(exclude={"train"}), head=base.head)
+    config = lora_config(**plan.lora.model_dump(exclude={"train", "compute"}), head=base.head)
     model = get_peft_model(cast(Any, base.model), config).eval()
     model.requires_grad_(False)
     named = dict(model.named_parameters())
@@ -70,7 +74,7 @@ def bare_model(plan: RunPlan) -> tuple[nn.Module, list[nn.Parameter]]:
 
 def train_client(
     model: nn.Module, parameters: list[nn.Parameter], plan: RunPlan, vector: Tensor, client: int, t: int,
-    pad_to: int | None,
+    pad_to: int | None, autocast: bool = False,
 ) -> Tensor:  # fmt: skip
     """The client's weights (n,) after round ``t``, from ``vector`` (n,)."""
     settings, data = plan.client, cast(Tokens, plan.federation.train)
@@ -85,7 +89,9 @@ def train_client(
             inputs["input_ids"] = nn.functional.pad(inputs["input_ids"], extra, value=data.pad_id)
             inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], extra)
         optimizer.zero_grad(set_to_none=True)
-        nn.functional.cross_entropy(model(**inputs).logits, labels).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(**inputs).logits
+        nn.functional.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
     return nn.utils.parameters_to_vector(parameters).detach()
 
@@ -96,13 +102,15 @@ def _load(plan: RunPlan) -> None:
     _this_process = (plan, *bare_model(plan))
 
 
-def _train(vector: np.ndarray, t: int, clients: Sequence[int], pad_to: int | None) -> tuple[np.ndarray, int]:
+def _train(
+    vector: np.ndarray, t: int, clients: Sequence[int], pad_to: int | None, autocast: bool
+) -> tuple[np.ndarray, int]:
     """The sum of the clients' weights (n,), weighted by examples, and the examples."""
     plan, model, parameters = _this_process
-    total, examples = np.zeros_like(vector), 0
+    total, examples, start = np.zeros_like(vector), 0, torch.from_numpy(vector)
     for client in clients:
         rows = len(plan.federation.rows_of(client))
-        total += rows * train_client(model, parameters, plan, torch.from_numpy(vector), client, t, pad_to).numpy()
+        total += rows * train_client(model, parameters, plan, start, client, t, pad_to, autocast).numpy()
         examples += rows
     return total, examples
 

@@ -2,9 +2,9 @@
 
 A is a whole round on Ray: downlink, training, wire, aggregation, ledger, checkpoint, without evaluation. B is
 `rayfed.bench.bare`, which encodes, counts and writes nothing. B has as many processes as A has workers, with one
-thread each, and its clients are dealt out as evenly as packs are. A and both variants of B run every round in turn,
+thread each, and its clients are dealt out as evenly as packs are. A and all variants of B run every round in turn,
 from the same weights. Everything is sent dense, so both must arrive at the same weights; `difference` is the largest
-relative error.
+relative error. Where A computes in bfloat16, B runs in float32, and once more in torch's autocast to bfloat16.
 
 A's seconds, as medians over the rounds: `s in packs` is a worker's share of the time that the packs took (decode,
 train, encode); `s waiting besides` is how much longer the server waited (Ray, and one worker for the other); `s on the
@@ -67,11 +67,15 @@ def measure(**overrides: Any) -> list[Row]:
 
 
 def compare(name: str, experiment: Experiment) -> list[Row]:
-    """One row for each padding of the bare loop: to `data.max_tokens`, and to the longest of a batch."""
+    """One row for each variant of the bare loop: padded to `data.max_tokens`, or to the longest of a batch; formats."""
     plan = prepare(experiment)
-    paddings = {f"to {experiment.data.max_tokens}": experiment.data.max_tokens, "to the longest": None}
-    times: dict[str, list[tuple[Times, Times]]] = {padding: [] for padding in paddings}
-    difference, parts = 0.0, []
+    variants: dict[str, tuple[int | None, bool]] = {
+        f"padded {to}{', autocast' if autocast else ''}": (pad_to, autocast)
+        for autocast in (False, True)[: 1 if plan.model.dtype == "float32" else 2]
+        for to, pad_to in ((f"to {experiment.data.max_tokens}", experiment.data.max_tokens), ("to the longest", None))
+    }
+    times: dict[str, list[tuple[Times, Times]]] = {variant: [] for variant in variants}
+    differences, parts = dict.fromkeys(variants, 0.0), []
     with tempfile.TemporaryDirectory() as folder, stepwise(plan, Path(folder)) as server, bare_loop(plan) as bare:
         server.executor = executor = _Clocked(server.executor)
         rounds = server.rounds()
@@ -82,16 +86,17 @@ def compare(name: str, experiment: Experiment) -> list[Row]:
             waited = record["time/train_s"] - record["time/server_s"]
             parts.append((packs, waited - packs, record["time/server_s"], mine.wall - record["time/train_s"]))
             clients = _deal(plan, t)
-            for padding, pad_to in paddings.items():
-                theirs, after = timed(partial(bare, before, t, clients, pad_to))
-                times[padding].append((mine, theirs))
-                difference = max(difference, float((server.state.vector - after).norm() / (after - before).norm()))
-        a = f"a round on Ray, {plan.engine.workers} workers, packs of {server.plan.pack}"
+            for variant, options in variants.items():
+                theirs, after = timed(partial(bare, before, t, clients, *options))
+                times[variant].append((mine, theirs))
+                error = float((server.state.vector - after).norm() / (after - before).norm())
+                differences[variant] = max(differences[variant], error)
+        a = f"a round on Ray, {plan.engine.workers} workers, packs of {server.plan.pack}, {plan.model.dtype}"
     medians = dict(zip(PARTS, np.median(parts[1:], 0).tolist(), strict=True))
     rows = []
-    for padding, measured in times.items():
-        row = compared(name, a, f"bare loop, padded {padding}", measured[1:], {}, elsewhere=True)
-        row.facts.update({"share of its time": 1 / row.ratio, "difference": difference, **medians})
+    for variant, measured in times.items():
+        row = compared(name, a, f"bare loop, {variant}", measured[1:], {}, elsewhere=True)
+        row.facts.update({"share of its time": 1 / row.ratio, "difference": differences[variant], **medians})
         rows.append(row)
     return rows
 

@@ -32,6 +32,7 @@ from rayfed.lora.adapter import fresh_adapter
 from rayfed.lora.packed.stack import Stack, head_values
 from rayfed.lora.peft import is_conv1d, layer_shape
 from rayfed.tasks.models.base import FrozenBase, in_dtype
+from rayfed.tasks.models.padded_attention import use_float32_attention
 from rayfed.tasks.text_classification import TextClassification
 
 CLASSES, RANK, STEPS = 10, 16, 3
@@ -102,6 +103,8 @@ class _Bench:
         torch.manual_seed(0)
         kind = AutoModelForImageClassification if shape.images else AutoModelForSequenceClassification
         model = in_dtype(FrozenBase(kind.from_config(shape.config).eval(), (shape.head,)), dtype).model.to(device)
+        if device.type == "cpu" and dtype != "float32":
+            use_float32_attention(model)  # as a run does
         linear = {
             name: layer_shape(layer)
             for name, layer in model.named_modules()
@@ -114,7 +117,7 @@ class _Bench:
         self.rows, self.device = _Rows(shape, batch, getattr(torch, dtype)), device
         settings = validate({"client": {"batch_size": batch, "steps": STEPS}})
         self.context = TrainingContext(
-            Stack(model, shapes, [shape.head]),
+            Stack(model, shapes, [shape.head], compute=getattr(torch, dtype)),
             lambda inputs: model(**inputs).logits,
             TextClassification(settings.data, settings.partition, settings.model, seed=0),
             self.rows,

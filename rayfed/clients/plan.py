@@ -18,6 +18,7 @@ from rayfed.config.execution import Checkpoint, Engine, Export, Tracking
 from rayfed.config.marks import settings_digest
 from rayfed.config.method import Lora, Wire
 from rayfed.config.training import Client, Eval, Server
+from rayfed.device import capability
 from rayfed.lora.adapter import Adapter, fresh_adapter, scale_of
 from rayfed.methods import Method
 from rayfed.objectives import Objective
@@ -78,6 +79,16 @@ class RunPlan:
     def trained_shapes(self) -> Mapping[str, tuple[int, int]]:
         """(out, in) of the layers whose adapters train, by name: none where only the head trains."""
         return {} if self.lora.train == "head" else self.model.shapes
+
+    @property
+    def lora_compute(self) -> str:
+        """Number format of the operands in products with adapters: `lora.compute`, where auto is the base's format."""
+        return self.model.dtype if self.lora.compute == "auto" else self.lora.compute
+
+    @property
+    def capability(self) -> str:
+        """That of this process's device, see `rayfed.device.capability`."""
+        return capability(self.engine.device)
 
     @cached_property
     def one_mask(self) -> bool:

@@ -28,6 +28,7 @@ from rayfed.methods import BaseChange, merged
 from rayfed.own_code import own_failures
 from rayfed.tasks.models.base import in_dtype, logits_of
 from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
+from rayfed.tasks.models.padded_attention import use_float32_attention
 from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel
 
 SPLITS: tuple[messages.SplitName, ...] = ("train", "validation", "test")
@@ -41,12 +42,16 @@ class Trainer:
         self.plan, self.device = plan, torch.device(plan.engine.device)
         base = in_dtype(plan.task.load_base(plan.federation), plan.model.dtype)
         self.model = base.model.to(self.device)
-        self.stack = Stack(self.model, plan.trained_shapes, base.head, plan.lora.dropout)
+        self.stack = Stack(
+            self.model, plan.trained_shapes, base.head, plan.lora.dropout, getattr(torch, plan.lora_compute)
+        )
         if plan.engine.gradient_checkpointing:
             enable_gradient_checkpointing(self.model)
         self.head = list((self.stack.head or head_layers(self.model, base.frozen_head)).values())
         batching = plan.model.batching
         self.unpadded = UnpaddedModel(self.model, batching) if isinstance(batching, Unpadded) else None
+        if self.unpadded is None and self.device.type == "cpu" and plan.model.dtype != "float32":
+            use_float32_attention(self.model)
         # Row indices in order of length: batches of evaluation hold little padding.
         self.by_length = {name: np.argsort(plan.federation.split(name).lengths, kind="stable") for name in SPLITS}
         data, padded = plan.federation.train, self.unpadded is None

@@ -14,7 +14,8 @@ from rayfed.config.describe import format_value, iter_fields, section_of
 from rayfed.config.schema import Experiment
 from rayfed.config.types import Aspect, Decides, Section
 
-HASHES = ("fingerprint", "adapter_digest")  # settings that rayfed itself computes, where there is something to hash
+NEUTRAL = (("fingerprint", None), ("adapter_digest", None), ("compute", "auto"))
+"""Names and values: there is no object or adapter to hash; adapters compute in the base's format."""
 
 
 def decides(name: str) -> tuple[Aspect, ...]:
@@ -105,14 +106,14 @@ def searched() -> tuple[str, ...]:
 def _select(settings: Mapping[str, Any], aspects: set[Aspect], prefix: str = "") -> dict[str, Any]:
     """The settings that decide one of the aspects. A section of which nothing is left is left out.
 
-    So is a hash of what is not there, an object or an adapter: digests of other runs do not depend on these settings.
+    So are settings at values that change nothing, see `NEUTRAL`: digests of most runs do not depend on these settings.
     """
     selected = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
             if part := _select(value, aspects, f"{prefix}{name}."):
                 selected[name] = part
-        elif aspects & set(decides(f"{prefix}{name}")) and (value is not None or name not in HASHES):
+        elif aspects & set(decides(f"{prefix}{name}")) and (name, value) not in NEUTRAL:
             selected[name] = value
     return selected
 

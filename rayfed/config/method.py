@@ -47,6 +47,10 @@ class Lora(Section):
     """PEFT's target_modules: names, a regular expression or `all-linear`; null: PEFT's choice."""
     layers_to_transform: Indices | None = None
     """Indices, from 0, of the layers with adapters; null: all. Needs target_modules as a list."""
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the operands in products with adapters, which are float32 themselves; auto: model.dtype. With
+    bfloat16, operands and results are rounded, as torch's autocast does; it needs model.dtype=bfloat16.
+    """
     train: Literal["all", "head"] = "all"
     """`all`: adapters and head train; `head`: only the head trains, on the frozen base model."""
 

@@ -58,7 +58,23 @@ class Experiment(Section, metaclass=_Refuses):
     export: Export = section(Export)
 
     @model_validator(mode="after")
+    def _chosen_dtype(self) -> Experiment:
+        if self.model.dtype == "auto":
+            from rayfed.device import multiplies_bfloat16  # takes a second to import
+
+            exact = self.data.source == "lowrank"  # computes in float32 alone
+            dtype = "bfloat16" if not exact and multiplies_bfloat16(self.engine.device) else "float32"
+            # The settings of a run never say auto, so their digest names the choice. (Frozen: no plain assignment.)
+            object.__setattr__(self, "model", self.model.model_copy(update={"dtype": dtype}))
+        return self
+
+    @model_validator(mode="after")
     def _combinations(self) -> Experiment:
+        if self.lora.compute == "bfloat16" and self.model.dtype != "bfloat16":
+            raise ValueError(
+                "lora.compute: got 'bfloat16', but that needs model.dtype=bfloat16, and the dtype is "
+                f"{self.model.dtype}; auto and float32 are allowed"
+            )
         if self.lora.train == "head" and self.model.head == "frozen":
             raise ValueError("lora.train: got 'head', but model.head=frozen leaves nothing to train; all is allowed")
         if self.engine.kind == "ray" and self.engine.device == "cuda" and not self.engine.gpus:

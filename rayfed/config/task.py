@@ -181,10 +181,12 @@ class Model(Section):
     """`trained`: the head trains with the adapters and is sent. `frozen`: every weight matrix of the head is fixed to
     random orthonormal rows, drawn from `seed`; then only adapters learn.
     """
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Number format of the frozen base model and its activations, in training and evaluation. Adapters, head, loss,
     optimizer states and messages are float32 in any case. bfloat16 halves the memory of the base model and is fast on
-    devices that compute in it; a client's trained change differs by 1 or 2 percent.
+    devices that compute in it; a client's trained change differs by about 1 percent. auto: bfloat16 if engine.device
+    multiplies in it (a CPU with AMX or AVX512_BF16; a GPU of compute capability 8.0 or more, or one that this machine
+    lacks), else float32. The choice is made where the settings are read, and config.yaml has it.
     """
     adapter: DecidesNothing[Text | None] = None
     """Where training starts: a run directory, or a folder with a LoRA in PEFT's format (safetensors). null: at B = 0, a

@@ -33,13 +33,17 @@ POLL = 0.5  # seconds between two looks at the deadlines, while nothing arrives
 class Worker:
     """The actor: a trainer behind a remote call. Plan and payloads arrive resolved by Ray from the object store."""
 
-    def load(self, plan: RunPlan) -> None:
-        """Loads the plan's model. Not the constructor's work, which ends when the process has its place."""
+    def load(self, plan: RunPlan) -> str:
+        """Loads the plan's model; returns the capability of the worker's device.
+
+        Not the constructor's work, which ends when the process has its place.
+        """
         from rayfed.clients.trainer import Trainer
         from rayfed.device import prepare_process
 
         prepare_process(plan.engine.threads, plan.engine.device, plan.engine.deterministic)
         self.trainer = Trainer(plan)
+        return plan.capability
 
     def execute(self, job: Job, *payloads: bytes) -> Result:
         return self.trainer.execute(job, payloads)

@@ -61,6 +61,7 @@ class WorkerPool:
         self.group, self.run, self.begun = group, run, 0
         self.events: list[str] = []  # until somebody subscribes
         self.event: Callable[[str], None] = self.events.append
+        self.capabilities: list[str] = []  # of the workers' devices, see `rayfed.device.capability`
         self.ready: list[Any] = []  # those that have loaded their model
         self.starting: dict[ray.ObjectRef, Start] = {}  # by the reference that resolves when the worker may get a job
         self.due: list[float] = []  # when further workers start
@@ -106,7 +107,7 @@ class WorkerPool:
         """
         start = self.starting.pop(ref)
         try:
-            ray.get(ref)
+            capability = ray.get(ref)
         except LOST as error:
             self._failed(start, reason_of(error))
             return []
@@ -119,6 +120,12 @@ class WorkerPool:
         if start.placed is not None:
             self.supervision.start_done(self.clock() - start.begun)
             self.ready.append(start.worker)
+            self.capabilities.append(capability)
+            if capability not in self.capabilities[:1]:
+                self.event(
+                    f"a worker computes on {capability}, and the first one on {self.capabilities[0]}: they may round "
+                    "differently, so the bits of the result may depend on which worker trains which clients"
+                )
         return [start.worker]
 
     def check(self) -> float:

@@ -191,7 +191,7 @@ class Server:
             "training rows": int(sizes.sum()),
             "trainable parameters": self.entries,
             "frozen parameters": plan.model.parameters,
-            "base in": plan.model.dtype,
+            "base in": f"{plan.model.dtype} on {plan.capability}",
             "padding": str(plan.model.batching),
             "ranks": describe(plan.profiles.rank_mix(sizes)),
         }

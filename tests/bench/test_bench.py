@@ -11,7 +11,7 @@ import torch
 from transformers import BertConfig
 
 from rayfed.api import prepare
-from rayfed.bench import BENCHMARKS, aggregate, algebra, bare, find, scale, train, wire
+from rayfed.bench import BENCHMARKS, aggregate, algebra, bare, find, scale, step, train, wire
 from rayfed.bench.round import compare
 from rayfed.bench.stub import RANK, make_uploads
 from rayfed.bench.timing import paired, table, write
@@ -79,6 +79,16 @@ def test_a_round_and_the_bare_loop_arrive_at_the_same_weights(tiny):
     assert all(0 < row.facts["difference"] < 1e-4 for row in rows)
     parts = [row.facts[f"s {part}"] for row in rows for part in ("in packs", "on the server", "for records")]
     assert 0 < min(parts) < max(parts) < 10
+
+
+def test_a_step_is_divided_among_operators(tiny_bert):
+    settings = {"model.name": str(tiny_bert), "data.examples": 60, "data.max_tokens": 16, "partition.clients": 5}
+    rows = {row.name: row for row in step.measure(pairs=1, pack=2, **settings)}
+    assert list(rows) == [step.BASE, step.OTHER, *step.GROUPS, step.REST, "all"]
+    parts = [row for name, row in rows.items() if name != "all"]
+    assert sum(row.seconds_a for row in parts) == pytest.approx(rows["all"].seconds_a)
+    assert all(row.seconds_a > 0 for row in parts if row.name != step.REST)
+    assert all(rows[step.BASE].facts[f"share of the rate, {dtype}"] > 0 for dtype in step.FORMATS)
 
 
 SMALL = {"layers": 3, "width": 50}

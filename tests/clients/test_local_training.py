@@ -17,6 +17,7 @@ from rayfed.config.training import Client
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.packed.stack import Stack, head_values
 from rayfed.lora.peft import match_targets
+from rayfed.tasks.models.base import in_dtype
 from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel
 
 TARGETS = ["query", "value", "intermediate.dense"]
@@ -60,9 +61,9 @@ def lab_with(base, tokens, flat):
         support = torch.ones(layout.size, dtype=torch.bool) if support is None else support(layout)
         return PackMember(client, layout, adapter.flatten(), support, np.asarray(rows))
 
-    def stack_of(dropout=0.0):
-        fresh = base()
-        stack = Stack(fresh.model, shapes, fresh.head, dropout)
+    def stack_of(dropout=0.0, dtype="float32"):
+        fresh = in_dtype(base(), dtype)
+        stack = Stack(fresh.model, shapes, fresh.head, dropout, getattr(torch, dtype))
         if flat:
             model = UnpaddedModel(fresh.model, Unpadded("mean"))
             return SimpleNamespace(stack=stack, forward=lambda inputs: model(inputs, stack.batch.segments))
@@ -158,6 +159,24 @@ def test_a_pack_is_its_members_trained_alone(lab, options, clip, dropout):
         assert (result.steps, result.examples) == (alone.steps, alone.examples)
         assert result.loss == pytest.approx(alone.loss, rel=1e-5)
         assert_same_training(result.vector, alone.vector, member, 1e-4)
+
+
+@pytest.mark.parametrize("options", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_in_bfloat16_a_pack_changes_no_more_than_the_format_does(lab, options):
+    """Mixed ranks, ragged steps, dropout; attention in blocks, products with adapters on rounded operands."""
+    settings = settings_of(options, clip_norm=0.5)
+    members = [
+        lab.member(client=3, rows=range(0, 7), rank=1),
+        lab.member(client=4, rows=range(45, 60), rank=4),
+        lab.member(client=5, rows=range(25, 28), rank=2),
+    ]
+
+    def train(members, dtype):
+        return [result.vector for result in lab.train(members, settings, on=lab.stack_of(0.3, dtype))]
+
+    for member, mine in zip(members, train(members, "bfloat16"), strict=True):
+        (alone,), (fine,) = (train([member], dtype) for dtype in ("bfloat16", "float32"))
+        assert (mine - alone).norm() / 2 < (alone - fine).norm() < 0.3 * (fine - member.start).norm()
 
 
 def test_the_place_in_the_pack_does_not_matter(lab):

@@ -103,7 +103,7 @@ def model_of(build):
 def train(build, members, settings, dtype="float32", again=False):
     model, head, shapes = model_of(build)
     in_dtype(FrozenBase(model, (head,)), dtype)
-    stack = Stack(model, shapes, [head], dropout=0.2)
+    stack = Stack(model, shapes, [head], 0.2, torch.bfloat16 if dtype == "bfloat16" else None)
     if again:
         enable_gradient_checkpointing(model)
     context = TrainingContext(
@@ -159,3 +159,13 @@ def test_a_base_in_bfloat16_trains_nearly_alike(build):
     for own, a, b in zip(members, fine, coarse, strict=True):
         distance = (a - b).norm() / (a - own.start).norm()
         assert 1e-4 < distance < 0.1
+
+
+@pytest.mark.parametrize("optimizer", SETTINGS)
+@pytest.mark.parametrize("build", SHAPES, ids=lambda build: build.__name__)
+def test_in_bfloat16_a_pack_changes_no_more_than_the_format_does(build, optimizer):
+    """Its distance from members alone in bfloat16 is at most twice theirs from float32: roundings of equal size."""
+    members, settings = pack_of(build), SETTINGS[optimizer]
+    for own, mine in zip(members, train(build, members, settings, "bfloat16"), strict=True):
+        (alone,), (fine,) = (train(build, [own], settings, dtype) for dtype in ("bfloat16", "float32"))
+        assert (mine - alone).norm() / 2 < (alone - fine).norm() < 0.3 * (fine - own.start).norm()

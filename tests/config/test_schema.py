@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from rayfed.config import Experiment, validate
 from rayfed.config.describe import allowed_values, format_value, iter_fields, section_of
+from rayfed.config.marks import settings_digest
 from rayfed.config.types import Section
 from rayfed.errors import UserError
 
@@ -341,3 +342,39 @@ def test_nothing_is_converted_and_one_mistake_is_one_line(name: str, value: Any,
 
 def test_integers_stand_for_numbers() -> None:
     assert validate({"client": {"lr": 1}}).client.lr == 1.0
+
+
+@pytest.mark.parametrize(("device", "able", "chosen"), [
+    ("cpu", True, "bfloat16"), ("cpu", False, "float32"), ("cuda", True, "bfloat16"), ("cuda", False, "float32"),
+])  # fmt: skip
+def test_the_dtype_auto_is_a_choice_by_the_device(monkeypatch, device, able, chosen) -> None:
+    """Made where the settings are read: their dump, and so config.yaml and the digest, name the choice."""
+    asked: list[str] = []
+    monkeypatch.setattr("rayfed.device.multiplies_bfloat16", lambda name: asked.append(name) or able)
+    engine = {"engine": {"device": device}}
+    found = validate({"model": {"dtype": "auto"}, **engine})
+    assert asked == [device]
+    assert found.model_dump()["model"]["dtype"] == chosen
+    assert found.digest() == validate({"model": {"dtype": chosen}, **engine}).digest()
+    assert found.with_("lora.rank=2").model.dtype == chosen
+    assert Experiment(model={"dtype": "auto"}, **engine).model.dtype == chosen
+
+
+def test_the_dtype_auto_is_float32_where_nothing_else_is_allowed(monkeypatch) -> None:
+    monkeypatch.setattr("rayfed.device.multiplies_bfloat16", lambda _: True)
+    assert validate({"data": {"source": "lowrank"}, "model": {"dtype": "auto"}}).model.dtype == "float32"
+
+
+def test_adapters_compute_in_bfloat16_on_a_base_in_bfloat16_alone() -> None:
+    assert refusal(lora={"compute": "bfloat16"}) == (
+        "lora.compute: got 'bfloat16', but that needs model.dtype=bfloat16, and the dtype is float32; "
+        "auto and float32 are allowed"
+    )
+    assert validate({"lora": {"compute": "float32"}, "model": {"dtype": "bfloat16"}}).lora.compute == "float32"
+
+
+def test_the_digest_does_not_depend_on_adapters_in_the_bases_format() -> None:
+    """Runs from before the setting was there keep their digests."""
+    before = validate({}).model_dump(mode="json")
+    del before["lora"]["compute"]
+    assert settings_digest(before) == validate({}).digest() != validate({"lora": {"compute": "float32"}}).digest()

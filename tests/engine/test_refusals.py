@@ -1,6 +1,7 @@
 """Workers for which Ray has no room, and workers that die every time, end in one line."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -85,6 +86,31 @@ def test_workers_that_cannot_load_their_model_end_the_run(ray_cluster, monkeypat
     executor = RayExecutor(Engine(workers=1, retries=0), ray.put(None))
     with pytest.raises(RunError, match="no worker could be started, tried 1 times: OSError: no such weights"):
         list(executor.run([Submission("a job")]))
+    executor.close()
+
+
+class Elsewhere(Calm):
+    """The first process that loads computes on one kind of CPU, and all others on another."""
+
+    def load(self, plan):
+        first = plan / "first"
+        try:
+            first.touch(exist_ok=False)
+        except FileExistsError:
+            return "Vendor AVX2"
+        return "Vendor AVX512"
+
+
+def test_a_worker_of_another_capability_is_told(ray_cluster, monkeypatch, tmp_path):
+    monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Elsewhere)
+    executor = RayExecutor(Engine(workers=2), ray.put(tmp_path))
+    executor.subscribe((events := []).append)
+    while len(executor.pool.ready) < 2:
+        list(executor.run([Submission("a job")]))
+    (event,) = events
+    assert re.match(
+        r"a worker computes on Vendor AVX\d+, and the first one on Vendor AVX\d+: they may round differently", event
+    )
     executor.close()
 
 

@@ -51,7 +51,7 @@ class PeftClient:
     def __init__(self, experiment, plan, start, dtype=torch.float32):
         base = load_base(experiment.model, len(plan.federation.classes), experiment.seed)
         self.model = get_peft_model(
-            base.model, lora_config(**experiment.lora.model_dump(exclude={"train"}), head=base.head)
+            base.model, lora_config(**experiment.lora.model_dump(exclude={"train", "compute"}), head=base.head)
         ).eval()
         self.model.to(dtype)
         named = dict(self.model.named_parameters())

@@ -7,6 +7,9 @@ For the rows of slot k: x is the layer's input, u is x after dropout, and y is t
     z = s_k u A_k^T,  h = s_k dy B_k
     dB_k = dy^T z,   dA_k = h^T u,   du = h A_k,   dx = dy F_k,   dy is passed on
 
+Factors and their gradients are float32 or finer. With `SlotConstants.compute: bfloat16` the operands of all products
+are rounded to bfloat16, as torch's autocast does; a result is rounded to bfloat16 once, then a gradient is widened.
+
 The scale multiplies the r columns of z and h, not the O columns of y. Terms are added to y and dx in place; autograd's
 own backward for the same equations would allocate several tensors as large as y. For batched segments
 (`Segments.batched`) each line above is one batched product, however many slots there are.
@@ -31,16 +34,24 @@ from rayfed.lora.packed.segments import Segments
 
 @dataclass
 class SlotConstants:
-    """What does not train in a layer, by slot: the scale s_k and the frozen base change F_k (O, I), or None."""
+    """What does not train in a layer, by slot: the scale s_k and the frozen base change F_k (O, I), or None.
+
+    ``compute`` is the format in which products with the factors are computed; None: that of the factors.
+    """
 
     scales: list[float]
     base_changes: list[LowRank | Tensor | None]
+    compute: torch.dtype | None = None
     _scales: Tensor | None = None
 
     def scales_like(self, x: Tensor) -> Tensor:
-        """The scales (slots, 1, 1) in the dtype and on the device of ``x``, which are the same in every call."""
+        """The scales (slots, 1, 1), in ``x``'s dtype or float32 if that is finer, on ``x``'s device.
+
+        Dtype and device are the same in every call.
+        """
         if self._scales is None:
-            self._scales = to_device(torch.tensor(self.scales, dtype=x.dtype).view(-1, 1, 1), x.device)
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            self._scales = to_device(torch.tensor(self.scales, dtype=dtype).view(-1, 1, 1), x.device)
         return self._scales
 
     def base_changes_of(self, segments: Segments, per_entry: int) -> Iterator[tuple[slice, LowRank | Tensor]]:
@@ -75,11 +86,14 @@ class _AddLora(torch.autograd.Function):
         ctx: Any, y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, segments: Segments,
         constants: SlotConstants,
     ) -> Tensor:  # fmt: skip
+        ctx.factors_dtype, ctx.u_dtype, ctx.u_shape = A_KRI.dtype, u.dtype, u.shape
+        A_KRI, B_KOR = (t.to(constants.compute or t.dtype) for t in (A_KRI, B_KOR))
         flat_y, flat_x, flat_u = (t.reshape(-1, t.shape[-1]) for t in (y, x, u.to(A_KRI.dtype)))
         per_entry = len(flat_y) // segments.total  # vectors per row, or per token
         if segments.batched:
             scales, B_KRO = segments.select(constants.scales_like(A_KRI)), segments.select(B_KOR).mT
-            z_KCR = torch.bmm(segments.pad(flat_u), segments.select(A_KRI).mT).mul_(scales)
+            u = segments.pad_input(u, flat_u)
+            z_KCR = torch.bmm(u, segments.select(A_KRI).mT).mul_(scales)
             if segments.equal_sizes:
                 _add_product(segments.pad(flat_y), z_KCR, B_KRO)
             else:
@@ -108,25 +122,26 @@ class _AddLora(torch.autograd.Function):
         segments, constants = ctx.segments, ctx.constants
         _, need_x, *needs, _, _ = ctx.needs_input_grad
         flat_dy = dy.reshape(-1, dy.shape[-1])
-        fine_dy, flat_u = flat_dy.to(A_KRI.dtype), u.to(A_KRI.dtype).reshape(-1, u.shape[-1])
+        fine_dy = flat_dy.to(A_KRI.dtype)
         backward = _backward_batched if segments.batched else _backward_by_segment
-        du, dA, dB = backward(fine_dy, flat_u, A_KRI, B_KOR, z_saved, segments, constants, needs)
+        du, dA, dB = backward(fine_dy, u, A_KRI, B_KOR, z_saved, segments, constants, needs)
         dx = None
         for rows, F in constants.base_changes_of(segments, ctx.per_entry) if need_x else ():
-            dx = flat_dy.new_zeros(len(flat_dy), u.shape[-1]) if dx is None else dx
+            dx = flat_dy.new_zeros(len(flat_dy), ctx.x_shape[-1]) if dx is None else dx
             if isinstance(F, LowRank):
                 _add_product(dx[rows], (fine_dy[rows] @ F.B).mul_(F.scale), F.A)
             else:
                 _add_product(dx[rows], flat_dy[rows], F)
-        du_shaped = None if du is None else du.to(u.dtype).view(u.shape)
-        return dy, None if dx is None else dx.view(ctx.x_shape), du_shaped, dA, dB, None, None
+        du = None if du is None else du.to(ctx.u_dtype).view(ctx.u_shape)
+        dA, dB = (None if d is None else d.to(ctx.factors_dtype) for d in (dA, dB))
+        return dy, None if dx is None else dx.view(ctx.x_shape), du, dA, dB, None, None
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # du, dA, dB
 
 
 def _backward_batched(
-    dy: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, z_saved: list[Tensor], segments: Segments,
+    dy: Tensor, u_KCI: Tensor, A_KRI: Tensor, B_KOR: Tensor, z_saved: list[Tensor], segments: Segments,
     constants: SlotConstants, needs: list[bool],
 ) -> Gradients:  # fmt: skip
     need_u, need_A, need_B = needs
@@ -137,7 +152,7 @@ def _backward_batched(
     if need_A or need_u:
         h_KCR = torch.bmm(dy_KCO, segments.select(B_KOR)).mul_(segments.select(constants.scales_like(A_KRI)))
         if need_A:
-            dA = segments.scatter(torch.bmm(h_KCR.mT, segments.pad(u)), len(A_KRI))
+            dA = segments.scatter(torch.bmm(h_KCR.mT, u_KCI), len(A_KRI))
         if need_u:
             du = segments.unpad(torch.bmm(h_KCR, segments.select(A_KRI)))
     return du, dA, dB
@@ -148,6 +163,7 @@ def _backward_by_segment(
     constants: SlotConstants, needs: list[bool],
 ) -> Gradients:  # fmt: skip
     need_u, need_A, need_B = needs
+    u = u.to(A_KRI.dtype).reshape(-1, u.shape[-1])
     du = torch.empty_like(u) if need_u else None
     dA = torch.zeros_like(A_KRI) if need_A else None
     dB = torch.zeros_like(B_KOR) if need_B else None

@@ -26,14 +26,17 @@ class StackedLora(nn.Module):
     """A frozen linear layer plus, for each slot, ``scale * B A`` and a frozen base change.
 
     Input (rows, ..., I), output (rows, ..., O), or tokens in place of rows. There are no slots before the first `load`.
-    ``name`` is the layer's name, from which dropout derives its feature keys.
+    ``name`` is the layer's name, from which dropout derives its feature keys. ``compute`` is the format of the operands
+    in products with the factors, which stay float32 themselves; None: that of the factors.
     """
 
-    def __init__(self, base: nn.Module, batch: Batch, dropout: float = 0.0, name: str = "") -> None:
+    def __init__(
+        self, base: nn.Module, batch: Batch, dropout: float = 0.0, name: str = "", compute: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         outer, inner = layer_shape(base)
         self.device = next(base.parameters()).device
-        self.base, self.batch, self.dropout = base, batch, dropout
+        self.base, self.batch, self.dropout, self.compute = base, batch, dropout, compute
         self.A_KRI = nn.Parameter(torch.zeros(0, 1, inner))
         self.B_KOR = nn.Parameter(torch.zeros(0, outer, 1))
         self.R_KRR: nn.Parameter | None = None  # the core between B and A, where a method has one
@@ -42,7 +45,7 @@ class StackedLora(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        segments = self.batch.segments_of(x)
+        segments = self.batch.segments_of(x, self.compute)
         keys = segments.dropout_keys(x.shape[:-1]) if self.features_I is not None else None
         u = x if keys is None or self.features_I is None else hash_dropout(x, self.dropout, keys, self.features_I)
         B_KOR = self.B_KOR if self.R_KRR is None else self.B_KOR @ self.R_KRR
@@ -70,12 +73,15 @@ class StackedLora(nn.Module):
         # By identity: slots that share a base change share its copy on the device.
         copies = {id(change): self._on_device(change) for change in {id(c): c for c in base_changes}.values()}
         on_device = [copies[id(change)] for change in base_changes] or [None] * slots
-        self.constants = SlotConstants([0.0 if pair is None else pair.scale for pair in pairs], on_device)
+        self.constants = SlotConstants([0.0 if pair is None else pair.scale for pair in pairs], on_device, self.compute)
 
     def _on_device(self, change: LowRank | Tensor | None) -> LowRank | Tensor | None:
+        def move(tensor: Tensor) -> Tensor:
+            return to_device(tensor.to(self.compute or tensor.dtype), self.device)
+
         if isinstance(change, LowRank):
-            return LowRank(to_device(change.B, self.device), to_device(change.A, self.device), change.scale)
-        return None if change is None else to_device(change, self.device)
+            return LowRank(move(change.B), move(change.A), change.scale)
+        return None if change is None else move(change)
 
 
 class StackedLinear(nn.Module):

@@ -22,15 +22,20 @@ class Stack:
 
     Freezes the model and replaces the adapted layers and the linear layers of the head in place. ``layers`` names the
     adapted layers. ``head`` names modules whose parameters all belong to nn.Linear layers (else UserError).
+    ``compute`` is the format of the operands in products with adapters (None: that of the adapters); the head computes
+    in float32.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[str], head: Sequence[str], dropout: float = 0.0) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Iterable[str], head: Sequence[str], dropout: float = 0.0,
+        compute: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         model.requires_grad_(False)
         self.batch = Batch()
         self.lora: dict[str, StackedLora] = {}
         self.head: dict[str, StackedLinear] = {}
         for name in layers:
-            self.lora[name] = StackedLora(model.get_submodule(name), self.batch, dropout, name)
+            self.lora[name] = StackedLora(model.get_submodule(name), self.batch, dropout, name, compute)
             _replace(model, name, self.lora[name])
         for name, linear in head_layers(model, head).items():
             self.head[name] = StackedLinear(linear, self.batch)

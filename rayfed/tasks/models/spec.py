@@ -53,7 +53,7 @@ def describe_model(
         layers_of(base.model)  # raises UserError if there are none
     # PEFT's class for a task needs the config of a model of transformers; without a task, PEFT takes any module.
     task_type = "SEQ_CLS" if hasattr(base.model, "config") else None
-    config = lora_config(**lora.model_dump(exclude={"train"}), head=base.heads, task_type=task_type)
+    config = lora_config(**lora.model_dump(exclude={"train", "compute"}), head=base.heads, task_type=task_type)
     shapes = match_targets(base.model, config, base.heads)
     conv1d = any(is_conv1d(base.model.get_submodule(name)) for name in shapes)
     root = "encoder." if isinstance(base.model, MeanPooledClassifier) else ""  # transformers has no such classifier

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from rayfed.device import to_device
 from rayfed.lora.packed.ragged import RaggedIndex
+from rayfed.tasks.models.block_attention import WIDTH, BlockLayout, block_attention, block_layout
 
 NAME = "rayfed_varlen"  # of `varlen_attention` in transformers; no mask function has this name, so no mask is made
 TILE = 64  # tokens; a longer text is a tile of its own
 LONG = 128  # tokens; with a longer text, saving the scores costs more memory than it is worth
+HALF = (torch.bfloat16, torch.float16)
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # arguments for other variants of attention
 
 _in_use: ContextVar[PackedSequences | None] = ContextVar("packed_sequences", default=None)
@@ -41,6 +43,7 @@ class PackedSequences:
         self.device = device
         self.lengths = [length for lengths in clients for length in lengths]
         self.longest = max(self.lengths)
+        self._clients = clients
         # Elsewhere than on a CPU all tiles are padded to the longest, so they may have the length of the longest text.
         room = TILE if device.type == "cpu" else max(TILE, self.longest)
         self.tiles = [tile for lengths in clients for tile in _tiles(lengths, room)]
@@ -72,6 +75,16 @@ class PackedSequences:
         """The index that pads the texts."""
         index: RaggedIndex = self._cached("texts", lambda: RaggedIndex(self.lengths, self.device))
         return index
+
+    def blocks(self, heads: int, causal: bool, dtype: torch.dtype) -> BlockLayout:
+        """The layout of attention in blocks."""
+
+        def make() -> BlockLayout:
+            tiles = [tile for lengths in self._clients for tile in _tiles(lengths, WIDTH)]
+            return block_layout(tiles, heads, causal, dtype)
+
+        layout: BlockLayout = self._cached(("blocks", heads, causal, dtype), make)
+        return layout
 
     def padded_tiles(self, causal: bool) -> tuple[RaggedIndex, Tensor]:
         """The index that pads the tiles, and their mask (N, 1, C, C), True where a token may attend.
@@ -129,6 +142,9 @@ def varlen_attention(
         key, value = _repeat_heads(key, query), _repeat_heads(value, query)
         if sequences.longest > LONG:
             return _attention_by_tile(query, key, value, sequences, causal, scale), None
+        if query.dtype in HALF:
+            layout = sequences.blocks(query.shape[1], causal, query.dtype)
+            return block_attention(query, key, value, layout, scale), None
         masks = sequences.masks(causal, query.dtype)
         return _TiledAttention.apply(query, key, value, sequences.sizes, masks, scale), None
     if _flash_supports(query):
@@ -181,7 +197,12 @@ class _TiledAttention(torch.autograd.Function):
 def _attention_by_tile(
     query: Tensor, key: Tensor, value: Tensor, sequences: PackedSequences, causal: bool, scale: float
 ) -> Tensor:
-    """One call of torch's function per tile. It saves no scores, so texts may be long."""
+    """One call of torch's function per tile. It saves no scores, so texts may be long.
+
+    In float32: torch's 16-bit function is slower on a CPU.
+    """
+    dtype = query.dtype
+    query, key, value = (t.float() if t.dtype in HALF else t for t in (query, key, value))
     tiles = zip(*(t.split(sequences.sizes, dim=2) for t in (query, key, value)), sequences.masks(causal, query.dtype))
     parts = [
         nn.functional.scaled_dot_product_attention(
@@ -189,7 +210,7 @@ def _attention_by_tile(
         ).transpose(1, 2)
         for q, k, v, mask in tiles
     ]
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=1).to(dtype)
 
 
 def _padded_attention(
@@ -223,7 +244,7 @@ def _flash_attention(
 
 def _flash_supports(query: Tensor) -> bool:
     """Whether flash attention supports it: 16 bits, heads of width 8, 16, ..., 256, and a GPU of Ampere or newer."""
-    if query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] % 8 or query.shape[-1] > 256:
+    if query.dtype not in HALF or query.shape[-1] % 8 or query.shape[-1] > 256:
         return False
     return query.device.type != "cuda" or torch.cuda.get_device_capability(query.device) >= (8, 0)
 

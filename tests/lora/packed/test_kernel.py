@@ -22,8 +22,9 @@ def frozen_forms():
     return {"nothing": None, "matrix": matrix, "pair": pair}
 
 
-def segments_of(slots, sizes, batched=None):
-    segments = Segments([Segment(slot, size) for slot, size in zip(slots, sizes)], False, torch.device("cpu"))
+def segments_of(slots, sizes, batched=None, half=False):
+    segments = [Segment(slot, size) for slot, size in zip(slots, sizes)]
+    segments = Segments(segments, half, torch.device("cpu"), half)
     segments.batched = segments.batched if batched is None else batched
     return segments
 
@@ -66,6 +67,36 @@ def test_values_and_all_gradients(shape, form, slots, sizes, batched):
         results.append([out.detach()] + [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves])
     for mine, theirs in zip(*results):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [(20, 70, 1), (64, 64, 64)], ids=["ragged", "even"])
+@pytest.mark.parametrize("form", ["nothing", "matrix", "pair"])
+def test_in_bfloat16_operands_and_results_are_rounded_once(form, sizes):
+    """Each product adds at most the rounding of its operands and of its result: 2^-9 each, relative to the whole."""
+    g = torch.Generator().manual_seed(0)
+    slots, frozen = (2, 0, 1), frozen_forms()[form]
+    compute = torch.bfloat16
+
+    def draw(*size, dtype=torch.float32):
+        return torch.randn(*size, generator=g).to(dtype)
+
+    rows = sum(sizes)
+    tensors = [draw(rows, OUT, dtype=compute), *[draw(rows, IN, dtype=compute)] * 2, draw(3, RANK, IN)]
+    tensors.append(draw(3, OUT, RANK))
+    rounded = frozen
+    if frozen is not None:
+        rounded = LowRank(frozen.B.to(compute), frozen.A.to(compute), 0.7) if form == "pair" else frozen.to(compute)
+    way, results = torch.randn(rows, OUT, generator=g), []
+    for function, fine in ((add_lora_, False), (written_out, True)):
+        leaves = [(t.double() if fine else t).clone().requires_grad_() for t in tensors]
+        constants = SlotConstants([2.0, -1.0, 0.3], [frozen if fine else rounded] * 3, None if fine else compute)
+        y, x, u, A, B = leaves
+        out = function(y * 1.0, x, u, A, B, segments_of(slots, sizes, half=not fine), constants)
+        (out * way).sum().backward()
+        results.append([out.detach(), *(t.grad for t in leaves if t.grad is not None)])
+    assert [t.dtype for t in results[0][-2:]] == [torch.float32, torch.float32]  # the factors' gradients
+    for mine, theirs in zip(*results, strict=True):
+        assert float((mine.double() - theirs).norm() / theirs.norm()) < 4 * 2**-9
 
 
 @pytest.mark.parametrize("batched", [False, True])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rayfed.lora.packed.ragged import RaggedIndex
-from rayfed.lora.packed.segments import Batch, Segment, Segments
+from rayfed.lora.packed.segments import ROUNDED, Batch, Segment, Segments
 
 CPU = torch.device("cpu")
 SIZES = [(3, 1, 4), (2,), (5, 5), (1, 1, 1, 7)]
@@ -63,6 +63,29 @@ def test_unpad_and_scatter_are_inverses(slots, sizes, wide):
     (left_out,) = set(range(4)) - set(slots)
     assert torch.equal(back[list(slots)], stacked[list(slots)])
     assert not back[left_out].any()
+
+
+def test_an_input_is_padded_once_until_it_changes():
+    segments = Segments([Segment(0, 1), Segment(1, 3)], False, CPU)
+    x = drawn(4, 5)
+    first = segments.pad_input(x, x)
+    assert torch.equal(first, segments.pad(x))
+    assert segments.pad_input(x, x) is first
+    x.add_(1)
+    assert torch.equal(segments.pad_input(x, x), segments.pad(x))
+    other = drawn(4, 5) + 2
+    assert torch.equal(segments.pad_input(other, other), segments.pad(other))
+
+
+def test_in_sixteen_bits_a_cpu_pads_tokens_to_a_rounded_size_and_rows_to_the_most():
+    for by_token, longest in ((True, ROUNDED), (False, 3)):
+        segments = Segments([Segment(0, 1), Segment(1, 3)], by_token, CPU, half=True)
+        x = drawn(4, 5)
+        assert segments.pad(x).shape == (2, longest, 5)
+        assert torch.equal(segments.unpad(segments.pad(x)), x)
+    even = Segments([Segment(0, ROUNDED), Segment(1, ROUNDED)], True, CPU, half=True)
+    x = drawn(2 * ROUNDED, 5)
+    assert even.pad(x).data_ptr() == x.data_ptr()  # nothing to pad: a view
 
 
 def test_slots_may_come_in_any_order():
