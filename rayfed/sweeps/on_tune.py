@@ -11,6 +11,7 @@ restored trial with ``resume=False``. Each trial has its own W&B sink, as every 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,7 @@ def run_on_tune(search: Search) -> None:
 
     UserError where the cluster can never hold one of the trials. If Ray was started here, it is shut down in the end.
     """
+    new = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     ours = join_ray(search.checked, ENVIRONMENT, search.progress.note)
     try:
         search.forget_failures()
@@ -70,6 +72,8 @@ def run_on_tune(search: Search) -> None:
         ).fit()
     finally:
         remove_path(search.out / STORAGE)
+        for name in new:  # later experiments of this process are not the sweep's
+            os.environ.pop(name, None)
         if ours:
             ray.shutdown()
 
@@ -103,19 +107,19 @@ class _Watch(tune.Callback):
     """Shows what happens. Records the outcome of stopped trials and of those whose process died."""
 
     def __init__(self, search: Search) -> None:
-        self.search, self.progress = search, search.progress
+        self.search = search
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self.progress.show(self.search.ended, len(self.search.rows))
+        self.search.progress.show(self.search.ended, len(self.search.rows))
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.progress.start(self.search.trial(str(trial)))
+        self.search.progress.start(self.search.trial(str(trial)))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
-        self.progress.round(str(trial), result)
+        self.search.progress.round(str(trial), result)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.progress.note(f"{trial}: its process died; it continues in a new one")
+        self.search.progress.note(f"{trial}: its process died; it continues in a new one")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # Without an outcome, the scheduler has stopped it; its process waits in `tune.report`.

@@ -10,7 +10,8 @@ A member is a trial whose settings change as it trains. After every generation, 
 
 All of that is Tune's `PopulationBasedTraining`. Added here: all members wait for each other at the end of a generation,
 also on a resume; numbers stay within their range; nothing is copied after the last generation; a member that fails
-leaves the population. The first settings are keyed draws, those of a sweep without a search.
+leaves the population. The first settings are those of a sweep without a search, and all random choices are keyed: equal
+metrics give equal decisions.
 
 A member has one run directory. When it copies another member, its metrics and bytes become those of the copied rounds,
 and `continues.json` says what it copied. All members have the file's seed: the same data, cohorts and starts. Schedules
@@ -30,6 +31,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
+from rayfed.api import build_components
 from rayfed.config import Experiment, load_config
 from rayfed.config.describe import format_value
 from rayfed.config.load import assign
@@ -70,7 +72,8 @@ class Population(Search):
             )
         check_live_change(experiment, sweep.parameters)
         self.federations = check_trials(self.checked, sweep)
-        if generation % every and sweep.metric.startswith(("eval/", "test/")):
+        exact = build_components(experiment).task.exact
+        if generation % every and not exact and sweep.metric.startswith(("eval/", "test/")):
             raise UserError(
                 f"eval.every: got {every}, but it should divide sweep.search.rounds={generation}: members are compared "
                 f"by {sweep.metric} after so many rounds"
@@ -94,15 +97,13 @@ class Population(Search):
         from rayfed.sweeps.schedulers import Generations, domain, named
 
         spaces, members = self.sweep.parameters, self.missing(self.trials.values())
-        generation = self.search.rounds
-        least = min(last_round(trial_folder(self.out, member)) for member in members)
+        generation, rounds = self.search.rounds, self.experiment.server.rounds
+        done = min(last_round(trial_folder(self.out, member)) for member in members) // generation * generation
         return {
             "param_space": {"name": ""} | {key: domain(space) for key, space in spaces.items()},
             "search_alg": BasicVariantGenerator(points_to_evaluate=[named(member) for member in members]),
             "num_samples": len(members),
-            "scheduler": Generations(
-                self.search, self.sweep, self.experiment.server.rounds, least // generation * generation
-            ),
+            "scheduler": Generations(self.search, self.sweep, rounds, self.experiment.seed, done),
         }
 
     def lines(self) -> list[dict[str, Any]]:

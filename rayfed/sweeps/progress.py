@@ -17,8 +17,8 @@ from rayfed.tracking.format import clock
 if TYPE_CHECKING:
     from rich.live import Live
 
-EVERY_S = 30.0
-"""Seconds between two reports on the running trials, where these are lines."""
+EVERY_S, REDRAWN_S = 30.0, 0.5
+"""Seconds between two reports on the running trials: in lines, and in the table on a terminal."""
 
 
 class Progress:
@@ -55,18 +55,19 @@ class Progress:
         self.note(f"[{ended}/{trials}] {row['status']} {row['trial']}: {result}")
 
     def show(self, ended: int, trials: int) -> None:
-        """Shows the running trials, where these are lines not more often than every `EVERY_S`."""
+        """Shows the running trials, unless that was done a moment ago. So many of all ``trials`` have ``ended``."""
+        now = time.monotonic()
+        if not self._running or now - self._shown < (EVERY_S if self.live is None else REDRAWN_S):
+            return
+        self._shown, table = now, self.table(ended, trials)
         if self.live is not None:
             from rayfed.tracking.progress import rich_table
 
-            table = self.table(ended, trials)
             self.live.update(rich_table(table, self.live.console.width), refresh=True)
-        elif self._running and time.monotonic() - self._shown >= EVERY_S:
-            self._shown = time.monotonic()
-            table = self.table(ended, trials)
-            self.note(table.title)
-            for name, place, metric, size, eta in table.rows:
-                self.note(f"  {name}: round {place}, {self.metric} {metric}, {size} MB, eta {eta}")
+            return
+        self.note(table.title)
+        for name, place, metric, size, eta in table.rows:
+            self.note(f"  {name}: round {place}, {self.metric} {metric}, {size} MB, eta {eta}")
 
     def table(self, ended: int, trials: int) -> Table:
         """One row a running trial."""

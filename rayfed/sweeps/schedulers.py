@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -10,10 +11,11 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 from ray.tune.search import Searcher
 
+from rayfed import seeding
 from rayfed.config.search import AshaSettings, PbtSettings
 from rayfed.config.sweep import Sweep
 from rayfed.sweeps.plan import Trial
-from rayfed.sweeps.space import rounded
+from rayfed.sweeps.space import draw, rounded
 
 
 class ListedTrials(Searcher):
@@ -72,17 +74,20 @@ def asha(stop: AshaSettings, sweep: Sweep, rounds: int) -> ASHAScheduler:
 class Generations(PopulationBasedTraining):
     """Population Based Training in generations, for runs of so many ``rounds``; see `rayfed.sweeps.pbt`.
 
-    ``done``: the rounds of the generations that all members have behind them, on a resume.
+    ``done``: the rounds of the generations that all members have behind them, on a resume. Random choices are keyed by
+    (``seed``, round, member): equal metrics give equal decisions.
     """
 
-    def __init__(self, search: PbtSettings, sweep: Sweep, rounds: int, done: int) -> None:
+    def __init__(self, search: PbtSettings, sweep: Sweep, rounds: int, seed: int, done: int = 0) -> None:
         spaces = sweep.parameters
         super().__init__(
             time_attr="round",
             metric=sweep.metric,
             mode=sweep.mode,
             perturbation_interval=search.rounds,
-            hyperparam_mutations={key: space.get("choice") or domain(space) for key, space in spaces.items()},
+            hyperparam_mutations={
+                key: space.get("choice") or partial(_drawn, space, key) for key, space in spaces.items()
+            },
             quantile_fraction=search.quantile,
             resample_probability=search.resample,
             perturbation_factors=search.factors,
@@ -90,7 +95,7 @@ class Generations(PopulationBasedTraining):
             log_config=False,
             synch=True,
         )
-        self.rounds, self.done = rounds, done
+        self.rounds, self.seed, self.done = rounds, seed, done
         self._next_perturbation_sync = done + search.rounds
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
@@ -102,6 +107,14 @@ class Generations(PopulationBasedTraining):
             return str(self.CONTINUE)
         return str(super().on_trial_result(tune_controller, trial, result))
 
+    def _checkpoint_or_exploit(self, trial: Any, *rest: Any) -> None:
+        state = random.getstate()
+        random.seed(seeding.derive_seed(self.seed, "sweep.pbt", int(self._next_perturbation_sync), str(trial)))
+        try:
+            super()._checkpoint_or_exploit(trial, *rest)
+        finally:
+            random.setstate(state)
+
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Where all others wait for this one, which has failed, begins the next generation without it."""
         end, state = self._next_perturbation_sync, cast(Any, self._trial_state)
@@ -112,6 +125,10 @@ class Generations(PopulationBasedTraining):
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         self.on_trial_complete(tune_controller, trial, {})
+
+
+def _drawn(space: Mapping[str, Any], key: str) -> Any:
+    return draw(space, key, random.getrandbits(60), 0)
 
 
 def _within(spaces: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,10 @@ class Search(ABC):
         """Called with every trial that has ended, after its outcome and its row are written."""
         self.progress = Progress(PlainView(io.StringIO()), sweep.metric)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles searchers and callbacks, and no sweep reads that file. They hold data."""
+        return {}
+
     @abstractmethod
     def tuner(self) -> dict[str, Any]:
         """The arguments of `tune.TuneConfig`, and `param_space`, with which Tune runs all trials that are missing."""

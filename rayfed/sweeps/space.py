@@ -18,7 +18,7 @@ from typing import Any
 
 from rayfed import seeding
 from rayfed.config.describe import format_value
-from rayfed.config.sweep import DRAWN, SEED, Sweep, is_space
+from rayfed.config.sweep import SEED, Sweep, is_space
 from rayfed.config.types import MOST_NAME, MOST_TRIALS
 from rayfed.errors import UserError
 
@@ -89,14 +89,9 @@ def corners(sweep: Sweep, case: Mapping[str, Any]) -> Iterator[Point]:
 
 
 def draw(space: Mapping[str, Any], key: str, seed: int, i: int) -> Any:
-    """Draw ``i`` (from 0) of the setting."""
-    return value_at(space, float(seeding.numpy_rng(seed, "sweep", key, i).random()))
-
-
-def value_at(space: Mapping[str, Any], u: float) -> Any:
-    """The value of a choice, uniform or loguniform at the quantile ``u`` in [0, 1)."""
+    """Draw ``i`` (from 0) of the setting, from a choice, uniform or loguniform."""
+    u = float(seeding.numpy_rng(seed, "sweep", key, i).random())
     ((kind, values),) = space.items()
-    assert kind in DRAWN
     if kind == "choice":
         return values[int(u * len(values))]
     low, high = values

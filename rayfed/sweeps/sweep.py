@@ -70,14 +70,15 @@ def run_sweep(
             search.on_trial_end = on_trial_end or search.on_trial_end
             search.run()
             table = search.table()
-        view.table(table)
+        if _mode(settings) != "off":  # now on stdout itself, which folds no lines
+            PlainView(sys.stdout).table(table)
     return SweepResult(out, list(search.rows.values()), table)
 
 
 @contextmanager
 def _console(settings: Mapping[str, Any]) -> Iterator[tuple[PlainView, Live | None]]:
     """(where lines go, the table that stays in place below them): a terminal has both, as `tracking.console` says."""
-    mode = (settings.get("tracking") or {}).get("console", "auto")
+    mode = _mode(settings)
     if mode == "rich" or (mode == "auto" and sys.stdout.isatty()):
         from rich.live import Live  # loads slowly
 
@@ -85,6 +86,10 @@ def _console(settings: Mapping[str, Any]) -> Iterator[tuple[PlainView, Live | No
             yield PlainView(sys.stdout), live  # `live` has replaced sys.stdout: lines go above the table
     else:
         yield PlainView(io.StringIO() if mode == "off" else sys.stdout), None
+
+
+def _mode(settings: Mapping[str, Any]) -> str:
+    return str((settings.get("tracking") or {}).get("console", "auto"))
 
 
 def check_failed(result: SweepResult) -> None:

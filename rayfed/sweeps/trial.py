@@ -8,8 +8,6 @@ trial that `continues` another one starts from the last checkpoint of that trial
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -67,13 +65,9 @@ def read_outcome(out: Path, trial: Trial) -> Outcome | None:
     return outcome
 
 
-def record_outcome(
-    out: Path, trial: Trial, status: Status, *, error: str | None = None, summary: Mapping[str, Any] | None = None,
-    round: int | None = None,
-) -> None:  # fmt: skip
-    """Writes the trial's outcome."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in (summary or {}).items()}
-    write_json(outcome_file(out, trial), asdict(Outcome(status, trial.experiment.digest(), error, finite, round)))
+def record_outcome(out: Path, trial: Trial, status: Status, **known: Any) -> None:
+    """Writes the trial's outcome; ``known``: further fields of `Outcome`."""
+    write_json(outcome_file(out, trial), asdict(Outcome(status, trial.experiment.digest(), **known)))
 
 
 def in_one_line(error: Exception) -> str:

@@ -51,7 +51,7 @@ ENVIRONMENT = {  # of Ray Tune, unless the user has set the variable
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # not every round is evaluated
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "15",  # a run that is stopped may still have to write its checkpoint
 }
-NAME = "name"  # in a trial's config: the name of its run, in place of the one that Tune made
+NAME = "name"  # in a trial's config: the name of its run, where the search names its trials
 COUNTED = ("bytes/", "params/", "time/", "clients/", "method/", "diagnostics/")
 CHECKPOINTS = 4  # checkpoints of a trial that Tune keeps at least: other trials may need an earlier one than the newest
 
@@ -115,7 +115,7 @@ def _trainable(experiment: Experiment, data: Mapping[str, ray.ObjectRef]) -> Cal
 
     def train(config: Config) -> None:
         context = tune.get_context()
-        trial = trial_experiment(settings, overrides(config), group, context.get_trial_name())
+        trial = trial_experiment(settings, overrides(config), group, config.get(NAME) or context.get_trial_name())
         storage = context.get_storage()
         local = isinstance(storage.storage_filesystem, LocalFileSystem)
         folder = Path(storage.trial_fs_path if local else storage.trial_working_directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -177,3 +178,27 @@ def test_a_killed_search_repeats_no_finished_trial(sweep_file, tmp_path: Path, k
         if not (out / "trials" / name / "continues.json").exists():
             alone = rayfed.run(rayfed.load_config(out / "trials" / name / "config.yaml"), tmp_path / name)
             assert rounds[-1]["state/digest"] == alone.metrics[-1]["state/digest"]
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_dies_continues(ray_cluster, sweep_file, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Killed with signal 9 once, in the middle: a new process continues from the run's own checkpoint."""
+    from rayfed.sweeps.on_tune import _Watch
+
+    path = sweep_file({"parameters": {"seed": {"grid": [0]}}}, server={"rounds": 300}, checkpoint={"every": 10})
+    pids, shown = [], _Watch.on_trial_result
+
+    def kill_once(self, iteration, trials, trial, result, **info) -> None:
+        pids.append(result["pid"])
+        if result["round"] == 55 and len({*pids}) == 1:
+            os.kill(result["pid"], signal.SIGKILL)
+        shown(self, iteration, trials, trial, result, **info)
+
+    monkeypatch.setattr(_Watch, "on_trial_result", kill_once)
+    run_sweep(path, ["tracking.console=plain"], out=tmp_path / "out")
+    assert "* seed=0: its process died; it continues in a new one" in capsys.readouterr().out.splitlines()
+    assert len({*pids}) == 2
+    (trial,), _ = planned(path)
+    rounds = read_metrics(trial_folder(tmp_path / "out", trial) / "metrics.jsonl")
+    alone = rayfed.run(trial.experiment, tmp_path / "alone").metrics
+    assert [own["state/digest"] for own in rounds] == [own["state/digest"] for own in alone]

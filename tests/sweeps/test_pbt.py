@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune.schedulers import PopulationBasedTraining
 from sweep_files import decisions, files, statuses
 
 import rayfed
@@ -62,7 +65,7 @@ class Controller:
     def __init__(self, count: int, done: int = 0) -> None:
         rule = PbtSettings(kind="pbt", population=count, rounds=2)
         sweep = Sweep(parameters=SPACES, metric="eval/gap", mode="min", search=rule)
-        self.scheduler = Generations(rule, sweep, 6, done)
+        self.scheduler = Generations(rule, sweep, 6, 0, done)
         self.search_alg = None
         kept = SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None))
         self.trials = [
@@ -118,6 +121,28 @@ def test_a_member_that_fails_keeps_nobody_waiting() -> None:
     assert tune.copied == [[1, 0]]
 
 
+def test_choices_are_keyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the seed, the round and the member; the random numbers of the process stay as they are."""
+    found: list[float] = []
+    monkeypatch.setattr(
+        PopulationBasedTraining, "_checkpoint_or_exploit", lambda self, trial, *rest: found.append(random.random())
+    )
+    scheduler = Controller(2).scheduler
+    before = random.getstate()
+    for trial, done in (("m01", 2), ("m02", 2), ("m01", 4), ("m01", 2)):
+        scheduler._next_perturbation_sync = done
+        Generations._checkpoint_or_exploit(scheduler, trial, None, [], [])
+    assert random.getstate() == before
+    assert found[0] == found[3]
+    assert len({*found}) == 3
+    rate = scheduler._hyperparam_mutations["client.lr"]
+    random.seed(1)
+    first = rate()
+    random.seed(1)
+    assert rate() == first
+    assert 1e-3 <= first <= 2e-1
+
+
 def test_a_resumed_population_goes_on_at_the_generation_that_all_have_reached() -> None:
     tune = Controller(2, done=2)
     assert tune.report(0, 2, **gap(0.5)) == "CONTINUE"  # told again; compared before
@@ -133,9 +158,10 @@ def test_what_a_population_is_refused_for(tiny, tmp_path: Path) -> None:
 
 def test_a_population_on_ray_tune(ray_cluster, pbt_file, tmp_path: Path) -> None:
     """A member that copies nobody has the bits of a run of its own; what others copied is in their directories."""
-    path, out = pbt_file(server={"rounds": 4, "cohort": 2}), tmp_path / "out"
-    result = run_sweep(path, ["sweep.concurrency=2"], out=out)
-    assert statuses(out) == dict.fromkeys(("m01", "m02", "m03", "m04"), "done")
+    path, out = pbt_file(server={"rounds": 4, "cohort": 2}, population=2), tmp_path / "out"
+    result = run_sweep(path, out=out)
+    assert statuses(out) == {"m01": "done", "m02": "done"}
+    assert "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS" not in os.environ
     *members, end = decisions(out)
     assert end["best"] == min(members, key=lambda line: line["metric"])["trial"]
     copies = [line for line in members if len(line["schedule"]) == 2]

@@ -13,6 +13,7 @@ from small_runs import lowrank
 
 import rayfed
 from rayfed.config import Experiment, load_config
+from rayfed.config.marks import data_key
 from rayfed.errors import UserError
 from rayfed.server.chain import continued_after, verify
 from rayfed.sweeps.process import _snapshot, last_round, load_federation, run_folder, run_rounds
@@ -131,3 +132,14 @@ def test_a_checkpoint_has_what_a_run_needs_and_no_more(tmp_path: Path) -> None:
     assert [path.name for path in (given / "checkpoints").iterdir()] == ["round-000004"]
     assert last_round(given) == 4
     assert not [path for path in (tmp_path / "run").iterdir() if "snapshot" in path.name]
+
+
+def test_trials_of_a_process_share_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_federation(settings(), {})
+    assert load_federation(settings("client.lr=0.01", "server.rounds=3"), {}) is first
+    other = load_federation(settings("seed=1"), {})
+    assert other is not first
+    monkeypatch.setattr("ray.get", lambda shared: shared)
+    key = data_key(settings().model_dump(mode="json"))
+    shared: Any = {key: first}
+    assert load_federation(settings(), shared) is first  # from Ray's object store

@@ -138,7 +138,7 @@ SECTIONS = {
     ),
     "optuna against what is no cost": (
         {"search": {"kind": "optuna", "trials": 3, "against": "time/round_s"}, "parameters": DRAWN},
-        "sweep.search.against: got 'time/round_s', but it should be bytes/total, bytes/down, bytes/up, params/down or ",
+        "sweep.search.against: got 'time/round_s', but it should be bytes/total, bytes/down, bytes/up, ",
     ),
     "a start that only tpe has": (
         {"search": {"kind": "optuna", "trials": 3, "sampler": "random", "startup": 3}, "parameters": DRAWN},

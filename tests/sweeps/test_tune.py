@@ -95,7 +95,8 @@ def test_who_reads_every_round_needs_every_round(no_ray: None, tiny, part: dict[
 def test_a_trainable_is_checked_and_knows_its_resources() -> None:
     with pytest.raises(UserError, match=r"^client.lr: got -1"):
         rayfed.tune.trainable({"client": {"lr": -1}})
-    function: Any = rayfed.tune.trainable(LOWRANK | {"engine": {"kind": "ray", "workers": 2, "cpus_per_worker": 0.5}})
+    engine = {"kind": "ray", "workers": 2, "cpus_per_worker": 0.5, "memory_per_worker": 0.0}
+    function: Any = rayfed.tune.trainable(LOWRANK | {"engine": engine})
     assert function._resources({}).bundles == [{"CPU": 1}, {"CPU": 0.5}, {"CPU": 0.5}]
     assert function._resources({"engine.workers": 1}).bundles == [{"CPU": 1}, {"CPU": 0.5}]
     assert len(function._resources({"client.lr": -1}).bundles) == 3  # the trial itself will say what is wrong
