@@ -107,10 +107,11 @@ class TextClassification(TextTask):
 
         data = load_data(self.data, self.seed, self._source(self.data))
         parts = partition(data.train.labels, data.train.owners, self.partition, self.seed)
-        tokenizer, cut, named = self._tokenizer(), self.data.max_tokens, self.model is None
+        cut, named = self.data.max_tokens, self.model is None
         # A model that is an object is tried on the longest text and the largest token, see `load_own_base`.
         limit = longest_input(self.model_settings) if named else None
         words = vocabulary(self.model_settings) if named else None
+        tokenizer = self._tokenizer()
         train, validation, test = (
             tokenize(split, tokenizer, cut, words) for split in (data.train, data.validation, data.test)
         )

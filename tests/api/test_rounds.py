@@ -6,6 +6,7 @@ import json
 import pydoc
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -203,9 +204,18 @@ def test_report_and_sweep(tmp_path: Path, whole: rayfed.RunResult) -> None:
 
 def test_a_sweep_takes_a_file_or_a_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {**LOWRANK, "sweep": {"parameters": {"seed": {"grid": [0, 1]}}, "metric": "eval/gap"}}
-    monkeypatch.setattr("rayfed.sweeps.sweep.run_sweep", lambda path, *_: yaml.safe_load(Path(path).read_text()))
+    pages = []
+
+    def run_sweep(path: Path, *_: Any) -> Any:
+        return SimpleNamespace(out=tmp_path, settings=yaml.safe_load(Path(path).read_text()))
+
+    monkeypatch.setattr("rayfed.sweeps.sweep.run_sweep", run_sweep)
+    monkeypatch.setattr("rayfed.reports.sweep_page.write_sweep_page", pages.append)
     (tmp_path / "sweep.yaml").write_text(yaml.dump(settings))
-    assert rayfed.sweep(settings) == rayfed.sweep(tmp_path / "sweep.yaml") == settings
+    for config in (settings, tmp_path / "sweep.yaml"):
+        result: Any = rayfed.sweep(config)
+        assert result.settings == settings
+    assert pages == [tmp_path, tmp_path]  # every sweep writes its page
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"^sweep.parameters.seed: got .*, but it should be \{grid"):
         rayfed.sweep({"sweep": {"parameters": {"seed": 7}}})
