@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,15 +33,14 @@ def compare(folders: Sequence[str], target: str | None) -> None:
     from rich.text import Text
 
     from rayfed.reports import read, summary
-    from rayfed.tracking.layout import natural_widths
+    from rayfed.tracking.layout import natural_widths, room
     from rayfed.tracking.progress import frame, rich_table
 
     comparison = read(folders, _target(target))
     console = Console(highlight=False, markup=False, emoji=False)
     table = summary(comparison)
     width = sum(natural_widths(table)) + frame(table)
-    if not console.is_terminal:  # a file or a pipe has no width limit
-        console.width = max(console.width, width)
+    console.width = min(room(sys.stdout), max(console.width, width))
     for note in comparison.notes:
         console.print(Text(f"* {note}"), soft_wrap=True)
     fitting = table if width <= console.width else summary(comparison, brief=True)

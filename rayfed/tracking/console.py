@@ -8,7 +8,6 @@ that was measured. Lines have at most 80 columns, except for long names, long pa
 from __future__ import annotations
 
 import os
-import shutil
 import statistics
 import sys
 import textwrap
@@ -16,7 +15,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Literal, TextIO
 
 from rayfed.tracking.format import clock, loss, megabytes, percent, round_of, short
-from rayfed.tracking.layout import column_widths, folded
+from rayfed.tracking.layout import column_widths, folded, room
 from rayfed.tracking.sinks import Record, RunInfo, Sink, Table, scalars
 
 if TYPE_CHECKING:
@@ -107,12 +106,12 @@ class PlainView:
     def table(self, table: Table) -> None:
         """Writes aligned columns: the first to the left; the others, mostly numbers, to the right.
 
-        On a terminal the table is as wide as that at most. A file or a pipe has no limit.
+        The table is at most as wide as `room` says.
         """
-        room = shutil.get_terminal_size().columns if self._stream.isatty() else sys.maxsize
-        widths = column_widths(table, room - len(GAP) * (len(table.columns) - 1))
+        width = room(self._stream)
+        widths = column_widths(table, width - len(GAP) * (len(table.columns) - 1))
         self._write("")
-        self._write(textwrap.fill(table.title, room))
+        self._write(textwrap.fill(table.title, width))
         for row in (table.columns, tuple("-" * width for width in widths), *table.rows):
             for first, *rest in folded(row, widths):
                 cells = [f"{first:<{widths[0]}}", *map(str.rjust, rest, widths[1:])]

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
+from typing import TextIO
 
 from rayfed.tracking.sinks import Table
 
 FIRST = 12  # columns to which the first column, of names, may fold before the cells of numbers do
+
+
+def room(stream: TextIO) -> int:
+    """The columns for a table: those of the terminal, or of the variable COLUMNS; no limit for a file or a pipe."""
+    limited = stream.isatty() or bool(os.environ.get("COLUMNS"))
+    return shutil.get_terminal_size().columns if limited else sys.maxsize
 
 
 def natural_widths(table: Table) -> list[int]:

@@ -101,7 +101,6 @@ def test_compare_fits_a_terminal_of_80_columns(
             (folder / "config.yaml").write_text(f"name: {name}\nseed: {seed}\nserver: {{rounds: 1}}\n")
             (folder / "metrics.jsonl").write_text(LINE % (0.5 + 0.01 * seed))
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich: this is a terminal
     assert main(["compare", *(str(tmp_path / f"{name}-{seed}") for name in NAMES for seed in (0, 1))]) == 0
     lines = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
     assert max(map(len, lines)) <= 80

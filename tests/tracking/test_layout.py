@@ -45,11 +45,14 @@ def test_a_row_folds_between_words_and_keeps_its_indent() -> None:
 
 @pytest.mark.parametrize("columns", [80, 65])
 def test_a_table_of_a_sweep_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", str(columns))
-    for stream, limit in ((Terminal(), columns), (io.StringIO(), None)):
+    for stream, limited in ((Terminal(), True), (io.StringIO(), True), (io.StringIO(), False)):
+        if limited:
+            monkeypatch.setenv("COLUMNS", str(columns))
+        else:  # a pipe, and nothing says how wide it should be
+            monkeypatch.delenv("COLUMNS")
         PlainView(stream).table(TABLE)
         lines = stream.getvalue().splitlines()
-        assert (max(map(len, lines)) <= columns) == (limit is not None)
+        assert (max(map(len, lines)) <= columns) == limited
         for word in " ".join((TABLE.title, *TABLE.columns, *(cell for row in TABLE.rows for cell in row))).split():
             assert word in stream.getvalue()
         assert "67.21 ± 0.34 %" in stream.getvalue()
