@@ -140,7 +140,8 @@ def target(styles: Styles) -> Any:
         deviation = (group.deviation(lambda r: r.target_bytes) or 0.0) / 1e6
         error = {"ecolor": INK, "elinewidth": 0.8, "capsize": 2}
         axes.barh(i, size / 1e6, color=styles[group].color, height=0.6, xerr=deviation or None, error_kw=error)
-        axes.annotate(f" {megabytes(size)}", (size / 1e6 + deviation, i), va="center")
+        end = size / 1e6 + deviation
+        axes.annotate(megabytes(size), (end, i), xytext=(5, 0), textcoords="offset points", va="center")
     _bar_names(axes, [drawing.shortened(group.label) for _, group in sizes])
     axes.margins(x=0.15)
     _x_axis(axes, "MB both ways")
