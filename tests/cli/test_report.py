@@ -65,7 +65,8 @@ def test_a_report_of_several_goes_where_it_is_told(
     assert said == "--out: got 'bare/config.yaml', but bare/config.yaml is a file"
 
 
-def test_compare_prints_the_table(bare: Path, capsys: Capture) -> None:
+def test_compare_prints_the_table(bare: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # a pipe whose width nothing limits
     assert main(["compare", str(bare), "--target", "0.45"]) == 0
     out = capsys.readouterr().out
     heads, row = ([cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in out.splitlines()[2:5:2])
