@@ -73,7 +73,7 @@ lock: ## write requirements.lock anew: the versions in constraints.txt, with has
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
 	$(PYTHON) -m venv "$$scratch/venv" && "$$scratch/venv/bin/python" -m pip install -qq uv && \
 	"$$scratch/venv/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-	  --no-emit-index-url --extra minilm --extra report --extra optuna --constraint constraints.txt \
+	  --extra minilm --extra report --extra optuna --constraint constraints.txt \
 	  --output-file "$$scratch/lock" pyproject.toml && \
 	{ grep '^#' requirements.lock; cat "$$scratch/lock"; } > "$$scratch/requirements.lock" && \
 	mv "$$scratch/requirements.lock" requirements.lock

@@ -19,7 +19,7 @@ def suggest_keywords(target: F) -> F:
     @wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
         for name in kwargs:
-            if name not in names:
+            if name not in names:  # a looser match than in `rayfed.suggestions`: there are few names to mistake
                 near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(names)}"
                 raise TypeError(f"{target.__name__}() got an unexpected keyword argument {name!r}; {hint}")
