@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rayfed.config.sweep import load_sweep
-from rayfed.sweeps.plan import Trial, plan_trials
+from rayfed.sweeps.plan import check_trials, make_trials
+from rayfed.sweeps.space import expand, trial_names
+from rayfed.sweeps.trial import Trial
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Table
 
@@ -41,4 +43,7 @@ def statuses(out: Path) -> dict[str, str]:
 
 def planned(path: Path, *overrides: str) -> tuple[list[Trial], dict[str, Federation]]:
     """(trials, federations) of a sweep file without a search."""
-    return plan_trials(*load_sweep(path, overrides))
+    settings, sweep = load_sweep(path, overrides)
+    points = expand(sweep, settings.get("seed", 0))
+    trials = make_trials(settings, points, trial_names(points))
+    return trials, check_trials(trials, sweep)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -156,3 +156,19 @@ def _with_limits(noun: str, metadata: list[Any]) -> str:
 
 def _short(limit: float) -> str:
     return f"{limit:g}" if isinstance(limit, float) else str(limit)
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """Each dotted setting by its last words: as many as distinguish it. `method.name` is `method`."""
+    full = {key: key.removesuffix(".name") for key in keys}
+    short = {}
+    for key, name in full.items():
+        tails = (name.split(".", n)[-1] for n in range(name.count("."), -1, -1))
+        unique = (t for t in tails if sum(other == t or other.endswith("." + t) for other in full.values()) == 1)
+        short[key] = next(unique, key)
+    return short
+
+
+def format_settings(settings: Mapping[str, Any]) -> str:
+    """`client.lr=0.1, seed=0`."""
+    return ", ".join(f"{key}={format_value(value, quotes=False)}" for key, value in settings.items())

@@ -69,19 +69,16 @@ class FlascSearchSettings(SearchSettings):
     replaces: ClassVar[tuple[str, ...]] = ("parameters", "cases", *SearchSettings.replaces)
 
     def mistakes(self) -> Iterator[str]:
-        if self.rank > self.max_rank:
-            yield f"sweep.search.rank: got {self.rank}, but no rank may exceed sweep.search.max_rank={self.max_rank}"
-        elif self.density > self.max_density:
-            yield (
-                f"sweep.search.density: got {self.density}, but no density may exceed "
-                f"sweep.search.max_density={self.max_density}"
-            )
-        elif self.rank * self.factor > self.max_rank and self.density * self.factor > self.max_density * ROUNDED:
-            yield (
-                f"sweep.search.factor: got {self.factor}, but then the first probe has no neighbour: rank "
-                f"{self.rank * self.factor} is above max_rank={self.max_rank} and density "
-                f"{self.density * self.factor:g} above max_density={self.max_density:g}"
-            )
+        for limited in ("rank", "density"):
+            got, most = getattr(self, limited), getattr(self, f"max_{limited}")
+            if got > most:
+                allowed = f"no {limited} may exceed sweep.search.max_{limited}={most}"
+                yield f"sweep.search.{limited}: got {got}, but {allowed}"
+                return
+        rank, density = self.rank * self.factor, self.density * self.factor
+        if rank > self.max_rank and density > self.max_density * ROUNDED:
+            limits = f"{rank} is above max_rank={self.max_rank} and density {density:g} above max_density={self.max_density:g}"
+            yield f"sweep.search.factor: got {self.factor}, but then the first probe has no neighbour: rank {limits}"
 
 
 class OptunaSettings(SearchSettings):
@@ -155,12 +152,3 @@ class AshaSettings(Section):
     """Brackets of asynchronous Hyperband: the trials of bracket s have their first comparison after
     grace * factor^s rounds. 1: successive halving alone.
     """
-
-    def rungs(self, rounds: int) -> list[int]:
-        """The rounds after which trials of ``rounds`` rounds are compared: grace * factor^i, below ``rounds``."""
-        rungs = []
-        at = self.grace
-        while at < rounds:
-            rungs.append(at)
-            at *= self.factor
-        return rungs

@@ -67,13 +67,11 @@ class Sweep(Section):
 
     @model_validator(mode="after")
     def _valid(self) -> Sweep:
-        search = self.search
-        mistakes = [] if isinstance(search, FlascSearchSettings) else [*self._value_mistakes()]
-        if search is None:
-            mistakes = mistakes or [*self._grid_mistakes()]
-        else:
-            choices = [] if mistakes or isinstance(search, FlascSearchSettings) else self._search_mistakes(search)
-            mistakes = [*self._search_conflicts(search), *mistakes, *choices, *search.mistakes()]
+        search, mistakes = self.search, []
+        if not isinstance(search, FlascSearchSettings):
+            mistakes = [*self._value_mistakes()] or [*self._choice_mistakes()]
+        if search is not None:
+            mistakes = [*self._search_conflicts(search), *mistakes, *search.mistakes()]
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
@@ -98,33 +96,44 @@ class Sweep(Section):
                 continue
             if len(case) > MOST_SETTINGS:
                 yield f"{where}: got {len(case)} settings, but at most {MOST_SETTINGS} are allowed"
-            for key, value in case.items():
-                if key in self.parameters:
-                    yield f"{where}.{key}: got {format_value(value)}, but sweep.parameters already varies that setting"
-        for where, _, space in self._placed():
+            for key in case.keys() & self.parameters.keys():
+                yield f"{where}.{key}: got {format_value(case[key])}, but sweep.parameters already varies that setting"
+        for where, _, space in self.spaces():
             yield from _space_mistakes(where, space)
 
-    def _grid_mistakes(self) -> Iterator[str]:
-        spaces = list(self.spaces())
+    def _choice_mistakes(self) -> Iterator[str]:
+        """One line for each way in which valid spaces do not go together, or not with the search."""
+        spaces, kind = [*self.spaces()], self.search.kind if self.search else None
+        for where, key, space in spaces if kind else ():
+            got = f"{where}: got {format_value(space)}, but"
+            if "grid" in space and (kind == "pbt" or where != f"sweep.parameters.{SEED}"):
+                yield f"{got} sweep.search={kind} takes choice, uniform or loguniform"
+            elif "grid" not in space and key == SEED:
+                yield f"{got} a search compares at the same seeds{': a grid' * (kind == 'optuna')}"
+            elif kind == "pbt" and key not in live():
+                yield f"{got} pbt changes settings during a run; allowed are {', '.join(live())}"
+        if kind and all(key == SEED for _, key, _ in spaces) and len(self.labelled()) < 2:
+            something = f"sweep.search={kind} needs something to choose: choice, uniform or loguniform"
+            yield f"sweep.parameters: got {format_value(self.parameters)}, but {something}"
+        if kind:
+            return
         if not self.parameters and self.cases is None:
             yield "sweep.parameters: got {}, but a sweep needs parameters or cases"
         points = sum(self._points(case) for _, case in self.labelled() or [("", {})])
         if points > MOST_TRIALS:
             yield f"sweep: got {points} points (cases x grids x samples), but at most {MOST_TRIALS} are allowed"
-        kinds = {next(iter(space)) for _, space in spaces if is_space(space)}
-        if self.samples > 1 and not kinds & set(DRAWN):
+        if self.samples > 1 and all("grid" in space for _, _, space in spaces):
             yield f"sweep.samples: got {self.samples}, but nothing is drawn: all spaces are grids"
-        varied = {key for key, _ in spaces} - {SEED}
+        varied = {key for _, key, _ in spaces} - {SEED}
         for key in self.tune:
             if key not in varied:
                 allowed = f"the settings that vary are {', '.join(sorted(varied)) or 'none'}"
                 yield f"sweep.tune: got {key!r}, but {allowed}"
-        if self.tune_seeds is not None:
-            seeds = self.parameters.get(SEED, {}).get("grid", [])
-            if not self.tune:
-                yield f"sweep.tune_seeds: got {self.tune_seeds}, but sweep.tune names nothing to choose"
-            elif self.tune_seeds > len(seeds):
-                yield f"sweep.tune_seeds: got {self.tune_seeds}, but sweep.parameters.seed.grid has {len(seeds)} values"
+        seeds = len(self.parameters.get(SEED, {}).get("grid", []))
+        if self.tune_seeds is not None and not self.tune:
+            yield f"sweep.tune_seeds: got {self.tune_seeds}, but sweep.tune names nothing to choose"
+        elif self.tune_seeds is not None and self.tune_seeds > seeds:
+            yield f"sweep.tune_seeds: got {self.tune_seeds}, but sweep.parameters.seed.grid has {seeds} values"
 
     def _search_conflicts(self, search: FlascSearchSettings | OptunaSettings | PbtSettings) -> Iterator[str]:
         for name in search.replaces:
@@ -135,28 +144,11 @@ class Sweep(Section):
         if self.at == "best" and not isinstance(search, OptunaSettings):
             yield f"sweep.at: got 'best', but in sweep.search={search.kind} trials share rounds; allowed is last"
 
-    def _search_mistakes(self, search: OptunaSettings | PbtSettings) -> Iterator[str]:
-        """One line for each valid space from which ``search`` cannot choose."""
-        optuna = isinstance(search, OptunaSettings)
-        for where, key, space in self._placed():
-            got = f"{where}: got {format_value(space)}"
-            if "grid" in space and not (optuna and where == f"sweep.parameters.{SEED}"):
-                yield f"{got}, but sweep.search={search.kind} takes choice, uniform or loguniform"
-            elif "grid" not in space and key == SEED:
-                yield f"{got}, but a search compares at the same seeds{': a grid' * optuna}"
-            elif not optuna and key not in live():
-                yield f"{got}, but pbt changes settings during a run; allowed are {', '.join(live())}"
-        if all(key == SEED for key, _ in self.spaces()) and len(self.labelled()) < 2:
-            yield (
-                f"sweep.parameters: got {format_value(self.parameters)}, but sweep.search={search.kind} needs "
-                "something to choose: choice, uniform or loguniform"
-            )
-
     def _points(self, case: Mapping[str, Any]) -> int:
         """The number of points of a case."""
-        spaces = self.parameters | {key: value for key, value in case.items() if is_space(value)}
-        drawn = any("grid" not in space for space in spaces.values())
-        return math.prod(len(space["grid"]) for space in spaces.values() if "grid" in space) * self.samples**drawn
+        spaces = [space for space in (self.parameters | case).values() if is_space(space)]
+        drawn = any("grid" not in space for space in spaces)
+        return math.prod(len(space["grid"]) for space in spaces if "grid" in space) * self.samples**drawn
 
     def labelled(self) -> list[tuple[str, Any]]:
         """(label, overrides) of every case. In a list, the label of a case is its number, from 1."""
@@ -164,19 +156,12 @@ class Sweep(Section):
         pairs = cases.items() if isinstance(cases, dict) else enumerate(cases, 1)
         return [(str(label), case) for label, case in pairs]
 
-    def spaces(self) -> Iterator[tuple[str, Any]]:
-        """(dotted setting, space) of every space: those of `parameters`, then those of the cases."""
-        yield from ((key, space) for _, key, space in self._placed())
-
-    def _placed(self) -> Iterator[tuple[str, str, Any]]:
-        """(where the space is written, dotted setting, space), in the order of `spaces`."""
-        yield from (
-            (f"sweep.parameters.{key}", key, value) for key, value in self.parameters.items() if is_space(value)
-        )
-        for label, case in self.labelled():
-            if isinstance(case, dict):
-                where = f"sweep.cases.{label}"
-                yield from ((f"{where}.{key}", key, value) for key, value in case.items() if is_space(value))
+    def spaces(self) -> Iterator[tuple[str, str, Any]]:
+        """(where the space is written, dotted setting, space): those of `parameters`, then those of the cases."""
+        places = [("sweep.parameters", self.parameters)]
+        places += [(f"sweep.cases.{label}", case) for label, case in self.labelled() if isinstance(case, dict)]
+        for where, values in places:
+            yield from ((f"{where}.{key}", key, value) for key, value in values.items() if is_space(value))
 
 
 class _File(Section):
@@ -200,14 +185,14 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[st
     settings = read_settings(path)
     given = [(*parse_override(override), override) for override in overrides]
     for key, value, override in given:
-        name = key.removeprefix("sweep.parameters.")
-        parameters = _parameters(settings) if name != key else None
-        if parameters is None:
+        name, section = key.removeprefix("sweep.parameters."), settings.get("sweep") or {}
+        parameters = section.get("parameters") or {} if isinstance(section, dict) else None
+        if name == key or not isinstance(parameters, dict):
             assign(settings, key, value, override)
-        elif value is None:
-            parameters.pop(name, None)
         else:
-            parameters[name] = value
+            others = {known: space for known, space in parameters.items() if known != name or value is not None}
+            own = others | ({} if value is None else {name: value})
+            assign(settings, "sweep.parameters", own, override)
     if settings.get("sweep") is None:
         raise UserError(f"sweep: {path} has no section `sweep`; `rayfed run` takes it; `rayfed init` lists sweeps")
     sweep = validate_as(_File, {"sweep": settings.pop("sweep"), "name": settings.get("name", "sweep")}).sweep
@@ -220,18 +205,6 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[st
         ):
             raise UserError(f"{key}: got {override!r}, but the sweep itself sets it, so the override would do nothing")
     return settings, sweep
-
-
-def _parameters(settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The mapping `sweep.parameters`, created if missing; None if the file has another value there."""
-    place: Any = settings
-    for name in ("sweep", "parameters"):
-        if place.get(name) is None:
-            place[name] = {}
-        place = place[name]
-        if not isinstance(place, dict):
-            return None
-    return place
 
 
 def _space_mistakes(where: str, space: Mapping[str, Any]) -> Iterator[str]:

@@ -35,6 +35,13 @@ def bundle_of(engine: Engine) -> Bundle:
     return {name: amount for name, amount in asked.items() if amount}
 
 
+def trial_bundles(engine: Engine) -> list[Bundle]:
+    """A trial of a sweep: its process, then each worker if the engine is Ray and workers reserve anything."""
+    if engine.kind == "local":
+        return [{"CPU": float(engine.threads), **({"GPU": engine.gpus} if engine.device == "cuda" else {})}]
+    return [{"CPU": 1.0}, *([bundle_of(engine)] * engine.workers if bundle_of(engine) else [])]
+
+
 def reserve(engine: Engine) -> PlacementGroup | None:
     """A placement group with a bundle for each worker, not yet placed. It lives until `release`, or the end of the job.
 
@@ -111,6 +118,33 @@ def check_places(engine: Engine) -> str | None:
     if not engine.wait_for_nodes:
         raise UserError(mistake)
     return f"waiting for nodes: {mistake}"
+
+
+def check_trial(engine: Engine) -> None:
+    """UserError where the cluster can never hold a trial of a sweep, whose process runs on this node."""
+    own_id = ray.get_runtime_context().get_node_id()
+    (here,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == own_id)
+    labelled = {node["NodeID"]: node["Resources"] for node in _nodes(engine)}
+    mistake = trial_mistake(engine, here, labelled.pop(own_id, None) is not None, [*labelled.values()])
+    if mistake := (engine.kind == "ray" and _label_mistake(engine)) or mistake:
+        raise UserError(mistake)
+
+
+def trial_mistake(engine: Engine, here: Bundle, workers_here: bool, others: Sequence[Bundle]) -> str | None:
+    """Why the trial can never run, its process on the node ``here``; None where it can.
+
+    ``workers_here``: whether that node has `engine.labels`. ``others``: the other nodes that have.
+    """
+    process, *workers = trial_bundles(engine)
+    for name, amount in process.items():
+        if amount > here.get(name, 0) + 1e-9:
+            field = {"CPU": "threads", "GPU": "gpus_per_worker"}[name] if engine.kind == "local" else "workers"
+            has = f"the process of a trial needs {amount:g} {name} of this node, which has {here.get(name, 0):g}"
+            return f"engine.{field}: got {getattr(engine, field)}, but {has}"
+    left = {name: amount - process.get(name, 0) for name, amount in here.items()}
+    beside = "" if engine.kind == "local" else ", beside 1 CPU for the process of the trial"
+    mistake = _mistake(engine, [left] * workers_here + list(others)) if workers else None
+    return f"{mistake}{beside}" if mistake else None
 
 
 def _nodes(engine: Engine) -> list[dict[str, Any]]:

@@ -32,13 +32,22 @@ from typing import Any, Literal
 from ray.tune.search import Searcher
 
 from rayfed.api.plans import Settings, read_settings
+from rayfed.api.warm_start import CONSTANT, check_rank_change
 from rayfed.config.load import changed, validate_as
+from rayfed.config.marks import searched
 from rayfed.config.search import ROUNDED, FlascSearchSettings
+from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError, allowed
 from rayfed.files import write_json
-from rayfed.sweeps.warm_start import CONSTANT, RUN_DIR, START_FROM, check_rank_change
+from rayfed.sweeps.plan import check_trials, make_trials
+from rayfed.sweeps.search import Search
+from rayfed.sweeps.space import Point
+from rayfed.sweeps.table import make_table
+from rayfed.sweeps.trainable import NAME, RUN_DIR, START_FROM
+from rayfed.sweeps.trial import trial_folder
+from rayfed.tracking import Table
 
-FINAL = "final"
+START, FINAL = "start", "final"
 
 
 @dataclass(frozen=True)
@@ -59,25 +68,10 @@ class Probe:
         return "-".join(self.path)
 
     @property
-    def parent(self) -> str | None:
-        """The name of the probe that it continues; None for the first one and for the final run."""
-        return None if self.is_final else "-".join(self.path[:-1]) or None
-
-    @property
-    def is_final(self) -> bool:
-        """Whether it is the final run: of the chosen configuration, from the start."""
-        return self.path[0] == FINAL
-
-    @property
     def overrides(self) -> dict[str, Any]:
-        """The configuration, as dotted settings."""
-        return {"lora.rank": self.rank, "wire.down.density": self.down, "wire.up.density": self.up}
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """All settings of the probe's trial that the search decides, dotted, with the trial's name."""
-        own = {} if self.is_final else {"server.rounds": self.rounds, **CONSTANT}
-        return {"name": self.name, **self.overrides, **own}
+        """All settings that the search decides, dotted."""
+        own = {"lora.rank": self.rank, "wire.down.density": self.down, "wire.up.density": self.up}
+        return own | ({} if self.path[0] == FINAL else {"server.rounds": self.rounds, **CONSTANT})
 
 
 Metrics = Mapping[str, float | None]
@@ -85,24 +79,11 @@ Metrics = Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
-class Step:
-    """One comparison: of the ``probes`` that start from ``base``."""
-
-    base: Probe
-    probes: tuple[Probe, ...]
-    baseline: float | None
-    """The metric that a probe has to exceed."""
-    chosen: Probe | None
-    """The probe that gained most; None if none did."""
-
-
-@dataclass(frozen=True)
 class Progress:
-    """How far the search has come."""
+    """How far the search has come: all its ``probes`` in order, and the ``path`` of those that were chosen."""
 
-    first: Probe
-    steps: tuple[Step, ...]
-    chosen: Probe
+    probes: tuple[Probe, ...]
+    path: tuple[Probe, ...]
     pending: tuple[Probe, ...]
     """The probes of the current step, ended or not; after the last step, the final run."""
     ended: str | None
@@ -111,19 +92,19 @@ class Progress:
     """Rounds of all probes, the pending ones included."""
 
     @property
-    def probes(self) -> list[Probe]:
-        """Every probe so far, in order, the pending ones included."""
-        return list(dict.fromkeys([self.first, *(p for step in self.steps for p in step.probes), *self.pending]))
+    def chosen(self) -> Probe:
+        return self.path[-1]
 
     @property
     def result(self) -> str:
         chosen = self.chosen
-        return f"chosen: rank {chosen.rank}, densities {chosen.down:.4g} down and {chosen.up:.4g} up"
+        found = f"chosen: rank {chosen.rank}, densities {chosen.down:.4g} down and {chosen.up:.4g} up"
+        return f"{found}: {self.ended}" if self.ended else found
 
 
 def first_probe(search: FlascSearchSettings) -> Probe:
     """The configuration from which the search starts."""
-    return Probe(("start",), search.rank, search.density, search.density, search.rounds)
+    return Probe((START,), search.rank, search.density, search.density, search.rounds)
 
 
 def neighbours(probe: Probe, search: FlascSearchSettings) -> list[Probe]:
@@ -131,17 +112,14 @@ def neighbours(probe: Probe, search: FlascSearchSettings) -> list[Probe]:
 
     The cost of a round is rank * (down + up). `separate` adds (factor - 1) (down + up) to one direction.
     """
-    f, more = search.factor, (search.factor - 1) * (probe.down + probe.up)
-    found = [
-        ("rank", probe.rank * f, probe.down, probe.up),
-        ("density", probe.rank, probe.down * f, probe.up * f),
-    ]
+    f, rank, down, up = search.factor, probe.rank, probe.down, probe.up
+    found = {"rank": (rank * f, down, up), "density": (rank, down * f, up * f)}
     if search.directions == "separate":
-        found.append(("down", probe.rank, probe.down + more, probe.up))
-        found.append(("up", probe.rank, probe.down, probe.up + more))
+        more = (f - 1) * (down + up)
+        found |= {"down": (rank, down + more, up), "up": (rank, down, up + more)}
     return [
         Probe((*probe.path, move), rank, _density(down), _density(up), probe.rounds + search.rounds)
-        for move, rank, down, up in found
+        for move, (rank, down, up) in found.items()
         if rank <= search.max_rank and max(down, up) <= search.max_density * ROUNDED
     ]
 
@@ -151,42 +129,42 @@ def replay(search: FlascSearchSettings, mode: str, metrics: Metrics, final_round
 
     ``mode``: `max` or `min`. ``final_rounds`` of the budget are for the final run; 0: the search has no final run.
     """
-    sign = 1 if mode == "max" else -1
     budget = math.inf if search.budget is None else search.budget - final_rounds
-    first = chosen = first_probe(search)
-    steps: list[Step] = []
-    rounds = search.rounds
+    best = first_probe(search)
+    probes, path, pending, ended = [best], [best], [best], None
 
-    def progress(*pending: Probe, ended: str | None = None) -> Progress:
-        if ended and final_rounds and metrics[chosen.name] is not None:
-            pending = (replace(chosen, path=(FINAL, *chosen.path), rounds=final_rounds),)
-        more = final_rounds if ended and pending else 0
-        return Progress(first, tuple(steps), chosen, pending, ended, rounds + more)
+    def worth(probe: Probe) -> float:
+        value = metrics[probe.name]
+        return -math.inf if value is None else value if mode == "max" else -value
 
-    if first.name not in metrics:
-        return progress(first)
-    if metrics[first.name] is None:
-        return progress(ended="the first probe has no finite metric")
-    while True:
-        grown = neighbours(chosen, search)
-        same = replace(chosen, path=(*chosen.path, "stay"), rounds=chosen.rounds + search.rounds)
-        probes = (*grown, *([same] if search.stay else []))
+    while all(probe.name in metrics for probe in pending):
+        if len(probes) > 1:
+            grown = [probe for probe in pending if probe.path[-1] != "stay"]
+            baseline, before = pending[-1] if search.stay else best, best
+            best = max(grown, key=worth)  # of equal ones the first: more rank
+            if not worth(best) - worth(baseline) > search.gain:  # nor where neither is finite
+                best, ended = before, f"no neighbour gains more than {search.gain:g}"
+                break
+            path.append(best)
+        elif worth(best) == -math.inf:
+            ended = "the first probe has no finite metric"
+            break
+        grown = neighbours(best, search)
+        same = replace(best, path=(*best.path, "stay"), rounds=best.rounds + search.rounds)
+        pending = [*grown, *([same] if search.stay else [])]
         if not grown:
-            return progress(ended=f"no neighbour up to rank {search.max_rank} and density {search.max_density:g}")
-        if rounds + len(probes) * search.rounds > budget:
-            return progress(ended=f"the budget of {search.budget} rounds has no room for another step")
-        rounds += len(probes) * search.rounds
-        if not all(probe.name in metrics for probe in probes):
-            return progress(*probes)
-        finite = {probe: sign * value for probe in grown if (value := metrics[probe.name]) is not None}
-        baseline = metrics[(same if search.stay else chosen).name]
-        best = max(finite, key=lambda probe: finite[probe], default=None)  # of equal ones the first: more rank
-        if best is not None and baseline is not None and not finite[best] - sign * baseline > search.gain:
-            best = None
-        steps.append(Step(chosen, probes, baseline, best))
-        if best is None:
-            return progress(ended=f"no neighbour gains more than {search.gain:g}")
-        chosen = best
+            ended = f"no neighbour up to rank {search.max_rank} and density {search.max_density:g}"
+        elif (len(probes) + len(pending)) * search.rounds > budget:
+            ended = f"the budget of {search.budget} rounds has no room for another step"
+        if ended:
+            break
+        probes += pending
+    rounds = len(probes) * search.rounds
+    if ended:
+        final = replace(best, path=(FINAL, *best.path), rounds=final_rounds)
+        pending = [final] if final_rounds and worth(best) > -math.inf else []
+        probes, rounds = probes + pending, rounds + final_rounds * len(pending)
+    return Progress(tuple(probes), tuple(path), tuple(pending), ended, rounds)
 
 
 class FlascSearch(Searcher):
@@ -213,15 +191,20 @@ class FlascSearch(Searcher):
         if mode not in ("max", "min"):
             raise allowed("mode", mode, "it should be max or min")
         super().__init__(metric, mode)
-        self.settings = validate_as(FlascSearchSettings, {**settings, "kind": "flasc"})
-        if mistakes := [*self.settings.mistakes()]:
+        self.settings = search = validate_as(FlascSearchSettings, {**settings, "kind": "flasc"})
+        if mistakes := [*search.mistakes()]:
             raise UserError("\n".join(mistakes))
         experiment = read_settings(experiment)
         check_rank_change(experiment)
-        self.final_rounds = experiment.server.rounds if self.settings.final else 0
-        self._check_budget()
+        final = self.final_rounds = experiment.server.rounds if search.final else 0
+        least = search.rounds * (1 + len(neighbours(first_probe(search), search)) + search.stay) + final
+        if search.budget is not None and search.budget < least:
+            rest = f" and {final} for the final run (server.rounds)" if final else ""
+            probes = f"{(least - final) // search.rounds} probes of {search.rounds}"
+            needs = f"the first step alone needs {least} rounds: {probes}{rest}"
+            raise allowed("sweep.search.budget", search.budget, needs)
         for probe in self.extremes():
-            changed(experiment, [probe.config])  # UserError where a setting does not go with the rank
+            changed(experiment, [{NAME: probe.name, **probe.overrides}])  # UserError where one does not go with a rank
         self._names: dict[str, str] = {}  # Tune's id of a trial -> the name of its probe
         self.metrics: dict[str, float | None] = {}
         """The metrics of the probes that have ended, by name; None where a probe failed or diverged."""
@@ -242,13 +225,14 @@ class FlascSearch(Searcher):
         if probe is None:
             return None if waiting else self.FINISHED
         self._names[trial_id] = probe.name
-        source = self._run_dirs.get(probe.parent or "")
-        return probe.config | ({START_FROM: source} if source else {})
+        source = self._run_dirs.get("-".join(probe.path[:-1]))
+        more = {START_FROM: source} if source and probe.path[0] != FINAL else {}
+        return {NAME: probe.name, **probe.overrides, **more}
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         """Records the metric of the trial's last result. None where it failed or is not finite."""
         last = {} if error else result or {}
-        self._record(self._names[trial_id], last.get(self.metric), last.get(RUN_DIR))
+        self.add_evaluated_point({**last, NAME: self._names[trial_id]}, last.get(self.metric, math.nan))
 
     def add_evaluated_point(
         self, parameters: Mapping[str, Any], value: float | None, error: bool = False, pruned: bool = False,
@@ -258,17 +242,18 @@ class FlascSearch(Searcher):
 
         ``parameters``: its config, at least its `name`, and its run directory as `RUN_DIR`.
         """
-        self._record(parameters["name"], None if error else value, parameters.get(RUN_DIR))
+        finite = isinstance(value, int | float) and math.isfinite(value) and not error
+        self.metrics[parameters[NAME]] = float(value) if value is not None and finite else None
+        if RUN_DIR in parameters:
+            self._run_dirs[parameters[NAME]] = parameters[RUN_DIR]
 
     def save(self, checkpoint_path: str) -> None:
         """Writes the state of the search as JSON."""
-        state = {"names": self._names, "metrics": self.metrics, "run_dirs": self._run_dirs}
-        write_json(Path(checkpoint_path), state)
+        write_json(Path(checkpoint_path), [self._names, self.metrics, self._run_dirs])
 
     def restore(self, checkpoint_path: str) -> None:
         """Reads the state that `save` has written."""
-        state = json.loads(Path(checkpoint_path).read_text(encoding="utf-8"))
-        self._names, self.metrics, self._run_dirs = state["names"], state["metrics"], state["run_dirs"]
+        self._names, self.metrics, self._run_dirs = json.loads(Path(checkpoint_path).read_text(encoding="utf-8"))
 
     def progress(self) -> Progress:
         """The progress of the search, from the metrics of the trials that have ended."""
@@ -278,21 +263,68 @@ class FlascSearch(Searcher):
         """The pending probes that have not ended, as far as the search knows."""
         return [probe for probe in self.progress().pending if probe.name not in self.metrics]
 
-    def _check_budget(self) -> None:
-        budget, rounds, final = self.settings.budget, self.settings.rounds, self.final_rounds
-        probes = 1 + len(neighbours(first_probe(self.settings), self.settings)) + self.settings.stay
-        least = rounds * probes + final
-        if budget is not None and budget < least:
-            reserved = f" and {final} for the final run (server.rounds)" if final else ""
-            needs = f"the first step alone needs {least} rounds: {probes} probes of {rounds}{reserved}"
-            raise allowed("sweep.search.budget", budget, needs)
-
-    def _record(self, name: str, metric: Any, run_dir: str | None) -> None:
-        finite = isinstance(metric, int | float) and math.isfinite(metric)
-        self.metrics[name] = float(metric) if finite else None
-        if run_dir:
-            self._run_dirs[name] = run_dir
-
 
 def _density(value: float) -> float:
     return min(float(f"{value:.12g}"), 1.0)
+
+
+class FlascProbes(Search):
+    """FLASC-Search in a sweep: its probes as trials in the directory ``out``. UserError where its settings are wrong.
+
+    The metrics of finished probes are read from the directory before Ray starts. So a resumed search repeats no
+    finished probe and comes to the same decisions; failed probes run again.
+    """
+
+    def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
+        super().__init__(settings, sweep, out)
+        assert isinstance(sweep.search, FlascSearchSettings)
+        first = first_probe(sweep.search).overrides
+        (trial,) = make_trials(settings, [Point({key: first[key] for key in searched()}, {})])
+        options = sweep.search.model_dump(exclude={"kind"})
+        self.searcher = FlascSearch(trial.experiment, sweep.metric, sweep.mode, **options)
+        self.cohort = trial.experiment.server.cohort
+        self.checked = make_trials(settings, [Point(own.overrides, {}) for own in self.searcher.extremes()])
+        self.federations = check_trials(self.checked, sweep)
+        while waiting := self.searcher.waiting():  # those that have ended are told
+            trials = [self.trial(probe.name, probe.overrides) for probe in waiting]
+            ended = [own for own in trials if own not in self.missing(trials)]
+            for own in ended:
+                found = {NAME: own.name, RUN_DIR: str(trial_folder(out, own))}
+                self.searcher.add_evaluated_point(found, self.rows[own.name].get("metric"))
+            if not ended:
+                break
+
+    def tuner(self) -> dict[str, Any]:
+        return {"search_alg": self.searcher}
+
+    def complete(self) -> bool:
+        return not self.searcher.waiting()  # the search has ended, and so has the final run
+
+    def labels(self, name: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        *moves, last = name.split("-")
+        down, up = (float(f"{settings[f'wire.{way}.density']:.4g}") for way in ("down", "up"))
+        densities = {"density": down} if self.searcher.settings.directions == "both" else {"down": down, "up": up}
+        probe = FINAL if moves[:1] == [FINAL] else f"{len(moves)} {last}"
+        return {"probe": probe, "rank": settings["lora.rank"], **densities}
+
+    def lines(self) -> list[dict[str, Any]]:
+        """One line for each probe that has ended, and one for the end of the search."""
+        progress, metrics = self.searcher.progress(), self.searcher.metrics
+        lines: list[dict[str, Any]] = [
+            {"trial": own.name, "rank": own.rank, "down": own.down, "up": own.up, "rounds": own.rounds}
+            | {"metric": metrics[own.name], "chosen": own in progress.path}
+            for own in progress.probes
+            if own.name in metrics
+        ]
+        if progress.ended:
+            end = {"ended": progress.result, "rounds": progress.rounds}
+            lines.append({**end, "client_rounds": progress.rounds * self.cohort})
+        return lines
+
+    def table(self) -> Table:
+        """A row for each probe, in the order of the steps, and for the final run."""
+        progress = self.searcher.progress()
+        chosen = {f"{dict(self.labels(own.name, own.overrides))}" for own in progress.path}
+        trials = [self.trials[own.name] for own in progress.probes if own.name in self.trials]
+        title = f"FLASC-Search: {progress.result}"
+        return make_table(trials, self.rows, self.sweep, title, lambda own: "chosen" * (str(own.labels) in chosen))

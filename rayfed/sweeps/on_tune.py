@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,12 @@ from ray import tune
 
 from rayfed.files import remove_path
 from rayfed.sweeps.plan import make_trials, trial_experiment
-from rayfed.sweeps.process import load_federation, report, run_trial
 from rayfed.sweeps.resources import join_ray, placement_group
 from rayfed.sweeps.search import Search
 from rayfed.sweeps.space import Point
-from rayfed.sweeps.trial import Status, read_outcome, record_outcome, trial_folder
+from rayfed.sweeps.trainable import NAME, RUN_DIR, START_FROM, Config, load_federation, report, run_trial, runs_of
+from rayfed.sweeps.trial import Status, Trial, read_outcome, record_outcome, trial_folder
 from rayfed.sweeps.tune import ENVIRONMENT as OF_TRIALS
-from rayfed.sweeps.tune import Config, overrides
-from rayfed.sweeps.warm_start import START_FROM
 
 ENVIRONMENT = OF_TRIALS | {  # Tune reads these variables when the sweep starts
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # one line says that a process died
@@ -46,21 +43,17 @@ def run_on_tune(search: Search) -> None:
     UserError where the cluster can never hold one of the trials. If Ray was started here, it is shut down in the end.
     """
     new = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
-    ours = join_ray(search.checked, ENVIRONMENT, search.progress.note)
+    ours = join_ray([trial.experiment for trial in search.checked], ENVIRONMENT, search.progress.note)
     try:
         search.forget_failures()
         data = {key: ray.put(federation) for key, federation in search.federations.items()}
-        config = search.tuner()
+        config = {"num_samples": -1, "max_concurrent_trials": search.sweep.concurrency} | search.tuner()
         remove_path(search.out / STORAGE)
         tune.Tuner(
             _trainable(search, data),
             param_space=config.pop("param_space", {}),
             tune_config=tune.TuneConfig(
-                **({"num_samples": -1} | config),
-                max_concurrent_trials=search.sweep.concurrency,
-                reuse_actors=True,
-                trial_name_creator=_name,
-                trial_dirname_creator=_name,
+                reuse_actors=True, trial_name_creator=_name, trial_dirname_creator=_name, **config
             ),
             run_config=tune.RunConfig(
                 name=STORAGE,
@@ -79,28 +72,27 @@ def run_on_tune(search: Search) -> None:
 
 
 def _name(trial: Any) -> str:
-    return str(trial.config["name"])
+    return str(trial.config[NAME])
 
 
 def _trainable(search: Search, data: Mapping[str, ray.ObjectRef]) -> Callable[[Config], None]:
     settings, out, pauses = search.settings, search.out, search.pauses
 
     def train(config: Config) -> None:
-        own, name = overrides(config), tune.get_context().get_trial_name()
-        (trial,) = make_trials(settings, [Point(own, own)], [name])
-        start = config.get(START_FROM)
-        run_trial(
-            replace(trial, continues=Path(start).name if start else None),
-            out,
-            load_federation(trial.experiment, data),
-            tune.get_checkpoint(),
-            lambda record: report(record, trial_folder(out, trial), pauses),
-        )
+        for name, own in runs_of(tune.get_context().get_trial_name(), config).items():
+            (trial,) = make_trials(settings, [Point(own, own)], [name])
+            folder, federation = trial_folder(out, trial), load_federation(trial.experiment, data)
+            run_trial(
+                trial, out, federation, tune.get_checkpoint(), config.get(START_FROM),
+                lambda record, folder=folder: report(record, folder, pauses),
+            )  # fmt: skip
+
+    def resources(config: Config) -> tune.PlacementGroupFactory:
+        own = next(iter(runs_of("", config).values()))
+        return placement_group(trial_experiment(settings, own, "", "trial").engine, here=True)
 
     train.__name__ = "trial"
-    return tune.with_resources(
-        train, lambda config: placement_group(trial_experiment(settings, overrides(config), "", "trial"), here=True)
-    )
+    return tune.with_resources(train, resources)
 
 
 class _Watch(tune.Callback):
@@ -113,24 +105,27 @@ class _Watch(tune.Callback):
         self.search.progress.show(self.search.ended, len(self.search.rows))
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.search.progress.start(self.search.trial(str(trial)))
+        for own in self._runs(trial):
+            self.search.progress.start(own)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
-        self.search.progress.round(str(trial), result)
+        self.search.progress.round(Path(result[RUN_DIR]).name, result)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.search.progress.note(f"{trial}: its process died; it continues in a new one")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # Without an outcome, the scheduler has stopped it; its process waits in `tune.report`.
-        self._ended(str(trial), "stopped", round=trial.last_result.get("round"))
+        self._ended(trial, "stopped", round=trial.last_result.get("round"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        error = "its process died, and did so again at every new start (engine.retries)"
-        self._ended(str(trial), "failed", error=error)
+        self._ended(trial, "failed", error="its process died, and did so again at every new start (engine.retries)")
 
-    def _ended(self, name: str, status: Status, **known: Any) -> None:
-        trial = self.search.trial(name)
-        if read_outcome(self.search.out, trial) is None:
-            record_outcome(self.search.out, trial, status, **known)
-        self.search.trial_ended(name)
+    def _runs(self, trial: Any) -> list[Trial]:
+        return [self.search.trial(name, own) for name, own in runs_of(str(trial), trial.config).items()]
+
+    def _ended(self, trial: Any, status: Status, **known: Any) -> None:
+        for own in self._runs(trial):
+            if read_outcome(self.search.out, own) is None:
+                record_outcome(self.search.out, own, status, **known)
+            self.search.trial_ended(own)

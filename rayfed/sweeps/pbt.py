@@ -23,28 +23,35 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator
+import random
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from itertools import groupby
 from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from rayfed.api import build_components
-from rayfed.config import Experiment, load_config
+from ray.tune.schedulers import PopulationBasedTraining
+from ray.tune.search import BasicVariantGenerator
+
+from rayfed import seeding
+from rayfed.api.warm_start import CONSTANT, NOTE, check_live_change, last_round
+from rayfed.config import load_config
 from rayfed.config.describe import format_value
 from rayfed.config.load import assign
 from rayfed.config.search import PbtSettings
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
-from rayfed.sweeps.plan import Trial, check_trials, make_trials
+from rayfed.sweeps.plan import check_trials, is_evaluated, make_trials
+from rayfed.sweeps.schedulers import config_of
 from rayfed.sweeps.search import Search
-from rayfed.sweeps.space import Point, corners, draw
-from rayfed.sweeps.table import format_mean, make_table
-from rayfed.sweeps.trial import trial_folder
-from rayfed.sweeps.warm_start import CONSTANT, NOTE, check_live_change
+from rayfed.sweeps.space import Point, corners, draw, rounded
+from rayfed.sweeps.table import TrialGroup, make_table
+from rayfed.sweeps.trainable import NAME
+from rayfed.sweeps.trial import Trial, trial_folder
 from rayfed.tracking import Table
+from rayfed.tracking.format import format_mean
 
 
 class Population(Search):
@@ -55,15 +62,13 @@ class Population(Search):
     def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
         assert isinstance(sweep.search, PbtSettings)
         self.search, generation = sweep.search, sweep.search.rounds
-        (unsearched,) = make_trials(settings, [Point({}, {})], ["check"])
+        (unsearched,) = make_trials(settings, [Point({}, {})])
         self.experiment = experiment = unsearched.experiment
-        constant = {**CONSTANT, "checkpoint.every": math.gcd(experiment.checkpoint.every, generation)}
         settings = copy.deepcopy(settings)
-        for key, value in constant.items():
+        for key, value in {**CONSTANT, "checkpoint.every": math.gcd(experiment.checkpoint.every, generation)}.items():
             assign(settings, key, value, f"{key}={value}")
         super().__init__(settings, sweep, out)
-        points = list(corners(sweep, {}))
-        self.checked = make_trials(settings, points, ["check"] * len(points))
+        self.checked = make_trials(settings, list(corners(sweep, {})))
         rounds, every = experiment.server.rounds, experiment.eval.every
         if rounds % generation or rounds < 2 * generation:
             raise UserError(
@@ -72,74 +77,56 @@ class Population(Search):
             )
         check_live_change(experiment, sweep.parameters)
         self.federations = check_trials(self.checked, sweep)
-        exact = build_components(experiment).task.exact
-        if generation % every and not exact and sweep.metric.startswith(("eval/", "test/")):
+        if generation % every and is_evaluated(unsearched, sweep.metric):
             raise UserError(
                 f"eval.every: got {every}, but it should divide sweep.search.rounds={generation}: members are compared "
                 f"by {sweep.metric} after so many rounds"
             )
         for i in range(self.search.population):
-            name = f"m{i + 1:02d}"
-            first = {key: draw(space, key, experiment.seed, i) for key, space in sweep.parameters.items()}
-            self.trial_at(name, self._settings(name) or first)
+            own = {key: draw(space, key, experiment.seed, i) for key, space in sweep.parameters.items()}
+            if (config := out / "trials" / f"m{i + 1:02d}" / "config.yaml").is_file():  # it may have copied another
+                plain = load_config(config).model_dump(mode="json")
+                own = {key: reduce(getitem, key.split("."), plain) for key in sweep.parameters}
+            self.trial(f"m{i + 1:02d}", own)
 
-    def trial(self, name: str) -> Trial:
-        """The member with the settings of its run directory."""
-        now = self._settings(name)
-        if now is None or now == self.trials[name].overrides:
-            return self.trials[name]
-        return make_trials(self.settings, [Point(now, now)], [name])[0]
+    def complete(self) -> bool:
+        return not self.missing(self.trials.values())
 
     def tuner(self) -> dict[str, Any]:
-        from ray.tune.search import BasicVariantGenerator
-
-        from rayfed.sweeps.process import last_round
-        from rayfed.sweeps.schedulers import Generations, domain, named
-
-        spaces, members = self.sweep.parameters, self.missing(self.trials.values())
-        generation, rounds = self.search.rounds, self.experiment.server.rounds
+        members, generation = self.missing(self.trials.values()), self.search.rounds
         done = min(last_round(trial_folder(self.out, member)) for member in members) // generation * generation
+        rounds, seed = self.experiment.server.rounds, self.experiment.seed
         return {
-            "param_space": {"name": ""} | {key: domain(space) for key, space in spaces.items()},
-            "search_alg": BasicVariantGenerator(points_to_evaluate=[named(member) for member in members]),
+            "param_space": dict.fromkeys((NAME, *self.sweep.parameters), ""),  # PBT takes no other search algorithm
+            "search_alg": BasicVariantGenerator(points_to_evaluate=[config_of(member) for member in members]),
             "num_samples": len(members),
-            "scheduler": Generations(self.search, self.sweep, rounds, self.experiment.seed, done),
+            "scheduler": Generations(self.search, self.sweep, rounds, seed, done),
         }
 
     def lines(self) -> list[dict[str, Any]]:
-        """One line a member with its settings by rounds, then the best member."""
-        lines = [
+        """One line a member, with its settings by rounds."""
+        return [
             {"trial": name, "metric": self.rows[name].get("metric"), "schedule": self._schedule(trial)}
             for name, trial in self.trials.items()
         ]
-        best = self._best()
-        return [*lines, {"best": best, "metric": self.rows[best]["metric"]}] if best else lines
 
     def table(self) -> Table:
         """A row for each member, with the settings of its rounds, in order."""
-        best, metric, members = self._best(), self.sweep.metric, []
+        metric, members, sign = self.sweep.metric, [], 1 if self.sweep.mode == "max" else -1
+        finite = {name: row["metric"] for name, row in self.rows.items() if row.get("metric") is not None}
+        best = max(finite, key=lambda name: sign * finite[name], default=None)
         for name, trial in self.trials.items():
             schedule = self._schedule(trial)
+            values = {key: (format_value(own[key], quotes=False) for own in schedule) for key in self.sweep.parameters}
+            history = {key: " -> ".join(value for value, _ in groupby(own)) for key, own in values.items()}
             copied = [f"{own['trial']} to {own['rounds'][1]}" for own in schedule[:-1] if own["trial"] != name]
-            history = {key: _history(schedule, key) for key in self.sweep.parameters}
             members.append(replace(trial, labels={"member": name, **history, "copied": ", ".join(copied)}))
-        title = "Population Based Training"
-        if best:
-            title += f": best is {best} with {metric} {format_mean(self.rows[best]['metric'], None, metric)}"
-        return make_table(members, self.rows, self.sweep, title, lambda own: "best" * (own.labels["member"] == best))
+        found = f": best is {best} with {metric} {format_mean(finite[best], None, metric)}" if best else ""
 
-    def _settings(self, name: str) -> dict[str, Any] | None:
-        """The member's settings in its run directory; None where it has none yet."""
-        config = self.out / "trials" / name / "config.yaml"
-        return self._varied(load_config(config)) if config.is_file() else None
+        def mark(own: TrialGroup) -> str:
+            return "best" * (own.labels["member"] == best)
 
-    def _varied(self, experiment: Experiment) -> dict[str, Any]:
-        plain = experiment.model_dump(mode="json")
-        return {key: reduce(getitem, key.split("."), plain) for key in self.sweep.parameters}
-
-    def _best(self) -> str | None:
-        finite = {name: self.sign * row["metric"] for name, row in self.rows.items() if row.get("metric") is not None}
-        return max(finite, key=lambda name: finite[name], default=None)
+        return make_table(members, self.rows, self.sweep, f"Population Based Training{found}", mark)
 
     def _schedule(self, trial: Trial) -> list[dict[str, Any]]:
         """The settings by which the model of the member came about: rounds, the member that trained them, settings."""
@@ -155,7 +142,68 @@ class Population(Search):
         return [{"rounds": [1, last], "trial": name, **settings}, *reversed(found)]
 
 
-def _history(schedule: list[dict[str, Any]], key: str) -> str:
-    """`0.01 -> 0.012`: the setting's values in order."""
-    values: Iterator[str] = (format_value(own[key], quotes=False) for own in schedule)
-    return " -> ".join(value for value, _ in groupby(values))
+class Generations(PopulationBasedTraining):
+    """Population Based Training in generations, for runs of so many ``rounds``.
+
+    ``done``: the rounds of the generations that all members have behind them, on a resume. Random choices are keyed by
+    (``seed``, round, member): equal metrics give equal decisions.
+    """
+
+    def __init__(self, search: PbtSettings, sweep: Sweep, rounds: int, seed: int, done: int = 0) -> None:
+        spaces = sweep.parameters
+        super().__init__(
+            time_attr="round",
+            metric=sweep.metric,
+            mode=sweep.mode,
+            perturbation_interval=search.rounds,
+            hyperparam_mutations={key: own.get("choice") or partial(_drawn, own, key) for key, own in spaces.items()},
+            quantile_fraction=search.quantile,
+            resample_probability=search.resample,
+            perturbation_factors=search.factors,
+            custom_explore_fn=partial(_within, spaces),
+            log_config=False,
+            synch=True,
+        )
+        self.rounds, self.seed, self.done = rounds, seed, done
+        self._next_perturbation_sync = done + search.rounds
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
+        self._trial_state[trial].last_perturbation_time = self.done
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if self._metric not in result or result["round"] >= self.rounds:
+            return str(self.CONTINUE)
+        return str(super().on_trial_result(tune_controller, trial, result))
+
+    def _checkpoint_or_exploit(self, trial: Any, *rest: Any) -> None:
+        state = random.getstate()
+        random.seed(seeding.derive_seed(self.seed, "sweep.pbt", int(self._next_perturbation_sync), str(trial)))
+        try:
+            super()._checkpoint_or_exploit(trial, *rest)
+        finally:
+            random.setstate(state)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Where all others wait for this one, which has failed, begins the next generation without it."""
+        end, state = self._next_perturbation_sync, cast(Any, self._trial_state)
+        state[trial].last_score, state[trial].last_train_time = None, end
+        others = [other for other in tune_controller.get_live_trials() if other is not trial]
+        if others and all(state[other].last_train_time >= end for other in others):
+            super().on_trial_result(tune_controller, others[0], state[others[0]].last_result)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        self.on_trial_complete(tune_controller, trial, {})
+
+
+def _drawn(space: Mapping[str, Any], key: str) -> Any:
+    return draw(space, key, random.getrandbits(60), 0)
+
+
+def _within(spaces: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The changed config, with readable numbers within their ranges."""
+    for key, space in spaces.items():
+        if "choice" not in space:
+            low, high = map(rounded, *space.values())
+            config[key] = min(max(rounded(config[key]), low), high)
+    return config

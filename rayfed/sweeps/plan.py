@@ -10,84 +10,67 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from rayfed.api import build_components, check
 from rayfed.config import Experiment, validate
+from rayfed.config.describe import format_settings
 from rayfed.config.load import assign
 from rayfed.config.marks import data_key, model_key
-from rayfed.config.sweep import SEED, Sweep
+from rayfed.config.sweep import Sweep
 from rayfed.config.types import MOST_TRIALS
 from rayfed.errors import UserError
-from rayfed.sweeps.space import Point, expand, format_settings, trial_names
+from rayfed.sweeps.space import Point
+from rayfed.sweeps.trial import Trial
 from rayfed.tasks.data.federation import Federation
 
 NAMED = 3  # trials that a refusal names
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One run of a sweep."""
+def make_trials(settings: Mapping[str, Any], points: Sequence[Point], names: Sequence[str] = ()) -> list[Trial]:
+    """One trial for each point. Without ``names``, the trials are made to be checked, and have no names.
 
-    name: str
-    overrides: Mapping[str, Any]
-    labels: Mapping[str, Any]
-    """The settings that tell trials apart, or the label of their case."""
-    experiment: Experiment
-    data: str
-    """The key of its data: trials with equal keys share a federation."""
-    metrics: tuple[str, ...]
-    """The keys of metrics.jsonl by which trials can be compared."""
-    continues: str | None = None
-    """The trial from whose last checkpoint it starts (see `rayfed.sweeps.warm_start`); None: it starts anew."""
-
-
-def plan_trials(settings: dict[str, Any], sweep: Sweep) -> tuple[list[Trial], dict[str, Federation]]:
-    """(the trials of a sweep without a search, their federations by `Trial.data`).
-
-    UserError where a trial is wrong: one line a mistake, with the trials that have the mistake.
+    UserError where fields or their combinations are wrong: one line a mistake, with the trials that have the mistake.
     """
-    seed = settings.get(SEED, 0)
-    points = expand(sweep, seed if isinstance(seed, int) else 0)
-    trials = make_trials(settings, points, trial_names(points))
-    return trials, check_trials(trials, sweep)
-
-
-def make_trials(settings: dict[str, Any], points: Sequence[Point], names: Sequence[str]) -> list[Trial]:
-    """One trial for each point. UserError as in `plan_trials`, for fields and their combinations."""
     if len(points) > MOST_TRIALS:
         raise UserError(f"sweep: got more than {MOST_TRIALS} points to check, but at most so many are allowed")
     group = str(settings.get("name", "sweep"))
     trials = []
     refusals = Refusals()
-    for point, name in zip(points, names, strict=True):
+    for point, name in zip(points, names or ["check"] * len(points), strict=True):
         with refusals.of(point):
             experiment = trial_experiment(settings, point.overrides, group, name)
-            task = build_components(experiment).task
-            metrics = ("train/loss", *task.metric_keys(experiment.eval), "bytes/total")
+            metrics = ("train/loss", *build_components(experiment).task.metric_keys(experiment.eval), "bytes/total")
             data = data_key(experiment.model_dump(mode="json"))
             trials.append(Trial(name, point.overrides, point.labels, experiment, data, metrics))
     refusals.raise_all()
     return trials
 
 
-def check_trials(trials: Sequence[Trial], sweep: Sweep) -> dict[str, Federation]:
-    """The federations of the trials. UserError as in `plan_trials`, for metrics, data and base models."""
+def check_trials(trials: Sequence[Trial], sweep: Sweep | None = None) -> dict[str, Federation]:
+    """The federations of the trials, by `Trial.data`.
+
+    UserError as in `make_trials`, for data, base models and GPUs, and for the metrics and rounds of the ``sweep``.
+    """
     refusals = Refusals()
     federations: dict[str, Federation] = {}
     models: set[str] = set()
     for trial in trials:
         with refusals.of(trial):
+            engine = trial.experiment.engine
+            if engine.kind == "local" and engine.device == "cuda" and not engine.gpus:
+                gpus = "in a sweep it says how much of a GPU each trial holds"
+                raise UserError(f"engine.gpus_per_worker: got 0, but {gpus}")
+            if sweep is not None:
+                _check_comparison(trial, sweep)
+            model = model_key(trial.experiment.model_dump(mode="json"))
+            federation = check(trial.experiment, federations.get(trial.data), model=model not in models)
+            models.add(model)
+            federations[trial.data] = federation
             exact = build_components(trial.experiment).task.exact
-            _check_metric(trial, sweep)
-            _check_stop(trial, sweep, exact)
-            federation = check_data(trial, federations, models)
-            if sweep.metric.startswith("eval/") and not exact and not len(federation.validation):
-                raise UserError(
-                    f"sweep.metric: got {sweep.metric!r}, but the data have no validation split; set data.validation "
-                    "above 0"
-                )
+            if sweep is not None and sweep.metric.startswith("eval/") and not exact and not len(federation.validation):
+                split = "the data have no validation split; set data.validation above 0"
+                raise UserError(f"sweep.metric: got {sweep.metric!r}, but {split}")
     refusals.raise_all()
     return federations
 
@@ -110,8 +93,7 @@ class Refusals:
         lines = []
         for line, trials in self.trials.items():
             more = f"; and {len(trials) - NAMED} more" if len(trials) > NAMED else ""
-            word = "trial" if len(trials) == 1 else "trials"
-            lines.append(f"{line} ({word} {'; '.join(trials[:NAMED])}{more})")
+            lines.append(f"{line} (trial{'s'[: len(trials) - 1]} {'; '.join(trials[:NAMED])}{more})")
         if lines:
             raise UserError("\n".join(lines))
 
@@ -134,49 +116,29 @@ def trial_experiment(settings: Mapping[str, Any], overrides: Mapping[str, Any], 
             tracking["group"] = group
     experiment = validate(own)
     if experiment.engine.pack == "auto":  # then trials would differ in more than in their settings
-        raise UserError(
-            "engine.pack: got 'auto', but every trial of a sweep would choose its own; name the number that `rayfed "
-            "doctor CONFIG` shows"
-        )
+        own_choice = "every trial of a sweep would choose its own; name the number that `rayfed doctor CONFIG` shows"
+        raise UserError(f"engine.pack: got 'auto', but {own_choice}")
     return experiment
 
 
-def _check_metric(trial: Trial, sweep: Sweep) -> None:
+def _check_comparison(trial: Trial, sweep: Sweep) -> None:
+    """UserError where the sweep compares trials by what this one does not measure, or not when it compares them."""
     for field, key in (("metric", sweep.metric), ("report", sweep.report)):
         if key is not None and key not in trial.metrics:
-            raise UserError(
-                f"sweep.{field}: got {key!r}, but trials of this task can be compared by {', '.join(trial.metrics)}"
-            )
-
-
-def _check_stop(trial: Trial, sweep: Sweep, exact: bool) -> None:
+            keys = ", ".join(trial.metrics)
+            raise UserError(f"sweep.{field}: got {key!r}, but trials of this task can be compared by {keys}")
     if sweep.stop is None:
         return
     rounds, grace = trial.experiment.server.rounds, sweep.stop.grace
-    if not sweep.stop.rungs(rounds):
-        raise UserError(
-            f"sweep.stop.grace: got {grace}, but with server.rounds={rounds} no trial could be stopped before its last "
-            "round"
-        )
-    evaluated = not exact and sweep.metric.startswith(("eval/", "test/"))
-    every = trial.experiment.eval.every if evaluated else 1
+    if grace >= rounds:
+        what = f"with server.rounds={rounds} no trial could be stopped before its last round"
+        raise UserError(f"sweep.stop.grace: got {grace}, but {what}")
+    every = trial.experiment.eval.every if is_evaluated(trial, sweep.metric) else 1
     if (rounds - 1) // every * every < grace:  # the last measured round before the end
-        raise UserError(
-            f"eval.every: got {every}, but sweep.stop compares {sweep.metric} from round {grace} (grace) to "
-            f"{rounds - 1}, and it is not measured there"
-        )
+        when = f"from round {grace} (grace) to {rounds - 1}, and it is not measured there"
+        raise UserError(f"eval.every: got {every}, but sweep.stop compares {sweep.metric} {when}")
 
 
-def check_data(trial: Trial, federations: dict[str, Federation], models: set[str]) -> Federation:
-    """The trial's federation. ``federations`` and ``models`` hold what earlier trials were checked with.
-
-    UserError where settings and data, or settings and base model, do not go together.
-    """
-    engine = trial.experiment.engine
-    if engine.kind == "local" and engine.device == "cuda" and not engine.gpus:
-        raise UserError("engine.gpus_per_worker: got 0, but in a sweep it says how much of a GPU each trial holds")
-    model = model_key(trial.experiment.model_dump(mode="json"))
-    federation = check(trial.experiment, federations.get(trial.data), model=model not in models)
-    models.add(model)
-    federations[trial.data] = federation
-    return federation
+def is_evaluated(trial: Trial, metric: str) -> bool:
+    """Whether the trial measures the metric in the rounds of `eval.every` alone."""
+    return metric.startswith(("eval/", "test/")) and not build_components(trial.experiment).task.exact

@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rayfed.sweeps.plan import Trial
-from rayfed.sweeps.table import STOPPED, TrialRow, format_mb, format_mean
+from rayfed.sweeps.table import STOPPED, TrialRow
+from rayfed.sweeps.trial import Trial
 from rayfed.tracking import Table
 from rayfed.tracking.console import RECENT, PlainView
-from rayfed.tracking.format import clock
+from rayfed.tracking.format import clock, format_mb, format_mean
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -25,13 +25,9 @@ class Progress:
     """Lines go to ``view``. ``metric`` is the key that is shown. ``live``: the table on a terminal."""
 
     def __init__(self, view: PlainView, metric: str, live: Live | None = None) -> None:
-        self.view, self.metric, self.live = view, metric, live
+        self.view, self.note, self.metric, self.live = view, view.note, metric, live
         self._running: dict[str, dict[str, Any]] = {}  # the last record of each running trial, and its seconds
         self._shown = 0.0
-
-    def note(self, text: str) -> None:
-        """Shows the text."""
-        self.view.note(text)
 
     def start(self, trial: Trial) -> None:
         """The trial's process begins its work, or goes on after a pause."""
@@ -47,11 +43,12 @@ class Progress:
     def end(self, row: TrialRow, ended: int, trials: int) -> None:
         """The trial of this row has ended, as so many of all ``trials``."""
         self._running.pop(row["trial"], None)
-        metric, size = format_mean(row.get("metric"), None, self.metric), format_mb(row.get("bytes") or 0, 2)
-        result = row["error"] or f"{self.metric} {metric}, {size} MB, {row.get('seconds') or 0:.1f} s"
+        metric = format_mean((row.get("stopped") or row).get("metric"), None, self.metric)
+        result = row["error"] or f"{self.metric} {metric}"
         if row["status"] == STOPPED:
-            metric = format_mean(row["stopped"]["metric"], None, self.metric)
-            result = f"after round {row['stopped']['round']} ({self.metric} {metric})"
+            result = f"after round {row['stopped']['round']} ({result})"
+        elif not row["error"]:
+            result += f", {format_mb(row['bytes'], 2)} MB, {row['seconds']:.1f} s"
         self.note(f"[{ended}/{trials}] {row['status']} {row['trial']}: {result}")
 
     def show(self, ended: int, trials: int) -> None:
@@ -71,15 +68,11 @@ class Progress:
 
     def table(self, ended: int, trials: int) -> Table:
         """One row a running trial."""
-        rows = [
-            (
-                name,
-                f"{last['round']}/{last['rounds']}",
-                format_mean(last.get(self.metric), None, self.metric),
-                format_mb(last.get("bytes/total"), 2),
-                clock(statistics.median(own) * (last["rounds"] - last["round"])) if (own := last["seconds"]) else "-",
-            )
-            for name, last in self._running.items()
-        ]
+        rows = []
+        for name, last in self._running.items():
+            left = last["rounds"] - last["round"]
+            eta = clock(statistics.median(last["seconds"]) * left) if last["seconds"] else "-"
+            metric, size = format_mean(last.get(self.metric), None, self.metric), format_mb(last.get("bytes/total"), 2)
+            rows.append((name, f"{last['round']}/{last['rounds']}", metric, size, eta))
         title = f"{ended} of {trials} trials have ended"
         return Table(title, ("running", "round", self.metric, "MB", "eta"), tuple(rows))

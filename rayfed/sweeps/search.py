@@ -11,25 +11,17 @@ import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from rayfed.config.sweep import Sweep
-from rayfed.errors import UserError
+from rayfed.config.sweep import SEED, Sweep
 from rayfed.files import atomic_write
-from rayfed.sweeps.plan import Trial, make_trials, plan_trials
+from rayfed.sweeps.plan import check_trials, make_trials
 from rayfed.sweeps.progress import Progress
-from rayfed.sweeps.space import Point
-from rayfed.sweeps.table import (
-    NOT_SELECTED,
-    UNFINISHED,
-    TrialRow,
-    make_table,
-    selected_trials,
-    selection_trials,
-    trial_row,
-)
-from rayfed.sweeps.trial import outcome_file
+from rayfed.sweeps.space import Point, expand, trial_names
+from rayfed.sweeps.table import NOT_SELECTED, UNFINISHED, TrialRow, make_table, selected, trial_row
+from rayfed.sweeps.trial import Trial
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Table
 from rayfed.tracking.console import PlainView
@@ -50,7 +42,6 @@ class Search(ABC):
 
     def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
         self.settings, self.sweep, self.out = settings, sweep, out
-        self.sign = 1 if sweep.mode == "max" else -1
         self.checked: list[Trial] = []
         self.federations: dict[str, Federation] = {}
         self.trials: dict[str, Trial] = {}
@@ -70,16 +61,20 @@ class Search(ABC):
         """The arguments of `tune.TuneConfig`, and `param_space`, with which Tune runs all trials that are missing."""
 
     @abstractmethod
+    def complete(self) -> bool:
+        """Whether all trials have ended, and no further one follows."""
+
     def table(self) -> Table:
         """The table of the sweep."""
+        return make_table([*self.trials.values()], self.rows, self.sweep)
 
     def lines(self) -> Sequence[Mapping[str, Any]]:
         """The lines of search.jsonl; none: there is no such file."""
         return ()
 
-    def complete(self) -> bool:
-        """Whether all trials have ended, and no further one follows."""
-        return not self.missing(self.trials.values())
+    def labels(self, name: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the table shows of the trial of that name with those settings."""
+        return settings
 
     def run(self) -> None:
         """Runs the missing trials on Ray Tune. Without any, Ray is not even imported."""
@@ -90,37 +85,39 @@ class Search(ABC):
             run_on_tune(self)
             self.write()
 
-    def trial(self, name: str) -> Trial:
-        """The trial of that name, with its settings as they are now."""
+    def trial(self, name: str, settings: Mapping[str, Any]) -> Trial:
+        """The trial of that name, added if it is new. UserError where its settings are wrong.
+
+        PBT changes the settings of a trial; its run directory has them once its process works.
+        """
+        known = self.trials.get(name)
+        if known is None or known.overrides != settings:
+            (self.trials[name],) = make_trials(self.settings, [Point(settings, self.labels(name, settings))], [name])
+        if known is None:
+            self.add(self.trials[name])
         return self.trials[name]
 
-    def add(self, trial: Trial) -> Trial:
-        """Adds the trial, or its new settings, and reads its row. UserError if it was made with other settings."""
+    def add(self, trial: Trial) -> None:
+        """Adds the trial and reads its row. UserError if its run directory was made with other settings."""
         self.rows[trial.name] = trial_row(self.out, trial, self.sweep)
         self.trials[trial.name] = trial
-        return trial
-
-    def trial_at(self, name: str, overrides: Mapping[str, Any], labels: Mapping[str, Any] | None = None) -> Trial:
-        """The trial of that name, added if it is new. UserError where its settings are wrong."""
-        if name not in self.trials:
-            point = Point(overrides, overrides if labels is None else labels)
-            self.add(*make_trials(self.settings, [point], [name]))
-        return self.trials[name]
 
     def missing(self, trials: Iterable[Trial]) -> list[Trial]:
         """The trials that have not ended, and those that failed."""
         return [trial for trial in trials if self.rows[trial.name]["status"] in (UNFINISHED, "failed")]
 
     def forget_failures(self) -> None:
-        """Removes the outcomes of failed trials, which then run again."""
-        for trial in self.missing(self.trials.values()):
-            outcome_file(self.out, trial).unlink(missing_ok=True)
+        """Removes the outcomes of failed trials, which then run again: also of those that no search has come to yet."""
+        for path in (self.out / "trials").glob("*.json"):
+            with suppress(ValueError, AttributeError):  # a damaged file is refused where it is read
+                if json.loads(path.read_text(encoding="utf-8")).get("status") == "failed":
+                    path.unlink()
 
-    def trial_ended(self, name: str) -> None:
+    def trial_ended(self, trial: Trial) -> None:
         """Writes the row of the trial, whose outcome is recorded, and shows it."""
-        trial = self.add(self.trial(name))
+        self.add(trial)
         self.write()
-        self.progress.end(self.rows[name], self.ended, len(self.rows))
+        self.progress.end(self.rows[trial.name], self.ended, len(self.rows))
         self.on_trial_end(trial)
 
     @property
@@ -138,13 +135,6 @@ class Search(ABC):
         atomic_write(self.out / "table.txt", page.getvalue().lstrip("\n"))
         return table
 
-    def refuse_resume(self, recorded: str, now: str) -> NoReturn:
-        """UserError: search.jsonl does not belong to the settings with which the sweep is resumed."""
-        raise UserError(
-            f"--resume: {self.out / SEARCH_FILE} has {recorded}, but the resumed sweep {now}; resume with the sweep's "
-            "own sweep.yaml or choose another --out"
-        )
-
 
 class TrialList(Search):
     """A sweep without a search: every point of the spaces is a trial, and all are known before the first one starts.
@@ -154,10 +144,14 @@ class TrialList(Search):
 
     def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
         super().__init__(settings, sweep, out)
-        self.checked, self.federations = plan_trials(settings, sweep)
+        seed = settings.get(SEED, 0)
+        points = expand(sweep, seed if isinstance(seed, int) else 0)
+        self.checked = make_trials(settings, points, trial_names(points))
+        self.federations = check_trials(self.checked, sweep)
         for trial in self.checked:
             self.add(trial)
-        self.now: Sequence[Trial] = selection_trials(self.checked, sweep)
+        first = sweep.parameters.get(SEED, {}).get("grid", [])[: sweep.tune_seeds]
+        self.now = [own for own in self.checked if sweep.tune_seeds is None or own.overrides[SEED] in first]
         """The trials that Tune gets."""
         self.stop = sweep.stop
 
@@ -167,13 +161,12 @@ class TrialList(Search):
         self.progress.note(f"sweep {self.out}: {len(self.now)} trials, {len(self.missing(self.now))} to run{wait}")
         super().run()
         if later:
-            self.now = selected_trials(self.checked, self.rows, self.sweep)
+            self.now = selected(self.checked, self.rows, self.sweep)
             for name in self.rows.keys() - {trial.name for trial in self.now}:
                 if self.rows[name]["status"] == UNFINISHED:
                     self.rows[name]["status"] = NOT_SELECTED
             # Not with `stop`: a mean over only those seeds that were not stopped would be too good.
-            self.stop = None
-            missing = len(self.missing(self.now))
+            self.stop, missing = None, len(self.missing(self.now))
             self.progress.note(f"selected: {len(self.now)} trials of {len(self.checked)}, {missing} to run")
             super().run()
 
@@ -189,27 +182,12 @@ class TrialList(Search):
         scheduler = asha(self.stop, self.sweep, rounds) if self.stop else None
         return {"search_alg": ListedTrials(trials), "scheduler": scheduler}
 
-    def table(self) -> Table:
-        return make_table(self.checked, self.rows, self.sweep)
-
-
-def read_search(out: Path) -> list[dict[str, Any]]:
-    """The lines of the directory's search.jsonl; none if there is no such file. UserError if it is damaged."""
-    path = out / SEARCH_FILE
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-        if not all(isinstance(line, dict) for line in lines):
-            raise ValueError("a line is no mapping")
-    except ValueError as error:
-        raise UserError(f"--resume: {path} is damaged ({error}); choose another --out") from None
-    return lines
-
 
 def build_search(settings: dict[str, Any], sweep: Sweep, out: Path) -> Search:
     """The trials or the search that the section describes. UserError, before anything starts, where it is wrong."""
     kind = sweep.search.kind if sweep.search else None
     if kind == "flasc":
-        from rayfed.sweeps.flasc_sweep import FlascProbes
+        from rayfed.sweeps.flasc_search import FlascProbes
 
         return FlascProbes(settings, sweep, out)
     if kind == "optuna":

@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from rayfed.config.describe import format_value
+from rayfed.config.describe import format_value, short_names
+from rayfed.config.search import OptunaSettings
 from rayfed.config.sweep import SEED, Sweep
-from rayfed.sweeps.plan import Trial
-from rayfed.sweeps.space import short_names
-from rayfed.sweeps.trial import read_outcome, trial_folder
+from rayfed.sweeps.trial import Trial, read_outcome, trial_folder
 from rayfed.tracking import Table, read_metrics
+from rayfed.tracking.format import format_mb, format_mean
 
 TrialRow = dict[str, Any]
 """A line of sweep.jsonl."""
-TIME, SERVER_TIME = "time/round_s", "time/server_s"
 UNFINISHED = "unfinished"
 STOPPED = "stopped"  # by the section `stop`
 NOT_SELECTED = "not selected"  # other tuned values were better on the first seeds, so the trial does not run
-IN_PERCENT = ("accuracy", "accuracy_masked", "accuracy_clients", "accuracy_unseen", "gap")
 
 
 def trial_row(out: Path, trial: Trial, sweep: Sweep) -> TrialRow:
@@ -39,14 +37,13 @@ def trial_row(out: Path, trial: Trial, sweep: Sweep) -> TrialRow:
         "error": outcome.error if outcome else None,
         "digest": trial.experiment.digest(),
     }
-    if outcome and outcome.status == "done":
+    if outcome and outcome.status in ("done", STOPPED):
         rounds = read_metrics(trial_folder(out, trial) / "metrics.jsonl")
-        row |= summarize(rounds, sweep, report_key(trial, sweep)) | {"summary": outcome.summary}
-    if outcome and outcome.status == STOPPED:
+        if outcome.status == "done":
+            return row | summarize(rounds, sweep, report_key(trial, sweep)) | {"summary": outcome.summary}
         # Not under "metric": a value after fewer rounds takes part in no mean and no selection.
-        last = outcome.round or 0
-        rounds = [r for r in read_metrics(trial_folder(out, trial) / "metrics.jsonl") if r["round"] <= last]
-        row["stopped"] = {"round": outcome.round, "metric": summarize(rounds, sweep, None)["metric"]}
+        counted = summarize([own for own in rounds if own["round"] <= (outcome.round or 0)], sweep, None)
+        row["stopped"] = {"round": outcome.round, "metric": counted["metric"]}
     return row
 
 
@@ -56,115 +53,87 @@ def report_key(trial: Trial, sweep: Sweep) -> str | None:
     return sweep.report or (on_test if on_test != sweep.metric and on_test in trial.metrics else None)
 
 
-def value_columns(trial: Trial, sweep: Sweep) -> list[tuple[str, str]]:
-    """(key in a trial's row, title) of the columns with the metric and the reported metric."""
-    report = report_key(trial, sweep)
-    return [("metric", sweep.metric), *([("report", report)] if report else [])]
-
-
 def summarize(rounds: Sequence[Mapping[str, Any]], sweep: Sweep, report: str | None) -> TrialRow:
     """Metric and report in the round that counts, all bytes, the seconds of all rounds and the server's part of them.
 
-    If the last measured value was not finite, the metric is None: an earlier round must not hide a divergence.
+    With a second objective (`sweep.search.against`), its sum over the rounds. If the last measured value was not
+    finite, the metric is None: an earlier round must not hide a divergence.
     """
-    measured = [r for r in rounds if r.get(sweep.metric) is not None or _diverged(r, sweep.metric)]
+    nonfinite = f" {sweep.metric}="
+    measured = [own for own in rounds if own.get(sweep.metric) is not None or nonfinite in f" {own.get('nonfinite')}"]
+    counted = measured[-1] if measured else {}
     if sweep.at == "best":
-        sign = 1 if sweep.mode == "max" else -1
-        finite = [r for r in measured if r.get(sweep.metric) is not None]
-        counted = max(finite, key=lambda r: sign * r[sweep.metric], default={})
-    else:
-        counted = measured[-1] if measured else {}
-    return {
+        finite = [own for own in measured if own.get(sweep.metric) is not None]
+        counted = (max if sweep.mode == "max" else min)(finite, key=lambda own: own[sweep.metric], default={})
+    totals = {"seconds": "time/round_s", "server_seconds": "time/server_s"}
+    if isinstance(sweep.search, OptunaSettings) and sweep.search.against:
+        totals["against"] = sweep.search.against
+    row = {
         "round": counted.get("round"),
         "metric": counted.get(sweep.metric),
         "report": counted.get(report) if report else None,
         "bytes": rounds[-1]["bytes/total"] if rounds else None,
-        "seconds": sum(r[TIME] for r in rounds),
-        "server_seconds": sum(r.get(SERVER_TIME, 0.0) for r in rounds),
+        **{name: sum(own.get(key, 0.0) for own in rounds) for name, key in totals.items()},
     }
+    return row | ({"against": row["bytes"]} if totals.get("against") == "bytes/total" else {})
 
 
-def _diverged(record: Mapping[str, Any], key: str) -> bool:
-    return any(word.startswith(f"{key}=") for word in str(record.get("nonfinite", "")).split())
-
-
-@dataclass(frozen=True)
+@dataclass
 class TrialGroup:
     """The trials that differ in the seed alone."""
 
     labels: dict[str, Any]
     """The labels that they share."""
-    trials: int
-    rows: list[TrialRow]
+    trials: list[Trial] = field(default_factory=list)
+    rows: list[TrialRow] = field(default_factory=list)
     """The rows of the trials that are done and did not diverge."""
-    stopped: list[int]
+    stopped: list[int] = field(default_factory=list)
     """The last rounds of the trials that were stopped early."""
-
-    def values(self, key: str) -> list[float]:
-        """The values of the key that are not None."""
-        return [row[key] for row in self.rows if row.get(key) is not None]
 
     def mean(self, key: str) -> float | None:
         """The mean over the seeds; None without values."""
-        return mean(self.values(key)) if self.values(key) else None
+        values = [row[key] for row in self.rows if row.get(key) is not None]
+        return mean(values) if values else None
 
-    def deviation(self, key: str) -> float | None:
-        """Sample deviation over the seeds (n - 1 below); None for fewer than two."""
-        return stdev(self.values(key)) if len(self.values(key)) > 1 else None
-
-    def cells(self, columns: Iterable[tuple[str, str]]) -> list[str]:
-        """The cells of `value_columns`."""
-        return [format_mean(self.mean(key), self.deviation(key), title) for key, title in columns]
+    def cell(self, key: str, title: str) -> str:
+        """The mean, and the sample deviation (n - 1 below) where there are two values or more."""
+        values = [row[key] for row in self.rows if row.get(key) is not None]
+        return format_mean(self.mean(key), stdev(values) if len(values) > 1 else None, title)
 
 
 def groups(trials: Iterable[Trial], rows: Mapping[str, TrialRow]) -> list[TrialGroup]:
-    """One group for all trials with the same settings but the seed, in the order of the trials."""
+    """One group for all trials with the same labels but the seed, in the order of the trials."""
     found: dict[str, TrialGroup] = {}
     for trial in trials:
-        labels, row = labels_without_seed(trial), rows[trial.name]
-        group = found.get(repr(labels), TrialGroup(labels, 0, [], []))
-        counted = [row] if row.get("metric") is not None else []
-        stopped = [row["stopped"]["round"]] if row["status"] == STOPPED else []
-        found[repr(labels)] = TrialGroup(labels, group.trials + 1, group.rows + counted, group.stopped + stopped)
+        labels, row = {key: value for key, value in trial.labels.items() if key != SEED}, rows[trial.name]
+        group = found.setdefault(repr(labels), TrialGroup(labels))
+        group.trials.append(trial)
+        if row.get("metric") is not None:
+            group.rows.append(row)
+        if row["status"] == STOPPED:
+            group.stopped.append(row["stopped"]["round"])
     return list(found.values())
 
 
-def selection_trials(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
-    """The trials by which tuned values are selected: those of the first `tune_seeds` seeds, by default all."""
-    if sweep.tune_seeds is None:
-        return list(trials)
-    first = sweep.parameters[SEED]["grid"][: sweep.tune_seeds]
-    return [trial for trial in trials if trial.overrides[SEED] in first]
+def selected(trials: Sequence[Trial], rows: Mapping[str, TrialRow], sweep: Sweep) -> list[Trial]:
+    """The trials, of all seeds, with the best tuned values by the mean metric of the first `tune_seeds` seeds.
 
-
-def selected_trials(trials: Sequence[Trial], rows: Mapping[str, TrialRow], sweep: Sweep) -> list[Trial]:
-    """The trials, of all seeds, with the best tuned values; without `tune`, all trials."""
+    Without `tune`, all trials. Values with fewer finite results never beat values with more: settings that fail at some
+    seeds are no choice.
+    """
     if not sweep.tune:
         return list(trials)
-    best = best_groups(groups(selection_trials(trials, sweep), rows), sweep.tune, sweep.mode)
-    labels = [group.labels for group in best]
-    return [trial for trial in trials if labels_without_seed(trial) in labels]
-
-
-def labels_without_seed(trial: Trial) -> dict[str, Any]:
-    """The trial's labels but for the seed."""
-    return {key: value for key, value in trial.labels.items() if key != SEED}
-
-
-def best_groups(found: Iterable[TrialGroup], tune: Sequence[str], mode: str) -> list[TrialGroup]:
-    """Among the groups that differ in tuned settings alone, the one with the best mean metric.
-
-    A group with fewer finite results never beats a group with more: settings that fail at some seeds are no choice.
-    """
-    sign = 1 if mode == "max" else -1
-    best: dict[str, tuple[tuple[int, float], TrialGroup]] = {}
-    for group in found:
-        others = repr({key: value for key, value in group.labels.items() if key not in tune})
+    first = sweep.parameters.get(SEED, {}).get("grid", [])[: sweep.tune_seeds]
+    best: dict[str, tuple[tuple[int, float], str]] = {}
+    for group in groups((own for own in trials if sweep.tune_seeds is None or own.overrides[SEED] in first), rows):
+        others = repr({key: value for key, value in group.labels.items() if key not in sweep.tune})
         metric = group.mean("metric")
-        rank = (len(group.rows), -math.inf if metric is None else sign * metric)
-        if others not in best or rank > best[others][0]:
-            best[others] = rank, group
-    return [group for _, group in best.values()]
+        worth = -math.inf if metric is None else metric if sweep.mode == "max" else -metric
+        rank = (len(group.rows), worth), repr(group.labels)
+        if others not in best or rank[0] > best[others][0]:
+            best[others] = rank
+    chosen = {labels for _, labels in best.values()}
+    return [own for group in groups(trials, rows) if repr(group.labels) in chosen for own in group.trials]
 
 
 def make_table(
@@ -176,22 +145,23 @@ def make_table(
     A search has a title of its own, and a last column with the ``mark`` of each line.
     """
     labels = list(dict.fromkeys(key for trial in trials for key in trial.labels if key != SEED))
-    values = [] if not trials else value_columns(trials[0], sweep)
+    report = report_key(trials[0], sweep) if trials else None
+    values = {"metric": sweep.metric} if trials else {}
+    values |= {"report": report} if report else {}
     body = tuple(
         (
-            *format_labels(group.labels, labels),
-            *group.cells(values),
-            format_mb(group.mean("bytes"), 2),
-            _seconds(group.mean("seconds")),
-            f"{len(group.rows)}/{group.trials}",
-            *([", ".join(map(str, group.stopped))] if sweep.stop else []),
-            *([mark(group)] if mark else []),
+            *(format_value(own.labels[key], quotes=False) if key in own.labels else "" for key in labels),
+            *(own.cell(key, name) for key, name in values.items()),
+            format_mb(own.mean("bytes"), 2),
+            "-" if (seconds := own.mean("seconds")) is None else f"{seconds:.1f}",
+            f"{len(own.rows)}/{len(own.trials)}",
+            *([", ".join(map(str, own.stopped))] if sweep.stop else []),
+            *([mark(own)] if mark else []),
         )
-        for group in groups(selected_trials(trials, rows, sweep), rows)
+        for own in groups(selected(trials, rows, sweep), rows)
     )
     more = (["stopped at round"] if sweep.stop else []) + ([""] if mark else [])
-    titles = (name for _, name in values)
-    columns = (*short_names(labels).values(), *titles, "MB both ways", "seconds", "trials", *more)
+    columns = (*short_names(labels).values(), *values.values(), "MB both ways", "seconds", "trials", *more)
     return Table(title or _title(sweep), columns, body)
 
 
@@ -202,27 +172,3 @@ def _title(sweep: Sweep) -> str:
         return title
     seeds = f" of the first {sweep.tune_seeds} seeds" if sweep.tune_seeds else ""
     return f"{title}; {', '.join(sweep.tune)} selected by mean {sweep.metric} ({sweep.mode}){seeds}"
-
-
-def format_labels(labels: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
-    """The cells of the label columns; empty where there is no such label."""
-    return [format_value(labels[key], quotes=False) if key in labels else "" for key in keys]
-
-
-def format_mean(centre: float | None, deviation: float | None, key: str) -> str:
-    """`81.23 ± 0.45 %`, `0.4321 ± 0.0012`; without the deviation if there is none."""
-    if centre is None:
-        return "-"
-    percent = key.rpartition("/")[2] in IN_PERCENT
-    scale, digits = (100, 2) if percent else (1, 4)
-    around = "" if deviation is None else f" ± {scale * deviation:.{digits}f}"
-    return f"{scale * centre:.{digits}f}{around}{' %' if percent else ''}"
-
-
-def format_mb(size: float | None, digits: int = 3) -> str:
-    """Bytes as MB, 1e6 bytes."""
-    return "-" if size is None else f"{size / 1e6:.{digits}f}"
-
-
-def _seconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds:.1f}"

@@ -1,24 +1,38 @@
-"""The outcome of a trial: a file beside the trial's run directory.
+"""A trial of a sweep: its settings, its run directory, and the file with its outcome.
 
 A resumed sweep reads the run directories `trials/NAME/` and the outcomes `trials/NAME.json`, and nothing that Ray Tune
-remembers. A trial has ended once its outcome is recorded. Until then it starts, or continues from its own checkpoint. A
-trial that `continues` another one starts from the last checkpoint of that trial.
+remembers. A trial has ended once its outcome is recorded. Until then it starts, or continues from its own checkpoint.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rayfed.config import load_config
+from rayfed.config import Experiment, load_config
 from rayfed.errors import RunError, UserError
 from rayfed.files import write_json
 from rayfed.storage import masked
-from rayfed.sweeps.plan import Trial
 
 Status = Literal["done", "failed", "stopped"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep."""
+
+    name: str
+    overrides: Mapping[str, Any]
+    labels: Mapping[str, Any]
+    """The settings that tell trials apart, or the label of their case."""
+    experiment: Experiment
+    data: str
+    """The key of its data: trials with equal keys share a federation."""
+    metrics: tuple[str, ...]
+    """The keys of metrics.jsonl by which trials can be compared."""
 
 
 @dataclass(frozen=True)

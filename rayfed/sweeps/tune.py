@@ -21,6 +21,7 @@ searcher of Tune works. `tune.Tuner.restore(path, rayfed.tune.trainable(experime
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,28 +38,28 @@ from rayfed.config.marks import live
 from rayfed.config.types import MOST_TRIALS
 from rayfed.errors import UserError
 from rayfed.sweeps.flasc_search import FlascSearch
-from rayfed.sweeps.plan import Refusals, Trial, check_data, make_trials, trial_experiment
-from rayfed.sweeps.process import load_federation, report, run_folder, run_rounds
+from rayfed.sweeps.plan import check_trials, is_evaluated, make_trials, trial_experiment
 from rayfed.sweeps.resources import join_ray, placement_group
 from rayfed.sweeps.space import Point
-from rayfed.sweeps.warm_start import START_FROM
-from rayfed.tasks.data.federation import Federation
+from rayfed.sweeps.trainable import (
+    NAME,
+    START_FROM,
+    Config,
+    load_federation,
+    overrides,
+    report,
+    run_folder,
+    run_rounds,
+)
+from rayfed.sweeps.trial import Trial
 
-Config = dict[str, Any]
-"""Tune's config of a trial: dotted settings and their values."""
 ENVIRONMENT = {  # of Ray Tune, unless the user has set the variable
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in the settings start from the same folder as in `rayfed run`
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # not every round is evaluated
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "15",  # a run that is stopped may still have to write its checkpoint
 }
-NAME = "name"  # in a trial's config: the name of its run, where the search names its trials
 COUNTED = ("bytes/", "params/", "time/", "clients/", "method/", "diagnostics/")
 CHECKPOINTS = 4  # checkpoints of a trial that Tune keeps at least: other trials may need an earlier one than the newest
-
-
-def overrides(config: Config) -> dict[str, Any]:
-    """The settings of the trial in its config."""
-    return {key: value for key, value in config.items() if key not in (NAME, START_FROM)}
 
 
 def trainable(experiment: Settings) -> Callable[[Config], None]:
@@ -93,9 +94,10 @@ def tuner(
     """
     settings = read_settings(experiment)
     tune_config, run_config = tune_config or tune.TuneConfig(), run_config or tune.RunConfig()
-    trials, federations = _checked(settings, param_space)
+    trials = make_trials(settings.model_dump(mode="json", exclude_unset=True), _points(param_space))
+    federations = check_trials(trials)
     _check_search(trials[0], tune_config)
-    join_ray(trials, ENVIRONMENT)
+    join_ray([trial.experiment for trial in trials], ENVIRONMENT)
     tune_config = replace(tune_config, reuse_actors=True)
     if isinstance(tune_config.search_alg, FlascSearch) and tune_config.num_samples == 1:
         tune_config.num_samples = -1  # the search knows when it has ended
@@ -124,41 +126,28 @@ def _trainable(experiment: Experiment, data: Mapping[str, ray.ObjectRef]) -> Cal
                 report(record, folder)
 
     def resources(config: Config) -> tune.PlacementGroupFactory:
-        try:
-            own = trial_experiment(settings, overrides(config), group, "trial")
-        except UserError:  # the trial itself will say so
-            own = experiment
-        return placement_group(own)
+        engine = experiment.engine
+        with suppress(UserError):  # the trial itself will say so
+            engine = trial_experiment(settings, overrides(config), group, "trial").engine
+        return placement_group(engine)
 
     train.__name__ = "rayfed"  # the first word of the trials' names
     return tune.with_resources(train, resources)
 
 
-def _checked(experiment: Experiment, space: Mapping[str, Any]) -> tuple[list[Trial], dict[str, Federation]]:
-    """(trials with every value of the space once, their data by `Trial.data`). UserError where one of them is wrong."""
-    values = {key: own for key, domain in space.items() if key not in (NAME, START_FROM) and (own := _values(domain))}
-    first = {key: own[0] for key, own in values.items()}
+def _points(space: Mapping[str, Any]) -> list[Point]:
+    """Points with every value of the space once: all choices, both ends of a range."""
+    values = {key: _values(domain) for key, domain in space.items() if key not in (NAME, START_FROM)}
+    first = {key: own[0] for key, own in values.items() if own}
     points = [first, *(first | {key: value} for key, own in values.items() for value in own[1:MOST_TRIALS])]
-    settings = experiment.model_dump(mode="json", exclude_unset=True)
-    trials = make_trials(settings, [Point(own, own) for own in points], ["check"] * len(points))
-    federations: dict[str, Federation] = {}
-    models: set[str] = set()
-    refusals = Refusals()
-    for trial in trials:
-        with refusals.of(trial):
-            check_data(trial, federations, models)
-    refusals.raise_all()
-    return trials, federations
+    return [Point(own, own) for own in points]
 
 
 def _values(domain: Any) -> list[Any]:
-    """The values of a space of Tune: all choices, both ends of a range, or the value itself; none if unknown."""
     if isinstance(domain, Categorical):
         return list(domain.categories)
-    if isinstance(domain, Float):
-        return [domain.lower, domain.upper]
-    if isinstance(domain, Integer):
-        return [domain.lower, domain.upper - 1]
+    if isinstance(domain, Float | Integer):
+        return [domain.lower, domain.upper - isinstance(domain, Integer)]
     if isinstance(domain, Function):
         return []
     return list(domain["grid_search"]) if isinstance(domain, dict) and [*domain] == ["grid_search"] else [domain]
@@ -166,8 +155,7 @@ def _values(domain: Any) -> list[Any]:
 
 def _check_search(trial: Trial, tune_config: tune.TuneConfig) -> None:
     """UserError where the scheduler or the searcher asks for what a run does not do."""
-    search: Any = tune_config.search_alg
-    scheduler = tune_config.scheduler
+    search, scheduler = tune_config.search_alg, tune_config.scheduler
     while hasattr(search, "searcher"):  # a limiter or a repeater
         search = search.searcher
     mutations = getattr(scheduler, "_hyperparam_mutations", None) or {}
@@ -175,18 +163,13 @@ def _check_search(trial: Trial, tune_config: tune.TuneConfig) -> None:
         if key not in live():
             what = f"a run can change only {', '.join(live())}"
             raise UserError(f"tune_config.scheduler: got mutations of {key}, but {what}")
-    metrics = {own for part in (tune_config, search, scheduler) for own in _metrics(part)}
-    for metric in sorted(metrics):
-        if metric not in trial.metrics and not metric.startswith(COUNTED):
-            what = f"trials of this task can be compared by {', '.join(trial.metrics)} and {', '.join(COUNTED)}..."
-            raise UserError(f"tune_config.metric: got {metric!r}, but {what}")
-    every, reader = trial.experiment.eval.every, scheduler if mutations else search
-    reads = mutations or type(search).__name__ == "OptunaSearch"
-    exact = build_components(trial.experiment).task.exact
-    if reads and every > 1 and not exact and any(own.startswith(("eval/", "test/")) for own in metrics):
-        raise UserError(f"eval.every: got {every}, but {type(reader).__name__} reads the metric of every round: 1")
-
-
-def _metrics(part: Any) -> list[str]:
-    metric = getattr(part, "metric", None) or getattr(part, "_metric", None) or []
-    return [metric] if isinstance(metric, str) else list(metric)
+    every, reads = trial.experiment.eval.every, mutations or type(search).__name__ == "OptunaSearch"
+    for part in (tune_config, search, scheduler):
+        found = getattr(part, "metric", None) or getattr(part, "_metric", None) or []
+        for metric in [found] if isinstance(found, str) else found:
+            if metric not in trial.metrics and not metric.startswith(COUNTED):
+                what = f"trials of this task can be compared by {', '.join(trial.metrics)} and {', '.join(COUNTED)}..."
+                raise UserError(f"tune_config.metric: got {metric!r}, but {what}")
+            if reads and every > 1 and is_evaluated(trial, metric):
+                reader = type(scheduler if mutations else search).__name__
+                raise UserError(f"eval.every: got {every}, but {reader} reads the metric of every round: 1")

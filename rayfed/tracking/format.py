@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from rayfed.tracking.sinks import Scalar
 
+IN_PERCENT = ("accuracy", "accuracy_masked", "accuracy_clients", "accuracy_unseen", "gap")
+
 
 def loss(value: float | None) -> str:
     """`1.234`; from 1000 on `1.2e+03`."""
@@ -41,3 +43,18 @@ def short(value: Scalar) -> str:
 def round_of(number: int, rounds: int) -> str:
     """`round  9/12`, as wide for every number."""
     return f"round {number:>{len(str(rounds))}}/{rounds}"
+
+
+def format_mean(centre: float | None, deviation: float | None, key: str) -> str:
+    """`81.23 ± 0.45 %`, `0.4321 ± 0.0012`; without the deviation if there is none."""
+    if centre is None:
+        return "-"
+    percent = key.rpartition("/")[2] in IN_PERCENT
+    scale, digits = (100, 2) if percent else (1, 4)
+    around = "" if deviation is None else f" ± {scale * deviation:.{digits}f}"
+    return f"{scale * centre:.{digits}f}{around}{' %' if percent else ''}"
+
+
+def format_mb(size: float | None, digits: int = 3) -> str:
+    """Bytes as MB, 1e6 bytes."""
+    return "-" if size is None else f"{size / 1e6:.{digits}f}"

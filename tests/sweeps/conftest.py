@@ -13,8 +13,9 @@ import pytest
 import yaml
 from small_runs import LOWRANK
 
-from rayfed.sweeps.process import load_federation, run_trial
 from rayfed.sweeps.search import Search
+from rayfed.sweeps.trainable import RUN_DIR, START_FROM, load_federation, run_trial, runs_of
+from rayfed.sweeps.trial import read_outcome, trial_folder
 
 
 class HereInOrder:
@@ -34,12 +35,17 @@ class HereInOrder:
             config = searcher.suggest(str(number))
             if not isinstance(config, dict):
                 break
-            trial = search.trial(config["name"])
-            self.ran[-1].append(trial.name)
+            trials = [search.trial(name, own) for name, own in runs_of(config["name"], config).items()]
             records: list[Any] = []
-            run_trial(trial, search.out, load_federation(trial.experiment, {}), tell=records.append)
-            searcher.on_trial_complete(str(number), dict(records[-1]))
-            search.trial_ended(trial.name)
+            for trial in trials:
+                if read_outcome(search.out, trial) is None:
+                    self.ran[-1].append(trial.name)
+                start, federation = config.get(START_FROM), load_federation(trial.experiment, {})
+                run_trial(trial, search.out, federation, start=start, tell=records.append)
+            folder = str(trial_folder(search.out, trials[-1]))
+            searcher.on_trial_complete(str(number), {**records[-1], RUN_DIR: folder})
+            for trial in trials:
+                search.trial_ended(trial)
 
 
 @pytest.fixture(autouse=True)

@@ -8,22 +8,15 @@ from sweep_files import planned
 
 from rayfed.config.search import AshaSettings
 from rayfed.config.sweep import Sweep, load_sweep
-from rayfed.sweeps.process import load_federation, run_trial
 from rayfed.sweeps.schedulers import asha
 from rayfed.sweeps.search import TrialList
 from rayfed.sweeps.sweep import run_sweep
 from rayfed.sweeps.table import make_table, trial_row
+from rayfed.sweeps.trainable import load_federation, run_trial
 from rayfed.sweeps.trial import outcome_file, record_outcome, trial_folder
 from rayfed.tracking import read_metrics
 
 GRID = {"seed": {"grid": [0, 1]}}
-
-
-def test_rungs() -> None:
-    rule = AshaSettings(kind="asha", grace=3, factor=3)
-    assert rule.rungs(28) == [3, 9, 27]
-    assert rule.rungs(27) == [3, 9]  # after the last round there is nothing to stop
-    assert rule.rungs(3) == []
 
 
 def test_tune_gets_the_section() -> None:

@@ -14,7 +14,7 @@ from rayfed.config import Experiment, validate
 from rayfed.config.search import FlascSearchSettings
 from rayfed.errors import UserError
 from rayfed.sweeps.flasc_search import FlascSearch, Probe, neighbours
-from rayfed.sweeps.warm_start import RUN_DIR, START_FROM
+from rayfed.sweeps.trainable import RUN_DIR, START_FROM
 
 SETTINGS: dict[str, Any] = {"rank": 1, "density": 0.25, "factor": 2, "max_rank": 4, "rounds": 3, "final": False}
 Place = tuple[int, float]
@@ -117,11 +117,8 @@ def test_the_better_neighbour_is_chosen_until_there_is_none() -> None:
     assert (at.chosen.rank, at.chosen.down, at.chosen.up, at.chosen.rounds) == (4, 1.0, 1.0, 15)
     assert at.ended == "no neighbour up to rank 4 and density 1"
     assert at.rounds == 3 * (1 + 2 + 2 + 2 + 1)
-    step = at.steps[1]
-    assert (step.base.name, step.baseline, step.chosen and step.chosen.name) == (
-        "start-rank", 0.30, "start-rank-density",
-    )  # fmt: skip
-    assert [(probe.name, probe.rank, probe.up, probe.rounds) for probe in step.probes] == [
+    assert [probe.path[-1] for probe in at.path] == ["start", "rank", "density", "rank", "density"]
+    assert [(probe.name, probe.rank, probe.up, probe.rounds) for probe in at.probes[3:5]] == [
         ("start-rank-rank", 4, 0.25, 9),
         ("start-rank-density", 2, 0.5, 9),
     ]
@@ -171,7 +168,6 @@ def test_it_ends_where_nothing_gains() -> None:
     flat = LANDSCAPE | {(4, 0.5): 0.45, (2, 1.0): 0.44}
     at = ended(flat)  # equal is no gain
     assert (at.chosen.path, at.ended) == (("start", "rank", "density"), "no neighbour gains more than 0")
-    assert at.steps[-1].chosen is None
     at = ended(LANDSCAPE, gain=0.12)  # 0.10 in the first step
     assert (at.chosen.path, at.ended) == (("start",), "no neighbour gains more than 0.12")
 
@@ -189,8 +185,7 @@ def test_with_stay_further_rounds_are_no_gain() -> None:
     assert run().progress().chosen.path == ("start", "rank", "rank", "density", "density")
     at = run(stay=True).progress()
     assert (at.chosen.path, at.rounds) == (("start", "rank"), 3 * (1 + 3 + 3))
-    assert [probe.path[-1] for probe in at.steps[0].probes] == ["rank", "density", "stay"]
-    assert at.steps[0].baseline == pytest.approx(0.06)
+    assert [probe.path[-1] for probe in at.probes[1:4]] == ["rank", "density", "stay"]
 
 
 @pytest.mark.parametrize("failed", [None, float("nan")])

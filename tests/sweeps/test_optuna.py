@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
-from rayfed.sweeps.optuna_search import check_installed, distributions, pareto_front, point_of
+from rayfed.sweeps.optuna_search import OptunaPoints, distributions, pareto_front, point_of
 
 SPACES = {
     "client.lr": {"loguniform": [1e-4, 1e-1]},
@@ -54,22 +55,14 @@ def test_values_of_a_choice_may_be_anything() -> None:
 
 
 def test_the_front() -> None:
-    values = {
-        1: (0.5, 10.0),
-        2: (0.7, 20.0),
-        3: (0.7, 20.0),  # equals both stay
-        4: (0.6, 20.0),  # 2 is better for as much
-        5: (0.9, 90.0),
-        6: (0.9, 91.0),  # 5 is as good for less
-        7: (0.4, 9.0),
-    }
-    assert pareto_front(values, "max") == [1, 2, 3, 5, 7]
-    assert pareto_front(values, "min") == [7]
-    assert pareto_front({1: (0.5,), 2: (0.7,), 3: (0.7,)}, "max") == [2, 3]
-    assert pareto_front({}, "max") == []
+    best = [(0.5, 10.0), (0.7, 20.0), (0.7, 20.0), (0.9, 90.0), (0.4, 9.0)]  # equal ones both stay
+    beaten = [(0.6, 20.0), (0.9, 91.0)]  # one is better for as much, one as good for less
+    assert pareto_front(beaten + best) == best
+    assert pareto_front([(-worth, cost) for worth, cost in best + beaten]) == [(-0.4, 9.0)]
+    assert pareto_front([]) == []
 
 
-def test_without_optuna_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_optuna_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("rayfed.sweeps.optuna_search.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^sweep.search.kind: got 'optuna', but it is not installed: pip install -e '"):
-        check_installed()
+        OptunaPoints({}, section(), tmp_path)

@@ -12,7 +12,7 @@ from sweep_files import decisions, files
 
 from rayfed.config.sweep import Sweep, load_sweep
 from rayfed.errors import UserError
-from rayfed.sweeps import process
+from rayfed.sweeps import trainable
 from rayfed.sweeps.optuna_search import OptunaPoints
 from rayfed.sweeps.space import corners
 from rayfed.sweeps.sweep import run_sweep
@@ -36,24 +36,22 @@ def test_a_search_from_its_first_point_to_its_best(optuna_file, tmp_path: Path, 
     (ran,) = here.ran
     assert [line["trial"] for line in result.rows] == ran
     metric = {line["trial"]: line["metric"] for line in result.rows}
-    *points, last = decisions(out)
+    points = decisions(out)
     assert len(points) == 7
-    for number, point in enumerate(points, 1):
-        assert point["point"] == number
+    for point in points:
         (name,) = point["trials"]
         rate, rank = point["settings"]["client.lr"], point["settings"]["lora.rank"]
         assert name == f"lr={rate:g},rank={rank}"
         assert point["values"] == {"eval/gap": metric[name]}
     best = min(points, key=lambda point: point["values"]["eval/gap"])
-    assert (last["best"], last["settings"], last["ended"]) == (best["point"], best["settings"], "all of 7 points")
-    assert [row[0] for row in result.table.rows] == [f"{n:03d}" for n in range(1, 8)]
-    assert [row[0] for row in result.table.rows if row[-1] == "best"] == [f"{last['best']:03d}"]
+    (marked,) = (row for row in result.table.rows if row[-1] == "best")
+    assert marked[:2] == (f"{best['settings']['client.lr']:g}", str(best["settings"]["lora.rank"]))
 
     # Finished trials need no Ray, and the recorded file is the sweep again.
     before = files(out / "trials")
     monkeypatch.setitem(sys.modules, "rayfed.sweeps.on_tune", None)
     again = run_sweep(out / "sweep.yaml", out=out, resume=True)
-    assert (again.rows, again.table, decisions(out)) == (result.rows, result.table, [*points, last])
+    assert (again.rows, again.table, decisions(out)) == (result.rows, result.table, points)
     assert files(out / "trials") == before
 
 
@@ -78,7 +76,8 @@ def test_an_interrupted_search_repeats_no_finished_trial(
     optuna_file, tmp_path: Path, here, monkeypatch, against
 ) -> None:
     """Interrupted in its first and in its fourth trial: the open points come first, then new ones, `trials` in all."""
-    run, path = process.run_rounds, optuna_file(SPACES | {"seed": {"grid": [0, 1]}}, trials=4, batch=2, against=against)
+    run = trainable.run_rounds
+    path = optuna_file(SPACES | {"seed": {"grid": [0, 1]}}, trials=4, batch=2, against=against)
     for done in (0, 3):
         out, started = tmp_path / str(done), []
 
@@ -88,10 +87,10 @@ def test_an_interrupted_search_repeats_no_finished_trial(
                 raise KeyboardInterrupt
             return run(experiment, *rest)
 
-        monkeypatch.setattr(process, "run_rounds", interrupted)
+        monkeypatch.setattr(trainable, "run_rounds", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_sweep(path, out=out)
-        monkeypatch.setattr(process, "run_rounds", run)
+        monkeypatch.setattr(trainable, "run_rounds", run)
         known = [name for point in decisions(out) for name in point["trials"]]
         assert started == known[: done + 1]
         before = {name: files(out / "trials" / name) for name in started[:done]}
@@ -101,7 +100,7 @@ def test_an_interrupted_search_repeats_no_finished_trial(
         assert ran[: len(known) - done] == known[done:]
         assert len(ran) == 8 - done
         assert before == {name: files(out / "trials" / name) for name in started[:done]}
-        assert all(point["values"] for point in decisions(out)[:-1])
+        assert all(point["values"] for point in decisions(out))
         assert not result.failed
 
 
@@ -121,7 +120,7 @@ def test_optuna_knows_the_values_of_earlier_points(optuna_file, tmp_path: Path, 
 
 
 def test_a_failed_trial_runs_again(optuna_file, tmp_path: Path, here, monkeypatch) -> None:
-    path, out, run = optuna_file(), tmp_path / "out", process.run_rounds
+    path, out, run = optuna_file(), tmp_path / "out", trainable.run_rounds
     run_sweep(path, ["sweep.search.trials=2"], out=tmp_path / "first")
     wrong = here.ran.pop()[1]
 
@@ -130,15 +129,15 @@ def test_a_failed_trial_runs_again(optuna_file, tmp_path: Path, here, monkeypatc
             raise MemoryError("out of memory")
         return run(experiment, *rest)
 
-    monkeypatch.setattr(process, "run_rounds", fails)
+    monkeypatch.setattr(trainable, "run_rounds", fails)
     result = run_sweep(path, out=out)
     assert [line["trial"] for line in result.failed] == [wrong]
-    assert [point["point"] for point in decisions(out)[:-1] if point["values"] is None] == [2]
-    monkeypatch.setattr(process, "run_rounds", run)
+    assert [point["trials"] for point in decisions(out) if point["values"] is None] == [[wrong]]
+    monkeypatch.setattr(trainable, "run_rounds", run)
     result = run_sweep(path, out=out, resume=True)
     assert here.ran[1:] == [[wrong]]
     assert not result.failed
-    assert all(point["values"] for point in decisions(out)[:-1])
+    assert all(point["values"] for point in decisions(out))
     assert result.table.rows[1][-2] == "1/1"
 
 
@@ -149,7 +148,7 @@ def test_seeds_cases_and_bytes(optuna_file, tmp_path: Path, here) -> None:
     out = tmp_path / "out"
     result = run_sweep(path, out=out)
     lines = {line["trial"]: line for line in result.rows}
-    *points, last = decisions(out)
+    points = decisions(out)
     for point in points:
         assert [name.rpartition(",")[2] for name in point["trials"]] == ["seed=3", "seed=5"]
         gaps = [lines[name]["metric"] for name in point["trials"]]
@@ -158,14 +157,14 @@ def test_seeds_cases_and_bytes(optuna_file, tmp_path: Path, here) -> None:
             for name in point["trials"]
         ]
         assert point["values"] == {"eval/gap": sum(gaps) / 2, "bytes/up": sum(sent) / 2}
-    metrics = {point["point"]: point["values"] for point in points}
-    beaten = {
-        n for n, own in metrics.items()
-        if any(o != own and all(o[key] <= own[key] for key in own) for o in metrics.values())
-    }  # fmt: skip
-    assert last["front"] == [n for n in metrics if n not in beaten]
-    assert [row[0] for row in result.table.rows if "front" in row[-1]] == [f"{n:03d}" for n in last["front"]]
-    assert {"point", "case"} < set(result.table.columns)
+    values = [point["values"] for point in points]
+    front = [
+        f"{point['settings']['client.lr']:g}"
+        for point in points
+        if not any(o != point["values"] and all(o[key] <= point["values"][key] for key in o) for o in values)
+    ]
+    assert {row[1] for row in result.table.rows if "front" in row[-1]} == {*front}
+    assert result.table.columns[:2] == ("case", "lr")
     assert all("bytes/up" in row[-1] for row in result.table.rows)
 
 
@@ -174,14 +173,14 @@ def test_no_point_runs_twice(optuna_file, tmp_path: Path, here) -> None:
     result = run_sweep(path, out=tmp_path / "out")
     assert [sorted(stage) for stage in here.ran] == [["rank=1", "rank=2"]]
     assert len(result.rows) == len(result.table.rows) == 2
-    *points, _ = decisions(tmp_path / "out")
+    points = decisions(tmp_path / "out")
     assert len(points) == 7
     metric = {row["trial"]: row["metric"] for row in result.rows}
     for point in points:
         (name,) = point["trials"]
         assert point["values"] == {"eval/gap": metric[name]}
     run_sweep(path, out=tmp_path / "out", resume=True)
-    assert decisions(tmp_path / "out")[:-1] == points
+    assert decisions(tmp_path / "out") == points
 
 
 def test_a_directory_of_other_points_is_refused(optuna_file, tmp_path: Path, here) -> None:
@@ -191,9 +190,7 @@ def test_a_directory_of_other_points_is_refused(optuna_file, tmp_path: Path, her
         UserError, match=r"^--resume: .*search.jsonl has values of client.lr, lora.rank, but the resumed"
     ):
         run_sweep(path, ["sweep.parameters.lora.rank=null"], out=out, resume=True)
-    with pytest.raises(
-        UserError, match=r"^--resume: .*search.jsonl has client.lr=.*rank=.* as point 1, but the resumed"
-    ):
+    with pytest.raises(UserError, match=r"^--resume: .*search.jsonl has client.lr=.*rank=.*, but the resumed"):
         run_sweep(path, ["sweep.parameters.lora.rank={choice: [4, 3]}"], out=out, resume=True)
     with pytest.raises(UserError, match=r"^--resume: .*rank=.* was made with other settings"):
         run_sweep(path, ["client.steps=3"], out=out, resume=True)
@@ -216,14 +213,14 @@ def test_a_refused_point_counts_as_failed(sweep_file, tmp_path: Path, here, monk
     path, out = sweep_file({"search": SEARCH, "parameters": spaces}), tmp_path / "out"
     result = run_sweep(path, out=out)
     assert not result.failed
-    *points, _ = decisions(out)
+    points = decisions(out)
     wrong = [point for point in points if point["settings"] == {"server.cohort": 4, "partition.clients": 3}]
     assert wrong
     assert wrong[0]["refused"].startswith("server.cohort: got 4, but the population has only 3 clients")
     assert all(point["values"] is None and not point["trials"] for point in wrong)
     assert all(point["values"] for point in points if point not in wrong)
     run_sweep(path, out=out, resume=True)
-    assert decisions(out)[:-1] == points
+    assert decisions(out) == points
 
 
 def test_of_very_many_combinations_each_value_is_checked_once() -> None:

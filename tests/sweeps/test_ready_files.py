@@ -16,6 +16,11 @@ TEXT = (
     "eval.subset=null", "client.batch_size=4",
 )  # fmt: skip
 SHORT: dict[str, tuple[str, ...]] = {
+    "bfloat16": (
+        *TEXT, "server.rounds=1", "server.cohort=2", "client.steps=1", "lora.rank=8",
+        "sweep.cases.fedhl.profiles={kind: tiers, ranks: [2, 4, 8]}", "sweep.parameters.seed={grid: [0]}",
+        "sweep.cases.fedview.profiles={kind: tiers, ranks: [2, 4, 8]}",
+    ),
     "density_rank": (*TEXT, "server.rounds=1", "sweep.parameters.lora.rank={grid: [1, 2, 4]}"),
     "flasc_search": (
         *TEXT, "server.rounds=3", "sweep.search.rank=1", "sweep.search.max_rank=16", "sweep.search.rounds=1",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sweep_files import planned
 
 from rayfed.cli import main
 from rayfed.config import dump_config
@@ -353,10 +354,7 @@ def test_the_directory_must_be_free_or_a_sweeps(refused, sweep_file, tmp_path: P
 
 
 def test_trials_on_a_gpu_say_how_they_share_it(sweep_file, monkeypatch) -> None:
-    from rayfed.config.sweep import load_sweep
-    from rayfed.sweeps.plan import plan_trials
-
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     path = sweep_file({"parameters": RATES}, engine={"device": "cuda", "gpus_per_worker": 0})
     with pytest.raises(UserError, match=r"^engine.gpus_per_worker: got 0, but in a sweep it says how much of a GPU"):
-        plan_trials(*load_sweep(path))
+        planned(path)

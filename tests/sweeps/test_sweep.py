@@ -12,8 +12,8 @@ from sweep_files import planned, statuses
 import rayfed
 from rayfed.errors import RunError, UserError
 from rayfed.run_directory import locked
-from rayfed.sweeps.process import run_trial
 from rayfed.sweeps.sweep import run_sweep
+from rayfed.sweeps.trainable import run_trial
 from rayfed.sweeps.trial import in_one_line, outcome_file, read_outcome, trial_folder
 from rayfed.tracking import read_metrics
 
@@ -109,7 +109,7 @@ def test_whatever_a_trial_raises_is_recorded_in_one_line(sweep_file, tmp_path: P
     def fail(*_: object, **__: object) -> None:
         raise MemoryError("\n  out of memory:\n details")
 
-    monkeypatch.setattr("rayfed.sweeps.process.run_rounds", fail)
+    monkeypatch.setattr("rayfed.sweeps.trainable.run_rounds", fail)
     run_trial(trial, tmp_path, federations[trial.data])
     ended = read_outcome(tmp_path, trial)
     assert (ended.status, ended.error) == ("failed", "MemoryError: out of memory:")

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweep_files import folded_width
+from sweep_files import folded_width, planned
 
 from rayfed.config.sweep import Sweep, load_sweep
-from rayfed.sweeps.plan import Trial, make_trials, plan_trials
+from rayfed.sweeps.plan import make_trials
 from rayfed.sweeps.space import expand, trial_names
-from rayfed.sweeps.table import format_mean, make_table, summarize
+from rayfed.sweeps.table import make_table, summarize
+from rayfed.sweeps.trial import Trial
+from rayfed.tracking.format import format_mean
 
 GRID = {
     "method.name": {"grid": ["fedit", "rbla"]},
@@ -33,8 +35,7 @@ def make_rows(trials: list[Trial]) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture
 def trials(sweep_file) -> list[Trial]:
-    settings, sweep = load_sweep(sweep_file({"parameters": GRID}))
-    return plan_trials(settings, sweep)[0]
+    return planned(sweep_file({"parameters": GRID}))[0]
 
 
 def section(**more: Any) -> Sweep:
@@ -112,8 +113,8 @@ def test_a_table_fits_a_terminal(sweep_file) -> None:
     """Two tuned settings of several methods, with validation and test accuracy over seeds, on 80 columns."""
     cases = {"hetlora": {"method.name": "hetlora"}, "fedhl": {"method.name": "fedhl", "method.gamma": {"grid": [1.0]}}}
     parameters = {"client.lr": {"grid": [0.0025]}, "seed": {"grid": [0, 1]}}
-    settings, sweep = load_sweep(sweep_file({"cases": cases, "parameters": parameters}))
-    trials = plan_trials(settings, sweep)[0]
+    path = sweep_file({"cases": cases, "parameters": parameters})
+    (trials, _), (_, sweep) = planned(path), load_sweep(path)
     rows = {
         trial.name: {
             "status": "done", "metric": 0.8 + i / 100, "report": 0.8 - i / 100, "bytes": 123_450_000, "seconds": 138.3,

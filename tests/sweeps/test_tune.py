@@ -104,7 +104,7 @@ def test_a_trainable_is_checked_and_knows_its_resources() -> None:
 
 def test_trials_that_can_never_fit_are_refused(ray_cluster, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"^engine.workers: got 9, so that a trial needs 10 x \(1 CPU\), which can never"
+        UserError, match=r"^engine.cpus_per_worker: got 1 for each of 9 workers, but Ray has 3 CPUs, beside 1 CPU for"
     ):
         rayfed.tune.tuner(lowrank("engine.kind=ray"), {"engine.workers": tune.grid_search([1, 9])})
 

@@ -12,11 +12,12 @@ from ray import tune
 from small_runs import lowrank
 
 import rayfed
+from rayfed.api.warm_start import last_round, snapshot
 from rayfed.config import Experiment, load_config
 from rayfed.config.marks import data_key
 from rayfed.errors import UserError
 from rayfed.server.chain import continued_after, verify
-from rayfed.sweeps.process import _snapshot, last_round, load_federation, run_folder, run_rounds
+from rayfed.sweeps.trainable import load_federation, run_folder, run_rounds
 from rayfed.tracking import read_metrics
 
 
@@ -40,8 +41,8 @@ def run(folder: Path, experiment: Experiment, given: Path | None = None, stop: i
 
 def checkpoint_of(folder: Path, at: Path) -> Path:
     """What Tune stores of the run directory."""
-    with _snapshot(folder) as checkpoint:
-        return Path(shutil.copytree(checkpoint.path, at))
+    with snapshot(folder) as copy:
+        return Path(shutil.copytree(copy, at))
 
 
 def digests(folder: Path) -> list[str]:

@@ -7,14 +7,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from small_runs import LOWRANK
 
 import rayfed
+from rayfed.api.warm_start import grow, grow_moments, warm_start
 from rayfed.config import validate
 from rayfed.config.training import Server
 from rayfed.lora.adapter import Adapter, LowRank, fresh_adapter, scale_of
 from rayfed.methods import METHODS
 from rayfed.server.optimizers import ServerOptimizer
-from rayfed.sweeps.warm_start import grow, grow_moments, warm_start
 from rayfed.tracking import read_metrics
 
 SHAPES = {"a": (6, 10), "b": (9, 4)}
@@ -81,9 +82,9 @@ def test_moments_grow_with_the_adapter(kind: str) -> None:
         assert torch.equal(new.head["head.weight"], old.head["head.weight"])
 
 
-def experiment(settings: dict, rounds: int, rank: int = 2, density: float = 0.5, **server) -> rayfed.Experiment:
+def experiment(rounds: int, rank: int = 2, density: float = 0.5, **server) -> rayfed.Experiment:
     return validate(
-        settings
+        LOWRANK
         | {"lora": {"rank": rank, "alpha": 4, "target_modules": ["layer"]}, "method": {"name": "flasc"}}
         | {"wire": {"down": {"density": density}, "up": {"density": density}}}
         | {"server": {"rounds": rounds, "cohort": 2, **server}}
@@ -91,9 +92,9 @@ def experiment(settings: dict, rounds: int, rank: int = 2, density: float = 0.5,
 
 
 @pytest.mark.parametrize("server", [{"optimizer": "fedavgm", "momentum": 0.5}, {"optimizer": "adamw", "lr": 0.01}])
-def test_continued_unchanged_it_is_the_unbroken_run(tiny_settings, tmp_path: Path, server: dict) -> None:
-    rayfed.run(experiment(tiny_settings, 3, **server), tmp_path / "a")
-    longer = experiment(tiny_settings, 6, **server)
+def test_continued_unchanged_it_is_the_unbroken_run(tmp_path: Path, server: dict) -> None:
+    rayfed.run(experiment(3, **server), tmp_path / "a")
+    longer = experiment(6, **server)
     (tmp_path / "b").mkdir()
     warm_start(tmp_path / "a", tmp_path / "b", longer)
     rayfed.run(longer, tmp_path / "b", resume=True)
@@ -107,10 +108,10 @@ def test_continued_unchanged_it_is_the_unbroken_run(tiny_settings, tmp_path: Pat
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_continued_at_another_rate_it_is_the_run_whose_rate_changed(tiny_settings, tmp_path: Path, method: str) -> None:
+def test_continued_at_another_rate_it_is_the_run_whose_rate_changed(tmp_path: Path, method: str) -> None:
     """With all state of every method and its clients: a warm-up of four rounds is 1/4, 2/4, 3/4 of the rate."""
     options = {"name": method} | ({"rounds_sparse": 1} if method == "slora" else {})
-    settings = tiny_settings | {"method": options}
+    settings = LOWRANK | {"method": options}
 
     def at(rate: float, rounds: int, **schedule) -> rayfed.Experiment:
         client = settings["client"] | {"lr": rate, "schedule": schedule}
@@ -131,25 +132,26 @@ def test_continued_at_another_rate_it_is_the_run_whose_rate_changed(tiny_setting
         }
 
 
-def test_continued_at_another_density_it_is_the_run_whose_density_decayed(tiny_settings, tmp_path: Path) -> None:
-    first = experiment(tiny_settings, 1, density=0.5)
+def test_continued_at_another_density_it_is_the_run_whose_density_decayed(tmp_path: Path) -> None:
+    first = experiment(1, density=0.5)
     rayfed.run(first, tmp_path / "a")
     (tmp_path / "b").mkdir()
-    warm_start(tmp_path / "a", tmp_path / "b", experiment(tiny_settings, 2, density=0.25))
-    ours = rayfed.run(experiment(tiny_settings, 2, density=0.25), tmp_path / "b", resume=True).metrics
+    warm_start(tmp_path / "a", tmp_path / "b", experiment(2, density=0.25))
+    ours = rayfed.run(experiment(2, density=0.25), tmp_path / "b", resume=True).metrics
     falling = {"density": 0.5, "decay": 0.5}
-    whole = experiment(tiny_settings, 2).model_dump(mode="json") | {"wire": {"down": falling, "up": falling}}
+    whole = experiment(2).model_dump(mode="json") | {"wire": {"down": falling, "up": falling}}
     theirs = rayfed.run(validate(whole), tmp_path / "whole").metrics
     assert [(r["state/digest"], r["bytes/total"]) for r in ours] == [
         (r["state/digest"], r["bytes/total"]) for r in theirs
     ]
 
 
-def test_continued_at_another_rank_it_starts_from_the_same_gap(tiny_settings, tmp_path: Path) -> None:
+def test_continued_at_another_rank_it_starts_from_the_same_gap(tmp_path: Path) -> None:
     """At a rate near 0, with all entries sent, the grown model has the same gap."""
-    first = rayfed.run(experiment(tiny_settings, 3), tmp_path / "a")
-    still = tiny_settings | {"client": {"lr": 1e-30, "momentum": 0.0, "batch_size": 8, "steps": 1}}
-    grown = experiment(still, 4, rank=4, density=1.0, optimizer="fedavg")
+    first = rayfed.run(experiment(3), tmp_path / "a")
+    grown = experiment(4, rank=4, density=1.0, optimizer="fedavg")
+    still = grown.client.model_copy(update={"lr": 1e-30, "momentum": 0.0, "steps": 1})
+    grown = grown.model_copy(update={"client": still})
     (tmp_path / "b").mkdir()
     warm_start(tmp_path / "a", tmp_path / "b", grown)
     last = rayfed.run(grown, tmp_path / "b", resume=True).metrics
