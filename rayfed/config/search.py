@@ -77,8 +77,9 @@ class FlascSearchSettings(SearchSettings):
                 return
         rank, density = self.rank * self.factor, self.density * self.factor
         if rank > self.max_rank and density > self.max_density * ROUNDED:
-            limits = f"{rank} is above max_rank={self.max_rank} and density {density:g} above max_density={self.max_density:g}"
-            yield f"sweep.search.factor: got {self.factor}, but then the first probe has no neighbour: rank {limits}"
+            above = f"rank {rank} is above max_rank={self.max_rank}"
+            above += f" and density {density:g} above max_density={self.max_density:g}"
+            yield f"sweep.search.factor: got {self.factor}, but then the first probe has no neighbour: {above}"
 
 
 class OptunaSettings(SearchSettings):

@@ -146,7 +146,7 @@ class Sweep(Section):
 
     def _points(self, case: Mapping[str, Any]) -> int:
         """The number of points of a case."""
-        spaces = [space for space in (self.parameters | case).values() if is_space(space)]
+        spaces = [space for space in {**self.parameters, **case}.values() if is_space(space)]
         drawn = any("grid" not in space for space in spaces)
         return math.prod(len(space["grid"]) for space in spaces if "grid" in space) * self.samples**drawn
 

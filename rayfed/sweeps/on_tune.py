@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,9 @@ def _trainable(search: Search, data: Mapping[str, ray.ObjectRef]) -> Callable[[C
     def train(config: Config) -> None:
         for name, own in runs_of(tune.get_context().get_trial_name(), config).items():
             (trial,) = make_trials(settings, [Point(own, own)], [name])
-            folder, federation = trial_folder(out, trial), load_federation(trial.experiment, data)
-            run_trial(
-                trial, out, federation, tune.get_checkpoint(), config.get(START_FROM),
-                lambda record, folder=folder: report(record, folder, pauses),
-            )  # fmt: skip
+            tell = partial(report, folder=trial_folder(out, trial), take_checkpoints=pauses)
+            federation, start = load_federation(trial.experiment, data), config.get(START_FROM)
+            run_trial(trial, out, federation, tune.get_checkpoint(), start, tell)
 
     def resources(config: Config) -> tune.PlacementGroupFactory:
         own = next(iter(runs_of("", config).values()))

@@ -56,7 +56,9 @@ class OptunaPoints(Search, Searcher):
         if find_spec("optuna") is None:
             raise UserError("sweep.search.kind: got 'optuna', but it is not installed: pip install -e '.[optuna]'")
         self.search = sweep.search
-        self.aims = {sweep.metric: sweep.mode, **({self.search.against: "min"} if self.search.against else {})}
+        self.aims: dict[str, str] = {sweep.metric: sweep.mode}
+        if self.search.against:
+            self.aims[self.search.against] = "min"
         self.seeds: list[Any] = sweep.parameters.get(SEED, {}).get("grid", [None])
         varied = [*sweep.parameters, *(key for _, case in sweep.labelled() for key in case)]
         self.short = short_names(dict.fromkeys([CASE, *varied, SEED]))
@@ -84,7 +86,8 @@ class OptunaPoints(Search, Searcher):
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         space, storage = distributions(self.sweep), optuna.storages.InMemoryStorage()
-        toward = ["maximize" if mode == "max" else "minimize" for mode in self.aims.values()]
+        way = {"max": optuna.study.StudyDirection.MAXIMIZE, "min": optuna.study.StudyDirection.MINIMIZE}
+        toward = [way[mode] for mode in self.aims.values()]
         study = optuna.create_study(storage=storage, study_name=STUDY, directions=toward)
         seed = seeding.derive_seed(self.checked[0].experiment.seed, "sweep.optuna", len(self.points)) % 2**32
         known, self.points = self.points, []

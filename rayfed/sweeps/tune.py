@@ -155,7 +155,8 @@ def _values(domain: Any) -> list[Any]:
 
 def _check_search(trial: Trial, tune_config: tune.TuneConfig) -> None:
     """UserError where the scheduler or the searcher asks for what a run does not do."""
-    search, scheduler = tune_config.search_alg, tune_config.scheduler
+    search: Any = tune_config.search_alg
+    scheduler = tune_config.scheduler
     while hasattr(search, "searcher"):  # a limiter or a repeater
         search = search.searcher
     mutations = getattr(scheduler, "_hyperparam_mutations", None) or {}
