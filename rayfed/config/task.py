@@ -29,7 +29,9 @@ class Data(Section):
 
     decides = ("data", "model")  # the model: its kind, the number of classes, the longest input
 
-    task: Literal["text_classification", "multi_label", "regression", "causal_lm", "instruction"] = "text_classification"
+    task: Literal["text_classification", "multi_label", "regression", "causal_lm", "instruction"] = (
+        "text_classification"
+    )
     """`text_classification`: one label a text; `multi_label`: any number of labels a text; `regression`: a number a
     text; `causal_lm`: the next token; `instruction`: the response to a prompt. Ignored where `source` is a task itself:
     `lowrank`, or an import path.

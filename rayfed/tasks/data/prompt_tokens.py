@@ -67,9 +67,11 @@ def tokenize_prompts(
     the template fails on a row, or changes the prompt for a response, or as in `tokenize_whole`.
     """
     check_limit(tokenizer, settings.max_tokens)
-    chat = settings.prompt_template is None and getattr(tokenizer, "chat_template", None) is not None
+    chat = by_chat(tokenizer, settings)
     if settings.messages is not None and not chat:
-        raise UserError(f"data.messages: got {settings.messages!r}, but the tokenizer of model.name has no chat template")
+        raise UserError(
+            f"data.messages: got {settings.messages!r}, but the tokenizer of model.name has no chat template"
+        )
     template, end = settings.prompt_template or PLAIN, tokenizer.eos_token_id
     if chat:
         texts = [_by_template(split, row, tokenizer) for row in range(len(split))]
@@ -93,6 +95,11 @@ def tokenize_prompts(
         responses=np.frombuffer(b"".join(texts_of), dtype=np.uint8),
         ends=np.cumsum([0, *map(len, texts_of)], dtype=np.int64),
     ), used  # fmt: skip
+
+
+def by_chat(tokenizer: PreTrainedTokenizerBase, settings: Data) -> bool:
+    """Whether prompts are written by the tokenizer's chat template."""
+    return settings.prompt_template is None and getattr(tokenizer, "chat_template", None) is not None
 
 
 def _by_template(split: Split, row: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
