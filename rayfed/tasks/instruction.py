@@ -2,15 +2,16 @@
 
 Rows come from the sources of `data.source`: columns with a prompt and its response, or one with chats. A row is the
 prompt and the response as the tokenizer's chat template writes them (`rayfed.tasks.data.prompt_tokens`), cut to
-`data.max_tokens`. The loss of a row is the sum over the tokens of its response, in nats; a client's loss is the mean over
-these tokens of its batch. Tokens of prompts never count. The metrics are those of `rayfed.tasks.causal_lm` on the
-responses. With `eval.generate_rows`, also those of `rayfed.tasks.metrics.responses`, on responses that the model writes.
+`data.max_tokens`. The loss of a row is the sum over the tokens of its response, in nats; a client's loss is the mean
+over these tokens of its batch. Tokens of prompts never count. The metrics are those of `rayfed.tasks.causal_lm` on the
+tokens of responses. With `eval.generate_rows` the model also writes responses, and `rayfed.tasks.metrics.responses` has
+their metrics.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, cast
 

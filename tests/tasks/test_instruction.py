@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED_DATA
 from language_models import save_language_model
 from transformers import AutoTokenizer, ByT5Tokenizer
 
@@ -41,7 +40,10 @@ SETTINGS: dict[str, Any] = {
     "engine": {"kind": "local"},
     "tracking": {"console": "off", "wandb": "off"},
 }
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def questions(count: int, start: int = 0) -> list[dict[str, str]]:
@@ -196,7 +198,7 @@ def test_chats_and_objects(rows: Path, models: dict[str, Path], tmp_path: Path) 
     pairs = rayfed.InstructionTuning(train=questions(20), client="owner")
     plan = prepare(settings.with_("partition.kind=natural", "data.client=owner"), task=pairs)
     assert plan.federation.clients == 3
-    with pytest.raises(UserError, match="^data.messages: got 'chat', but the tokenizer of model.name has no chat"):
+    with pytest.raises(UserError, match=r"^data.messages: got 'chat', but the tokenizer of model.name has no chat"):
         prepare(settings.with_(f"model.name={models['gpt2']}"), task=task)
 
 

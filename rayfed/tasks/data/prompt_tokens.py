@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -105,6 +105,8 @@ def by_chat(tokenizer: PreTrainedTokenizerBase, settings: Data) -> bool:
 def _by_template(split: Split, row: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """The texts of a row's prompt and response by the tokenizer's chat template."""
     messages = list(split.texts[row])
+    prompt: Any
+    whole: Any
     try:
         prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(messages, tokenize=False)

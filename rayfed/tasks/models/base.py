@@ -92,7 +92,7 @@ def load_base(
     from transformers import AutoModel, AutoModelForSequenceClassification
 
     config = _config(settings, classes)
-    config.problem_type = problem_type
+    config.problem_type = problem_type  # type: ignore[assignment]
     loader = AutoModel if settings.pooling == "mean" else AutoModelForSequenceClassification
     if (folder := Path(model_path(settings))).is_dir():
         check_weights(settings, folder, config, loader)

@@ -40,9 +40,10 @@ def generate(
     longest = prompts["input_ids"].shape[1]
     limit = positions(getattr(model, "config", None)) or longest + most
     settings = GenerationConfig(
-        max_new_tokens=min(most, limit - longest), min_new_tokens=0, max_length=None, min_length=0, do_sample=False, num_beams=1,
-        num_return_sequences=1, repetition_penalty=1.0, no_repeat_ngram_size=0, encoder_repetition_penalty=1.0,
-        eos_token_id=ends(model, tokenizer) or None, pad_token_id=tokenizer.pad_token_id, use_cache=True,
+        max_new_tokens=min(most, limit - longest), max_length=None, min_new_tokens=0, min_length=0, do_sample=False,
+        num_beams=1, num_return_sequences=1, repetition_penalty=1.0, encoder_repetition_penalty=1.0,
+        no_repeat_ngram_size=0, eos_token_id=ends(model, tokenizer) or None, pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
     )  # fmt: skip
     with forward.suspended() if isinstance(forward, NextTokens) else nullcontext(), quiet():
         found: Tensor = model.generate(**prompts, generation_config=settings)  # type: ignore[operator]

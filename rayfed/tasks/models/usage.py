@@ -7,6 +7,7 @@ whose weights are in the run's number format. They compute in float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rayfed.config.task import Data, Model
 from rayfed.tasks.data.prompt_tokens import PLAIN
@@ -31,7 +32,7 @@ def classifier_usage(settings: Model, max_tokens: int, problem_type: str) -> Usa
     adapter's folder is `adapter`.
     """
     code, numbers = _MEAN if settings.pooling == "mean" else _STOCK, problem_type == "regression"
-    more = {
+    more: dict[str, Any] = {
         "max_tokens": max_tokens,
         "normalize": _NORMALIZE if settings.normalize else "",
         "json": "" if numbers else "import json\n\n",
@@ -95,7 +96,8 @@ labels = {"id2label": id2label, "label2id": {label: i for i, label in id2label.i
 """
 
 _SHOW = {
-    "single_label_classification": 'print([id2label[i] for i in logits(["a text", "another text"]).argmax(-1).tolist()])',
+    "single_label_classification": """\
+print([id2label[i] for i in logits(["a text", "another text"]).argmax(-1).tolist()])""",
     "multi_label_classification": """\
 for row in (logits(["a text", "another text"]) > 0).tolist():
     print([id2label[i] for i, has in enumerate(row) if has])""",
