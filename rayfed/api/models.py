@@ -33,8 +33,8 @@ def load_model(run: str | Path, *, task: Task | None = None, trust_remote_code: 
     ``trust_remote_code`` says so as well. `adapter/README.md` has the lines that load the same without rayfed.
 
     ``task`` is needed where the run's model came from Python: an equal object of your own subclass of `rayfed.Task`, or
-    `rayfed.TextClassification(model=..., tokenizer=...)`, `MultiLabel` or `Regression`. Of the latter, rows and functions
-    are not needed.
+    `rayfed.TextClassification(model=..., tokenizer=...)`, `MultiLabel` or `Regression`. Of the latter, rows and
+    functions are not needed.
 
     Raises UserError where the run has no model to load, a file is missing, damaged or a link, ``task`` is not what the
     run had, or the base cannot be loaded.
