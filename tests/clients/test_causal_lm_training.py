@@ -71,7 +71,7 @@ def train(kind: str, tokens: Tokens, members: list[PackMember], batching: Unpadd
 
 
 def plain_loop(kind: str, tokens: Tokens, member: PackMember) -> tuple[torch.Tensor, float]:
-    """One client's round with stock PEFT: the loss is transformers' own, over labels that are -100 where none counts."""
+    """One client's round with stock PEFT: the loss is transformers' own, with labels of -100 where none counts."""
     model: Any = get_peft_model(language_model(kind), lora(kind)).eval()
     inner = model.base_model.model
     parameters = []
