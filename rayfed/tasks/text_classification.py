@@ -57,7 +57,7 @@ class TextClassification(SequenceClassification):
             "macro_f1": float(metrics.multiclass_f1_score(predictions, labels, classes, average="macro")),
             "recall_per_class": [recall if count else None for recall, count in zip(recalls, rows)],
             "confusion_matrix": confusion.tolist(),
-            **self.own_metrics(predictions, labels),
+            **self.user_metrics(predictions, labels),
         }
 
     def metric_names(self) -> tuple[str, ...]:

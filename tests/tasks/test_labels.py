@@ -173,8 +173,8 @@ def test_bad_lists_of_labels(tmp_path: Path, tiny_bert: Path, value: object, mes
 
 def test_lists_of_labels_have_one_type_and_two_classes(tmp_path: Path, tiny_bert: Path) -> None:
     assert line([{"text": "a", "topics": [0, "b"]}], tmp_path, tiny_bert) == (
-        "data.label: got 0 (DATA/train.jsonl row 1) and 'b' (DATA/train.jsonl row 1) in column 'topics', but labels are "
-        "all integers or all strings"
+        "data.label: got 0 (DATA/train.jsonl row 1) and 'b' (DATA/train.jsonl row 1) in column 'topics', but labels "
+        "are all integers or all strings"
     )
     for value, found in (([0], "the one class 0"), ([], "no class")):
         assert line([{"text": "a", "topics": value}] * 9, tmp_path, tiny_bert) == (
