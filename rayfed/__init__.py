@@ -32,14 +32,20 @@ if TYPE_CHECKING:
     from rayfed.sweeps.sweep import SweepResult
     from rayfed.tasks.base import Task
     from rayfed.tasks.causal_lm import CausalLM
+    from rayfed.tasks.instruction import InstructionTuning
+    from rayfed.tasks.multi_label import MultiLabel
+    from rayfed.tasks.regression import Regression
     from rayfed.tasks.text_classification import TextClassification
 
 _MODULES = {
     "CausalLM": "rayfed.tasks.causal_lm",
     "Callback": "rayfed.engine.callbacks",
     "Experiment": "rayfed.config",
+    "InstructionTuning": "rayfed.tasks.instruction",
     "Method": "rayfed.methods",
+    "MultiLabel": "rayfed.tasks.multi_label",
     "Objective": "rayfed.objectives",
+    "Regression": "rayfed.tasks.regression",
     "ReportCallback": "rayfed.reports.run_page",
     "Rounds": "rayfed.api",
     "RunError": "rayfed.errors",
@@ -58,8 +64,11 @@ __all__ = [
     "Callback",
     "CausalLM",
     "Experiment",
+    "InstructionTuning",
     "Method",
+    "MultiLabel",
     "Objective",
+    "Regression",
     "ReportCallback",
     "Rounds",
     "RunError",

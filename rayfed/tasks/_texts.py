@@ -6,10 +6,11 @@ import hashlib
 import json
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import nn
 
+from rayfed.config.describe import format_value
 from rayfed.config.task import Data, Model, Partition, Problem
 from rayfed.errors import UserError, allowed
 from rayfed.tasks.base import Task, fingerprint
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class TextTask(Task):
     """A task on texts. What is not given as an object comes from the settings; the first four fields always do."""
+
+    name: ClassVar[str]
+    """The task's name, by which `data.task` knows it."""
+    columns: ClassVar[tuple[str, ...]] = ("text", "label", "client")
+    """The fields that name a column of the data."""
 
     data: Data = field(default_factory=Data)
     partition: Partition = field(default_factory=Partition)
@@ -59,8 +65,8 @@ class TextTask(Task):
         return replace(self, data=data, partition=partition, model_settings=model, seed=seed)
 
     def described(self, data: Data, model: Model) -> tuple[Data, Model]:
-        names = {key: name for key in ("text", "label", "client") if (name := getattr(self, key)) is not None}
-        data = data.model_copy(update=names)
+        names = {key: name for key in self.columns if (name := getattr(self, key)) is not None}
+        data = data.model_copy(update={"task": self.name, **names})
         digest = hashlib.sha256()
         if (source := self._source(data)) is not None:
             digest.update(content_digest(source).encode())
@@ -89,6 +95,13 @@ class TextTask(Task):
             raise UserError(f"data.client: got null, but {needed}")
         if eval.early_stop and self.data.source == "stdlib" and self.data.validation == 0:
             raise UserError("data.validation: got 0, but eval.early_stop needs a validation split")
+
+    def _refuse(self, *fields: tuple[str, object, object, str]) -> None:
+        """UserError for the first field, with its value, the one that is allowed, and why, whose value is another."""
+        for name, value, wanted, why in fields:
+            if value != wanted:
+                what = f"with data.task={self.name} {why}; allowed is {format_value(wanted, quotes=False)}"
+                raise UserError(f"{name}: got {format_value(value)}, but {what}")
 
     def _source(self, data: Data) -> Source | None:
         """The rows that are objects; None where the settings name the rows."""
@@ -130,8 +143,8 @@ class TextTask(Task):
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.model_settings)
 
-    def _base_key(self, head: int | str) -> str:
-        """Equal keys, equal base models in float32. ``head``: the number of classes, or the kind of the model."""
+    def _base_key(self, head: str) -> str:
+        """Equal keys, equal base models in float32. ``head``: the kind of the model, with the number of its outputs."""
         key: list[Any] = [head, self.seed, self.model_settings.model_dump(mode="json", exclude={"dtype"})]
         folder = Path(self.base_name)
         if folder.is_dir():  # other files may come under its name

@@ -36,6 +36,7 @@ def read_hub(settings: Data) -> Source:
     if "train" not in found:
         raise allowed("data.name", name, f"it needs a split 'train'; it has {', '.join(map(repr, loaded))}")
     feature = loaded[found["train"][0]].features.get(settings.label)
+    feature = getattr(feature, "feature", feature)  # of the items, where a row has a list of labels
     class_names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
     tables = {}
     for split, (own_name, *_) in found.items():
@@ -48,5 +49,4 @@ def read_hub(settings: Data) -> Source:
 
 def _columns(dataset: Dataset, settings: Data) -> dict[str, list[Any]]:
     """The columns that the settings name. The other columns are empty: error messages list their names."""
-    wanted = (settings.text, settings.label, settings.client)
-    return {name: dataset[name][:] if name in wanted else [] for name in dataset.column_names}
+    return {name: dataset[name][:] if name in settings.columns else [] for name in dataset.column_names}
