@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+FUSED = ("torch.optim.optimizer", "torch.utils._foreach_utils")  # they ask which devices have such kernels
 DEVICE = torch.device("meta")
 VIEWS = {  # what only looks at memory in another way
     "view", "_unsafe_view", "_reshape_alias", "expand", "permute", "transpose", "t", "slice", "select", "split",
@@ -28,6 +30,17 @@ class Watch(TorchDispatchMode):
         self.kernels: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.mixed: Counter[str] = Counter()
+
+    def __enter__(self) -> Watch:
+        self.supported = [mock.patch(f"{name}._get_fused_kernels_supported_devices", lambda: ["meta"]) for name in FUSED]
+        for patch in self.supported:
+            patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for patch in self.supported:
+            patch.stop()
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -47,6 +60,8 @@ class Watch(TorchDispatchMode):
             self.mixed[name] += 1
         if "meta" in devices and name not in VIEWS:
             self.kernels[name] += 1
+        if name.startswith("_fused_"):  # in place, and not there for every optimizer
+            return None
         return func(*args, **kwargs)
 
 

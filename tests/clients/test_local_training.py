@@ -264,7 +264,7 @@ def test_head_only_training_does_not_go_back_through_the_model(lab, rank):
     on = lab.stack_of()
     member = lab.member(1, range(4), rank, support=lambda layout: layout.mask("head"))
     lab.train([member], settings_of(SGD), on=on)
-    assert all((p.grad is not None) == (part == "head") for _, part, p in on.stack.tensors())
+    assert all((values.grad is not None) == (part == "head") for part, values in on.stack.parameters.items())
 
 
 def test_a_client_with_nothing_to_train_measures_its_loss(lab):

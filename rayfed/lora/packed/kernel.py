@@ -7,8 +7,7 @@ For the rows of slot k: x is the layer's input, u is x after dropout, and y is t
     z = s_k u A_k^T,  h = s_k dy B_k
     dB_k = dy^T z,   dA_k = h^T u,   du = h A_k,   dx = dy F_k,   dy is passed on
 
-Factors and their gradients are float32 or finer. With `SlotConstants.compute: bfloat16` the operands of all products
-are rounded to bfloat16, as torch's autocast does; a result is rounded to bfloat16 once, then a gradient is widened.
+Products are computed in the factors' format. In bfloat16 each result is rounded to bfloat16 once.
 
 The scale multiplies the r columns of z and h, not the O columns of y. Terms are added to y and dx in place; autograd's
 own backward for the same equations would allocate several tensors as large as y. For batched segments
@@ -34,14 +33,10 @@ from rayfed.lora.packed.segments import Segments
 
 @dataclass
 class SlotConstants:
-    """What does not train in a layer, by slot: the scale s_k and the frozen base change F_k (O, I), or None.
-
-    ``compute`` is the format in which products with the factors are computed; None: that of the factors.
-    """
+    """What does not train in a layer, by slot: the scale s_k and the frozen base change F_k (O, I), or None."""
 
     scales: list[float]
     base_changes: list[LowRank | Tensor | None]
-    compute: torch.dtype | None = None
     _scales: Tensor | None = None
 
     def scales_like(self, x: Tensor) -> Tensor:
@@ -86,8 +81,7 @@ class _AddLora(torch.autograd.Function):
         ctx: Any, y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, segments: Segments,
         constants: SlotConstants,
     ) -> Tensor:  # fmt: skip
-        ctx.factors_dtype, ctx.u_dtype, ctx.u_shape = A_KRI.dtype, u.dtype, u.shape
-        A_KRI, B_KOR = (t.to(constants.compute or t.dtype) for t in (A_KRI, B_KOR))
+        ctx.u_dtype, ctx.u_shape = u.dtype, u.shape
         flat_y, flat_x, flat_u = (t.reshape(-1, t.shape[-1]) for t in (y, x, u.to(A_KRI.dtype)))
         per_entry = len(flat_y) // segments.total  # vectors per row, or per token
         if segments.batched:
@@ -133,7 +127,6 @@ class _AddLora(torch.autograd.Function):
             else:
                 _add_product(dx[rows], flat_dy[rows], F)
         du = None if du is None else du.to(ctx.u_dtype).view(ctx.u_shape)
-        dA, dB = (None if d is None else d.to(ctx.factors_dtype) for d in (dA, dB))
         return dy, None if dx is None else dx.view(ctx.x_shape), du, dA, dB, None, None
 
 

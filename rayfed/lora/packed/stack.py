@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,12 @@ from torch import Tensor, nn
 from rayfed.device import to_device
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, Layout, LowRank
+from rayfed.lora.packed.kernel import SlotConstants
 from rayfed.lora.packed.layers import StackedLinear, StackedLora
-from rayfed.lora.packed.segments import Batch
+from rayfed.lora.packed.segments import Batch, Segment
+
+
+ALIGNED = 16  # float32 numbers
 
 
 class Stack:
@@ -22,50 +28,40 @@ class Stack:
 
     Freezes the model and replaces the adapted layers and the linear layers of the head in place. ``layers`` names the
     adapted layers. ``head`` names modules whose parameters all belong to nn.Linear layers (else UserError).
-    ``compute`` is the format of the operands in products with adapters (None: that of the adapters); the head computes
-    in float32.
+    ``compute`` is the format of products with adapters; the head computes in float32.
+
+    ``parameters`` holds the values of all slots in float32: for each part of `Layout` one matrix (K, n), a row for
+    every slot. Layers read views. So what treats all values alike (an optimizer, a mask, a copy) is a few operations
+    for any number of layers. Until the first `load` there is one slot, see `clear`.
     """
 
     def __init__(
         self, model: nn.Module, layers: Iterable[str], head: Sequence[str], dropout: float = 0.0,
-        compute: torch.dtype | None = None,
+        compute: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         model.requires_grad_(False)
-        self.batch = Batch()
+        self.batch, self.dropout, self.compute = Batch(), dropout, compute
+        self.device = next(model.parameters()).device
         self.lora: dict[str, StackedLora] = {}
         self.head: dict[str, StackedLinear] = {}
         for name in layers:
-            self.lora[name] = StackedLora(model.get_submodule(name), self.batch, dropout, name, compute)
+            self.lora[name] = StackedLora(model.get_submodule(name), self.batch, dropout, name)
             _replace(model, name, self.lora[name])
         for name, linear in head_layers(model, head).items():
             self.head[name] = StackedLinear(linear, self.batch)
             _replace(model, name, self.head[name])
-        self.dropout = dropout
-        self._snapshots: dict[tuple[str, str], Tensor] = {}
+        self.clear()
 
-    def tensors(self) -> Iterator[tuple[str, str, nn.Parameter]]:
-        """(name, part, stacked parameter (K, ...)) of every trainable tensor. Names and parts are those of `Layout`."""
-        for name, layer in self.lora.items():
-            yield name, "A", layer.A_KRI
-            yield name, "B", layer.B_KOR
-            if layer.R_KRR is not None:
-                yield name, "R", layer.R_KRR
-        for name, linear in self.head.items():
-            yield f"{name}.weight", "head", linear.weight_KOI
-            if linear.bias_KO is not None:
-                yield f"{name}.bias", "head", linear.bias_KO
+    def clear(self) -> None:
+        """Replaces all slots by one without an adapter, and with a head of zeros."""
+        shapes = self._shapes_for([])
+        self._load([Adapter({}, {name: torch.zeros(s) for (name, part), s in shapes.items() if part == "head"})], [{}])
 
-    def factors(self, slot: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """B (out, r) and A (r, in) of a slot for every adapted layer, in model order. r is the stack's largest rank."""
-        for layer in self.lora.values():
-            yield layer.B_KOR[slot], layer.A_KRI[slot]
-
-    @torch.no_grad()
     def load(self, adapters: Sequence[Adapter], bases: Sequence[Mapping[str, LowRank | Tensor]] = ()) -> None:
-        """Replaces all slots: one for every adapter.
+        """Replaces all slots: one for every adapter. Ranks may differ: each layer has the largest rank of the adapters.
 
         ``bases`` has the frozen base change (out, in) by layer for every adapter, or is empty. An adapter may leave out
-        a layer that has a base change.
+        a layer that has a base change. All values train, see `train`. Memory and bits depend on these arguments alone.
 
         Raises:
             KeyError: an unknown layer name, or a layer with neither a pair nor a base change.
@@ -75,28 +71,104 @@ class Stack:
             names = set(adapter.layers) | set(base)
             if names != set(self.lora):
                 raise KeyError(f"the adapter's layers are not the model's: {sorted(names ^ set(self.lora))}")
+        self._load(adapters, bases)
+
+    @torch.no_grad()
+    def _load(self, adapters: Sequence[Adapter], bases: Sequence[Mapping[str, LowRank | Tensor]]) -> None:
+        self._shapes = self._shapes_for(adapters)
+        self._sizes = _column_sizes(self._shapes)
+        self.trained, self._snapshots = set(self._shapes), dict[str, Tensor]()
+        flat = {part: torch.zeros(len(adapters), sum(sizes)) for part, sizes in self._sizes.items()}
+        for (name, part), stacked in self.views(flat).items():
+            for slot, adapter in enumerate(adapters):
+                tensor = adapter.head[name] if part == "head" else getattr(adapter.layers.get(name), part, None)
+                if tensor is not None:
+                    self.crop(stacked[slot], part, tensor.shape).copy_(tensor)
+        self.parameters = {part: nn.Parameter(to_device(values, self.device)) for part, values in flat.items()}
         for name, layer in self.lora.items():
-            layer.load([a.layers.get(name) for a in adapters], [base.get(name) for base in bases])
+            scales = [adapter.layers[name].scale if name in adapter.layers else 0.0 for adapter in adapters]
+            # By identity: slots that share a base change share its copy on the device.
+            changes = [base.get(name) for base in bases]
+            copies = {id(change): self._on_device(change) for change in {id(c): c for c in changes}.values()}
+            layer.constants = SlotConstants(scales, [copies[id(change)] for change in changes])
+
+    def _shapes_for(self, adapters: Sequence[Adapter]) -> dict[tuple[str, str], tuple[int, ...]]:
+        """The shape of a slot's tensors by (name, part), in model order."""
+        shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+        for name, layer in self.lora.items():
+            pairs = [adapter.layers[name] for adapter in adapters if name in adapter.layers]
+            rank, (outer, inner) = max((pair.rank for pair in pairs), default=1), layer.shape
+            shapes[name, "A"], shapes[name, "B"] = (rank, inner), (outer, rank)
+            if any(pair.R is not None for pair in pairs):
+                shapes[name, "R"] = (rank, rank)
         for name, linear in self.head.items():
-            biases = [a.head[f"{name}.bias"] for a in adapters] if linear.bias_KO is not None else []
-            linear.load([a.head[f"{name}.weight"] for a in adapters], biases)
-        self._snapshots = {}
+            shapes[f"{name}.weight", "head"] = (linear.out_features, linear.in_features)
+            if linear.has_bias:
+                shapes[f"{name}.bias", "head"] = (linear.out_features,)
+        return shapes
+
+    def _on_device(self, change: LowRank | Tensor | None) -> LowRank | Tensor | None:
+        def move(tensor: Tensor) -> Tensor:
+            return to_device(tensor.to(self.compute), self.device)
+
+        if isinstance(change, LowRank):
+            return LowRank(move(change.B), move(change.A), change.scale)
+        return None if change is None else move(change)
+
+    def views(self, flat: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+        """The tensors (K, ...) inside matrices (K, n) by part, such as `parameters`: by (name, part), in model order.
+
+        Names and parts are those of `Layout`.
+        """
+        columns = {part: iter(matrix.split(self._sizes[part], 1)[::2]) for part, matrix in flat.items()}
+        places = ((place, shape) for place, shape in self._shapes.items() if place[1] in flat)
+        return {place: next(columns[place[1]]).view(-1, *shape) for place, shape in places}
+
+    def train(self, places: Collection[tuple[str, str]]) -> None:
+        """Only these tensors, given by (name, part), get gradients; others of the same part get zeros."""
+        self.trained = set(places)
+        for part, parameter in self.parameters.items():
+            parameter.requires_grad_(any(p == part for _, p in self.trained))
+
+    @contextmanager
+    def using(self, segments: Sequence[Segment]) -> Iterator[None]:
+        """Forward passes inside the `with` block take batches of these segments and use the present values."""
+        fine = self._trainable(self.parameters)
+        factors = {part: values.to(self.compute) for part, values in self.parameters.items() if part in ("A", "B")}
+        rounded = self._trainable(factors)
+        for name, layer in self.lora.items():
+            layer.A_KRI, layer.R_KRR = rounded[name, "A"], fine.get((name, "R"))
+            layer.B_KOR = (rounded if layer.R_KRR is None else fine)[name, "B"]
+        for name, linear in self.head.items():
+            linear.weight_KOI, linear.bias_KO = fine[f"{name}.weight", "head"], fine.get((f"{name}.bias", "head"))
+        with self.batch.using(segments):
+            yield
+
+    def _trainable(self, flat: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+        """`views`, without a gradient for what does not train."""
+        return {place: t if place in self.trained else t.detach() for place, t in self.views(flat).items()}
+
+    def factors(self, slot: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """B (out, r) and A (r, in) of a slot for every adapted layer, in model order. r is the stack's largest rank."""
+        values = self._trainable(self.parameters)
+        for name in self.lora:
+            yield values[name, "B"][slot], values[name, "A"][slot]
 
     @torch.no_grad()
     def snapshot(self, slots: Sequence[int]) -> None:
         """Copies the present values of these slots on the device, for `read_snapshots`. Later steps change no copy.
 
-        The cost is a few operations per tensor for any number of slots. A GPU is not waited for.
+        The cost is a few operations for any number of slots and layers. A GPU is not waited for.
         """
-        for name, part, parameter in self.tensors():
-            if (name, part) not in self._snapshots:
-                self._snapshots[name, part] = torch.zeros_like(parameter)
-            index = to_device(torch.tensor(slots), parameter.device)
-            self._snapshots[name, part].index_copy_(0, index, parameter.index_select(0, index))
+        index = to_device(torch.tensor(slots), self.device)
+        for part, parameter in self.parameters.items():
+            if part not in self._snapshots:
+                self._snapshots[part] = torch.zeros_like(parameter)
+            self._snapshots[part].index_copy_(0, index, parameter.index_select(0, index))
 
     def read_snapshots(self, layouts: Sequence[Layout]) -> list[Tensor]:
         """The snapshot of every slot as a flat vector (n,) on the CPU, by its layout. Then forgets the snapshots."""
-        values = {place: tensor.to("cpu") for place, tensor in self._snapshots.items()}
+        values = self.views({part: tensor.to("cpu") for part, tensor in self._snapshots.items()})
         self._snapshots = {}
         return [
             torch.cat([self.crop(values[e.name, e.part][k], e.part, e.shape).reshape(-1) for e in layout.entries])
@@ -110,6 +182,18 @@ class Stack:
         if part == "R":
             return tensor[: shape[0], : shape[1]]
         return tensor[:, : shape[1]] if part == "B" else tensor
+
+
+def _column_sizes(shapes: Mapping[tuple[str, str], tuple[int, ...]]) -> dict[str, list[int]]:
+    """By part, the columns of each tensor and of the zeros after it, in turn.
+
+    Each tensor begins at a multiple of 64 bytes, as memory of its own would: matrix libraries choose code by that.
+    """
+    sizes: dict[str, list[int]] = {}
+    for (_, part), shape in shapes.items():
+        columns = math.prod(shape)
+        sizes.setdefault(part, []).extend((columns, -columns % ALIGNED))
+    return sizes
 
 
 def head_layers(model: nn.Module, head: Sequence[str]) -> dict[str, nn.Linear]:
