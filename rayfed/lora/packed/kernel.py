@@ -11,7 +11,7 @@ Products are computed in the factors' format. In bfloat16 each result is rounded
 
 The scale multiplies the r columns of z and h, not the O columns of y. Terms are added to y and dx in place; autograd's
 own backward for the same equations would allocate several tensors as large as y. For batched segments
-(`Segments.batched`) each line above is one batched product, however many slots there are.
+(`Segments.batched`) each line above is one batched or grouped product, however many slots there are.
 
 Shape suffixes: K segments or slots, C entries of the longest segment, R largest rank, I layer input, O layer output.
 """
@@ -33,21 +33,23 @@ from rayfed.lora.packed.segments import Segments
 
 @dataclass
 class SlotConstants:
-    """What does not train in a layer, by slot: the scale s_k and the frozen base change F_k (O, I), or None."""
+    """What does not train in a layer, by slot: the scale s_k and the frozen base change F_k (O, I), or None.
 
-    scales: list[float]
+    Without ``scales``, the factors B_k are scaled already.
+    """
+
+    scales: list[float] | None
     base_changes: list[LowRank | Tensor | None]
     _scales: Tensor | None = None
 
-    def scales_like(self, x: Tensor) -> Tensor:
-        """The scales (slots, 1, 1), in ``x``'s dtype or float32 if that is finer, on ``x``'s device.
-
-        Dtype and device are the same in every call.
-        """
-        if self._scales is None:
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            self._scales = to_device(torch.tensor(self.scales, dtype=dtype).view(-1, 1, 1), x.device)
-        return self._scales
+    def scale_(self, z_KCR: Tensor, segments: Segments) -> Tensor:
+        """Multiplies ``z_KCR`` by the scales of the segments' slots in place and returns it."""
+        if self.scales is None:
+            return z_KCR
+        if self._scales is None:  # dtype and device are the same in every call
+            dtype = torch.promote_types(z_KCR.dtype, torch.float32)
+            self._scales = to_device(torch.tensor(self.scales, dtype=dtype).view(-1, 1, 1), z_KCR.device)
+        return z_KCR.mul_(segments.select(self._scales))
 
     def base_changes_of(self, segments: Segments, per_entry: int) -> Iterator[tuple[slice, LowRank | Tensor]]:
         """The base changes and the rows of the flattened input (total * per_entry, I) to which they apply.
@@ -67,7 +69,7 @@ class SlotConstants:
 def add_lora_(
     y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, segments: Segments, constants: SlotConstants
 ) -> Tensor:
-    """Adds the LoRA term and the base change to ``y`` in place and returns ``y``.
+    """Adds the LoRA term and the base change to ``y`` in place and returns it. Nobody else may need ``y``.
 
     Shapes: y (rows, ..., O); x and u (rows, ..., I); or tokens in place of rows, as in ``segments``.
     """
@@ -82,21 +84,21 @@ class _AddLora(torch.autograd.Function):
         constants: SlotConstants,
     ) -> Tensor:  # fmt: skip
         ctx.u_dtype, ctx.u_shape = u.dtype, u.shape
+        y = y.detach()  # not marked as dirty: y is a view of what a linear layer computed, and autograd would copy it
         flat_y, flat_x, flat_u = (t.reshape(-1, t.shape[-1]) for t in (y, x, u.to(A_KRI.dtype)))
         per_entry = len(flat_y) // segments.total  # vectors per row, or per token
         if segments.batched:
-            scales, B_KRO = segments.select(constants.scales_like(A_KRI)), segments.select(B_KOR).mT
-            u = segments.pad_input(u, flat_u)
-            z_KCR = torch.bmm(u, segments.select(A_KRI).mT).mul_(scales)
+            u, B_KRO = segments.pad_input(u, flat_u), segments.select(B_KOR).mT
+            z_KCR = constants.scale_(segments.product(u, segments.select(A_KRI).mT), segments)
             if segments.equal_sizes:
                 _add_product(segments.pad(flat_y), z_KCR, B_KRO)
             else:
-                flat_y += segments.unpad(torch.bmm(z_KCR, B_KRO))
+                flat_y += segments.unpad(segments.product(z_KCR, B_KRO))
             z_saved = [z_KCR]
         else:
-            z_saved = []
+            z_saved, scales = [], constants.scales or [1.0] * len(A_KRI)
             for k, rows in _slot_rows(segments, per_entry):
-                z = (flat_u[rows] @ A_KRI[k].T).mul_(constants.scales[k])
+                z = (flat_u[rows] @ A_KRI[k].T).mul_(scales[k])
                 _add_product(flat_y[rows], z, B_KOR[k].T)
                 z_saved.append(z)
         for rows, F in constants.base_changes_of(segments, per_entry):
@@ -106,7 +108,6 @@ class _AddLora(torch.autograd.Function):
                 _add_product(flat_y[rows], flat_x[rows], F.T)
         ctx.save_for_backward(u, A_KRI, B_KOR, *z_saved)
         ctx.segments, ctx.constants, ctx.per_entry, ctx.x_shape = segments, constants, per_entry, x.shape
-        ctx.mark_dirty(y)
         return y
 
     @staticmethod
@@ -141,13 +142,13 @@ def _backward_batched(
     du, dA, dB = None, None, None
     dy_KCO = segments.pad(dy)
     if need_B:
-        dB = segments.scatter(torch.bmm(dy_KCO.mT, z_saved[0]), len(B_KOR))
+        dB = segments.scatter(segments.outer(dy_KCO, z_saved[0]), len(B_KOR))
     if need_A or need_u:
-        h_KCR = torch.bmm(dy_KCO, segments.select(B_KOR)).mul_(segments.select(constants.scales_like(A_KRI)))
+        h_KCR = constants.scale_(segments.product(dy_KCO, segments.select(B_KOR)), segments)
         if need_A:
-            dA = segments.scatter(torch.bmm(h_KCR.mT, u_KCI), len(A_KRI))
+            dA = segments.scatter(segments.outer(h_KCR, u_KCI), len(A_KRI))
         if need_u:
-            du = segments.unpad(torch.bmm(h_KCR, segments.select(A_KRI)))
+            du = segments.unpad(segments.product(h_KCR, segments.select(A_KRI)))
     return du, dA, dB
 
 
@@ -156,6 +157,7 @@ def _backward_by_segment(
     constants: SlotConstants, needs: list[bool],
 ) -> Gradients:  # fmt: skip
     need_u, need_A, need_B = needs
+    scales = constants.scales or [1.0] * len(A_KRI)
     u = u.to(A_KRI.dtype).reshape(-1, u.shape[-1])
     du = torch.empty_like(u) if need_u else None
     dA = torch.zeros_like(A_KRI) if need_A else None
@@ -164,7 +166,7 @@ def _backward_by_segment(
         if dB is not None:
             torch.mm(dy[rows].T, z, out=dB[k])
         if dA is not None or du is not None:
-            h = (dy[rows] @ B_KOR[k]).mul_(constants.scales[k])
+            h = (dy[rows] @ B_KOR[k]).mul_(scales[k])
             if dA is not None:
                 torch.mm(h.T, u[rows], out=dA[k])
             if du is not None:

@@ -44,8 +44,8 @@ class StackedLora(nn.Module):
         segments = self.batch.segments_of(x, self.A_KRI.dtype)
         keys = segments.dropout_keys(x.shape[:-1]) if self.features_I is not None else None
         u = x if keys is None or self.features_I is None else hash_dropout(x, self.dropout, keys, self.features_I)
-        B_KOR = self.B_KOR if self.R_KRR is None else (self.B_KOR @ self.R_KRR).to(self.A_KRI.dtype)
-        return add_lora_(y, x, u, self.A_KRI, B_KOR, segments, self.constants)
+        B_KOR = self.B_KOR if self.R_KRR is None else self.B_KOR @ self.R_KRR
+        return add_lora_(y, x, u, self.A_KRI, B_KOR.to(self.A_KRI.dtype), segments, self.constants)
 
 
 class StackedLinear(nn.Module):

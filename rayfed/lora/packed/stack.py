@@ -12,12 +12,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from rayfed.device import to_device
+from rayfed.device import groups_products, to_device
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, Layout, LowRank
 from rayfed.lora.packed.kernel import SlotConstants
 from rayfed.lora.packed.layers import StackedLinear, StackedLora
 from rayfed.lora.packed.segments import Batch, Segment
+from rayfed.lora.peft import layer_shape
 
 
 ALIGNED = 16  # float32 numbers
@@ -40,8 +41,12 @@ class Stack:
         compute: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         model.requires_grad_(False)
-        self.batch, self.dropout, self.compute = Batch(), dropout, compute
+        self.dropout, self.compute = dropout, compute
         self.device = next(model.parameters()).device
+        layers = list(layers)
+        widths = [width for name in layers for width in layer_shape(model.get_submodule(name))]
+        grouped = compute == torch.bfloat16 and groups_products(self.device) and not any(width % 8 for width in widths)
+        self.batch = Batch(grouped)
         self.lora: dict[str, StackedLora] = {}
         self.head: dict[str, StackedLinear] = {}
         for name in layers:
@@ -85,12 +90,24 @@ class Stack:
                 if tensor is not None:
                     self.crop(stacked[slot], part, tensor.shape).copy_(tensor)
         self.parameters = {part: nn.Parameter(to_device(values, self.device)) for part, values in flat.items()}
+        scales = {name: [a.layers[name].scale if name in a.layers else 0.0 for a in adapters] for name in self.lora}
+        self._scales_B = None if self.device.type == "cpu" else self._scale_columns(scales)
         for name, layer in self.lora.items():
-            scales = [adapter.layers[name].scale if name in adapter.layers else 0.0 for adapter in adapters]
             # By identity: slots that share a base change share its copy on the device.
             changes = [base.get(name) for base in bases]
             copies = {id(change): self._on_device(change) for change in {id(c): c for c in changes}.values()}
-            layer.constants = SlotConstants(scales, [copies[id(change)] for change in changes])
+            own = scales[name] if self._scales_B is None else None
+            layer.constants = SlotConstants(own, [copies[id(change)] for change in changes])
+
+    def _scale_columns(self, scales: Mapping[str, Sequence[float]]) -> Tensor:
+        """The factors on the part B: (K, 1) where a slot has one scale, else (K, n)."""
+        by_layer = torch.tensor(list(scales.values())).T  # (K, layers)
+        if by_layer.numel() == 0 or bool((by_layer == by_layer[:, :1]).all()):
+            return to_device(by_layer[:, :1], self.device)
+        columns = {"B": torch.zeros(self.parameters["B"].shape)}
+        for (name, _), column in self.views(columns).items():
+            column.copy_(torch.tensor(scales[name]).view(-1, 1, 1))
+        return to_device(columns["B"], self.device)
 
     def _shapes_for(self, adapters: Sequence[Adapter]) -> dict[tuple[str, str], tuple[int, ...]]:
         """The shape of a slot's tensors by (name, part), in model order."""
@@ -98,6 +115,7 @@ class Stack:
         for name, layer in self.lora.items():
             pairs = [adapter.layers[name] for adapter in adapters if name in adapter.layers]
             rank, (outer, inner) = max((pair.rank for pair in pairs), default=1), layer.shape
+            rank = -(-rank // 8) * 8 if self.batch.grouped else rank
             shapes[name, "A"], shapes[name, "B"] = (rank, inner), (outer, rank)
             if any(pair.R is not None for pair in pairs):
                 shapes[name, "R"] = (rank, rank)
@@ -134,11 +152,12 @@ class Stack:
     def using(self, segments: Sequence[Segment]) -> Iterator[None]:
         """Forward passes inside the `with` block take batches of these segments and use the present values."""
         fine = self._trainable(self.parameters)
-        factors = {part: values.to(self.compute) for part, values in self.parameters.items() if part in ("A", "B")}
-        rounded = self._trainable(factors)
+        if self.lora:
+            A, B = self.parameters["A"].to(self.compute), self.parameters["B"]
+            B = B if self._scales_B is None else B * self._scales_B
+            factors = self._trainable({"A": A, "B": B if "R" in self.parameters else B.to(self.compute)})
         for name, layer in self.lora.items():
-            layer.A_KRI, layer.R_KRR = rounded[name, "A"], fine.get((name, "R"))
-            layer.B_KOR = (rounded if layer.R_KRR is None else fine)[name, "B"]
+            layer.A_KRI, layer.B_KOR, layer.R_KRR = factors[name, "A"], factors[name, "B"], fine.get((name, "R"))
         for name, linear in self.head.items():
             linear.weight_KOI, linear.bias_KO = fine[f"{name}.weight", "head"], fine.get((f"{name}.bias", "head"))
         with self.batch.using(segments):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rayfed.lora.adapter import LowRank
+from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.packed.kernel import SlotConstants, add_lora_
-from rayfed.lora.packed.layers import StackedLinear, StackedLora
-from rayfed.lora.packed.segments import Batch, Segment, Segments
+from rayfed.lora.packed.segments import Segment, Segments
+from rayfed.lora.packed.stack import Stack
 
 OUT, IN, RANK = 7, 5, 3
 
@@ -81,20 +81,19 @@ def test_in_bfloat16_operands_and_results_are_rounded_once(form, sizes):
         return torch.randn(*size, generator=g).to(dtype)
 
     rows = sum(sizes)
-    tensors = [draw(rows, OUT, dtype=compute), *[draw(rows, IN, dtype=compute)] * 2, draw(3, RANK, IN)]
-    tensors.append(draw(3, OUT, RANK))
+    tensors = [draw(rows, OUT, dtype=compute), *[draw(rows, IN, dtype=compute)] * 2, draw(3, RANK, IN, dtype=compute)]
+    tensors.append(draw(3, OUT, RANK, dtype=compute))
     rounded = frozen
     if frozen is not None:
         rounded = LowRank(frozen.B.to(compute), frozen.A.to(compute), 0.7) if form == "pair" else frozen.to(compute)
     way, results = torch.randn(rows, OUT, generator=g), []
     for function, fine in ((add_lora_, False), (written_out, True)):
         leaves = [(t.double() if fine else t).clone().requires_grad_() for t in tensors]
-        constants = SlotConstants([2.0, -1.0, 0.3], [frozen if fine else rounded] * 3, None if fine else compute)
+        constants = SlotConstants([2.0, -1.0, 0.3], [frozen if fine else rounded] * 3)
         y, x, u, A, B = leaves
         out = function(y * 1.0, x, u, A, B, segments_of(slots, sizes, half=not fine), constants)
         (out * way).sum().backward()
         results.append([out.detach(), *(t.grad for t in leaves if t.grad is not None)])
-    assert [t.dtype for t in results[0][-2:]] == [torch.float32, torch.float32]  # the factors' gradients
     for mine, theirs in zip(*results, strict=True):
         assert float((mine.double() - theirs).norm() / theirs.norm()) < 4 * 2**-9
 
@@ -147,6 +146,11 @@ def test_a_bfloat16_base_and_float32_factors_keep_their_dtypes(batched):
     assert bool(A.grad.any())
 
 
+def stack_over(layer):
+    model = torch.nn.ModuleDict({"layer": layer})
+    return Stack(model, ["layer"], []), model
+
+
 def test_a_base_change_acts_as_a_changed_weight():
     """A slot over base + F gives what a slot over a base of weight W + F gives."""
     torch.manual_seed(0)
@@ -156,36 +160,21 @@ def test_a_base_change_acts_as_a_changed_weight():
         changed.weight.copy_(plain.weight + F)
         changed.bias.copy_(plain.bias)
     pair, x, outputs = LowRank(torch.randn(OUT, 2), torch.randn(2, IN), 1.5), torch.randn(3, 4, IN), []
-    for layer, frozen in ((plain, F), (changed, None)):
-        batch = Batch()
-        stacked = StackedLora(layer, batch)
-        stacked.load([None, pair], [None, frozen])
-        with batch.using([Segment(1, 3)]):
-            outputs.append(stacked(x))
+    for layer, frozen in ((plain, {"layer": F}), (changed, {})):
+        stack, model = stack_over(layer)
+        stack.load([Adapter({"layer": pair}, {})] * 2, [{}, frozen])
+        with stack.using([Segment(1, 3)]):
+            outputs.append(model["layer"](x))
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
 
 
 def test_neighbours_with_the_same_base_change_share_one_product():
     """One product per distinct change. A change that several clients share has one copy."""
-    layer = torch.nn.Linear(IN, OUT)
-    stacked = StackedLora(layer, Batch())
+    stack, model = stack_over(torch.nn.Linear(IN, OUT))
     shared, other = torch.randn(OUT, IN), torch.randn(OUT, IN)
-    stacked.load([LowRank(torch.ones(OUT, 1), torch.ones(1, IN), 1.0)] * 4, [shared, shared, None, other])
-    assert stacked.constants.base_changes[0] is stacked.constants.base_changes[1]
+    adapter = Adapter({"layer": LowRank(torch.ones(OUT, 1), torch.ones(1, IN), 1.0)}, {})
+    stack.load([adapter] * 4, [{"layer": shared}, {"layer": shared}, {}, {"layer": other}])
+    constants = model["layer"].constants
+    assert constants.base_changes[0] is constants.base_changes[1]
     segments = segments_of((0, 1, 2, 3), (2, 1, 3, 2))
-    assert [rows for rows, _ in stacked.constants.base_changes_of(segments, 10)] == [slice(0, 30), slice(60, 80)]
-
-
-def test_load_makes_one_slot_per_pair_at_the_largest_rank():
-    stacked = StackedLora(torch.nn.Linear(IN, OUT), Batch())
-    pairs = [LowRank(torch.ones(OUT, rank), torch.ones(rank, IN), rank) for rank in (1, 4)]
-    for load, slots, rank in ((pairs, 2, 4), ([*pairs, None], 3, 4), (pairs[:1], 1, 1)):
-        stacked.load(load)
-        assert stacked.A_KRI.shape == (slots, rank, IN)
-        assert stacked.B_KOR.shape == (slots, OUT, rank)
-        assert stacked.constants.scales == [0.0 if pair is None else pair.scale for pair in load]
-        assert stacked.constants.base_changes == [None] * slots
-        assert stacked.A_KRI.sum() == IN * sum(pair.rank for pair in load if pair is not None)
-    head = StackedLinear(torch.nn.Linear(IN, OUT), Batch())
-    head.load([torch.ones(OUT, IN)] * 3, [torch.ones(OUT)] * 3)
-    assert (head.weight_KOI.shape, head.bias_KO.shape) == ((3, OUT, IN), (3, OUT))
+    assert [rows for rows, _ in constants.base_changes_of(segments, 10)] == [slice(0, 30), slice(60, 80)]
