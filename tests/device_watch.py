@@ -23,13 +23,17 @@ VIEWS = {  # what only looks at memory in another way
 
 
 class Watch(TorchDispatchMode):
-    """Counts, by operation: ``kernels`` started, ``waits`` for the device, and what ``mixed`` both devices."""
+    """Counts, by operation: ``kernels`` started, ``waits`` for the device, and what ``mixed`` both devices.
+
+    ``bytes`` are those of the tensors that kernels read and write. Fused optimizers are offered on the device.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.kernels: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.mixed: Counter[str] = Counter()
+        self.bytes = 0
 
     def __enter__(self) -> Watch:
         self.supported = [mock.patch(f"{name}._get_fused_kernels_supported_devices", lambda: ["meta"]) for name in FUSED]
@@ -58,11 +62,15 @@ class Watch(TorchDispatchMode):
             self.waits[name] += 1
         if devices == {"cpu", "meta"}:
             self.mixed[name] += 1
-        if "meta" in devices and name not in VIEWS:
+        started = "meta" in devices and name not in VIEWS
+        if started:
             self.kernels[name] += 1
-        if name.startswith("_fused_"):  # in place, and not there for every optimizer
-            return None
-        return func(*args, **kwargs)
+        # In place, and torch has not all of them for this device.
+        result = None if name.startswith("_fused_") else func(*args, **kwargs)
+        if started:
+            used = {id(t): t for t in (*tensors, *tree_leaves(result)) if isinstance(t, torch.Tensor)}
+            self.bytes += sum(t.nbytes for t in used.values() if t.device.type == "meta")
+        return result
 
 
 def _target(kwargs: dict[str, Any]) -> str | None:

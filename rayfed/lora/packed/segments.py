@@ -119,10 +119,10 @@ class Segments:
     def pad(self, x: Tensor) -> Tensor:
         """(total * m, I) -> (K, C * m, I), for m vectors per entry, padded with zeros. A view if sizes are equal.
 
-        The operand of `product` and `outer`. For grouped products it is ``x`` itself.
+        The operand of `product` and `outer`. For grouped products it is ``x`` itself, in whole rows.
         """
         if self.grouped:
-            return x
+            return x.contiguous()
         K, width = len(self.slots), x.shape[-1]
         return (x if self.equal_sizes else self._ragged.pad(x.reshape(self.total, -1))).view(K, -1, width)
 

@@ -10,7 +10,7 @@ from rayfed.lora.packed.kernel import SlotConstants, add_lora_
 from rayfed.lora.packed.segments import Segment, Segments
 from rayfed.lora.packed.stack import Stack
 
-OUT, IN, RANK = 7, 5, 3
+OUT, IN, RANK = 12, 8, 4  # rows of 16 bytes, which grouped products need
 
 
 def frozen_forms():
@@ -22,10 +22,11 @@ def frozen_forms():
     return {"nothing": None, "matrix": matrix, "pair": pair}
 
 
-def segments_of(slots, sizes, batched=None, half=False):
+def segments_of(slots, sizes, batched=None, half=False, grouped=False):
     segments = [Segment(slot, size) for slot, size in zip(slots, sizes)]
     segments = Segments(segments, half, torch.device("cpu"), half)
     segments.batched = segments.batched if batched is None else batched
+    segments.grouped = grouped and not segments.equal_sizes
     return segments
 
 
@@ -69,6 +70,24 @@ def test_values_and_all_gradients(shape, form, slots, sizes, batched):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("slots", [(2, 0, 1), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (6, 4)])
+def test_grouped_products_with_scaled_factors_are_those_of_padded_segments(shape, slots):
+    g = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(*size, generator=g) for size in ((*shape, OUT), (*shape, IN), (4, RANK, IN), (4, OUT, RANK))]
+    scales, way, results = [2.0, -1.0, 0.5, 3.0], torch.randn(*shape, OUT, generator=g), []
+    for grouped in (False, True):
+        y, x, A, B = (t.clone().requires_grad_() for t in tensors)
+        segments = segments_of(slots, (2, 3, 1), True, grouped=grouped)
+        constants = SlotConstants(None if grouped else scales, [None] * 4)
+        scaled = B * torch.tensor(scales).view(-1, 1, 1) if grouped else B  # as the stack does on a GPU
+        out = add_lora_(y * 1.0, x, x, A, scaled, segments, constants)
+        (out * way).sum().backward()
+        results.append([out.detach(), *(t.grad for t in (y, x, A, B))])
+    for mine, theirs in zip(*results):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(20, 70, 1), (64, 64, 64)], ids=["ragged", "even"])
 @pytest.mark.parametrize("form", ["nothing", "matrix", "pair"])
 def test_in_bfloat16_operands_and_results_are_rounded_once(form, sizes):
@@ -98,11 +117,12 @@ def test_in_bfloat16_operands_and_results_are_rounded_once(form, sizes):
         assert float((mine.double() - theirs).norm() / theirs.norm()) < 4 * 2**-9
 
 
-@pytest.mark.parametrize("batched", [False, True])
-def test_nan_in_one_segment_reaches_no_other(batched):
+@pytest.mark.parametrize(("batched", "grouped"), [(False, False), (True, False), (True, True)])
+def test_nan_in_one_segment_reaches_no_other(batched, grouped):
     """Padding is filled with zeros, not multiplied by zero: 0 times NaN would be NaN."""
     g = torch.Generator().manual_seed(0)
-    segments, constants = segments_of((0, 1), (1, 4), batched), SlotConstants([1.0, 1.0], [None, None])
+    segments = segments_of((0, 1), (1, 4), batched, grouped=grouped)
+    constants = SlotConstants(None if grouped else [1.0, 1.0], [None, None])
     A, B = torch.randn(2, RANK, IN, generator=g), torch.randn(2, OUT, RANK, generator=g)
     found = []
     for bad in (0.0, torch.nan):
