@@ -14,7 +14,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-FUSED = ("torch.optim.optimizer", "torch.utils._foreach_utils")  # they ask which devices have such kernels
+FUSED = [  # what tells torch's optimizers which devices have fused kernels
+    mock.patch(f"{module}._get_fused_kernels_supported_devices", lambda: ["meta"])
+    for module in ("torch.optim.optimizer", "torch.utils._foreach_utils")
+]
 DEVICE = torch.device("meta")
 VIEWS = {  # what only looks at memory in another way
     "view", "_unsafe_view", "_reshape_alias", "expand", "permute", "transpose", "t", "slice", "select", "split",
@@ -36,13 +39,12 @@ class Watch(TorchDispatchMode):
         self.bytes = 0
 
     def __enter__(self) -> Watch:
-        self.supported = [mock.patch(f"{name}._get_fused_kernels_supported_devices", lambda: ["meta"]) for name in FUSED]
-        for patch in self.supported:
+        for patch in FUSED:
             patch.start()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        for patch in self.supported:
+        for patch in FUSED:
             patch.stop()
         super().__exit__(*error)
 

@@ -92,7 +92,7 @@ def _row(name: str, size: int, batch: int, device: torch.device, dtype: str, pea
     )
     tokens = size * STEPS * batch * shape.tokens / row.seconds_a
     share = 4 * together.weights * tokens / peak
-    row.facts |= {"clients/s": size / row.seconds_a, "tokens/s": tokens, f"share of the {dtype} rate": share}
+    row.facts.update({"clients/s": size / row.seconds_a, "tokens/s": tokens, f"share of the {dtype} rate": share})
     return row
 
 

@@ -74,7 +74,7 @@ class RayExecutor(Executor):
         self.stopping = threading.Event()
 
     @property
-    def capability(self) -> str:  # type: ignore[override]
+    def capability(self) -> str:
         return self.pool.capability
 
     @capability.setter

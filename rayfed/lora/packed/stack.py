@@ -20,7 +20,6 @@ from rayfed.lora.packed.layers import StackedLinear, StackedLora
 from rayfed.lora.packed.segments import Batch, Segment
 from rayfed.lora.peft import layer_shape
 
-
 ALIGNED = 16  # float32 numbers
 
 
@@ -91,7 +90,8 @@ class Stack:
                     self.crop(stacked[slot], part, tensor.shape).copy_(tensor)
         self.parameters = {part: nn.Parameter(to_device(values, self.device)) for part, values in flat.items()}
         scales = {name: [a.layers[name].scale if name in a.layers else 0.0 for a in adapters] for name in self.lora}
-        self._scales_B = None if self.device.type == "cpu" else self._scale_columns(scales)
+        scaled_here = self.device.type != "cpu" or self.batch.grouped  # once for all layers, not in each
+        self._scales_B = self._scale_columns(scales) if scaled_here else None
         for name, layer in self.lora.items():
             # By identity: slots that share a base change share its copy on the device.
             changes = [base.get(name) for base in bases]
@@ -153,9 +153,9 @@ class Stack:
         """Forward passes inside the `with` block take batches of these segments and use the present values."""
         fine = self._trainable(self.parameters)
         if self.lora:
-            A, B = self.parameters["A"].to(self.compute), self.parameters["B"]
-            B = B if self._scales_B is None else B * self._scales_B
-            factors = self._trainable({"A": A, "B": B if "R" in self.parameters else B.to(self.compute)})
+            scaled = self.parameters["B"] if self._scales_B is None else self.parameters["B"] * self._scales_B
+            rounded = scaled if "R" in self.parameters else scaled.to(self.compute)  # with a core, B R is rounded
+            factors = self._trainable({"A": self.parameters["A"].to(self.compute), "B": rounded})
         for name, layer in self.lora.items():
             layer.A_KRI, layer.B_KOR, layer.R_KRR = factors[name, "A"], factors[name, "B"], fine.get((name, "R"))
         for name, linear in self.head.items():
