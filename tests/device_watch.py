@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 FUSED = [  # what tells torch's optimizers which devices have fused kernels
-    mock.patch(f"{module}._get_fused_kernels_supported_devices", lambda: ["meta"])
+    mock.patch(f"{module}._get_fused_kernels_supported_devices", return_value=["meta"])
     for module in ("torch.optim.optimizer", "torch.utils._foreach_utils")
 ]
 DEVICE = torch.device("meta")

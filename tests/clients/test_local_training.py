@@ -354,14 +354,14 @@ def test_the_order_is_keyed_by_seed_round_and_client():
 
 @pytest.mark.parametrize("options", [SGD, ADAMW], ids=["sgd", "adamw"])
 def test_the_products_of_a_gpu_train_as_those_of_a_cpu(lab, monkeypatch, options):
-    """Grouped products and factors scaled beforehand, on a CPU: the same change, to the rounding of bfloat16."""
+    """Here on a CPU: grouped products, scaled factors, one product for query and value. In bfloat16, no less exact."""
     members = [lab.member(1, range(0, 9), rank=2), lab.member(2, range(30, 41), rank=4), lab.member(3, range(50, 53))]
     settings, trained = settings_of(options, clip_norm=1.0), []
-    for grouped in (False, True):
+    for dtype, grouped in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
         monkeypatch.setattr("rayfed.lora.packed.stack.groups_products", lambda device, found=grouped: found)
-        on = lab.stack_of(dtype="bfloat16")
+        on = lab.stack_of(dtype=dtype)
         trained.append(lab.train(members, settings, on=on))
         assert on.stack.batch.grouped == grouped
-    for mine, theirs, member in zip(*trained, members):
-        change = theirs.vector - member.start
-        assert float((mine.vector - theirs.vector).norm() / change.norm()) < 0.03
+    for exact, cpu, gpu, member in zip(*trained, members):
+        errors = [float((r.vector - exact.vector).norm() / (exact.vector - member.start).norm()) for r in (cpu, gpu)]
+        assert errors[1] < 1.3 * errors[0]

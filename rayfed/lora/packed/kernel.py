@@ -18,9 +18,9 @@ Shape suffixes: K segments or slots, C entries of the longest segment, R largest
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -77,6 +77,62 @@ def add_lora_(
     return result
 
 
+def project(x: Tensor, factors: Sequence[Tensor], segments: Segments) -> Sequence[Tensor]:
+    """``x A_k^T`` for the factors A_KRI of several layers that read ``x``, in one product; see `add_projected_`.
+
+    The factors are neighbours in memory, as the stack's are: for each slot their rows are one matrix.
+    """
+    results: Sequence[Tensor] = _Project.apply(x, segments, *factors)
+    return results
+
+
+def add_projected_(y: Tensor, z: Tensor, B_KOR: Tensor, segments: Segments) -> Tensor:
+    """`add_lora_` for a result of `project`, without a scale or a base change."""
+    result: Tensor = _AddProjected.apply(y.contiguous(), z, B_KOR, segments)
+    return result
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, segments: Segments, *factors: Tensor) -> tuple[Tensor, ...]:
+        first, ctx.ranks = factors[0], [A.shape[1] for A in factors]
+        assert all(a.data_ptr() + a[0].nbytes == b.data_ptr() for a, b in pairwise(factors))
+        A_KRI = first.as_strided((len(first), sum(ctx.ranks), first.shape[2]), first.stride())
+        u = segments.pad_input(x, x.to(A_KRI.dtype).reshape(-1, x.shape[-1]))
+        ctx.save_for_backward(u, A_KRI)
+        ctx.segments, ctx.x_dtype, ctx.x_shape = segments, x.dtype, x.shape
+        return segments.product(u, segments.select(A_KRI).mT).split(ctx.ranks, -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *dz: Tensor) -> tuple[Tensor | None, ...]:
+        (u, A_KRI), segments, (need_x, _, *need_A) = ctx.saved_tensors, ctx.segments, ctx.needs_input_grad
+        h, dx, dA = torch.cat(dz, -1), None, [None] * len(dz)
+        if any(need_A):
+            dA = segments.scatter(segments.outer(h, u), len(A_KRI)).split(ctx.ranks, 1)
+        if need_x:
+            dx = segments.unpad(segments.product(h, segments.select(A_KRI))).to(ctx.x_dtype).view(ctx.x_shape)
+        return dx, None, *dA
+
+
+class _AddProjected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor, B_KOR: Tensor, segments: Segments) -> Tensor:
+        y = y.detach()  # as in `_AddLora`
+        _add_projected(y.reshape(-1, y.shape[-1]), z, segments.select(B_KOR).mT, segments)
+        ctx.save_for_backward(z, B_KOR)
+        ctx.segments = segments
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (z, B_KOR), segments, (_, need_z, need_B, _) = ctx.saved_tensors, ctx.segments, ctx.needs_input_grad
+        padded = segments.pad(dy.reshape(-1, dy.shape[-1]).to(B_KOR.dtype))
+        dB = segments.scatter(segments.outer(padded, z), len(B_KOR)) if need_B else None
+        return dy, segments.product(padded, segments.select(B_KOR)) if need_z else None, dB, None
+
+
 class _AddLora(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -90,10 +146,7 @@ class _AddLora(torch.autograd.Function):
         if segments.batched:
             u, B_KRO = segments.pad_input(u, flat_u), segments.select(B_KOR).mT
             z_KCR = constants.scale_(segments.product(u, segments.select(A_KRI).mT), segments)
-            if segments.equal_sizes:
-                _add_product(segments.pad(flat_y), z_KCR, B_KRO)
-            else:
-                flat_y += segments.unpad(segments.product(z_KCR, B_KRO))
+            _add_projected(flat_y, z_KCR, B_KRO, segments)
             z_saved = [z_KCR]
         else:
             z_saved, scales = [], constants.scales or [1.0] * len(A_KRI)
@@ -180,6 +233,14 @@ def _slot_rows(segments: Segments, per_entry: int) -> Iterator[tuple[int, slice]
     for slot, size in zip(segments.slots, segments.sizes):
         yield slot, slice(start, start + per_entry * size)
         start += per_entry * size
+
+
+def _add_projected(flat_y: Tensor, z_KCR: Tensor, B_KRO: Tensor, segments: Segments) -> None:
+    """Adds ``z_k @ B_k`` of every segment to its rows of ``flat_y`` (rows, O) in place."""
+    if segments.equal_sizes:
+        _add_product(segments.pad(flat_y), z_KCR, B_KRO)
+    else:
+        flat_y += segments.unpad(segments.product(z_KCR, B_KRO))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

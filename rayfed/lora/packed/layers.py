@@ -9,13 +9,16 @@ Shape suffixes: K slots, C entries of the longest segment, R largest rank, I lay
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from rayfed.device import to_device
 from rayfed.lora.packed.dropout import feature_keys, hash_dropout
-from rayfed.lora.packed.kernel import SlotConstants, add_lora_
-from rayfed.lora.packed.segments import Batch
+from rayfed.lora.packed.kernel import SlotConstants, add_lora_, add_projected_, project
+from rayfed.lora.packed.segments import Batch, Segments
 from rayfed.lora.peft import layer_shape
 
 
@@ -30,6 +33,7 @@ class StackedLora(nn.Module):
     A_KRI: Tensor
     B_KOR: Tensor
     R_KRR: Tensor | None = None
+    same_input: SameInput | None = None
 
     def __init__(self, base: nn.Module, batch: Batch, dropout: float = 0.0, name: str = "") -> None:
         super().__init__()
@@ -44,8 +48,28 @@ class StackedLora(nn.Module):
         segments = self.batch.segments_of(x, self.A_KRI.dtype)
         keys = segments.dropout_keys(x.shape[:-1]) if self.features_I is not None else None
         u = x if keys is None or self.features_I is None else hash_dropout(x, self.dropout, keys, self.features_I)
-        B_KOR = self.B_KOR if self.R_KRR is None else self.B_KOR @ self.R_KRR
-        return add_lora_(y, x, u, self.A_KRI, B_KOR.to(self.A_KRI.dtype), segments, self.constants)
+        B_KOR = (self.B_KOR if self.R_KRR is None else self.B_KOR @ self.R_KRR).to(self.A_KRI.dtype)
+        if self.same_input is not None:
+            return add_projected_(y, self.same_input.project(self, x, segments), B_KOR, segments)
+        return add_lora_(y, x, u, self.A_KRI, B_KOR, segments, self.constants)
+
+
+@dataclass(frozen=True)
+class SameInput:
+    """Layers that read one input, such as query, key and value: their products with A are one.
+
+    Layers that turn out to read other inputs compute the right values, but those of the others, too.
+    """
+
+    layers: Sequence[StackedLora]
+
+    def project(self, layer: StackedLora, x: Tensor, segments: Segments) -> Tensor:
+        """The part of ``layer`` of the product, which is computed once for ``x``."""
+        known = segments.projections.get(id(self))
+        if known is None or known[0] is not x or known[1] != x._version:
+            known = x, x._version, project(x, [other.A_KRI for other in self.layers], segments)
+            segments.projections[id(self)] = known
+        return known[2][self.layers.index(layer)]
 
 
 class StackedLinear(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,18 @@ from rayfed.device import groups_products, to_device
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, Layout, LowRank
 from rayfed.lora.packed.kernel import SlotConstants
-from rayfed.lora.packed.layers import StackedLinear, StackedLora
+from rayfed.lora.packed.layers import SameInput, StackedLinear, StackedLora
 from rayfed.lora.packed.segments import Batch, Segment
 from rayfed.lora.peft import layer_shape
 
 ALIGNED = 16  # float32 numbers
+SAME_INPUT = (
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"),
+)
+"""Names of layers in transformers' models that read one input, where they are in one module."""
 
 
 class Stack:
@@ -51,6 +59,8 @@ class Stack:
         for name in layers:
             self.lora[name] = StackedLora(model.get_submodule(name), self.batch, dropout, name)
             _replace(model, name, self.lora[name])
+        shared = self.batch.grouped and not dropout  # with dropout, each layer drops entries of its own
+        self._same_inputs = [SameInput([self.lora[name] for name in names]) for names in _groups(layers) if shared]
         for name, linear in head_layers(model, head).items():
             self.head[name] = StackedLinear(linear, self.batch)
             _replace(model, name, self.head[name])
@@ -98,6 +108,10 @@ class Stack:
             copies = {id(change): self._on_device(change) for change in {id(c): c for c in changes}.values()}
             own = scales[name] if self._scales_B is None else None
             layer.constants = SlotConstants(own, [copies[id(change)] for change in changes])
+        for group in self._same_inputs:
+            changed = any(c is not None for layer in group.layers for c in layer.constants.base_changes)
+            for layer in group.layers:
+                layer.same_input = None if changed else group
 
     def _scale_columns(self, scales: Mapping[str, Sequence[float]]) -> Tensor:
         """The factors on the part B: (K, 1) where a slot has one scale, else (K, n)."""
@@ -201,6 +215,16 @@ class Stack:
         if part == "R":
             return tensor[: shape[0], : shape[1]]
         return tensor[:, : shape[1]] if part == "B" else tensor
+
+
+def _groups(names: Sequence[str]) -> list[list[str]]:
+    """Neighbours among the layers that read one input, by their names in transformers."""
+
+    def key(name: str) -> tuple[str, Sequence[str]]:
+        parent, _, child = name.rpartition(".")
+        return parent, next((kind for kind in SAME_INPUT if child in kind), (child,))
+
+    return [group for _, found in groupby(names, key) if len(group := list(found)) > 1]
 
 
 def _column_sizes(shapes: Mapping[tuple[str, str], tuple[int, ...]]) -> dict[str, list[int]]:

@@ -1,5 +1,7 @@
 """Stacked models against real PEFT: the same layers, logits and gradients. Slots do not affect each other."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -7,6 +9,7 @@ from torch import nn
 
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Adapter, LowRank
+from rayfed.lora.packed import kernel
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_layers, head_values
 from rayfed.lora.peft import match_targets
@@ -242,6 +245,43 @@ def test_what_does_not_train_gets_no_gradient_and_its_part_zeros():
     gradients = stack.views({"B": stack.parameters["B"].grad})
     assert not gradients["one", "B"].any()
     assert gradients["two", "B"].all()
+
+
+@pytest.mark.parametrize("other_input", [False, True])
+def test_layers_that_read_one_input_share_a_product_and_others_are_right_too(monkeypatch, other_input):
+    """As on a GPU, in bfloat16: q, k and v, of different ranks, where v may read another input after all."""
+    g = torch.Generator().manual_seed(0)
+    names = ["q_proj", "k_proj", "v_proj"]
+    pairs = [
+        {
+            n: LowRank(torch.randn(16, r, generator=g), torch.randn(r, 8, generator=g), 1.5 / r)
+            for n, r in zip(names, ranks)
+        }
+        for ranks in ((1, 9, 2), (4, 3, 2))
+    ]
+    x = torch.randn(5, 8, generator=g).bfloat16().requires_grad_()
+    found, project = [], Mock(wraps=kernel.project)
+    monkeypatch.setattr("rayfed.lora.packed.layers.project", project)
+    for grouped in (False, True):
+        monkeypatch.setattr("rayfed.lora.packed.stack.groups_products", lambda device, here=grouped: here)
+        torch.manual_seed(0)
+        model = nn.ModuleDict({name: nn.Linear(8, 16) for name in names}).bfloat16()
+        stack = Stack(model, names, [], compute=torch.bfloat16)
+        stack.load([Adapter(own, {}) for own in pairs])
+        with stack.using([Segment(0, 2), Segment(1, 3)]):
+            read = {"q_proj": x, "k_proj": x, "v_proj": 2 * x if other_input else x}
+            outputs = [model[name](read[name]) for name in names]
+            sum((i + 1) * out.float().square().sum() for i, out in enumerate(outputs)).backward()
+        gradients = stack.views({part: values.grad for part, values in stack.parameters.items()})
+        cropped = [
+            stack.crop(gradients[name, part][slot], part, getattr(pair, part).shape)
+            for slot, own in enumerate(pairs) for name, pair in own.items() for part in ("A", "B")
+        ]  # fmt: skip
+        found.append([*(out.detach() for out in outputs), x.grad, *cropped])
+        x.grad = None
+    assert project.call_count == (2 if other_input else 1)
+    for mine, theirs in zip(*found, strict=True):
+        assert float((mine - theirs).float().norm() / theirs.float().norm()) < 4 * 2**-8
 
 
 # One layer of its own.
