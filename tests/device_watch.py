@@ -19,9 +19,10 @@ FUSED = [  # what tells torch's optimizers which devices have fused kernels
     for module in ("torch.optim.optimizer", "torch.utils._foreach_utils")
 ]
 DEVICE = torch.device("meta")
-VIEWS = {  # what only looks at memory in another way
+VIEWS = {  # what only looks at memory in another way, or reserves it
     "view", "_unsafe_view", "_reshape_alias", "expand", "permute", "transpose", "t", "slice", "select", "split",
     "split_with_sizes", "unsqueeze", "squeeze", "as_strided", "detach", "alias", "unbind",
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
 }  # fmt: skip
 
 
@@ -64,12 +65,11 @@ class Watch(TorchDispatchMode):
             self.waits[name] += 1
         if devices == {"cpu", "meta"}:
             self.mixed[name] += 1
-        started = "meta" in devices and name not in VIEWS
-        if started:
-            self.kernels[name] += 1
         # In place, and torch has not all of them for this device.
         result = None if name.startswith("_fused_") else func(*args, **kwargs)
-        if started:
+        made = not tensors and isinstance(result, torch.Tensor) and result.device.type == "meta"  # such as zeros
+        if (made or "meta" in devices) and name not in VIEWS:
+            self.kernels[name] += 1
             used = {id(t): t for t in (*tensors, *tree_leaves(result)) if isinstance(t, torch.Tensor)}
             self.bytes += sum(t.nbytes for t in used.values() if t.device.type == "meta")
         return result

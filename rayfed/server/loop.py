@@ -75,7 +75,7 @@ class Server:
             last, self.ledger, self.optimizer.state = found.checkpoint, found.ledger, found.optimizer
             self.state = plan.method.restore(found.method, last.facts, found.clients)
             self.base_updates, self.progress = BaseUpdates.from_json(last.base_updates), Progress(**last.progress)
-            self.done, self.chain, executor.capability = last.round, last.chain, last.capability
+            self.done, self.chain, executor.capability = last.round, last.chain, last.capability or executor.capability
 
     def rounds(self) -> Iterator[Record]:
         """Runs the rounds that are left and yields each one's record (the keys of metrics.jsonl)."""

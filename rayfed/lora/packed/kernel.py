@@ -1,4 +1,4 @@
-"""The LoRA term of a stacked layer for all segments of a batch, as one autograd function.
+"""The LoRA term of a stacked layer for all segments of a batch.
 
 For the rows of slot k: x is the layer's input, u is x after dropout, and y is the output of the frozen layer.
 
@@ -11,7 +11,8 @@ Products are computed in the factors' format. In bfloat16 each result is rounded
 
 The scale multiplies the r columns of z and h, not the O columns of y. Terms are added to y and dx in place; autograd's
 own backward for the same equations would allocate several tensors as large as y. For batched segments
-(`Segments.batched`) each line above is one batched or grouped product, however many slots there are.
+(`Segments.batched`) each line above is one batched or grouped product, however many slots there are. `add_lora_` is one
+autograd function; `project` and `add_projected_` are the same in two, so that several layers share the first.
 
 Shape suffixes: K segments or slots, C entries of the longest segment, R largest rank, I layer input, O layer output.
 """

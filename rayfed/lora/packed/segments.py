@@ -111,7 +111,7 @@ class Segments:
         self._padded: tuple[Tensor, int, Tensor] | None = None
         self._keys: dict[tuple[int, ...], Tensor] = {}
         self._ends: dict[int, Tensor] = {}
-        self.projections: dict[int, tuple[Tensor, int, Sequence[Tensor]]] = {}  # of `rayfed.lora.packed.layers`
+        self.projections: dict[int, tuple[Tensor, int, Sequence[Tensor]]] = {}  # by `SameInput`
 
     def split(self, x: Tensor) -> list[Tensor]:
         """The segments of x as views: (rows, ..., I) each, or (tokens, I) each."""

@@ -23,11 +23,8 @@ from rayfed.lora.peft import layer_shape
 
 ALIGNED = 16  # float32 numbers
 SAME_INPUT = (
-    ("query", "key", "value"),
-    ("q_proj", "k_proj", "v_proj"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("gate_proj", "up_proj"),
-)
+    ("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"), ("gate_proj", "up_proj"),
+)  # fmt: skip
 """Names of layers in transformers' models that read one input, where they are in one module."""
 
 
@@ -40,7 +37,7 @@ class Stack:
 
     ``parameters`` holds the values of all slots in float32: for each part of `Layout` one matrix (K, n), a row for
     every slot. Layers read views. So what treats all values alike (an optimizer, a mask, a copy) is a few operations
-    for any number of layers. Until the first `load` there is one slot, see `clear`.
+    for any number of layers. Before the first `load` there is one slot, see `clear`.
     """
 
     def __init__(
@@ -101,7 +98,7 @@ class Stack:
         self.parameters = {part: nn.Parameter(to_device(values, self.device)) for part, values in flat.items()}
         scales = {name: [a.layers[name].scale if name in a.layers else 0.0 for a in adapters] for name in self.lora}
         scaled_here = self.device.type != "cpu" or self.batch.grouped  # once for all layers, not in each
-        self._scales_B = self._scale_columns(scales) if scaled_here else None
+        self._scales_B = self._scale_columns(scales) if scaled_here and self.lora else None
         for name, layer in self.lora.items():
             # By identity: slots that share a base change share its copy on the device.
             changes = [base.get(name) for base in bases]
@@ -116,7 +113,7 @@ class Stack:
     def _scale_columns(self, scales: Mapping[str, Sequence[float]]) -> Tensor:
         """The factors on the part B: (K, 1) where a slot has one scale, else (K, n)."""
         by_layer = torch.tensor(list(scales.values())).T  # (K, layers)
-        if by_layer.numel() == 0 or bool((by_layer == by_layer[:, :1]).all()):
+        if bool((by_layer == by_layer[:, :1]).all()):
             return to_device(by_layer[:, :1], self.device)
         columns = {"B": torch.zeros(self.parameters["B"].shape)}
         for (name, _), column in self.views(columns).items():
@@ -152,9 +149,14 @@ class Stack:
 
         Names and parts are those of `Layout`.
         """
-        columns = {part: iter(matrix.split(self._sizes[part], 1)[::2]) for part, matrix in flat.items()}
-        places = ((place, shape) for place, shape in self._shapes.items() if place[1] in flat)
-        return {place: next(columns[place[1]]).view(-1, *shape) for place, shape in places}
+        columns = {part: iter(matrix.split(self._sizes[part], 1)) for part, matrix in flat.items()}
+        found = {}
+        for (name, part), shape in self._shapes.items():
+            if part in flat:
+                found[name, part] = next(columns[part]).view(-1, *shape)
+                if math.prod(shape) % ALIGNED:
+                    next(columns[part])  # the zeros after it
+        return found
 
     def train(self, places: Collection[tuple[str, str]]) -> None:
         """Only these tensors, given by (name, part), get gradients; others of the same part get zeros."""
@@ -228,14 +230,14 @@ def _groups(names: Sequence[str]) -> list[list[str]]:
 
 
 def _column_sizes(shapes: Mapping[tuple[str, str], tuple[int, ...]]) -> dict[str, list[int]]:
-    """By part, the columns of each tensor and of the zeros after it, in turn.
+    """By part, the columns of each tensor, followed by those of the zeros after it where there are any.
 
     Each tensor begins at a multiple of 64 bytes, as memory of its own would: matrix libraries choose code by that.
     """
     sizes: dict[str, list[int]] = {}
     for (_, part), shape in shapes.items():
         columns = math.prod(shape)
-        sizes.setdefault(part, []).extend((columns, -columns % ALIGNED))
+        sizes.setdefault(part, []).extend(size for size in (columns, -columns % ALIGNED) if size)
     return sizes
 
 
