@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.lora.packed.kernel import SlotConstants, add_lora_
+from rayfed.lora.packed.kernel import SlotConstants, add_lora_, add_projected_, project
 from rayfed.lora.packed.segments import Segment, Segments
 from rayfed.lora.packed.stack import Stack
 
@@ -134,6 +134,20 @@ def test_nan_in_one_segment_reaches_no_other(batched, grouped):
         found.append([out[1:].detach(), *(leaf.grad[1:] for leaf in leaves)])
     for clean, beside in zip(*found):
         assert torch.equal(clean, beside)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_output_of_a_linear_layer_is_changed_in_place_and_autograd_copies_nothing(shared):
+    """It is a view of what the layer computed: marked as changed, it would be copied several times going back."""
+    x, A, B = torch.ones(1, 4, IN, requires_grad=True), torch.ones(2, RANK, IN), torch.ones(2, OUT, RANK)
+    y, segments = torch.nn.Linear(IN, OUT)(x), segments_of((0, 1), (2, 2))
+    if shared:
+        (z,) = project(x, [A], segments)
+        out = add_projected_(y, z, B, segments)
+    else:
+        out = add_lora_(y, x, x, A, B, segments, SlotConstants([1.0, 1.0], [None, None]))
+    assert out.data_ptr() == y.data_ptr()
+    assert out.grad_fn.name() == ("_AddProjectedBackward" if shared else "_AddLoraBackward")
 
 
 def test_without_dropout_x_gets_both_gradients():
