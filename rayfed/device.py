@@ -17,6 +17,16 @@ def multiplies_bfloat16(device: str) -> bool:
     return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
 
 
+def groups_products(device: torch.device) -> bool:
+    """Whether `torch.nn.functional.grouped_mm` is one kernel there in bfloat16: on Hopper, on Blackwell of servers.
+
+    Elsewhere torch waits for the offsets and computes one product after the other. A GPU elsewhere counts as new.
+    """
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return device.type != "cpu"
+
+
 def capability(device: str) -> str:
     """What matrix libraries choose their kernels by: equal plans give equal bits on devices of one capability.
 

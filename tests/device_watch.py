@@ -8,26 +8,46 @@ from __future__ import annotations
 
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+FUSED = [  # what tells torch's optimizers which devices have fused kernels
+    mock.patch(f"{module}._get_fused_kernels_supported_devices", return_value=["meta"])
+    for module in ("torch.optim.optimizer", "torch.utils._foreach_utils")
+]
 DEVICE = torch.device("meta")
-VIEWS = {  # what only looks at memory in another way
+VIEWS = {  # what only looks at memory in another way, or reserves it
     "view", "_unsafe_view", "_reshape_alias", "expand", "permute", "transpose", "t", "slice", "select", "split",
     "split_with_sizes", "unsqueeze", "squeeze", "as_strided", "detach", "alias", "unbind",
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
 }  # fmt: skip
 
 
 class Watch(TorchDispatchMode):
-    """Counts, by operation: ``kernels`` started, ``waits`` for the device, and what ``mixed`` both devices."""
+    """Counts, by operation: ``kernels`` started, ``waits`` for the device, and what ``mixed`` both devices.
+
+    ``bytes`` are those of the tensors that kernels read and write. Fused optimizers are offered on the device.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.kernels: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.mixed: Counter[str] = Counter()
+        self.bytes = 0
+
+    def __enter__(self) -> Watch:
+        for patch in FUSED:
+            patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for patch in FUSED:
+            patch.stop()
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -45,9 +65,14 @@ class Watch(TorchDispatchMode):
             self.waits[name] += 1
         if devices == {"cpu", "meta"}:
             self.mixed[name] += 1
-        if "meta" in devices and name not in VIEWS:
+        # In place, and torch has not all of them for this device.
+        result = None if name.startswith("_fused_") else func(*args, **kwargs)
+        made = not tensors and isinstance(result, torch.Tensor) and result.device.type == "meta"  # such as zeros
+        if (made or "meta" in devices) and name not in VIEWS:
             self.kernels[name] += 1
-        return func(*args, **kwargs)
+            used = {id(t): t for t in (*tensors, *tree_leaves(result)) if isinstance(t, torch.Tensor)}
+            self.bytes += sum(t.nbytes for t in used.values() if t.device.type == "meta")
+        return result
 
 
 def _target(kwargs: dict[str, Any]) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rayfed.device import capability, multiplies_bfloat16
+from rayfed.device import capability, groups_products, multiplies_bfloat16
 
 
 @pytest.mark.parametrize(("amx", "avx", "able"), [(True, False, True), (False, True, True), (False, False, False)])
@@ -26,3 +26,11 @@ def test_a_gpu_multiplies_bfloat16_by_its_generation_and_one_elsewhere_counts_as
     assert multiplies_bfloat16("cuda") == able
     known = generation and f"Card, compute capability {generation[0]}.{generation[1]}"
     assert capability("cuda") == (known or "cuda")
+
+
+@pytest.mark.parametrize(("generation", "able"), [((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)])
+def test_products_are_grouped_where_torch_has_one_kernel_for_it(monkeypatch, generation, able):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
+    assert groups_products(torch.device("cuda")) == able
+    assert not groups_products(torch.device("cpu"))

@@ -4,9 +4,9 @@ The models have random weights, and all rows have one length: a MiniLM (6 layers
 layers, 768 wide). A is `train_pack` with K clients; B is `train_pack` with one client, K times. Both load the
 adapters, take the steps and read the results, as a run does.
 
-Facts: clients and tokens a second, and the share of the speed of one large matrix product on this device. Training on
-a frozen base takes 4 operations for each token and weight of the base's linear layers: 2 forward, and 2 to send
-gradients back through the layer. Attention, adapters and head are not counted.
+Facts: clients and tokens a second, and the share of the speed of one large matrix product on this device, in the format
+of the base. Training on a frozen base takes 4 operations for each token and weight of the base's linear layers: 2
+forward, and 2 to send gradients back through the layer. Attention, adapters and head are not counted.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _row(name: str, size: int, batch: int, device: torch.device, dtype: str, pea
     )
     tokens = size * STEPS * batch * shape.tokens / row.seconds_a
     share = 4 * together.weights * tokens / peak
-    row.facts.update({"clients/s": size / row.seconds_a, "tokens/s": tokens, "share of the matmul rate": share})
+    row.facts.update({"clients/s": size / row.seconds_a, "tokens/s": tokens, f"share of the {dtype} rate": share})
     return row
 
 

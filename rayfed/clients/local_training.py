@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rayfed import seeding
 from rayfed.config.training import Client
@@ -116,8 +117,9 @@ class _PackTraining:
         context.stack.load([m.layout.unflatten(m.start) for m in members], [m.base for m in members])
         self.parameters = _Parameters(context.stack, members)
         # Where nothing arrived and only arrived entries train, the clients just measure their loss.
-        trained = self.parameters.trained
-        self.optimizer = _optimizer(self.parameters.groups(lr), context.settings) if trained else None
+        self.optimizer: torch.optim.Optimizer | None = None
+        if self.parameters.trained:
+            self.optimizer = _optimizer(self.parameters.groups(lr), context.settings, context.device)
         self.losses = torch.zeros(len(members), dtype=torch.float64, device=context.device)
 
     def run(self) -> list[TrainedClient]:
@@ -126,7 +128,7 @@ class _PackTraining:
             stack.snapshot(without)
         for step in range(max(len(plan) for plan in self.plans)):
             active = [slot for slot, plan in enumerate(self.plans) if step < len(plan)]
-            with stack.batch.using(self._segments(active, step)):
+            with stack.using(self._segments(active, step)):
                 loss = self._loss(active, self._batch(active, step))
                 if self.optimizer is not None:
                     self.optimizer.zero_grad(set_to_none=True)
@@ -175,64 +177,65 @@ class _PackTraining:
         self.parameters.restore()
 
 
-def _optimizer(groups: list[dict[str, object]], settings: Client) -> torch.optim.Optimizer:
-    """Element-wise optimizers, so that one over the stack is one per client."""
+def _optimizer(groups: list[dict[str, object]], settings: Client, device: torch.device) -> torch.optim.Optimizer:
+    """Element-wise optimizers, so that one over the stack is one per client. On a GPU a step is one kernel."""
+    options: dict[str, Any] = {"lr": 0.0, "weight_decay": settings.weight_decay}
+    options["fused"] = True if device.type != "cpu" else None
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+        return torch.optim.SGD(groups, momentum=settings.momentum, **options)
+    return torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, **options)
 
 
 class _Parameters:
-    """The stack's parameters during one round: which entries train, and per-client views of their gradients."""
+    """The stack's parameters during one round: which entries train, and each client's norm of their gradients."""
 
     def __init__(self, stack: Stack, members: Sequence[PackMember]) -> None:
-        places = [{(e.name, e.part): e for e in member.layout.entries} for member in members]
-        complete = [bool(member.support.all()) for member in members]
-        self.rates = members[0].rates
-        self.trained: list[nn.Parameter] = []
-        self.parts: list[str] = []
+        self.stack, self.rates = stack, members[0].rates
+        # Padding, and tensors that only some adapters have, count as trained: they have no gradient.
+        masks = {part: torch.ones(values.shape, dtype=torch.bool) for part, values in stack.parameters.items()}
+        views, trains = stack.views(masks), set()
+        for slot, member in enumerate(members):
+            complete = bool(member.support.all())
+            for entry in member.layout.entries:
+                support = member.support[entry.start : entry.start + entry.numel].view(entry.shape)
+                if complete or bool(support.any()):
+                    trains.add((entry.name, entry.part))
+                if not complete:
+                    stack.crop(views[entry.name, entry.part][slot], entry.part, entry.shape).copy_(support)
+        # Otherwise a head-only client would pay for a backward pass through the whole model.
+        stack.train(trains)
+        self.trained = {part: values for part, values in stack.parameters.items() if values.requires_grad}
         # Parameter, mask, start: the parameters of which some entries do not train.
-        self.partial: list[tuple[nn.Parameter, Tensor, Tensor]] = []
-        for name, part, parameter in stack.tensors():
-            supports = {
-                slot: member.support[entry.start : entry.start + entry.numel].view(entry.shape)
-                for slot, member in enumerate(members)
-                if (entry := places[slot].get((name, part))) is not None  # or a layer that only the frozen base changes
-            }
-            # Otherwise a head-only client would pay for a backward pass through the whole model.
-            parameter.requires_grad_(any(complete[slot] or bool(support.any()) for slot, support in supports.items()))
-            if parameter.requires_grad:
-                self.trained.append(parameter)
-                self.parts.append(part)
-                if not all(complete[slot] or bool(support.all()) for slot, support in supports.items()):
-                    mask = torch.ones(parameter.shape, dtype=torch.bool)  # padding and empty slots have no gradient
-                    for slot, support in supports.items():
-                        stack.crop(mask[slot], part, support.shape).copy_(support)
-                    self.partial.append((parameter, to_device(mask, parameter.device), parameter.detach().clone()))
+        self.partial = [
+            (values, to_device(masks[part], values.device), values.detach().clone())
+            for part, values in self.trained.items()
+            if not masks[part].all()
+        ]
 
     def groups(self, lr: float) -> list[dict[str, object]]:
-        """The optimizer's parameter groups: one for each factor on the learning rate."""
-        groups: dict[float, list[nn.Parameter]] = {}
-        for part, parameter in zip(self.parts, self.trained):
-            groups.setdefault(self.rates.get(part, 1.0), []).append(parameter)
-        return [{"params": found, "lr": lr * rate} for rate, found in groups.items()]
+        """The optimizer's parameter groups: one for each part."""
+        return [{"params": [values], "lr": lr * self.rates.get(part, 1.0)} for part, values in self.trained.items()]
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        for parameter, mask, _ in self.partial:
-            if parameter.grad is not None:
-                parameter.grad.mul_(mask)
+        for values, mask, _ in self.partial:
+            if values.grad is not None:
+                values.grad.mul_(mask)
 
     @torch.no_grad()
     def restore(self) -> None:
-        for parameter, mask, start in self.partial:  # weight decay moves entries without gradient
-            parameter.copy_(torch.where(mask, parameter, start))
+        for values, mask, start in self.partial:  # weight decay moves entries without gradient
+            values.copy_(torch.where(mask, values, start))
 
     @torch.no_grad()
     def clip(self, norm: float) -> None:
         """Scales each slot's gradient to at most the L2 norm, as torch's clip_grad_norm_ does for one model."""
-        gradients = [p.grad for p in self.trained if p.grad is not None]
-        squares = sum((g.flatten(1).square().sum(1) for g in gradients), torch.zeros(()))
+        gradients = {part: values.grad for part, values in self.trained.items() if values.grad is not None}
+        on_cpu = self.stack.device.type == "cpu"  # there each tensor is summed by itself, elsewhere each part
+        squares = sum(
+            (g.flatten(1).square().sum(1) for g in (self.stack.views(gradients) if on_cpu else gradients).values()),
+            torch.zeros(()),
+        )
         factors = (norm / (torch.sqrt(squares) + 1e-6)).clamp(max=1.0)
-        for g in gradients:
-            g.mul_(factors.view(-1, *[1] * (g.ndim - 1)))
+        for g in gradients.values():
+            g.mul_(factors[:, None])

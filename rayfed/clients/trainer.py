@@ -186,8 +186,7 @@ class Trainer:
             seen.append(args[0].float().cpu())
 
         hooks = [layer.register_forward_pre_hook(see) for layer in self.head]
-        for lora in self.stack.lora.values():  # the base alone: no adapter
-            lora.load([None])
+        self.stack.clear()  # the base alone: no adapter
 
         def features_of(inputs: dict[str, Tensor], segment: Segment) -> Tensor:
             seen.clear()
@@ -222,7 +221,7 @@ class Trainer:
             batch = on_device(data.batch(np.asarray(chosen), self.context.padded), self.device)
             labels = batch.pop("labels")
             segment = Segment(0, len(chosen), lengths=data.lengths[chosen].tolist())
-            with self.stack.batch.using([segment]):
+            with self.stack.using([segment]):
                 return np.asarray(chosen), work(batch, segment), labels
 
         for i in range(0, len(rows), size):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from rayfed.clients.trainer import Trainer
 from rayfed.device import prepare_process
 from rayfed.engine.callbacks import Callback
 from rayfed.engine.rounds import run_rounds
-from rayfed.server.executor import Executor, Submission, SubmissionResult
+from rayfed.server.executor import Executor, Submission, SubmissionResult, other_capability
 from rayfed.tracking import Record, Sink, open_sinks
 
 
@@ -24,10 +24,15 @@ class LocalExecutor(Executor):
         self.threads = torch.get_num_threads()
         prepare_process(plan.engine.threads, plan.engine.device, plan.engine.deterministic)
         self.trainer = Trainer(plan)
+        self.capability = self.own_capability = plan.capability
 
     def run(self, submissions: Sequence[Submission]) -> Iterator[SubmissionResult]:
         for index, submission in enumerate(submissions):
             yield SubmissionResult(index, self.trainer.execute(submission.job, submission.payloads))
+
+    def subscribe(self, event: Callable[[str], None]) -> None:
+        if self.own_capability != self.capability:
+            event(other_capability(self.own_capability, self.capability))
 
     def close(self) -> None:
         torch.set_num_threads(self.threads)  # the caller's process goes on with its own setting

@@ -73,6 +73,14 @@ class RayExecutor(Executor):
         self.pool = WorkerPool(engine, Worker, plan, group, self.supervision, run)
         self.stopping = threading.Event()
 
+    @property
+    def capability(self) -> str:
+        return self.pool.capability
+
+    @capability.setter
+    def capability(self, capability: str) -> None:
+        self.pool.capability = capability
+
     def put(self, payload: bytes) -> ray.ObjectRef:
         return ray.put(payload)
 

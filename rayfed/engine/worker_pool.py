@@ -27,6 +27,7 @@ from rayfed.config.execution import Engine
 from rayfed.engine.placement import in_group, named, release
 from rayfed.engine.supervision import Supervision
 from rayfed.errors import RunError, UserError, first_line
+from rayfed.server.executor import other_capability
 
 # The process, or the node with its result, is gone, or Ray has killed it.
 LOST = (
@@ -61,7 +62,8 @@ class WorkerPool:
         self.group, self.run, self.begun = group, run, 0
         self.events: list[str] = []  # until somebody subscribes
         self.event: Callable[[str], None] = self.events.append
-        self.capabilities: list[str] = []  # of the workers' devices, see `rayfed.device.capability`
+        self.capability = ""  # of the run's first worker, see `rayfed.device.capability`
+        self.others: set[str] = set()  # the capabilities that other workers have
         self.ready: list[Any] = []  # those that have loaded their model
         self.starting: dict[ray.ObjectRef, Start] = {}  # by the reference that resolves when the worker may get a job
         self.due: list[float] = []  # when further workers start
@@ -120,12 +122,10 @@ class WorkerPool:
         if start.placed is not None:
             self.supervision.start_done(self.clock() - start.begun)
             self.ready.append(start.worker)
-            self.capabilities.append(capability)
-            if capability not in self.capabilities[:1]:
-                self.event(
-                    f"a worker computes on {capability}, and the first one on {self.capabilities[0]}: they may round "
-                    "differently, so the bits of the result may depend on which worker trains which clients"
-                )
+            self.capability = self.capability or capability
+            if capability not in (self.capability, *self.others):
+                self.others.add(capability)
+                self.event(other_capability(capability, self.capability))
         return [start.worker]
 
     def check(self) -> float:

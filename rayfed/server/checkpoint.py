@@ -55,6 +55,8 @@ class Checkpoint:
     """`Ledger.checksum` of the parts up to this round."""
     metrics: str = ""
     """`metrics_checksum` of this round."""
+    capability: str = ""
+    """`Executor.capability`: a resume on devices of another one is told."""
     version: int = VERSION
 
 

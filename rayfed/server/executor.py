@@ -35,6 +35,9 @@ class SubmissionResult:
 class Executor:
     """Runs submissions in any order. A result never depends on the worker that computed it, or on the time."""
 
+    capability: str = ""
+    """That of the run's first worker, see `rayfed.device.capability`; empty until it is ready. A resume sets it."""
+
     def put(self, payload: bytes) -> Handle:
         """Makes a payload readable by all workers. It is transported once, however many submissions name it."""
         return payload
@@ -52,6 +55,14 @@ class Executor:
 
     def close(self) -> None:
         """Stops the workers."""
+
+
+def other_capability(found: str, first: str) -> str:
+    """The event of a worker whose device has not the capability of the run's first one."""
+    return (
+        f"a worker trains on {found}, and this run began on {first}: they may round differently, so the bits of the "
+        "result may depend on which of them trains which clients"
+    )
 
 
 def in_order(results: Iterator[SubmissionResult]) -> Iterator[SubmissionResult]:

@@ -72,10 +72,10 @@ class Server:
             self.state = plan.method.init(start, plan.seed)
             self.base_updates.publish(plan.method.base_update(self.state), plan.model.entries)
         else:
-            checkpoint, self.ledger, self.optimizer.state = found.checkpoint, found.ledger, found.optimizer
-            self.state = plan.method.restore(found.method, checkpoint.facts, found.clients)
-            self.base_updates = BaseUpdates.from_json(checkpoint.base_updates)
-            self.done, self.chain, self.progress = checkpoint.round, checkpoint.chain, Progress(**checkpoint.progress)
+            last, self.ledger, self.optimizer.state = found.checkpoint, found.ledger, found.optimizer
+            self.state = plan.method.restore(found.method, last.facts, found.clients)
+            self.base_updates, self.progress = BaseUpdates.from_json(last.base_updates), Progress(**last.progress)
+            self.done, self.chain, executor.capability = last.round, last.chain, last.capability or executor.capability
 
     def rounds(self) -> Iterator[Record]:
         """Runs the rounds that are left and yields each one's record (the keys of metrics.jsonl)."""
@@ -122,8 +122,8 @@ class Server:
             return
         checkpoint, tensors, moments = self._unsaved
         self.ledger.write(self.out / "ledger.parquet", checkpoint.round)
-        metrics = metrics_checksum(self.out, checkpoint.round)
-        checkpoint = replace(checkpoint, ledger=self.ledger.checksum, metrics=metrics)
+        metrics, capability = metrics_checksum(self.out, checkpoint.round), self.executor.capability
+        checkpoint = replace(checkpoint, ledger=self.ledger.checksum, metrics=metrics, capability=capability)
         checkpoints.save(self.folder, checkpoint, tensors, moments, self.plan.checkpoint.keep)
         self._unsaved = None
         if checkpoint.clients:

@@ -184,5 +184,5 @@ def test_train_counts_clients_and_tokens(monkeypatch):
     # three clients, three steps each, of two rows of five tokens
     assert row.facts["tokens/s"] / row.facts["clients/s"] == pytest.approx(3 * 2 * 5)
     # weights: four of 16 x 16, two of 16 x 8 and the pooler's 16 x 16, four operations each
-    share = 4 * (5 * 16 * 16 + 2 * 16 * 8) * row.facts["tokens/s"] / row.facts["share of the matmul rate"]
+    share = 4 * (5 * 16 * 16 + 2 * 16 * 8) * row.facts["tokens/s"] / row.facts["share of the bfloat16 rate"]
     assert share > 1e6  # the measured rate, in operations a second

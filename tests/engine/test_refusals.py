@@ -101,16 +101,19 @@ class Elsewhere(Calm):
         return "Vendor AVX512"
 
 
-def test_a_worker_of_another_capability_is_told(ray_cluster, monkeypatch, tmp_path):
+@pytest.mark.parametrize("resumed_from", [None, "Vendor SSE"])
+def test_a_worker_of_another_capability_is_told(ray_cluster, monkeypatch, tmp_path, resumed_from):
     monkeypatch.setattr("rayfed.engine.ray_executor.Worker", Elsewhere)
     executor = RayExecutor(Engine(workers=2), ray.put(tmp_path))
+    if resumed_from:
+        executor.capability = resumed_from
     executor.subscribe((events := []).append)
     while len(executor.pool.ready) < 2:
         list(executor.run([Submission("a job")]))
-    (event,) = events
-    assert re.match(
-        r"a worker computes on Vendor AVX\d+, and the first one on Vendor AVX\d+: they may round differently", event
-    )
+    assert len(events) == (2 if resumed_from else 1)
+    first = resumed_from or executor.capability
+    for event in events:
+        assert re.match(rf"a worker trains on Vendor AVX\d+, and this run began on {first}: they may round", event)
     executor.close()
 
 

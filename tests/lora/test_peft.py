@@ -47,7 +47,7 @@ def saved(base, inputs, random_adapter, tmp_path):
         adapter = random_adapter(shapes, head_values(fresh.model, fresh.head), 2, scale, seed=3)
         stack = Stack(fresh.model, shapes, fresh.head)
         stack.load([adapter])
-        with torch.no_grad(), stack.batch.using([Segment(0, 6)]):
+        with torch.no_grad(), stack.using([Segment(0, 6)]):
             logits = fresh.model(**inputs).logits
         save(tmp_path / "adapter", adapter, config, "the-base", kind == "gpt2")
         return tmp_path / "adapter", adapter, logits

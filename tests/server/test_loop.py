@@ -313,3 +313,12 @@ def test_events_of_workers_are_out_when_they_happen(tmp_path):
     with closing(Eventful(plan)) as executor:
         assert len(list(Server(plan, executor, tmp_path, Calls(), False).rounds())) == 1
     assert calls == ["start", "a worker did not start", "a worker died", "round"]
+
+
+def test_a_resume_on_another_capability_is_told(tmp_path, monkeypatch):
+    for capability, rounds in (("Vendor AVX2", 1), ("Vendor AVX2", 2), ("Vendor AVX512", 3), ("Vendor AVX512", 4)):
+        monkeypatch.setattr("rayfed.clients.plan.capability", lambda _, found=capability: found)
+        rayfed.run(lowrank(f"server.rounds={rounds}"), tmp_path / "run", resume=rounds > 1)
+    told = [line for line in (tmp_path / "run" / "events.log").read_text().splitlines() if "a worker trains on" in line]
+    assert len(told) == 2
+    assert "a worker trains on Vendor AVX512, and this run began on Vendor AVX2: they may round differently" in told[0]

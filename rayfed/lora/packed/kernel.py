@@ -1,4 +1,4 @@
-"""The LoRA term of a stacked layer for all segments of a batch, as one autograd function.
+"""The LoRA term of a stacked layer for all segments of a batch.
 
 For the rows of slot k: x is the layer's input, u is x after dropout, and y is the output of the frozen layer.
 
@@ -7,21 +7,21 @@ For the rows of slot k: x is the layer's input, u is x after dropout, and y is t
     z = s_k u A_k^T,  h = s_k dy B_k
     dB_k = dy^T z,   dA_k = h^T u,   du = h A_k,   dx = dy F_k,   dy is passed on
 
-Factors and their gradients are float32 or finer. With `SlotConstants.compute: bfloat16` the operands of all products
-are rounded to bfloat16, as torch's autocast does; a result is rounded to bfloat16 once, then a gradient is widened.
+Products are computed in the factors' format. In bfloat16 each result is rounded to bfloat16 once.
 
 The scale multiplies the r columns of z and h, not the O columns of y. Terms are added to y and dx in place; autograd's
 own backward for the same equations would allocate several tensors as large as y. For batched segments
-(`Segments.batched`) each line above is one batched product, however many slots there are.
+(`Segments.batched`) each line above is one batched or grouped product, however many slots there are. `add_lora_` is one
+autograd function; `project` and `add_projected_` are the same in two, so that several layers share the first.
 
 Shape suffixes: K segments or slots, C entries of the longest segment, R largest rank, I layer input, O layer output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -36,23 +36,21 @@ from rayfed.lora.packed.segments import Segments
 class SlotConstants:
     """What does not train in a layer, by slot: the scale s_k and the frozen base change F_k (O, I), or None.
 
-    ``compute`` is the format in which products with the factors are computed; None: that of the factors.
+    Without ``scales``, the factors B_k are scaled already.
     """
 
-    scales: list[float]
+    scales: list[float] | None
     base_changes: list[LowRank | Tensor | None]
-    compute: torch.dtype | None = None
     _scales: Tensor | None = None
 
-    def scales_like(self, x: Tensor) -> Tensor:
-        """The scales (slots, 1, 1), in ``x``'s dtype or float32 if that is finer, on ``x``'s device.
-
-        Dtype and device are the same in every call.
-        """
-        if self._scales is None:
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            self._scales = to_device(torch.tensor(self.scales, dtype=dtype).view(-1, 1, 1), x.device)
-        return self._scales
+    def scale_(self, z_KCR: Tensor, segments: Segments) -> Tensor:
+        """Multiplies ``z_KCR`` by the scales of the segments' slots in place and returns it."""
+        if self.scales is None:
+            return z_KCR
+        if self._scales is None:  # dtype and device are the same in every call
+            dtype = torch.promote_types(z_KCR.dtype, torch.float32)
+            self._scales = to_device(torch.tensor(self.scales, dtype=dtype).view(-1, 1, 1), z_KCR.device)
+        return z_KCR.mul_(segments.select(self._scales))
 
     def base_changes_of(self, segments: Segments, per_entry: int) -> Iterator[tuple[slice, LowRank | Tensor]]:
         """The base changes and the rows of the flattened input (total * per_entry, I) to which they apply.
@@ -72,12 +70,68 @@ class SlotConstants:
 def add_lora_(
     y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, segments: Segments, constants: SlotConstants
 ) -> Tensor:
-    """Adds the LoRA term and the base change to ``y`` in place and returns ``y``.
+    """Adds the LoRA term and the base change to ``y`` in place and returns it. Nobody else may need ``y``.
 
     Shapes: y (rows, ..., O); x and u (rows, ..., I); or tokens in place of rows, as in ``segments``.
     """
     result: Tensor = _AddLora.apply(y.contiguous(), x, u, A_KRI, B_KOR, segments, constants)
     return result
+
+
+def project(x: Tensor, factors: Sequence[Tensor], segments: Segments) -> Sequence[Tensor]:
+    """``x A_k^T`` for the factors A_KRI of several layers that read ``x``, in one product; see `add_projected_`.
+
+    The factors are neighbours in memory, as the stack's are: for each slot their rows are one matrix.
+    """
+    results: Sequence[Tensor] = _Project.apply(x, segments, *factors)
+    return results
+
+
+def add_projected_(y: Tensor, z: Tensor, B_KOR: Tensor, segments: Segments) -> Tensor:
+    """`add_lora_` for a result of `project`, without a scale or a base change."""
+    result: Tensor = _AddProjected.apply(y.contiguous(), z, B_KOR, segments)
+    return result
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, segments: Segments, *factors: Tensor) -> tuple[Tensor, ...]:
+        first, ctx.ranks = factors[0], [A.shape[1] for A in factors]
+        assert all(a.data_ptr() + a[0].nbytes == b.data_ptr() for a, b in pairwise(factors))
+        A_KRI = first.as_strided((len(first), sum(ctx.ranks), first.shape[2]), first.stride())
+        u = segments.pad_input(x, x.to(A_KRI.dtype).reshape(-1, x.shape[-1]))
+        ctx.save_for_backward(u, A_KRI)
+        ctx.segments, ctx.x_dtype, ctx.x_shape = segments, x.dtype, x.shape
+        return segments.product(u, segments.select(A_KRI).mT).split(ctx.ranks, -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *dz: Tensor) -> tuple[Tensor | None, ...]:
+        (u, A_KRI), segments, (need_x, _, *need_A) = ctx.saved_tensors, ctx.segments, ctx.needs_input_grad
+        h, dx, dA = torch.cat(dz, -1), None, [None] * len(dz)
+        if any(need_A):
+            dA = segments.scatter(segments.outer(h, u), len(A_KRI)).split(ctx.ranks, 1)
+        if need_x:
+            dx = segments.unpad(segments.product(h, segments.select(A_KRI))).to(ctx.x_dtype).view(ctx.x_shape)
+        return dx, None, *dA
+
+
+class _AddProjected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor, B_KOR: Tensor, segments: Segments) -> Tensor:
+        y = y.detach()  # as in `_AddLora`
+        _add_projected(y.reshape(-1, y.shape[-1]), z, segments.select(B_KOR).mT, segments)
+        ctx.save_for_backward(z, B_KOR)
+        ctx.segments = segments
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (z, B_KOR), segments, (_, need_z, need_B, _) = ctx.saved_tensors, ctx.segments, ctx.needs_input_grad
+        padded = segments.pad(dy.reshape(-1, dy.shape[-1]).to(B_KOR.dtype))
+        dB = segments.scatter(segments.outer(padded, z), len(B_KOR)) if need_B else None
+        return dy, segments.product(padded, segments.select(B_KOR)) if need_z else None, dB, None
 
 
 class _AddLora(torch.autograd.Function):
@@ -86,23 +140,19 @@ class _AddLora(torch.autograd.Function):
         ctx: Any, y: Tensor, x: Tensor, u: Tensor, A_KRI: Tensor, B_KOR: Tensor, segments: Segments,
         constants: SlotConstants,
     ) -> Tensor:  # fmt: skip
-        ctx.factors_dtype, ctx.u_dtype, ctx.u_shape = A_KRI.dtype, u.dtype, u.shape
-        A_KRI, B_KOR = (t.to(constants.compute or t.dtype) for t in (A_KRI, B_KOR))
+        ctx.u_dtype, ctx.u_shape = u.dtype, u.shape
+        y = y.detach()  # not marked as dirty: y is a view of what a linear layer computed, and autograd would copy it
         flat_y, flat_x, flat_u = (t.reshape(-1, t.shape[-1]) for t in (y, x, u.to(A_KRI.dtype)))
         per_entry = len(flat_y) // segments.total  # vectors per row, or per token
         if segments.batched:
-            scales, B_KRO = segments.select(constants.scales_like(A_KRI)), segments.select(B_KOR).mT
-            u = segments.pad_input(u, flat_u)
-            z_KCR = torch.bmm(u, segments.select(A_KRI).mT).mul_(scales)
-            if segments.equal_sizes:
-                _add_product(segments.pad(flat_y), z_KCR, B_KRO)
-            else:
-                flat_y += segments.unpad(torch.bmm(z_KCR, B_KRO))
+            u, B_KRO = segments.pad_input(u, flat_u), segments.select(B_KOR).mT
+            z_KCR = constants.scale_(segments.product(u, segments.select(A_KRI).mT), segments)
+            _add_projected(flat_y, z_KCR, B_KRO, segments)
             z_saved = [z_KCR]
         else:
-            z_saved = []
+            z_saved, scales = [], constants.scales or [1.0] * len(A_KRI)
             for k, rows in _slot_rows(segments, per_entry):
-                z = (flat_u[rows] @ A_KRI[k].T).mul_(constants.scales[k])
+                z = (flat_u[rows] @ A_KRI[k].T).mul_(scales[k])
                 _add_product(flat_y[rows], z, B_KOR[k].T)
                 z_saved.append(z)
         for rows, F in constants.base_changes_of(segments, per_entry):
@@ -112,7 +162,6 @@ class _AddLora(torch.autograd.Function):
                 _add_product(flat_y[rows], flat_x[rows], F.T)
         ctx.save_for_backward(u, A_KRI, B_KOR, *z_saved)
         ctx.segments, ctx.constants, ctx.per_entry, ctx.x_shape = segments, constants, per_entry, x.shape
-        ctx.mark_dirty(y)
         return y
 
     @staticmethod
@@ -133,7 +182,6 @@ class _AddLora(torch.autograd.Function):
             else:
                 _add_product(dx[rows], flat_dy[rows], F)
         du = None if du is None else du.to(ctx.u_dtype).view(ctx.u_shape)
-        dA, dB = (None if d is None else d.to(ctx.factors_dtype) for d in (dA, dB))
         return dy, None if dx is None else dx.view(ctx.x_shape), du, dA, dB, None, None
 
 
@@ -148,13 +196,13 @@ def _backward_batched(
     du, dA, dB = None, None, None
     dy_KCO = segments.pad(dy)
     if need_B:
-        dB = segments.scatter(torch.bmm(dy_KCO.mT, z_saved[0]), len(B_KOR))
+        dB = segments.scatter(segments.outer(dy_KCO, z_saved[0]), len(B_KOR))
     if need_A or need_u:
-        h_KCR = torch.bmm(dy_KCO, segments.select(B_KOR)).mul_(segments.select(constants.scales_like(A_KRI)))
+        h_KCR = constants.scale_(segments.product(dy_KCO, segments.select(B_KOR)), segments)
         if need_A:
-            dA = segments.scatter(torch.bmm(h_KCR.mT, u_KCI), len(A_KRI))
+            dA = segments.scatter(segments.outer(h_KCR, u_KCI), len(A_KRI))
         if need_u:
-            du = segments.unpad(torch.bmm(h_KCR, segments.select(A_KRI)))
+            du = segments.unpad(segments.product(h_KCR, segments.select(A_KRI)))
     return du, dA, dB
 
 
@@ -163,6 +211,7 @@ def _backward_by_segment(
     constants: SlotConstants, needs: list[bool],
 ) -> Gradients:  # fmt: skip
     need_u, need_A, need_B = needs
+    scales = constants.scales or [1.0] * len(A_KRI)
     u = u.to(A_KRI.dtype).reshape(-1, u.shape[-1])
     du = torch.empty_like(u) if need_u else None
     dA = torch.zeros_like(A_KRI) if need_A else None
@@ -171,7 +220,7 @@ def _backward_by_segment(
         if dB is not None:
             torch.mm(dy[rows].T, z, out=dB[k])
         if dA is not None or du is not None:
-            h = (dy[rows] @ B_KOR[k]).mul_(constants.scales[k])
+            h = (dy[rows] @ B_KOR[k]).mul_(scales[k])
             if dA is not None:
                 torch.mm(h.T, u[rows], out=dA[k])
             if du is not None:
@@ -185,6 +234,14 @@ def _slot_rows(segments: Segments, per_entry: int) -> Iterator[tuple[int, slice]
     for slot, size in zip(segments.slots, segments.sizes):
         yield slot, slice(start, start + per_entry * size)
         start += per_entry * size
+
+
+def _add_projected(flat_y: Tensor, z_KCR: Tensor, B_KRO: Tensor, segments: Segments) -> None:
+    """Adds ``z_k @ B_k`` of every segment to its rows of ``flat_y`` (rows, O) in place."""
+    if segments.equal_sizes:
+        _add_product(segments.pad(flat_y), z_KCR, B_KRO)
+    else:
+        flat_y += segments.unpad(segments.product(z_KCR, B_KRO))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

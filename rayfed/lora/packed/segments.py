@@ -17,6 +17,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import grouped_mm
 
 from rayfed.device import to_device
 from rayfed.lora.packed.dropout import token_keys
@@ -48,7 +49,9 @@ class Segment:
 class Batch:
     """The segments of the batch that is passing through the model. All stacked layers of a model share one."""
 
-    def __init__(self) -> None:
+    def __init__(self, grouped: bool = False) -> None:
+        """``grouped``: products in 16 bits may use `torch.nn.functional.grouped_mm`: all widths are multiples of 8."""
+        self.grouped = grouped
         self.segments: Sequence[Segment] = []
         self._cache: dict[tuple[bool, bool], Segments] = {}
 
@@ -80,7 +83,7 @@ class Batch:
                 )
         half = dtype in HALF
         if (by_token, half) not in self._cache:
-            self._cache[by_token, half] = Segments(self.segments, by_token, x.device, half)
+            self._cache[by_token, half] = Segments(self.segments, by_token, x.device, half, self.grouped)
         return self._cache[by_token, half]
 
 
@@ -90,25 +93,37 @@ class Segments:
     ``batched``: one batched product computes all segments, from `pad`. It pays where all segments have one size, and
     always on a GPU, where starting a kernel is slow. A CPU computes segments of different sizes one after the other. In
     16 bits (``half``), where it spends a fraction of a millisecond on each new shape, it pads them to a rounded size.
+    ``grouped``: segments of different sizes are not padded; one grouped product computes them where they are.
     """
 
-    def __init__(self, segments: Sequence[Segment], by_token: bool, device: torch.device, half: bool = False) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], by_token: bool, device: torch.device, half: bool = False,
+        grouped: bool = False,
+    ) -> None:  # fmt: skip
         self.segments, self.by_token, self.device = segments, by_token, device
         self.slots = [s.slot for s in segments]
         self.sizes = [s.tokens if by_token else s.rows for s in segments]
         self.total = sum(self.sizes)
         self._multiple = ROUNDED if half and by_token and device.type == "cpu" else 1
         self.equal_sizes = len(set(self.sizes)) == 1 and self.sizes[0] % self._multiple == 0  # then no padding
+        self.grouped = grouped and half and not self.equal_sizes
         self.batched = device.type != "cpu" or half or (self.equal_sizes and len(segments) > 1)
         self._padded: tuple[Tensor, int, Tensor] | None = None
         self._keys: dict[tuple[int, ...], Tensor] = {}
+        self._ends: dict[int, Tensor] = {}
+        self.projections: dict[int, tuple[Tensor, int, Sequence[Tensor]]] = {}  # by `SameInput`
 
     def split(self, x: Tensor) -> list[Tensor]:
         """The segments of x as views: (rows, ..., I) each, or (tokens, I) each."""
         return list((x.reshape(self.total, -1) if self.by_token else x).split(self.sizes))
 
     def pad(self, x: Tensor) -> Tensor:
-        """(total * m, I) -> (K, C * m, I), for m vectors per entry, padded with zeros. A view if sizes are equal."""
+        """(total * m, I) -> (K, C * m, I), for m vectors per entry, padded with zeros. A view if sizes are equal.
+
+        The operand of `product` and `outer`. For grouped products it is ``x`` itself, in whole rows.
+        """
+        if self.grouped:
+            return x.contiguous()
         K, width = len(self.slots), x.shape[-1]
         return (x if self.equal_sizes else self._ragged.pad(x.reshape(self.total, -1))).view(K, -1, width)
 
@@ -123,10 +138,28 @@ class Segments:
 
     def unpad(self, padded: Tensor) -> Tensor:
         """The inverse of `pad`: (K, C * m, I) -> (total * m, I)."""
+        if self.grouped:
+            return padded
         width = padded.shape[-1]
         if self.equal_sizes:
             return padded.reshape(-1, width)
         return self._ragged.unpad(padded.reshape(len(self.slots) * self._ragged.longest, -1)).view(-1, width)
+
+    def product(self, x: Tensor, W_KIO: Tensor) -> Tensor:
+        """For each segment ``x_k @ W_k``: x and the result as `pad` makes them, W (K, I, O)."""
+        return grouped_mm(x, W_KIO, offs=self._offsets(x)) if self.grouped else torch.bmm(x, W_KIO)
+
+    def outer(self, x: Tensor, y: Tensor) -> Tensor:
+        """For each segment ``x_k^T @ y_k``, (K, I, O): x and y with I and O features, as `pad` makes them."""
+        return grouped_mm(x.mT, y, offs=self._offsets(x)) if self.grouped else torch.bmm(x.mT, y)
+
+    def _offsets(self, x: Tensor) -> Tensor:
+        """(K,) int32: where each segment ends in ``x`` (total * m, I)."""
+        per_entry = len(x) // self.total
+        if per_entry not in self._ends:
+            ends = torch.tensor(self.sizes).cumsum(0) * per_entry
+            self._ends[per_entry] = to_device(ends.int(), self.device)
+        return self._ends[per_entry]
 
     def select(self, stacked: Tensor) -> Tensor:
         """The slots of the segments: (slots, ...) -> (K, ...). A view if the slots are consecutive."""

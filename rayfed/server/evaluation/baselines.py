@@ -103,6 +103,6 @@ def _same_rounds(
             updates.append(Update(profile, plan.weighting.weight(profile), state.vector, change, state.layout))
         state = method.aggregate(state, updates, optimizer.advance)
     stack.load([state.layout.unflatten(state.vector)])
-    with torch.no_grad(), stack.batch.using([Segment(0, len(test[1]))]):
+    with torch.no_grad(), stack.using([Segment(0, len(test[1]))]):
         right = logits({"features": test[0]}).argmax(-1) == test[1]
     return float(right.double().mean())

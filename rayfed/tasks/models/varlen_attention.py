@@ -220,7 +220,7 @@ def _padded_attention(
     index, mask = sequences.padded_tiles(causal)
 
     def pad(x: Tensor) -> Tensor:  # (1, H, T, D) -> (N, H, C, D)
-        padded = index.pad(_repeat_heads(x, query)[0].transpose(0, 1))
+        padded = index.pad(_repeat_heads(x, query).squeeze(0).transpose(0, 1))
         return padded.view(index.count, index.longest, *padded.shape[1:]).transpose(1, 2)
 
     y_NHCD = nn.functional.scaled_dot_product_attention(pad(query), pad(key), pad(value), attn_mask=mask, scale=scale)
@@ -233,12 +233,12 @@ def _flash_attention(
     """Flash attention over concatenated texts, given their offsets."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q_THD, k_THD, v_THD = (
-        t[0].transpose(0, 1).contiguous() for t in (query, _repeat_heads(key, query), _repeat_heads(value, query))
-    )
-    window = (-1, 0) if causal else (-1, -1)
+    q_THD, k_THD, v_THD = (t.squeeze(0).transpose(0, 1).contiguous() for t in (query, key, value))
     offsets, longest = sequences.offsets(), sequences.longest
-    y_THD: Any = varlen_attn(q_THD, k_THD, v_THD, offsets, offsets, longest, longest, scale=scale, window_size=window)
+    y_THD: Any = varlen_attn(
+        q_THD, k_THD, v_THD, offsets, offsets, longest, longest, scale=scale,
+        window_size=(-1, 0) if causal else (-1, -1), enable_gqa=key.shape[1] != query.shape[1],
+    )  # fmt: skip
     return y_THD[None]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rayfed.lora.adapter import LowRank
-from rayfed.lora.packed.kernel import SlotConstants, add_lora_
-from rayfed.lora.packed.layers import StackedLinear, StackedLora
-from rayfed.lora.packed.segments import Batch, Segment, Segments
+from rayfed.lora.adapter import Adapter, LowRank
+from rayfed.lora.packed.kernel import SlotConstants, add_lora_, add_projected_, project
+from rayfed.lora.packed.segments import Segment, Segments
+from rayfed.lora.packed.stack import Stack
 
-OUT, IN, RANK = 7, 5, 3
+OUT, IN, RANK = 12, 8, 4  # rows of 16 bytes, which grouped products need
 
 
 def frozen_forms():
@@ -22,10 +22,11 @@ def frozen_forms():
     return {"nothing": None, "matrix": matrix, "pair": pair}
 
 
-def segments_of(slots, sizes, batched=None, half=False):
+def segments_of(slots, sizes, batched=None, half=False, grouped=False):
     segments = [Segment(slot, size) for slot, size in zip(slots, sizes)]
     segments = Segments(segments, half, torch.device("cpu"), half)
     segments.batched = segments.batched if batched is None else batched
+    segments.grouped = grouped and not segments.equal_sizes
     return segments
 
 
@@ -69,6 +70,24 @@ def test_values_and_all_gradients(shape, form, slots, sizes, batched):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("slots", [(2, 0, 1), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (6, 4)])
+def test_grouped_products_with_scaled_factors_are_those_of_padded_segments(shape, slots):
+    g = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(*size, generator=g) for size in ((*shape, OUT), (*shape, IN), (4, RANK, IN), (4, OUT, RANK))]
+    scales, way, results = [2.0, -1.0, 0.5, 3.0], torch.randn(*shape, OUT, generator=g), []
+    for grouped in (False, True):
+        y, x, A, B = (t.clone().requires_grad_() for t in tensors)
+        segments = segments_of(slots, (2, 3, 1), True, grouped=grouped)
+        constants = SlotConstants(None if grouped else scales, [None] * 4)
+        scaled = B * torch.tensor(scales).view(-1, 1, 1) if grouped else B  # as the stack does on a GPU
+        out = add_lora_(y * 1.0, x, x, A, scaled, segments, constants)
+        (out * way).sum().backward()
+        results.append([out.detach(), *(t.grad for t in (y, x, A, B))])
+    for mine, theirs in zip(*results):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(20, 70, 1), (64, 64, 64)], ids=["ragged", "even"])
 @pytest.mark.parametrize("form", ["nothing", "matrix", "pair"])
 def test_in_bfloat16_operands_and_results_are_rounded_once(form, sizes):
@@ -81,29 +100,29 @@ def test_in_bfloat16_operands_and_results_are_rounded_once(form, sizes):
         return torch.randn(*size, generator=g).to(dtype)
 
     rows = sum(sizes)
-    tensors = [draw(rows, OUT, dtype=compute), *[draw(rows, IN, dtype=compute)] * 2, draw(3, RANK, IN)]
-    tensors.append(draw(3, OUT, RANK))
+    tensors = [draw(rows, OUT, dtype=compute), *[draw(rows, IN, dtype=compute)] * 2, draw(3, RANK, IN, dtype=compute)]
+    tensors.append(draw(3, OUT, RANK, dtype=compute))
     rounded = frozen
     if frozen is not None:
         rounded = LowRank(frozen.B.to(compute), frozen.A.to(compute), 0.7) if form == "pair" else frozen.to(compute)
     way, results = torch.randn(rows, OUT, generator=g), []
     for function, fine in ((add_lora_, False), (written_out, True)):
         leaves = [(t.double() if fine else t).clone().requires_grad_() for t in tensors]
-        constants = SlotConstants([2.0, -1.0, 0.3], [frozen if fine else rounded] * 3, None if fine else compute)
+        constants = SlotConstants([2.0, -1.0, 0.3], [frozen if fine else rounded] * 3)
         y, x, u, A, B = leaves
         out = function(y * 1.0, x, u, A, B, segments_of(slots, sizes, half=not fine), constants)
         (out * way).sum().backward()
         results.append([out.detach(), *(t.grad for t in leaves if t.grad is not None)])
-    assert [t.dtype for t in results[0][-2:]] == [torch.float32, torch.float32]  # the factors' gradients
     for mine, theirs in zip(*results, strict=True):
         assert float((mine.double() - theirs).norm() / theirs.norm()) < 4 * 2**-9
 
 
-@pytest.mark.parametrize("batched", [False, True])
-def test_nan_in_one_segment_reaches_no_other(batched):
+@pytest.mark.parametrize(("batched", "grouped"), [(False, False), (True, False), (True, True)])
+def test_nan_in_one_segment_reaches_no_other(batched, grouped):
     """Padding is filled with zeros, not multiplied by zero: 0 times NaN would be NaN."""
     g = torch.Generator().manual_seed(0)
-    segments, constants = segments_of((0, 1), (1, 4), batched), SlotConstants([1.0, 1.0], [None, None])
+    segments = segments_of((0, 1), (1, 4), batched, grouped=grouped)
+    constants = SlotConstants(None if grouped else [1.0, 1.0], [None, None])
     A, B = torch.randn(2, RANK, IN, generator=g), torch.randn(2, OUT, RANK, generator=g)
     found = []
     for bad in (0.0, torch.nan):
@@ -115,6 +134,20 @@ def test_nan_in_one_segment_reaches_no_other(batched):
         found.append([out[1:].detach(), *(leaf.grad[1:] for leaf in leaves)])
     for clean, beside in zip(*found):
         assert torch.equal(clean, beside)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_output_of_a_linear_layer_is_changed_in_place_and_autograd_copies_nothing(shared):
+    """It is a view of what the layer computed: marked as changed, it would be copied several times going back."""
+    x, A, B = torch.ones(1, 4, IN, requires_grad=True), torch.ones(2, RANK, IN), torch.ones(2, OUT, RANK)
+    y, segments = torch.nn.Linear(IN, OUT)(x), segments_of((0, 1), (2, 2))
+    if shared:
+        (z,) = project(x, [A], segments)
+        out = add_projected_(y, z, B, segments)
+    else:
+        out = add_lora_(y, x, x, A, B, segments, SlotConstants([1.0, 1.0], [None, None]))
+    assert out.data_ptr() == y.data_ptr()
+    assert out.grad_fn.name() == ("_AddProjectedBackward" if shared else "_AddLoraBackward")
 
 
 def test_without_dropout_x_gets_both_gradients():
@@ -147,6 +180,11 @@ def test_a_bfloat16_base_and_float32_factors_keep_their_dtypes(batched):
     assert bool(A.grad.any())
 
 
+def stack_over(layer):
+    model = torch.nn.ModuleDict({"layer": layer})
+    return Stack(model, ["layer"], []), model
+
+
 def test_a_base_change_acts_as_a_changed_weight():
     """A slot over base + F gives what a slot over a base of weight W + F gives."""
     torch.manual_seed(0)
@@ -156,36 +194,21 @@ def test_a_base_change_acts_as_a_changed_weight():
         changed.weight.copy_(plain.weight + F)
         changed.bias.copy_(plain.bias)
     pair, x, outputs = LowRank(torch.randn(OUT, 2), torch.randn(2, IN), 1.5), torch.randn(3, 4, IN), []
-    for layer, frozen in ((plain, F), (changed, None)):
-        batch = Batch()
-        stacked = StackedLora(layer, batch)
-        stacked.load([None, pair], [None, frozen])
-        with batch.using([Segment(1, 3)]):
-            outputs.append(stacked(x))
+    for layer, frozen in ((plain, {"layer": F}), (changed, {})):
+        stack, model = stack_over(layer)
+        stack.load([Adapter({"layer": pair}, {})] * 2, [{}, frozen])
+        with stack.using([Segment(1, 3)]):
+            outputs.append(model["layer"](x))
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
 
 
 def test_neighbours_with_the_same_base_change_share_one_product():
     """One product per distinct change. A change that several clients share has one copy."""
-    layer = torch.nn.Linear(IN, OUT)
-    stacked = StackedLora(layer, Batch())
+    stack, model = stack_over(torch.nn.Linear(IN, OUT))
     shared, other = torch.randn(OUT, IN), torch.randn(OUT, IN)
-    stacked.load([LowRank(torch.ones(OUT, 1), torch.ones(1, IN), 1.0)] * 4, [shared, shared, None, other])
-    assert stacked.constants.base_changes[0] is stacked.constants.base_changes[1]
+    adapter = Adapter({"layer": LowRank(torch.ones(OUT, 1), torch.ones(1, IN), 1.0)}, {})
+    stack.load([adapter] * 4, [{"layer": shared}, {"layer": shared}, {}, {"layer": other}])
+    constants = model["layer"].constants
+    assert constants.base_changes[0] is constants.base_changes[1]
     segments = segments_of((0, 1, 2, 3), (2, 1, 3, 2))
-    assert [rows for rows, _ in stacked.constants.base_changes_of(segments, 10)] == [slice(0, 30), slice(60, 80)]
-
-
-def test_load_makes_one_slot_per_pair_at_the_largest_rank():
-    stacked = StackedLora(torch.nn.Linear(IN, OUT), Batch())
-    pairs = [LowRank(torch.ones(OUT, rank), torch.ones(rank, IN), rank) for rank in (1, 4)]
-    for load, slots, rank in ((pairs, 2, 4), ([*pairs, None], 3, 4), (pairs[:1], 1, 1)):
-        stacked.load(load)
-        assert stacked.A_KRI.shape == (slots, rank, IN)
-        assert stacked.B_KOR.shape == (slots, OUT, rank)
-        assert stacked.constants.scales == [0.0 if pair is None else pair.scale for pair in load]
-        assert stacked.constants.base_changes == [None] * slots
-        assert stacked.A_KRI.sum() == IN * sum(pair.rank for pair in load if pair is not None)
-    head = StackedLinear(torch.nn.Linear(IN, OUT), Batch())
-    head.load([torch.ones(OUT, IN)] * 3, [torch.ones(OUT)] * 3)
-    assert (head.weight_KOI.shape, head.bias_KO.shape) == ((3, OUT, IN), (3, OUT))
+    assert [rows for rows, _ in constants.base_changes_of(segments, 10)] == [slice(0, 30), slice(60, 80)]

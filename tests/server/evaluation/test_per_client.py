@@ -44,7 +44,7 @@ def predictions(plan, adapters, split="test"):
         for row in range(len(rows)):
             batch = rows.batch(np.array([row]), padded=True)
             batch.pop("labels")
-            with torch.no_grad(), stack.batch.using([Segment(0, 1, None, [int(rows.lengths[row])])]):
+            with torch.no_grad(), stack.using([Segment(0, 1, None, [int(rows.lengths[row])])]):
                 found[-1][row] = int(base.model(**batch).logits.argmax())
     return found
 

@@ -103,11 +103,11 @@ def trained(kind, tokens, how):
     segments = [Segment(i, n, None, lengths[bounds[i] : bounds[i + 1]].tolist()) for i, n in enumerate(ROWS)]
     batch = tokens.batch(order, padded=isinstance(how, Padded))
     labels = batch.pop("labels")
-    with stack.batch.using(segments):
+    with stack.using(segments):
         logits = UnpaddedModel(model, how)(batch, segments) if isinstance(how, Unpadded) else model(**batch).logits
         losses = nn.functional.cross_entropy(logits, labels, reduction="none")
         torch.stack([part.mean() for part in losses.split(ROWS)]).sum().backward()
-    return logits.detach(), {(name, part): parameter.grad for name, part, parameter in stack.tensors()}
+    return logits.detach(), stack.views({part: values.grad for part, values in stack.parameters.items()})
 
 
 @pytest.mark.parametrize(
