@@ -170,7 +170,7 @@ class Trainer:
 
         def done(chosen: Sequence[int]) -> list[np.ndarray]:
             prompts = on_device(data.prompt_batch(np.asarray(chosen)), self.device)
-            with self.stack.batch.using([Segment(0, len(chosen))]):
+            with self.stack.using([Segment(0, len(chosen))]):
                 return list(task.generate(self.model, self.outputs, prompts, job.most).cpu().numpy())
 
         parts = device_memory.in_halves(

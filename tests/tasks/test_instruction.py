@@ -147,7 +147,7 @@ def test_only_tokens_of_responses_count(rows: Path, models: dict[str, Path]) -> 
         del batch["labels"]
         segment = Segment(0, len(chosen), lengths=test.lengths.tolist())
         trainer.stack.load([plan.fresh(2)])
-        with torch.no_grad(), trainer.stack.batch.using([segment]):
+        with torch.no_grad(), trainer.stack.using([segment]):
             found.append(trainer.forward(batch))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
     model = plan.task.load_base(plan.federation).model
