@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from rayfed.sweeps.sweep import SweepResult
     from rayfed.tasks.base import Task
     from rayfed.tasks.causal_lm import CausalLM
+    from rayfed.tasks.image_classification import ImageClassification
     from rayfed.tasks.text_classification import TextClassification
 
 _MODULES = {
     "CausalLM": "rayfed.tasks.causal_lm",
     "Callback": "rayfed.engine.callbacks",
     "Experiment": "rayfed.config",
+    "ImageClassification": "rayfed.tasks.image_classification",
     "Method": "rayfed.methods",
     "Objective": "rayfed.objectives",
     "ReportCallback": "rayfed.reports.run_page",
@@ -58,6 +60,7 @@ __all__ = [
     "Callback",
     "CausalLM",
     "Experiment",
+    "ImageClassification",
     "Method",
     "Objective",
     "ReportCallback",

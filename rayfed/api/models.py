@@ -18,6 +18,7 @@ from rayfed.own_code import own_failures
 from rayfed.tasks.base import Task
 from rayfed.tasks.causal_lm import CausalLM
 from rayfed.tasks.data.federation import Federation
+from rayfed.tasks.image_classification import ImageClassification
 from rayfed.tasks.models.base import in_dtype, name_classes
 from rayfed.tasks.models.cache import forget_base
 from rayfed.tasks.models.spec import describe_model
@@ -79,10 +80,14 @@ def _classes(folder: Path) -> list[str]:
     return classes
 
 
+OURS = (TextClassification, CausalLM, ImageClassification)
+"""The tasks that know their base model without data."""
+
+
 def _built_in(experiment: Experiment) -> bool:
     """Whether the run's task was rayfed's own, and no class of the user's."""
     made_by = (experiment.data.fingerprint or "").partition(" ")[0]
-    ours = made_by in ("", *(f"{cls.__module__}:{cls.__qualname__}" for cls in (TextClassification, CausalLM)))
+    ours = made_by in ("", *(f"{cls.__module__}:{cls.__qualname__}" for cls in OURS))
     return ours and not experiment.data.own_task
 
 
@@ -107,5 +112,5 @@ def _check_task(experiment: Experiment, task: Task | None, run: str | Path) -> N
     found = model.fingerprint if ours else data.fingerprint
     if not ours and experiment.data.fingerprint is None:
         found = (found or "").partition(" ")[0]  # the run had the class by its import path alone
-    if found != made_by or ours != (type(task) in (TextClassification, CausalLM)):
+    if found != made_by or ours != (type(task) in OURS):
         raise allowed("task", found or type(task).__name__, f"the run's model comes from {made_by or model.name}")

@@ -212,7 +212,7 @@ def _described_model(experiment: Experiment, parts: Components, federation: Fede
     batching = task.batching(base, engine.padding)
     spec = describe_model(base, task.base_name, experiment.lora, model.dtype, batching, engine.gradient_checkpointing)
     if model.dtype != "float32":
-        check_dtype(base, model.name, model.dtype)
+        check_dtype(base, model.name, model.dtype, task.sample())
     return spec
 
 

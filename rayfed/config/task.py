@@ -12,6 +12,7 @@ from rayfed.config.types import (
     Clients,
     DecidesModel,
     DecidesNothing,
+    Fraction,
     Printable,
     Section,
     Share,
@@ -28,9 +29,9 @@ class Data(Section):
 
     decides = ("data", "model")  # the model: its kind, the number of classes, the longest input
 
-    task: Literal["text_classification", "causal_lm"] = "text_classification"
-    """`text_classification`: one label a text; `causal_lm`: the next token. Ignored where `source` is a task itself:
-    `lowrank`, or an import path.
+    task: Literal["text_classification", "causal_lm", "image_classification"] = "text_classification"
+    """`text_classification`: one label a text; `causal_lm`: the next token; `image_classification`: one label an image.
+    Ignored where `source` is a task itself: `lowrank`, or an import path.
     """
     source: Literal["stdlib", "files", "hub", "lowrank", "object"] | OwnClass = "stdlib"
     """`stdlib`: functions of Python's standard library, labelled by module (no download); `files`: local JSONL, CSV or
@@ -39,13 +40,19 @@ class Data(Section):
     own, a subclass of rayfed.Task.
     """
     path: Text | None = None
-    """For `files`: a folder with train.*, test.* and optionally validation.*, or one file."""
+    """For `files`: a folder with train.*, test.* and optionally validation.*, or one file. For images also a folder of
+    images, `train/CLASS/` and `test/CLASS/`, or `CLASS/` alone.
+    """
     name: Text | None = None
     """For `hub`: name of the data set, such as `PolyAI/banking77`."""
     subset: Text | None = None
     """For `hub`: configuration of the data set, if there are several."""
     text: Text = "text"
     """The column with the text."""
+    image: Text = "image"
+    """For image_classification: the column with the image: its encoded bytes, a struct of bytes and path (as datasets
+    stores an Image), or its path, relative to the file.
+    """
     label: Text = "label"
     """The column with the label: an integer or a string. causal_lm reads it only for a partition by label."""
     client: Text | None = None
@@ -63,6 +70,16 @@ class Data(Section):
     packing: bool = False
     """For causal_lm: the texts of a client are joined, an end-of-text token after each, and cut into blocks of
     `max_tokens`. Nothing of a text is lost, and a token also sees the texts before its own in the block.
+    """
+    crop: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """For image_classification: every training image is moved at random by up to this many pixels of the model's input,
+    in both directions; what is uncovered is black. 0: no image is moved.
+    """
+    flip: bool = False
+    """For image_classification: half of the training images, drawn anew in every step, are mirrored left to right."""
+    pretrain_share: Fraction = 0.0
+    """Share of the source's training rows that no client has: those on which `rayfed pretrain` trains. A hash of a
+    row's text or image decides, so they are the same rows for every `seed`, and equal rows stay together.
     """
     fingerprint: Text | None = None
     """Of a task that was given in Python, its class and a hash of its content: rayfed writes it into config.yaml, and
@@ -89,8 +106,14 @@ class Data(Section):
             raise ValueError("data.source: got 'object', but Python objects come with rayfed.run(..., task=...)")
         if self.source == "hub" and not self.name:
             raise ValueError("data.name: got null, but data.source=hub needs the name of a data set")
-        if self.packing and self.task_class in ("text_classification", "low_rank_regression"):
-            raise ValueError("data.packing: got true, but only data.task=causal_lm joins texts")
+        for field, task, why in (
+            ("packing", "causal_lm", "joins texts"),
+            ("crop", "image_classification", "moves images"),
+            ("flip", "image_classification", "mirrors images"),
+        ):
+            if getattr(self, field) and not self.own_task and self.task_class != task:
+                value = str(getattr(self, field)).lower()
+                raise ValueError(f"data.{field}: got {value}, but only data.task={task} {why}")
         for field, source in (("path", "files"), ("name", "hub"), ("subset", "hub")):
             if getattr(self, field) is not None and self.source != source and not self.own_task:
                 raise ValueError(
@@ -183,9 +206,9 @@ class Model(Section):
 
     name: Text = "minilm"
     """`minilm`: the packaged all-MiniLM-L6-v2 (extra `minilm`); else a local folder or a hub name that
-    AutoModelForSequenceClassification can load, or AutoModelForCausalLM with data.task=causal_lm. Ignored by
-    data.source=lowrank, whose model is one layer. `object`: a model that was given in Python, `rayfed.run(...,
-    task=...)`.
+    AutoModelForSequenceClassification can load (AutoModelForCausalLM with data.task=causal_lm,
+    AutoModelForImageClassification with data.task=image_classification). Ignored by data.source=lowrank, whose model is
+    one layer. `object`: a model that was given in Python, `rayfed.run(..., task=...)`.
     """
     pooling: Literal["stock", "mean"] = "stock"
     """`stock`: the model's own classification head; `mean`: the mean over all tokens but the padding, then one linear

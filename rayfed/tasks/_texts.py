@@ -1,4 +1,4 @@
-"""What all tasks on texts have in common: where rows come from, who holds them, which base model is loaded."""
+"""What all tasks on rows of a source have in common (`SourceTask`), and those of them on texts (`TextTask`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import nn
 
@@ -28,8 +28,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TextTask(Task):
-    """A task on texts. What is not given as an object comes from the settings; the first four fields always do."""
+class SourceTask(Task):
+    """A task on rows of `data.source`: where they come from, who has them, which base model is loaded.
+
+    What is not given as an object comes from the settings; the first four fields always do.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = ("label", "client")
+    """The fields that name a column, each in place of the setting `data.NAME`."""
 
     data: Data = field(default_factory=Data)
     partition: Partition = field(default_factory=Partition)
@@ -38,14 +44,13 @@ class TextTask(Task):
     _: KW_ONLY
     train: Any = None
     """The training rows, in place of `data.source`: a datasets.Dataset, a pandas DataFrame, a list of mappings, or a
-    torch data set of mappings or of tuples (text, label) or (text, label, client).
+    torch data set of mappings or of tuples: (text, label) or (text, label, client), with the image in place of the text
+    for a task on images.
     """
     validation: Any = None
     """The validation rows; None: `data.validation` says how many training rows are drawn."""
     test: Any = None
     """The test rows; None: `data.test` says how many training rows are drawn."""
-    text: str | None = None
-    """The column with the text; None: `data.text`."""
     label: str | None = None
     """The column with the label; None: `data.label`."""
     client: str | None = None
@@ -59,7 +64,7 @@ class TextTask(Task):
         return replace(self, data=data, partition=partition, model_settings=model, seed=seed)
 
     def described(self, data: Data, model: Model) -> tuple[Data, Model]:
-        names = {key: name for key in ("text", "label", "client") if (name := getattr(self, key)) is not None}
+        names = {key: name for key in self.columns if (name := getattr(self, key)) is not None}
         data = data.model_copy(update=names)
         digest = hashlib.sha256()
         if (source := self._source(data)) is not None:
@@ -97,6 +102,29 @@ class TextTask(Task):
             raise UserError("train: got None, but validation or test rows come with training rows")
         return read_objects(splits, data) if splits else None
 
+    @property
+    def base_name(self) -> str:
+        return model_path(self.model_settings)
+
+    def _base_key(self, head: int | str) -> str:
+        """Equal keys, equal base models in float32. ``head``: the number of classes, or the kind of the model."""
+        key: list[Any] = [head, self.seed, self.model_settings.model_dump(mode="json", exclude={"dtype"})]
+        folder = Path(self.base_name)
+        if folder.is_dir():  # other files may come under its name
+            key += sorted((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in folder.iterdir())
+        return json.dumps(key)
+
+
+@dataclass(frozen=True)
+class TextTask(SourceTask):
+    """A task on texts."""
+
+    columns = ("text", "label", "client")
+
+    _: KW_ONLY
+    text: str | None = None
+    """The column with the text; None: `data.text`."""
+
     def _check_length(self, splits: tuple[Tokens, ...], limit: int | None) -> None:
         """UserError where a row has more tokens than the model takes: ``limit``, None where that is not known."""
         longest = max(int(split.lengths.max(initial=0)) for split in splits)
@@ -118,10 +146,6 @@ class TextTask(Task):
         """How to run the model without padding on texts of up to ``longest`` tokens, or why it needs padding."""
         raise NotImplementedError
 
-    @property
-    def base_name(self) -> str:
-        return model_path(self.model_settings)
-
     def save_tokenizer(self, folder: Path) -> None:
         tokenizer = self._tokenizer()
         tokenizer.padding_side = "right"  # as in every batch of a run
@@ -129,11 +153,3 @@ class TextTask(Task):
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.model_settings)
-
-    def _base_key(self, head: int | str) -> str:
-        """Equal keys, equal base models in float32. ``head``: the number of classes, or the kind of the model."""
-        key: list[Any] = [head, self.seed, self.model_settings.model_dump(mode="json", exclude={"dtype"})]
-        folder = Path(self.base_name)
-        if folder.is_dir():  # other files may come under its name
-            key += sorted((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in folder.iterdir())
-        return json.dumps(key)

@@ -1,4 +1,4 @@
-"""Texts in three splits, from any source, with labels or without.
+"""Texts or images in three splits, from any source, with labels or without.
 
 The sources (`stdlib`, `files`, `hub`) read columns. This module checks the columns, numbers the classes, and draws the
 splits that the source lacks. Every error names the file, the column and the row.
@@ -6,6 +6,7 @@ splits that the source lacks. Every error names the file, the column and the row
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import re
@@ -30,14 +31,17 @@ surrogate pairs."""
 NAME_LENGTH = 200
 NAMES = f"are integers or strings, of 64 bits or of 1 to {NAME_LENGTH} printable characters"
 
+Contents = Callable[[Table], list[Any]]
+"""Reads and checks the texts, or what takes their place, of a table."""
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """n texts, in the order of the source."""
+    """n texts (or images, see `rayfed.tasks.data.images`), in the order of the source."""
 
-    texts: list[str]
+    texts: list[Any]
     labels: np.ndarray  # (n,) int64, indices into TextData.classes; 0 where labels are not read
     owners: np.ndarray | None = None  # (n,) str: the client of each row; None without data.client or without its column
     origin: str = "the split"  # where the rows come from, for error messages
@@ -68,9 +72,11 @@ class TextData:
 
 
 def load_data(
-    settings: Data, seed: int, source: Source | None = None, labelled: Collection[str] = tuple(SPLITS)
-) -> TextData:
+    settings: Data, seed: int, source: Source | None = None, labelled: Collection[str] = tuple(SPLITS),
+    contents: Contents | None = None,
+) -> TextData:  # fmt: skip
     """Reads and checks the texts that ``settings`` describe (those of ``source``, if given), and gives three splits.
+    ``contents`` reads something else than texts.
 
     Classes are numbered over all splits, before ``data.examples`` applies: integer labels in ascending order, strings
     in code-point order, a ClassLabel of the hub in its own order. ``data.examples`` then draws that many rows of the
@@ -84,6 +90,53 @@ def load_data(
     label or client is neither an integer of 64 bits nor a string of 1 to 200 printable characters, integers and strings
     are mixed, a text is not a string, there is only one class, or train or test is empty in the end.
     """
+    splits, classes = _read_splits(settings, source, labelled, contents)
+    test = {name: splits.pop(name) for name in ("test",) if name in splits}
+    if settings.test_examples is not None and not test:
+        raise allowed("data.test_examples", settings.test_examples, "the source has no test split; set data.test")
+    if settings.pretrain_share:
+        splits["train"] = splits["train"].take(np.flatnonzero(~for_pretraining(splits["train"], settings)))
+    splits = _limit(splits, settings.examples, seeding.numpy_rng(seed, "examples"))
+    splits |= _limit(test, settings.test_examples, seeding.numpy_rng(seed, "test examples"))
+    splits = _draw_missing(splits, settings, seed)
+    for name in ("train", "test"):
+        if not len(splits[name]):
+            raise UserError(
+                f"{SOURCE_FIELD[settings.source]}: no rows are left for the {name} split (data.examples="
+                f"{settings.examples}, data.validation={settings.validation}, data.test={settings.test})"
+            )
+    return TextData(splits["train"], splits["validation"], splits["test"], classes)
+
+
+def load_pretraining(
+    settings: Data, source: Source | None = None, labelled: Collection[str] = tuple(SPLITS),
+    contents: Contents | None = None,
+) -> tuple[Split, tuple[str, ...]]:  # fmt: skip
+    """The rows that `data.pretrain_share` keeps from all clients, and the classes. Arguments and errors as `load_data`.
+
+    They are taken before any split is drawn, so they are in no split of `load_data`, whatever its seed.
+    """
+    splits, classes = _read_splits(settings, source, labelled, contents)
+    rows = splits["train"].take(np.flatnonzero(for_pretraining(splits["train"], settings)))
+    if not len(rows):
+        what = f"{splits['train'].origin} has no such row; rayfed pretrain needs some"
+        raise allowed("data.pretrain_share", settings.pretrain_share, what)
+    return rows, classes
+
+
+def for_pretraining(split: Split, settings: Data) -> np.ndarray:
+    """(n,) bool: the rows of the source's training split that no client has."""
+    from rayfed.tasks.data.images import content
+
+    least = int(settings.pretrain_share * 2**64)
+    hashes = (hashlib.sha256(content(item)).digest()[:8] for item in split.texts)
+    return np.array([int.from_bytes(found, "big") < least for found in hashes], dtype=bool)
+
+
+def _read_splits(
+    settings: Data, source: Source | None, labelled: Collection[str], contents: Contents | None
+) -> tuple[dict[str, Split], tuple[str, ...]]:
+    """The splits that the source has, whole, and the classes."""
     source = source or read_source(settings)
     tables = {name: source.tables[name] for name in SPLITS if name in source.tables}
     field = SOURCE_FIELD[settings.source]
@@ -97,23 +150,14 @@ def load_data(
         labels |= found
     splits = {
         name: Split(
-            _texts(table, settings.text), labels[name], _owners(table, settings.client, name == "train"), table.origin
+            contents(table) if contents else _texts(table, settings.text),
+            labels[name],
+            _owners(table, settings.client, name == "train"),
+            table.origin,
         )
         for name, table in tables.items()
     }
-    test = {name: splits.pop(name) for name in ("test",) if name in splits}
-    if settings.test_examples is not None and not test:
-        raise allowed("data.test_examples", settings.test_examples, "the source has no test split; set data.test")
-    splits = _limit(splits, settings.examples, seeding.numpy_rng(seed, "examples"))
-    splits |= _limit(test, settings.test_examples, seeding.numpy_rng(seed, "test examples"))
-    splits = _draw_missing(splits, settings, seed)
-    for name in ("train", "test"):
-        if not len(splits[name]):
-            raise UserError(
-                f"{field}: no rows are left for the {name} split (data.examples={settings.examples}, "
-                f"data.validation={settings.validation}, data.test={settings.test})"
-            )
-    return TextData(splits["train"], splits["validation"], splits["test"], classes)
+    return splits, classes
 
 
 def read_source(settings: Data) -> Source:

@@ -43,6 +43,12 @@ def read_files(settings: Data) -> Source:
 
     Raises UserError, with the file and if possible the line or row, if something is missing, malformed or too large.
     """
+    files = split_files(existing(settings))
+    return Source({split: Table(str(file), read_file(file, settings)) for split, file in files.items()})
+
+
+def existing(settings: Data) -> Path:
+    """`data.path`. UserError where there is nothing."""
     assert settings.path is not None  # checked by the settings
     path = Path(settings.path)
     try:
@@ -52,17 +58,22 @@ def read_files(settings: Data) -> Source:
         raise allowed("data.path", settings.path, f"it cannot be read: {first_line(error)}") from None
     if not found:
         raise allowed("data.path", settings.path, "there is no such file or folder")
+    return path
+
+
+def split_files(path: Path) -> dict[str, Path]:
+    """The file of each split in the folder, or the file itself as the training split. UserError where none fits."""
     if path.is_dir():
         files = {split: file for split in SPLITS if (file := _split_file(path, split)) is not None}
         if "train" not in files:
             present = listed(sorted(entry.name for entry in path.iterdir()))
             what = f"the folder needs a train file ({', '.join('train' + ending for ending in READERS)}); it holds"
-            raise allowed("data.path", settings.path, f"{what} {present}")
+            raise allowed("data.path", str(path), f"{what} {present}")
     else:
         if _ending(path) is None:
-            raise allowed("data.path", settings.path, f"a data file ends in {', '.join(READERS)}")
+            raise allowed("data.path", str(path), f"a data file ends in {', '.join(READERS)}")
         files = {"train": path}
-    return Source({split: Table(str(file), _read(file, settings)) for split, file in files.items()})
+    return files
 
 
 def _ending(path: Path) -> str | None:
@@ -82,7 +93,8 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return found[0] if found else None
 
 
-def _read(path: Path, settings: Data) -> Columns:
+def read_file(path: Path, settings: Data) -> Columns:
+    """The columns of one file, see `read_files`."""
     ending = _ending(path)
     assert ending is not None
     if not path.is_file():  # to open a pipe would wait for ever
@@ -116,7 +128,7 @@ class _Stream(io.RawIOBase):
         self.decoded += count
         self.tail = (self.tail + bytes(memoryview(buffer)[:count][-64:]))[-64:]
         if self.gzipped:
-            _check_size(self.path, self.decoded)
+            check_size(self.path, self.decoded)
         return count
 
     def close(self) -> None:
@@ -124,7 +136,7 @@ class _Stream(io.RawIOBase):
         super().close()
 
 
-def _check_size(path: Path, decoded: int) -> None:
+def check_size(path: Path, decoded: int) -> None:
     """UserError if the file's content is so much larger than the file that it must be meant to fill the memory."""
     if decoded > max(SMALL, MOST_RATIO * path.stat().st_size):
         raise UserError(
@@ -238,7 +250,7 @@ def _parquet(path: Path, settings: Data) -> Columns:
         for name, kind in zip(names, file.schema_arrow.types):
             if name in _wanted(settings) and types.is_nested(kind):
                 raise UserError(f"data.path: {path}, column {name!r} has the type {kind}, but a row has a single value")
-    _check_size(path, 8 * meta.num_rows)  # the least that Python values need
+    check_size(path, 8 * meta.num_rows)  # the least that Python values need
     return _columns(names, settings, lambda name: _parquet_column(path, meta, name), meta.num_rows)
 
 
@@ -248,7 +260,7 @@ def _parquet_column(path: Path, meta: parquet.FileMetaData, name: str) -> list[A
 
     index = next(i for i in range(meta.num_columns) if meta.schema.column(i).path == name)
     size = sum(meta.row_group(group).column(index).total_uncompressed_size for group in range(meta.num_row_groups))
-    _check_size(path, size)
+    check_size(path, size)
     shared = [name] if size < 2**31 else []  # pyarrow's dictionaries hold fewer bytes than that
     values: list[Any] = []
     decoded = 0
@@ -261,7 +273,7 @@ def _parquet_column(path: Path, meta: parquet.FileMetaData, name: str) -> list[A
                 words = chunk.dictionary.to_pylist()
                 found = [None if i is None else words[i] for i in chunk.indices.to_pylist()]
                 decoded += sum(len(word) for word in found if isinstance(word, str))
-                _check_size(path, decoded)
+                check_size(path, decoded)
                 values += found
     return values
 

@@ -48,5 +48,10 @@ def read_hub(settings: Data) -> Source:
 
 def _columns(dataset: Dataset, settings: Data) -> dict[str, list[Any]]:
     """The columns that the settings name. The other columns are empty: error messages list their names."""
+    from datasets import Image
+
     wanted = (settings.text, settings.label, settings.client)
+    for name in wanted:
+        if name is not None and isinstance(dataset.features.get(name), Image):
+            dataset = dataset.cast_column(name, Image(decode=False))  # the bytes of its file
     return {name: dataset[name][:] if name in wanted else [] for name in dataset.column_names}

@@ -1,9 +1,10 @@
-"""Labelled texts that are Python objects: a `datasets.Dataset`, a DataFrame, a list of rows, or a torch data set."""
+"""Labelled texts or images that are Python objects: a `datasets.Dataset`, a DataFrame, a list of rows, a torch data set."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from rayfed.config.task import Data
 from rayfed.errors import UserError, allowed
 from rayfed.own_code import failure
+from rayfed.tasks.data.images import content
 from rayfed.tasks.data.table import Source, Table
 
 KINDS = "a datasets.Dataset, a pandas DataFrame, a list of mappings, or a torch data set with a length"
@@ -35,7 +37,7 @@ def content_digest(source: Source) -> str:
         for name, values in sorted(table.columns.items()):
             digest.update(f"|{split}|{name}|{len(values)}".encode())
             for value in values:
-                text = repr(value).encode()
+                text = content(value) if isinstance(value, bytes | Path | np.ndarray) else repr(value).encode()
                 digest.update(b"%d:%s" % (len(text), text))
     return digest.hexdigest()
 

@@ -45,6 +45,15 @@ def causal_lm_usage(settings: Model, max_tokens: int, packing: bool) -> Usage:
     return Usage(settings.name, "text-generation", _CAUSAL.format(**_loading(settings), rows=rows))
 
 
+def image_usage(settings: Model) -> Usage:
+    """The usage of the adapter of an image classifier.
+
+    The lines define ``logits``, a function from a list of images of Pillow to a tensor (images, classes). They run in
+    the run directory.
+    """
+    return Usage(settings.name, "image-classification", _IMAGES.format(**_loading(settings)))
+
+
 def _loading(settings: Model) -> dict[str, str]:
     """How the base is loaded: where it is, transformers' options, and what makes it float32."""
     return {
@@ -173,4 +182,34 @@ _BLOCKS = """\
         joined += [*ids, end] if ids and end not in (None, ids[-1]) else ids
     found = [joined[i : i + {max_tokens}] for i in range(0, len(joined), {max_tokens})]
     return [ids for ids in found if len(ids) > 1]
+"""
+
+_IMAGES = """\
+import json
+
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+{where}folder = "adapter"  # where this file lies
+
+with open(folder + "/classes.json", encoding="utf-8") as file:
+    id2label = dict(enumerate(json.load(file)))
+labels = {{"id2label": id2label, "label2id": {{label: i for i, label in id2label.items()}}}}
+processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+model = AutoModelForImageClassification.from_pretrained(
+    base, {options}, ignore_mismatched_sizes=True, **labels
+){as_float32}
+model = PeftModel.from_pretrained(model, folder).eval()
+mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
+
+
+def logits(images):
+    inputs = processor([image.convert(mode) for image in images], return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+print([id2label[i] for i in logits([Image.new("RGB", (64, 64))]).argmax(-1).tolist()])
 """
