@@ -20,7 +20,6 @@ from rayfed.keywords import suggest_keywords
 from rayfed.tasks._texts import TextTask
 from rayfed.tasks.base import Metric
 from rayfed.tasks.data.federation import Federation
-from rayfed.tasks.metrics import single_label
 from rayfed.tasks.models.base import FrozenBase, load_base, longest_input, vocabulary
 from rayfed.tasks.models.cache import shared_base
 from rayfed.tasks.models.objects import fingerprint as own_fingerprint
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rayfed.config.training import Eval
+
+LISTS = ("recall_per_class", "confusion_matrix")  # the metrics that are not one number
 
 
 @suggest_keywords
@@ -69,7 +70,7 @@ class TextClassification(TextTask):
         for name, function in functions.items():
             if function is not None and not callable(function):
                 raise allowed(f"task.{name}", function, "it is a function")
-        if wrong := set(self.metric_fns) & {"loss", *single_label.NAMES}:
+        if wrong := set(self.metric_fns) & {"loss", "accuracy", "macro_f1", *LISTS}:
             raise allowed("task.metric_fns", min(wrong), "this name is taken")
         names = (f"|{name}={getattr(f, '__module__', '')}:{_name(f)}" for name, f in functions.items() if f is not None)
         return "".join(names).encode()
@@ -142,27 +143,39 @@ class TextClassification(TextTask):
 
     def loss(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.loss_fn is None:
-            return single_label.loss(outputs, labels)
-        losses = self.loss_fn(outputs, labels)
-        if losses.shape != labels.shape:
-            what = f"one loss for each of {len(labels)} rows is needed"
-            raise allowed("task.loss_fn", f"a result of shape {tuple(losses.shape)}", what)
+            losses = nn.functional.cross_entropy(outputs, labels, reduction="none")
+        else:
+            losses = self.loss_fn(outputs, labels)
+            if losses.shape != labels.shape:
+                what = f"one loss for each of {len(labels)} rows is needed"
+                raise allowed("task.loss_fn", f"a result of shape {tuple(losses.shape)}", what)
         return losses, torch.ones_like(losses)
 
     def predictions(self, outputs: Tensor) -> Tensor:
         return outputs.argmax(-1)
 
     def metrics(self, predictions: Tensor, labels: Tensor, federation: Federation) -> dict[str, Metric]:
+        from torchmetrics.functional import classification as metrics  # takes a second to import
+
+        classes = len(federation.classes)
+        confusion = metrics.multiclass_confusion_matrix(predictions, labels, classes)
+        rows = confusion.sum(1).tolist()
+        recalls = metrics.multiclass_recall(predictions, labels, classes, average=None).tolist()
         return {
-            **single_label.metrics(predictions, labels, len(federation.classes)),
+            "accuracy": int(confusion.trace()) / len(labels),
+            "macro_f1": float(metrics.multiclass_f1_score(predictions, labels, classes, average="macro")),
+            "recall_per_class": [recall if count else None for recall, count in zip(recalls, rows)],
+            "confusion_matrix": confusion.tolist(),
             **{name: float(function(predictions, labels)) for name, function in self.metric_fns.items()},
         }
 
     def metric_names(self) -> tuple[str, ...]:
-        return *single_label.NAMES, *self.metric_fns
+        return "accuracy", "macro_f1", *LISTS, *self.metric_fns
 
     def metric_keys(self, eval: Eval) -> tuple[str, ...]:
-        return single_label.comparable(super().metric_keys(eval), eval)
+        keys = [key for key in super().metric_keys(eval) if not any(name in key for name in LISTS)]
+        more = {"test/accuracy_clients": eval.clients, "test/accuracy_unseen": eval.unseen}
+        return (*keys, *(key for key, measured in more.items() if measured))
 
     def usage(self) -> Usage | None:
         return classifier_usage(self.model_settings, self.data.max_tokens) if self.model is None else None
