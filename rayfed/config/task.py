@@ -20,6 +20,7 @@ from rayfed.config.types import (
 )  # fmt: skip
 
 OBJECT = "object"  # the name of a model that was given in Python
+Template = Annotated[str, AfterValidator(Printable(10_000, but="\n"))]
 OwnClass = Annotated[str, AfterValidator(ClassPath()), AfterValidator(Printable(1000))]
 Size = Annotated[int, Field(ge=1, le=10_000)]
 
@@ -29,9 +30,14 @@ class Data(Section):
 
     decides = ("data", "model")  # the model: its kind, the number of classes, the longest input
 
-    task: Literal["text_classification", "causal_lm", "image_classification"] = "text_classification"
-    """`text_classification`: one label a text; `causal_lm`: the next token; `image_classification`: one label an image.
-    Ignored where `source` is a task itself: `lowrank`, or an import path.
+    task: Literal[
+        "text_classification", "multi_label", "regression", "causal_lm", "instruction", "image_classification",
+        "image_multi_label",
+    ] = "text_classification"  # fmt: skip
+    """`text_classification`: one label a text; `multi_label`: any number of labels a text; `regression`: a number a
+    text; `causal_lm`: the next token; `instruction`: the response to a prompt; `image_classification`: one label an
+    image; `image_multi_label`: any number of labels an image. Ignored where `source` is a task itself: `lowrank`, or an
+    import path.
     """
     source: Literal["stdlib", "files", "hub", "lowrank", "object"] | OwnClass = "stdlib"
     """`stdlib`: functions of Python's standard library, labelled by module (no download); `files`: local JSONL, CSV or
@@ -50,11 +56,25 @@ class Data(Section):
     text: Text = "text"
     """The column with the text."""
     image: Text = "image"
-    """For image_classification: the column with the image: its encoded bytes, a struct of bytes and path (as datasets
+    """For images: the column with the image: its encoded bytes, a struct of bytes and path (as datasets
     stores an Image), or its path, relative to the file.
     """
     label: Text = "label"
-    """The column with the label: an integer or a string. causal_lm reads it only for a partition by label."""
+    """The column with the label: an integer or a string. multi_label: a list of these, in CSV separated by commas;
+    regression: a number; causal_lm and instruction read it only for a partition by label.
+    """
+    prompt: Text = "prompt"
+    """For instruction: the column with the prompt."""
+    response: Text = "response"
+    """For instruction: the column with the response."""
+    messages: Text | None = None
+    """For instruction, in place of `prompt` and `response`: the column with a chat, a list of mappings with `role` and
+    `content`. The last message is the assistant's, and is the response; all messages before are the prompt.
+    """
+    prompt_template: Template | None = None
+    """For instruction: the text of a prompt, with `{prompt}` in place of the column's value; the response follows.
+    null: the tokenizer's chat template, or `{prompt}` and a line end where the tokenizer has none.
+    """
     client: Text | None = None
     """The column with a row's client, for partition.kind=natural, or with its domain, for partition.kind=domain."""
     validation: Share = 0.1
@@ -66,17 +86,19 @@ class Data(Section):
     test_examples: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
     """Rows of the source's test split to use; null: all. Refused where the source has no test split."""
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 128
-    """Most tokens per text; longer texts are cut. With `packing`: tokens per block."""
+    """Most tokens per text, or per prompt and response together; what is longer is cut. With `packing`: tokens per
+    block.
+    """
     packing: bool = False
     """For causal_lm: the texts of a client are joined, an end-of-text token after each, and cut into blocks of
     `max_tokens`. Nothing of a text is lost, and a token also sees the texts before its own in the block.
     """
     crop: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """For image_classification: every training image is moved at random by up to this many pixels of the model's input,
+    """For images: every training image is moved at random by up to this many pixels of the model's input,
     in both directions; what is uncovered is black. 0: no image is moved.
     """
     flip: bool = False
-    """For image_classification: half of the training images, drawn anew in every step, are mirrored left to right."""
+    """For images: half of the training images, drawn anew in every step, are mirrored left to right."""
     pretrain_share: Fraction = 0.0
     """Share of the source's training rows that no client has: those on which `rayfed pretrain` trains. A hash of a
     row's text or image decides, so they are the same rows for every `seed`, and equal rows stay together.
@@ -98,6 +120,43 @@ class Data(Section):
             return self.source
         return "low_rank_regression" if self.source == "lowrank" else self.task
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the task reads where they are there, in the order in which a row that is a tuple has them."""
+        if self.task == "instruction":
+            names = (*((self.messages,) if self.messages else (self.prompt, self.response)), self.client, self.label)
+        else:
+            names = (self.image if self.images else self.text, self.label, self.client)
+        return tuple(name for name in names if name)
+
+    @property
+    def images(self) -> bool:
+        """Whether rows are images."""
+        return self.task in ("image_classification", "image_multi_label")
+
+    @property
+    def nested(self) -> tuple[str, ...]:
+        """The columns whose values may be lists or structs."""
+        lists = {"instruction": self.messages, "multi_label": self.label, "image_multi_label": self.label}
+        return tuple(name for name in (lists.get(self.task), self.image if self.images else None) if name)
+
+    @model_validator(mode="after")
+    def _task_has_its_settings(self) -> Data:
+        if self.packing and not self.own_task and self.task_class != "causal_lm":
+            raise ValueError("data.packing: got true, but only data.task=causal_lm joins texts")
+        for field in ("crop", "flip"):
+            if (value := getattr(self, field)) and not self.own_task and not self.images:
+                raise ValueError(f"data.{field}: got {str(value).lower()}, but only tasks on images change images")
+        for field in ("messages", "prompt_template"):
+            if (value := getattr(self, field)) is not None and not self.own_task and self.task_class != "instruction":
+                raise ValueError(f"data.{field}: got {value!r}, but only data.task=instruction has prompts")
+        if self.prompt_template is not None:
+            if self.messages is not None:
+                raise ValueError(f"data.prompt_template: got {self.prompt_template!r}, but data.messages are chats")
+            if self.prompt_template.count("{prompt}") != 1:
+                raise ValueError(f"data.prompt_template: got {self.prompt_template!r}, but it has {{prompt}} once")
+        return self
+
     @model_validator(mode="after")
     def _source_is_named(self) -> Data:
         if self.source == "files" and not self.path:
@@ -106,14 +165,6 @@ class Data(Section):
             raise ValueError("data.source: got 'object', but Python objects come with rayfed.run(..., task=...)")
         if self.source == "hub" and not self.name:
             raise ValueError("data.name: got null, but data.source=hub needs the name of a data set")
-        for field, task, why in (
-            ("packing", "causal_lm", "joins texts"),
-            ("crop", "image_classification", "moves images"),
-            ("flip", "image_classification", "mirrors images"),
-        ):
-            if getattr(self, field) and not self.own_task and self.task_class != task:
-                value = str(getattr(self, field)).lower()
-                raise ValueError(f"data.{field}: got {value}, but only data.task={task} {why}")
         for field, source in (("path", "files"), ("name", "hub"), ("subset", "hub")):
             if getattr(self, field) is not None and self.source != source and not self.own_task:
                 raise ValueError(
@@ -206,9 +257,9 @@ class Model(Section):
 
     name: Text = "minilm"
     """`minilm`: the packaged all-MiniLM-L6-v2 (extra `minilm`); else a local folder or a hub name that
-    AutoModelForSequenceClassification can load (AutoModelForCausalLM with data.task=causal_lm,
-    AutoModelForImageClassification with data.task=image_classification). Ignored by data.source=lowrank, whose model is
-    one layer. `object`: a model that was given in Python, `rayfed.run(..., task=...)`.
+    AutoModelForSequenceClassification can load (AutoModelForCausalLM with data.task=causal_lm or instruction,
+    AutoModelForImageClassification for images). Ignored by data.source=lowrank, whose model is one layer. `object`: a
+    model that was given in Python, `rayfed.run(..., task=...)`.
     """
     pooling: Literal["stock", "mean"] = "stock"
     """`stock`: the model's own classification head; `mean`: the mean over all tokens but the padding, then one linear

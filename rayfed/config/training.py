@@ -147,6 +147,12 @@ class Eval(Section):
     by that: `test/accuracy_unseen` and `test/loss_unseen`, over these rows together; null once every client with rows
     has taken part. It takes at most one evaluation of all training rows.
     """
+    generate_rows: Batch | None = None
+    """For data.task=instruction: the largest number of validation rows and of test rows, drawn once, to whose prompts
+    the global model writes responses, greedily (`eval/exact_match`, `eval/rouge_l`). null: none.
+    """
+    max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 256
+    """For `generate_rows`: most tokens of a response."""
     controls: bool = False
     """At the end, also train only a head on the frozen base model, and measure it: once in the same rounds, and once
     centrally until convergence.

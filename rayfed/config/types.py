@@ -21,18 +21,19 @@ class TextMistake(ValueError):
 
 @dataclass(frozen=True)
 class Printable:
-    """A validator of strings: at most ``most`` bytes in UTF-8, and no control characters.
+    """A validator of strings: at most ``most`` bytes in UTF-8, and no control characters but those in ``but``.
 
     Settings are shown on terminals and become names of files. Control characters are those of the Unicode categories
     Cc, Cf and Cs, and the line ends of Unicode.
     """
 
     most: int
+    but: str = ""
 
     def __call__(self, text: str) -> str:
         if (size := len(text.encode(errors="replace"))) > self.most:
             raise TextMistake(f"it has {size} bytes, and at most {self.most} are allowed")
-        if any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text):
+        if any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text if c not in self.but):
             raise TextMistake("control characters are not allowed")
         return text
 

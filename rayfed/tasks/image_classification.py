@@ -24,7 +24,6 @@ from rayfed.keywords import suggest_keywords
 from rayfed.tasks._texts import SourceTask
 from rayfed.tasks.base import Forward, Metric
 from rayfed.tasks.data.federation import Federation
-from rayfed.tasks.data.image_files import read_image_source
 from rayfed.tasks.data.images import decoded, read_images, shifted
 from rayfed.tasks.data.table import Source, Table
 from rayfed.tasks.metrics import single_label
@@ -79,7 +78,7 @@ class ImageClassification(SourceTask):
         from rayfed.tasks.data.dataset import load_data
         from rayfed.tasks.data.partition import client_names, partition
 
-        data = load_data(self.data, self.seed, self._rows(), contents=self._read)
+        data = load_data(self.data, self.seed, self._source(self.data))
         parts = partition(data.train.labels, data.train.owners, self.partition, self.seed)
         splits = (data.train, data.validation, data.test)
         train, validation, test = decoded(splits, load_image_input(self.model_settings))
@@ -140,7 +139,7 @@ class ImageClassification(SourceTask):
 
     def _source(self, data: Data) -> Source | None:
         """The rows that are objects: images of Pillow as arrays, so that equal images have equal hashes."""
-        found = super()._source(_with_images(data))
+        found = super()._source(data)
         if found is None:
             return None
         tables = {
@@ -148,15 +147,3 @@ class ImageClassification(SourceTask):
             for split, table in found.tables.items()
         }
         return Source(tables, found.class_names)
-
-    def _rows(self) -> Source:
-        """All rows, with images that are not decoded yet."""
-        return self._source(self.data) or read_image_source(_with_images(self.data))
-
-    def _read(self, table: Table) -> list[Any]:
-        return read_images(table, self.data.image)
-
-
-def _with_images(data: Data) -> Data:
-    """For the readers of sources, which read the column `data.text`."""
-    return data.model_copy(update={"text": data.image})

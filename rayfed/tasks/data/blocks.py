@@ -21,12 +21,16 @@ def whole_texts(tokens: Tokens, parts: Sequence[np.ndarray]) -> tuple[Tokens, np
 
     ``parts`` has the texts of every client, as indices.
     """
-    kept = tokens.lengths >= SHORTEST
-    number = np.cumsum(kept) - 1  # of each text that is kept, its number among these
-    chosen = [number[part[kept[part]]] for part in parts]
-    starts = np.cumsum([0, *map(len, chosen)], dtype=np.int64)
-    ends = tokens.offsets[1:][kept]
-    return _pieces(tokens, ends - tokens.lengths[kept], ends), _joined(chosen), starts
+    used = tokens.lengths >= SHORTEST
+    ends = tokens.offsets[1:][used]
+    return _pieces(tokens, ends - tokens.lengths[used], ends), *used_rows(used, parts)
+
+
+def used_rows(used: np.ndarray, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(indices, starts) of ``parts`` where only the ``used`` rows (n,) are left, numbered in their order."""
+    number = np.cumsum(used) - 1
+    chosen = [number[part[used[part]]] for part in parts]
+    return _joined(chosen), np.cumsum([0, *map(len, chosen)], dtype=np.int64)
 
 
 def blocks(tokens: Tokens, parts: Sequence[np.ndarray], size: int) -> tuple[Tokens, np.ndarray, np.ndarray]:

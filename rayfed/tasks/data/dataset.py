@@ -1,17 +1,14 @@
 """Texts or images in three splits, from any source, with labels or without.
 
-The sources (`stdlib`, `files`, `hub`) read columns. This module checks the columns, numbers the classes, and draws the
-splits that the source lacks. Every error names the file, the column and the row.
+The sources (`stdlib`, `files`, `hub`) read columns. `columns`, `labels` and `conversations` check them and number the
+classes. This module draws the splits that the source lacks. Every error names the file, the column and the row.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
-import re
-import reprlib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,29 +17,24 @@ import numpy as np
 from rayfed import seeding
 from rayfed.config.task import Data
 from rayfed.errors import UserError, allowed
-from rayfed.tasks.data.table import SPLITS, Source, Table, listed
+from rayfed.tasks.data.columns import owners, texts
+from rayfed.tasks.data.conversations import conversations
+from rayfed.tasks.data.images import content, read_images
+from rayfed.tasks.data.labels import class_labels, label_sets, numbers
+from rayfed.tasks.data.table import SPLITS, Source, Table
 
 SOURCE_FIELD = {"stdlib": "data.source", "files": "data.path", "hub": "data.name", "object": "task"}
 """The setting that names the source, by `data.source`."""
-SURROGATE = re.compile(r"[\ud800-\udfff]")
-UNPRINTABLE = re.compile(r"[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters, terminal sequences among them; line ends; marks that reverse the direction of writing; halves of
-surrogate pairs."""
-NAME_LENGTH = 200
-NAMES = f"are integers or strings, of 64 bits or of 1 to {NAME_LENGTH} printable characters"
-
-Contents = Callable[[Table], list[Any]]
-"""Reads and checks the texts, or what takes their place, of a table."""
-
-log = logging.getLogger(__name__)
+READ_LABELS = {"multi_label": label_sets, "image_multi_label": label_sets, "regression": numbers}
+"""What reads the column of labels, by `data.task`; `class_labels` for all others."""
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
     """n texts (or images, see `rayfed.tasks.data.images`), in the order of the source."""
 
-    texts: list[Any]
-    labels: np.ndarray  # (n,) int64, indices into TextData.classes; 0 where labels are not read
+    texts: list[Any]  # (n,) str; with data.task=instruction, conversations, for images what `images` reads
+    labels: np.ndarray  # (n,) int64, indices into TextData.classes; see `labels` for other tasks; 0 if not read
     owners: np.ndarray | None = None  # (n,) str: the client of each row; None without data.client or without its column
     origin: str = "the split"  # where the rows come from, for error messages
     numbers: np.ndarray | None = None  # (n,) int64: the rows' numbers there, from 0; None: 0 to n - 1
@@ -72,11 +64,9 @@ class TextData:
 
 
 def load_data(
-    settings: Data, seed: int, source: Source | None = None, labelled: Collection[str] = tuple(SPLITS),
-    contents: Contents | None = None,
-) -> TextData:  # fmt: skip
+    settings: Data, seed: int, source: Source | None = None, labelled: Collection[str] = tuple(SPLITS)
+) -> TextData:
     """Reads and checks the texts that ``settings`` describe (those of ``source``, if given), and gives three splits.
-    ``contents`` reads something else than texts.
 
     Classes are numbered over all splits, before ``data.examples`` applies: integer labels in ascending order, strings
     in code-point order, a ClassLabel of the hub in its own order. ``data.examples`` then draws that many rows of the
@@ -86,11 +76,11 @@ def load_data(
     floor(data.validation * rest) rows. All rows stay in the order of the source. Labels are read in the ``labelled``
     splits of the source; without them there are no classes.
 
-    Empty texts are rows like others; their number is logged as a warning. Raises UserError if a column is missing, a
-    label or client is neither an integer of 64 bits nor a string of 1 to 200 printable characters, integers and strings
-    are mixed, a text is not a string, there is only one class, or train or test is empty in the end.
+    Empty texts are rows like others; their number is logged as a warning. Raises UserError if a column is missing or
+    has a value that the task cannot take, see `columns`, `labels` and `conversations`, or if train or test is empty in
+    the end.
     """
-    splits, classes = _read_splits(settings, source, labelled, contents)
+    splits, classes = _read_splits(settings, source, labelled)
     test = {name: splits.pop(name) for name in ("test",) if name in splits}
     if settings.test_examples is not None and not test:
         raise allowed("data.test_examples", settings.test_examples, "the source has no test split; set data.test")
@@ -109,14 +99,13 @@ def load_data(
 
 
 def load_pretraining(
-    settings: Data, source: Source | None = None, labelled: Collection[str] = tuple(SPLITS),
-    contents: Contents | None = None,
-) -> tuple[Split, tuple[str, ...]]:  # fmt: skip
+    settings: Data, source: Source | None = None, labelled: Collection[str] = tuple(SPLITS)
+) -> tuple[Split, tuple[str, ...]]:
     """The rows that `data.pretrain_share` keeps from all clients, and the classes. Arguments and errors as `load_data`.
 
     They are taken before any split is drawn, so they are in no split of `load_data`, whatever its seed.
     """
-    splits, classes = _read_splits(settings, source, labelled, contents)
+    splits, classes = _read_splits(settings, source, labelled)
     rows = splits["train"].take(np.flatnonzero(for_pretraining(splits["train"], settings)))
     if not len(rows):
         what = f"{splits['train'].origin} has no such row; rayfed pretrain needs some"
@@ -126,15 +115,13 @@ def load_pretraining(
 
 def for_pretraining(split: Split, settings: Data) -> np.ndarray:
     """(n,) bool: the rows of the source's training split that no client has."""
-    from rayfed.tasks.data.images import content
-
     least = int(settings.pretrain_share * 2**64)
     hashes = (hashlib.sha256(content(item)).digest()[:8] for item in split.texts)
     return np.array([int.from_bytes(found, "big") < least for found in hashes], dtype=bool)
 
 
 def _read_splits(
-    settings: Data, source: Source | None, labelled: Collection[str], contents: Contents | None
+    settings: Data, source: Source | None, labelled: Collection[str]
 ) -> tuple[dict[str, Split], tuple[str, ...]]:
     """The splits that the source has, whole, and the classes."""
     source = source or read_source(settings)
@@ -146,13 +133,13 @@ def _read_splits(
     labels = {name: np.zeros(len(table), dtype=np.int64) for name, table in tables.items()}
     classes: tuple[str, ...] = ()
     if read := {name: table for name, table in tables.items() if name in labelled}:
-        found, classes = _labels(read, settings.label, source.class_names)
+        found, classes = READ_LABELS.get(settings.task, class_labels)(read, settings.label, source.class_names)
         labels |= found
     splits = {
         name: Split(
-            contents(table) if contents else _texts(table, settings.text),
+            _contents(table, settings),
             labels[name],
-            _owners(table, settings.client, name == "train"),
+            owners(table, settings.client, name == "train"),
             table.origin,
         )
         for name, table in tables.items()
@@ -167,6 +154,10 @@ def read_source(settings: Data) -> Source:
         from rayfed.tasks.data.stdlib import read_stdlib
 
         return read_stdlib()
+    if settings.source == "files" and settings.images:
+        from rayfed.tasks.data.image_files import read_image_files
+
+        return read_image_files(settings)
     if settings.source == "files":
         from rayfed.tasks.data.files import read_files
 
@@ -176,71 +167,11 @@ def read_source(settings: Data) -> Source:
     return read_hub(settings)
 
 
-def _column(table: Table, name: str, setting: str, valid: Callable[[Any], bool], what: str) -> list[Any]:
-    """A column of the table. UserError if there is none, or for its first value that is not ``valid``."""
-    if name not in table.columns:
-        raise allowed(setting, name, f"{table.origin} has the columns {listed(table.columns)}")
-    for row, value in enumerate(table.columns[name], 1):
-        if not valid(value):
-            place = f"{table.origin}, column {name!r}, row {row}"
-            raise UserError(f"{setting}: got {reprlib.repr(value)} in {place}, but {what}")
-    return table.columns[name]
-
-
-def _is_name(value: object) -> bool:
-    """Whether the value can be a label or a client: it is shown in terminals, reports and file names."""
-    if isinstance(value, str):
-        return 0 < len(value) <= NAME_LENGTH and not value.isspace() and not UNPRINTABLE.search(value)
-    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-
-
-def _texts(table: Table, column: str) -> list[str]:
-    _column(table, column, "data.text", lambda text: isinstance(text, str), "texts are strings")
-    # JSON can contain half a surrogate pair, which tokenizers reject.
-    texts = _column(table, column, "data.text", lambda text: not SURROGATE.search(text), "texts are valid Unicode")
-    empty = [row for row, text in enumerate(texts, 1) if not text or text.isspace()]
-    if empty:
-        count = f"{len(empty)} of {len(texts)} texts in {table.origin}"
-        log.warning("data.text: %s are empty; the first is row %d", count, empty[0])
-    return texts
-
-
-def _owners(table: Table, column: str | None, required: bool) -> np.ndarray | None:
-    if column is None or (column not in table.columns and not required):
-        return None  # only training rows are partitioned, so only they need the column
-    owners = _column(table, column, "data.client", _is_name, f"owners {NAMES}")
-    return np.array([str(owner) for owner in owners], dtype=np.str_)
-
-
-def _labels(
-    tables: dict[str, Table], column: str, class_names: tuple[str, ...] | None
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The labels of each split as class indices, and the class names."""
-    for name in class_names or ():
-        if not _is_name(name):
-            raise allowed("data.label", name[:NAME_LENGTH], f"names of classes {NAMES}")
-    first: dict[type, str] = {}  # the first label of each type, and its place
-    for table in tables.values():
-        labels = _column(table, column, "data.label", _is_name, f"labels {NAMES}")
-        if class_names is not None:
-            known, last = range(len(class_names)), len(class_names) - 1
-            _column(table, column, "data.label", known.__contains__, f"labels of this data set are 0 to {last}")
-        for row, label in enumerate(labels, 1):
-            first.setdefault(type(label), f"{reprlib.repr(label)} ({table.origin} row {row})")
-    if len(first) > 1:
-        both = " and ".join(first.values())
-        raise UserError(f"data.label: got {both} in column {column!r}, but labels are all integers or all strings")
-    values = sorted({label for table in tables.values() for label in table.columns[column]})
-    if class_names is not None:
-        values = list(range(len(class_names)))
-    if len(values) < 2:
-        raise UserError(f"data.label: got column {column!r} with the one class {values[0]!r}, but two are needed")
-    index = {value: i for i, value in enumerate(values)}
-    indices = {
-        name: np.array([index[label] for label in table.columns[column]], dtype=np.int64)
-        for name, table in tables.items()
-    }
-    return indices, class_names or tuple(map(str, values))
+def _contents(table: Table, settings: Data) -> list[Any]:
+    """The texts of the table, or what takes their place."""
+    if settings.task == "instruction":
+        return conversations(table, settings)
+    return read_images(table, settings.image) if settings.images else texts(table, settings.text)
 
 
 def _limit(splits: dict[str, Split], examples: int | None, rng: np.random.Generator) -> dict[str, Split]:

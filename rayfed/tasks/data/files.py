@@ -128,7 +128,7 @@ class _Stream(io.RawIOBase):
         self.decoded += count
         self.tail = (self.tail + bytes(memoryview(buffer)[:count][-64:]))[-64:]
         if self.gzipped:
-            check_size(self.path, self.decoded)
+            _check_size(self.path, self.decoded)
         return count
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ class _Stream(io.RawIOBase):
         super().close()
 
 
-def check_size(path: Path, decoded: int) -> None:
+def _check_size(path: Path, decoded: int) -> None:
     """UserError if the file's content is so much larger than the file that it must be meant to fill the memory."""
     if decoded > max(SMALL, MOST_RATIO * path.stat().st_size):
         raise UserError(
@@ -180,7 +180,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _csv(path: Path, settings: Data) -> Columns:
     with io.BufferedReader(_Stream(path), 2**20) as file:
         names = _csv_reader(file).schema.names
-    cells: dict[str, list[str]] = {name: [] for name in names if name in _wanted(settings)}
+    cells: dict[str, list[str]] = {name: [] for name in names if name in settings.columns}
     rows = 0
     last = b""  # the last cell of the last row
     stream = _Stream(path)
@@ -200,7 +200,8 @@ def _csv(path: Path, settings: Data) -> Columns:
         raise UserError(f"data.path: {path}, row {rows} opens a quote that never closes")
     columns = _columns(names, settings, cells.__getitem__, rows)
     if settings.label in columns:
-        columns[settings.label] = _parse_labels(columns[settings.label])
+        parse = _split_labels if settings.label in settings.nested else _parse_labels
+        columns[settings.label] = parse(columns[settings.label])
     return columns
 
 
@@ -236,6 +237,11 @@ def _parse_labels(labels: list[str]) -> list[Any]:
     return [None if label == "" else label for label in (values if numbers else labels)]
 
 
+def _split_labels(cells: list[str]) -> list[Any]:
+    """The labels of each cell, with commas between them; an empty cell has none."""
+    return [[_number(label.strip()) for label in cell.split(",")] if cell else [] for cell in cells]
+
+
 def _number(label: str) -> int | float | str:
     if INTEGER.fullmatch(label):
         return int(label)
@@ -248,9 +254,9 @@ def _parquet(path: Path, settings: Data) -> Columns:
     with parquet.ParquetFile(path) as file:
         names, meta = file.schema_arrow.names, file.metadata
         for name, kind in zip(names, file.schema_arrow.types):
-            if name in _wanted(settings) and types.is_nested(kind):
+            if name in settings.columns and name not in settings.nested and types.is_nested(kind):
                 raise UserError(f"data.path: {path}, column {name!r} has the type {kind}, but a row has a single value")
-    check_size(path, 8 * meta.num_rows)  # the least that Python values need
+    _check_size(path, 8 * meta.num_rows)  # the least that Python values need
     return _columns(names, settings, lambda name: _parquet_column(path, meta, name), meta.num_rows)
 
 
@@ -258,10 +264,13 @@ def _parquet_column(path: Path, meta: parquet.FileMetaData, name: str) -> list[A
     """The values of a column. Equal strings of a row group share their memory, as in the file."""
     from pyarrow import parquet, types
 
-    index = next(i for i in range(meta.num_columns) if meta.schema.column(i).path == name)
-    size = sum(meta.row_group(group).column(index).total_uncompressed_size for group in range(meta.num_row_groups))
-    check_size(path, size)
-    shared = [name] if size < 2**31 else []  # pyarrow's dictionaries hold fewer bytes than that
+    paths = [meta.schema.column(i).path for i in range(meta.num_columns)]
+    leaves = [i for i, own in enumerate(paths) if own == name or own.startswith(f"{name}.")]  # several, if nested
+    groups = [meta.row_group(group) for group in range(meta.num_row_groups)]
+    size = sum(group.column(leaf).total_uncompressed_size for group in groups for leaf in leaves)
+    _check_size(path, size)
+    # pyarrow's dictionaries have no lists, and fewer bytes than that
+    shared = [name] if name in paths and size < 2**31 else []
     values: list[Any] = []
     decoded = 0
     with parquet.ParquetFile(path, metadata=meta, read_dictionary=shared) as file:
@@ -273,19 +282,14 @@ def _parquet_column(path: Path, meta: parquet.FileMetaData, name: str) -> list[A
                 words = chunk.dictionary.to_pylist()
                 found = [None if i is None else words[i] for i in chunk.indices.to_pylist()]
                 decoded += sum(len(word) for word in found if isinstance(word, str))
-                check_size(path, decoded)
+                _check_size(path, decoded)
                 values += found
     return values
 
 
-def _wanted(settings: Data) -> set[str]:
-    """The columns that the settings name."""
-    return {name for name in (settings.text, settings.label, settings.client) if name}
-
-
 def _columns(names: list[str], settings: Data, column: Callable[[str], list[Any]], rows: int) -> Columns:
     """The columns that the settings name. The other columns are empty: error messages list their names."""
-    wanted = _wanted(settings)
+    wanted = settings.columns
     if twice := sorted({name for name in names if name in wanted and names.count(name) > 1}):
         raise UserError(f"data.path: the column {twice[0]!r} is there twice")
     return {name: column(name) if name in wanted else [] for name in names} if rows else {}

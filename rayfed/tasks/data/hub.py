@@ -36,6 +36,7 @@ def read_hub(settings: Data) -> Source:
     if "train" not in found:
         raise allowed("data.name", name, f"it needs a split 'train'; it has {', '.join(map(repr, loaded))}")
     feature = loaded[found["train"][0]].features.get(settings.label)
+    feature = getattr(feature, "feature", feature)  # of the items, where a row has a list of labels
     class_names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
     tables = {}
     for split, (own_name, *_) in found.items():
@@ -50,8 +51,7 @@ def _columns(dataset: Dataset, settings: Data) -> dict[str, list[Any]]:
     """The columns that the settings name. The other columns are empty: error messages list their names."""
     from datasets import Image
 
-    wanted = (settings.text, settings.label, settings.client)
-    for name in wanted:
-        if name is not None and isinstance(dataset.features.get(name), Image):
+    for name in settings.columns:
+        if isinstance(dataset.features.get(name), Image):
             dataset = dataset.cast_column(name, Image(decode=False))  # the bytes of its file
-    return {name: dataset[name][:] if name in wanted else [] for name in dataset.column_names}
+    return {name: dataset[name][:] if name in settings.columns else [] for name in dataset.column_names}

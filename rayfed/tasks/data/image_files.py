@@ -10,22 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from rayfed.config.task import Data
-from rayfed.errors import UserError, allowed, first_line
-from rayfed.tasks.data.files import check_size, existing, read_file, split_files
-from rayfed.tasks.data.hub import read_hub
+from rayfed.errors import allowed
+from rayfed.tasks.data.files import existing, read_file, split_files
 from rayfed.tasks.data.table import SPLITS, Source, Table
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-def read_image_source(settings: Data) -> Source:
-    """The splits that ``settings`` name, where `data.text` is the column with the images.
+def read_image_files(settings: Data) -> Source:
+    """The splits at `data.path`, as `read_files` gives them. An image is bytes, or the path of a file.
 
-    An image is bytes, a struct of bytes and path, or a path: an absolute one where the source is a file. UserError,
-    with the file, if something is missing or malformed.
+    UserError, with the file, if something is missing or malformed.
     """
-    if settings.source == "hub":
-        return read_hub(settings)
     path = existing(settings)
     if path.is_dir() and (folders := _split_folders(path)):
         return Source({split: _folder(folder, settings) for split, folder in folders.items()})
@@ -52,42 +48,19 @@ def _folder(folder: Path, settings: Data) -> Table:
     if not rows:
         what = f"it needs a folder for each class, with files that end in {', '.join(SUFFIXES)}"
         raise allowed("data.path", str(folder), what)
-    return Table(str(folder), {settings.text: [file for file, _ in rows], settings.label: [name for _, name in rows]})
+    return Table(str(folder), {settings.image: [file for file, _ in rows], settings.label: [name for _, name in rows]})
 
 
 def _columns(file: Path, settings: Data) -> dict[str, list[Any]]:
-    """The columns of a file, with absolute paths."""
-    column = settings.text
-    if file.suffix.lower() == ".parquet":
-        found = read_file(file, settings.model_copy(update={"text": ""}))  # without the images
-        if column in found:
-            found[column] = _parquet_images(file, column)
-    else:
-        found = read_file(file, settings)
-    if column in found:
-        found[column] = [_absolute(value, file.parent) for value in found[column]]
+    """The columns of a file. Paths of images are relative to its folder."""
+    found = read_file(file, settings)
+    if settings.image in found:
+        found[settings.image] = [_placed(value, file.parent) for value in found[settings.image]]
     return found
 
 
-def _absolute(value: Any, folder: Path) -> Any:
-    """A path below the folder as an absolute one; bytes as they are."""
+def _placed(value: Any, folder: Path) -> Any:
+    """An image's path as one below the folder; anything else, such as its bytes, as it is."""
     if isinstance(value, dict) and not value.get("bytes"):
         value = value.get("path")
-    return str(folder / value) if isinstance(value, str) and value else value
-
-
-def _parquet_images(file: Path, column: str) -> list[Any]:
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(file) as table:
-            meta = table.metadata
-            parts = [i for i in range(meta.num_columns) if meta.schema.column(i).path.split(".")[0] == column]
-            groups = (meta.row_group(i) for i in range(meta.num_row_groups))
-            check_size(file, sum(group.column(i).total_uncompressed_size for group in groups for i in parts))
-            values: list[Any] = table.read(columns=[column]).column(column).to_pylist()
-            return values
-    except UserError:
-        raise
-    except Exception as error:  # pyarrow raises many kinds
-        raise UserError(f"data.path: {file} cannot be read: {first_line(error)}") from error
+    return folder / value if isinstance(value, str) and value else value

@@ -1,4 +1,4 @@
-"""Labelled texts or images that are Python objects: a `datasets.Dataset`, a DataFrame, a list of rows, a torch data set."""
+"""Labelled texts or images that are Python objects: a `datasets.Dataset`, a DataFrame, rows in a list or a data set."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def read_objects(splits: Mapping[str, Any], settings: Data) -> Source:
     """The splits, ``train`` among them, each one of `KINDS`.
 
     The items of a list or a torch data set are mappings from column to value, or tuples (text, label) or (text, label,
-    client). A ClassLabel of the training rows gives the class names. Labels may be NumPy's or torch's integers.
-    UserError where an object is of another kind.
+    client); for instruction tuning (prompt, response) or (prompt, response, client). A ClassLabel of the training rows
+    gives the class names. Labels may be NumPy's or torch's integers. UserError where an object is of another kind.
     """
     tables = {name: Table(f"the {name} rows", _columns(rows, name, settings)) for name, rows in splits.items()}
-    names = getattr(getattr(splits["train"], "features", {}).get(settings.label), "names", None)
+    feature = getattr(splits["train"], "features", {}).get(settings.label)
+    names = getattr(getattr(feature, "feature", feature), "names", None)  # of the items, where a row has a list
     return Source(tables, tuple(names) if names else None)
 
 
@@ -44,7 +45,7 @@ def content_digest(source: Source) -> str:
 
 def _columns(rows: Any, split: str, settings: Data) -> dict[str, list[Any]]:
     """The columns that the settings name. The other columns are empty: error messages list their names."""
-    wanted = [name for name in (settings.text, settings.label, settings.client) if name is not None]
+    wanted = settings.columns
     if isinstance(rows, Mapping | str | bytes) or not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
         raise UserError(f"{split}: got {type(rows).__name__}, but it should be {KINDS}")
     if names := getattr(rows, "column_names", None) or list(getattr(rows, "columns", ())):
@@ -53,8 +54,8 @@ def _columns(rows: Any, split: str, settings: Data) -> dict[str, list[Any]]:
         items = [_mapping(_item(rows, i, split), i, split, wanted) for i in range(len(rows))]
         present = dict.fromkeys(name for item in items for name in item)
         columns = {name: [item.get(name) for item in items] if name in wanted else [] for name in present}
-    numbers = {settings.label, settings.client}
-    return {name: list(map(_plain, values)) if name in numbers else values for name, values in columns.items()}
+    plain = {settings.label, settings.client, settings.messages}
+    return {name: list(map(_plain, values)) if name in plain else values for name, values in columns.items()}
 
 
 def _item(rows: Any, index: int, split: str) -> Any:
@@ -64,7 +65,7 @@ def _item(rows: Any, index: int, split: str) -> Any:
         raise failure(error, UserError, f"{split}: row {index + 1}") from None
 
 
-def _mapping(item: Any, index: int, split: str, wanted: list[str]) -> Mapping[str, Any]:
+def _mapping(item: Any, index: int, split: str, wanted: tuple[str, ...]) -> Mapping[str, Any]:
     if isinstance(item, Mapping):
         return item
     if isinstance(item, tuple) and 2 <= len(item) <= len(wanted):
@@ -74,5 +75,5 @@ def _mapping(item: Any, index: int, split: str, wanted: list[str]) -> Mapping[st
 
 
 def _plain(value: Any) -> Any:
-    """A number of NumPy or torch as Python's."""
-    return value.item() if hasattr(value, "item") and np.ndim(value) == 0 else value
+    """A number or an array of NumPy or torch as Python's number or list."""
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 4_000_000  # most characters per call of the tokenizer: enough for its threads, and a few gigabytes
 LONGEST = 1_000_000  # characters of a text that is tokenised whole, if it must be: about 2 seconds
+IGNORED = -100  # the target of a token that does not count, as in torch
 LOOKAHEAD = 16  # words after a token that may still change it; see `_encode_long`
 WORD_END = re.compile(r"\S(?=[ \n])")  # of the kinds of white space, every tokenizer splits at these two
 
@@ -35,7 +36,7 @@ class Tokens:
 
     ids: np.ndarray  # (total,) int32
     offsets: np.ndarray  # (n + 1,) int64, from 0 to total
-    labels: np.ndarray  # (n,) int64, class indices
+    labels: np.ndarray  # (n,) int64, class indices; (n, classes) bool or (n,) float32, see `labels`
     pad_id: int = 0  # the padding token of padded batches
 
     def __len__(self) -> int:
@@ -47,7 +48,7 @@ class Tokens:
         return np.diff(self.offsets)
 
     def batch(self, rows: np.ndarray, padded: bool) -> dict[str, torch.Tensor]:
-        """The given b texts (indices, any order) as int64 tensors, ``labels`` (b,) among them.
+        """The given b texts (indices, any order) as int64 tensors, and their ``labels`` (b, ...).
 
         With ``padded``, ``input_ids`` and ``attention_mask`` are (b, longest): texts are padded on the right with
         ``pad_id``, where the mask is 0. Otherwise ``input_ids`` and ``position_ids`` are (1, tokens): texts follow each
@@ -57,7 +58,7 @@ class Tokens:
         lengths = self.offsets[np.asarray(rows) + 1] - starts
         positions = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         flat = self.ids[np.repeat(starts, lengths) + positions].astype(np.int64)
-        labels = torch.from_numpy(self.labels[rows].astype(np.int64))  # a copy: writable
+        labels = torch.from_numpy(self.labels[rows])  # a copy: writable
         if not padded:
             ids, positions_1T = torch.from_numpy(flat)[None], torch.from_numpy(positions)[None]
             return {"input_ids": ids, "position_ids": positions_1T, "labels": labels}
@@ -100,7 +101,7 @@ def tokenize(
                 what = f"a text of more than {longest} characters has spaces between its words: cut it"
                 raise UserError(f"data.text: got {len(text)} characters in {split.place(row)}, but {what}")
     lists = [ids or [_filler(tokenizer)] for ids in lists]
-    return _tokens(lists, split, tokenizer, vocabulary)
+    return join(lists, split, tokenizer, vocabulary)
 
 
 def tokenize_whole(split: Split, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> Tokens:
@@ -108,22 +109,33 @@ def tokenize_whole(split: Split, tokenizer: PreTrainedTokenizerBase, vocabulary:
 
     A text without any token stays empty. UserError as in `tokenize`; for any text of more than a million characters.
     """
-    encode, end = _encoder(tokenizer, split, verbose=False), tokenizer.eos_token_id
+    lists, end = encode_whole(split, split.texts, "data.text", tokenizer), tokenizer.eos_token_id
+    if end is not None:
+        lists = [[*ids, end] if ids and ids[-1] != end else ids for ids in lists]
+    return join(lists, split, tokenizer, vocabulary)
+
+
+def encode_whole(
+    split: Split, texts: list[str], field: str, tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> list[list[int]]:
+    """The ids of the texts of the split's rows, which the setting ``field`` names, uncut. UserError as above.
+
+    ``options`` are arguments of the tokenizer.
+    """
+    encode = _encoder(tokenizer, split, verbose=False, **options)
     lists: list[list[int]] = []
     group: list[str] = []
     characters = 0
-    for row, text in enumerate(split.texts):
+    for row, text in enumerate(texts):
         if len(text) > LONGEST:
             what = f"a text has at most {LONGEST}: cut it"
-            raise UserError(f"data.text: got {len(text)} characters in {split.place(row)}, but {what}")
+            raise UserError(f"{field}: got {len(text)} characters in {split.place(row)}, but {what}")
         group.append(text)
         characters += len(text)
-        if characters > AT_ONCE - LONGEST or row == len(split) - 1:
+        if characters > AT_ONCE - LONGEST or row == len(texts) - 1:
             lists += encode(group)
             group, characters = [], 0
-    if end is not None:
-        lists = [[*ids, end] if ids and ids[-1] != end else ids for ids in lists]
-    return _tokens(lists, split, tokenizer, vocabulary)
+    return lists
 
 
 def check_limit(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
@@ -148,7 +160,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, split: Split, **options: Any) -
     return encode
 
 
-def _tokens(lists: list[list[int]], split: Split, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None) -> Tokens:
+def join(lists: list[list[int]], split: Split, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None) -> Tokens:
     """The ids of the split's texts as `Tokens`. UserError where an id is outside the model's vocabulary."""
     offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
     flat = np.fromiter(chain.from_iterable(lists), dtype=np.int64, count=int(offsets[-1]))

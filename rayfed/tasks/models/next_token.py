@@ -27,13 +27,13 @@ from rayfed.config.task import Model
 from rayfed.errors import allowed, first_line
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.peft import output_layer
+from rayfed.tasks.data.tokens import IGNORED
 from rayfed.tasks.models.base import FrozenBase, check_model, from_pretrained, logits_of, model_path, quiet
 from rayfed.tasks.models.folder import check_weights
 from rayfed.tasks.models.unpadded import TOLERANCE, Padded, Unpadded, UnpaddedEncoder, encoder_of, random_texts
 from rayfed.tasks.models.varlen_attention import PackedSequences
 
 LOGITS = 2**24  # computed at once: 64 MiB in float32
-IGNORED = -100  # the target of a token that does not count
 
 
 def load_causal_base(settings: Model, seed: int) -> FrozenBase:
