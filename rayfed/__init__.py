@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from rayfed.tasks.base import Task
     from rayfed.tasks.causal_lm import CausalLM
     from rayfed.tasks.image_classification import ImageClassification
+    from rayfed.tasks.image_multi_label import ImageMultiLabel
     from rayfed.tasks.text_classification import TextClassification
 
 _MODULES = {
@@ -40,6 +41,7 @@ _MODULES = {
     "Callback": "rayfed.engine.callbacks",
     "Experiment": "rayfed.config",
     "ImageClassification": "rayfed.tasks.image_classification",
+    "ImageMultiLabel": "rayfed.tasks.image_multi_label",
     "Method": "rayfed.methods",
     "Objective": "rayfed.objectives",
     "ReportCallback": "rayfed.reports.run_page",
@@ -61,6 +63,7 @@ __all__ = [
     "CausalLM",
     "Experiment",
     "ImageClassification",
+    "ImageMultiLabel",
     "Method",
     "Objective",
     "ReportCallback",

@@ -19,6 +19,7 @@ from rayfed.tasks.base import Task
 from rayfed.tasks.causal_lm import CausalLM
 from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.image_classification import ImageClassification
+from rayfed.tasks.image_multi_label import ImageMultiLabel
 from rayfed.tasks.models.base import in_dtype, name_classes
 from rayfed.tasks.models.cache import forget_base
 from rayfed.tasks.models.spec import describe_model
@@ -80,7 +81,7 @@ def _classes(folder: Path) -> list[str]:
     return classes
 
 
-OURS = (TextClassification, CausalLM, ImageClassification)
+OURS = (TextClassification, CausalLM, ImageClassification, ImageMultiLabel)
 """The tasks that know their base model without data."""
 
 

@@ -64,7 +64,7 @@ def existing(settings: Data) -> Path:
 def split_files(path: Path) -> dict[str, Path]:
     """The file of each split in the folder, or the file itself as the training split. UserError where none fits."""
     if path.is_dir():
-        files = {split: file for split in SPLITS if (file := _split_file(path, split)) is not None}
+        files = {split: file for split in SPLITS if (file := split_file(path, split)) is not None}
         if "train" not in files:
             present = listed(sorted(entry.name for entry in path.iterdir()))
             what = f"the folder needs a train file ({', '.join('train' + ending for ending in READERS)}); it holds"
@@ -80,7 +80,7 @@ def _ending(path: Path) -> str | None:
     return next((ending for ending in READERS if path.name.lower().endswith(ending)), None)
 
 
-def _split_file(folder: Path, split: str) -> Path | None:
+def split_file(folder: Path, split: str) -> Path | None:
     """The folder's file for the split; None if there is none. UserError if there are several."""
     found = [
         entry

@@ -11,7 +11,7 @@ from typing import Any
 
 from rayfed.config.task import Data
 from rayfed.errors import allowed
-from rayfed.tasks.data.files import existing, read_file, split_files
+from rayfed.tasks.data.files import existing, read_file, split_file, split_files
 from rayfed.tasks.data.table import SPLITS, Source, Table
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -23,7 +23,7 @@ def read_image_files(settings: Data) -> Source:
     UserError, with the file, if something is missing or malformed.
     """
     path = existing(settings)
-    if path.is_dir() and (folders := _split_folders(path)):
+    if path.is_dir() and split_file(path, "train") is None and (folders := _split_folders(path)):
         return Source({split: _folder(folder, settings) for split, folder in folders.items()})
     files = split_files(path)
     return Source({split: Table(str(file), _columns(file, settings)) for split, file in files.items()})

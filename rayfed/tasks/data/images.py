@@ -158,22 +158,32 @@ def _numbers(split: Split) -> list[int]:
 def _pixels(images: Sequence[tuple[Encoded, str]], target: ImageInput) -> np.ndarray:
     """(images, channels, height, width) uint8 of images with their places: from the cache, or decoded."""
     shape = (len(images), *target.shape)
-    file = _cache_file(images, target) if math.prod(shape) >= CACHED else None
-    if file is not None:
+    if math.prod(shape) >= CACHED:
+        file = _cache_file(images, target)
         try:
-            if not file.is_file():
+            if (found := _mapped(file, shape)) is None:
                 with atomic_path(file) as temporary:
                     new = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
                     _decode_into(new, images, target)
                     new.flush()
-            found = np.load(file, mmap_mode="r", allow_pickle=False)
-            if found.shape == shape and found.dtype == np.uint8:
-                return found.view(np.ndarray)  # of numpy's own class: Ray sends it without a copy in between
-        except (OSError, ValueError):  # no room, no right to write, or a damaged file
+                found = _mapped(file, shape)
+            if found is not None:
+                return found
+        except OSError:  # no room, or no right to write
             pass
     pixels = np.empty(shape, np.uint8)
     _decode_into(pixels, images, target)
     return pixels
+
+
+def _mapped(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The array in the file, mapped into memory; None where the file is missing or damaged."""
+    try:
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    # Of NumPy's own class, which Ray sends without a copy in between.
+    return found.view(np.ndarray) if found.shape == shape and found.dtype == np.uint8 else None
 
 
 def _cache_file(images: Sequence[tuple[Encoded, str]], target: ImageInput) -> Path:

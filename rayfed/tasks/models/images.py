@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rayfed.config.task import Model
-from rayfed.errors import allowed, first_line
+from rayfed.errors import UserError, allowed, first_line
 from rayfed.lora.peft import is_conv1d
 from rayfed.tasks.models.base import FrozenBase, from_pretrained, load_classifier, logits_of, model_path, quiet
 
@@ -148,8 +148,8 @@ def need_pillow() -> None:
     try:
         import PIL.Image  # noqa: F401
     except ImportError:
-        what = "the package pillow is not installed; install rayfed with the extra `images`"
-        raise allowed("data.task", "image_classification", what) from None
+        what = "images need the package pillow, which is not installed; install rayfed with the extra `images`"
+        raise UserError(f"data.task: {what}") from None
 
 
 def _geometry(processor: Any, images: Sequence[Image]) -> np.ndarray:

@@ -45,13 +45,17 @@ def causal_lm_usage(settings: Model, max_tokens: int, packing: bool) -> Usage:
     return Usage(settings.name, "text-generation", _CAUSAL.format(**_loading(settings), rows=rows))
 
 
-def image_usage(settings: Model) -> Usage:
-    """The usage of the adapter of an image classifier.
+def image_usage(settings: Model, multi_label: bool) -> Usage:
+    """The usage of the adapter of an image classifier, with one label an image or any number (``multi_label``).
 
     The lines define ``logits``, a function from a list of images of Pillow to a tensor (images, classes). They run in
     the run directory.
     """
-    return Usage(settings.name, "image-classification", _IMAGES.format(**_loading(settings)))
+    return Usage(
+        settings.name,
+        "image-classification",
+        _IMAGES.format(**_loading(settings), answer=_LABELS if multi_label else _LABEL),
+    )
 
 
 def _loading(settings: Model) -> dict[str, str]:
@@ -211,5 +215,13 @@ def logits(images):
         return model(**inputs).logits
 
 
-print([id2label[i] for i in logits([Image.new("RGB", (64, 64))]).argmax(-1).tolist()])
+image = Image.new("RGB", (64, 64))  # or Image.open("image.png")
+{answer}"""
+
+_LABEL = """\
+print([id2label[i] for i in logits([image]).argmax(-1).tolist()])
+"""
+
+_LABELS = """\
+print([[id2label[i] for i in row.nonzero().flatten().tolist()] for row in logits([image]) > 0])
 """
