@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from rayfed.tasks.causal_lm import CausalLM
     from rayfed.tasks.image_classification import ImageClassification
     from rayfed.tasks.image_multi_label import ImageMultiLabel
+    from rayfed.tasks.instruction import InstructionTuning
+    from rayfed.tasks.multi_label import MultiLabel
+    from rayfed.tasks.regression import Regression
     from rayfed.tasks.text_classification import TextClassification
 
 _MODULES = {
@@ -42,8 +45,11 @@ _MODULES = {
     "Experiment": "rayfed.config",
     "ImageClassification": "rayfed.tasks.image_classification",
     "ImageMultiLabel": "rayfed.tasks.image_multi_label",
+    "InstructionTuning": "rayfed.tasks.instruction",
     "Method": "rayfed.methods",
+    "MultiLabel": "rayfed.tasks.multi_label",
     "Objective": "rayfed.objectives",
+    "Regression": "rayfed.tasks.regression",
     "ReportCallback": "rayfed.reports.run_page",
     "Rounds": "rayfed.api",
     "RunError": "rayfed.errors",
@@ -64,8 +70,11 @@ __all__ = [
     "Experiment",
     "ImageClassification",
     "ImageMultiLabel",
+    "InstructionTuning",
     "Method",
+    "MultiLabel",
     "Objective",
+    "Regression",
     "ReportCallback",
     "Rounds",
     "RunError",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from torch import nn
@@ -15,15 +15,12 @@ from rayfed.errors import UserError, allowed
 from rayfed.keywords import suggest_keywords
 from rayfed.lora.peft_files import load_peft, read_json, refuse_links
 from rayfed.own_code import own_failures
+from rayfed.plugins import member_class
 from rayfed.tasks.base import Task
-from rayfed.tasks.causal_lm import CausalLM
 from rayfed.tasks.data.federation import Federation
-from rayfed.tasks.image_classification import ImageClassification
-from rayfed.tasks.image_multi_label import ImageMultiLabel
 from rayfed.tasks.models.base import in_dtype, name_classes
 from rayfed.tasks.models.cache import forget_base
 from rayfed.tasks.models.spec import describe_model
-from rayfed.tasks.text_classification import TextClassification
 
 
 @suggest_keywords
@@ -36,7 +33,8 @@ def load_model(run: str | Path, *, task: Task | None = None, trust_remote_code: 
     ``trust_remote_code`` says so as well. `adapter/README.md` has the lines that load the same without rayfed.
 
     ``task`` is needed where the run's model came from Python: an equal object of your own subclass of `rayfed.Task`, or
-    `rayfed.TextClassification(model=..., tokenizer=...)`. Of the latter, rows and functions are not needed.
+    `rayfed.TextClassification(model=..., tokenizer=...)`, `MultiLabel` or `Regression`. Of the latter, rows and
+    functions are not needed.
 
     Raises UserError where the run has no model to load, a file is missing, damaged or a link, ``task`` is not what the
     run had, or the base cannot be loaded.
@@ -54,12 +52,12 @@ def load_model(run: str | Path, *, task: Task | None = None, trust_remote_code: 
         what = f"the code of {model.name} runs only with load_model(run, trust_remote_code=True)"
         raise UserError(f"model.trust_remote_code: got true in {config_file}, but {what}")
     refuse_links(folder)
-    classes = _classes(folder) if experiment.data.task_class != "causal_lm" else []
     # The task alone: a method may be named by an import path. Rows that were Python objects are not needed here.
     data = experiment.data.model_copy(update={"fingerprint": None})
     names = ("problem", "partition", "model", "seed")
     sections: dict[str, Any] = {"data": data, **{name: getattr(experiment, name) for name in names}}
     task = task.configure(**sections) if task else tasks.build(**sections)
+    classes = _classes(folder) if task.has_classes else []
     nothing: Any = None
     federation = Federation(nothing, nothing, nothing, tuple(classes), np.zeros(0, np.int64), np.zeros(1, np.int64))
     if not _built_in(experiment):
@@ -81,15 +79,18 @@ def _classes(folder: Path) -> list[str]:
     return classes
 
 
-OURS = (TextClassification, CausalLM, ImageClassification, ImageMultiLabel)
-"""The tasks that know their base model without data."""
-
-
 def _built_in(experiment: Experiment) -> bool:
     """Whether the run's task was rayfed's own, and no class of the user's."""
     made_by = (experiment.data.fingerprint or "").partition(" ")[0]
-    ours = made_by in ("", *(f"{cls.__module__}:{cls.__qualname__}" for cls in OURS))
-    return ours and not experiment.data.own_task
+    return made_by in ("", *(f"{cls.__module__}:{cls.__qualname__}" for cls in _tasks())) and (
+        not experiment.data.own_task
+    )
+
+
+def _tasks() -> list[type[Task]]:
+    """rayfed's own tasks whose rows may be Python objects: the classes that `data.task` names."""
+    names = get_args(Data.model_fields["task"].annotation)
+    return [member_class("rayfed.tasks", name, Task, "data.task") for name in names]
 
 
 def _from_python(experiment: Experiment) -> str | None:
@@ -104,7 +105,8 @@ def _check_task(experiment: Experiment, task: Task | None, run: str | Path) -> N
     made_by, ours = _from_python(experiment), _built_in(experiment)
     if task is None:
         if made_by is not None:
-            what = "rayfed.TextClassification(model=..., tokenizer=...)" if ours else "an equal task"
+            own = member_class("rayfed.tasks", experiment.data.task, Task, "data.task").__name__
+            what = f"rayfed.{own}(model=..., tokenizer=...)" if ours else "an equal task"
             raise allowed("run", str(run), f"its model comes from {made_by}: load_model(run, task=...) needs {what}")
         return
     if not isinstance(task, Task):
@@ -113,5 +115,5 @@ def _check_task(experiment: Experiment, task: Task | None, run: str | Path) -> N
     found = model.fingerprint if ours else data.fingerprint
     if not ours and experiment.data.fingerprint is None:
         found = (found or "").partition(" ")[0]  # the run had the class by its import path alone
-    if found != made_by or ours != (type(task) in OURS):
+    if found != made_by or ours != (type(task) in _tasks()):
         raise allowed("task", found or type(task).__name__, f"the run's model comes from {made_by or model.name}")

@@ -107,6 +107,8 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     }
     task = task.configure(**sections) if task else tasks.build(**sections)
     task.check(lora=lora, server=server, eval=experiment.eval, engine=experiment.engine)
+    if (rows := experiment.eval.generate_rows) is not None and not task.generates:
+        raise UserError(f"eval.generate_rows: got {rows}, but only data.task=instruction writes responses")
     optimizer = method.optimizer if server.optimizer == "auto" else server.optimizer
     if optimizer not in method.optimizers:
         raise UserError(f"server.optimizer: got {optimizer!r}, but {name} allows {', '.join(method.optimizers)}")

@@ -126,6 +126,26 @@ class EvalResult:
 
 
 @dataclass(frozen=True)
+class GenerateJob:
+    """Write responses of at most ``most`` tokens to the prompts of these rows of a split, as one batch, with payload 0.
+
+    Only for tasks that can, see `Task.generates`.
+    """
+
+    split: SplitName
+    rows: np.ndarray  # (n,) int64, indices into the split
+    layout: Layout
+    most: int
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """The tokens of each row's response."""
+
+    tokens: tuple[np.ndarray, ...]  # (up to `GenerateJob.most`,) int64 each
+
+
+@dataclass(frozen=True)
 class FeatureJob:
     """Compute the frozen base's features (the inputs of its head) for rows start to stop, counted in order of
     length."""
@@ -169,5 +189,5 @@ class MeasureResult:
     memory: int
 
 
-Job = TrainJob | EvalJob | FeatureJob | MeasureJob
-Result = TrainResult | EvalResult | FeatureResult | MeasureResult
+Job = TrainJob | EvalJob | GenerateJob | FeatureJob | MeasureJob
+Result = TrainResult | EvalResult | GenerateResult | FeatureResult | MeasureResult

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_layers
 from rayfed.methods import BaseChange, merged
 from rayfed.own_code import own_failures
+from rayfed.tasks.data.federation import Prompts
 from rayfed.tasks.models.base import in_dtype
 from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
 from rayfed.tasks.models.padded_attention import use_float32_attention
@@ -61,7 +63,7 @@ class Trainer:
 
     @own_failures()
     def execute(self, job: messages.Job, payloads: Sequence[bytes]) -> messages.Result:
-        """Executes one job: train, evaluate, features or measure, by its type.
+        """Executes one job: train, evaluate, generate, features or measure, by its type.
 
         RunError where the memory does not suffice, no algorithm gives the same bits every time, or the user's own code
         fails.
@@ -72,6 +74,8 @@ class Trainer:
                     return self._train(job, payloads)
                 case messages.EvalJob():
                     return self._evaluate(job, payloads)
+                case messages.GenerateJob():
+                    return self._generate(job, payloads)
                 case messages.FeatureJob():
                     return self._features(job)
                 case messages.MeasureJob():
@@ -158,6 +162,21 @@ class Trainer:
         return messages.EvalResult(
             float(loss), float(count), np.concatenate(rows), torch.cat(predictions).cpu(), torch.cat(truth).cpu()
         )
+
+    def _generate(self, job: messages.GenerateJob, payloads: Sequence[bytes]) -> messages.GenerateResult:
+        vector = wire.decode(payloads[0]).dense()
+        self.stack.load([job.layout.unflatten(vector)], [job.layout.matrices(vector)])
+        task, data = self.plan.task, cast(Prompts, self.plan.federation.split(job.split))
+
+        def done(chosen: Sequence[int]) -> list[np.ndarray]:
+            prompts = on_device(data.prompt_batch(np.asarray(chosen)), self.device)
+            with self.stack.batch.using([Segment(0, len(chosen))]):
+                return list(task.generate(self.model, self.outputs, prompts, job.most).cpu().numpy())
+
+        parts = device_memory.in_halves(
+            job.rows.tolist(), done, self.device, lambda row: f"{job.split} row {row}: its response"
+        )
+        return messages.GenerateResult(tuple(tokens for part in parts for tokens in part))
 
     @torch.no_grad()
     def _features(self, job: messages.FeatureJob) -> messages.FeatureResult:

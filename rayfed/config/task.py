@@ -122,7 +122,7 @@ class Data(Section):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that the task reads where they are there, in the order in which a row that is a tuple has them."""
+        """The columns that the task reads, in the order in which a row that is a tuple has them."""
         if self.task == "instruction":
             names = (*((self.messages,) if self.messages else (self.prompt, self.response)), self.client, self.label)
         else:

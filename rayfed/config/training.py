@@ -152,7 +152,7 @@ class Eval(Section):
     the global model writes responses, greedily (`eval/exact_match`, `eval/rouge_l`). null: none.
     """
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 256
-    """For `generate_rows`: most tokens of a response."""
+    """For `generate_rows`: most tokens of a response; fewer where the model has no positions for more."""
     controls: bool = False
     """At the end, also train only a head on the frozen base model, and measure it: once in the same rounds, and once
     centrally until convergence.

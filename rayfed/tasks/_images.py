@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rayfed.config.describe import format_value
-from rayfed.config.task import Data, Model
+from rayfed.config.task import Data
 from rayfed.errors import UserError
 from rayfed.tasks._texts import SourceTask
 from rayfed.tasks.base import Forward
@@ -45,16 +45,13 @@ if TYPE_CHECKING:
 class ImageTask(SourceTask):
     """A task on images. Subclasses say what labels are, and give the loss and the metrics."""
 
-    name: ClassVar[str]
-    """The value of `data.task`."""
+    problem_type: ClassVar[str]
+    """transformers' name for what the model's outputs are."""
     columns = ("image", "label", "client")
 
     _: KW_ONLY
     image: str | None = None
     """The column with the image; None: `data.image`."""
-
-    def described(self, data: Data, model: Model) -> tuple[Data, Model]:
-        return super().described(data.model_copy(update={"task": self.name}), model)
 
     def check(self, *, lora: Lora, server: Server, eval: Eval, engine: Engine) -> None:
         if self.model_settings.pooling != "stock":
@@ -116,7 +113,7 @@ class ImageTask(SourceTask):
         load_image_input(self.model_settings).processor.save_pretrained(folder)
 
     def usage(self) -> Usage | None:
-        return image_usage(self.model_settings, self.metric == "map")
+        return image_usage(self.model_settings, self.problem_type)
 
     def _source(self, data: Data) -> Source | None:
         """The rows that are objects: images of Pillow as arrays, so that equal images have equal hashes."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import nn
 
+from rayfed.config.describe import format_value
 from rayfed.config.task import Data, Model, Partition, Problem
 from rayfed.errors import UserError, allowed
 from rayfed.tasks.base import Task, fingerprint
@@ -34,8 +35,10 @@ class SourceTask(Task):
     What is not given as an object comes from the settings; the first four fields always do.
     """
 
+    name: ClassVar[str]
+    """The task's name, by which `data.task` knows it."""
     columns: ClassVar[tuple[str, ...]] = ("label", "client")
-    """The fields that name a column, each in place of the setting `data.NAME`."""
+    """The fields that name a column of the data, each in place of the setting `data.NAME`."""
 
     data: Data = field(default_factory=Data)
     partition: Partition = field(default_factory=Partition)
@@ -65,7 +68,7 @@ class SourceTask(Task):
 
     def described(self, data: Data, model: Model) -> tuple[Data, Model]:
         names = {key: name for key in self.columns if (name := getattr(self, key)) is not None}
-        data = data.model_copy(update=names)
+        data = data.model_copy(update={"task": self.name, **names})
         digest = hashlib.sha256()
         if (source := self._source(data)) is not None:
             digest.update(content_digest(source).encode())
@@ -95,6 +98,13 @@ class SourceTask(Task):
         if eval.early_stop and self.data.source == "stdlib" and self.data.validation == 0:
             raise UserError("data.validation: got 0, but eval.early_stop needs a validation split")
 
+    def _refuse(self, *fields: tuple[str, object, object, str]) -> None:
+        """UserError for the first field, with its value, the one that is allowed, and why, whose value is another."""
+        for name, value, wanted, why in fields:
+            if value != wanted:
+                what = f"with data.task={self.name} {why}; allowed is {format_value(wanted, quotes=False)}"
+                raise UserError(f"{name}: got {format_value(value)}, but {what}")
+
     def _source(self, data: Data) -> Source | None:
         """The rows that are objects; None where the settings name the rows."""
         splits = {name: rows for name in SPLITS if (rows := getattr(self, name)) is not None}
@@ -119,7 +129,7 @@ class SourceTask(Task):
 class TextTask(SourceTask):
     """A task on texts."""
 
-    columns = ("text", "label", "client")
+    columns: ClassVar[tuple[str, ...]] = ("text", "label", "client")
 
     _: KW_ONLY
     text: str | None = None

@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rayfed.errors import allowed, first_line
 from rayfed.lora.adapter import LowRank
 from rayfed.lora.packed.segments import Segment
-from rayfed.tasks.data.federation import Federation
+from rayfed.tasks.data.federation import Federation, Rows
 from rayfed.tasks.models.base import FrozenBase, logits_of
 from rayfed.tasks.models.unpadded import Padded, Unpadded, UnpaddedModel
 from rayfed.tasks.models.usage import Usage
@@ -46,6 +47,9 @@ class Task:
 
     metric: str | None = "accuracy"
     """The metric that chooses the best round and stops early, from 0 to 1; more is better. None: there is none."""
+
+    has_classes: bool = True
+    """Whether an exported adapter comes with the names of classes."""
 
     @classmethod
     def from_settings(cls, *, data: Data, problem: Problem, partition: Partition, model: Model, seed: int) -> Self:
@@ -160,6 +164,21 @@ class Task:
         suffixes = ("", "_masked") if eval.masked else ("",)
         names = ("loss", *self.metric_names())
         return tuple(f"{split}/{name}{suffix}" for split in ("eval", "test") for name in names for suffix in suffixes)
+
+    generates: bool = False
+    """Whether the model can write responses to rows, see `eval.generate_rows`: then the task has `generate`."""
+
+    def generate(self, model: nn.Module, forward: Forward, prompts: dict[str, Tensor], most: int) -> Tensor:
+        """(rows, up to ``most``) int64: the tokens of the responses to prompts, the most likely one at a time.
+
+        ``prompts`` are a batch of `prompt_batch` of the rows, on the model's device. ``forward`` is what `make_forward`
+        gave for the ``model``.
+        """
+        raise NotImplementedError
+
+    def response_metrics(self, generated: Sequence[np.ndarray], rows: Rows, chosen: np.ndarray) -> Mapping[str, Metric]:
+        """Metrics by name of the responses with these tokens to the ``chosen`` ``rows`` (indices) of a split."""
+        return {}
 
     @property
     def exact(self) -> bool:

@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from torch import Tensor, nn
 
-from rayfed.config.describe import format_value
-from rayfed.config.task import Data, Model
 from rayfed.errors import UserError, allowed
 from rayfed.keywords import suggest_keywords
 from rayfed.tasks._texts import TextTask
@@ -49,22 +47,19 @@ class CausalLM(TextTask):
     What is not given comes from the settings; the first four fields always do.
     """
 
-    def described(self, data: Data, model: Model) -> tuple[Data, Model]:
-        return super().described(data.model_copy(update={"task": "causal_lm"}), model)
+    name = "causal_lm"
+    has_classes = False
 
     def check(self, *, lora: Lora, server: Server, eval: Eval, engine: Engine) -> None:
-        for field, value, wanted, why in (
+        self._refuse(
             ("model.pooling", self.model_settings.pooling, "stock", "every token has an output"),
             ("model.head", self.model_settings.head, "trained", "there is no new head"),
             ("lora.train", lora.train, "all", "there is no new head"),
             ("eval.controls", eval.controls, False, "there is no new head"),
             ("eval.clients", eval.clients, False, "there are no classes"),
-        ):
-            if value != wanted:
-                what = f"with data.task=causal_lm {why}; allowed is {format_value(wanted, quotes=False)}"
-                raise UserError(f"{field}: got {format_value(value)}, but {what}")
+        )
         if self.data.max_tokens < 2:
-            raise allowed("data.max_tokens", self.data.max_tokens, "with data.task=causal_lm at least 2 are needed")
+            raise allowed("data.max_tokens", self.data.max_tokens, f"with data.task={self.name} at least 2 are needed")
         super().check(lora=lora, server=server, eval=eval, engine=engine)
 
     def load_data(self) -> Federation:

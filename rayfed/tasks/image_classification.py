@@ -33,6 +33,7 @@ class ImageClassification(ImageTask):
     """
 
     name = "image_classification"
+    problem_type = "single_label_classification"
 
     def loss(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return single_label.loss(outputs, labels)

@@ -39,6 +39,7 @@ class ImageMultiLabel(ImageTask):
     """
 
     name = "image_multi_label"
+    problem_type = "multi_label_classification"
     metric = "map"
 
     def check(self, *, lora: Lora, server: Server, eval: Eval, engine: Engine) -> None:

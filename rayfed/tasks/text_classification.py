@@ -6,183 +6,50 @@ its cross-entropy in nats. The metrics are accuracy, macro-F1, the recall of eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rayfed.config.task import OBJECT, Data, Model
-from rayfed.errors import UserError, allowed
 from rayfed.keywords import suggest_keywords
-from rayfed.tasks._texts import TextTask
+from rayfed.tasks._sequence_classification import SequenceClassification
 from rayfed.tasks.base import Metric
 from rayfed.tasks.data.federation import Federation
-from rayfed.tasks.models.base import FrozenBase, load_base, longest_input, vocabulary
-from rayfed.tasks.models.cache import shared_base
-from rayfed.tasks.models.objects import fingerprint as own_fingerprint
-from rayfed.tasks.models.objects import load_own_base, own_module, own_tokenizer
-from rayfed.tasks.models.unpadded import Padded, Unpadded, choose_batching
-from rayfed.tasks.models.usage import Usage, classifier_usage
+from rayfed.tasks.metrics import single_label
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from rayfed.config.training import Eval
-
-LISTS = ("recall_per_class", "confusion_matrix")  # the metrics that are not one number
 
 
 @suggest_keywords
 @dataclass(frozen=True)
-class TextClassification(TextTask):
+class TextClassification(SequenceClassification):
     """Texts with one label each.
 
         rayfed.run(config, task=rayfed.TextClassification(train=rows, test=more, label="topic"))
 
     Rows, model, loss and metrics may be Python objects. What is not given comes from the settings; the first four
-    fields always do. In config.yaml, functions are known by their import path and rows by their content
-    (`data.fingerprint`), and a model by its weights and its tokenizer (`model.fingerprint`).
+    fields always do. `loss_fn` gets logits (rows, classes) and labels (rows,); `metric_fns` get the predicted classes
+    (n,) and the labels (n,).
     """
 
-    _: KW_ONLY
-    model: nn.Module | Callable[[], nn.Module] | None = None
-    """The base model, in place of `model.name`: a module, or a function that makes one (with torch's generator always
-    in the same state). It is called with `input_ids` and `attention_mask`, both (rows, tokens), and returns the logits
-    (rows, classes), as a tensor or as the `logits` of an object. Its head is its child `classifier` or `score`, made of
-    linear layers. With model.pooling=mean it is an encoder of transformers.
-    """
-    tokenizer: Any = None
-    """The model's tokenizer: one of transformers, or the path of its folder. It is needed with `model`."""
-    loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None
-    """(logits (rows, classes), labels (rows,)) -> each row's loss (rows,); None: the cross-entropy."""
-    metric_fns: Mapping[str, Callable[[Tensor, Tensor], float]] = field(default_factory=dict)
-    """More metrics by name: (predicted classes (n,), labels (n,)) -> a number, over all rows of a split."""
+    name = "text_classification"
+    problem_type = "single_label_classification"
 
-    def described(self, data: Data, model: Model) -> tuple[Data, Model]:
-        data, _ = super().described(data.model_copy(update={"task": "text_classification"}), model)
-        return data, self._described_model(model)
-
-    def _functions_digest(self) -> bytes:
-        functions = {"loss": self.loss_fn, **self.metric_fns}
-        for name, function in functions.items():
-            if function is not None and not callable(function):
-                raise allowed(f"task.{name}", function, "it is a function")
-        if wrong := set(self.metric_fns) & {"loss", "accuracy", "macro_f1", *LISTS}:
-            raise allowed("task.metric_fns", min(wrong), "this name is taken")
-        names = (f"|{name}={getattr(f, '__module__', '')}:{_name(f)}" for name, f in functions.items() if f is not None)
-        return "".join(names).encode()
-
-    def _described_model(self, settings: Model) -> Model:
-        """The section `model`, with the name and the fingerprint of a model that is an object."""
-        if self.model is not None:
-            if self.tokenizer is None:
-                raise UserError("tokenizer: got None, but a model that is a Python object comes with its tokenizer")
-            found = own_fingerprint(own_module(self.model), own_tokenizer(self.tokenizer))
-            return settings.model_copy(update={"name": OBJECT, "fingerprint": found})
-        if self.tokenizer is not None:
-            raise allowed("tokenizer", type(self.tokenizer).__name__, "it comes with a model that is a Python object")
-        if settings.fingerprint is not None:
-            what = "the model was a Python object: give it again, TextClassification(model=..., tokenizer=...)"
-            raise allowed("model.fingerprint", settings.fingerprint, what)
-        return settings
-
-    @property
-    def parts(self) -> tuple[object, ...]:
-        model = self.model
-        of_model = {type(module) for module in model.modules()} if isinstance(model, nn.Module) else (model,)
-        return tuple(filter(None, (self.loss_fn, *self.metric_fns.values(), *of_model)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the rows; a module travels on the CPU."""
-        model = own_module(self.model) if isinstance(self.model, nn.Module) else self.model
-        return {**super().__getstate__(), "model": model}
-
-    def load_data(self) -> Federation:
-        from rayfed.tasks.data.dataset import load_data
-        from rayfed.tasks.data.partition import client_names, partition
-        from rayfed.tasks.data.tokens import tokenize
-
-        data = load_data(self.data, self.seed, self._source(self.data))
-        parts = partition(data.train.labels, data.train.owners, self.partition, self.seed)
-        cut, named = self.data.max_tokens, self.model is None
-        # A model that is an object is tried on the longest text and the largest token, see `load_own_base`.
-        limit = longest_input(self.model_settings) if named else None
-        words = vocabulary(self.model_settings) if named else None
-        tokenizer = self._tokenizer()
-        train, validation, test = (
-            tokenize(split, tokenizer, cut, words) for split in (data.train, data.validation, data.test)
-        )
-        self._check_length((train, validation, test), limit)
-        return Federation(
-            train,
-            validation,
-            test,
-            classes=data.classes,
-            rows=np.concatenate(parts).astype(np.int64),
-            starts=np.cumsum([0, *map(len, parts)], dtype=np.int64),
-            names=client_names(data.train.owners, self.partition),
-        )
-
-    def load_base(self, federation: Federation) -> FrozenBase:
-        classes = len(federation.classes)
-        settings, seed = self.model_settings, self.seed
-        if self.model is None:
-            return shared_base(self._base_key(classes), lambda: load_base(settings, classes, seed))
-        own = self.model, self.tokenizer
-        return shared_base(self._base_key(classes), lambda: load_own_base(*own, settings, federation, seed))
-
-    @property
-    def base_name(self) -> str:
-        return super().base_name if self.model is None else OBJECT
-
-    def choose_batching(self, model: nn.Module, longest: int) -> Unpadded | Padded:
-        return choose_batching(model, longest)
-
-    def loss(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        if self.loss_fn is None:
-            losses = nn.functional.cross_entropy(outputs, labels, reduction="none")
-        else:
-            losses = self.loss_fn(outputs, labels)
-            if losses.shape != labels.shape:
-                what = f"one loss for each of {len(labels)} rows is needed"
-                raise allowed("task.loss_fn", f"a result of shape {tuple(losses.shape)}", what)
-        return losses, torch.ones_like(losses)
+    def row_losses(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return single_label.loss(outputs, labels)
 
     def predictions(self, outputs: Tensor) -> Tensor:
         return outputs.argmax(-1)
 
     def metrics(self, predictions: Tensor, labels: Tensor, federation: Federation) -> dict[str, Metric]:
-        from torchmetrics.functional import classification as metrics  # takes a second to import
-
-        classes = len(federation.classes)
-        confusion = metrics.multiclass_confusion_matrix(predictions, labels, classes)
-        rows = confusion.sum(1).tolist()
-        recalls = metrics.multiclass_recall(predictions, labels, classes, average=None).tolist()
         return {
-            "accuracy": int(confusion.trace()) / len(labels),
-            "macro_f1": float(metrics.multiclass_f1_score(predictions, labels, classes, average="macro")),
-            "recall_per_class": [recall if count else None for recall, count in zip(recalls, rows)],
-            "confusion_matrix": confusion.tolist(),
-            **{name: float(function(predictions, labels)) for name, function in self.metric_fns.items()},
+            **single_label.metrics(predictions, labels, len(federation.classes)),
+            **self.own_metrics(predictions, labels),
         }
 
     def metric_names(self) -> tuple[str, ...]:
-        return "accuracy", "macro_f1", *LISTS, *self.metric_fns
+        return *single_label.NAMES, *self.metric_fns
 
     def metric_keys(self, eval: Eval) -> tuple[str, ...]:
-        keys = [key for key in super().metric_keys(eval) if not any(name in key for name in LISTS)]
-        more = {"test/accuracy_clients": eval.clients, "test/accuracy_unseen": eval.unseen}
-        return (*keys, *(key for key, measured in more.items() if measured))
-
-    def usage(self) -> Usage | None:
-        return classifier_usage(self.model_settings, self.data.max_tokens) if self.model is None else None
-
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        return super()._tokenizer() if self.model is None else own_tokenizer(self.tokenizer)
-
-
-def _name(function: object) -> str:
-    return str(getattr(function, "__qualname__", type(function).__qualname__))
+        return single_label.comparable(super().metric_keys(eval), eval)

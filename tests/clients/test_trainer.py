@@ -312,7 +312,7 @@ def test_the_plan_decides_about_padding(tiny):
 
 
 def test_padding_that_a_model_needs_cannot_be_forbidden(tiny, monkeypatch):
-    choice = "rayfed.tasks.text_classification.choose_batching"
+    choice = "rayfed.tasks._sequence_classification.choose_batching"
     monkeypatch.setattr(choice, lambda model, longest: Padded(f"{longest} tokens"))
     assert prepare(tiny("data.max_tokens=20")).model.batching == Padded("20 tokens")
     with pytest.raises(UserError) as refusal:

@@ -106,7 +106,9 @@ def test_a_packed_run_and_one_of_single_clients_agree(vit: Path, tmp_path: Path)
     found = []
     for pack in (1, 3):
         task = rayfed.ImageClassification(train=digits(0, 100), test=digits(100, 150))
-        settings = experiment(vit, f"engine.pack={pack}", "data={task: image_classification, crop: 2}", "server.rounds=1")
+        settings = experiment(
+            vit, f"engine.pack={pack}", "data={task: image_classification, crop: 2}", "server.rounds=1"
+        )
         found.append(rayfed.run(settings, tmp_path / str(pack), task=task).metrics[-1])
     for key in ("train/loss", "eval/loss", "test/loss"):
         assert found[0][key] == pytest.approx(found[1][key], rel=1e-5)

@@ -22,6 +22,7 @@ from rayfed.seeding import numpy_rng
 from rayfed.server.downlink import Downlink
 from rayfed.server.evaluation.evaluate import Model, evaluate, metrics
 from rayfed.server.evaluation.per_client import client_metrics, unseen_metrics
+from rayfed.server.evaluation.responses import response_metrics
 from rayfed.server.executor import Executor
 from rayfed.tasks.base import Metric
 
@@ -57,6 +58,8 @@ def round_metrics(plan: RunPlan, state: Any, t: int, downlink: Downlink, executo
         found |= client_metrics(plan, state, t, executor)
     if plan.eval.unseen:
         found |= unseen_metrics(plan, models[""], t, executor)
+    if plan.eval.generate_rows:
+        found |= response_metrics(plan, models[""], executor)
     return found
 
 

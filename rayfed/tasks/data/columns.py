@@ -47,7 +47,7 @@ def is_unicode(text: str) -> bool:
 
 
 def texts(table: Table, name: str) -> list[str]:
-    """The column `data.text`. UserError for a value that is no string, or no valid Unicode; a warning for empty ones."""
+    """The column `data.text`. UserError for a value that is no string of valid Unicode; a warning for empty ones."""
     column(table, name, "data.text", lambda text: isinstance(text, str), "texts are strings")
     found = column(table, name, "data.text", is_unicode, "texts are valid Unicode")
     empty = [row for row, text in enumerate(found, 1) if not text or text.isspace()]

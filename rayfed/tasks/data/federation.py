@@ -36,6 +36,17 @@ class Rows(Protocol):
         """
 
 
+class Prompts(Rows, Protocol):
+    """Rows to which a model can write responses."""
+
+    @property
+    def prompts(self) -> np.ndarray:
+        """(n,) int64: tokens of each prompt."""
+
+    def prompt_batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """The prompts of the given rows (indices, any order) as tensors by name, padded on the left."""
+
+
 @dataclass(frozen=True, eq=False)
 class NumberRows:
     """`Rows` of numbers: features (n, ...) and labels (n, ...), such as targets. Models get the input `features`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ def tokenize_prompts(
     the template fails on a row, or changes the prompt for a response, or as in `tokenize_whole`.
     """
     check_limit(tokenizer, settings.max_tokens)
-    chat = settings.prompt_template is None and getattr(tokenizer, "chat_template", None) is not None
+    chat = by_chat(tokenizer, settings)
     if settings.messages is not None and not chat:
         raise UserError(
             f"data.messages: got {settings.messages!r}, but the tokenizer of model.name has no chat template"
@@ -97,9 +97,16 @@ def tokenize_prompts(
     ), used  # fmt: skip
 
 
+def by_chat(tokenizer: PreTrainedTokenizerBase, settings: Data) -> bool:
+    """Whether prompts are written by the tokenizer's chat template."""
+    return settings.prompt_template is None and getattr(tokenizer, "chat_template", None) is not None
+
+
 def _by_template(split: Split, row: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """The texts of a row's prompt and response by the tokenizer's chat template."""
     messages = list(split.texts[row])
+    prompt: Any
+    whole: Any
     try:
         prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(messages, tokenize=False)

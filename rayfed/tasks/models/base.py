@@ -78,8 +78,12 @@ class MeanPooledClassifier(nn.Module):
         return SimpleNamespace(logits=self.classifier(pooled))
 
 
-def load_base(settings: Model, classes: int, seed: int) -> FrozenBase:
+def load_base(
+    settings: Model, classes: int, seed: int, problem_type: str = "single_label_classification"
+) -> FrozenBase:
     """Loads the base model: float32, frozen, in evaluation mode, on the CPU, with a head for ``classes`` classes.
+
+    ``problem_type`` is transformers' name for what the outputs are: they may also be labels of their own, or a number.
 
     Weights that the checkpoint lacks are drawn, keyed by ``seed``, so every process gets the same weights. Raises
     UserError if the model cannot be loaded, lacks weights of its encoder, has weights that are not finite or a
@@ -87,8 +91,10 @@ def load_base(settings: Model, classes: int, seed: int) -> FrozenBase:
     """
     from transformers import AutoModel, AutoModelForSequenceClassification
 
+    config = _config(settings, classes)
+    config.problem_type = problem_type  # type: ignore[assignment]
     loader = AutoModel if settings.pooling == "mean" else AutoModelForSequenceClassification
-    return load_classifier(loader, _config(settings, classes), settings, classes, seed)
+    return load_classifier(loader, config, settings, classes, seed)
 
 
 def load_classifier(loader: Any, config: PretrainedConfig, settings: Model, classes: int, seed: int) -> FrozenBase:
@@ -254,7 +260,6 @@ def _config(settings: Model, classes: int) -> PretrainedConfig:
     from transformers import AutoConfig
 
     config: PretrainedConfig = from_pretrained(AutoConfig, settings, num_labels=classes)
-    config.problem_type = "single_label_classification"
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = load_tokenizer(settings).pad_token_id  # GPT-2 finds a text's last token by it
     return config

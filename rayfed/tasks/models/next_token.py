@@ -1,7 +1,8 @@
 """Causal language models: loading, and the loss of the next token.
 
 A row's outputs are three sums over its counted tokens: their losses in nats, their number, and how many of them have
-the largest logit. All tokens of a row count but the first, which nothing predicts. Padding never counts.
+the largest logit. All tokens of a row count but the first, which nothing predicts; with `targets` in the batch, only
+those that are not `IGNORED` there. Padding never counts.
 
 Without padding, logits are computed for a few tokens at a time, and with them the gradient of these tokens' states. So
 no more than `LOGITS` logits are ever in memory. torch's linear_cross_entropy does the same with options=, but for one
@@ -14,7 +15,8 @@ Shape suffixes: T tokens of the batch, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +78,18 @@ class NextTokens(UnpaddedEncoder):
         ids_T = inputs["input_ids"][0]
         sequences = PackedSequences([s.lengths for s in segments if s.lengths is not None], ids_T.device)
         states_1TD = self.states(inputs, sequences)
-        ends = sequences.offsets()[1:] - 1
-        targets_T = ids_T.roll(-1).index_fill_(0, ends.long(), IGNORED)
+        if "targets" in inputs:
+            targets_T = inputs["targets"][0]
+        else:
+            ends = sequences.offsets()[1:] - 1
+            targets_T = ids_T.roll(-1).index_fill_(0, ends.long(), IGNORED)
         if isinstance(self.head, nn.Linear):
             losses, right = _TokenLoss.apply(states_1TD[0], self.head.weight, self.head.bias, targets_T)
         else:
             losses, right = _token_loss(self.head(states_1TD)[0], targets_T)
-        texts = sequences.texts()
-        sums = texts.pad(torch.stack([losses, right], 1)).view(texts.count, texts.longest, 2).sum(1)
-        counts = sequences.offsets().diff() - 1
-        return torch.stack([sums[:, 0], counts.float(), sums[:, 1]], 1)
+        sums = _by_text(torch.stack([losses, right], 1), sequences)
+        counts = _by_text((targets_T != IGNORED).float()[:, None], sequences)
+        return torch.cat([sums[:, :1], counts, sums[:, 1:]], 1)
 
     def states(self, inputs: dict[str, Tensor], sequences: PackedSequences) -> Tensor:
         """(1, T, D): the states from which the output layer computes logits."""
@@ -95,11 +99,29 @@ class NextTokens(UnpaddedEncoder):
         states: Tensor = found.last_hidden_state
         return states
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside the `with` block the model is as it was, and takes padded batches."""
+        self.release()
+        try:
+            yield
+        finally:
+            self._install()
+
+
+def _by_text(values_TD: Tensor, sequences: PackedSequences) -> Tensor:
+    """(rows, D): the sums over each row's tokens."""
+    texts = sequences.texts()
+    return texts.pad(values_TD).view(texts.count, texts.longest, -1).sum(1)
+
 
 def padded_next_tokens(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """(rows, 3): the same sums of a padded batch, from the logits that the model gives."""
-    logits = logits_of(model(**inputs))[:, :-1]
-    targets = inputs["input_ids"][:, 1:].masked_fill(inputs["attention_mask"][:, 1:] == 0, IGNORED)
+    logits = logits_of(model(**{name: value for name, value in inputs.items() if name != "targets"}))[:, :-1]
+    if "targets" in inputs:
+        targets = inputs["targets"][:, :-1]
+    else:
+        targets = inputs["input_ids"][:, 1:].masked_fill(inputs["attention_mask"][:, 1:] == 0, IGNORED)
     losses, right = _token_loss(logits.flatten(0, 1), targets.flatten())
     counted = (targets != IGNORED).float()
     return torch.stack([losses.view_as(counted).sum(1), counted.sum(1), right.view_as(counted).sum(1)], 1)

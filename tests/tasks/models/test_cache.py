@@ -10,7 +10,7 @@ import torch
 
 import rayfed
 from rayfed.api import build_components
-from rayfed.tasks import text_classification
+from rayfed.tasks import _sequence_classification
 from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.base import in_dtype
 from rayfed.tasks.models.cache import forget_base
@@ -20,9 +20,9 @@ from rayfed.tasks.models.cache import forget_base
 def loads(monkeypatch):
     """The names of the models that were loaded since the test began with an empty cache."""
     loaded = []
-    load_base = text_classification.load_base
+    load_base = _sequence_classification.load_base
     monkeypatch.setattr(
-        text_classification, "load_base", lambda model, *rest: loaded.append(model.name) or load_base(model, *rest)
+        _sequence_classification, "load_base", lambda model, *rest: loaded.append(model.name) or load_base(model, *rest)
     )
     forget_base()
     return loaded

@@ -1,0 +1,263 @@
+"""Instruction tuning end to end: whole runs, their figures and responses by other code, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from language_models import save_language_model
+from transformers import AutoTokenizer, ByT5Tokenizer
+
+import rayfed
+from rayfed import wire
+from rayfed.api import build_components, prepare
+from rayfed.clients.messages import EvalJob, GenerateJob
+from rayfed.clients.trainer import Trainer
+from rayfed.config import Experiment, validate
+from rayfed.config.load import _apply
+from rayfed.errors import UserError
+from rayfed.lora.packed.segments import Segment
+from rayfed.tasks.instruction import InstructionTuning
+from rayfed.tasks.metrics import responses
+from rayfed.tasks.models.unpadded import Padded, Unpadded
+
+SETTINGS: dict[str, Any] = {
+    "data": {"task": "instruction", "source": "files", "client": "owner", "max_tokens": 40},
+    "partition": {"kind": "natural"},
+    "lora": {"rank": 2, "alpha": 8, "target_modules": "all-linear"},
+    "method": {"name": "fedit"},
+    "client": {"optimizer": "adamw", "lr": 0.01, "batch_size": 4, "epochs": 2},
+    "server": {"rounds": 2, "cohort": 2},
+    "eval": {"generate_rows": 5, "max_new_tokens": 8, "masked": False},
+    "engine": {"kind": "local"},
+    "tracking": {"console": "off", "wandb": "off"},
+}
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def questions(count: int, start: int = 0) -> list[dict[str, str]]:
+    """Sums of one digit, with a reasoning of an uneven length."""
+    rows = []
+    for i in range(start, start + count):
+        a, b = i % 7, i % 3
+        rows.append({
+            "prompt": f"{a}+{b}?", "response": f"{'so ' * (i % 4)}#### {a + b}", "owner": ("Ann", "Bob", "Cay")[i % 3]
+        })  # fmt: skip
+    return rows
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A GPT-2 without a chat template, and a Llama with one."""
+    found = {kind: save_language_model(tmp_path_factory.mktemp(kind), kind) for kind in ("gpt2", "llama")}
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(found["llama"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sums")
+    for name, found in (("train", questions(30)), ("validation", questions(6, 3)), ("test", questions(9, 30))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    return folder
+
+
+def experiment(rows: Path, model: Path, *overrides: str) -> Experiment:
+    settings = copy.deepcopy(SETTINGS)
+    for override in (f"data.path={rows}", f"model.name={model}", *overrides):
+        _apply(settings, override)
+    return validate(settings)
+
+
+def card(run: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the card's own lines define, where rayfed cannot be imported."""
+    text = (run / "adapter" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    namespace: dict[str, Any] = {}
+    with monkeypatch.context() as patch:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "rayfed"]:
+            patch.setitem(sys.modules, name, None)  # importing it is an ImportError
+        patch.chdir(run)
+        exec(code, namespace)
+    return namespace
+
+
+@pytest.mark.parametrize(
+    ("kind", "template", "padding"),
+    [
+        pytest.param("gpt2", None, "never", marks=pytest.mark.slow),
+        pytest.param("gpt2", "### {prompt}\n:", "batch", marks=pytest.mark.slow),
+        ("llama", None, "never"),
+    ],
+)
+def test_a_run_reaches_what_the_lines_of_its_card_reach(
+    rows: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str,
+    template: str | None, padding: str,
+) -> None:  # fmt: skip
+    settings = experiment(rows, models[kind], f"engine.padding={padding}")
+    settings = settings.with_({"data.prompt_template": template})
+    written: list[tuple[np.ndarray, list[np.ndarray]]] = []
+    own = InstructionTuning.response_metrics
+
+    def noted(self: Any, generated: list[np.ndarray], rows: Any, chosen: np.ndarray) -> Any:
+        written.append((chosen, generated))
+        return own(self, generated, rows, chosen)
+
+    monkeypatch.setattr(InstructionTuning, "response_metrics", noted)
+    run = rayfed.run(settings, tmp_path / "run")
+    first, last = run.metrics
+    keys = build_components(settings).task.metric_keys(settings.eval)
+    assert {"eval/exact_match", "test/rouge_l", "test/perplexity"} < set(keys)
+    assert all(isinstance(last[key], float) for key in keys)
+    assert last["test/loss"] < first["test/loss"] - 0.1
+    namespace, test = card(run.out, monkeypatch), questions(9, 30)
+    found = namespace["perplexity"]([(row["prompt"], row["response"]) for row in test])
+    assert found == pytest.approx(math.exp(last["test/loss"]), rel=1e-4)
+    chosen, generated = written[-1]  # of the test split, after the last round: PEFT's `generate`, row by row
+    texts = [namespace["tokenizer"].decode(ids.tolist(), skip_special_tokens=True) for ids in generated]
+    assert texts == [namespace["respond"](test[row]["prompt"], most=8) for row in chosen]
+    assert (len(texts), len(set(texts))) > (4, 1)  # else a constant would pass
+    references = [test[row]["response"] for row in chosen]
+    assert {name: last[f"test/{name}"] for name in responses.NAMES} == responses.metrics(texts, references)
+    assert rayfed.load_model(run.out) is not None
+
+
+def test_only_tokens_of_responses_count(rows: Path, models: dict[str, Path]) -> None:
+    """Sums of a batch by the logits of the model alone, with padding and without."""
+    found = []
+    for padding, batching in (("never", Unpadded), ("batch", Padded)):
+        plan = prepare(experiment(rows, models["gpt2"], f"engine.padding={padding}"))
+        assert isinstance(plan.model.batching, batching)
+        trainer, test = Trainer(plan), plan.federation.test
+        chosen = np.arange(len(test))
+        batch = test.batch(chosen, padded=batching is Padded)
+        del batch["labels"]
+        segment = Segment(0, len(chosen), lengths=test.lengths.tolist())
+        trainer.stack.load([plan.fresh(2)])
+        with torch.no_grad(), trainer.stack.batch.using([segment]):
+            found.append(trainer.forward(batch))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    model = plan.task.load_base(plan.federation).model
+    tokens: Any = test
+    for row, sums in enumerate(found[0]):
+        prompt = len(ByT5Tokenizer()(questions(9, 30)[row]["prompt"] + "\n")["input_ids"]) - 1
+        ids = torch.tensor(tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]]).long()[None]
+        assert tokens.prompts[row] == prompt
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, prompt - 1 : -1]
+        losses = torch.nn.functional.cross_entropy(logits, ids[0, prompt:], reduction="none")
+        right = (logits.argmax(-1) == ids[0, prompt:]).sum()
+        torch.testing.assert_close(sums, torch.tensor([losses.sum(), len(losses), right]), rtol=1e-4, atol=1e-4)
+
+
+def test_generation_leaves_the_model_as_it_was(rows: Path, models: dict[str, Path]) -> None:
+    plan = prepare(experiment(rows, models["llama"], "data.max_tokens=60"))
+    trainer = Trainer(plan)
+    tokens: Any = plan.federation.test
+    adapter = plan.fresh(2)
+    payload = wire.encode(adapter.flatten())
+    evaluate = EvalJob("test", 0, 9, adapter.layout)
+    before: Any = trainer.execute(evaluate, [payload])
+    whole: Any = trainer.execute(GenerateJob("test", np.arange(9), adapter.layout, 100), [payload])
+    after: Any = trainer.execute(evaluate, [payload])
+    assert torch.equal(before.predictions, after.predictions)
+    # 64 positions less those of the longest prompt, where no row ends earlier
+    assert {len(ids) for ids in whole.tokens} == {64 - tokens.prompts.max()}
+    alone: Any = [trainer.execute(GenerateJob("test", np.array([i]), adapter.layout, 5), [payload]) for i in range(9)]
+    assert [ids[:5].tolist() for ids in whole.tokens] == [result.tokens[0].tolist() for result in alone]
+
+
+def test_chats_and_objects(rows: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    train = [
+        {"chat": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]}
+        for row in questions(20)
+    ]
+    task = rayfed.InstructionTuning(train=train, messages="chat")
+    settings = experiment(
+        rows, models["llama"], "server.rounds=1", "data={max_tokens: 60}", "partition={kind: iid, clients: 4}"
+    )
+    plan = prepare(settings, task=task)
+    tokens: Any = plan.federation.train
+    text = AutoTokenizer.from_pretrained(models["llama"]).decode(tokens.ids[: tokens.offsets[1]].tolist())
+    assert re.fullmatch(r"<user>\d\+\d\?<assistant>(so )*#### \d</s>", text)
+    run = rayfed.run(settings, tmp_path / "run", task=task)
+    assert "messages: chat" in (run.out / "config.yaml").read_text()
+    pairs = rayfed.InstructionTuning(train=questions(20), client="owner")
+    plan = prepare(settings.with_("partition.kind=natural", "data.client=owner"), task=pairs)
+    assert plan.federation.clients == 3
+    with pytest.raises(UserError, match=r"^data.messages: got 'chat', but the tokenizer of model.name has no chat"):
+        prepare(settings.with_(f"model.name={models['gpt2']}"), task=task)
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"prompt": "a"}, "data.response: got None in {}, column 'response', row 2, but a response is a string"),
+        ({"response": "a"}, "data.prompt: got None in {}, column 'prompt', row 2, but a prompt is a string"),
+        (
+            {"prompt": "a", "response": " "},
+            "data.response: got ' ' in {}, column 'response', row 2, but a response has words",
+        ),
+    ],
+)
+def test_bad_rows(models: dict[str, Path], tmp_path: Path, row: dict[str, str], line: str) -> None:
+    lines = [{"prompt": "a", "response": "b"}, row]
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(own) + "\n" for own in lines))
+    with pytest.raises(UserError) as error:
+        prepare(experiment(tmp_path, models["gpt2"], "data.client=null", "partition={kind: iid, clients: 2}"))
+    assert str(error.value) == line.format(file)
+
+
+@pytest.mark.parametrize("chat", ["hello", [], [{"role": "user", "content": "a"}] * 2, [{"role": "user"}] * 2])
+def test_bad_chats(models: dict[str, Path], rows: Path, chat: object) -> None:
+    train = [{"chat": chat}] * 3
+    with pytest.raises(
+        UserError, match=r"^data.messages: got .* in the train rows, column 'chat', row 1, but a chat is"
+    ):
+        prepare(
+            experiment(rows, models["llama"], "data={}", "partition={kind: iid, clients: 2}"),
+            task=rayfed.InstructionTuning(train=train, messages="chat"),
+        )
+
+
+def test_prompts_that_fill_a_row_are_left_out(
+    models: dict[str, Path], rows: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = prepare(experiment(rows, models["gpt2"], "data.max_tokens=6"))  # a prompt has 5 tokens
+    assert set(plan.federation.train.lengths.tolist()) == {6}
+    long = [{**row, "prompt": row["prompt"] * (1 + i % 2)} for i, row in enumerate(questions(30))]
+    settings = experiment(rows, models["gpt2"], "data={client: owner, max_tokens: 8}")
+    plan = prepare(settings, task=rayfed.InstructionTuning(train=long))
+    assert len(plan.federation.rows) < 15
+    assert "prompts in the train rows leave no room for a response" in caplog.text
+    with pytest.raises(UserError, match=r"^data.max_tokens: got 3, but every prompt in .* alone has so many tokens$"):
+        prepare(experiment(rows, models["gpt2"], "data.max_tokens=3"))
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("data.packing=true", "data.packing: got true, but only data.task=causal_lm joins texts"),
+        ("data.prompt_template=ask", "data.prompt_template: got 'ask', but it has {prompt} once"),
+        ("data.task=causal_lm", "eval.generate_rows: got 5, but only data.task=instruction writes responses"),
+        ("eval.clients=true", "eval.clients: got true, but with data.task=instruction there are no classes"),
+    ],
+)
+def test_refusals(rows: Path, models: dict[str, Path], override: str, line: str) -> None:
+    with pytest.raises(UserError) as error:
+        prepare(experiment(rows, models["gpt2"], override))
+    assert str(error.value).startswith(line)
