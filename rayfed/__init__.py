@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from rayfed.api import Rounds, RunResult, iter_rounds, load_config, load_model, prepare, run
+    from rayfed.api import Rounds, RunResult, iter_rounds, load_config, load_model, prepare, pretrain, run
     from rayfed.config import Experiment
     from rayfed.engine.callbacks import Callback
     from rayfed.errors import RunError, UserError
@@ -61,6 +61,7 @@ _MODULES = {
     "load_config": "rayfed.api",
     "load_model": "rayfed.api",
     "prepare": "rayfed.api",
+    "pretrain": "rayfed.api",
     "run": "rayfed.api",
     "tune": "rayfed.sweeps.tune",
 }
@@ -87,6 +88,7 @@ __all__ = [
     "load_config",
     "load_model",
     "prepare",
+    "pretrain",
     "report",
     "run",
     "sweep",

@@ -10,18 +10,18 @@ keyed by the run's seed, the client, the round and the step, so an image is the 
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rayfed.config.describe import format_value
 from rayfed.config.task import Data
 from rayfed.errors import UserError
 from rayfed.tasks._texts import SourceTask
 from rayfed.tasks.base import Forward
-from rayfed.tasks.data.federation import Federation
+from rayfed.tasks.data.federation import Federation, only_training
 from rayfed.tasks.data.images import decoded, read_images, shifted
 from rayfed.tasks.data.table import Source, Table
 from rayfed.tasks.models.base import FrozenBase, logits_of
@@ -32,12 +32,14 @@ from rayfed.tasks.models.images import (
     load_image_input,
     need_pillow,
 )
+from rayfed.tasks.models.new import write_image_model
 from rayfed.tasks.models.unpadded import Padded, Unpadded
 from rayfed.tasks.models.usage import Usage, image_usage
 
 if TYPE_CHECKING:
     from rayfed.config.execution import Engine
     from rayfed.config.method import Lora
+    from rayfed.config.pretrain import Pretrain
     from rayfed.config.training import Eval, Server
 
 
@@ -54,9 +56,7 @@ class ImageTask(SourceTask):
     """The column with the image; None: `data.image`."""
 
     def check(self, *, lora: Lora, server: Server, eval: Eval, engine: Engine) -> None:
-        if self.model_settings.pooling != "stock":
-            what = f"with data.task={self.name} a model has its own head; allowed is stock"
-            raise UserError(f"model.pooling: got {format_value(self.model_settings.pooling)}, but {what}")
+        self._refuse(("model.pooling", self.model_settings.pooling, "stock", "a model has its own head"))
         if self.data.source == "stdlib":
             what = f"with data.task={self.name} rows are images; allowed are files, hub"
             raise UserError(f"data.source: got 'stdlib', but {what}")
@@ -84,6 +84,21 @@ class ImageTask(SourceTask):
     def load_base(self, federation: Federation) -> FrozenBase:
         settings, classes, seed = self.model_settings, len(federation.classes), self.seed
         return shared_base(self._base_key(classes), lambda: load_image_base(settings, classes, seed))
+
+    def write_new_base(self, settings: Pretrain, folder: Path) -> None:
+        write_image_model(settings, folder, self.seed)
+
+    def load_pretraining(self) -> tuple[Federation, str]:
+        from rayfed.tasks.data.dataset import load_pretraining, split_digest
+
+        split, classes = load_pretraining(self.data, self._source(self.data))
+        (rows,) = decoded([split], load_image_input(self.model_settings))
+        return only_training(rows, classes), split_digest(split)
+
+    def pretrained(self, model: nn.Module) -> nn.Module:
+        """The model without its head: a run has a new head."""
+        encoder: nn.Module = model.base_model  # type: ignore[assignment]
+        return encoder
 
     def batching(self, base: FrozenBase, padding: str) -> Unpadded | Padded:
         check_rows_stay_whole(base, load_image_input(self.model_settings), self.model_settings.name)

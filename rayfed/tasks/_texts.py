@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
     from rayfed.config.execution import Engine
     from rayfed.config.method import Lora
+    from rayfed.config.pretrain import Pretrain
     from rayfed.config.training import Eval, Server
+    from rayfed.tasks.data.federation import Federation
     from rayfed.tasks.data.tokens import Tokens
 
 
@@ -104,6 +106,22 @@ class SourceTask(Task):
             if value != wanted:
                 what = f"with data.task={self.name} {why}; allowed is {format_value(wanted, quotes=False)}"
                 raise UserError(f"{name}: got {format_value(value)}, but {what}")
+
+    def write_new_base(self, settings: Pretrain, folder: Path) -> None:
+        """Writes the model that `rayfed pretrain` trains, with random weights, and all that it needs.
+
+        UserError where there can be no such model.
+        """
+        what = "rayfed pretrain makes models for causal_lm, image_classification and image_multi_label"
+        raise allowed("data.task", self.name, what)
+
+    def load_pretraining(self) -> tuple[Federation, str]:
+        """A federation whose training rows are those of `data.pretrain_share`, and the digest of these rows."""
+        raise NotImplementedError
+
+    def pretrained(self, model: nn.Module) -> nn.Module:
+        """What of a pretrained model is kept: all of it."""
+        return model
 
     def _source(self, data: Data) -> Source | None:
         """The rows that are objects; None where the settings name the rows."""

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from rayfed.config.describe import format_value
-from rayfed.errors import UserError
 from rayfed.keywords import suggest_keywords
 from rayfed.tasks._images import ImageTask
 from rayfed.tasks.base import Metric
@@ -43,10 +41,8 @@ class ImageMultiLabel(ImageTask):
     metric = "map"
 
     def check(self, *, lora: Lora, server: Server, eval: Eval, engine: Engine) -> None:
-        for field, value in (("eval.clients", eval.clients), ("eval.controls", eval.controls)):
-            if value:
-                what = f"with data.task={self.name} an image has several classes; allowed is false"
-                raise UserError(f"{field}: got {format_value(value)}, but {what}")
+        why = "an image has several classes"
+        self._refuse(("eval.clients", eval.clients, False, why), ("eval.controls", eval.controls, False, why))
         super().check(lora=lora, server=server, eval=eval, engine=engine)
 
     def strata(self, labels: np.ndarray) -> np.ndarray:

@@ -19,9 +19,9 @@ from rayfed.config.task import Data
 from rayfed.errors import UserError, allowed
 from rayfed.tasks.data.columns import owners, texts
 from rayfed.tasks.data.conversations import conversations
-from rayfed.tasks.data.images import content, read_images
+from rayfed.tasks.data.images import read_images
 from rayfed.tasks.data.labels import class_labels, label_sets, numbers
-from rayfed.tasks.data.table import SPLITS, Source, Table
+from rayfed.tasks.data.table import SPLITS, Source, Table, content
 
 SOURCE_FIELD = {"stdlib": "data.source", "files": "data.path", "hub": "data.name", "object": "task"}
 """The setting that names the source, by `data.source`."""
@@ -118,6 +118,14 @@ def for_pretraining(split: Split, settings: Data) -> np.ndarray:
     least = int(settings.pretrain_share * 2**64)
     hashes = (hashlib.sha256(content(item)).digest()[:8] for item in split.texts)
     return np.array([int.from_bytes(found, "big") < least for found in hashes], dtype=bool)
+
+
+def split_digest(split: Split) -> str:
+    """SHA-256 (64 hex digits) over the texts or images and the labels."""
+    digest = hashlib.sha256(split.labels.tobytes())
+    for item in split.texts:
+        digest.update(hashlib.sha256(content(item)).digest())
+    return digest.hexdigest()
 
 
 def _read_splits(

@@ -23,7 +23,7 @@ import torch
 
 from rayfed.errors import UserError, allowed, first_line
 from rayfed.files import atomic_path
-from rayfed.tasks.data.table import Table, listed
+from rayfed.tasks.data.table import Table, content, listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,15 +71,6 @@ def read_images(table: Table, column: str) -> list[Any]:
         _encoded(value, f"{table.origin}, column {column!r}, row {i}")
         for i, value in enumerate(table.columns[column], 1)
     ]
-
-
-def content(item: Encoded | str) -> bytes:
-    """What names an image, or a text, wherever it lies: equal images of one kind have equal contents."""
-    if isinstance(item, str):
-        return item.encode()
-    if isinstance(item, np.ndarray):
-        return f"{item.shape}".encode() + item.tobytes()
-    return item.read_bytes() if isinstance(item, Path) else item
 
 
 def decoded(splits: Sequence[Split], target: ImageInput) -> list[Images]:

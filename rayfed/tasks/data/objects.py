@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from rayfed.config.task import Data
 from rayfed.errors import UserError, allowed
 from rayfed.own_code import failure
-from rayfed.tasks.data.images import content
-from rayfed.tasks.data.table import Source, Table
+from rayfed.tasks.data.table import Source, Table, content
 
 KINDS = "a datasets.Dataset, a pandas DataFrame, a list of mappings, or a torch data set with a length"
 
@@ -38,7 +34,7 @@ def content_digest(source: Source) -> str:
         for name, values in sorted(table.columns.items()):
             digest.update(f"|{split}|{name}|{len(values)}".encode())
             for value in values:
-                text = content(value) if isinstance(value, bytes | Path | np.ndarray) else repr(value).encode()
+                text = content(value)
                 digest.update(b"%d:%s" % (len(text), text))
     return digest.hexdigest()
 
