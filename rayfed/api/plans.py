@@ -193,6 +193,9 @@ def _checked_data(experiment: Experiment, parts: Components, federation: Federat
     # Only for this process: Ray knows what a cluster's nodes have.
     if experiment.engine.kind == "local" and experiment.engine.device == "cuda" and not torch.cuda.is_available():
         raise UserError("engine.device: got 'cuda', but torch finds no GPU here; allowed is cpu")
+    if experiment.pretrain.model is not None and not Path(experiment.model.name).is_dir():
+        what = "there is no such folder yet: `rayfed pretrain` makes it from this config"
+        raise allowed("model.name", experiment.model.name, what)
     if experiment.model.adapter is not None:
         adapter_folder(experiment.model.adapter)  # raises UserError; before the data, which may take minutes
     federation = federation or parts.task.load_data()

@@ -110,8 +110,7 @@ def plain_loop(vit: Path, task: ImageTask, rows: Images, member: PackMember) -> 
     return torch.cat([p.detach().reshape(-1) for p in parameters]), float(np.mean(losses))
 
 
-@pytest.mark.parametrize("multi_label", [False, True], ids=["one label", "many labels"])
-@pytest.mark.parametrize("augmented", [False, True], ids=["plain", "augmented"])
+@pytest.mark.parametrize(("multi_label", "augmented"), [(False, False), (True, True)])
 def test_a_pack_gives_each_client_what_a_stock_peft_loop_gives_it(
     vit: Path, multi_label: bool, augmented: bool
 ) -> None:

@@ -102,6 +102,7 @@ def test_a_run_reaches_what_the_lines_of_its_card_reach(
         torch.testing.assert_close(own(pixel_values=pixels).logits.numpy(), logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_packed_run_and_one_of_single_clients_agree(vit: Path, tmp_path: Path) -> None:
     found = []
     for pack in (1, 3):
@@ -114,6 +115,7 @@ def test_a_packed_run_and_one_of_single_clients_agree(vit: Path, tmp_path: Path)
         assert found[0][key] == pytest.approx(found[1][key], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_base_in_bfloat16_gives_nearly_the_same_loss(vit: Path, tmp_path: Path) -> None:
     losses = []
     for dtype in ("float32", "bfloat16"):
