@@ -8,7 +8,7 @@ from pydantic import Field
 
 from rayfed.config.types import Batch, NonNegative, Positive, Section, Share, Text
 
-Value = bool | int | float | str | None
+Value = bool | Annotated[int, Field(ge=-(2**40), le=2**40)] | Annotated[float, Field(ge=-1e30, le=1e30)] | Text | None
 
 
 class Pretrain(Section):
