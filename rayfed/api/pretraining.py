@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rayfed import tasks
-from rayfed.api.plans import Settings, read_settings
+from rayfed.api.plans import Settings, describe_objects, read_settings
 from rayfed.config import Experiment
 from rayfed.config.task import Model
 from rayfed.device import prepare_process
@@ -20,6 +20,7 @@ from rayfed.errors import UserError, allowed
 from rayfed.files import atomic_path, write_json
 from rayfed.keywords import suggest_keywords
 from rayfed.tasks._texts import SourceTask
+from rayfed.tasks.base import Task
 from rayfed.tasks.models.base import quiet
 from rayfed.tasks.models.cache import forget_base
 from rayfed.tasks.pretraining import train
@@ -31,18 +32,20 @@ DATA = ("task", "max_tokens", "packing", "crop", "flip", "pretrain_share")
 
 @suggest_keywords
 def pretrain(
-    experiment: Settings, *, out: str | Path | None = None, report: Callable[[str], None] | None = print
-) -> Path:
+    experiment: Settings, *, task: Task | None = None, out: str | Path | None = None,
+    report: Callable[[str], None] | None = print,
+) -> Path:  # fmt: skip
     """Trains a small base model as the section `pretrain` says, and writes it as a folder of transformers.
 
     The model trains on the rows of `data.pretrain_share`, which no client of a run with the same share has. The folder
     is ``out``, by default `model.name`; it has the tokenizer or the image processor, and `pretrain.json` with the
     settings and what the model reaches on held-out rows. A folder that has a model of the same settings and rows is
-    left as it is. ``report`` gets lines about the progress; None: nothing gets them.
+    left as it is. ``task`` takes the place of the one that the settings name, as in `run`. ``report`` gets lines about
+    the progress; None: nothing gets them.
 
     Returns the folder. Raises UserError where settings or data are wrong, or where the folder has something else.
     """
-    settings, tell = read_settings(experiment), report or (lambda line: None)
+    settings, tell = describe_objects(read_settings(experiment), task, None), report or (lambda line: None)
     folder = _folder(settings, out)
     if not settings.data.pretrain_share:
         raise UserError("data.pretrain_share: got 0, but rayfed pretrain trains on the rows that no client has")
@@ -53,16 +56,19 @@ def pretrain(
     forget_base()
     try:
         with TemporaryDirectory() as temporary:
-            return _pretrained(settings, Path(temporary), folder, tell)
+            return _pretrained(settings, task, Path(temporary), folder, tell)
     finally:
         forget_base()
         torch.set_num_threads(threads)
 
 
-def _pretrained(settings: Experiment, new: Path, folder: Path, report: Callable[[str], None]) -> Path:
+def _pretrained(
+    settings: Experiment, task: Task | None, new: Path, folder: Path, report: Callable[[str], None]
+) -> Path:
     """The folder with the pretrained model; ``new`` is an empty folder for one with random weights."""
     names = {name: getattr(settings, name) for name in ("data", "problem", "partition", "seed")}
-    task = tasks.build(**names, model=Model(name=str(new)))
+    names["model"] = Model(name=str(new))
+    task = task.configure(**names) if task else tasks.build(**names)
     if not isinstance(task, SourceTask):
         raise allowed("data.source", settings.data.source, "rayfed pretrain needs texts or images")
     task.write_new_base(settings.pretrain, new)

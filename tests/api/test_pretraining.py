@@ -74,6 +74,16 @@ def test_the_model_of_the_config_is_made_once_and_a_run_takes_it(
     assert line.startswith(f"rayfed: --out: got '{tmp_path / 'base'}', but its model is of other settings or rows (")
 
 
+def test_rows_may_be_objects(images: dict[str, Any], tmp_path: Path) -> None:
+    by_file = rayfed.pretrain(validate(images).with_("pretrain.steps=1"), report=None)
+    images["data"] = {"task": "image_classification", "pretrain_share": 0.4}
+    own = validate(images).with_("pretrain.steps=1")
+    task = rayfed.ImageClassification(train=digits(0, 200))
+    by_object = rayfed.pretrain(own, task=task, out=tmp_path / "other", report=None)
+    first, second = (json.loads((folder / "pretrain.json").read_text()) for folder in (by_file, by_object))
+    assert first["held_out"].keys() == second["held_out"].keys()
+
+
 def test_equal_settings_give_equal_weights_and_training_lowers_the_loss(images: dict[str, Any], tmp_path: Path) -> None:
     weights, losses = [], []
     for name, changes in (("a", ()), ("b", ()), ("long", ("pretrain.steps=60",)), ("seed", ("seed=1",))):

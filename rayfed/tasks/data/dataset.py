@@ -93,7 +93,8 @@ def load_data(
         if not len(splits[name]):
             raise UserError(
                 f"{SOURCE_FIELD[settings.source]}: no rows are left for the {name} split (data.examples="
-                f"{settings.examples}, data.validation={settings.validation}, data.test={settings.test})"
+                f"{settings.examples}, data.validation={settings.validation}, data.test={settings.test}, "
+                f"data.pretrain_share={settings.pretrain_share})"
             )
     return TextData(splits["train"], splits["validation"], splits["test"], classes)
 
