@@ -82,9 +82,8 @@ def _classes(folder: Path) -> list[str]:
 def _built_in(experiment: Experiment) -> bool:
     """Whether the run's task was rayfed's own, and no class of the user's."""
     made_by = (experiment.data.fingerprint or "").partition(" ")[0]
-    return made_by in ("", *(f"{cls.__module__}:{cls.__qualname__}" for cls in _tasks())) and (
-        not experiment.data.own_task
-    )
+    ours = made_by in ("", *(f"{cls.__module__}:{cls.__qualname__}" for cls in _tasks()))
+    return ours and not experiment.data.own_task
 
 
 def _tasks() -> list[type[Task]]:

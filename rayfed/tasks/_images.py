@@ -83,7 +83,7 @@ class ImageTask(SourceTask):
 
     def load_base(self, federation: Federation) -> FrozenBase:
         settings, classes, seed = self.model_settings, len(federation.classes), self.seed
-        return shared_base(self._base_key(classes), lambda: load_image_base(settings, classes, seed))
+        return shared_base(self._base_key(f"{self.name} {classes}"), lambda: load_image_base(settings, classes, seed))
 
     def write_new_base(self, settings: Pretrain, folder: Path) -> None:
         write_image_model(settings, folder, self.seed)

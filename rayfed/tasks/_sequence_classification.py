@@ -132,10 +132,11 @@ class SequenceClassification(TextTask):
     def load_base(self, federation: Federation) -> FrozenBase:
         outputs, problem = self.outputs(federation), self.problem_type
         settings, seed = self.model_settings, self.seed
+        key = self._base_key(f"{problem} {outputs}")
         if self.model is None:
-            return shared_base(self._base_key(outputs), lambda: load_base(settings, outputs, seed, problem))
+            return shared_base(key, lambda: load_base(settings, outputs, seed, problem))
         own = self.model, self.tokenizer
-        return shared_base(self._base_key(outputs), lambda: load_own_base(*own, settings, federation, outputs, seed))
+        return shared_base(key, lambda: load_own_base(*own, settings, federation, outputs, seed))
 
     @property
     def base_name(self) -> str:
@@ -153,7 +154,7 @@ class SequenceClassification(TextTask):
             raise allowed("task.loss_fn", f"a result of shape {tuple(losses.shape)}", what)
         return losses, torch.ones_like(losses)
 
-    def own_metrics(self, predictions: Tensor, labels: Tensor) -> dict[str, float]:
+    def user_metrics(self, predictions: Tensor, labels: Tensor) -> dict[str, float]:
         """The metrics of `metric_fns`."""
         return {name: float(function(predictions, labels)) for name, function in self.metric_fns.items()}
 

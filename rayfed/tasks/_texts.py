@@ -134,8 +134,8 @@ class SourceTask(Task):
     def base_name(self) -> str:
         return model_path(self.model_settings)
 
-    def _base_key(self, head: int | str) -> str:
-        """Equal keys, equal base models in float32. ``head``: the number of classes, or the kind of the model."""
+    def _base_key(self, head: str) -> str:
+        """Equal keys, equal base models in float32. ``head``: the kind of the model, with the number of its outputs."""
         key: list[Any] = [head, self.seed, self.model_settings.model_dump(mode="json", exclude={"dtype"})]
         folder = Path(self.base_name)
         if folder.is_dir():  # other files may come under its name

@@ -54,7 +54,7 @@ class MultiLabel(SequenceClassification):
         return multi_label.loss(outputs, labels)
 
     def metrics(self, predictions: Tensor, labels: Tensor, federation: Federation) -> Mapping[str, Metric]:
-        return {**multi_label.metrics(predictions, labels), **self.own_metrics(predictions, labels)}
+        return {**multi_label.metrics(predictions, labels), **self.user_metrics(predictions, labels)}
 
     def metric_names(self) -> tuple[str, ...]:
         return *multi_label.NAMES, *self.metric_fns

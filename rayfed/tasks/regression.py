@@ -64,7 +64,7 @@ class Regression(SequenceClassification):
         return outputs.squeeze(1)
 
     def metrics(self, predictions: Tensor, labels: Tensor, federation: Federation) -> Mapping[str, Metric]:
-        return {"spearman": regression.spearman(predictions, labels), **self.own_metrics(predictions, labels)}
+        return {"spearman": regression.spearman(predictions, labels), **self.user_metrics(predictions, labels)}
 
     def metric_names(self) -> tuple[str, ...]:
         return "spearman", *self.metric_fns

@@ -45,7 +45,7 @@ class TextClassification(SequenceClassification):
     def metrics(self, predictions: Tensor, labels: Tensor, federation: Federation) -> dict[str, Metric]:
         return {
             **single_label.metrics(predictions, labels, len(federation.classes)),
-            **self.own_metrics(predictions, labels),
+            **self.user_metrics(predictions, labels),
         }
 
     def metric_names(self) -> tuple[str, ...]:

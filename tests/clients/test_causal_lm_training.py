@@ -1,5 +1,7 @@
 """Packs of causal language models against a plain loop over a real PEFT model, and against members trained alone.
 
+Rows are texts, or prompts with responses, of which only the latter count.
+
 Clients start from random B, not from zero: at B = 0 the first change of A is nothing, and comparing it says nothing.
 """
 
@@ -19,6 +21,7 @@ from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.packed.stack import Stack
 from rayfed.lora.peft import match_targets
 from rayfed.tasks.causal_lm import CausalLM
+from rayfed.tasks.data.prompt_tokens import PromptTokens
 from rayfed.tasks.data.tokens import Tokens
 from rayfed.tasks.models.unpadded import Padded, Unpadded
 
@@ -28,10 +31,15 @@ SETTINGS = Client(optimizer="adamw", weight_decay=0.1, batch_size=3, epochs=2, c
 LR, SEED, ROUND = 0.01, 11, 5
 
 
-@pytest.fixture(scope="module")
-def tokens() -> Tokens:
-    ids = np.random.default_rng(0).integers(3, 300, sum(LENGTHS)).astype(np.int32)
-    return Tokens(ids, np.cumsum([0, *LENGTHS]), np.zeros(len(LENGTHS), np.int64), pad_id=0)
+@pytest.fixture(scope="module", params=["causal_lm", "instruction"])
+def tokens(request: pytest.FixtureRequest) -> Tokens:
+    draw = np.random.default_rng(0)
+    ids = draw.integers(3, 300, sum(LENGTHS)).astype(np.int32)
+    parts = ids, np.cumsum([0, *LENGTHS]), np.zeros(len(LENGTHS), np.int64), 0
+    if request.param == "causal_lm":
+        return Tokens(*parts)
+    nothing = {"responses": np.zeros(0, np.uint8), "ends": np.zeros(len(LENGTHS) + 1, np.int64)}
+    return PromptTokens(*parts, prompts=draw.integers(1, LENGTHS), **nothing)
 
 
 def lora(kind: str) -> LoraConfig:
@@ -63,7 +71,7 @@ def train(kind: str, tokens: Tokens, members: list[PackMember], batching: Unpadd
 
 
 def plain_loop(kind: str, tokens: Tokens, member: PackMember) -> tuple[torch.Tensor, float]:
-    """One client's round with stock PEFT: the loss is transformers' own, over labels that are -100 at padding."""
+    """One client's round with stock PEFT: the loss is transformers' own, with labels of -100 where none counts."""
     model: Any = get_peft_model(language_model(kind), lora(kind)).eval()
     inner = model.base_model.model
     parameters = []
@@ -78,8 +86,12 @@ def plain_loop(kind: str, tokens: Tokens, member: PackMember) -> tuple[torch.Ten
         texts = [torch.tensor(tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]]).long() for row in rows]
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         labels = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=-100)
+        mask = (labels >= 0).long()
+        if isinstance(tokens, PromptTokens):
+            for label, prompt in zip(labels, tokens.prompts[rows]):
+                label[:prompt] = -100
         optimizer.zero_grad()
-        loss = model(input_ids=ids, attention_mask=(labels >= 0).long(), labels=labels).loss
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, SETTINGS.clip_norm)
         optimizer.step()

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from language_models import save_language_model
-from transformers import AutoTokenizer, ByT5Tokenizer
+from conftest import SHARED_DATA
+from language_models import COMMON, save_language_model
+from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
 import rayfed
 from rayfed import wire
@@ -261,3 +262,21 @@ def test_refusals(rows: Path, models: dict[str, Path], override: str, line: str)
     with pytest.raises(UserError) as error:
         prepare(experiment(rows, models["gpt2"], override))
     assert str(error.value).startswith(line)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED_DATA / "gsm8k").exists(), reason="the data are not here")
+def test_real_questions_train_on_ray(models: dict[str, Path], tmp_path: Path, ray_cluster: None) -> None:
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(**COMMON, n_positions=512, n_embd=32, n_layer=1, n_head=2))
+    base.save_pretrained(tmp_path / "base")
+    ByT5Tokenizer().save_pretrained(tmp_path / "base")
+    settings = experiment(
+        SHARED_DATA / "gsm8k", tmp_path / "base", "data.prompt=text", "data.response=answer", "data.client=null",
+        "data.max_tokens=500", "data.examples=300", "data.test_examples=30", "partition={kind: iid, clients: 12}",
+        "server={rounds: 4, cohort: 4}", "lora.rank=8", "engine={kind: ray, workers: 2, pack: 2}",
+    )  # fmt: skip
+    metrics = rayfed.run(settings, tmp_path / "run").metrics
+    # The base is random, so there is little to adapt.
+    assert metrics[-1]["test/loss"] < metrics[0]["test/loss"] - 0.05
+    assert metrics[-1]["test/rouge_l"] is not None

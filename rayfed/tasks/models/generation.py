@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,15 +36,17 @@ def generate(
     """
     from transformers import GenerationConfig
 
-    # Every field that changes greedy generation has a value: a missing one would be that of the model's own settings.
-    longest = prompts["input_ids"].shape[1]
+    longest, owner = prompts["input_ids"].shape[1], cast(Any, model)
     limit = positions(getattr(model, "config", None)) or longest + most
     settings = GenerationConfig(
-        max_new_tokens=min(most, limit - longest), max_length=None, min_new_tokens=0, min_length=0, do_sample=False,
-        num_beams=1, num_return_sequences=1, repetition_penalty=1.0, encoder_repetition_penalty=1.0,
-        no_repeat_ngram_size=0, eos_token_id=ends(model, tokenizer) or None, pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
+        max_new_tokens=min(most, limit - longest), do_sample=False, eos_token_id=ends(model, tokenizer) or None,
+        pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    with forward.suspended() if isinstance(forward, NextTokens) else nullcontext(), quiet():
-        found: Tensor = model.generate(**prompts, generation_config=settings)  # type: ignore[operator]
+    # What is missing in them would come from the model's own settings, which may have penalties and such.
+    own, owner.generation_config = owner.generation_config, GenerationConfig()
+    try:
+        with forward.suspended() if isinstance(forward, NextTokens) else nullcontext(), quiet():
+            found: Tensor = owner.generate(**prompts, generation_config=settings, use_cache=True)
+    finally:
+        owner.generation_config = own
     return found[:, longest:]

@@ -250,14 +250,16 @@ import math
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 {where}folder = "adapter"  # where this file lies
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(base, {options}){as_float32}
+end, ends = tokenizer.eos_token_id, model.generation_config.eos_token_id
+ends = {{end, *(ends if isinstance(ends, list) else [ends])}} - {{None}}
+model.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
 model = PeftModel.from_pretrained(model, folder).eval()
-end = tokenizer.eos_token_id
 
 
 {tokens}
