@@ -26,7 +26,7 @@ from rayfed.tasks.models.cache import forget_base
 from rayfed.tasks.pretraining import train
 
 RECORD = "pretrain.json"
-DATA = ("task", "max_tokens", "packing", "crop", "flip", "pretrain_share")
+DATA = ("task", "max_tokens", "packing", "prompt_template", "crop", "flip", "pretrain_share")
 """The settings of `data` that decide the model, given the rows."""
 
 

@@ -112,7 +112,7 @@ class SourceTask(Task):
 
         UserError where there can be no such model.
         """
-        what = "rayfed pretrain makes models for causal_lm, image_classification and image_multi_label"
+        what = "rayfed pretrain makes models for causal_lm, instruction, image_classification, image_multi_label"
         raise allowed("data.task", self.name, what)
 
     def load_pretraining(self) -> tuple[Federation, str]:

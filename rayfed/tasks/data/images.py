@@ -117,9 +117,8 @@ def _encoded(value: Any, place: str) -> Encoded:
                 return path
         except (OSError, ValueError):  # too long; a NUL character
             pass
-        raise UserError(
-            f"data.image: got {reprlib.repr(str(value))} in {place}, but there is no such file, or none that can be read"
-        )
+        what = "there is no such file, or none that can be read"
+        raise UserError(f"data.image: got {reprlib.repr(str(value))} in {place}, but {what}")
     array = value
     if hasattr(value, "convert") and hasattr(value, "mode"):  # an image of Pillow
         if value.mode not in MODES:
