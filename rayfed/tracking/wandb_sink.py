@@ -216,7 +216,7 @@ def best_value(key: str) -> Literal["max", "min"] | None:
     split, _, name = key.partition("/")
     if split not in ("train", "eval", "eval_subset"):
         return None
-    if name.startswith(("accuracy", "macro_f1")):
+    if name.startswith(("accuracy", "macro_f1", "micro_f1", "map", "spearman", "exact_match", "rouge_l")):
         return "max"
     return "min" if name.startswith(("loss", "gap")) else None
 

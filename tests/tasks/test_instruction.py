@@ -48,13 +48,12 @@ CHAT = (
 
 
 def questions(count: int, start: int = 0) -> list[dict[str, str]]:
-    """Sums of one digit, with a reasoning of an uneven length."""
+    """Sums of one digit, with questions of two lengths and a reasoning of four."""
     rows = []
     for i in range(start, start + count):
-        a, b = i % 7, i % 3
-        rows.append({
-            "prompt": f"{a}+{b}?", "response": f"{'so ' * (i % 4)}#### {a + b}", "owner": ("Ann", "Bob", "Cay")[i % 3]
-        })  # fmt: skip
+        a, b, owner = i % 7, i % 3, ("Ann", "Bob", "Cay")[i % 3]
+        prompt, response = f"{'what is ' * (i % 2)}{a}+{b}?", f"{'so ' * (i % 4)}#### {a + b}"
+        rows.append({"prompt": prompt, "response": response, "owner": owner})
     return rows
 
 
@@ -156,7 +155,7 @@ def test_only_tokens_of_responses_count(rows: Path, models: dict[str, Path]) -> 
     for row, sums in enumerate(found[0]):
         prompt = len(ByT5Tokenizer()(questions(9, 30)[row]["prompt"] + "\n")["input_ids"]) - 1
         ids = torch.tensor(tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]]).long()[None]
-        assert tokens.prompts[row] == prompt
+        assert (tokens.prompts[row], int(ids[0, -1])) == (prompt, 1)  # and the end of the text
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, prompt - 1 : -1]
         losses = torch.nn.functional.cross_entropy(logits, ids[0, prompt:], reduction="none")
@@ -193,7 +192,7 @@ def test_chats_and_objects(rows: Path, models: dict[str, Path], tmp_path: Path) 
     plan = prepare(settings, task=task)
     tokens: Any = plan.federation.train
     text = AutoTokenizer.from_pretrained(models["llama"]).decode(tokens.ids[: tokens.offsets[1]].tolist())
-    assert re.fullmatch(r"<user>\d\+\d\?<assistant>(so )*#### \d</s>", text)
+    assert re.fullmatch(r"<user>(what is )?\d\+\d\?<assistant>(so )*#### \d</s>", text)
     run = rayfed.run(settings, tmp_path / "run", task=task)
     assert "messages: chat" in (run.out / "config.yaml").read_text()
     pairs = rayfed.InstructionTuning(train=questions(20), client="owner")
@@ -238,13 +237,11 @@ def test_bad_chats(models: dict[str, Path], rows: Path, chat: object) -> None:
 def test_prompts_that_fill_a_row_are_left_out(
     models: dict[str, Path], rows: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = prepare(experiment(rows, models["gpt2"], "data.max_tokens=6"))  # a prompt has 5 tokens
+    plan = prepare(experiment(rows, models["gpt2"], "data.max_tokens=6"))  # a prompt has 5 or 13 tokens
     assert set(plan.federation.train.lengths.tolist()) == {6}
-    long = [{**row, "prompt": row["prompt"] * (1 + i % 2)} for i, row in enumerate(questions(30))]
-    settings = experiment(rows, models["gpt2"], "data={client: owner, max_tokens: 8}")
-    plan = prepare(settings, task=rayfed.InstructionTuning(train=long))
-    assert len(plan.federation.rows) < 15
-    assert "prompts in the train rows leave no room for a response" in caplog.text
+    assert (len(plan.federation.rows), len(plan.federation.train)) == (15, 15)
+    assert plan.federation.sizes.tolist() == [5, 5, 5]
+    assert f"15 of 30 prompts in {rows}/train.jsonl leave no room for a response" in caplog.text
     with pytest.raises(UserError, match=r"^data.max_tokens: got 3, but every prompt in .* alone has so many tokens$"):
         prepare(experiment(rows, models["gpt2"], "data.max_tokens=3"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from rayfed.tasks.data.dataset import Split
 
+DAY = "26 Jul 2024"
+"""What a chat template that writes the date gets: Llama 3's own default, where it cannot ask for the day of the run."""
 PLAIN = "{prompt}\n"
 """The template of a prompt where neither the settings nor the tokenizer have one."""
 
@@ -108,8 +111,8 @@ def _by_template(split: Split, row: int, tokenizer: PreTrainedTokenizerBase) -> 
     prompt: Any
     whole: Any
     try:
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        write = partial(tokenizer.apply_chat_template, tokenize=False, date_string=DAY)
+        prompt, whole = write(messages[:-1], add_generation_prompt=True), write(messages)
     except Exception as error:  # jinja2 and templates themselves raise many kinds
         what = f"the chat template of its tokenizer fails on {split.place(row)}: {first_line(error)}"
         raise UserError(f"model.name: {what}") from None

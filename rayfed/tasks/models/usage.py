@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayfed.config.task import Data, Model
-from rayfed.tasks.data.prompt_tokens import PLAIN
+from rayfed.tasks.data.prompt_tokens import DAY, PLAIN
 
 HUB_NAMES = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}  # the hub's names of packaged models
 
@@ -75,7 +75,7 @@ def instruction_usage(settings: Model, data: Data, chat: bool) -> Usage:
     test split, the run's figure; and ``respond``, from a prompt to a text. With ``chat`` a prompt may also be a list of
     messages. They run in the run directory.
     """
-    tokens = _CHAT if chat else _PROMPT.format(template=data.prompt_template or PLAIN)
+    tokens = _CHAT.replace("DAY", repr(DAY)) if chat else _PROMPT.format(template=data.prompt_template or PLAIN)
     code = _INSTRUCTION.format(**_loading(settings), tokens=tokens, max_tokens=data.max_tokens)
     return Usage(settings.name, "text-generation", code)
 
@@ -288,10 +288,11 @@ print(respond("a prompt", most=20))
 _CHAT = """\
 def tokens(prompt, response=None):
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    start, answer = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True), ""
+    day, answer = {"date_string": DAY}, ""
+    start = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **day)
     if response is not None:
         chat = [*chat, {"role": "assistant", "content": response}]
-        answer = tokenizer.apply_chat_template(chat, tokenize=False)[len(start) :]
+        answer = tokenizer.apply_chat_template(chat, tokenize=False, **day)[len(start) :]
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (start, answer)]
 """
 
