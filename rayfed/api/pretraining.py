@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rayfed import tasks
-from rayfed.api.plans import Settings, describe_objects, read_settings
+from rayfed.api.plans import PRETRAINED, Settings, describe_objects, read_settings
 from rayfed.config import Experiment
 from rayfed.config.task import Model
 from rayfed.device import prepare_process
@@ -25,7 +25,6 @@ from rayfed.tasks.models.base import quiet
 from rayfed.tasks.models.cache import forget_base
 from rayfed.tasks.pretraining import train
 
-RECORD = "pretrain.json"
 DATA = ("task", "max_tokens", "packing", "prompt_template", "crop", "flip", "pretrain_share")
 """The settings of `data` that decide the model, given the rows."""
 
@@ -94,7 +93,7 @@ def _pretrained(
         with quiet():
             kept.save_pretrained(temporary)
         task.save_tokenizer(temporary)
-        write_json(temporary / RECORD, {"digest": digest, "parameters": count, "held_out": reached, **what})
+        write_json(temporary / PRETRAINED, {"digest": digest, "parameters": count, "held_out": reached, **what})
     report(f"model {folder}")
     return folder
 
@@ -114,9 +113,9 @@ def _has(folder: Path, digest: str) -> bool:
     if not folder.is_dir() or not any(folder.iterdir()):
         return False
     try:
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))["digest"]
+        found = json.loads((folder / PRETRAINED).read_text(encoding="utf-8"))["digest"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise allowed("--out", str(folder), f"this folder has something else than a model of {RECORD}") from None
+        raise allowed("--out", str(folder), f"this folder has something else than a model of {PRETRAINED}") from None
     if found != digest:
         what = f"its model is of other settings or rows ({found}, and these are {digest}): remove it, or name another"
         raise allowed("--out", str(folder), what)

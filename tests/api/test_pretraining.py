@@ -69,6 +69,10 @@ def test_the_model_of_the_config_is_made_once_and_a_run_takes_it(
     assert capsys.readouterr().out == again
     run = rayfed.run(validate(images), tmp_path / "run")
     assert run.metrics[-1]["test/accuracy"] > 0
+    with pytest.raises(
+        UserError, match=r"^data.pretrain_share: got 0.3, but the base in .* has seen 0.4: clients would "
+    ):
+        rayfed.prepare(validate(images).with_("data.pretrain_share=0.3"))
     assert main(["pretrain", str(config), "pretrain.steps=13"]) == 2
     line = capsys.readouterr().err
     assert line.startswith(f"rayfed: --out: got '{tmp_path / 'base'}', but its model is of other settings or rows (")
