@@ -184,7 +184,7 @@ class Server:
         return record, log.dense
 
     def _info(self) -> RunInfo:
-        plan, sizes = self.plan, self.plan.federation.sizes
+        plan, sizes, metric = self.plan, self.plan.federation.sizes, self.plan.task.metric or "accuracy"
         facts: dict[str, float | int | str | None] = {
             "clients": plan.federation.clients,
             "clients without data": int((sizes == 0).sum()),
@@ -195,4 +195,5 @@ class Server:
             "padding": str(plan.model.batching),
             "ranks": describe(plan.profiles.rank_mix(sizes)),
         }
-        return RunInfo(plan.name, self.out, plan.digest, dict(plan.settings), plan.server.rounds, self.done, facts)
+        config, rounds = dict(plan.settings), plan.server.rounds
+        return RunInfo(plan.name, self.out, plan.digest, config, rounds, self.done, facts, metric)

@@ -1,8 +1,9 @@
 """The console: a progress bar on a terminal, one line per round everywhere else.
 
 Both show the same things: a header, the rounds, the events and a final table. The time left is the median duration of
-the last rounds times the number of rounds left: one slow round hardly changes a median. The accuracy is the last one
-that was measured. Lines have at most 80 columns, except for long names, long paths and the final table.
+the last rounds times the number of rounds left: one slow round hardly changes a median. The metric is the task's own,
+such as the accuracy, when it was measured last. Lines have at most 80 columns, except for long names, long paths and
+the final table.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ WIDTH = 80
 GAP = "  "  # between the columns of a table
 RECENT = 9  # rounds in the median of the time left
 HEADING_EVERY = 20  # rounds between two lines of column names, so that a long log shows them again
-COLUMNS = (("loss", 9), ("accuracy", 10), ("down MB", 9), ("up MB", 8), ("total MB", 10), ("seconds", 9), ("eta", 9))
+COLUMNS = (("loss", 9), ("metric", 10), ("down MB", 9), ("up MB", 8), ("total MB", 10), ("seconds", 9), ("eta", 9))
 
 
 class ConsoleSink(Sink):
@@ -35,11 +36,12 @@ class ConsoleSink(Sink):
         self._view = _view(mode, sys.stdout if stream is None else stream)
         self._rounds = 0
         self._seconds: deque[float] = deque(maxlen=RECENT)
-        self._accuracy: dict[str, float] = {}
+        self._metric = ""
+        self._measured: dict[str, float] = {}
 
     def start(self, info: RunInfo) -> None:
         """Shows the header."""
-        self._rounds = info.rounds
+        self._rounds, self._metric = info.rounds, info.metric
         self._view.header(header(info), info)
 
     def round(self, record: Record) -> None:
@@ -47,12 +49,13 @@ class ConsoleSink(Sink):
         values = {key: float(value) for key, value in record.items() if isinstance(value, int | float)}
         number, seconds = int(values["round"]), values["time/round_s"]
         self._seconds.append(seconds)
-        self._accuracy |= {key: values[key] for key in ("eval/accuracy", "test/accuracy") if key in values}
+        keys = f"eval/{self._metric}", f"test/{self._metric}"
+        self._measured |= {key: values[key] for key in keys if key in values}
         eta = statistics.median(self._seconds) * max(self._rounds - number, 0)
         cells = {
             "round": round_of(number, self._rounds),
             "loss": loss(values.get("train/loss")),
-            "accuracy": percent(self._accuracy.get("eval/accuracy", self._accuracy.get("test/accuracy"))),
+            "metric": percent(next((self._measured[key] for key in keys if key in self._measured), None)),
             "down MB": megabytes(values.get("bytes/down")),
             "up MB": megabytes(values.get("bytes/up")),
             "total MB": megabytes(values.get("bytes/total")),
@@ -81,9 +84,11 @@ class PlainView:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._rows = 0
+        self._metric = ""
 
     def header(self, lines: list[str], info: RunInfo) -> None:
         """Writes the lines that come before the first round."""
+        self._metric = info.metric
         for line in lines:
             self._write(line)
 
@@ -95,7 +100,8 @@ class PlainView:
         """
         place = cells["round"]
         if self._rows % HEADING_EVERY == 0:
-            self._write(" " * len(place) + "".join(f"{name:>{width}}" for name, width in COLUMNS))
+            names = ((self._metric[: width - 1] if name == "metric" else name, width) for name, width in COLUMNS)
+            self._write(" " * len(place) + "".join(f"{name:>{width}}" for name, width in names))
         self._rows += 1
         self._write(place + "".join(f"{cells[name]:>{width}}" for name, width in COLUMNS))
 

@@ -15,13 +15,14 @@ from rayfed.tracking.format import clock, round_of
 from rayfed.tracking.layout import column_widths, folded
 from rayfed.tracking.sinks import RunInfo, Table
 
-TEXT_WIDTH = 66  # the largest width, in columns, of the texts beside the bar: round, loss, accuracy, MB, time left
+TEXT_WIDTH = 66  # the largest width, in columns, of the texts beside the bar: round, loss, metric, MB, time left
 
 
 class RichView:
     """Draws on ``stream`` as on a terminal. The methods are those of `PlainView`."""
 
     def __init__(self, stream: TextIO) -> None:
+        self._metric = ""
         self._console = Console(file=stream, force_terminal=True, highlight=False, markup=False, emoji=False)
         redirect = stream is sys.stdout  # then rich prints the output of other code above the bar
         self._progress = Progress(
@@ -39,13 +40,13 @@ class RichView:
         """Prints the lines and starts the bar below them."""
         for number, line in enumerate(lines):
             self._console.print(Text(line, style="bold" if number == 0 else "dim"))
-        place = round_of(info.start, info.rounds)
+        place, self._metric = round_of(info.start, info.rounds), info.metric
         self._progress.add_task("", total=info.rounds, completed=info.start, place=place, stats="", left="-")
         self._progress.start()
 
     def row(self, number: int, cells: dict[str, str], eta: float) -> None:
         """Moves the bar to round ``number``. ``eta`` is the time left in seconds."""
-        stats = f"loss {cells['loss']}  accuracy {cells['accuracy']}  {cells['total MB']} MB"
+        stats = f"loss {cells['loss']}  {self._metric} {cells['metric']}  {cells['total MB']} MB"
         fields: dict[str, Any] = {"place": cells["round"], "stats": stats, "left": Countdown(eta)}
         self._progress.update(TaskID(0), completed=number, refresh=True, **fields)
 

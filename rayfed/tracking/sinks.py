@@ -31,6 +31,8 @@ class RunInfo:
     """Number of finished rounds: 0, or the round after which a resumed run continues."""
     facts: Mapping[str, Scalar] = field(default_factory=dict)
     """Facts for the reader that are no settings: population, clients without data, trainable parameters, ..."""
+    metric: str = "accuracy"
+    """The metric that chooses the best round, which metrics.jsonl has as `eval/accuracy` and so on."""
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,9 @@ def plain_loop(base: FrozenBase, tokens: Tokens, member: PackMember) -> tuple[to
     return torch.cat([p.detach().flatten() for p in parameters]), float(np.mean(losses))
 
 
-@pytest.mark.parametrize("batching", [Unpadded("first"), Padded("")], ids=["unpadded", "padded"])
+@pytest.mark.parametrize(
+    "batching", [Unpadded("first"), pytest.param(Padded(""), marks=pytest.mark.slow)], ids=["unpadded", "padded"]
+)
 @pytest.mark.parametrize("name", TASKS)
 def test_a_pack_gives_each_client_what_a_stock_peft_loop_gives_it(
     name: str, batching: Unpadded | Padded, tokens: Tokens, tiny_bert: Path

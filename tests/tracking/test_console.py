@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -101,6 +103,19 @@ def test_plain_lines_fit_80_columns_also_in_long_runs_with_large_numbers() -> No
     assert len({len(line) for line in rows}) == 1  # aligned
     assert sum("accuracy" in line for line in lines) == 3  # the names come back in a long log
     assert all(re.search(r" -1\.0e\+30 +100\.0 % +9999 +9999 +99999000 +3000 +\d+d \d+h$", line) for line in rows)
+
+
+@pytest.mark.parametrize("mode", ["plain", "rich"])
+def test_a_task_with_another_metric_shows_it(mode: Literal["plain", "rich"]) -> None:
+    stream = io.StringIO()
+    sink = ConsoleSink(mode, stream)
+    sink.start(replace(info(), metric="map"))
+    sink.round(record(9, eval__map=0.123, eval__accuracy=0.9))
+    sink.close()
+    shown = seen(stream.getvalue())
+    assert re.search(r"\bmap\b", shown)
+    assert "12.3 %" in shown
+    assert "accuracy" not in shown
 
 
 def test_time_left_is_the_median_and_ignores_one_slow_round() -> None:

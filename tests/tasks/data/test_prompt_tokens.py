@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 from transformers import ByT5Tokenizer
 
 from rayfed.config import validate
 from rayfed.config.task import Data
 from rayfed.errors import UserError
-from rayfed.tasks.data.dataset import Split
+from rayfed.tasks.data.dataset import Split, load_data
 from rayfed.tasks.data.prompt_tokens import PromptTokens, tokenize_prompts
 from rayfed.tasks.data.tokens import IGNORED
 
@@ -89,6 +93,20 @@ def test_responses_are_cut_and_rows_without_one_are_not_used() -> None:
     assert used.tolist() == [True, False, True]
     assert [parts(tokens, row) for row in (0, 1)] == [("a\n", "bcd"), ("ab\n", "cd")]
     assert [tokens.response(row) for row in (0, 1)] == ["bcdef", "cdef"]
+
+
+def test_files_give_chats_and_columns_give_conversations(tmp_path: Path) -> None:
+    rows = [{"chat": list(chat("a", "b", "c", "d")), "q": "a", "r": "b"}] * 4
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    pd.DataFrame(rows).drop(columns="chat").to_csv(tmp_path / "rows.csv")
+    for file, more, wanted in (
+        ("rows.jsonl", {"messages": "chat"}, chat("a", "b", "c", "d")),
+        ("rows.parquet", {"messages": "chat"}, chat("a", "b", "c", "d")),
+        ("rows.csv", {"prompt": "q", "response": "r"}, chat("a", "b")),
+    ):
+        own = settings(source="files", path=str(tmp_path / file), test=0.5, validation=0, **more)
+        assert load_data(own, 0, labelled=()).train.texts == [wanted] * 2
 
 
 def test_batches_count_the_tokens_of_responses() -> None:
