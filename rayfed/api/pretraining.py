@@ -90,6 +90,8 @@ def _pretrained(
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         kept: Any = task.pretrained(model.cpu())
+        if hasattr(kept.config, "use_cache"):
+            kept.config.use_cache = True  # training has turned it off
         with quiet():
             kept.save_pretrained(temporary)
         task.save_tokenizer(temporary)

@@ -107,6 +107,7 @@ def test_a_language_model_is_made_with_its_tokenizer(kind: str, tmp_path: Path) 
     own = validate({**settings(tmp_path, LANGUAGE[kind], **BYTES), "partition": {"kind": "natural"}})
     lines: list[str] = []
     rayfed.pretrain(own, report=lines.append)
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["use_cache"]
     first, last = (float(line.split("loss ")[1].split(",")[0]) for line in (lines[1], lines[-3]))
     assert last < first - 0.5
     before = rayfed.run(own, tmp_path / "run").metrics[-1]["test/loss"]
