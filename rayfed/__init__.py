@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from rayfed.api import Rounds, RunResult, iter_rounds, load_config, load_model, prepare, run
+    from rayfed.api import Rounds, RunResult, iter_rounds, load_config, load_model, prepare, pretrain, run
     from rayfed.config import Experiment
     from rayfed.engine.callbacks import Callback
     from rayfed.errors import RunError, UserError
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from rayfed.sweeps.sweep import SweepResult
     from rayfed.tasks.base import Task
     from rayfed.tasks.causal_lm import CausalLM
+    from rayfed.tasks.image_classification import ImageClassification
+    from rayfed.tasks.image_multi_label import ImageMultiLabel
     from rayfed.tasks.instruction import InstructionTuning
     from rayfed.tasks.multi_label import MultiLabel
     from rayfed.tasks.regression import Regression
@@ -41,6 +43,8 @@ _MODULES = {
     "CausalLM": "rayfed.tasks.causal_lm",
     "Callback": "rayfed.engine.callbacks",
     "Experiment": "rayfed.config",
+    "ImageClassification": "rayfed.tasks.image_classification",
+    "ImageMultiLabel": "rayfed.tasks.image_multi_label",
     "InstructionTuning": "rayfed.tasks.instruction",
     "Method": "rayfed.methods",
     "MultiLabel": "rayfed.tasks.multi_label",
@@ -57,6 +61,7 @@ _MODULES = {
     "load_config": "rayfed.api",
     "load_model": "rayfed.api",
     "prepare": "rayfed.api",
+    "pretrain": "rayfed.api",
     "run": "rayfed.api",
     "tune": "rayfed.sweeps.tune",
 }
@@ -64,6 +69,8 @@ __all__ = [
     "Callback",
     "CausalLM",
     "Experiment",
+    "ImageClassification",
+    "ImageMultiLabel",
     "InstructionTuning",
     "Method",
     "MultiLabel",
@@ -81,6 +88,7 @@ __all__ = [
     "load_config",
     "load_model",
     "prepare",
+    "pretrain",
     "report",
     "run",
     "sweep",

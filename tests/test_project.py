@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {name: [Requirement(r) for r in extra] for name, extra in PROJECT["optional-dependencies"].items()}
 DEPENDENCIES = [Requirement(r) for r in PROJECT["dependencies"]]
-DISTRIBUTION = {"yaml": "pyyaml"}  # import names that differ from the distribution's
+DISTRIBUTION = {"yaml": "pyyaml", "PIL": "pillow"}  # import names that differ from the distribution's
 
 
 def pins() -> dict[str, str]:

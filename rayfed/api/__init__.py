@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rayfed.api.models import load_model
 from rayfed.api.plans import Components, build_components, check, load_config, prepare
+from rayfed.api.pretraining import pretrain
 from rayfed.api.runs import Rounds, RunResult, iter_rounds, run
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "load_config",
     "load_model",
     "prepare",
+    "pretrain",
     "run",
 ]

@@ -7,6 +7,7 @@ settings, builds a method again, or loads the base model only to describe it.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.spec import ModelSpec, check_dtype, describe_model
 from rayfed.weighting import Weighting
 
+PRETRAINED = "pretrain.json"
+"""The file in the folder of a model that says how `rayfed pretrain` made it."""
 Settings = Experiment | str | Path | Mapping[str, Any]
 """What a function of the API takes as settings, see `read_settings`."""
 
@@ -193,6 +196,8 @@ def _checked_data(experiment: Experiment, parts: Components, federation: Federat
     # Only for this process: Ray knows what a cluster's nodes have.
     if experiment.engine.kind == "local" and experiment.engine.device == "cuda" and not torch.cuda.is_available():
         raise UserError("engine.device: got 'cuda', but torch finds no GPU here; allowed is cpu")
+    if experiment.pretrain.model is not None:
+        _check_pretrained(experiment)
     if experiment.model.adapter is not None:
         adapter_folder(experiment.model.adapter)  # raises UserError; before the data, which may take minutes
     federation = federation or parts.task.load_data()
@@ -207,6 +212,21 @@ def _checked_data(experiment: Experiment, parts: Components, federation: Federat
     return federation
 
 
+def _check_pretrained(experiment: Experiment) -> None:
+    """UserError where the base of the section `pretrain` is not there, or has seen rows of clients."""
+    folder, share = Path(experiment.model.name), experiment.data.pretrain_share
+    if not folder.is_dir():
+        what = "there is no such folder yet: `rayfed pretrain` makes it from this config"
+        raise allowed("model.name", experiment.model.name, what)
+    try:
+        seen = float(json.loads((folder / PRETRAINED).read_text(encoding="utf-8"))["data"]["pretrain_share"])
+    except (OSError, ValueError, KeyError, TypeError):  # another model than one of `rayfed pretrain`
+        return
+    if seen > share:
+        what = f"the base in {folder} has seen {seen}: clients would have rows on which it was trained"
+        raise allowed("data.pretrain_share", share, what)
+
+
 @own_failures(UserError)
 def _described_model(experiment: Experiment, parts: Components, federation: Federation) -> ModelSpec:
     task, engine, model = parts.task, experiment.engine, experiment.model
@@ -214,7 +234,7 @@ def _described_model(experiment: Experiment, parts: Components, federation: Fede
     batching = task.batching(base, engine.padding)
     spec = describe_model(base, task.base_name, experiment.lora, model.dtype, batching, engine.gradient_checkpointing)
     if model.dtype != "float32":
-        check_dtype(base, model.name, model.dtype)
+        check_dtype(base, model.name, model.dtype, task.sample())
     return spec
 
 

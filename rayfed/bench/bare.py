@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from multiprocessing import get_context
 from typing import Any, cast
 
@@ -20,9 +21,12 @@ from torch import Tensor, nn
 
 from rayfed.clients.local_training import batches
 from rayfed.clients.plan import RunPlan
+from rayfed.config.task import Model
 from rayfed.lora.adapter import Entry
 from rayfed.lora.peft import PREFIX, lora_config
+from rayfed.tasks._images import ImageTask
 from rayfed.tasks.data.tokens import Tokens
+from rayfed.tasks.models.images import load_image_input
 
 TrainRound = Callable[[Tensor, int, Sequence[Sequence[int]], int | None, bool], Tensor]
 _this_process: tuple[RunPlan, nn.Module, list[nn.Parameter]]
@@ -62,7 +66,7 @@ def bare_model(plan: RunPlan) -> tuple[nn.Module, list[nn.Parameter]]:
     from peft import get_peft_model
 
     base = plan.task.load_base(plan.federation)
-    config = lora_config(**plan.lora.model_dump(exclude={"train", "compute"}), head=base.head)
+    config = lora_config(**plan.lora.model_dump(exclude={"train", "compute"}), head=base.head, task_type=base.task_type)
     model = get_peft_model(cast(Any, base.model), config).eval()
     model.requires_grad_(False)
     named = dict(model.named_parameters())
@@ -90,10 +94,27 @@ def train_client(
             inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], extra)
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logits = model(**inputs).logits
-        nn.functional.cross_entropy(logits.float(), labels).backward()
+            loss = _loss(model, plan, inputs, labels)
+        loss.backward()
         optimizer.step()
     return nn.utils.parameters_to_vector(parameters).detach()
+
+
+def _loss(model: nn.Module, plan: RunPlan, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """The batch's mean loss, as one computes it with transformers alone."""
+    task = plan.settings["data"]["task"]
+    if task == "causal_lm":
+        targets = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        loss: Tensor = model(**inputs, labels=targets).loss
+        return loss
+    if task == "image_classification":
+        inputs = {"pixel_values": _normaliser(cast(ImageTask, plan.task).model_settings)(inputs["pixel_values"])}
+    return nn.functional.cross_entropy(model(**inputs).logits.float(), labels)
+
+
+@lru_cache(1)
+def _normaliser(model: Model) -> Callable[[Tensor], Tensor]:
+    return load_image_input(model).normaliser(torch.device("cpu"), torch.float32)
 
 
 def _load(plan: RunPlan) -> None:

@@ -52,7 +52,7 @@ PARTS = ("s in packs", "s waiting besides", "s on the server", "s for records")
 
 
 def measure(**overrides: Any) -> list[Row]:
-    """MiniLM and a BERT of 2 layers, 128 wide, each against both paddings.
+    """MiniLM and a BERT of 2 layers, 128 wide, each against both paddings; of another task only `model.name`.
 
     ``overrides`` change the settings, by dotted keys. Of `server.rounds`, the first warms up and the last, which
     evaluates, is left out.
@@ -61,6 +61,8 @@ def measure(**overrides: Any) -> list[Row]:
     for key, value in overrides.items():
         assign(settings, key, value, f"{key}={value}")
     rows = compare(str(settings["model"]["name"]), validate(settings))
+    if settings["data"].get("task", "text_classification") != "text_classification":
+        return rows
     with tempfile.TemporaryDirectory() as folder:
         settings["model"]["name"] = _small_bert(Path(folder), validate(settings))
         return rows + compare("2 layers, 128 wide", validate(settings))
@@ -68,11 +70,14 @@ def measure(**overrides: Any) -> list[Row]:
 
 def compare(name: str, experiment: Experiment) -> list[Row]:
     """One row for each variant of the bare loop: padded to `data.max_tokens`, or to the longest of a batch; formats."""
-    plan = prepare(experiment)
+    plan, most = prepare(experiment), experiment.data.max_tokens
+    paddings = (("without padding", None),) if experiment.data.images else (
+        (f"padded to {most}", most), ("padded to the longest", None),
+    )  # fmt: skip
     variants: dict[str, tuple[int | None, bool]] = {
-        f"padded {to}{', autocast' if autocast else ''}": (pad_to, autocast)
+        f"{padding}{', autocast' if autocast else ''}": (pad_to, autocast)
         for autocast in (False, True)[: 1 if plan.model.dtype == "float32" else 2]
-        for to, pad_to in ((f"to {experiment.data.max_tokens}", experiment.data.max_tokens), ("to the longest", None))
+        for padding, pad_to in paddings
     }
     times: dict[str, list[tuple[Times, Times]]] = {variant: [] for variant in variants}
     differences, parts = dict.fromkeys(variants, 0.0), []

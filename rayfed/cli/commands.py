@@ -148,6 +148,14 @@ _command(
     _option("svg", "FILE", "also write the figure to FILE", shell_complete=completion.files),
 )
 _command(
+    "pretrain:pretrain",
+    "make a small base model, from rows that no client has",
+    "Train the base model of the section `pretrain` on the rows of data.pretrain_share, and save it for transformers.",
+    _config(f"YAML file with a section `pretrain`{NAMES}"),
+    _overrides("settings to change, such as pretrain.steps=500"),
+    _option("out", "DIR", "folder of the model (default: model.name)", shell_complete=completion.folders),
+)
+_command(
     "bench:bench",
     "measure what is fast, against what, on this machine",
     None,

@@ -59,6 +59,7 @@ def machine() -> Iterator[Fact]:
         ("report figures", "matplotlib", "report"),
         ("w&b workspace", "wandb_workspaces", "workspace"),
         ("optuna searches", "optuna", "optuna"),
+        ("images", "PIL", "images"),
     ):
         yield use, "yes" if find_spec(module) else f"no: pip install -e '.[{extra}]' in a clone"
 

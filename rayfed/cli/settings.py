@@ -24,7 +24,8 @@ def describe(section: str | None = None) -> str:
     for key, field in known:
         if section is None or key == section or key.startswith(section + "."):
             default = "(no default)" if field.is_required() else format_value(field.default, quotes=False)
-            lines.append(f"{key} = {default}  [{allowed_values(field)}]")
+            heading = f"{key} = {default}  [{allowed_values(field)}]"
+            lines += [heading] if len(heading) <= 120 else textwrap.wrap(heading, 120, subsequent_indent="    ")
             lines.append(textwrap.fill(field.description or "", 100, initial_indent="    ", subsequent_indent="    "))
     if section is not None and not lines:
         keys = [key for key, _ in (*iter_fields(Experiment), *iter_fields(Sweep, "sweep."))]

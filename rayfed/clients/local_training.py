@@ -154,8 +154,16 @@ class _PackTraining:
         return segments
 
     def _batch(self, active: Sequence[int], step: int) -> dict[str, Tensor]:
+        c = self.context
         rows = np.concatenate([self.plans[slot][step] for slot in active])
-        return on_device(self.context.data.batch(rows, self.context.padded), self.context.device)
+        keys = [
+            (
+                seeding.derive_seed(c.seed, "augment", self.t, self.members[slot].client, step),
+                len(self.plans[slot][step]),
+            )
+            for slot in active
+        ]
+        return on_device(c.task.augment(c.data.batch(rows, c.padded), keys), c.device)
 
     def _loss(self, active: Sequence[int], batch: dict[str, Tensor]) -> Tensor:
         """The sum of the active clients' mean losses and penalties; adds the mean losses to ``losses``."""

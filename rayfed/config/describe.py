@@ -123,7 +123,7 @@ def _describe_type(kind: Any, metadata: list[Any]) -> str:
         item, *limits = get_args(inside[0]) or inside[:1]  # the type of the items, and their limits if Annotated
         return f"a list of {count}{_with_limits(PLURALS.get(item, 'values'), _flat(limits))}"
     if origin is dict:
-        return f"{_with_limits(NOUNS[dict], metadata)}, from {PLURALS[inside[0]]} to {PLURALS[inside[1]]}"
+        return f"{_with_limits(NOUNS[dict], metadata)}, from {PLURALS[inside[0]]} to {PLURALS.get(inside[1], 'values')}"
     if kind is type(None):
         return "null"
     if isinstance(kind, type) and issubclass(kind, BaseModel):

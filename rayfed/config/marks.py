@@ -14,8 +14,13 @@ from rayfed.config.describe import format_value, iter_fields, section_of
 from rayfed.config.schema import Experiment
 from rayfed.config.types import Aspect, Decides, Section
 
-NEUTRAL = (("fingerprint", None), ("adapter_digest", None), ("compute", "auto"))
-"""Names and values: there is no object or adapter to hash; adapters compute in the base's format."""
+NEUTRAL = (
+    *(("fingerprint", None), ("adapter_digest", None), ("compute", "auto")),
+    *(("image", "image"), ("crop", 0), ("flip", False), ("pretrain_share", 0.0)),
+)
+"""Names and values: there is no object or adapter to hash; adapters compute in the base's format; there are no images,
+and no rows are kept from the clients.
+"""
 
 
 def decides(name: str) -> tuple[Aspect, ...]:

@@ -54,6 +54,14 @@ class Lora(Section):
     train: Literal["all", "head"] = "all"
     """`all`: adapters and head train; `head`: only the head trains, on the frozen base model."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_lora(cls, settings: Any) -> Any:
+        if isinstance(settings, dict) and settings.get("use_dora"):
+            what = "DoRA's magnitudes are no low-rank change, so no method here can average them; use LoRA or rslora"
+            raise ValueError(f"lora.use_dora: got {format_value(settings['use_dora'])}, but {what}")
+        return settings
+
     @model_validator(mode="after")
     def _layers_of_named_modules(self) -> Lora:
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from rayfed.config.execution import Checkpoint, Engine, Export, Tracking
 from rayfed.config.method import Lora, Method, Profiles, Wire
+from rayfed.config.pretrain import Pretrain
 from rayfed.config.task import Data, Model, Partition, Problem
 from rayfed.config.training import Client, Eval, Server
 from rayfed.config.types import DecidesData, DecidesNothing, Name, Section, section
@@ -45,6 +46,7 @@ class Experiment(Section, metaclass=_Refuses):
     problem: Problem = section(Problem)
     partition: Partition = section(Partition)
     model: Model = section(Model)
+    pretrain: Pretrain = section(Pretrain)
     lora: Lora = section(Lora)
     method: Method = section(Method)
     wire: Wire = section(Wire)

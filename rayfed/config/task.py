@@ -12,6 +12,7 @@ from rayfed.config.types import (
     Clients,
     DecidesModel,
     DecidesNothing,
+    Fraction,
     Printable,
     Section,
     Share,
@@ -29,12 +30,14 @@ class Data(Section):
 
     decides = ("data", "model")  # the model: its kind, the number of classes, the longest input
 
-    task: Literal["text_classification", "multi_label", "regression", "causal_lm", "instruction"] = (
-        "text_classification"
-    )
+    task: Literal[
+        "text_classification", "multi_label", "regression", "causal_lm", "instruction", "image_classification",
+        "image_multi_label",
+    ] = "text_classification"  # fmt: skip
     """`text_classification`: one label a text; `multi_label`: any number of labels a text; `regression`: a number a
-    text; `causal_lm`: the next token; `instruction`: the response to a prompt. Ignored where `source` is a task itself:
-    `lowrank`, or an import path.
+    text; `causal_lm`: the next token; `instruction`: the response to a prompt; `image_classification`: one label an
+    image; `image_multi_label`: any number of labels an image. Ignored where `source` is a task itself: `lowrank`, or an
+    import path.
     """
     source: Literal["stdlib", "files", "hub", "lowrank", "object"] | OwnClass = "stdlib"
     """`stdlib`: functions of Python's standard library, labelled by module (no download); `files`: local JSONL, CSV or
@@ -43,13 +46,19 @@ class Data(Section):
     own, a subclass of rayfed.Task.
     """
     path: Text | None = None
-    """For `files`: a folder with train.*, test.* and optionally validation.*, or one file."""
+    """For `files`: a folder with train.*, test.* and optionally validation.*, or one file. For images also a folder of
+    images, `train/CLASS/` and `test/CLASS/`, or `CLASS/` alone.
+    """
     name: Text | None = None
     """For `hub`: name of the data set, such as `PolyAI/banking77`."""
     subset: Text | None = None
     """For `hub`: configuration of the data set, if there are several."""
     text: Text = "text"
     """The column with the text."""
+    image: Text = "image"
+    """For images: the column with the image: its encoded bytes, a struct of bytes and path (as datasets
+    stores an Image), or its path, relative to the file.
+    """
     label: Text = "label"
     """The column with the label: an integer or a string. multi_label: a list of these, in CSV separated by commas;
     regression: a number; causal_lm and instruction read it only for a partition by label.
@@ -84,6 +93,16 @@ class Data(Section):
     """For causal_lm: the texts of a client are joined, an end-of-text token after each, and cut into blocks of
     `max_tokens`. Nothing of a text is lost, and a token also sees the texts before its own in the block.
     """
+    crop: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """For images: every training image is moved at random by up to this many pixels of the model's input,
+    in both directions; what is uncovered is black. 0: no image is moved.
+    """
+    flip: bool = False
+    """For images: half of the training images, drawn anew in every step, are mirrored left to right."""
+    pretrain_share: Fraction = 0.0
+    """Share of the source's training rows that no client has: those on which `rayfed pretrain` trains. A hash of a
+    row's text or image decides, so they are the same rows for every `seed`, and equal rows stay together.
+    """
     fingerprint: Text | None = None
     """Of a task that was given in Python, its class and a hash of its content: rayfed writes it into config.yaml, and
     whoever resumes the run gives an equal task again. null: the settings say everything.
@@ -107,18 +126,27 @@ class Data(Section):
         if self.task == "instruction":
             names = (*((self.messages,) if self.messages else (self.prompt, self.response)), self.client, self.label)
         else:
-            names = (self.text, self.label, self.client)
+            names = (self.image if self.images else self.text, self.label, self.client)
         return tuple(name for name in names if name)
 
     @property
-    def nested(self) -> str | None:
-        """The column whose values are lists, if there is one."""
-        return {"instruction": self.messages, "multi_label": self.label}.get(self.task)
+    def images(self) -> bool:
+        """Whether rows are images."""
+        return self.task in ("image_classification", "image_multi_label")
+
+    @property
+    def nested(self) -> tuple[str, ...]:
+        """The columns whose values may be lists or structs."""
+        lists = {"instruction": self.messages, "multi_label": self.label, "image_multi_label": self.label}
+        return tuple(name for name in (lists.get(self.task), self.image if self.images else None) if name)
 
     @model_validator(mode="after")
     def _task_has_its_settings(self) -> Data:
         if self.packing and not self.own_task and self.task_class != "causal_lm":
             raise ValueError("data.packing: got true, but only data.task=causal_lm joins texts")
+        for field in ("crop", "flip"):
+            if (value := getattr(self, field)) and not self.own_task and not self.images:
+                raise ValueError(f"data.{field}: got {str(value).lower()}, but only tasks on images change images")
         for field in ("messages", "prompt_template"):
             if (value := getattr(self, field)) is not None and not self.own_task and self.task_class != "instruction":
                 raise ValueError(f"data.{field}: got {value!r}, but only data.task=instruction has prompts")
@@ -229,9 +257,9 @@ class Model(Section):
 
     name: Text = "minilm"
     """`minilm`: the packaged all-MiniLM-L6-v2 (extra `minilm`); else a local folder or a hub name that
-    AutoModelForSequenceClassification can load, or AutoModelForCausalLM with data.task=causal_lm or instruction.
-    Ignored by data.source=lowrank, whose model is one layer. `object`: a model that was given in Python,
-    `rayfed.run(..., task=...)`.
+    AutoModelForSequenceClassification can load (AutoModelForCausalLM with data.task=causal_lm or instruction,
+    AutoModelForImageClassification for images). Ignored by data.source=lowrank, whose model is one layer. `object`: a
+    model that was given in Python, `rayfed.run(..., task=...)`.
     """
     pooling: Literal["stock", "mean"] = "stock"
     """`stock`: the model's own classification head; `mean`: the mean over all tokens but the padding, then one linear

@@ -10,8 +10,8 @@ from rayfed.clients.plan import RunPlan
 from rayfed.config.load import dump_settings
 from rayfed.tasks.models.usage import Usage
 
-# Sections that say on which machine and under which accounts a run was made, not what it computed.
-LEFT_OUT = ("engine", "tracking", "checkpoint", "export")
+# Sections that decide nothing of the result: how the base was made, on which machine, under which accounts.
+LEFT_OUT = ("pretrain", "engine", "tracking", "checkpoint", "export")
 
 
 def model_card(plan: RunPlan, summary: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What all tasks on texts have in common: where rows come from, who holds them, which base model is loaded."""
+"""What all tasks on rows of a source have in common (`SourceTask`), and those of them on texts (`TextTask`)."""
 
 from __future__ import annotations
 
@@ -24,18 +24,23 @@ if TYPE_CHECKING:
 
     from rayfed.config.execution import Engine
     from rayfed.config.method import Lora
+    from rayfed.config.pretrain import Pretrain
     from rayfed.config.training import Eval, Server
+    from rayfed.tasks.data.federation import Federation
     from rayfed.tasks.data.tokens import Tokens
 
 
 @dataclass(frozen=True)
-class TextTask(Task):
-    """A task on texts. What is not given as an object comes from the settings; the first four fields always do."""
+class SourceTask(Task):
+    """A task on rows of `data.source`: where they come from, who has them, which base model is loaded.
+
+    What is not given as an object comes from the settings; the first four fields always do.
+    """
 
     name: ClassVar[str]
     """The task's name, by which `data.task` knows it."""
-    columns: ClassVar[tuple[str, ...]] = ("text", "label", "client")
-    """The fields that name a column of the data."""
+    columns: ClassVar[tuple[str, ...]] = ("label", "client")
+    """The fields that name a column of the data, each in place of the setting `data.NAME`."""
 
     data: Data = field(default_factory=Data)
     partition: Partition = field(default_factory=Partition)
@@ -44,14 +49,13 @@ class TextTask(Task):
     _: KW_ONLY
     train: Any = None
     """The training rows, in place of `data.source`: a datasets.Dataset, a pandas DataFrame, a list of mappings, or a
-    torch data set of mappings or of tuples (text, label) or (text, label, client).
+    torch data set of mappings or of tuples: (text, label) or (text, label, client), with the image in place of the text
+    for a task on images.
     """
     validation: Any = None
     """The validation rows; None: `data.validation` says how many training rows are drawn."""
     test: Any = None
     """The test rows; None: `data.test` says how many training rows are drawn."""
-    text: str | None = None
-    """The column with the text; None: `data.text`."""
     label: str | None = None
     """The column with the label; None: `data.label`."""
     client: str | None = None
@@ -103,12 +107,51 @@ class TextTask(Task):
                 what = f"with data.task={self.name} {why}; allowed is {format_value(wanted, quotes=False)}"
                 raise UserError(f"{name}: got {format_value(value)}, but {what}")
 
+    def write_new_base(self, settings: Pretrain, folder: Path) -> None:
+        """Writes the model that `rayfed pretrain` trains, with random weights, and all that it needs.
+
+        UserError where there can be no such model.
+        """
+        what = "rayfed pretrain makes models for causal_lm, instruction, image_classification, image_multi_label"
+        raise allowed("data.task", self.name, what)
+
+    def load_pretraining(self) -> tuple[Federation, str]:
+        """A federation whose training rows are those of `data.pretrain_share`, and the digest of these rows."""
+        raise NotImplementedError
+
+    def pretrained(self, model: nn.Module) -> nn.Module:
+        """What of a pretrained model is kept: all of it."""
+        return model
+
     def _source(self, data: Data) -> Source | None:
         """The rows that are objects; None where the settings name the rows."""
         splits = {name: rows for name in SPLITS if (rows := getattr(self, name)) is not None}
         if splits and "train" not in splits:
             raise UserError("train: got None, but validation or test rows come with training rows")
         return read_objects(splits, data) if splits else None
+
+    @property
+    def base_name(self) -> str:
+        return model_path(self.model_settings)
+
+    def _base_key(self, head: str) -> str:
+        """Equal keys, equal base models in float32. ``head``: the kind of the model, with the number of its outputs."""
+        key: list[Any] = [head, self.seed, self.model_settings.model_dump(mode="json", exclude={"dtype"})]
+        folder = Path(self.base_name)
+        if folder.is_dir():  # other files may come under its name
+            key += sorted((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in folder.iterdir())
+        return json.dumps(key)
+
+
+@dataclass(frozen=True)
+class TextTask(SourceTask):
+    """A task on texts."""
+
+    columns: ClassVar[tuple[str, ...]] = ("text", "label", "client")
+
+    _: KW_ONLY
+    text: str | None = None
+    """The column with the text; None: `data.text`."""
 
     def _check_length(self, splits: tuple[Tokens, ...], limit: int | None) -> None:
         """UserError where a row has more tokens than the model takes: ``limit``, None where that is not known."""
@@ -131,10 +174,6 @@ class TextTask(Task):
         """How to run the model without padding on texts of up to ``longest`` tokens, or why it needs padding."""
         raise NotImplementedError
 
-    @property
-    def base_name(self) -> str:
-        return model_path(self.model_settings)
-
     def save_tokenizer(self, folder: Path) -> None:
         tokenizer = self._tokenizer()
         tokenizer.padding_side = "right"  # as in every batch of a run
@@ -142,11 +181,3 @@ class TextTask(Task):
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.model_settings)
-
-    def _base_key(self, head: str) -> str:
-        """Equal keys, equal base models in float32. ``head``: the kind of the model, with the number of its outputs."""
-        key: list[Any] = [head, self.seed, self.model_settings.model_dump(mode="json", exclude={"dtype"})]
-        folder = Path(self.base_name)
-        if folder.is_dir():  # other files may come under its name
-            key += sorted((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in folder.iterdir())
-        return json.dumps(key)

@@ -14,6 +14,7 @@ from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from rayfed.errors import allowed, first_line
@@ -110,6 +111,20 @@ class Task:
         UserError where ``padding`` asks for what the model cannot do.
         """
         return Padded("all rows have one length")
+
+    def sample(self) -> dict[str, Tensor]:
+        """Inputs of the smallest batch, with which the model is tried in another number format; by default a text."""
+        ids = torch.ones(1, 2, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def augment(self, batch: dict[str, Tensor], keys: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """The batch of a training step, changed at random: by default, as it is.
+
+        ``keys``: (seed, number of rows) of each client, in the order of the batch. A seed is of the client, the round
+        and the step. What happens to a row may depend on the seed of its client and its place there, and on nothing
+        else: then it is the same in any pack.
+        """
+        return batch
 
     def make_forward(self, model: nn.Module, batching: Unpadded | Padded) -> Forward:
         """What computes outputs (rows, ...) from the inputs of a batch, by name, and its segments.

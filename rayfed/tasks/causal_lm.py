@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -21,10 +22,11 @@ from rayfed.errors import UserError, allowed
 from rayfed.keywords import suggest_keywords
 from rayfed.tasks._texts import TextTask
 from rayfed.tasks.base import Forward, Metric
-from rayfed.tasks.data.federation import Federation
+from rayfed.tasks.data.federation import Federation, only_training
 from rayfed.tasks.data.table import Source, listed
 from rayfed.tasks.models.base import FrozenBase, longest_input, vocabulary
 from rayfed.tasks.models.cache import shared_base
+from rayfed.tasks.models.new import write_language_model
 from rayfed.tasks.models.next_token import NextTokens, choose_batching, load_causal_base, padded_next_tokens
 from rayfed.tasks.models.unpadded import Padded, Unpadded
 from rayfed.tasks.models.usage import Usage, causal_lm_usage
@@ -32,6 +34,7 @@ from rayfed.tasks.models.usage import Usage, causal_lm_usage
 if TYPE_CHECKING:
     from rayfed.config.execution import Engine
     from rayfed.config.method import Lora
+    from rayfed.config.pretrain import Pretrain
     from rayfed.config.training import Eval, Server
     from rayfed.tasks.data.dataset import Split
     from rayfed.tasks.data.tokens import Tokens
@@ -98,6 +101,17 @@ class CausalLM(TextTask):
             return whole_texts(tokenize(split, tokenizer, most, words), parts)
         check_limit(tokenizer, most)
         return blocks(tokenize_whole(split, tokenizer, words), parts, most)
+
+    def write_new_base(self, settings: Pretrain, folder: Path) -> None:
+        write_language_model(settings, folder, self.seed)
+
+    def load_pretraining(self) -> tuple[Federation, str]:
+        from rayfed.tasks.data.dataset import load_pretraining, split_digest
+
+        split, _ = load_pretraining(self.data, self._source(self.data), ())
+        rows = self._rows(split, [np.arange(len(split))])[0]
+        self._check_length((rows,), longest_input(self.model_settings))
+        return only_training(rows, ()), split_digest(split)
 
     def load_base(self, federation: Federation) -> FrozenBase:
         settings, seed = self.model_settings, self.seed

@@ -8,8 +8,11 @@ from itertools import cycle
 
 import pytest
 import torch
+from image_models import digits, save_vit
+from language_models import save_language_model, sentences
 from transformers import BertConfig
 
+import rayfed
 from rayfed.api import prepare
 from rayfed.bench import BENCHMARKS, aggregate, algebra, bare, find, scale, step, train, wire
 from rayfed.bench.round import compare
@@ -18,6 +21,7 @@ from rayfed.bench.timing import paired, table, write
 from rayfed.cli import main
 from rayfed.clients.local_training import PackMember, train_pack
 from rayfed.clients.trainer import Trainer
+from rayfed.config import validate
 from rayfed.errors import UserError
 
 
@@ -55,16 +59,32 @@ def test_algebra_is_exact_where_it_says_so(tmp_path):
     assert all(row.name in table(rows) for row in rows)
 
 
-def test_the_bare_loop_trains_a_client_as_rayfed_does(tiny):
-    plan = prepare(tiny("data.max_tokens=16"))
+def check_bare_loop(plan, *paddings):
     start, client = plan.start(), int(plan.federation.sizes.argmax())
     vector, everything = start.flatten(), torch.ones(start.layout.size, dtype=torch.bool)
     member = PackMember(client, start.layout, vector, everything, plan.federation.rows_of(client))
     (mine,) = train_pack(Trainer(plan).context, [member], lr=plan.client.lr, t=0)
     model, parameters = bare.bare_model(plan)
-    for pad_to in (None, 16):
+    for pad_to in paddings:
         theirs = bare.train_client(model, parameters, plan, vector, client, 0, pad_to)
         assert float((mine.vector - theirs).norm() / (theirs - vector).norm()) < 1e-5
+
+
+def test_the_bare_loop_trains_a_client_as_rayfed_does(tiny):
+    check_bare_loop(prepare(tiny("data.max_tokens=16")), None, 16)
+
+
+@pytest.mark.slow
+def test_the_bare_loop_of_images_and_of_language_models_does_so_too(tmp_path):
+    settings = {
+        "partition": {"kind": "iid", "clients": 4}, "method": {"name": "fedit"}, "server": {"cohort": 2},
+        "lora": {"rank": 2, "alpha": 4, "target_modules": "all-linear"}, "engine": {"kind": "local"},
+    }  # fmt: skip
+    images = validate({**settings, "model": {"name": str(save_vit(tmp_path / "vit"))}})
+    check_bare_loop(prepare(images, task=rayfed.ImageClassification(train=digits(0, 60))), None)
+    texts = validate({**settings, "model": {"name": str(save_language_model(tmp_path / "llama", "llama"))}})
+    texts = texts.with_("data.max_tokens=40")
+    check_bare_loop(prepare(texts, task=rayfed.CausalLM(train=sentences(40))), None, 40)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ NOTHING = {
     "client.on_divergence", "eval.subset", "model.adapter",
     "engine.deadline", "engine.stall_s", "engine.memory_per_worker", "engine.labels", "engine.dashboard",
 }  # fmt: skip
-NOTHING_SECTIONS = {"tracking", "checkpoint", "export"}
+NOTHING_SECTIONS = {"pretrain", "tracking", "checkpoint", "export"}
 DATA_SECTIONS = {"seed", "data", "problem", "partition", "model"}
 MODEL_SECTIONS = {"data", "problem", "model", "lora"}
 # Not decided by the setting, but checked against it, so that they are in the key.

@@ -128,6 +128,11 @@ def test_layers_to_transform_needs_a_list_of_modules(target: str) -> None:
         validate({"lora": {"target_modules": names, "layers_to_transform": [0]}})
 
 
+def test_dora_is_refused_by_name() -> None:
+    assert refusal(lora={"use_dora": True}).startswith("lora.use_dora: got true, but DoRA's magnitudes are no low-rank")
+    validate({"lora": {"rslora": True}})
+
+
 def test_layer_indices_count_from_zero() -> None:
     assert refusal(lora={"layers_to_transform": [-1]}).startswith("lora.layers_to_transform: got [-1], but")
 

@@ -1,4 +1,4 @@
-"""Texts in three splits, from any source, with labels or without.
+"""Texts or images in three splits, from any source, with labels or without.
 
 The sources (`stdlib`, `files`, `hub`) read columns. `columns`, `labels` and `conversations` check them and number the
 classes. This module draws the splits that the source lacks. Every error names the file, the column and the row.
@@ -6,6 +6,7 @@ classes. This module draws the splits that the source lacks. Every error names t
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -18,20 +19,21 @@ from rayfed.config.task import Data
 from rayfed.errors import UserError, allowed
 from rayfed.tasks.data.columns import owners, texts
 from rayfed.tasks.data.conversations import conversations
+from rayfed.tasks.data.images import read_images
 from rayfed.tasks.data.labels import class_labels, label_sets, numbers
-from rayfed.tasks.data.table import SPLITS, Source
+from rayfed.tasks.data.table import SPLITS, Source, Table, content
 
 SOURCE_FIELD = {"stdlib": "data.source", "files": "data.path", "hub": "data.name", "object": "task"}
 """The setting that names the source, by `data.source`."""
-READ_LABELS = {"multi_label": label_sets, "regression": numbers}
+READ_LABELS = {"multi_label": label_sets, "image_multi_label": label_sets, "regression": numbers}
 """What reads the column of labels, by `data.task`; `class_labels` for all others."""
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """n texts, in the order of the source."""
+    """n texts (or images, see `rayfed.tasks.data.images`), in the order of the source."""
 
-    texts: list[Any]  # (n,) str; with data.task=instruction, conversations
+    texts: list[Any]  # (n,) str; with data.task=instruction, conversations, for images what `images` reads
     labels: np.ndarray  # (n,) int64, indices into TextData.classes; see `labels` for other tasks; 0 if not read
     owners: np.ndarray | None = None  # (n,) str: the client of each row; None without data.client or without its column
     origin: str = "the split"  # where the rows come from, for error messages
@@ -78,6 +80,59 @@ def load_data(
     has a value that the task cannot take, see `columns`, `labels` and `conversations`, or if train or test is empty in
     the end.
     """
+    splits, classes = _read_splits(settings, source, labelled)
+    test = {name: splits.pop(name) for name in ("test",) if name in splits}
+    if settings.test_examples is not None and not test:
+        raise allowed("data.test_examples", settings.test_examples, "the source has no test split; set data.test")
+    if settings.pretrain_share:
+        splits["train"] = splits["train"].take(np.flatnonzero(~for_pretraining(splits["train"], settings)))
+    splits = _limit(splits, settings.examples, seeding.numpy_rng(seed, "examples"))
+    splits |= _limit(test, settings.test_examples, seeding.numpy_rng(seed, "test examples"))
+    splits = _draw_missing(splits, settings, seed)
+    for name in ("train", "test"):
+        if not len(splits[name]):
+            raise UserError(
+                f"{SOURCE_FIELD[settings.source]}: no rows are left for the {name} split (data.examples="
+                f"{settings.examples}, data.validation={settings.validation}, data.test={settings.test}, "
+                f"data.pretrain_share={settings.pretrain_share})"
+            )
+    return TextData(splits["train"], splits["validation"], splits["test"], classes)
+
+
+def load_pretraining(
+    settings: Data, source: Source | None = None, labelled: Collection[str] = tuple(SPLITS)
+) -> tuple[Split, tuple[str, ...]]:
+    """The rows that `data.pretrain_share` keeps from all clients, and the classes. Arguments and errors as `load_data`.
+
+    They are taken before any split is drawn, so they are in no split of `load_data`, whatever its seed.
+    """
+    splits, classes = _read_splits(settings, source, labelled)
+    rows = splits["train"].take(np.flatnonzero(for_pretraining(splits["train"], settings)))
+    if not len(rows):
+        what = f"{splits['train'].origin} has no such row; rayfed pretrain needs some"
+        raise allowed("data.pretrain_share", settings.pretrain_share, what)
+    return rows, classes
+
+
+def for_pretraining(split: Split, settings: Data) -> np.ndarray:
+    """(n,) bool: the rows of the source's training split that no client has."""
+    least = int(settings.pretrain_share * 2**64)
+    hashes = (hashlib.sha256(content(item)).digest()[:8] for item in split.texts)
+    return np.array([int.from_bytes(found, "big") < least for found in hashes], dtype=bool)
+
+
+def split_digest(split: Split) -> str:
+    """SHA-256 (64 hex digits) over the texts or images and the labels."""
+    digest = hashlib.sha256(split.labels.tobytes())
+    for item in split.texts:
+        digest.update(hashlib.sha256(content(item)).digest())
+    return digest.hexdigest()
+
+
+def _read_splits(
+    settings: Data, source: Source | None, labelled: Collection[str]
+) -> tuple[dict[str, Split], tuple[str, ...]]:
+    """The splits that the source has, whole, and the classes."""
     source = source or read_source(settings)
     tables = {name: source.tables[name] for name in SPLITS if name in source.tables}
     field = SOURCE_FIELD[settings.source]
@@ -91,26 +146,14 @@ def load_data(
         labels |= found
     splits = {
         name: Split(
-            conversations(table, settings) if settings.task == "instruction" else texts(table, settings.text),
+            _contents(table, settings),
             labels[name],
             owners(table, settings.client, name == "train"),
             table.origin,
         )
         for name, table in tables.items()
     }
-    test = {name: splits.pop(name) for name in ("test",) if name in splits}
-    if settings.test_examples is not None and not test:
-        raise allowed("data.test_examples", settings.test_examples, "the source has no test split; set data.test")
-    splits = _limit(splits, settings.examples, seeding.numpy_rng(seed, "examples"))
-    splits |= _limit(test, settings.test_examples, seeding.numpy_rng(seed, "test examples"))
-    splits = _draw_missing(splits, settings, seed)
-    for name in ("train", "test"):
-        if not len(splits[name]):
-            raise UserError(
-                f"{field}: no rows are left for the {name} split (data.examples={settings.examples}, "
-                f"data.validation={settings.validation}, data.test={settings.test})"
-            )
-    return TextData(splits["train"], splits["validation"], splits["test"], classes)
+    return splits, classes
 
 
 def read_source(settings: Data) -> Source:
@@ -120,6 +163,10 @@ def read_source(settings: Data) -> Source:
         from rayfed.tasks.data.stdlib import read_stdlib
 
         return read_stdlib()
+    if settings.source == "files" and settings.images:
+        from rayfed.tasks.data.image_files import read_image_files
+
+        return read_image_files(settings)
     if settings.source == "files":
         from rayfed.tasks.data.files import read_files
 
@@ -127,6 +174,13 @@ def read_source(settings: Data) -> Source:
     from rayfed.tasks.data.hub import read_hub
 
     return read_hub(settings)
+
+
+def _contents(table: Table, settings: Data) -> list[Any]:
+    """The texts of the table, or what takes their place."""
+    if settings.task == "instruction":
+        return conversations(table, settings)
+    return read_images(table, settings.image) if settings.images else texts(table, settings.text)
 
 
 def _limit(splits: dict[str, Split], examples: int | None, rng: np.random.Generator) -> dict[str, Split]:

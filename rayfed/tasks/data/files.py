@@ -43,6 +43,12 @@ def read_files(settings: Data) -> Source:
 
     Raises UserError, with the file and if possible the line or row, if something is missing, malformed or too large.
     """
+    files = split_files(existing(settings))
+    return Source({split: Table(str(file), read_file(file, settings)) for split, file in files.items()})
+
+
+def existing(settings: Data) -> Path:
+    """`data.path`. UserError where there is nothing."""
     assert settings.path is not None  # checked by the settings
     path = Path(settings.path)
     try:
@@ -52,24 +58,29 @@ def read_files(settings: Data) -> Source:
         raise allowed("data.path", settings.path, f"it cannot be read: {first_line(error)}") from None
     if not found:
         raise allowed("data.path", settings.path, "there is no such file or folder")
+    return path
+
+
+def split_files(path: Path) -> dict[str, Path]:
+    """The file of each split in the folder, or the file itself as the training split. UserError where none fits."""
     if path.is_dir():
-        files = {split: file for split in SPLITS if (file := _split_file(path, split)) is not None}
+        files = {split: file for split in SPLITS if (file := split_file(path, split)) is not None}
         if "train" not in files:
             present = listed(sorted(entry.name for entry in path.iterdir()))
             what = f"the folder needs a train file ({', '.join('train' + ending for ending in READERS)}); it holds"
-            raise allowed("data.path", settings.path, f"{what} {present}")
+            raise allowed("data.path", str(path), f"{what} {present}")
     else:
         if _ending(path) is None:
-            raise allowed("data.path", settings.path, f"a data file ends in {', '.join(READERS)}")
+            raise allowed("data.path", str(path), f"a data file ends in {', '.join(READERS)}")
         files = {"train": path}
-    return Source({split: Table(str(file), _read(file, settings)) for split, file in files.items()})
+    return files
 
 
 def _ending(path: Path) -> str | None:
     return next((ending for ending in READERS if path.name.lower().endswith(ending)), None)
 
 
-def _split_file(folder: Path, split: str) -> Path | None:
+def split_file(folder: Path, split: str) -> Path | None:
     """The folder's file for the split; None if there is none. UserError if there are several."""
     found = [
         entry
@@ -82,7 +93,8 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return found[0] if found else None
 
 
-def _read(path: Path, settings: Data) -> Columns:
+def read_file(path: Path, settings: Data) -> Columns:
+    """The columns of one file, see `read_files`."""
     ending = _ending(path)
     assert ending is not None
     if not path.is_file():  # to open a pipe would wait for ever
@@ -188,7 +200,7 @@ def _csv(path: Path, settings: Data) -> Columns:
         raise UserError(f"data.path: {path}, row {rows} opens a quote that never closes")
     columns = _columns(names, settings, cells.__getitem__, rows)
     if settings.label in columns:
-        parse = _split_labels if settings.nested == settings.label else _parse_labels
+        parse = _split_labels if settings.label in settings.nested else _parse_labels
         columns[settings.label] = parse(columns[settings.label])
     return columns
 
@@ -242,7 +254,7 @@ def _parquet(path: Path, settings: Data) -> Columns:
     with parquet.ParquetFile(path) as file:
         names, meta = file.schema_arrow.names, file.metadata
         for name, kind in zip(names, file.schema_arrow.types):
-            if name in settings.columns and name != settings.nested and types.is_nested(kind):
+            if name in settings.columns and name not in settings.nested and types.is_nested(kind):
                 raise UserError(f"data.path: {path}, column {name!r} has the type {kind}, but a row has a single value")
     _check_size(path, 8 * meta.num_rows)  # the least that Python values need
     return _columns(names, settings, lambda name: _parquet_column(path, meta, name), meta.num_rows)

@@ -49,4 +49,9 @@ def read_hub(settings: Data) -> Source:
 
 def _columns(dataset: Dataset, settings: Data) -> dict[str, list[Any]]:
     """The columns that the settings name. The other columns are empty: error messages list their names."""
+    from datasets import Image
+
+    for name in settings.columns:
+        if isinstance(dataset.features.get(name), Image):
+            dataset = dataset.cast_column(name, Image(decode=False))  # the bytes of its file
     return {name: dataset[name][:] if name in settings.columns else [] for name in dataset.column_names}

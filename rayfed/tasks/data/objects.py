@@ -1,4 +1,4 @@
-"""Labelled texts that are Python objects: a `datasets.Dataset`, a DataFrame, a list of rows, or a torch data set."""
+"""Labelled texts or images that are Python objects: a `datasets.Dataset`, a DataFrame, rows in a list or a data set."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from rayfed.config.task import Data
 from rayfed.errors import UserError, allowed
 from rayfed.own_code import failure
-from rayfed.tasks.data.table import Source, Table
+from rayfed.tasks.data.table import Source, Table, content
 
 KINDS = "a datasets.Dataset, a pandas DataFrame, a list of mappings, or a torch data set with a length"
 
@@ -34,7 +34,7 @@ def content_digest(source: Source) -> str:
         for name, values in sorted(table.columns.items()):
             digest.update(f"|{split}|{name}|{len(values)}".encode())
             for value in values:
-                text = repr(value).encode()
+                text = content(value)
                 digest.update(b"%d:%s" % (len(text), text))
     return digest.hexdigest()
 
@@ -50,7 +50,7 @@ def _columns(rows: Any, split: str, settings: Data) -> dict[str, list[Any]]:
         items = [_mapping(_item(rows, i, split), i, split, wanted) for i in range(len(rows))]
         present = dict.fromkeys(name for item in items for name in item)
         columns = {name: [item.get(name) for item in items] if name in wanted else [] for name in present}
-    plain = {settings.label, settings.client, settings.nested}
+    plain = {settings.label, settings.client, settings.messages}
     return {name: list(map(_plain, values)) if name in plain else values for name, values in columns.items()}
 
 

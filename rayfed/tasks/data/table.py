@@ -1,10 +1,13 @@
-"""The raw columns that a data source reads, before any check: `Table` and `Source`."""
+"""The raw columns that a data source reads, before any check: `Table` and `Source`; and what names a value."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 SPLITS = {"train": ("train",), "validation": ("validation", "val", "dev"), "test": ("test",)}
 """The splits, and the names that files and hub data sets may give them."""
@@ -33,3 +36,12 @@ def listed(names: Iterable[str], most: int = 10) -> str:
     """The first names from outside, for error messages: `a, b, c, ...`; "nothing" if there are none."""
     shown = [(name if name.isprintable() else repr(name)[1:-1])[:40] for name in (name[:40] for name in names)]
     return ", ".join([*shown[:most], "..."] if len(shown) > most else shown) or "nothing"
+
+
+def content(value: Any) -> bytes:
+    """What names a text, a chat or an image, wherever it lies: equal values of one kind have equal contents."""
+    if isinstance(value, bytes | Path):
+        return value if isinstance(value, bytes) else value.read_bytes()
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape} ".encode() + value.tobytes()
+    return repr(value).encode()

@@ -1,4 +1,4 @@
-"""The frozen base models of text classification, and their tokenizers.
+"""The frozen base models of classification, and the tokenizers of texts.
 
 A `FrozenBase` is any AutoModelForSequenceClassification, or an encoder with a mean-pooled linear head. It is in
 evaluation mode, without its own dropout: features are deterministic, and clients in one batch cannot influence each
@@ -41,14 +41,14 @@ TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "s
 class FrozenBase:
     """A base model, and the names of its head's modules: trained (``head``) or not (``frozen_head``).
 
-    ``task_type`` is PEFT's name for what a model of transformers does. The model is put into evaluation mode, and its
-    weights are frozen.
+    ``task_type`` is PEFT's name for what a model of transformers does, None where PEFT has none. The model is put into
+    evaluation mode, and its weights are frozen.
     """
 
     model: nn.Module
     head: tuple[str, ...]
     frozen_head: tuple[str, ...] = ()
-    task_type: str = "SEQ_CLS"
+    task_type: str | None = "SEQ_CLS"
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
@@ -94,6 +94,11 @@ def load_base(
     config = _config(settings, classes)
     config.problem_type = problem_type  # type: ignore[assignment]
     loader = AutoModel if settings.pooling == "mean" else AutoModelForSequenceClassification
+    return load_classifier(loader, config, settings, classes, seed)
+
+
+def load_classifier(loader: Any, config: PretrainedConfig, settings: Model, classes: int, seed: int) -> FrozenBase:
+    """`load_base` by transformers' class ``loader``."""
     if (folder := Path(model_path(settings))).is_dir():
         check_weights(settings, folder, config, loader)
     options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True}

@@ -58,7 +58,7 @@ def load_causal_base(settings: Model, seed: int) -> FrozenBase:
         raise allowed("model.name", settings.name, f"it is no causal language model: it lacks the weights {name}")
     check_model(model, settings.name)
     base = FrozenBase(model, (), task_type="CAUSAL_LM")
-    with torch.no_grad():
+    with torch.no_grad(), quiet():  # it may warn of a missing mask
         logits = logits_of(model(input_ids=torch.tensor([[1, 1, 0], [1, 1, 1]])))[:, :-1]
     if not torch.allclose(logits[0], logits[1], rtol=TOLERANCE, atol=TOLERANCE * float(logits.abs().max())):
         raise allowed("model.name", settings.name, "it is no causal language model: its tokens see later ones")

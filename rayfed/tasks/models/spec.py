@@ -79,13 +79,12 @@ def _check_untied(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> No
             raise allowed("lora.target_modules", name, what)
 
 
-def check_dtype(base: FrozenBase, name: str, dtype: str) -> None:
-    """Converts the base to ``dtype`` and runs a text of two tokens. Raises UserError if that fails."""
-    base = in_dtype(base, dtype)
-    ids = torch.ones(1, 2, dtype=torch.int64)
+def check_dtype(base: FrozenBase, name: str, dtype: str, inputs: Mapping[str, Tensor]) -> None:
+    """Converts the base to ``dtype`` and runs it on the inputs, see `Task.sample`. Raises UserError if that fails."""
+    base, kind = in_dtype(base, dtype), getattr(torch, dtype)
     try:
         with torch.no_grad():
-            base.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            base.model(**{name: x.to(kind) if x.is_floating_point() else x for name, x in inputs.items()})
     except Exception as error:  # any model may be configured, so any error may occur
         what = f"{name!r} cannot compute in it ({first_line(error)}); allowed is float32"
         raise allowed("model.dtype", dtype, what) from None

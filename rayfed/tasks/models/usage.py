@@ -57,6 +57,17 @@ def causal_lm_usage(settings: Model, max_tokens: int, packing: bool) -> Usage:
     return Usage(settings.name, "text-generation", _CAUSAL.format(**_loading(settings), rows=rows))
 
 
+def image_usage(settings: Model, problem_type: str) -> Usage:
+    """The usage of the adapter of an image classifier. ``problem_type`` is transformers' name for what its outputs are.
+
+    The lines define ``logits``, a function from a list of images of Pillow to a tensor (images, classes). They run in
+    the run directory.
+    """
+    show = _SHOW[problem_type].replace('"a text", "another text"', "image")
+    code = _IMAGES.format(**_loading(settings), classes=_CLASSES + _LABELS, problem_type=problem_type, show=show)
+    return Usage(settings.name, "image-classification", code)
+
+
 def instruction_usage(settings: Model, data: Data, chat: bool) -> Usage:
     """The usage of the adapter of a model that responds to prompts. ``chat``: by the tokenizer's chat template.
 
@@ -205,6 +216,33 @@ _BLOCKS = """\
         joined += [*ids, end] if ids and end not in (None, ids[-1]) else ids
     found = [joined[i : i + {max_tokens}] for i in range(0, len(joined), {max_tokens})]
     return [ids for ids in found if len(ids) > 1]
+"""
+
+_IMAGES = """\
+import json
+
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+{where}folder = "adapter"  # where this file lies
+{classes}processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+model = AutoModelForImageClassification.from_pretrained(
+    base, {options}, ignore_mismatched_sizes=True, **labels, problem_type="{problem_type}"
+){as_float32}
+model = PeftModel.from_pretrained(model, folder).eval()
+mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
+
+
+def logits(images):
+    inputs = processor([image.convert(mode) for image in images], return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+image = Image.new("RGB", (64, 64))  # or Image.open("image.png")
+{show}
 """
 
 _INSTRUCTION = """\
