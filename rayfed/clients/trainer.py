@@ -99,12 +99,15 @@ class Trainer:
         )
         parts, settings = tuple(map(len, trained)), self.context.settings
         flat = (result for part in trained for result in part)
-        results, found = zip(*(checked(result, member, settings) for result, member in zip(flat, members, strict=True)))
+        privacy = self.plan.privacy
+        must = privacy is not None and privacy.always_sends
+        pairs = zip(flat, members, strict=True)
+        results, found = zip(*(checked(result, member, settings, must) for result, member in pairs))
         diverged = {i: divergence for i, divergence in enumerate(found) if divergence}
         dropped = {i for i, divergence in diverged.items() if divergence.dropped}
         clients = enumerate(zip(results, members, job.orders, strict=True))
         kept = [None if i in dropped else client for i, client in clients]
-        uploads = tuple(client and upload(self.plan.method, *client) for client in kept)
+        uploads = tuple(client and upload(self.plan.method, *client, privacy, job.t) for client in kept)
         personal = tuple(client and personal_values(*client) for client in kept)
         summed = sums(self.plan.channel, uploads, members, job.orders, parts) if job.summed else ()
         losses, examples, steps = zip(*((r.loss, r.examples, r.steps) for r in results))

@@ -71,6 +71,7 @@ class FedView(LayerMethod):
     traffic_down = traffic_up = "r_k (in + out)"
     source = "ours"
     optimizers = ANY_OPTIMIZER
+    refuses_privacy = "it needs each client's update to know what that client has received"
     mixed_ranks = True
     personal = True
 
