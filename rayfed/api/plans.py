@@ -129,7 +129,7 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
         _check_whole(experiment, profiles, "down")
     if not method.sparse_up:
         _check_whole(experiment, profiles, "up")
-    privacy.check(experiment.privacy, name, method, server, experiment.client)
+    privacy.check(experiment.privacy, name, method, server, experiment.client, experiment.model, experiment.engine)
     by_default = method.weights if experiment.privacy.kind == "none" else "uniform"
     weights = by_default if server.weights == "auto" else server.weights
     if server.empty_clients and weights != "uniform":
@@ -169,10 +169,11 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
     engine = experiment.engine
     federation = _checked_data(experiment, parts, federation)
     model = _described_model(experiment, parts, federation)
+    mechanism = _privacy(experiment, parts, federation)
     initial, *notes = initial_adapter(experiment, model, federation.classes) or (None,)
     return RunPlan(
         **vars(parts),
-        privacy=_privacy(experiment, parts, federation),
+        privacy=mechanism,
         federation=federation,
         model=model,
         objective=Plain(),
@@ -190,7 +191,7 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
         checkpoint=experiment.checkpoint,
         export=experiment.export,
         initial=initial,
-        notes=tuple(notes),
+        notes=(*notes, *([mechanism.describe()] if mechanism else [])),
     )
 
 
@@ -229,8 +230,8 @@ def _privacy(experiment: Experiment, parts: Components, federation: Federation) 
     candidates = np.arange(federation.clients) if server.empty_clients else federation.holders
     draw = partial(cohort, candidates, server.cohort, experiment.seed, sampling=server.sampling)
     profile = Profile(-1, lora.rank, scale_of(lora.rank, lora.alpha, lora.rslora))
-    seed = experiment.seed
-    return privacy.build(experiment.privacy, server, profile, seed, len(candidates), draw)
+    own = (experiment.privacy, server, experiment.client, profile, experiment.seed)
+    return privacy.build(*own, len(candidates), draw, federation.sizes.tolist())
 
 
 @own_failures(UserError)

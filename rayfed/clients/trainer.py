@@ -26,6 +26,7 @@ from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_layers
 from rayfed.methods import BaseChange, merged
 from rayfed.own_code import own_failures
+from rayfed.privacy.example import ExampleLevel
 from rayfed.tasks.models.base import in_dtype
 from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
 from rayfed.tasks.models.padded_attention import use_float32_attention
@@ -55,8 +56,17 @@ class Trainer:
         self.outputs = plan.task.make_forward(self.model, batching)
         # Row indices in order of length: batches of evaluation hold little padding.
         self.by_length = {name: np.argsort(plan.federation.split(name).lengths, kind="stable") for name in SPLITS}
+        rows = plan.privacy if isinstance(plan.privacy, ExampleLevel) else None
         self.context = TrainingContext(
-            self.stack, self.forward, plan.task, plan.federation.train, padded, plan.client, plan.seed, self.device
+            self.stack,
+            self.forward,
+            plan.task,
+            plan.federation.train,
+            padded,
+            plan.client,
+            plan.seed,
+            self.device,
+            rows,
         )
 
     @own_failures()

@@ -9,18 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from rayfed.config.execution import Engine
 from rayfed.config.privacy import Privacy as Settings
+from rayfed.config.task import Model
 from rayfed.config.training import Client, Server
 from rayfed.errors import UserError, allowed
 from rayfed.methods import METHODS, Method, Profile, method_class
 from rayfed.methods.fedsa import FedSA
+from rayfed.methods.hetlora import HetLoRA
 from rayfed.privacy.accounting import Sampling, check_installed, guarantee
 from rayfed.privacy.base import Privacy
+from rayfed.privacy.example import ExampleLevel, worst_clients
 from rayfed.privacy.local import Local, most_participations
 from rayfed.privacy.user import Release, UserLevel
 
 
-def check(settings: Settings, name: str, method: Method, server: Server, client: Client) -> None:
+def check(
+    settings: Settings, name: str, method: Method, server: Server, client: Client, model: Model, engine: Engine
+) -> None:
     """UserError where ``settings`` do not go with the method of that name, or with the other sections."""
     if settings.kind == "none":
         return
@@ -29,7 +35,7 @@ def check(settings: Settings, name: str, method: Method, server: Server, client:
             "server.weights", server.weights, "with privacy a client's weight may not depend on its data; uniform is "
             "allowed, and what auto means then",
         )  # fmt: skip
-    if client.on_divergence == "fail":
+    if settings.kind != "example" and client.on_divergence == "fail":
         raise allowed(
             "client.on_divergence", client.on_divergence, "with privacy one client's training may not decide whether "
             "the run goes on; drop, which counts its change as zero, and clip are allowed",
@@ -41,11 +47,13 @@ def check(settings: Settings, name: str, method: Method, server: Server, client:
         guarantee(settings.delta, settings.accountant, server.sampling)
     elif isinstance(method, FedSA):
         raise allowed("method.name", name, "the model that it exports has a mean of parts that clients never send")
+    if settings.kind == "example":
+        _check_rows(method, server, model, engine)
 
 
 def build(
-    settings: Settings, server: Server, profile: Profile, seed: int, population: int,
-    cohorts: Callable[[int], Sequence[int]],
+    settings: Settings, server: Server, client: Client, profile: Profile, seed: int, population: int,
+    cohorts: Callable[[int], Sequence[int]], sizes: Sequence[int],
 ) -> Privacy | None:  # fmt: skip
     """The mechanism of a run; None for the kind none.
 
@@ -53,16 +61,20 @@ def build(
         profile: that of a client of the server's own rank.
         population: the number of clients of which cohorts are drawn.
         cohorts: the clients of round t, from 0.
+        sizes: each client's number of rows.
 
     UserError where no noise reaches the target, or one round alone exceeds the budget.
     """
     if settings.kind == "none":
         return None
-    sampling: Sampling = server.sampling if settings.kind == "user" else "all"
+    samplings: dict[str, Sampling] = {"user": server.sampling, "local": "all", "example": "poisson"}
+    sampling = samplings[settings.kind]
     rounds, own = server.rounds, guarantee(settings.delta, settings.accountant, sampling)
     mechanism: Privacy
     if settings.kind == "user":
         mechanism = UserLevel(settings, seed, own, 1.0, rounds, sampling, server.cohort, population, profile)
+    elif settings.kind == "example":
+        mechanism = ExampleLevel(settings, seed, own, 1.0, rounds, worst_clients(cohorts, sizes, client, rounds))
     else:
         mechanism = Local(settings, seed, own, 1.0, rounds, most_participations(cohorts, rounds))
     mechanism = _with_noise(mechanism)
@@ -89,6 +101,21 @@ def _check_sum(settings: Settings, name: str, method: Method) -> None:
         )  # fmt: skip
 
 
+def _check_rows(method: Method, server: Server, model: Model, engine: Engine) -> None:
+    if isinstance(method, HetLoRA) and method.regularizer:
+        raise allowed("method.regularizer", method.regularizer, "it is no loss of a row; with privacy 0 is allowed")
+    if server.empty_clients:
+        raise allowed("server.empty_clients", True, "a client without rows adds no noise; false is allowed")
+    if model.dtype != "float32":
+        raise allowed(
+            "model.dtype", model.dtype, "rounding would make the clipped gradients longer; float32 is allowed"
+        )
+    if engine.gradient_checkpointing:
+        raise allowed(
+            "engine.gradient_checkpointing", True, "the norms of rows are taken in one pass; false is allowed"
+        )
+
+
 def _with_noise(mechanism: Privacy) -> Privacy:
     """The mechanism with the noise that is given, or that its target asks for."""
     z, target = mechanism.settings.noise_multiplier, mechanism.settings.target_epsilon
@@ -110,4 +137,4 @@ def _within_budget(mechanism: Privacy) -> Privacy:
     return replace(mechanism, rounds=rounds)
 
 
-__all__ = ["Local", "Privacy", "Release", "UserLevel", "build", "check", "private_methods"]
+__all__ = ["ExampleLevel", "Local", "Privacy", "Release", "UserLevel", "build", "check", "private_methods"]

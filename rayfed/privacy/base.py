@@ -49,6 +49,12 @@ class Privacy:
         epsilon = self.guarantee.epsilon(self.uses(rounds), self.noise_multiplier)
         return epsilon if math.isfinite(epsilon) else None
 
+    def describe(self) -> str:
+        """One line for the log of a run that begins."""
+        epsilon, z = self.epsilon(self.rounds), self.noise_multiplier
+        cost = "without a guarantee" if epsilon is None else f"epsilon {epsilon:.4g} at delta {self.settings.delta:g}"
+        return f"privacy: {self.settings.kind} level, noise multiplier {z:.4g}; {self.rounds} rounds {cost}"
+
     def release(self, method: Method, state: Any, t: int, moments: MutableMapping[str, Tensor]) -> Release | None:
         """What the server does with the updates of round ``t`` (from 0), before the method gets them; None: nothing.
 
@@ -57,6 +63,6 @@ class Privacy:
         return None
 
     def client_change(self, change: Tensor, uploaded: Tensor, budget: int, t: int, client: int) -> Tensor:
-        """What a client selects its upload from, at most ``budget`` entries. ``change`` (n,) is its change, 0 outside of
-        ``uploaded`` (n,)."""
+        """What a client selects its upload from, at most ``budget`` entries. ``change`` (n,) is its change, with zeros
+        outside of ``uploaded`` (n,)."""
         return change

@@ -4,9 +4,9 @@ Client k of clip norm C and noise multiplier z uploads, of the m entries that it
 
     c_k min(1, C / ||c_k||) + z C N(0, I_m)            replacing the client's data changes the clipped change by 2 C
 
-and everything after that is post-processing: the rounding of the wire, any method, any server. So every method is taken
-that needs no more than uploads. There is no amplification by sampling: epsilon is that of a client's own participations,
-and the client that took part most often counts.
+and everything after that is post-processing: the rounding of the wire, any method, any server. So every method is
+taken that needs no more than uploads. There is no amplification by sampling: epsilon is that of a client's own
+participations, and the client that took part most often counts.
 
 Which entries are the largest is itself a release. With `mask: noised` a sparse upload has the largest entries of the
 noised change. With `mask: random` its entries are drawn before, and known; the others are set to zero before the

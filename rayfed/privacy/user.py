@@ -133,8 +133,8 @@ class Release:
         """One line on where the noise does more harm than its norm says; None where there is nothing to say."""
         if self.both_factors:
             return (
-                "privacy: A and B both get noise, so their product has the square of it; ffa_lora, rac_lora, rolora and "
-                "fed_sb train one factor at a time"
+                "privacy: A and B both get noise, so their product has the square of it; ffa_lora, rac_lora, rolora "
+                "and fed_sb train one factor at a time"
             )
         if self.sum.entries > self.entries:
             return (

@@ -90,7 +90,7 @@ class RoundLog:
         return sum(divergence.dropped for divergence in self.diverged.values())
 
     def counts(self) -> dict[str, Any]:
-        """The metrics `privacy/...` and `clients/...`: numbers of clients, and each client that trained with its rank."""
+        """The metrics `privacy/...`, and `clients/...`: numbers of clients, and the rank of each that trained."""
         ranks = Counter(sorted(rank for _, rank in self.trained))
         own = {"ok": self.ok, "retried": self.retried, "split": self.split, "diverged": len(self.diverged)}
         own |= {f"rank_{rank}": count for rank, count in ranks.items()}

@@ -12,7 +12,7 @@ from small_runs import lowrank
 import rayfed
 from rayfed.api.plans import build_components
 from rayfed.config.privacy import Privacy as Settings
-from rayfed.config.training import Server
+from rayfed.config.training import Client, Server
 from rayfed.errors import UserError
 from rayfed.lora.adapter import Layout
 from rayfed.methods import METHODS, Profile, Sparse, build
@@ -31,7 +31,7 @@ def mechanism(rank=4, scale=2.0, cohort=3, **own) -> UserLevel:
     """Noise multiplier 0 unless it is given; no accounting is asked for."""
     settings = Settings(kind="user", **{"noise_multiplier": 0.0, **own})
     server, profile = Server(cohort=cohort, sampling="poisson"), Profile(-1, rank, scale)
-    made = build_privacy(settings, server, profile, 7, 1000, lambda t: [])
+    made = build_privacy(settings, server, Client(), profile, 7, 1000, lambda t: [], [])
     assert isinstance(made, UserLevel)
     return made
 
