@@ -7,8 +7,8 @@ inner products of tokens alone (Li et al., arXiv 2110.05679, "ghost clipping"):
 
 With x, u, y, z, h as in `rayfed.lora.packed.kernel`, p and q are: h and u for A; dy and z for B; dy and x for a layer
 of the head, whose bias has the gradient sum_t dy_t. With a core R, B R takes the place of B in h, and they are dy and
-z R^T for B, s dy B and u A^T for R. The norm is over all tensors that train (`requires_grad`). Where only some entries of a
-tensor train, it is over all of them, and so not too small.
+z R^T for B, s dy B and u A^T for R. The norm is over all tensors that train (`requires_grad`). Where only some entries
+of a tensor train, it is over all of them, and so not too small.
 
 Shape suffixes: N rows of the batch, T tokens, R rank, I layer input, O layer output; K segments or slots.
 """
