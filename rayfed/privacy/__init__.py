@@ -105,7 +105,7 @@ def _check_rows(method: Method, server: Server, model: Model, engine: Engine) ->
     if isinstance(method, HetLoRA) and method.regularizer:
         raise allowed("method.regularizer", method.regularizer, "it is no loss of a row; with privacy 0 is allowed")
     if server.empty_clients:
-        raise allowed("server.empty_clients", True, "a client without rows adds no noise; false is allowed")
+        raise UserError("server.empty_clients: got true, but a client without rows adds no noise; false is allowed")
     if model.dtype != "float32":
         raise allowed(
             "model.dtype", model.dtype, "rounding would make the clipped gradients longer; float32 is allowed"

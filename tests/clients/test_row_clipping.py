@@ -46,7 +46,9 @@ def lab(base, flat, dropout=0.0, core=False, ranks=(2, 2, 1)):
     stack.load(adapters)
     if flat:
         model = UnpaddedModel(fresh.model, Unpadded("mean"))
-        return SimpleNamespace(stack=stack, adapters=adapters, forward=lambda inputs: model(inputs, stack.batch.segments))
+        return SimpleNamespace(
+            stack=stack, adapters=adapters, forward=lambda inputs: model(inputs, stack.batch.segments)
+        )
     return SimpleNamespace(stack=stack, adapters=adapters, forward=lambda inputs: fresh.model(**inputs).logits)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 from small_runs import lowrank
@@ -12,17 +13,20 @@ from rayfed.api.plans import build_components, prepare
 from rayfed.config import validate
 from rayfed.config.marks import settings_digest
 from rayfed.errors import UserError
+from rayfed.privacy import private_methods
 from rayfed.server.chain import verify
 
 DROP = "client.on_divergence=drop"
 USER, LOCAL = (DROP, "privacy.kind=user"), (DROP, "privacy.kind=local")
 OFF = ("privacy.noise_multiplier=0", "privacy.clip_norm=1e30")
 NOISE = "privacy.noise_multiplier=0.5"
+RDP = "privacy.accountant=rdp"  # the faster one
+POISSON = (*USER, RDP, "server.sampling=poisson")
 MIXED = ("profiles.kind=tiers", "profiles.ranks=[1,2]")
 
 
 @pytest.fixture(scope="module")
-def _dp():
+def dp():
     pytest.importorskip("dp_accounting")
 
 
@@ -53,10 +57,10 @@ def test_without_noise_and_limit_a_run_has_the_bits_of_one_without_privacy(tmp_p
         assert column(private, "privacy/epsilon") == [None] * 4
 
 
-def test_an_empty_cohort_is_a_round_of_noise_alone(tmp_path, _dp):
+def test_an_empty_cohort_is_a_round_of_noise_alone(tmp_path, dp):
     """One of six clients in the mean: some rounds of this seed are empty."""
     poisson = ("server.sampling=poisson", "server.cohort=1", "server.rounds=8")
-    plain, private = run(tmp_path / "plain", *poisson), run(tmp_path / "private", *poisson, *USER, NOISE)
+    plain, private = run(tmp_path / "plain", *poisson), run(tmp_path / "private", *poisson, *USER, NOISE, RDP)
     for result in (plain, private):
         assert column(result, "clients/ok").count(0) > 1
         assert max(column(result, "clients/ok")) > 1
@@ -68,29 +72,35 @@ def test_an_empty_cohort_is_a_round_of_noise_alone(tmp_path, _dp):
     assert all(private.metrics[t]["privacy/clipped"] is None for t in empty)
 
 
-def test_a_budget_ends_the_run_before_the_round_that_exceeds_it(tmp_path, _dp):
-    settings = (*USER, "privacy.noise_multiplier=2.0", "privacy.target_epsilon=6", "server.rounds=30", "eval.every=20")
+def test_a_budget_ends_the_run_before_the_round_that_exceeds_it(tmp_path, dp):
+    settings = (
+        *POISSON,
+        "privacy.noise_multiplier=2.0",
+        "privacy.target_epsilon=4",
+        "server.rounds=30",
+        "eval.every=20",
+    )
     result = run(tmp_path, *settings)
     epsilons = column(result, "privacy/epsilon")
     assert epsilons == sorted(epsilons)
     assert 1 < result.rounds < 20
-    assert epsilons[-1] <= 6
+    assert epsilons[-1] <= 4
     assert result.metrics[-1]["eval/loss"] is not None  # the last round is evaluated
     events = (result.out / "events.log").read_text()
-    assert f"the run ends after round {result.rounds}: with another one epsilon would be 6" in events
+    assert f"the run ends after round {result.rounds}: with another one epsilon would be 4" in events
     assert run(tmp_path, *settings, resume=True).rounds == result.rounds
 
 
-def test_noise_for_a_target_spends_it_in_the_last_round(tmp_path, _dp):
-    settings = (*USER, "server.sampling=poisson", "privacy.target_epsilon=3", "privacy.accountant=rdp")
+def test_noise_for_a_target_spends_it_in_the_last_round(tmp_path, dp):
+    settings = (*POISSON, "privacy.target_epsilon=3")
     result = run(tmp_path, *settings)
     assert 2.9 < result.metrics[-1]["privacy/epsilon"] <= 3
     with pytest.raises(UserError, match=r"server\.rounds: got 9, but .* privacy\.target_epsilon depends on the number"):
         run(tmp_path, *settings, "server.rounds=9", resume=True)
 
 
-def test_a_resumed_run_goes_on_with_its_clip_norm_and_noise(tmp_path, _dp):
-    settings = (*USER, NOISE, "privacy.quantile=0.5", "checkpoint.keep=9")
+def test_a_resumed_run_goes_on_with_its_clip_norm_and_noise(tmp_path, dp):
+    settings = (*POISSON, NOISE, "privacy.quantile=0.5", "checkpoint.keep=9")
     whole = run(tmp_path, *settings)
     assert len(set(column(whole, "privacy/clip_norm"))) == 4
     half = tmp_path / "half"
@@ -105,14 +115,14 @@ def test_a_resumed_run_goes_on_with_its_clip_norm_and_noise(tmp_path, _dp):
         assert column(resumed, key) == column(whole, key)
 
 
-def test_keyed_noise_repeats_and_secret_noise_does_not(tmp_path, _dp):
-    one, two = (run(tmp_path / name, *USER, NOISE, "server.rounds=1") for name in "ab")
+def test_keyed_noise_repeats_and_secret_noise_does_not(tmp_path, dp):
+    one, two = (run(tmp_path / name, *POISSON, NOISE, "server.rounds=1") for name in "ab")
     assert column(one, "state/digest") == column(two, "state/digest")
-    one, two = (run(tmp_path / name, *USER, NOISE, "server.rounds=1", "privacy.noise=secret") for name in "cd")
+    one, two = (run(tmp_path / name, *POISSON, NOISE, "server.rounds=1", "privacy.noise=secret") for name in "cd")
     assert column(one, "state/digest") != column(two, "state/digest")
 
 
-def test_local_privacy_takes_any_method_and_counts_a_clients_own_rounds(tmp_path, _dp):
+def test_local_privacy_takes_any_method_and_counts_a_clients_own_rounds(tmp_path, dp):
     settings = (*LOCAL, "privacy.noise_multiplier=4.0", "server.rounds=3", "wire.up.density=0.5")
     for method in ("fedview", "fedex_lora"):
         result = run(tmp_path / method, f"method.name={method}", *settings)
@@ -134,22 +144,46 @@ def test_the_log_says_where_noise_misleads(tmp_path):
     assert "get noise" not in found["ffa_lora"]
 
 
+def test_example_level_privacy_trains_a_model_and_reports_its_worst_client(tiny, tmp_path, dp):
+    settings = tiny("privacy.kind=example", "privacy.noise_multiplier=1.0", "model.dtype=float32", RDP)
+    result = rayfed.run(settings, out=tmp_path / "run")
+    epsilons = column(result, "privacy/epsilon")
+    assert 0 < epsilons[0] <= epsilons[1]
+    assert result.metrics[0]["state/digest"] != result.metrics[1]["state/digest"]
+    card = (result.out / "adapter" / "README.md").read_text()
+    assert (
+        f"| privacy | example level, epsilon {epsilons[1]:.3g} at delta 1e-05: a simulation's figure; whoever" in card
+    )
+    assert f"noise multiplier 1; 2 rounds epsilon {epsilons[1]:.4g}" in (result.out / "events.log").read_text()
+
+
+def test_the_metrics_and_the_methods_are_documented(tmp_path):
+    docs = Path(__file__).parents[2] / "docs"
+    settings = (*USER, "privacy.noise_multiplier=0", "privacy.quantile=0.5", "server.rounds=1")
+    keys = [key for key in run(tmp_path, *settings).metrics[0] if key.startswith("privacy/")]
+    assert len(keys) == 3
+    assert [key for key in keys if f"`{key}`" not in (docs / "outputs.md").read_text()] == []
+    listed = (docs / "privacy.md").read_text().split("**Methods.**")[1].split("**Where noise")[0]
+    assert [name for name in private_methods() if f"`{name}`" not in listed] == []
+
+
+EXAMPLE = ("privacy.kind=example", *OFF)
+PRODUCTS = ("method.name=fedhl", "method.gamma=0.0", "privacy.order=clip_first")
 REFUSED = [
     (("privacy.kind=user",), r"privacy\.noise_multiplier: got null, but .* set one of them"),
-    (("privacy.clip_norm=2",), r"privacy\.clip_norm: got 2\.0, but that belongs to privacy\.kind=user or local or example"),
-    ((*LOCAL, *OFF, "privacy.quantile=0.5"), r"privacy\.quantile: got 0\.5, but that belongs to privacy\.kind=user, and"),
-    ((*USER, "privacy.noise_multiplier=0", "privacy.target_epsilon=2"), r"privacy\.noise_multiplier: got 0, but privacy\.t"),
+    (("privacy.clip_norm=2",), r"privacy\.clip_norm: got 2\.0, but that belongs to privacy\.kind=user or"),
+    ((*LOCAL, *OFF, "privacy.quantile=0.5"), r"privacy\.quantile: got 0\.5, but that belongs to privacy\.kind=user"),
+    ((*USER, OFF[0], "privacy.target_epsilon=2"), r"privacy\.noise_multiplier: got 0, but privacy\.t"),
     ((*USER, *OFF, "privacy.noise_cohort=9"), r"privacy\.noise_cohort: got 9, but noise_population is null"),
     ((*USER, *OFF, "privacy.noise_cohort=9", "privacy.noise_population=8"), r"got 9, but noise_population is 8"),
-    ((*USER, *OFF, "privacy.order=clip_first", "privacy.quantile=0.5"), r"privacy\.quantile: .* sparsify_first is allowed"),
-    ((*USER, *OFF, "server.weights=examples"), r"server\.weights: got 'examples', but with privacy .* uniform is allowed"),
+    ((*USER, *OFF, "privacy.order=clip_first", "privacy.quantile=0.5"), r"privacy\.quantile: .* sparsify_first is"),
+    ((*USER, *OFF, "server.weights=examples"), r"server\.weights: got 'examples', but with privacy .* uniform is"),
     (("privacy.kind=user", *OFF), r"client\.on_divergence: got 'fail', but with privacy .* drop"),
-    ((*USER, *OFF, "privacy.accountant=pld"), r"privacy\.accountant: got 'pld', but there is no .* server\.sampling=poisson"),
-    (
-        (*USER, *OFF, "method.name=fedhl", "method.gamma=0.0", "privacy.order=clip_first"),
-        r"privacy\.order: got 'clip_first', but fedhl sums products",
-    ),
-    ((*LOCAL, *OFF, "method.name=fedsa"), r"method\.name: got 'fedsa', but the model that it exports has a mean of parts"),
+    ((*USER, *OFF, "privacy.accountant=pld"), r"privacy\.accountant: got 'pld', but there is no .* server\.sampling="),
+    ((*USER, *OFF, *PRODUCTS), r"privacy\.order: got 'clip_first', but fedhl sums products"),
+    ((*LOCAL, *OFF, "method.name=fedsa"), r"method\.name: got 'fedsa', but the model that it exports has a mean of"),
+    ((*EXAMPLE, "method.name=hetlora"), r"method\.regularizer: got 0\.001, but it is no loss of a row"),
+    ((*EXAMPLE, "server.empty_clients=true"), r"server\.empty_clients: got true, but a client without rows adds no"),
 ]  # fmt: skip
 
 
@@ -159,7 +193,13 @@ def test_what_does_not_go_together_is_refused(overrides, message):
         build_components(lowrank(*overrides))
 
 
-def test_one_round_over_the_budget_is_refused(_dp):
+def test_what_would_make_the_norms_of_rows_wrong_is_refused(tiny):
+    for override, field in (("engine.gradient_checkpointing=true", "engine"), ("model.dtype=bfloat16", "model")):
+        with pytest.raises(UserError, match=rf"{field}\.\w+: got .*, but .* is allowed"):
+            build_components(tiny(*EXAMPLE, override))
+
+
+def test_one_round_over_the_budget_is_refused(dp):
     with pytest.raises(
         UserError, match=r"privacy\.target_epsilon: got 0\.1, but with this noise one round alone takes"
     ):

@@ -90,7 +90,7 @@ def test_all_other_methods_are_refused_by_name(name):
         build_components(lowrank(f"method.name={name}", *FREE))
         return
     with pytest.raises(
-        UserError, match=rf"privacy\.kind: got 'user', .* but {name} cannot use it: .*; it is taken by fed_sb"
+        UserError, match=rf"privacy\.kind: got 'user', .* but {name} cannot use it: .*; it is taken by fed"
     ):
         build_components(lowrank(f"method.name={name}", *FREE))
     if name == "fedhl":
