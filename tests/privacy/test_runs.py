@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from rayfed.config import validate
 from rayfed.config.marks import settings_digest
 from rayfed.errors import UserError
 from rayfed.privacy import private_methods
+from rayfed.privacy.accounting import Guarantee, Uses
 from rayfed.server.chain import verify
 
 DROP = "client.on_divergence=drop"
 USER, LOCAL = (DROP, "privacy.kind=user"), (DROP, "privacy.kind=local")
 OFF = ("privacy.noise_multiplier=0", "privacy.clip_norm=1e30")
-NOISE = "privacy.noise_multiplier=0.5"
+NOISE = "privacy.noise_multiplier=1.0"
 RDP = "privacy.accountant=rdp"  # the faster one
 POISSON = (*USER, RDP, "server.sampling=poisson")
 MIXED = ("profiles.kind=tiers", "profiles.ranks=[1,2]")
@@ -72,6 +74,19 @@ def test_an_empty_cohort_is_a_round_of_noise_alone(tmp_path, dp):
     assert all(private.metrics[t]["privacy/clipped"] is None for t in empty)
 
 
+def test_noise_alone_is_merged_into_the_base_and_counted(tmp_path, dp):
+    """The first cohort is empty. RAC-LoRA merges the noise, and clients have to download it. A method reports nothing: it
+    has seen one update, of no client."""
+    settings = (*POISSON, NOISE, "server.cohort=1", "server.rounds=2", "method.name=rac_lora")
+    result = run(tmp_path, *settings)
+    assert column(result, "clients/ok") == [0, 2]
+    whole = json.loads((result.out / "checkpoints" / "round-000001" / "checkpoint.json").read_text())["base_updates"]
+    assert len(whole["sizes"]) == 1
+    assert result.metrics[1]["params/down"] == 2 * (6 * 2)  # what was merged of B (6, 2), for both clients
+    products = run(tmp_path / "b", *USER, *OFF, "server.rounds=1", "method.name=fedhl", "method.gamma=0.0")
+    assert not any(key.startswith("method/") for key in products.metrics[0])
+
+
 def test_a_budget_ends_the_run_before_the_round_that_exceeds_it(tmp_path, dp):
     settings = (
         *POISSON,
@@ -85,10 +100,18 @@ def test_a_budget_ends_the_run_before_the_round_that_exceeds_it(tmp_path, dp):
     assert epsilons == sorted(epsilons)
     assert 1 < result.rounds < 20
     assert epsilons[-1] <= 4
-    assert result.metrics[-1]["eval/loss"] is not None  # the last round is evaluated
     events = (result.out / "events.log").read_text()
     assert f"the run ends after round {result.rounds}: with another one epsilon would be 4" in events
     assert run(tmp_path, *settings, resume=True).rounds == result.rounds
+
+
+def test_the_last_round_that_a_budget_allows_is_evaluated(tiny, tmp_path, dp):
+    two = Guarantee(1e-5, "rdp").epsilon([Uses(2, "poisson", 3, 12)], 2.0) + 0.01
+    settings = tiny(
+        *POISSON, "privacy.noise_multiplier=2.0", f"privacy.target_epsilon={two}", "server.rounds=9", "eval.every=9"
+    )
+    losses = column(rayfed.run(settings, out=tmp_path / "run"), "eval/loss")
+    assert [loss is None for loss in losses] == [True, False]
 
 
 def test_noise_for_a_target_spends_it_in_the_last_round(tmp_path, dp):
