@@ -81,8 +81,9 @@ class Method:
     summed: Literal["changes", "products"] | None = None
     """What `aggregate` takes the weighted mean of, where it needs nothing else of the uploads: the `changes` of the
     entries (n,), those of smaller ranks padded with zeros; or the changes of the layers' `products` and of the head,
-    see `product_change`. User-level privacy adds noise to that sum and passes it on as one update. None: `aggregate`
-    needs more, or the weights depend on the cohort."""
+    see `product_change`. User-level privacy adds noise to that sum and passes it on as one update, of client -1. A
+    `personal` method gets before it an update of weight 0 and without a change for each client, to know who received
+    what. None: `aggregate` needs more, or the weights depend on the cohort."""
     refuses_privacy: str = "it does not say that it needs one sum of the uploads alone (Method.summed)"
     """Why user-level privacy does not take a method whose `summed` is None, in a few words."""
 

@@ -51,9 +51,17 @@ class Privacy:
 
     def describe(self) -> str:
         """One line for the log of a run that begins."""
-        epsilon, z = self.epsilon(self.rounds), self.noise_multiplier
-        cost = "without a guarantee" if epsilon is None else f"epsilon {epsilon:.4g} at delta {self.settings.delta:g}"
-        return f"privacy: {self.settings.kind} level, noise multiplier {z:.4g}; {self.rounds} rounds {cost}"
+        z, cost = self.noise_multiplier, self.cost(self.rounds)
+        return f"privacy: {self.settings.kind} level, noise multiplier {z:.4g}; {self.rounds} rounds: {cost}"
+
+    def cost(self, rounds: int) -> str:
+        """What so many rounds cost, in words: `epsilon 2 at delta 1e-05`, and of which deployment."""
+        own, epsilon = self.settings, self.epsilon(rounds)
+        if epsilon is None:
+            return "clipping without noise, no guarantee"
+        cohort, population = own.noise_cohort, own.noise_population
+        whose = f" of a deployment with {cohort:,} of {population:,} clients a round" if cohort else ""
+        return f"epsilon {epsilon:.3g} at delta {own.delta:g}{whose}"
 
     def release(self, method: Method, state: Any, t: int, moments: MutableMapping[str, Tensor]) -> Release | None:
         """What the server does with the updates of round ``t`` (from 0), before the method gets them; None: nothing.

@@ -6,10 +6,10 @@ expected cohort (`server.cohort`):
     S   = sum_k c_k min(1, C / ||c_k||)                   one client changes S by at most C, or 2 C where it is replaced
     out = (S + z C N(0, I)) / K                           the denominator is fixed: a cohort's size is not released
 
-``out`` is all that the method gets: one update. What follows from it is post-processing, the download's mask included.
-The noise is on all entries that a client can send, whatever was sent: which entries were is not released. c_k is the
-vector of which the method takes the mean (`Method.summed`): the change of adapter and head, where smaller ranks are
-padded with zeros; or the changes of the layers' products, with the Frobenius norm, and of the head.
+``out`` is all that the method gets of the updates: one update. What follows from it is post-processing, the mask of the
+next download included. The noise is on all entries that a client can send, whatever was sent: which entries were is not
+released. c_k is the vector of which the method takes the mean (`Method.summed`): the change of adapter and head, where
+smaller ranks are padded with zeros; or the changes of the layers' products, with the Frobenius norm, and of the head.
 
 In FLASC the clipping follows the client's top-k. With `order: clip_first` the client clips its change before it; the
 server's clipping then only takes back what the rounding of the wire adds.
@@ -34,7 +34,7 @@ from torch import Tensor
 from rayfed.errors import allowed
 from rayfed.lora.adapter import Adapter, Layout, LowRank
 from rayfed.lora.algebra import norm
-from rayfed.methods import Method, PackSum, Profile, Sparse, Start, Update, product_change
+from rayfed.methods import Method, PackSum, ProductMean, Profile, Sparse, Start, Update, product_change
 from rayfed.privacy.accounting import Sampling, Uses
 from rayfed.privacy.base import Privacy
 from rayfed.privacy.noise import gaussian
@@ -97,7 +97,7 @@ class Release:
         self.privacy, self.t, self.moments = privacy, t, moments
         start, trainable = method.broadcast(state, privacy.server), method.trainable(state, privacy.server)
         uploaded = trainable.uploaded(start.layout, trainable.support(start.layout, None))
-        products = method.summed == "products"
+        products, self.personal = method.summed == "products", method.personal
         self.sum: _Changes | _Products = _Products(start) if products else _Changes(start, uploaded)
         self.entries = int(uploaded.sum())
         self.both_factors = not products and all(bool((uploaded & start.layout.mask(part)).any()) for part in "AB")
@@ -113,10 +113,16 @@ class Release:
         return replace(update, weight=1.0 if size <= self.clip_norm else self.clip_norm / size)
 
     def mean(self, updates: Iterable[Update | PackSum]) -> Iterator[Update]:
-        """One update of weight 1: the noised mean. ``updates`` were `clipped`; there may be none."""
-        privacy = self.privacy
+        """One update of weight 1: the noised mean. ``updates`` were `clipped`; there may be none.
+
+        Where each client received something of its own, an update of weight 0 and without a change comes before it for
+        each of them.
+        """
+        privacy, nothing = self.privacy, torch.zeros(0, dtype=torch.int64)
         for update in updates:
             self.sum.add(update)
+            if self.personal and isinstance(update, Update):
+                yield replace(update, weight=0.0, sparse_change=Sparse(update.layout.size, nothing, nothing.float()))
         std = privacy.sum_noise * self.clip_norm / privacy.deployment
         self.sum.add_noise(gaussian(self.sum.entries, std, privacy.settings.noise, privacy.seed, "privacy.sum", self.t))
         if privacy.settings.quantile is not None:
@@ -181,14 +187,16 @@ class _Changes:
 
 
 class _Products:
-    """The sums of the changes of the layers' products, (out, in) float64 each, and of the head."""
+    """The sums of the changes of the layers' products, (out, in) each, and of the head, added up as methods do it."""
 
     def __init__(self, start: Start) -> None:
         adapter = start.layout.unflatten(start.vector)
-        shapes = {name: (pair.B.shape[0], pair.A.shape[1]) for name, pair in adapter.layers.items()}
-        self.layers = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
-        self.head = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in adapter.head.items()}
-        self.entries = sum(total.numel() for total in self._totals())
+        self.shapes = {name: (pair.B.shape[0], pair.A.shape[1]) for name, pair in adapter.layers.items()}
+        self.head = {name: tensor.shape for name, tensor in adapter.head.items()}
+        self.mean = ProductMean()
+        sizes = [math.prod(shape) for shape in (*self.shapes.values(), *self.head.values())]
+        self.entries = sum(sizes)
+        self.noise = torch.zeros(self.entries, dtype=torch.float64).split(sizes)
 
     def norm(self, update: Update) -> float:
         sizes = [norm(pair) for pair in product_change(update).values()]
@@ -196,28 +204,29 @@ class _Products:
 
     def add(self, update: Update | PackSum) -> None:
         assert isinstance(update, Update)
-        for name, pair in product_change(update).items():
-            self.layers[name].addmm_(pair.B.double(), pair.A.double(), alpha=update.weight * pair.scale)
-        for name, tensor in update.moved.head.items():
-            self.head[name] += update.weight * tensor.double()
+        self.mean.add(update.weight, update, product_change(update))
 
     def add_noise(self, noise: Tensor) -> None:
-        for total, part in zip(self._totals(), noise.split([total.numel() for total in self._totals()]), strict=True):
-            total += part.view_as(total)
+        for total, part in zip(self.noise, noise.split([len(own) for own in self.noise]), strict=True):
+            total += part
 
     def update(self, client: Profile, count: int) -> Update:
         """Its adapter has B = 0 and the identity as A at the start, and the mean change of the product in B."""
+        weight, noise = self.mean.weight, iter(self.noise)  # without clients there are no means
+
+        def noised(mean: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+            total = next(noise).view(shape) if mean is None else mean.double() * weight + next(noise).view(shape)
+            return (total / count).float()
+
         start, change = {}, {}
-        for name, total in self.layers.items():
-            inner = total.shape[1]
-            start[name] = LowRank(torch.zeros(total.shape), torch.eye(inner), 1.0)
-            change[name] = LowRank((total / count).float(), torch.zeros(inner, inner), 1.0)
-        head = {name: (total / count).float() for name, total in self.head.items()}
+        for name, (out, inner) in self.shapes.items():
+            start[name] = LowRank(torch.zeros(out, inner), torch.eye(inner), 1.0)
+            B = noised(self.mean.matrix(name) if weight else None, (out, inner))
+            change[name] = LowRank(B, torch.zeros(inner, inner), 1.0)
+        means = self.mean.head() if weight else {}
+        head = {name: noised(means.get(name), shape) for name, shape in self.head.items()}
         begun = Adapter(start, {name: torch.zeros_like(tensor) for name, tensor in head.items()})
         return Update(client, 1.0, begun.flatten(), Adapter(change, head).flatten(), begun.layout)
-
-    def _totals(self) -> list[Tensor]:
-        return [*self.layers.values(), *self.head.values()]
 
 
 def _padded(update: Update, layout: Layout) -> Tensor:

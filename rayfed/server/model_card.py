@@ -63,18 +63,13 @@ def _facts(plan: RunPlan, summary: Mapping[str, Any]) -> dict[str, str]:
         "base": f"{plan.model.parameters:,} parameters, {plan.model.dtype}",
         "digest of the settings": f"`{plan.digest}`",
     }
-    return facts if plan.privacy is None else facts | {"privacy": _privacy(plan, plan.privacy, summary["rounds"])}
+    return facts if plan.privacy is None else facts | {"privacy": _privacy(plan.privacy, summary["rounds"])}
 
 
-def _privacy(plan: RunPlan, privacy: Privacy, rounds: int) -> str:
-    own, epsilon = privacy.settings, privacy.epsilon(rounds)
-    if epsilon is None:
-        return f"{own.kind} level clipping without noise: no guarantee"
-    whose = (
-        f" of a deployment with {own.noise_cohort:,} of {own.noise_population:,} clients" if own.noise_cohort else ""
-    )
-    key = "whoever has the seed can subtract the noise" if own.noise == "keyed" else "the noise is secret"
-    return f"{own.kind} level, epsilon {epsilon:.3g}{whose} at delta {own.delta:g}: a simulation's figure; {key}"
+def _privacy(privacy: Privacy, rounds: int) -> str:
+    own = privacy.settings
+    secret = "the noise is secret" if own.noise == "secret" else "whoever has the seed can subtract the noise"
+    return f"{own.kind} level, {privacy.cost(rounds)}: a simulation's figure; {secret}"
 
 
 def _trained(plan: RunPlan) -> str:

@@ -45,17 +45,16 @@ def column(result, key):
     [
         ("method.name=flasc", "engine.pack=3", "server.cohort=5", "wire.up.density=0.4", "wire.down.density=0.6"),
         ("method.name=ffa_lora", *MIXED),
+        ("method.name=fedview", *MIXED),
         ("method.name=fedhl", "method.gamma=0.0", *MIXED),
     ],
-    ids=["flasc", "ffa_lora", "fedhl"],
+    ids=["flasc", "ffa_lora", "fedview", "fedhl"],
 )
 def test_without_noise_and_limit_a_run_has_the_bits_of_one_without_privacy(tmp_path, method):
     plain = run(tmp_path / "plain", *method, "server.weights=uniform")
     for kind in (USER, *([LOCAL] if "flasc" in method[0] else [])):
         private = run(tmp_path / kind[1], *method, *kind, *OFF)
-        assert column(private, "eval/loss") == pytest.approx(column(plain, "eval/loss"), rel=1e-5)
-        if "fedhl" not in method[0]:  # its sums of products are matrices at once, which is another order of sums
-            assert column(private, "state/digest") == column(plain, "state/digest")
+        assert column(private, "state/digest") == column(plain, "state/digest")
         assert column(private, "privacy/epsilon") == [None] * 4
 
 
@@ -75,14 +74,16 @@ def test_an_empty_cohort_is_a_round_of_noise_alone(tmp_path, dp):
 
 
 def test_noise_alone_is_merged_into_the_base_and_counted(tmp_path, dp):
-    """The first cohort is empty. RAC-LoRA merges the noise, and clients have to download it. A method reports nothing: it
-    has seen one update, of no client."""
+    """The first cohort is empty. RAC-LoRA merges the noise, and clients have to download it."""
     settings = (*POISSON, NOISE, "server.cohort=1", "server.rounds=2", "method.name=rac_lora")
     result = run(tmp_path, *settings)
     assert column(result, "clients/ok") == [0, 2]
     whole = json.loads((result.out / "checkpoints" / "round-000001" / "checkpoint.json").read_text())["base_updates"]
     assert len(whole["sizes"]) == 1
     assert result.metrics[1]["params/down"] == 2 * (6 * 2)  # what was merged of B (6, 2), for both clients
+    views = run(tmp_path / "views", *settings, "method.name=fedview")  # clients get corrections towards the noise
+    assert column(views, "clients/ok") == [0, 2]
+    # A method that has seen one update, of no client, reports nothing.
     products = run(tmp_path / "b", *USER, *OFF, "server.rounds=1", "method.name=fedhl", "method.gamma=0.0")
     assert not any(key.startswith("method/") for key in products.metrics[0])
 
@@ -177,7 +178,7 @@ def test_example_level_privacy_trains_a_model_and_reports_its_worst_client(tiny,
     assert (
         f"| privacy | example level, epsilon {epsilons[1]:.3g} at delta 1e-05: a simulation's figure; whoever" in card
     )
-    assert f"noise multiplier 1; 2 rounds epsilon {epsilons[1]:.4g}" in (result.out / "events.log").read_text()
+    assert f"noise multiplier 1; 2 rounds: epsilon {epsilons[1]:.3g} at" in (result.out / "events.log").read_text()
 
 
 def test_the_metrics_and_the_methods_are_documented(tmp_path):

@@ -42,10 +42,12 @@ def trained(play, method, state, clients, t=0):
 
 
 def summed(privacy, method, state, updates, t=0, moments=None):
-    """The flat sum of the clipped updates, and the update that the method gets."""
+    """The flat sum of the clipped updates, and the updates that the method gets: the last one is the mean."""
     release = privacy.release(method, state, t, {} if moments is None else moments)
-    (released,) = release.mean([release.clipped(update) for update in updates])
-    return released.change.double() * privacy.cohort, released
+    *others, released = release.mean([release.clipped(update) for update in updates])
+    assert len(others) == (len(updates) if method.personal else 0)
+    assert not any(update.weight or update.change.any() for update in others)
+    return released.change.double() * privacy.cohort, [*others, released]
 
 
 def cohort_of(method, count=4):
@@ -78,7 +80,7 @@ def test_the_method_needs_no_more_than_the_mean(play, random_adapter, name, opti
         updates = trained(play, method, state, cohort_of(method), t)
         after = method.aggregate(state, iter(updates))
         _, released = summed(mechanism(clip_norm=1e30, cohort=4), method, state, updates)
-        same = method.aggregate(state, iter([released]))
+        same = method.aggregate(state, iter(released))
         for key, tensor in after.tensors().items():
             torch.testing.assert_close(same.tensors()[key], tensor, rtol=1e-4, atol=1e-5)
         state = after
