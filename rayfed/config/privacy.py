@@ -68,8 +68,8 @@ class Privacy(Section):
     says.
     """
     noise_cohort: Clients | None = None
-    """For `user`: noise and epsilon as if so many clients took part in a round. So a small simulation has the noise of a
-    large deployment; epsilon is the deployment's. null: server.cohort.
+    """For `user`: noise and epsilon as if so many clients took part in a round. So a small simulation has the noise of
+    a large deployment; epsilon is the deployment's. null: server.cohort.
     """
     noise_population: Clients | None = None
     """For `user`: the population of that deployment. Needs `noise_cohort`."""
