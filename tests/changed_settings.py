@@ -10,7 +10,13 @@ from rayfed.config import Experiment, validate
 from rayfed.config.describe import iter_fields
 
 FIELDS = {name: field for name, field in iter_fields(Experiment) if name != "eval.early_stop"}
-FULL = validate({"eval": {"early_stop": {"patience": 3}}})  # with every section
+FULL = validate(  # with every section
+    {
+        "eval": {"early_stop": {"patience": 3}},
+        "client": {"on_divergence": "drop"},
+        "privacy": {"kind": "user", "noise_multiplier": 1.0, "target_epsilon": 2.0},
+    }
+)
 
 
 def changed(name: str) -> Experiment:

@@ -41,6 +41,7 @@ FLOORS = (
     ("profiles", "channels"),
     ("objectives", "weighting"),
     ("methods",),
+    ("privacy",),
     ("clients",),
     ("server",),
     ("engine",),

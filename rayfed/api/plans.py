@@ -11,14 +11,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from yaml.representer import RepresenterError
 
-from rayfed import config, methods, tasks, weighting
+from rayfed import config, methods, privacy, tasks, weighting
 from rayfed.api.initial_adapter import check_method, initial_adapter
 from rayfed.channels import Lossless
 from rayfed.clients.plan import RunPlan
@@ -27,11 +29,14 @@ from rayfed.config.adapter import adapter_folder, with_digest
 from rayfed.config.parse import dump_settings
 from rayfed.errors import UserError, allowed
 from rayfed.keywords import suggest_keywords
+from rayfed.lora.adapter import scale_of
 from rayfed.methods import Method
 from rayfed.objectives import Plain
 from rayfed.own_code import own_failures
 from rayfed.profiles.client_profiles import ClientProfiles
+from rayfed.profiles.profile import Profile
 from rayfed.server.optimizers import ServerOptimizer
+from rayfed.server.sampling import cohort
 from rayfed.tasks.base import Task
 from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.spec import ModelSpec, check_dtype, describe_model
@@ -129,7 +134,9 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
         _check_whole(experiment, profiles, "down")
     if not method.sparse_up:
         _check_whole(experiment, profiles, "up")
-    weights = method.weights if server.weights == "auto" else server.weights
+    privacy.check(experiment.privacy, name, method, server, experiment.client, experiment.model, experiment.engine)
+    by_default = method.weights if experiment.privacy.kind == "none" else "uniform"
+    weights = by_default if server.weights == "auto" else server.weights
     if server.empty_clients and weights != "uniform":
         raise UserError(
             f"server.empty_clients: got true, but the weights are {weights!r}, in which clients without training rows "
@@ -167,9 +174,11 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
     engine = experiment.engine
     federation = _checked_data(experiment, parts, federation)
     model = _described_model(experiment, parts, federation)
+    mechanism = _privacy(experiment, parts, federation)
     initial, *notes = initial_adapter(experiment, model, federation.classes) or (None,)
     return RunPlan(
         **vars(parts),
+        privacy=mechanism,
         federation=federation,
         model=model,
         objective=Plain(),
@@ -187,7 +196,7 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
         checkpoint=experiment.checkpoint,
         export=experiment.export,
         initial=initial,
-        notes=tuple(notes),
+        notes=(*notes, *([mechanism.describe()] if mechanism else [])),
     )
 
 
@@ -236,6 +245,15 @@ def _described_model(experiment: Experiment, parts: Components, federation: Fede
     if model.dtype != "float32":
         check_dtype(base, model.name, model.dtype, task.sample())
     return spec
+
+
+def _privacy(experiment: Experiment, parts: Components, federation: Federation) -> privacy.Privacy | None:
+    server, lora = experiment.server, experiment.lora
+    candidates = np.arange(federation.clients) if server.empty_clients else federation.holders
+    draw = partial(cohort, candidates, server.cohort, experiment.seed, sampling=server.sampling)
+    profile = Profile(-1, lora.rank, scale_of(lora.rank, lora.alpha, lora.rslora))
+    own = (experiment.privacy, server, experiment.client, profile, experiment.seed)
+    return privacy.build(*own, len(candidates), draw, federation.sizes.tolist())
 
 
 @own_failures(UserError)

@@ -43,6 +43,7 @@ def describe(name: str) -> str:
         "up": f"{cls.traffic_up} entries per layer and round",
         "ranks": "clients may have different ranks" if cls.mixed_ranks else "all clients have one rank",
         "secure": f"aggregation without seeing single uploads: {_secure(cls)}",
+        "private": f"user-level privacy: {_private(cls)}",
         "weights": f"{cls.weights} (server.weights)",
         "optimizer": f"{cls.optimizer} (server.optimizer); allowed are {', '.join(cls.optimizers)}",
     }
@@ -62,6 +63,14 @@ def _secure(cls: type[Method]) -> str:
     if isinstance(claim, property):
         return "by its options, no by default"
     return "dense uploads" if claim else "no"
+
+
+def _private(cls: type[Method]) -> str:
+    """Whether user-level privacy takes the method. A property decides by the options, and here by their defaults."""
+    claim: object = cls.summed
+    if isinstance(claim, property):
+        return f"by its options; no by default: {cls.refuses_privacy}"
+    return "yes" if claim else f"no: {cls.refuses_privacy}"
 
 
 def _meanings(cls: type[Method]) -> dict[str, str]:

@@ -17,19 +17,23 @@ from rayfed.clients.messages import Divergence
 from rayfed.config.training import Client
 
 
-def checked(trained: TrainedClient, member: PackMember, settings: Client) -> tuple[TrainedClient, Divergence | None]:
+def checked(
+    trained: TrainedClient, member: PackMember, settings: Client, always_sends: bool = False
+) -> tuple[TrainedClient, Divergence | None]:
     """The client's result, with its change scaled to `client.max_change` if `client.on_divergence` is `clip`.
 
+    With ``always_sends`` a client that would be dropped has changed nothing, and is not dropped.
     The divergence is None if the training did not diverge; then the result keeps its bits.
     """
     change, limit = trained.vector - member.start, settings.max_change
     # A sum of squares of float32 fits into float64. So the norm is finite exactly where the change is.
     norm = float(torch.linalg.vector_norm(change, dtype=torch.float64))
+    stays = replace(trained, vector=member.start) if always_sends else trained
     if not math.isfinite(norm):
-        return trained, Divergence("training gave values that are not finite", dropped=True)
+        return stays, Divergence("training gave values that are not finite", dropped=not always_sends)
     if limit is None or norm <= limit:
         return trained, None
     reason = f"training gave a change of L2 norm {norm:.3g}, over client.max_change={limit:g}"
     if settings.on_divergence != "clip":
-        return trained, Divergence(reason, dropped=True)
+        return stays, Divergence(reason, dropped=not always_sends)
     return replace(trained, vector=member.start + change * (limit / norm)), Divergence(reason, dropped=False)

@@ -20,13 +20,16 @@ import torch
 from torch import Tensor
 
 from rayfed import seeding
+from rayfed.clients.row_clipping import add_noise, clipped_backward
 from rayfed.config.training import Client
 from rayfed.device import to_device
 from rayfed.lora.adapter import Layout
+from rayfed.lora.packed.row_norms import RowNorms
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack
 from rayfed.methods import BaseChange
 from rayfed.objectives import Objective, Plain
+from rayfed.privacy.example import ExampleLevel, expected_batch
 from rayfed.tasks.base import Task
 from rayfed.tasks.data.federation import Rows
 
@@ -75,6 +78,7 @@ class TrainingContext:
     settings: Client
     seed: int
     device: torch.device
+    privacy: ExampleLevel | None = None
 
 
 def train_pack(context: TrainingContext, members: Sequence[PackMember], *, lr: float, t: int) -> list[TrainedClient]:
@@ -113,7 +117,7 @@ class _PackTraining:
 
     def __init__(self, context: TrainingContext, members: Sequence[PackMember], lr: float, t: int) -> None:
         self.context, self.members, self.t = context, members, t
-        self.plans = [batches(m.rows, context.settings, context.seed, t, m.client) for m in members]
+        self.plans = [_plan(context, member, t) for member in members]
         context.stack.load([m.layout.unflatten(m.start) for m in members], [m.base for m in members])
         self.parameters = _Parameters(context.stack, members)
         # Where nothing arrived and only arrived entries train, the clients just measure their loss.
@@ -128,18 +132,21 @@ class _PackTraining:
             stack.snapshot(without)
         for step in range(max(len(plan) for plan in self.plans)):
             active = [slot for slot, plan in enumerate(self.plans) if step < len(plan)]
-            with stack.using(self._segments(active, step)):
-                loss = self._loss(active, self._batch(active, step))
-                if self.optimizer is not None:
-                    self.optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
+            if self.context.privacy is not None:
+                self._private_gradients(self.context.privacy, active, step)
+            else:
+                with stack.using(self._segments(active, step)):
+                    loss = self._loss(active, self._batch(active, step))
+                    if self.optimizer is not None:
+                        self.optimizer.zero_grad(set_to_none=True)
+                        loss.backward()
             if self.optimizer is not None:
                 self._update(self.optimizer)
             if ended := [slot for slot in active if step + 1 == len(self.plans[slot])]:
                 stack.snapshot(ended)
         vectors = stack.read_snapshots([member.layout for member in self.members])
         return [
-            TrainedClient(vector, loss / max(len(plan), 1), sum(map(len, plan)), len(plan))
+            TrainedClient(vector, loss / max(sum(len(rows) > 0 for rows in plan), 1), sum(map(len, plan)), len(plan))
             for vector, loss, plan in zip(vectors, self.losses.tolist(), self.plans, strict=True)
         ]
 
@@ -176,6 +183,28 @@ class _PackTraining:
         penalties = (self.members[slot].objective.penalty(c.stack.factors(slot)) for slot in active)
         return torch.stack([means.sum(), *(penalty for penalty in penalties if penalty is not None)]).sum()
 
+    def _private_gradients(self, privacy: ExampleLevel, active: Sequence[int], step: int) -> None:
+        """The gradients of the step, from clipped rows and noise. Batches may be empty."""
+        c, present = self.context, [slot for slot in active if len(self.plans[slot][step])]
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        if present:
+            with c.stack.using(self._segments(present, step)), RowNorms(c.stack) as norms:
+                batch = self._batch(present, step)
+                labels = batch.pop("labels")
+                sums, counts = c.task.loss(c.forward(batch).float(), labels)
+                losses, runs = sums / counts.clamp(min=1), c.stack.batch.segments_of(sums)
+                means = torch.stack([own.mean() for own in runs.split(losses.detach())])
+                self.losses += runs.scatter(means.double(), len(self.members))
+                if self.optimizer is not None:
+                    sizes = [expected_batch(len(self.members[slot].rows), c.settings) for slot in present]
+                    each = torch.tensor(sizes).repeat_interleave(torch.tensor(runs.sizes))
+                    clipped_backward(norms, losses, to_device(each, c.device), privacy.settings.clip_norm)
+        if self.optimizer is not None:
+            members = {slot: self.members[slot] for slot in active}
+            clients = {slot: (m.client, m.layout, len(m.rows)) for slot, m in members.items()}
+            add_noise(privacy, c.settings, c.stack, clients, self.t, step)
+
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
         """The step: mask, clip, optimizer; entries that do not train get their start values back."""
         self.parameters.mask_gradients()
@@ -183,6 +212,13 @@ class _PackTraining:
             self.parameters.clip(self.context.settings.clip_norm)
         optimizer.step()
         self.parameters.restore()
+
+
+def _plan(context: TrainingContext, member: PackMember, t: int) -> list[np.ndarray]:
+    """The member's batches for round ``t``."""
+    if context.privacy is not None:
+        return context.privacy.batches(member.rows, context.settings, t, member.client)
+    return batches(member.rows, context.settings, context.seed, t, member.client)
 
 
 def _optimizer(groups: list[dict[str, object]], settings: Client, device: torch.device) -> torch.optim.Optimizer:

@@ -22,6 +22,7 @@ from rayfed.device import capability
 from rayfed.lora.adapter import Adapter, fresh_adapter, scale_of
 from rayfed.methods import Method
 from rayfed.objectives import Objective
+from rayfed.privacy import Privacy
 from rayfed.profiles.client_profiles import ClientProfiles
 from rayfed.tasks.base import Task
 from rayfed.tasks.data.federation import Federation
@@ -60,6 +61,8 @@ class RunPlan:
     checkpoint: Checkpoint
     export: Export
 
+    privacy: Privacy | None = None
+    """Clipping and noise; None: the run is not private."""
     initial: Adapter | None = None
     """The adapter that `model.adapter` names, at the run's rank; None: the run starts from a new one."""
     notes: tuple[str, ...] = ()
@@ -74,6 +77,11 @@ class RunPlan:
     def digest(self) -> str:
         """The settings' digest: 16 hex digits over all settings that decide the result."""
         return settings_digest(self.settings)
+
+    @property
+    def rounds(self) -> int:
+        """The rounds of the run: `server.rounds`, or as many as `privacy.target_epsilon` allows."""
+        return self.server.rounds if self.privacy is None else self.privacy.rounds
 
     @property
     def trained_shapes(self) -> Mapping[str, tuple[int, int]]:

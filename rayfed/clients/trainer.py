@@ -27,6 +27,7 @@ from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_layers
 from rayfed.methods import BaseChange, merged
 from rayfed.own_code import own_failures
+from rayfed.privacy.example import ExampleLevel
 from rayfed.tasks.data.federation import Prompts
 from rayfed.tasks.models.base import in_dtype
 from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
@@ -57,8 +58,17 @@ class Trainer:
         self.outputs = plan.task.make_forward(self.model, batching)
         # Row indices in order of length: batches of evaluation hold little padding.
         self.by_length = {name: np.argsort(plan.federation.split(name).lengths, kind="stable") for name in SPLITS}
+        rows = plan.privacy if isinstance(plan.privacy, ExampleLevel) else None
         self.context = TrainingContext(
-            self.stack, self.forward, plan.task, plan.federation.train, padded, plan.client, plan.seed, self.device
+            self.stack,
+            self.forward,
+            plan.task,
+            plan.federation.train,
+            padded,
+            plan.client,
+            plan.seed,
+            self.device,
+            rows,
         )
 
     @own_failures()
@@ -103,12 +113,15 @@ class Trainer:
         )
         parts, settings = tuple(map(len, trained)), self.context.settings
         flat = (result for part in trained for result in part)
-        results, found = zip(*(checked(result, member, settings) for result, member in zip(flat, members, strict=True)))
+        privacy = self.plan.privacy
+        must = privacy is not None and privacy.always_sends
+        pairs = zip(flat, members, strict=True)
+        results, found = zip(*(checked(result, member, settings, must) for result, member in pairs))
         diverged = {i: divergence for i, divergence in enumerate(found) if divergence}
         dropped = {i for i, divergence in diverged.items() if divergence.dropped}
         clients = enumerate(zip(results, members, job.orders, strict=True))
         kept = [None if i in dropped else client for i, client in clients]
-        uploads = tuple(client and upload(self.plan.method, *client) for client in kept)
+        uploads = tuple(client and upload(self.plan.method, *client, privacy, job.t) for client in kept)
         personal = tuple(client and personal_values(*client) for client in kept)
         summed = sums(self.plan.channel, uploads, members, job.orders, parts) if job.summed else ()
         losses, examples, steps = zip(*((r.loss, r.examples, r.steps) for r in results))

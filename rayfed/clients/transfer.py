@@ -21,6 +21,7 @@ from rayfed.clients.messages import ClientOrder, uploads_by_part
 from rayfed.errors import RunError
 from rayfed.lora.adapter import Layout
 from rayfed.methods import Method, PackSum, Sparse
+from rayfed.privacy import Privacy
 from rayfed.wire import Payload
 
 
@@ -66,8 +67,10 @@ def assemble(layout: Layout, payload: Payload, known: Payload | None) -> tuple[T
     return start, has
 
 
-def upload(method: Method, result: TrainedClient, member: PackMember, order: ClientOrder) -> bytes:
-    """The client's upload: of the changes to the entries that trained, those that the method selects.
+def upload(
+    method: Method, result: TrainedClient, member: PackMember, order: ClientOrder, privacy: Privacy | None, t: int
+) -> bytes:
+    """The client's upload in round ``t``: of the changes to the entries that trained, those that the method selects.
 
     Both sides know that entries outside the support have not changed and that personal entries stay at the client, so
     neither of them takes index bits. The top-k of the upload is taken here (`Method.select`; by default `wire.top_k`).
@@ -75,6 +78,8 @@ def upload(method: Method, result: TrainedClient, member: PackMember, order: Cli
     """
     uploaded = order.trainable.uploaded(member.layout, member.support)
     change = (result.vector - member.start) * uploaded
+    if privacy is not None:
+        change = privacy.client_change(change, uploaded, order.budget, t, member.client)
     values, indices = change[uploaded], None
     if order.budget < len(values):
         chosen = method.select(member.start, change, member.layout, order.budget, order.density_up)

@@ -15,11 +15,11 @@ from rayfed.config.schema import Experiment
 from rayfed.config.types import Aspect, Decides, Section
 
 NEUTRAL = (
-    *(("fingerprint", None), ("adapter_digest", None), ("compute", "auto")),
+    *(("fingerprint", None), ("adapter_digest", None), ("compute", "auto"), ("sampling", "fixed")),
     *(("image", "image"), ("crop", 0), ("flip", False), ("pretrain_share", 0.0)),
 )
-"""Names and values: there is no object or adapter to hash; adapters compute in the base's format; there are no images,
-and no rows are kept from the clients.
+"""Names and values: there is no object or adapter to hash; adapters compute in the base's format; cohorts have one
+size; there are no images, and no rows are kept from the clients.
 """
 
 
@@ -111,12 +111,14 @@ def searched() -> tuple[str, ...]:
 def _select(settings: Mapping[str, Any], aspects: set[Aspect], prefix: str = "") -> dict[str, Any]:
     """The settings that decide one of the aspects. A section of which nothing is left is left out.
 
-    So are settings at values that change nothing, see `NEUTRAL`: digests of most runs do not depend on these settings.
+    So are settings at values that change nothing, see `NEUTRAL`, and a section `privacy` of the kind none: digests of
+    most runs do not depend on these settings.
     """
     selected = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
-            if part := _select(value, aspects, f"{prefix}{name}."):
+            off = (prefix + name, value.get("kind")) == ("privacy", "none")
+            if not off and (part := _select(value, aspects, f"{prefix}{name}.")):
                 selected[name] = part
         elif aspects & set(decides(f"{prefix}{name}")) and (name, value) not in NEUTRAL:
             selected[name] = value

@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from rayfed.config.execution import Checkpoint, Engine, Export, Tracking
 from rayfed.config.method import Lora, Method, Profiles, Wire
 from rayfed.config.pretrain import Pretrain
+from rayfed.config.privacy import Privacy
 from rayfed.config.task import Data, Model, Partition, Problem
 from rayfed.config.training import Client, Eval, Server
 from rayfed.config.types import DecidesData, DecidesNothing, Name, Section, section
@@ -53,6 +54,7 @@ class Experiment(Section, metaclass=_Refuses):
     profiles: Profiles = section(Profiles)
     client: Client = section(Client)
     server: Server = section(Server)
+    privacy: Privacy = section(Privacy)
     eval: Eval = section(Eval)
     engine: Engine = section(Engine)
     tracking: Tracking = section(Tracking)

@@ -85,7 +85,11 @@ class Server(Section):
     rounds: Rounds = 100
     """Communication rounds."""
     cohort: Clients = 10
-    """Clients per round, drawn without replacement."""
+    """Clients per round, drawn without replacement; with `sampling: poisson` their mean number."""
+    sampling: Literal["fixed", "poisson"] = "fixed"
+    """How a cohort is drawn. `fixed`: it always has `cohort` clients. `poisson`: each client takes part by a draw of
+    its own, with the same probability; a cohort may be larger, smaller or empty.
+    """
     empty_clients: bool = False
     """Also draw clients without training rows, as FLASC's code does. They receive and send as all others do, change
     nothing, and count in the mean: so the weights must be uniform. false: they are never drawn.

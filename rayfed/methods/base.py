@@ -78,6 +78,15 @@ class Method:
     This is said of dense uploads: which entries of a sparse one are the largest depends on the client's data. Ranks,
     scales and numbers of examples count as known."""
 
+    summed: Literal["changes", "products"] | None = None
+    """What `aggregate` takes the weighted mean of, where it needs nothing else of the uploads: the `changes` of the
+    entries (n,), those of smaller ranks padded with zeros; or the changes of the layers' `products` and of the head,
+    see `product_change`. User-level privacy adds noise to that sum and passes it on as one update, of client -1. A
+    `personal` method gets before it an update of weight 0 and without a change for each client, to know who received
+    what. None: `aggregate` needs more, or the weights depend on the cohort."""
+    refuses_privacy: str = "it does not say that it needs one sum of the uploads alone (Method.summed)"
+    """Why user-level privacy does not take a method whose `summed` is None, in a few words."""
+
     refuses_adapter: ClassVar[str] = ""
     """Why a run cannot start from a given adapter (`model.adapter`), in a few words. Empty: it can. Then what the
     clients do not have of that adapter travels: in the first downloads, or as the `base_update` of the first state."""

@@ -37,6 +37,7 @@ class FedSB(LayerMethod):
     refuses_adapter = "A and B are drawn from the seed and never travel"
     optimizers = ANY_OPTIMIZER
     secure_aggregation = True
+    summed = "changes"
 
     def init(self, adapter: Adapter, seed: int) -> LayerState:
         layers = {}

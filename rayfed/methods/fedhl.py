@@ -74,6 +74,12 @@ class FedHL(Truncating):
     traffic_down = traffic_up = "r_k (in + out)"
     source = "secondary"
     optimizers = ANY_OPTIMIZER
+    refuses_privacy = "its error weights are divided by their sum over the cohort; method.gamma=0 makes them equal"
+
+    @property
+    def summed(self) -> Literal["products"] | None:  # type: ignore[override]
+        """Without error weights and data weights, the step is the mean of the changes of products."""
+        return "products" if self.gamma == 0 and self.data == "ignore" else None
 
     def init(self, adapter: Adapter, seed: int) -> LayerState:
         return decomposed(super().init(adapter, seed), {name: pair.dense() for name, pair in adapter.layers.items()})

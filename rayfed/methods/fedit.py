@@ -20,3 +20,4 @@ class FedIT(FactorMean):
     source = "secondary"
     sum_in_worker = True
     secure_aggregation = True
+    summed = "changes"

@@ -37,6 +37,7 @@ class FedSA(FactorMean):
     refuses_adapter = "B and the head are each client's own and never travel"
     personal = True
     secure_aggregation = True
+    refuses_privacy = "the model that it exports has a mean of the clients' own B and heads, which gets no noise"
 
     def broadcast(self, state: FactorState, client: Profile) -> Start:
         return Start.of(self.own(state, client.client), *PERSONAL)

@@ -61,6 +61,7 @@ class FedSRD(FactorMean):
     optimizers = ("fedavg",)
     sparse_down = False
     personal = True
+    refuses_privacy = "it sums projections of the updates, which the clipping of the updates does not bound"
 
     def init(self, adapter: Adapter, seed: int) -> FactorState:
         state = super().init(adapter, seed)

@@ -71,6 +71,7 @@ class FedView(LayerMethod):
     traffic_down = traffic_up = "r_k (in + out)"
     source = "ours"
     optimizers = ANY_OPTIMIZER
+    summed = "products"
     mixed_ranks = True
     personal = True
 
@@ -122,6 +123,8 @@ class FedView(LayerMethod):
         for update in updates:
             mean.add(update.weight, update, product_change(update))
             k = update.client.client
+            if k < 0:  # the sum that privacy releases is of no client
+                continue
             base: BaseChange = clients.get(k, {})
             if self.start != "correction":
                 base = self.broadcast(state, update.client).merged_base
@@ -130,7 +133,7 @@ class FedView(LayerMethod):
             behind.append(_distance(state, clients[k]))
         layers = {name: advance(f"W.{name}", W, mean.matrix(name)) for name, W in state.matrices.items()}
         head = mean.head()
-        report = {"view_error": sum(behind) / len(behind)}
+        report = {"view_error": sum(behind) / len(behind)} if behind else {}
         return state.next_with_head(advance, head, layers=layers, clients=clients, report=report)
 
 

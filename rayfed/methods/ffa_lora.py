@@ -39,6 +39,7 @@ class FFALoRA(LayerMethod):
     optimizers: ClassVar[tuple[str, ...]] = ANY_OPTIMIZER
     mixed_ranks = True
     secure_aggregation = True
+    summed = "changes"
 
     def broadcast(self, state: LayerState, client: Profile) -> Start:
         return Start.of(nested(state, client.rank, client.scale), "A")

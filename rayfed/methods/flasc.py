@@ -66,6 +66,7 @@ class Flasc(FactorMean):
     optimizer = "adamw"
     sum_in_worker = True
     secure_aggregation = True
+    summed = "changes"
 
     def broadcast(self, state: FactorState, client: Profile) -> Start:
         start, scores, density = super().broadcast(state, client), state.vector, client.density_down

@@ -28,6 +28,7 @@ class FlexLoRA(Truncating):
     summary = "mean of products, redistributed by SVD"
     traffic_down = traffic_up = "r_k (in + out)"
     source = "secondary"
+    refuses_privacy = "its next state is a mean of what the clients trained, not of their changes"
 
     def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         mean, products = ProductMean(), self.client_products(state)

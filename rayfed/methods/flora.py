@@ -38,6 +38,7 @@ class FLoRA(LayerMethod):
     traffic_down = "sum_k r_k (in + out)"
     traffic_up = "r_k (in + out)"
     source: ClassVar[Source] = "secondary"
+    refuses_privacy = "it stacks the single uploads"
     mixed_ranks = True
     sparse_down = False
 

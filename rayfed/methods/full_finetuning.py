@@ -36,6 +36,7 @@ class FullFinetuning(LayerMethod):
     optimizer = "adamw"
     optimizers = ANY_OPTIMIZER
     secure_aggregation = True
+    summed = "changes"
 
     def init(self, adapter: Adapter, seed: int) -> LayerState:
         layers = {name: pair.dense().float() for name, pair in adapter.layers.items()}

@@ -57,6 +57,7 @@ class HetLoRA(Nested):
     summary = "truncate, zero-pad, weigh by norm, prune ranks"
     traffic_down = traffic_up = "r_k (in + out)"
     source = "secondary"
+    refuses_privacy = "its weights are norms of the uploads, divided by their sum over the cohort"
 
     @property
     def personal(self) -> bool:  # type: ignore[override]

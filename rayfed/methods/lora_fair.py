@@ -42,6 +42,7 @@ class LoRAFAIR(FactorMean):
     summary = "average the factors, correct B towards the mean of products"
     source = "secondary"
     optimizers = ("fedavg",)
+    refuses_privacy = "it needs the mean of the factors and the mean of the products of the cohort"
 
     def aggregate(self, state: FactorState, updates: Updates, advance: Advance = fedavg) -> FactorState:
         factors, products = ChangeMean(state.layout.size), ProductMean()

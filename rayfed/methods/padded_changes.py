@@ -36,6 +36,7 @@ class PaddedChanges(Nested):
     optimizer = "adamw"
     optimizers = ANY_OPTIMIZER
     secure_aggregation = True
+    summed = "changes"
 
     def init(self, adapter: Adapter, seed: int) -> LayerState:
         return LayerState(layers=dict(adapter.layers), head=dict(adapter.head))

@@ -39,6 +39,7 @@ class RaFLoRA(Truncating):
     summary = "FlexLoRA with weights by rank band"
     traffic_down = traffic_up = "r_k (in + out)"
     source = "secondary"
+    refuses_privacy = "each rank is divided by the weight of the clients of the cohort that have it"
 
     def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         cohort = [update for update in updates if update.weight > 0]

@@ -28,6 +28,7 @@ class RBLA(Nested):
     source = "secondary"
     optimizers = ("fedavg", "sgd")
     secure_aggregation = True
+    refuses_privacy = "each rank is divided by the weight of the clients of the cohort that have it"
 
     def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         sums = RankwiseMean(state)

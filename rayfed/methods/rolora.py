@@ -42,6 +42,7 @@ class RoLoRA(FactorMean):
     sparse_down = False
     sum_in_worker: ClassVar[bool] = True
     secure_aggregation = True
+    summed = "changes"
 
     def broadcast(self, state: FactorState, client: Profile) -> Start:
         start = super().broadcast(state, client)

@@ -60,6 +60,7 @@ class SLoRA(LayerMethod):
     source = "secondary"
     refuses_adapter = "its first stage finds where LoRA starts"
     secure_aggregation = True
+    summed = "changes"
 
     def init(self, adapter: Adapter, seed: int) -> LayerState:
         layers: dict[str, Change] = {}

@@ -19,7 +19,7 @@ import numpy as np
 from rayfed.errors import RunError, UserError, first_line
 from rayfed.server import checkpoint as checkpoints
 from rayfed.tracking import read_metrics
-from rayfed.wire.ledger import DIRECTIONS, rounds_of
+from rayfed.wire.ledger import COLUMNS, DIRECTIONS, rounds_of
 
 
 def link(before: str, settings: str, rows: np.ndarray, state: str) -> str:
@@ -49,7 +49,9 @@ def verify(out: Path, settings: str, first: int = 0) -> str:
     if sorted(records) != list(range(1, len(records) + 1)):
         raise RunError(f"{out}: metrics.jsonl does not have one line for each round")
     before, last = str(records[first].get("state/chain")) if first else "", 0
-    for last, rows in _rounds(out):
+    found = checkpoints.folders(out / "checkpoints")
+    newest = int(found[0].name.removeprefix("round-")) if found else 0  # the ledger is written before
+    for last, rows in _rounds(out, newest):
         if last <= first:
             continue
         record = records.get(last)
@@ -68,7 +70,6 @@ def verify(out: Path, settings: str, first: int = 0) -> str:
                 f"{out}: round {last} has another state/chain in metrics.jsonl than its files give: the settings, the "
                 "ledger or a state digest was changed"
             )
-    found = checkpoints.folders(out / "checkpoints")
     for folder in found:
         try:
             checkpoint = checkpoints.read(out, folder, settings).checkpoint
@@ -91,7 +92,7 @@ def rechained(out: Path, records: Sequence[Mapping[str, Any]], settings: str) ->
     """
     first, new = continued_after(out), [dict(record) for record in records]
     before = str(new[first - 1]["state/chain"]) if first else ""
-    for number, rows in _rounds(out):
+    for number, rows in _rounds(out, len(new)):
         if first < number <= len(new):
             record = new[number - 1]
             before = record["state/chain"] = link(before, settings, rows, record["state/digest"])
@@ -104,8 +105,14 @@ def continued_after(out: Path) -> int:
     return int(json.loads(note.read_text(encoding="utf-8"))["round"]) if note.is_file() else 0
 
 
-def _rounds(out: Path) -> Iterator[tuple[int, Any]]:
+def _rounds(out: Path, least: int) -> Iterator[tuple[int, Any]]:
+    """Every round in the ledger with its rows, and at least the first ``least``: a round without clients has none."""
+    none, number = np.zeros((0, len(COLUMNS)), np.int64), 0
     try:
-        yield from rounds_of(out / "ledger.parquet")
+        for found, rows in rounds_of(out / "ledger.parquet"):
+            yield from ((empty, none) for empty in range(number + 1, found))
+            yield found, rows
+            number = found
     except ValueError as error:
         raise RunError(first_line(error)) from None
+    yield from ((empty, none) for empty in range(number + 1, least + 1))

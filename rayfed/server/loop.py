@@ -37,7 +37,7 @@ from rayfed.server.executor import Executor
 from rayfed.server.export import export
 from rayfed.server.optimizers import ServerOptimizer
 from rayfed.server.pack_size import Choice
-from rayfed.server.sampling import client_costs, cohort, plan_packs
+from rayfed.server.sampling import client_costs, cohort_of, plan_packs
 from rayfed.server.star import RoundLog, train_round
 from rayfed.server.summary import Progress, closing_table, summarize
 from rayfed.tasks.data.heterogeneity import write_partition
@@ -88,7 +88,7 @@ class Server:
         for text in self.events:
             self.sinks.event(text)
         self.executor.subscribe(self.sinks.event)
-        for t in range(self.done, self.plan.server.rounds):
+        for t in range(self.done, self.plan.rounds):
             if self.progress.stopped:
                 return
             record, dense_bytes = self._round(t)
@@ -102,7 +102,7 @@ class Server:
             if not self.goes_on(record):
                 self.progress.stopped = True
                 self._unsaved = self._checkpoint(record["state/digest"])  # again: it says that the run has ended
-            last = self.progress.stopped or self.done == self.plan.server.rounds
+            last = self.progress.stopped or self.done == self.plan.rounds
             if last or self.done % self.plan.checkpoint.every == 0:
                 self.save()
             yield record
@@ -148,7 +148,7 @@ class Server:
         """Trains and evaluates round ``t`` (from 0): its record, and its messages' bytes had they been dense fp32."""
         begun = time.perf_counter()
         plan, sizes = self.plan, self.plan.federation.sizes
-        drawn = cohort(plan.candidates, plan.server.cohort, plan.seed, t)
+        drawn = cohort_of(plan, t)
         clients = [plan.profiles.profile(c, int(sizes[c]), t) for c in drawn]
         assert plan.pack is not None
         packs = plan_packs(clients, plan.pack, self.costs)
@@ -159,7 +159,7 @@ class Server:
         for text in log.events():
             self.sinks.event(text)
         self.state = replace(state, clients=self.store.save(state.clients, t + 1)) if state.clients else state
-        if log.ok:  # otherwise the state, and its last base update, are those of an earlier round
+        if log.aggregated:  # otherwise the state, and its last base update, are those of an earlier round
             self.base_updates.publish(plan.method.base_update(self.state), plan.model.entries)
         seconds = time.perf_counter() - begun
         metrics = round_metrics(plan, self.state, t, downlink, self.executor)
@@ -176,7 +176,7 @@ class Server:
             "time/train_s": seconds,
             "time/server_s": seconds - log.waited,
             **log.counts(),
-            **{f"method/{name}": value for name, value in self.state.report.items() if log.ok},
+            **{f"method/{name}": value for name, value in self.state.report.items() if log.reports},
             **(diagnostics.report(plan.method, self.state) if diagnostics else {}),
             "state/digest": digest,
             "state/chain": self.chain,
@@ -195,5 +195,5 @@ class Server:
             "padding": str(plan.model.batching),
             "ranks": describe(plan.profiles.rank_mix(sizes)),
         }
-        config, rounds = dict(plan.settings), plan.server.rounds
+        config, rounds = dict(plan.settings), plan.rounds
         return RunInfo(plan.name, self.out, plan.digest, config, rounds, self.done, facts, metric)

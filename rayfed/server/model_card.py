@@ -8,6 +8,7 @@ from typing import Any
 
 from rayfed.clients.plan import RunPlan
 from rayfed.config.load import dump_settings
+from rayfed.privacy import Privacy
 from rayfed.tasks.models.usage import Usage
 
 # Sections that decide nothing of the result: how the base was made, on which machine, under which accounts.
@@ -62,7 +63,13 @@ def _facts(plan: RunPlan, summary: Mapping[str, Any]) -> dict[str, str]:
         "base": f"{plan.model.parameters:,} parameters, {plan.model.dtype}",
         "digest of the settings": f"`{plan.digest}`",
     }
-    return facts
+    return facts if plan.privacy is None else facts | {"privacy": _privacy(plan.privacy, summary["rounds"])}
+
+
+def _privacy(privacy: Privacy, rounds: int) -> str:
+    own = privacy.settings
+    secret = "the noise is secret" if own.noise == "secret" else "whoever has the seed can subtract the noise"
+    return f"{own.kind} level, {privacy.cost(rounds)}: a simulation's figure; {secret}"
 
 
 def _trained(plan: RunPlan) -> str:

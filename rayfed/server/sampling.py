@@ -11,23 +11,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from heapq import heappop, heappush
+from typing import Literal
 
 import numpy as np
 
 from rayfed import seeding
+from rayfed.clients.plan import RunPlan
 from rayfed.config.training import Client
 from rayfed.profiles.profile import Profile
 from rayfed.tasks.data.federation import Federation
 
 
-def cohort(candidates: np.ndarray, count: int, seed: int, t: int) -> list[int]:
+def cohort(
+    candidates: np.ndarray, count: int, seed: int, t: int, sampling: Literal["fixed", "poisson"] = "fixed"
+) -> list[int]:
     """``count`` distinct clients for round ``t``, uniform among the ``candidates``, in the order drawn.
 
-    A draw takes time for ``count`` clients, not for the population. Every run seed has its own cohorts. ValueError
-    where there are too few candidates.
+    With ``sampling`` poisson ``count`` is their mean number: every candidate takes part by a draw of its own, all with
+    the same probability. A draw takes time for the cohort, not for the population. Every run seed has its own cohorts.
+    ValueError where there are too few candidates.
     """
+    if sampling == "poisson":  # given their number, all sets of so many candidates are equally likely
+        q = count / len(candidates)
+        count = int(seeding.numpy_rng(seed, "cohort.size", t).binomial(len(candidates), q))
     drawn: list[int] = seeding.numpy_rng(seed, "cohort", t).choice(candidates, size=count, replace=False).tolist()
     return drawn
+
+
+def cohort_of(plan: RunPlan, t: int) -> list[int]:
+    """The cohort of round ``t`` (from 0) of a run."""
+    return cohort(plan.candidates, plan.server.cohort, plan.seed, t, plan.server.sampling)
 
 
 def client_costs(federation: Federation, settings: Client) -> np.ndarray:

@@ -19,6 +19,7 @@ from rayfed.clients.plan import RunPlan
 from rayfed.errors import RunError
 from rayfed.lora.adapter import Layout
 from rayfed.methods import PackSum, Update
+from rayfed.privacy import Privacy, Release
 from rayfed.profiles.profile import Profile
 from rayfed.server.base_updates import BaseUpdates
 from rayfed.server.downlink import Downlink, Download
@@ -46,6 +47,10 @@ class RoundLog:
     dense: int = 0  # bytes of the same messages, had every entry travelled in fp32
     trained: list[list[int]] = field(default_factory=list)  # [client, trained rank]
     waited: float = 0.0  # seconds in which the server waited for uploads
+    aggregated: bool = False  # whether the method made a new state
+    reports: bool = False  # whether what it reports about that is about the clients' updates
+    privacy: dict[str, float | None] = field(default_factory=dict)  # the metrics `privacy/...`
+    notes: list[str] = field(default_factory=list)  # further lines for the log of the run
 
     def record(self, client: Profile, result: TrainResult, i: int, received: Download) -> None:
         """Records client i of a pack's result: every message it received or sent, and its statistics.
@@ -85,23 +90,24 @@ class RoundLog:
         return sum(divergence.dropped for divergence in self.diverged.values())
 
     def counts(self) -> dict[str, Any]:
-        """The metrics `clients/...`: numbers of clients, and each client that trained with its rank."""
+        """The metrics `privacy/...`, and `clients/...`: numbers of clients, and the rank of each that trained."""
         ranks = Counter(sorted(rank for _, rank in self.trained))
         own = {"ok": self.ok, "retried": self.retried, "split": self.split, "diverged": len(self.diverged)}
         own |= {f"rank_{rank}": count for rank, count in ranks.items()}
-        return {f"clients/{name}": count for name, count in own.items()} | {"clients/trained": sorted(self.trained)}
+        clients = {f"clients/{name}": count for name, count in own.items()} | {"clients/trained": sorted(self.trained)}
+        return clients | self.privacy
 
     def events(self) -> list[str]:
-        """One line about the clients that diverged; none if no client did."""
+        """One line about the clients that diverged, if some did, and the notes."""
         if not self.diverged:
-            return []
+            return self.notes
         named = [
             f"client {client} ({'dropped' if own.dropped else 'clipped'}: {own.reason})"
             for client, own in islice(self.diverged.items(), NAMED)
         ]
         named += [f"{len(self.diverged) - NAMED} more"] if len(self.diverged) > NAMED else []
-        end = "" if self.ok else "; all clients were dropped, so the global state stays as it was"
-        return [f"round {self.round}: diverged: {', '.join(named)}{end}"]
+        end = "" if self.aggregated else "; all clients were dropped, so the global state stays as it was"
+        return [f"round {self.round}: diverged: {', '.join(named)}{end}", *self.notes]
 
 
 def train_round(
@@ -110,16 +116,24 @@ def train_round(
 ) -> Any:  # fmt: skip
     """Trains round ``t`` (from 0) and returns the method's next state. ``packs`` are the cohort, pack by pack.
 
-    If all clients were dropped (`client.on_divergence`), nothing is aggregated: ``state`` itself is returned, and the
-    optimizer's moments stay. RunError where a pack cannot be trained, where a client diverged and `on_divergence` is
-    `fail`, or where the method does not use every update.
+    If all clients were dropped (`client.on_divergence`), or the cohort is empty, nothing is aggregated: ``state``
+    itself is returned, and the optimizer's moments stay. (User-level privacy aggregates noise then.) RunError where
+    a pack cannot be trained, where a client diverged and `on_divergence` is `fail`, or where the method does not use
+    every update.
     """
     optimizer.lr = scheduled(optimizer.base_lr, plan.server.schedule, t, plan.server.rounds)
-    arriving = _updates(plan, state, t, packs, downlink, executor, log)
-    if (first := next(arriving, None)) is None:
+    release = plan.privacy.release(plan.method, state, t, optimizer.state) if plan.privacy else None
+    arriving: Iterator[Update | PackSum] = _updates(plan, state, t, packs, downlink, executor, log, release)
+    if release is not None:
+        arriving = release.mean(arriving)
+    first = next(arriving, None)
+    if plan.privacy is not None:
+        _log_privacy(plan, plan.privacy, t, release, log)
+    if first is None:
         return state
     stream = chain([first], arriving)
     del first  # an update may be large
+    log.aggregated, log.reports = True, release is None
     state = plan.method.aggregate(state, stream, optimizer.advance)
     if next(stream, None) is not None or log.ok + log.dropped < sum(map(len, packs)):
         raise RunError(f"method.name: {type(plan.method).__name__}.aggregate ended before it took every update")
@@ -128,9 +142,11 @@ def train_round(
 
 def _updates(
     plan: RunPlan, state: Any, t: int, packs: Sequence[Sequence[Profile]], downlink: Downlink, executor: Executor,
-    log: RoundLog,
+    log: RoundLog, release: Release | None,
 ) -> Iterator[Update | PackSum]:  # fmt: skip
     """Trains the cohort and yields its updates in the order of the packs, whatever the order of arrival.
+
+    With a ``release`` they are clipped.
 
     A client that was dropped has no update, and a pack of such clients no sum. A method that needs only sums gets one
     sum a pack; its bits do not depend on the process that added it up. Only one decoded upload is in memory at a time,
@@ -139,7 +155,8 @@ def _updates(
     method = plan.method
     lr = scheduled(plan.client.lr, plan.client.schedule, t, plan.server.rounds)
     # To fetch one dense sum costs about as much as to decode one sparse upload (`rayfed bench aggregate`).
-    summed = [method.sum_in_worker and log.diagnostics is None and len(pack) > 1 for pack in packs]
+    in_worker = method.sum_in_worker and log.diagnostics is None and release is None
+    summed = [in_worker and len(pack) > 1 for pack in packs]
     submissions = [_submission(plan, state, t, lr, *pack, downlink) for pack in zip(packs, summed)]
     for done in _timed(in_order(executor.run(submissions)), log):
         job, result = cast(TrainJob, submissions[done.index].job), cast(TrainResult, done.result)
@@ -154,12 +171,26 @@ def _updates(
             yield from result.summed
             continue
         updates = _decoded(plan, pack, result, downlink, log)
+        updates = updates if release is None else map(release.clipped, updates)
         if method.sum_in_worker and len(pack) > 1:
             changes = ((own.weight, own.sparse_change) for own in updates)
             size = job.orders[0].layout.size
             yield from (PackSum.of(islice(changes, count), size) for count in result.sent)
         else:
             yield from updates
+
+
+def _log_privacy(plan: RunPlan, privacy: Privacy, t: int, release: Release | None, log: RoundLog) -> None:
+    """Records what the round cost, and whether it is the last one that the budget allows."""
+    log.privacy = {"privacy/epsilon": privacy.epsilon(t + 1), **(release.figures() if release else {})}
+    if t == 0 and release and (warning := release.warning()):
+        log.notes.append(warning)
+    if t + 1 == plan.rounds < plan.server.rounds:
+        after, target = privacy.epsilon(t + 2), privacy.settings.target_epsilon
+        log.notes.append(
+            f"the run ends after round {t + 1}: with another one epsilon would be {after:.4g}, over "
+            f"privacy.target_epsilon={target:g}"
+        )
 
 
 def _failure(log: RoundLog) -> RunError:

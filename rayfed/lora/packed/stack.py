@@ -144,6 +144,15 @@ class Stack:
             return LowRank(move(change.B), move(change.A), change.scale)
         return None if change is None else move(change)
 
+    def scales(self, name: str) -> tuple[Tensor, bool]:
+        """A layer's scale in every slot, (K, 1, 1), and whether the layer's B is multiplied by it already."""
+        own = self.lora[name].constants.scales
+        if own is not None:
+            return to_device(torch.tensor(own), self.device).view(-1, 1, 1), False
+        assert self._scales_B is not None
+        columns = self._scales_B.expand(self.parameters["B"].shape).contiguous()
+        return self.views({"B": columns})[name, "B"][:, :1, :1], True
+
     def views(self, flat: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
         """The tensors (K, ...) inside matrices (K, n) by part, such as `parameters`: by (name, part), in model order.
 

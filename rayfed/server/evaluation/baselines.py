@@ -32,7 +32,7 @@ from rayfed.server.evaluation.evaluate import features
 from rayfed.server.evaluation.linear_probe import fit_probe
 from rayfed.server.executor import Executor
 from rayfed.server.optimizers import ServerOptimizer, scheduled
-from rayfed.server.sampling import cohort
+from rayfed.server.sampling import cohort_of
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,13 @@ def _same_rounds(
         optimizer.lr = scheduled(optimizer.base_lr, plan.server.schedule, t, plan.server.rounds)
         lr = scheduled(plan.client.lr, plan.client.schedule, t, plan.server.rounds)
         updates = []
-        for c in cohort(plan.candidates, plan.server.cohort, plan.seed, t):
+        for c in cohort_of(plan, t):
             rows = plan.federation.rows_of(c)
             (trained,) = train_pack(context, [PackMember(c, state.layout, state.vector, everything, rows)], lr=lr, t=t)
             profile = plan.profiles.profile(c, len(rows), t)
             change = trained.vector - state.vector
             updates.append(Update(profile, plan.weighting.weight(profile), state.vector, change, state.layout))
-        state = method.aggregate(state, updates, optimizer.advance)
+        state = method.aggregate(state, updates, optimizer.advance) if updates else state
     stack.load([state.layout.unflatten(state.vector)])
     with torch.no_grad(), stack.using([Segment(0, len(test[1]))]):
         right = logits({"features": test[0]}).argmax(-1) == test[1]

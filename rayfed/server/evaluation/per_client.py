@@ -26,7 +26,7 @@ from rayfed.clients.plan import RunPlan
 from rayfed.server.downlink import Downlink
 from rayfed.server.evaluation.evaluate import Model, evaluate, metrics
 from rayfed.server.executor import Executor
-from rayfed.server.sampling import cohort
+from rayfed.server.sampling import cohort_of
 from rayfed.tasks.base import Metric
 
 QUANTILES = (10, 50, 90)  # percent of the clients
@@ -53,7 +53,7 @@ def unseen_metrics(plan: RunPlan, model: Model, t: int, executor: Executor) -> d
     Keys: `test/loss_unseen` and `test/accuracy_unseen` (or the task's metric); None where there are no such clients.
     """
     federation = plan.federation
-    seen = {c for s in range(t + 1) for c in cohort(plan.candidates, plan.server.cohort, plan.seed, s)}
+    seen = {c for s in range(t + 1) for c in cohort_of(plan, s)}
     owners = np.repeat(np.arange(federation.clients), federation.sizes)
     rows = np.sort(federation.rows[~np.isin(owners, list(seen))])
     outputs = evaluate(executor, federation, {"": model}, ("train",), plan.eval.batch_size, rows=rows)

@@ -39,7 +39,7 @@ def round_metrics(plan: RunPlan, state: Any, t: int, downlink: Downlink, executo
     splits: tuple[SplitName, ...] = ("validation", "test")
     one_mask = plan.eval.masked and plan.one_mask
     suffixes = ("", "_masked") if one_mask else ("",)
-    full = plan.eval.full(t + 1, plan.server.rounds)
+    full = plan.eval.full(t + 1, plan.rounds)
     if not full and not plan.eval.subset:
         return metrics(plan.task, plan.federation, {}, suffixes, splits)
     vector, layout = flatten_changes(changes, plan.method.head(state))
