@@ -47,7 +47,7 @@ from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import add, norm, top_svd
-from rayfed.methods import LayerMethod, LayerState, ProductMean, matrix, product_change
+from rayfed.methods import LayerMethod, LayerState, ProductMean, matrix
 from rayfed.methods.base import ANY_OPTIMIZER, Advance, BaseChange, Profile, Start, Updates, fedavg
 from rayfed.seeding import torch_rng
 
@@ -120,7 +120,7 @@ class FedView(LayerMethod):
     def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
         mean, clients, behind = ProductMean(), dict(state.clients), []
         for update in updates:
-            mean.add(update.weight, update, product_change(update))
+            mean.add_change(update.weight, update)
             k = update.client.client
             base: BaseChange = clients.get(k, {})
             if self.start != "correction":
