@@ -8,15 +8,17 @@ leaves out training.
   upload" is the time in which a worker decodes and adds one upload.
 - FedHL and FlexLoRA need every product: clients of ranks 4 to 32 send all entries. B adds each client's product to a
   float64 matrix a layer by `addmm_`, one client after the other. B decodes nothing and decomposes nothing.
-- FedView decomposes a matrix for each client and layer. All clients come again in every round. B takes
-  `torch.svd_lowrank` of as many matrices.
+- FedView decomposes what a client's view lacks, for each layer, and stores the views. A is a whole round of the
+  server's loop, records and checkpoint included. B takes `torch.svd_lowrank` of as many matrices.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -28,18 +30,22 @@ from rayfed.bench.timing import Row, one_thread, paired, timed
 from rayfed.clients.device_memory import forget_peak, peak
 from rayfed.clients.plan import RunPlan
 from rayfed.clients.transfer import Uploadable
-from rayfed.lora.adapter import Layout, LowRank
+from rayfed.lora.adapter import LowRank
+from rayfed.lora.algebra import OVERSAMPLE
 from rayfed.methods import PackSum
 from rayfed.server.base_updates import BaseUpdates
 from rayfed.server.downlink import Downlink
+from rayfed.server.loop import Server
 from rayfed.server.optimizers import ServerOptimizer
 from rayfed.server.star import RoundLog, train_round
+from rayfed.tracking import open_sinks
 
 Name = Literal["flasc", "fedit", "fedhl", "flexlora", "fedview"]
 PACKS = {"flasc": (32, 1), "fedit": (32,)}  # clients in a pack
 MIXED = (4, 8, 16, 32)
 FEW = 4  # different uploads of each rank: together larger than a core's cache
-COHORT = 10  # clients of FedView
+COHORT, ROUNDS = 10, 6  # clients of FedView in a round, and its rounds before the clock starts
+POPULATIONS = (10_000, 2 * COHORT, COHORT)  # all clients are new; nearly all come again; all come in every round
 CPU = torch.device("cpu")
 
 
@@ -51,13 +57,13 @@ def measure(
         "flasc", "fedit", "fedhl", "flexlora", "fedview",
     ),
 ) -> list[Row]:  # fmt: skip
-    """A round of each method: of so many uploads that are summed, of so many products, of ten clients of FedView."""
+    """A round of each method: of so many uploads that are summed, of so many products, and of FedView."""
     task, rows = StubTask(layers, width), []
     for name in methods:
         if name in PACKS:
             rows += [_sums(name, pack, uploads, task, pairs) for pack in PACKS[name]]
         elif name == "fedview":
-            rows.append(_views(task, pairs))
+            rows += [_views(population, task, pairs) for population in POPULATIONS]
         else:
             rows.append(_products(name, products, task, pairs))
     return rows
@@ -129,19 +135,25 @@ def _add_products(uploads: Sequence[Mapping[str, LowRank]], count: int) -> dict[
     return totals
 
 
-def _views(task: StubTask, pairs: int) -> Row:
-    made = make_uploads(task.entries(), density=1.0)
-    executor = StubExecutor({task.entries(): made})
-    server = _Server(stub_plan("fedview", task, COHORT, COHORT, 1, 1, density=1.0), executor, COHORT, 1)
-    server.round()
+def _views(population: int, task: StubTask, pairs: int) -> Row:
+    made = {task.entries(): make_uploads(task.entries(), density=1.0)}
+    plan = stub_plan("fedview", task, COHORT, population, ROUNDS + pairs, 1, density=1.0)
+    W = torch.randn(task.width, task.width, generator=torch.Generator().manual_seed(0))
 
     def decompose() -> None:
-        for W in server.state.matrices.values():
-            for _ in range(COHORT):
-                torch.svd_lowrank(W, q=RANK + 16, niter=2)
+        for _ in range(COHORT * task.layers):
+            torch.svd_lowrank(W, q=RANK + OVERSAMPLE, niter=2)
 
-    what = f"{COHORT} clients, {task.layers} layers of {task.width} x {task.width}"
-    return server.against("fedview", what, ("svd_lowrank of each client and layer", decompose), pairs)
+    with tempfile.TemporaryDirectory() as folder:
+        sinks = open_sinks(plan.tracking, Path(folder))
+        rounds = Server(plan, StubExecutor(made), Path(folder), sinks, resume=False).rounds()
+        for _ in range(ROUNDS - 1):
+            next(rounds)
+        what = f"{COHORT} of {population} clients, {task.layers} layers of {task.width} x {task.width}"
+        bare = (f"svd_lowrank of {COHORT * task.layers} matrices", decompose)
+        row = paired("fedview", (what, partial(next, rounds)), bare, pairs)
+        sinks.close()
+    return row
 
 
 def _worker_seconds(made: list[Upload]) -> float:
