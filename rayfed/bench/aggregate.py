@@ -103,9 +103,7 @@ def _sums(name: str, pack: int, uploads: int, task: StubTask, pairs: int) -> Row
     executor = StubExecutor({task.entries(): made})
     server = _Server(stub_plan(name, task, uploads, uploads, 1, pack), executor, uploads, pack)
     bare = ("bare index_add_", partial(add_all, made, uploads))
-    row = server.against(
-        f"{name}, packs of {pack}", f"{uploads} uploads of {task.entries()} at 1/16", bare, pairs
-    )
+    row = server.against(f"{name}, packs of {pack}", f"{uploads} uploads of {task.entries()} at 1/16", bare, pairs)
     row.facts["uploads/s"] = uploads / row.seconds_a
     if pack > 1:
         row.facts["worker ms an upload"] = 1e3 * _worker_seconds(made)

@@ -31,10 +31,10 @@ def as_tensors(view: Mapping[str, Change]) -> dict[str, Tensor]:
 
 def as_view(tensors: Mapping[str, Tensor]) -> dict[str, Change]:
     """The view by layer that gave these `as_tensors`."""
-    read = dict(tensors.items())
-    pairs = [name.removeprefix("A.") for name in read if name.startswith("A.") and f"B.{name.removeprefix('A.')}" in read]
-    view: dict[str, Change] = {name: LowRank(read.pop(f"B.{name}"), read.pop(f"A.{name}"), 1.0) for name in pairs}
-    return view | read
+    read, view = dict(tensors.items()), {}
+    for name in [name[2:] for name in read if name.startswith("A.") and f"B.{name[2:]}" in read]:
+        view[name] = LowRank(read.pop(f"B.{name}"), read.pop(f"A.{name}"), 1.0)
+    return {**view, **read}
 
 
 def extended(view: Mapping[str, Change], sent: Mapping[str, LowRank]) -> dict[str, Change]:
@@ -50,11 +50,12 @@ def lacking(W: Tensor, V: Change | None) -> Tensor:
 
 
 def _sum(below: Change | None, pair: LowRank) -> Change:
+    """The change ``below`` plus the pair: a pair while that is smaller, or a matrix. None: there is nothing below."""
     out, inner = pair.B.shape[0], pair.A.shape[1]
-    pairs = [pair] if below is None else [below, pair]
-    if min(out, inner) > SMALL and all(isinstance(p, LowRank) for p in pairs):
+    if min(out, inner) > SMALL and not isinstance(below, Tensor):
+        pairs = [pair] if below is None else [below, pair]
         whole = stack(pairs, [1.0] * len(pairs))
-        moved = whole.B.any(0)  # the others are fresh rows of A, on which nothing depends
+        moved = whole.B.any(0)  # the other rows of A are fresh, and multiplied by zeros
         if int(moved.sum()) * (out + inner) < out * inner:
             return LowRank(whole.B[:, moved], whole.A[moved], 1.0)
     return pair.dense() if below is None else add(matrix(below), pair)

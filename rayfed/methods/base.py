@@ -69,8 +69,8 @@ class Method:
     personal: bool = False
     """True if every client gets a payload of its own. False: clients of equal rank and density share one."""
     sum_in_worker: ClassVar[bool] = False
-    """True if `aggregate` needs only the sum of the weighted changes. Then the server passes `PackSum`s, which are added
-    up where the clients trained."""
+    """True if `aggregate` needs only the sum of the weighted changes. Then the server passes `PackSum`s, which are
+    added up where the clients trained."""
 
     secure_aggregation: bool = False
     """True if `aggregate` needs nothing of the uploads but one weighted sum of them, over entries and with weights that

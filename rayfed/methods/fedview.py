@@ -41,11 +41,10 @@ import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import NonNegativeFloat
-from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import Spectrum, norm, top_svd
@@ -97,7 +96,7 @@ class FedView(LayerMethod):
         layers = {name: pair.dense() for name, pair in adapter.layers.items()}
         return FedViewState(layers=layers, head=dict(adapter.head), notes={"seed": seed})
 
-    def broadcast(self, state: FedViewState, client: Profile) -> Start:
+    def broadcast(self, state: Any, client: Profile) -> Start:
         view = _view(state, client.client)
         begun = {"correction": client.rank, "half": (client.rank + 1) // 2, "fresh": 0}[self.start]
         begin: dict[str, LowRank] = {}
@@ -134,7 +133,7 @@ class FedView(LayerMethod):
             B = torch.cat([torch.where(alive, B, 0.0), torch.zeros(B.shape[0], client.rank - n)], 1)
         return LowRank(B, A, client.scale)
 
-    def aggregate(self, state: FedViewState, updates: Updates, advance: Advance = fedavg) -> FedViewState:
+    def aggregate(self, state: Any, updates: Updates, advance: Advance = fedavg) -> FedViewState:
         mean, clients, behind = ProductMean(), dict(state.clients), []
         for update in updates:
             mean.add_change(update.weight, update)
