@@ -35,6 +35,13 @@ def test_equal_bits_have_equal_digests(tmp_path):
     assert digest_of({}) == ""
 
 
+def test_clients_of_equal_bits_are_equal(tmp_path):
+    saved = ClientStore(tmp_path).save({1: tensors(1.0), 2: tensors(1.0), 3: tensors(2.5)}, 1)
+    assert saved[1] == saved[2] != saved[3]
+    assert len(set(saved.values())) == 2
+    assert saved[1] != dict(saved[1])
+
+
 def test_a_checkpoint_brings_it_back_and_prunes_the_rest(tmp_path):
     store = ClientStore(tmp_path)
     old = store.save({1: tensors(1.0)}, 1)
