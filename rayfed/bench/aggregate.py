@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field, PositiveInt
@@ -30,6 +30,7 @@ from rayfed.bench.timing import Row, one_thread, paired, timed
 from rayfed.clients.device_memory import forget_peak, peak
 from rayfed.clients.plan import RunPlan
 from rayfed.clients.transfer import Uploadable
+from rayfed.errors import allowed
 from rayfed.lora.adapter import LowRank
 from rayfed.lora.algebra import OVERSAMPLE
 from rayfed.methods import PackSum
@@ -40,7 +41,7 @@ from rayfed.server.optimizers import ServerOptimizer
 from rayfed.server.star import RoundLog, train_round
 from rayfed.tracking import open_sinks
 
-Name = Literal["flasc", "fedit", "fedhl", "flexlora", "fedview"]
+METHODS = ("flasc", "fedit", "fedhl", "flexlora", "fedview")
 PACKS = {"flasc": (32, 1), "fedit": (32,)}  # clients in a pack
 MIXED = (4, 8, 16, 32)
 FEW = 4  # different uploads of each rank: together larger than a core's cache
@@ -53,11 +54,15 @@ CPU = torch.device("cpu")
 def measure(
     uploads: PositiveInt = 10_000, products: PositiveInt = 1_000, layers: PositiveInt = LAYERS,
     width: PositiveInt = WIDTH, pairs: PositiveInt = 3,
-    methods: Annotated[tuple[Name, ...], Field(strict=False, min_length=1)] = (
-        "flasc", "fedit", "fedhl", "flexlora", "fedview",
-    ),
+    methods: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = METHODS,
 ) -> list[Row]:  # fmt: skip
-    """A round of each method: of so many uploads that are summed, of so many products, and of FedView."""
+    """A round of each method: of so many uploads that are summed, of so many products, and of FedView.
+
+    UserError for another method.
+    """
+    for name in methods:
+        if name not in METHODS:
+            raise allowed("methods", name, f"there are {', '.join(METHODS)}")
     task, rows = StubTask(layers, width), []
     for name in methods:
         if name in PACKS:
