@@ -5,8 +5,8 @@ checkpoint. The clients answer at once, so all of it is overhead. B is a bare lo
 uploads.
 
 The adapter is small (60,000 entries), so that the cost of the clients themselves is visible. Two more rows have the
-600,000 entries of `bench aggregate`, to measure what grows with the adapter: one with uploads that the server decodes,
-one with packs that come as sums. The state's digest and checkpoint cost the same in every round: they are most of what
+590,000 entries of `bench aggregate`, to measure what grows with the adapter: one with packs of one client, one with
+packs of 32. The state's digest and checkpoint cost the same in every round: they are most of what
 a small cohort costs.
 """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -174,9 +175,13 @@ class PackSum:
 
     @classmethod
     def of(cls, changes: Iterable[tuple[float, Tensor | Sparse]], size: int) -> PackSum:
-        """Adds up (weight, change) of ``size`` entries in their order. The bits are the same in every process."""
+        """Adds up one or more (weight, change) of ``size`` entries in their order: the same bits in every process."""
+        changes = iter(changes)
+        first, second = next(changes), next(changes, None)
+        if second is None and isinstance(one := first[1], Sparse) and len(one.indices) <= size // _FEW:
+            return cls(first[0], first[0] * one.values.double().numpy(), one.indices.numpy().astype(np.int32))
         total, weights = torch.zeros(size, dtype=torch.float64), 0.0
-        for weight, change in changes:
+        for weight, change in chain([first], [second] if second else [], changes):
             add_weighted(total, weight, change)
             weights += weight
         sums = total.numpy()

@@ -77,8 +77,11 @@ def test_the_sum_of_one_update_adds_its_bits_and_stays_sparse_if_it_is(density):
     updates = [both(density, seed, weight)[0] for seed, weight in enumerate((0.3, 7.0, 1 / 3))]
     packs = [PackSum.of([(update.weight, update.sparse_change)], N) for update in updates]
     assert all((pack.indices is None) == (density == 0.5) for pack in packs)
-    sent = [int((update.sparse_change.values != 0).sum()) for update in updates]
+    sent = [len(update.sparse_change.indices) for update in updates]
     assert density == 0.5 or [len(pack.total) for pack in packs] == [len(pack.indices) for pack in packs] == sent
+    few = PackSum.of([(update.weight, update.sparse_change) for update in updates], N)
+    assert few.indices is None or len(few.indices) == len(few.total) <= sum(sent)
+    assert density != 0.01 or few.indices is not None
     means = [mean_change(stream, N) for stream in (updates, packs)]
     assert torch.equal(means[0].view(torch.int32), means[1].view(torch.int32))
 
