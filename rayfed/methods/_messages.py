@@ -146,7 +146,7 @@ class Update:
         """The adapter from which the client started, as the client decoded it."""
         return self.layout.unflatten(self.start)
 
-    @property
+    @cached_property
     def moved(self) -> Adapter:
         """The uploaded change as an adapter: its pairs hold dB (out, r) and dA (r, in), its head the head's change."""
         return self.layout.unflatten(self.change)
