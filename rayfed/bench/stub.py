@@ -1,6 +1,6 @@
 """A run without a model: its clients answer at once, so a benchmark measures everything but training.
 
-The adapter has 600,000 entries by default. Clients send one of a few uploads that are made before the clock starts.
+The adapter has 590,000 entries by default. Clients send one of a few uploads that are made before the clock starts.
 """
 
 from __future__ import annotations
