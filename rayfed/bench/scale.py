@@ -5,8 +5,8 @@ checkpoint. The clients answer at once, so all of it is overhead. B is a bare lo
 uploads.
 
 The adapter is small (60,000 entries), so that the cost of the clients themselves is visible. Two more rows have the
-600,000 entries of `bench aggregate`, to measure what grows with the adapter: one with uploads that the server decodes,
-one with packs that come as sums. The state's digest and checkpoint cost the same in every round: they are most of what
+590,000 entries of `bench aggregate`, to measure what grows with the adapter: one with packs of one client, one with
+packs of 32. The state's digest and checkpoint cost the same in every round: they are most of what
 a small cohort costs.
 """
 
@@ -47,17 +47,17 @@ def measure(
 
 
 def _cohort(size: int, population: int, rounds: int, task: StubTask, pack: int) -> Row:
-    plan, made = stub_plan("flasc", task, size, population, rounds, pack), make_uploads(task.entries)
+    plan, made = stub_plan("flasc", task, size, population, rounds, pack), make_uploads(task.entries())
     resident: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         sinks = open_sinks(plan.tracking, Path(folder))
-        stream = Server(plan, StubExecutor(made), Path(folder), sinks, resume=False).rounds()
+        stream = Server(plan, StubExecutor({task.entries(): made}), Path(folder), sinks, resume=False).rounds()
 
         def one() -> None:
             next(stream)
             resident.append(forget_peak(torch.device("cpu")) / 1e6)
 
-        ours = (f"a round, adapter of {task.entries}, packs of {pack}", one)
+        ours = (f"a round, adapter of {task.entries()}, packs of {pack}", one)
         bare = ("bare index_add_", partial(add_all, made, size))
         row = paired(f"cohort {size} of {population}", ours, bare, rounds - 1)
         sinks.close()

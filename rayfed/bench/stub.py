@@ -1,11 +1,11 @@
 """A run without a model: its clients answer at once, so a benchmark measures everything but training.
 
-The adapter has 600,000 entries by default. Clients send one of a few uploads that are made before the clock starts.
+The adapter has 590,000 entries by default. Clients send one of a few uploads that are made before the clock starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import cycle, islice
@@ -31,7 +31,7 @@ from rayfed.tasks.models.base import FrozenBase
 RANK = 16
 DENSITY = 1 / 16
 DISTINCT = 16  # different uploads: together larger than a core's cache
-LAYERS, WIDTH = 25, 750
+LAYERS, WIDTH = 24, 768
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,9 @@ class StubTask(Task):
     layers: int = LAYERS
     width: int = WIDTH
 
-    @property
-    def entries(self) -> int:
-        """Entries of the adapter, which has a pair of rank 16 in every layer."""
-        return 2 * RANK * self.layers * self.width
+    def entries(self, rank: int = RANK) -> int:
+        """Entries of an adapter that has a pair of this rank in every layer."""
+        return 2 * rank * self.layers * self.width
 
     def load_base(self, federation: Federation) -> FrozenBase:
         side = self.width
@@ -52,13 +51,20 @@ class StubTask(Task):
         return FrozenBase(nn.ModuleDict(layers), ())
 
 
-def stub_plan(method: str, task: StubTask, cohort: int, population: int, rounds: int, pack: int) -> RunPlan:
-    """The plan of a run of ``method`` at density 1/16 both ways, on data with one row a client and no test rows."""
+def stub_plan(
+    method: str, task: StubTask, cohort: int, population: int, rounds: int, pack: int,
+    ranks: Sequence[int] = (RANK,), density: float = DENSITY,
+) -> RunPlan:  # fmt: skip
+    """The plan of a run of ``method`` at this density both ways, on data with one row a client and no test rows.
+
+    Client k has the rank ``ranks[k % len(ranks)]``.
+    """
     experiment = validate(
         {
             "method": {"name": method},
-            "lora": {"rank": RANK, "target_modules": "all-linear"},
-            "wire": {"down": {"density": DENSITY}, "up": {"density": DENSITY}},
+            "lora": {"rank": max(ranks), "target_modules": "all-linear"},
+            "profiles": {"kind": "tiers", "ranks": list(ranks)},
+            "wire": {"down": {"density": density}, "up": {"density": density}},
             "server": {"cohort": cohort, "rounds": rounds},
             "engine": {"pack": pack},
             "tracking": {"console": "off", "wandb": "off"},
@@ -77,13 +83,14 @@ class Upload(NamedTuple):
     payload: bytes
 
 
-def make_uploads(entries: int) -> list[Upload]:
-    """16 different uploads of normal entries at density 1/16; the same in every run."""
+def make_uploads(entries: int, count: int = DISTINCT, density: float = DENSITY) -> list[Upload]:
+    """So many different uploads of normal entries at this density; the same in every run."""
     made = []
-    for k in range(DISTINCT):
+    for k in range(count):
         x = torch.randn(entries, generator=torch.Generator().manual_seed(k))
-        indices = wire.top_k(x, wire.keep_count(entries, DENSITY))
-        made.append(Upload(Sparse(entries, indices, x[indices]), wire.encode(x, indices=indices)))
+        indices = wire.top_k(x, wire.keep_count(entries, density))
+        payload = wire.encode(x, indices=None if density == 1 else indices)
+        made.append(Upload(Sparse(entries, indices, x[indices]), payload))
     return made
 
 
@@ -97,26 +104,34 @@ def add_all(uploads: Sequence[Upload], count: int) -> Tensor:
 
 @dataclass
 class StubExecutor(Executor):
-    """Answers every training job with uploads from its list, by client id. There is nothing to evaluate.
+    """Answers every training job with uploads from its lists. There is nothing to evaluate.
 
-    A pack that is to be summed always gets the sum of the same uploads, made before the clock starts.
+    ``uploads`` lists uploads by the number of entries of a client's adapter; the client's id selects one of them. A
+    pack that is to be summed gets a sum that was made before the clock starts: of one upload, or of all in the list.
     """
 
-    uploads: Sequence[Upload]
+    uploads: Mapping[int, Sequence[Upload]]
 
     @cached_property
-    def sum(self) -> PackSum:
-        """A pack's sum. To add it costs the server the same, whatever the size of the pack."""
-        return PackSum.of([(1.0, upload.change) for upload in self.uploads], self.uploads[0].change.n)
+    def sums(self) -> dict[int, list[PackSum]]:
+        """By number of entries, the sums of all uploads and of each upload alone.
+
+        To add the sum of a pack costs the server the same, whatever the size of the pack.
+        """
+        parts = {n: [made, *([upload] for upload in made)] for n, made in self.uploads.items()}
+        return {n: [PackSum.of([(1.0, own.change) for own in part], n) for part in parts[n]] for n in parts}
 
     def run(self, submissions: Sequence[Submission]) -> Iterator[SubmissionResult]:
         for index, submission in enumerate(submissions):
             assert isinstance(submission.job, TrainJob)  # there are no rows to evaluate on
             orders = submission.job.orders
-            k = len(orders)
-            payloads = tuple(self.uploads[order.client % DISTINCT].payload for order in orders)
+            k, n = len(orders), orders[0].layout.size
+            places = [order.client % len(self.uploads[order.layout.size]) for order in orders]
+            payloads = tuple(self.uploads[order.layout.size][i].payload for order, i in zip(orders, places))
             sizes = tuple(map(wire.inspect, payloads))
-            sums = (replace(self.sum, weight=float(k)),) if submission.job.summed else ()
+            sums: tuple[PackSum, ...] = ()
+            if submission.job.summed:
+                sums = (replace(self.sums[n][0 if k > 1 else 1 + places[0]], weight=float(k)),)
             result = TrainResult(
                 () if sums else payloads, (None,) * k, (0.0,) * k, (1,) * k, (1,) * k, (RANK,) * k, 0.0, (k,), sizes,
                 sums,

@@ -73,7 +73,7 @@ class RunPlan:
         """The run's name, as in the settings."""
         return str(self.settings["name"])
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The settings' digest: 16 hex digits over all settings that decide the result."""
         return settings_digest(self.settings)

@@ -115,16 +115,19 @@ def top_svd(W: Tensor, rank: int, *, iterations: int = 4, dtype: torch.dtype | N
     if small <= 256 or small < 6 * width:
         return svd(W, rank, dtype=dtype)
     (W,) = _cast(dtype, W)
-    # Drawn on the CPU in float64: every device and dtype starts from the same subspace.
-    generator = torch_rng(0, "lora.top_svd")
-    start = torch.randn(W.shape[1], width, generator=generator, dtype=torch.float64).to(W)
-    Q = torch.linalg.qr(W @ start).Q
+    Q = torch.linalg.qr(W @ _random_start(W.shape[1], width).to(W)).Q
     for _ in range(iterations):
         # One QR per iteration. A second one between the two products takes 25 % more time and changes no digit above.
         Q = torch.linalg.qr(W @ (W.T @ Q)).Q
     P, R = torch.linalg.qr(W.T @ Q)  # so that Q Q^T W = Q R^T P^T
     u, S, vh = torch.linalg.svd(_finite(R.T))
     return _signed(Q @ u[:, :rank], S[:rank], vh[:rank] @ P.T)
+
+
+@functools.lru_cache(maxsize=8)
+def _random_start(inner: int, width: int) -> Tensor:
+    """Drawn on the CPU in float64 (inner, width): every device and dtype starts from the same subspace."""
+    return torch.randn(inner, width, generator=torch_rng(0, "lora.top_svd"), dtype=torch.float64)
 
 
 def factors(spectrum: Spectrum, rank: int, scale: float, split: Split = "b") -> LowRank:

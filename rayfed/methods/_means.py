@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from rayfed.lora.adapter import LowRank
-from rayfed.lora.algebra import stack
+from rayfed.lora.algebra import stack, stays_factored
 from rayfed.methods._messages import PackSum, Start, Update, matrix
+
+SMALL = 256  # layers up to this size are computed with in float64, larger ones in float32
 
 Advance = Callable[[str, Tensor, Tensor], Tensor]
 """One server-optimizer step: (name of a tensor, its value, its mean change) -> its next value, all of one shape."""
@@ -83,15 +85,16 @@ class HeadMean:
 
 
 class ProductMean(HeadMean):
-    """``sum_k p_k s_k B_k A_k`` by layer and ``sum_k p_k head_k``, added up one client at a time.
+    """``sum_k p_k s_k B_k A_k`` by layer and ``sum_k p_k head_k``, added up client by client.
 
-    A layer stays factored while the sum of ranks is below min(out, in). Then it becomes one float64 matrix. So memory
-    is bounded, whatever the cohort.
+    A layer's pairs are collected while the sum of their ranks is below min(out, in). Then they are multiplied out
+    together and added to a float64 matrix. So memory is bounded, whatever the cohort.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._pairs: dict[str, list[tuple[float, LowRank]]] = {}
+        self._ranks: dict[str, int] = {}  # the sum of the ranks of `_pairs`
         self._dense: dict[str, Tensor] = {}
 
     def add(self, weight: float, update: Update, products: Mapping[str, LowRank]) -> None:
@@ -100,23 +103,26 @@ class ProductMean(HeadMean):
         for name, pair in products.items():
             self.add_product(name, weight, pair)
 
+    def add_change(self, weight: float, update: Update) -> None:
+        """Counts one client, and adds ``weight`` times its `product_change`."""
+        self.count(weight, update)
+        sent = update.sent.layers
+        for name, moved in update.moved.layers.items():
+            self.add_product(name, weight, LowRank(moved.B, sent[name].A + moved.A, moved.scale))
+            self.add_product(name, weight, LowRank(sent[name].B, moved.A, moved.scale))
+
     def add_product(self, name: str, weight: float, pair: LowRank) -> None:
         """Adds ``weight`` times one layer's product, without counting a client."""
-        if name in self._dense:
-            self._dense[name].addmm_(pair.B.double(), pair.A.double(), alpha=weight * pair.scale)
-            return
-        pairs = self._pairs.setdefault(name, [])
-        pairs.append((weight, pair))
-        out, inner = pair.B.shape[0], pair.A.shape[1]
-        if sum(p.rank for _, p in pairs) >= min(out, inner):
-            self._dense[name] = torch.zeros(out, inner, dtype=torch.float64)
-            for earlier, p in self._pairs.pop(name):
-                self._dense[name].addmm_(p.B.double(), p.A.double(), alpha=earlier * p.scale)
+        self._pairs.setdefault(name, []).append((weight, pair))
+        self._ranks[name] = self._ranks.get(name, 0) + pair.rank
+        if not stays_factored(pair.B.shape[0], pair.A.shape[1], self._ranks[name]):
+            self._multiply(name)
 
     def layer(self, name: str) -> LowRank | Tensor:
         """The layer's mean: a pair of scale 1, or a float32 matrix. ValueError if no weight is positive."""
         total = positive(self.weight)
         if name in self._dense:
+            self._multiply(name)
             return (self._dense[name] / total).float()
         pairs = self._pairs[name]
         return stack([pair for _, pair in pairs], [weight / total for weight, _ in pairs])
@@ -124,6 +130,22 @@ class ProductMean(HeadMean):
     def matrix(self, name: str) -> Tensor:
         """The layer's mean as a float32 matrix (out, in), whatever the ranks."""
         return matrix(self.layer(name))
+
+    def _multiply(self, name: str) -> None:
+        """Adds the layer's collected pairs to its float64 matrix."""
+        factors: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        for weight, pair in self._pairs[name]:
+            out, inner = pair.B.shape[0], pair.A.shape[1]
+            dtype = torch.float64 if min(out, inner) <= SMALL else torch.float32
+            # Clients of one tier share the B that they got: their A are added up, and multiplied once.
+            key = (pair.B.data_ptr(), *pair.B.shape, *pair.B.stride())
+            A = pair.A.to(dtype) * (weight * pair.scale)
+            factors[key] = (pair.B, factors[key][1].add_(A) if key in factors else A)
+        self._pairs[name], self._ranks[name] = [], 0
+        if factors:
+            Bs, As = zip(*factors.values())
+            product = torch.cat(Bs, 1).to(As[0]) @ torch.cat(As)
+            self._dense[name] = self._dense[name].add_(product) if name in self._dense else product.double()
 
 
 def product_change(update: Update) -> dict[str, LowRank]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ BaseChange = Mapping[str, LowRank | Tensor]
 """A frozen change of the base by layer: a low-rank pair or a matrix (out, in), whichever is smaller."""
 
 _IN_CACHE = 2**15  # entries whose float64 temporaries fit into a core's cache
+_FEW = 8  # one entry at its index takes as long to add as so many of a whole vector
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class Update:
         """The adapter from which the client started, as the client decoded it."""
         return self.layout.unflatten(self.start)
 
-    @property
+    @cached_property
     def moved(self) -> Adapter:
         """The uploaded change as an adapter: its pairs hold dB (out, r) and dA (r, in), its head the head's change."""
         return self.layout.unflatten(self.change)
@@ -161,24 +163,41 @@ Updates = Iterable[Update]
 
 @dataclass(frozen=True)
 class PackSum:
-    """The updates of a pack as one sum: ``total`` (n,) = sum_k weight_k change_k, float64, and the sum of weights."""
+    """The updates of a pack as one sum, sum_k weight_k change_k (n,), and the sum of weights.
+
+    ``total``, float64, has the sum's entries at ``indices`` (m,), int32, all different; the others are 0. If
+    ``indices`` is None, it has all n.
+    """
 
     weight: float
     total: np.ndarray
+    indices: np.ndarray | None = None
 
     @classmethod
     def of(cls, changes: Iterable[tuple[float, Tensor | Sparse]], size: int) -> PackSum:
-        """Adds up (weight, change) of ``size`` entries in their order. The bits are the same in every process."""
+        """Adds up one or more (weight, change) of ``size`` entries in their order: the same bits in every process."""
+        changes = iter(changes)
+        first, second = next(changes), next(changes, None)
+        if second is None and isinstance(one := first[1], Sparse) and len(one.indices) <= size // _FEW:
+            return cls(first[0], first[0] * one.values.double().numpy(), one.indices.numpy().astype(np.int32))
         total, weights = torch.zeros(size, dtype=torch.float64), 0.0
-        for weight, change in changes:
+        for weight, change in chain([first], [second] if second else [], changes):
             add_weighted(total, weight, change)
             weights += weight
-        return cls(weights, total.numpy())
+        sums = total.numpy()
+        indices = np.flatnonzero(sums != 0)
+        if len(indices) > size // _FEW:
+            return cls(weights, sums)
+        return cls(weights, sums[indices], indices.astype(np.int32))
 
     def add_to(self, total: Tensor) -> None:
         """Adds the sum to ``total`` (n,), float64, in place."""
-        sums = total.numpy()
-        np.add(sums, self.total, out=sums)  # in NumPy: arrays from Ray are read-only, and torch warns of those
+        # Arrays from Ray are read-only, and torch warns of those. So NumPy adds or copies them.
+        if self.indices is None:
+            sums = total.numpy()
+            np.add(sums, self.total, out=sums)
+        else:
+            total.scatter_add_(0, torch.from_numpy(self.indices.astype(np.int64)), torch.from_numpy(self.total.copy()))
 
 
 def add_weighted(total: Tensor, weight: float, change: Tensor | Sparse) -> None:

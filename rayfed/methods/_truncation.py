@@ -24,10 +24,9 @@ from torch import Tensor
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import Spectrum, Split, factors, norm, pad, svd, tail_energy, top_svd
 from rayfed.methods import Advance, Change, HeadMean, LayerMethod, LayerState, Profile, Start, Update
-from rayfed.methods._means import trained_product
+from rayfed.methods._means import SMALL, trained_product
 
 NOISE = 1e-6  # a singular value below this share of the first one is a rounding error of float32
-SMALL = 256  # layers up to this size are decomposed exactly and in float64
 
 
 class Truncating(LayerMethod):

@@ -69,8 +69,8 @@ class Method:
     personal: bool = False
     """True if every client gets a payload of its own. False: clients of equal rank and density share one."""
     sum_in_worker: ClassVar[bool] = False
-    """True if `aggregate` needs only the sum of the weighted changes. Then the server may pass `PackSum`s, which are
-    added up where the clients trained. It is false as well where the sum would do but is mostly zeros."""
+    """True if `aggregate` needs only the sum of the weighted changes. Then the server passes `PackSum`s, which are
+    added up where the clients trained."""
 
     secure_aggregation: bool = False
     """True if `aggregate` needs nothing of the uploads but one weighted sum of them, over entries and with weights that
@@ -137,7 +137,7 @@ class Method:
 
         ``updates`` is a stream of one `Update` for each client that trained, in a fixed order; at least one. Clients
         that diverged and were dropped are not in it: the cohort can be smaller than `server.cohort`. It can be read
-        once; to keep all of them takes memory for the whole cohort. A `sum_in_worker` method gets `PackSum`s as well.
+        once; to keep all of them takes memory for the whole cohort. A `sum_in_worker` method gets `PackSum`s instead.
         ``advance(name, value, mean_change)`` takes one step of the server optimizer. It stores its moments by name, so
         each name must stand for the same entries in every round. ValueError if no update has a positive weight.
         """

@@ -42,7 +42,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from rayfed.lora.adapter import Adapter
 from rayfed.lora.algebra import norm
-from rayfed.methods import ANY_OPTIMIZER, Advance, LayerState, ProductMean, Update, Updates, fedavg, product_change
+from rayfed.methods import ANY_OPTIMIZER, Advance, LayerState, ProductMean, Update, Updates, fedavg
 from rayfed.methods._means import positive
 from rayfed.methods._truncation import Truncating, decomposed, truncation_error
 
@@ -91,7 +91,7 @@ class FedHL(Truncating):
             power = self._power(state, updates)
         for update in updates:
             weight = self._data(update) / self._penalty(state, update) ** power
-            mean.add(weight, update, product_change(update))
+            mean.add_change(weight, update)
         layers = {name: advance(f"W.{name}", W, mean.matrix(name)) for name, W in state.matrices.items()}
         report = mean.weights_report() | ({"weights_power": power} if self.min_cohort else {})
         # Half the usual passes are enough: W loses nothing if a truncation is not quite the best.

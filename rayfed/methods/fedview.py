@@ -28,8 +28,9 @@ rows are drawn from (run seed, layer, round, client). A client knows the rows of
 before anything is sent; they never travel. Their part of C_k travels as ``Start.merge``. A row that replaces a
 rounding error travels, since the client cannot know that it does.
 
-A client's view is its own weights, so the client stores nothing more. The simulator stores one dense view per layer for
-each client that took part, and takes one truncated SVD per client and layer (two for `fresh` and `half`).
+A client's view is its own weights, so the client stores nothing more. The simulator stores a view per layer for each
+client that took part: the stack of what the client was sent, or a matrix where that is smaller (`_views.py`). It takes
+one truncated SVD per layer for clients of equal views and ranks, such as those that come for the first time.
 
 Source: ours; deviates: nothing. Prior art: ECLoRA (doi 10.1109/TNNLS.2025.3586545) adds back one global error.
 """
@@ -37,22 +38,38 @@ Source: ours; deviates: nothing. Prior art: ECLoRA (doi 10.1109/TNNLS.2025.35865
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from pydantic import NonNegativeFloat
-from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.lora.algebra import add, norm, top_svd
-from rayfed.methods import LayerMethod, LayerState, ProductMean, matrix, product_change
-from rayfed.methods.base import ANY_OPTIMIZER, Advance, BaseChange, Profile, Start, Updates, fedavg
+from rayfed.lora.algebra import Spectrum, norm, top_svd
+from rayfed.methods import Change, LayerMethod, LayerState, ProductMean
+from rayfed.methods._views import as_tensors, as_view, extended, lacking
+from rayfed.methods.base import ANY_OPTIMIZER, Advance, Profile, Start, Updates, fedavg
 from rayfed.seeding import torch_rng
 
 ROW = 1 / math.sqrt(3)  # a row of in entries uniform in +-1/sqrt(in) has this norm, in the mean square
 TINY = 1e-6  # a singular value under this share of ||W|| + ||V_k|| is a rounding error of float32
+RECENT = 16  # views whose singular triples are in memory
+
+
+class FedViewState(LayerState):
+    """The state, with what is computed of it once for all clients of a round."""
+
+    @cached_property
+    def norms(self) -> dict[str, float]:
+        """``||W||_F`` by layer."""
+        return {name: norm(W) for name, W in self.matrices.items()}
+
+    @cached_property
+    def triples(self) -> dict[tuple[Hashable, int], dict[str, tuple[Spectrum, float]]]:
+        """What `FedView` computed for views and ranks, the most recent last."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -74,18 +91,22 @@ class FedView(LayerMethod):
     summed = "products"
     mixed_ranks = True
     personal = True
+    state_class = FedViewState
 
-    def init(self, adapter: Adapter, seed: int) -> LayerState:
+    def init(self, adapter: Adapter, seed: int) -> FedViewState:
         layers = {name: pair.dense() for name, pair in adapter.layers.items()}
-        return LayerState(layers=layers, head=dict(adapter.head), notes={"seed": seed})
+        return FedViewState(layers=layers, head=dict(adapter.head), notes={"seed": seed})
 
-    def broadcast(self, state: LayerState, client: Profile) -> Start:
-        view = state.clients.get(client.client, {})
+    def broadcast(self, state: Any, client: Profile) -> Start:
+        view = _view(state, client.client)
         begun = {"correction": client.rank, "half": (client.rank + 1) // 2, "fresh": 0}[self.start]
         begin: dict[str, LowRank] = {}
         merge: dict[str, LowRank] = {}
-        for name in state.layers:
-            begin[name], merge[name] = self._correct(state, client, name, view.get(name), begun)
+        for name, (spectrum, noise) in _triples(state, client, view).items():
+            U, S, Vh = spectrum.U[:, begun:], spectrum.S[begun:], spectrum.Vh[begun:]
+            # Row by row in memory, as clients decode it. Then their merge has the server's bits.
+            merge[name] = LowRank((U * S).contiguous(), Vh.contiguous(), 1.0)
+            begin[name] = self._begin(state, client, name, spectrum, begun, noise)
         adapter = Adapter(begin, state.head)
         if begun == client.rank:
             return Start.of(adapter, base=view)
@@ -94,51 +115,71 @@ class FedView(LayerMethod):
             pair.B[:, begun:] = pair.A[begun:] = True
         return Start.of(adapter, known=known, merge=Adapter(merge, {}), base=view)
 
-    def _correct(
-        self, state: LayerState, client: Profile, name: str, view: Tensor | None, begun: int
-    ) -> tuple[LowRank, LowRank]:
-        """The pair from which a client trains, and what it merges first: ``begun`` ranks of C_k, and the others."""
-        W = state.matrices[name]
-        # Two passes are enough where four are usual: what they miss of a correction is in the next one.
-        spectrum = top_svd(W if view is None else W - view, client.rank, iterations=2)
-        U, S, Vh = spectrum.U, spectrum.S, spectrum.Vh
-        # Row by row in memory, as clients decode it. Then their merge has the server's bits.
-        merge = LowRank((U[:, begun:] * S[begun:]).contiguous(), Vh[begun:].contiguous(), 1.0)
-        U, S, Vh = U[:, :begun], S[:begun] / client.scale, Vh[:begun]
+    def _begin(
+        self, state: FedViewState, client: Profile, name: str, spectrum: Spectrum, begun: int, noise: float
+    ) -> LowRank:
+        """The pair from which a client trains: the first ``begun`` ranks of C_k, and fresh ones."""
+        U, S, Vh = spectrum.U[:, :begun], spectrum.S[:begun] / client.scale, spectrum.Vh[:begun]
         rows = S.sqrt() if self.split != "b" else torch.full_like(S, ROW)
         if self.split == "floored":
             rows = rows.clamp(min=self.floor * ROW)
-        alive = S * client.scale > TINY * (norm(W) + (0.0 if view is None else norm(view)))
-        rng = torch_rng(state.notes["seed"], "lora.A", name, state.rounds, client.client)
-        bound = 1 / math.sqrt(W.shape[1])
-        A = torch.empty(client.rank, W.shape[1]).uniform_(-bound, bound, generator=rng)
-        B = torch.zeros(W.shape[0], client.rank)
+        alive, n = S * client.scale > noise, len(S)
+        B, A = U * (S / rows), rows[:, None] * Vh
         # Layers narrower than the rank have fewer singular values than that.
-        A[: len(S)] = torch.where(alive[:, None], rows[:, None] * Vh, A[: len(S)])
-        B[:, : len(S)] = torch.where(alive, U * (S / rows), 0.0)
-        return LowRank(B, A, client.scale), merge
+        if n < client.rank or not alive.all():
+            rng = torch_rng(state.notes["seed"], "lora.A", name, state.rounds, client.client)
+            bound = 1 / math.sqrt(A.shape[1])
+            fresh = torch.empty(client.rank, A.shape[1]).uniform_(-bound, bound, generator=rng)
+            A = torch.cat([torch.where(alive[:, None], A, fresh[:n]), fresh[n:]])
+            B = torch.cat([torch.where(alive, B, 0.0), torch.zeros(B.shape[0], client.rank - n)], 1)
+        return LowRank(B, A, client.scale)
 
-    def aggregate(self, state: LayerState, updates: Updates, advance: Advance = fedavg) -> LayerState:
+    def aggregate(self, state: Any, updates: Updates, advance: Advance = fedavg) -> FedViewState:
         mean, clients, behind = ProductMean(), dict(state.clients), []
         for update in updates:
-            mean.add(update.weight, update, product_change(update))
+            mean.add_change(update.weight, update)
             k = update.client.client
             if k < 0:  # the sum that privacy releases is of no client
                 continue
-            base: BaseChange = clients.get(k, {})
+            view = _view(state, k)
             if self.start != "correction":
-                base = self.broadcast(state, update.client).merged_base
-            sent, first = update.sent.layers.items(), not base
-            clients[k] = {name: pair.dense() if first else add(matrix(base[name]), pair) for name, pair in sent}
-            behind.append(_distance(state, clients[k]))
+                merge = self.broadcast(state, update.client).merge
+                view = extended(view, {} if merge is None else merge.layers)
+            view = extended(view, update.sent.layers)
+            clients[k] = as_tensors(view)
+            behind.append(_distance(state, view))
         layers = {name: advance(f"W.{name}", W, mean.matrix(name)) for name, W in state.matrices.items()}
         head = mean.head()
         report = {"view_error": sum(behind) / len(behind)} if behind else {}
         return state.next_with_head(advance, head, layers=layers, clients=clients, report=report)
 
 
-def _distance(state: LayerState, view: Mapping[str, Tensor]) -> float:
+def _view(state: FedViewState, client: int) -> dict[str, Change]:
+    """The client's view by layer; empty if the client takes part for the first time."""
+    return as_view(state.clients.get(client, {}))
+
+
+def _triples(state: FedViewState, client: Profile, view: Mapping[str, Change]) -> dict[str, tuple[Spectrum, float]]:
+    """By layer the leading singular triples of W - V_k, and the size up to which a singular value is a rounding error.
+
+    Clients of equal views and ranks share them.
+    """
+    stored = state.clients.get(client.client)
+    key = stored if isinstance(stored, Hashable) else id(stored), client.rank
+    found = state.triples.pop(key, None) or {}
+    for name, W in state.matrices.items() if not found else ():
+        V = view.get(name)
+        noise = TINY * (state.norms[name] + (0.0 if V is None else norm(V)))
+        # Two passes are enough where four are usual: what they miss of a correction is in the next one.
+        found[name] = top_svd(lacking(W, V), client.rank, iterations=2), noise
+    state.triples[key] = found
+    if len(state.triples) > RECENT:
+        del state.triples[next(iter(state.triples))]
+    return found
+
+
+def _distance(state: FedViewState, view: Mapping[str, Change]) -> float:
     """``||W - V_k|| / ||W||`` over all layers: what the client's model lacked of the global one as it trained."""
-    lacks = math.hypot(*(norm(state.matrices[name] - view[name]) for name in view))
-    whole = math.hypot(*(norm(state.matrices[name]) for name in view))
+    lacks = math.hypot(*(norm(lacking(state.matrices[name], V)) for name, V in view.items()))
+    whole = math.hypot(*(state.norms[name] for name in view))
     return lacks / whole if whole else 0.0

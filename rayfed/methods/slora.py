@@ -59,6 +59,7 @@ class SLoRA(LayerMethod):
     traffic_down = traffic_up = "rho in out, then r (in + out)"
     source = "secondary"
     refuses_adapter = "its first stage finds where LoRA starts"
+    sum_in_worker = True
     secure_aggregation = True
     summed = "changes"
 

@@ -8,19 +8,22 @@ checkpoint names the files that it needs; files that no checkpoint names are rem
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from rayfed.files import atomic_write, regular
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """One client's tensors, each read from the file on access. ``checksum``: SHA-256 of the file, 64 hex digits."""
+    """One client's tensors, read from the file on access. ``checksum``: SHA-256 of the file, 64 hex digits.
+
+    Clients whose tensors have the same bits are equal.
+    """
 
     def __init__(self, path: Path, round: int, checksum: str) -> None:
         self.path, self.round, self.checksum = path, round, checksum
@@ -38,6 +41,16 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def items(self) -> ItemsView[str, Tensor]:
+        """All tensors, read at once."""
+        return load_file(self.path).items()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StoredTensors) and self.checksum == other.checksum
+
+    def __hash__(self) -> int:
+        return hash(self.checksum)
 
 
 class ClientStore:

@@ -154,10 +154,8 @@ def _updates(
     """
     method = plan.method
     lr = scheduled(plan.client.lr, plan.client.schedule, t, plan.server.rounds)
-    # To fetch one dense sum costs about as much as to decode one sparse upload (`rayfed bench aggregate`).
-    in_worker = method.sum_in_worker and log.diagnostics is None and release is None
-    summed = [in_worker and len(pack) > 1 for pack in packs]
-    submissions = [_submission(plan, state, t, lr, *pack, downlink) for pack in zip(packs, summed)]
+    summed = method.sum_in_worker and log.diagnostics is None and release is None
+    submissions = [_submission(plan, state, t, lr, pack, summed, downlink) for pack in packs]
     for done in _timed(in_order(executor.run(submissions)), log):
         job, result = cast(TrainJob, submissions[done.index].job), cast(TrainResult, done.result)
         pack = list(zip(packs[done.index], job.orders, strict=True))
@@ -167,12 +165,12 @@ def _updates(
             log.record(client, result, i, downlink.of(client))
         if log.diverged and plan.client.on_divergence == "fail":
             raise _failure(log)
-        if job.summed:
+        if summed:
             yield from result.summed
             continue
         updates = _decoded(plan, pack, result, downlink, log)
         updates = updates if release is None else map(release.clipped, updates)
-        if method.sum_in_worker and len(pack) > 1:
+        if method.sum_in_worker:
             changes = ((own.weight, own.sparse_change) for own in updates)
             size = job.orders[0].layout.size
             yield from (PackSum.of(islice(changes, count), size) for count in result.sent)

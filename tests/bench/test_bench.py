@@ -137,13 +137,22 @@ def test_wire_compares_the_bytes_with_the_entropy_bound():
     assert [row.name for row in rows if row.name.startswith("top-k")] == ["top-k 1/4", "top-k 1/16", "top-k 1/64"]
 
 
-def test_aggregate_runs_the_servers_own_code():
-    rows = aggregate.measure(uploads=20, **SMALL, pairs=1)
-    assert [row.name for row in rows] == ["flasc, packs of 32", "fedit, packs of 32", "flasc, packs of 1"]
+def test_aggregate_runs_the_servers_own_code(monkeypatch):
+    monkeypatch.setattr(aggregate, "ROUNDS", 2)
+    rows = aggregate.measure(uploads=20, products=6, **SMALL, pairs=1)
+    assert [row.name for row in rows] == [
+        "flasc, packs of 32", "flasc, packs of 1", "fedit, packs of 32", "fedhl", "flexlora", *["fedview"] * 3,
+    ]  # fmt: skip
     state = 4 * ENTRIES / 1e6
     assert rows[0].facts["allowed"] == pytest.approx(3 * 3 * state + 200)  # AdamW has two moments for each entry
-    assert rows[1].facts["allowed"] == pytest.approx(3 * state + 200)
-    assert all(row.facts["uploads/s"] > 0 for row in rows)
+    assert rows[2].facts["allowed"] == pytest.approx(3 * state + 200)
+    assert all(row.facts["uploads/s"] > 0 for row in rows[:3])
+    assert [row.a for row in rows[3:6]] == [
+        *["6 clients, 3 layers of 50 x 50"] * 2,
+        "10 of 10000 clients, 3 layers of 50 x 50",
+    ]
+    (only,) = aggregate.measure(products=3, **SMALL, pairs=1, methods=("flexlora",))
+    assert only.name == "flexlora"
 
 
 def test_scale_runs_whole_rounds_of_a_large_population():
@@ -176,6 +185,7 @@ def test_sizes_come_from_the_command_line(capsys, tmp_path, monkeypatch):
     [
         (["algebra", "uploads=5"], "uploads: unknown key; allowed are size, layers, width"),
         (["algebra", "size=4.0"], "size: got 4.0, but it should be an integer above 0"),
+        (["aggregate", "methods=[rbla]"], "methods: got 'rbla', but there are flasc, fedit, fedhl, flexlora, fedview"),
         (["aggregate", "uploads=0"], "uploads: got 0, but it should be an integer above 0"),
         (["scale", "rounds=1"], "rounds: got 1, but it should be an integer of at least 2"),
         (["train", "packs=4"], "packs: got 4, but it should be a list of integers above 0"),

@@ -9,7 +9,9 @@ import pytest
 import torch
 from method_oracles import dense, relative
 
-from rayfed.lora.adapter import Adapter, fresh_adapter
+from rayfed.lora.adapter import Adapter, LowRank, fresh_adapter
+from rayfed.methods import _views, fedview
+from rayfed.methods._views import as_view
 from rayfed.methods.base import Profile
 from rayfed.methods.fedview import FedView
 
@@ -42,6 +44,14 @@ def best(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     return (U[:, :rank] * S[:rank]) @ Vh[:rank]
 
 
+@pytest.fixture(params=["matrices", "stacks"])
+def form(request, monkeypatch):
+    """Views of small layers as they are, and in the form of those of large layers."""
+    if request.param == "stacks":
+        monkeypatch.setattr(_views, "SMALL", 0)
+    return request.param
+
+
 COHORTS = {
     "one": [[client(0, 2)]] * 3,
     "changing": [[client(0, 1, examples=3), client(1, 4)], [client(1, 4), client(2, 2)], [client(0, 1), client(3, 4)]],
@@ -53,7 +63,7 @@ COHORTS = {
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("cohorts", COHORTS.values(), ids=COHORTS)
 @pytest.mark.parametrize("zero", [False, True], ids=["random B", "B = 0"])
-def test_w_and_views_are_the_dense_sums(play, random_adapter, start, cohorts, zero) -> None:
+def test_w_and_views_are_the_dense_sums(play, random_adapter, form, start, cohorts, zero) -> None:
     method = FedView(start=start)
     adapter = fresh_adapter(SHAPES, {"head.weight": torch.ones(3, 5)}, 4, 1.0, 0)
     adapter = adapter if zero else random_adapter(SHAPES, 4, 1.0, 0)
@@ -75,8 +85,10 @@ def test_w_and_views_are_the_dense_sums(play, random_adapter, start, cohorts, ze
                 else:
                     view[name] = view[name] + correction
                 scale = 1e-5 * (W[name].norm() + 1e-9)  # an SVD in float32
-                assert (state.clients[u.client.client][name] - view[name]).norm() <= scale
-                view[name] = state.clients[u.client.client][name].double()
+                stored = as_view(state.clients[u.client.client])[name]
+                assert (dense(stored) - view[name]).norm() <= scale
+                view[name] = dense(stored)
+                assert form == "stacks" or isinstance(stored, torch.Tensor)
         for name in SHAPES:
             gained = sum(w * (dense(u.trained.layers[name]) - dense(u.sent.layers[name])) for w, u in zip(p, updates))
             W[name] = W[name] + gained
@@ -85,6 +97,59 @@ def test_w_and_views_are_the_dense_sums(play, random_adapter, start, cohorts, ze
         head = head + sum(w * m for w, m in zip(p, moved))
         assert relative(method.head(state)["head.weight"], head) < 1e-6
     assert state.rounds == len(cohorts)
+
+
+def test_a_view_is_a_stack_while_that_is_smaller(play, random_adapter, monkeypatch) -> None:
+    monkeypatch.setattr(_views, "SMALL", 0)
+    method = FedView()
+    state = method.init(random_adapter(SHAPES, 4, 1.0, 0), seed=0)
+    ranks = []
+    for _ in range(4):
+        state, _ = play(method, state, [client(0, 1), client(1, 2)], noise)
+        view = as_view(state.clients[0])
+        ranks.append({name: V.rank if isinstance(V, LowRank) else None for name, V in view.items()})
+    # rank R has R (out + in) entries, the matrix out x in: 12 R against 35, and 13 R against 36
+    assert ranks == [dict.fromkeys(SHAPES, R) for R in (1, 2, None, None)]
+
+
+def test_a_view_of_nothing_is_empty(play, monkeypatch) -> None:
+    """While W is 0, clients get fresh rows of A of their own, and B = 0: their views stay equal."""
+    monkeypatch.setattr(_views, "SMALL", 0)
+    method = FedView()
+    state = method.init(fresh_adapter(SHAPES, {}, 2, 1.0, 0), seed=0)
+    state, _ = play(method, state, [client(0, 2), client(1, 2)], noise)
+    for k in range(2):
+        assert {name: V.rank for name, V in as_view(state.clients[k]).items()} == dict.fromkeys(SHAPES, 0)
+    state, _ = play(method, state, [client(0, 2)], noise)
+    assert {name: V.rank for name, V in as_view(state.clients[0]).items()} == dict.fromkeys(SHAPES, 2)
+
+
+def test_clients_of_equal_views_and_ranks_share_a_decomposition(play, random_adapter, monkeypatch) -> None:
+    decomposed, top_svd = [], fedview.top_svd
+
+    def spy(W, rank, **more):
+        decomposed.append(rank)
+        return top_svd(W, rank, **more)
+
+    method = FedView()
+    monkeypatch.setattr(fedview, "top_svd", spy)
+    state = method.init(random_adapter(SHAPES, 4, 1.0, 0), seed=0)
+    starts = [method.broadcast(state, client(k, rank)).vector for k, rank in enumerate((2, 4, 2, 2))]
+    assert decomposed == [2] * len(SHAPES) + [4] * len(SHAPES)  # all are new
+    assert torch.equal(starts[0], starts[2])
+    state, _ = play(method, state, [client(k, 2) for k in range(3)], noise)
+    decomposed.clear()
+    apart = [method.broadcast(state, client(k, 2)).vector for k in (0, 3, 0, 1)]
+    assert len(decomposed) == 3 * len(SHAPES)  # views in memory are compared by identity
+    assert torch.equal(apart[0], apart[2])
+    assert not torch.equal(apart[0], apart[1])
+    decomposed.clear()
+    for k in range(2 * fedview.RECENT):
+        method.broadcast(replace(state, clients={}), client(k, 2 + k % 3))
+    many = replace(state, clients={k: dict(state.clients[0]) for k in range(2 * fedview.RECENT)})
+    for k in many.clients:
+        method.broadcast(many, client(k, 2))
+    assert len(many.triples) == fedview.RECENT  # memory does not grow with the cohort
 
 
 @pytest.mark.parametrize("start", STARTS)

@@ -72,10 +72,28 @@ def test_a_sum_of_packs_is_the_mean_within_rounding():
     assert sum(pack.weight for pack in packs) == 28.0
 
 
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.5])
+def test_the_sum_of_one_update_adds_its_bits_and_stays_sparse_if_it_is(density):
+    updates = [both(density, seed, weight)[0] for seed, weight in enumerate((0.3, 7.0, 1 / 3))]
+    packs = [PackSum.of([(update.weight, update.sparse_change)], N) for update in updates]
+    assert all((pack.indices is None) == (density == 0.5) for pack in packs)
+    sent = [len(update.sparse_change.indices) for update in updates]
+    assert density == 0.5 or [len(pack.total) for pack in packs] == [len(pack.indices) for pack in packs] == sent
+    few = PackSum.of([(update.weight, update.sparse_change) for update in updates], N)
+    assert (few.indices is None) == (density == 0.5)
+    means = [mean_change(stream, N).view(torch.int32) for stream in (updates, packs, [few])]
+    assert torch.equal(means[0], means[1])
+    assert torch.equal(means[0], means[2])
+
+
 def test_a_sum_that_may_only_be_read_is_added(recwarn):
-    pack = PackSum.of([(2.0, torch.ones(N))], N)
-    pack.total.flags.writeable = False  # as it comes out of Ray's object store
-    assert torch.equal(mean_change([pack, pack], N), torch.ones(N))
+    one = torch.zeros(N)
+    one[3] = 4.0
+    dense, sparse = PackSum.of([(2.0, torch.ones(N))], N), PackSum.of([(2.0, one)], N)
+    for array in (dense.total, sparse.total, sparse.indices):
+        array.flags.writeable = False  # as it comes out of Ray's object store
+    assert torch.equal(mean_change([dense, dense], N), torch.ones(N))
+    assert torch.equal(mean_change([sparse, sparse], N), one)
     assert not recwarn.list
 
 
@@ -84,11 +102,15 @@ def test_a_linear_method_asks_for_nothing_but_the_sum(name):
     """Its next state from sums of packs is that from the updates, to rounding; of whole numbers, to the bit."""
     method = build(name)
     state = method.init(ADAPTER, seed=0)
+    start = method.broadcast(state, Profile(0, 3))
+    n = start.layout.size
     cohort = [
-        Update(Profile(k, 3), 1.0 + k % 2, torch.zeros(N), torch.arange(N).remainder(5 + k).float() - 2, LAYOUT)
+        Update(Profile(k, 3), 1.0 + k % 2, start.vector, torch.arange(n).remainder(5 + k).float() - 2, start.layout)
         for k in range(6)
     ]
-    packs = [PackSum.of([(u.weight, u.sparse_change) for u in pack], N) for pack in (cohort[:2], cohort[2:])]
-    whole, summed = (method.aggregate(state, iter(stream)) for stream in (cohort, packs))
-    assert not torch.equal(whole.vector, state.vector)
-    assert torch.equal(whole.vector, summed.vector)
+    packs = [PackSum.of([(u.weight, u.sparse_change) for u in pack], n) for pack in (cohort[:2], cohort[2:])]
+    before, whole, summed = (
+        s.tensors() for s in (state, *(method.aggregate(state, iter(stream)) for stream in (cohort, packs)))
+    )
+    assert not all(torch.equal(before[name], whole[name]) for name in whole)
+    assert all(torch.equal(whole[name], summed[name]) for name in whole)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from bit_flips import flipped
+from small_runs import lowrank
 
+import rayfed
+from rayfed.methods import _views
 from rayfed.server.client_state import ClientStore, digest_of
 
 
@@ -33,6 +36,13 @@ def test_equal_bits_have_equal_digests(tmp_path):
     changed = ClientStore(tmp_path / "changed").save({1: tensors(1.0), 2: tensors(2.5)}, 1)
     assert digest_of(one) == digest_of(other) != digest_of(changed)
     assert digest_of({}) == ""
+
+
+def test_clients_of_equal_bits_are_equal(tmp_path):
+    saved = ClientStore(tmp_path).save({1: tensors(1.0), 2: tensors(1.0), 3: tensors(2.5)}, 1)
+    assert saved[1] == saved[2] != saved[3]
+    assert len(set(saved.values())) == 2
+    assert saved[1] != dict(saved[1])
 
 
 def test_a_checkpoint_brings_it_back_and_prunes_the_rest(tmp_path):
@@ -73,3 +83,17 @@ def test_it_is_a_mapping(tmp_path):
     assert "view" in kept
     with pytest.raises(KeyError):
         kept["nobody"]
+
+
+def test_views_as_stacks_train_as_matrices_do_and_resume(tmp_path, monkeypatch):
+    settings = ("method.name=fedview", "method.start=half", "server.rounds=5", "server.cohort=4")
+    matrices = rayfed.run(lowrank(*settings), out=tmp_path / "matrices").metrics
+    monkeypatch.setattr(_views, "SMALL", 0)
+    stacks = rayfed.run(lowrank(*settings), out=tmp_path / "stacks").metrics
+    for a, b in zip(matrices, stacks, strict=True):
+        assert a["bytes/total"] == b["bytes/total"]
+        assert a["eval/loss"] == pytest.approx(b["eval/loss"], rel=1e-5)
+        assert a["method/view_error"] == pytest.approx(b["method/view_error"], rel=1e-3, abs=1e-6)
+    rayfed.run(lowrank(*settings, "server.rounds=2"), out=tmp_path / "resumed")
+    resumed = rayfed.run(lowrank(*settings), out=tmp_path / "resumed", resume=True).metrics
+    assert resumed[-1]["state/digest"] == stacks[-1]["state/digest"] != matrices[-1]["state/digest"]

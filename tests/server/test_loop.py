@@ -23,6 +23,7 @@ from rayfed.engine.local_executor import LocalExecutor
 from rayfed.errors import RunError
 from rayfed.lora.adapter import Layout
 from rayfed.server import checkpoint as checkpoints
+from rayfed.server import star
 from rayfed.server.executor import SubmissionResult, in_order
 from rayfed.server.loop import Server
 from rayfed.tasks.models.base import load_base
@@ -47,7 +48,10 @@ def sparse_run(tiny, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wire.Ledger, "add", spy)
-        experiment = tiny("server.rounds=4", "wire.down.density=0.25", "wire.up.density=0.0625", "eval.every=2")
+        experiment = tiny(
+            "server.rounds=4", "wire.down.density=0.25", "wire.up.density=0.0625", "eval.every=2",
+            "eval.diagnostics=true",  # so that the server sees every upload, not the sums alone
+        )  # fmt: skip
         result = rayfed.run(experiment, out=tmp_path_factory.mktemp("sparse") / "run")
     return experiment, result, passed
 
@@ -272,6 +276,16 @@ def test_the_digest_sees_every_bit():
     assert digest != checkpoints.state_digest(1, {"y": torch.zeros(3)}, {})
     assert digest != checkpoints.state_digest(1, {}, a)
     assert digest != checkpoints.state_digest(1, {"x": torch.zeros(3, 1)}, {})
+
+
+@pytest.mark.parametrize("pack", [1, 2])
+def test_the_server_decodes_no_upload_where_a_sum_is_enough(tmp_path, monkeypatch, pack):
+    settings = (f"engine.pack={pack}", "server.cohort=5", "wire.up.density=0.1")
+    decoded = rayfed.run(lowrank(*settings, "eval.diagnostics=true"), out=tmp_path / "decoded").metrics
+    monkeypatch.setattr(star, "_decoded", None)
+    summed = rayfed.run(lowrank(*settings), out=tmp_path / "summed").metrics
+    for key in ("state/digest", "bytes/up", "clients/ok"):
+        assert [record[key] for record in summed] == [record[key] for record in decoded]
 
 
 def test_results_are_put_in_order_as_soon_as_they_can_be():
