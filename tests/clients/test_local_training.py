@@ -3,6 +3,7 @@
 Clients start from random B, not from zero: at B = 0 the first change of A is nothing, and comparing it says nothing.
 """
 
+import gc
 from types import SimpleNamespace
 
 import numpy as np
@@ -365,3 +366,12 @@ def test_the_products_of_a_gpu_train_as_those_of_a_cpu(lab, monkeypatch, options
     for exact, cpu, gpu, member in zip(*trained, members):
         errors = [float((r.vector - exact.vector).norm() / (exact.vector - member.start).norm()) for r in (cpu, gpu)]
         assert errors[1] < 1.3 * errors[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_graph_outlives_its_step(lab, dtype):
+    """A cycle through autograd's C++ would never be collected, and keep the memory of every step."""
+    lab.train([lab.member(1, range(0, 9)), lab.member(2, range(30, 41))], settings_of(SGD), on=lab.stack_of(0.0, dtype))
+    gc.collect()
+    alive = {type(thing).__name__ for thing in gc.get_objects()}
+    assert not [name for name in alive if name.startswith("_") and name.endswith("Backward")]

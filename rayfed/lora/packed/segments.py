@@ -62,6 +62,8 @@ class Batch:
         try:
             yield
         finally:
+            for own in self._cache.values():
+                own.forget_input()  # its graph refers to these segments, and such a cycle is never collected
             self.segments, self._cache = [], {}
 
     def segments_of(self, x: Tensor, dtype: torch.dtype | None = None) -> Segments:
@@ -135,6 +137,10 @@ class Segments:
         if self._padded is None or self._padded[0] is not key or self._padded[1] != key._version:
             self._padded = key, key._version, self.pad(x)  # the version changes where a model writes to its input
         return self._padded[2]
+
+    def forget_input(self) -> None:
+        """Lets the last input of `pad_input` go, and the graph behind it."""
+        self._padded = None
 
     def unpad(self, padded: Tensor) -> Tensor:
         """The inverse of `pad`: (K, C * m, I) -> (total * m, I)."""
