@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from yaml.representer import RepresenterError
 
-from rayfed import config, methods, tasks, weighting
+from rayfed import config, methods, objectives, tasks, weighting
 from rayfed.api.initial_adapter import check_method, initial_adapter
 from rayfed.channels import Lossless
 from rayfed.clients.plan import RunPlan
@@ -28,7 +28,7 @@ from rayfed.config.parse import dump_settings
 from rayfed.errors import UserError, allowed
 from rayfed.keywords import suggest_keywords
 from rayfed.methods import Method
-from rayfed.objectives import Plain
+from rayfed.objectives import Objective
 from rayfed.own_code import own_failures
 from rayfed.profiles.client_profiles import ClientProfiles
 from rayfed.server.optimizers import ServerOptimizer
@@ -49,6 +49,7 @@ class Components:
 
     task: Task
     method: Method
+    objective: Objective
     weighting: Weighting
     server_optimizer: str
     profiles: ClientProfiles
@@ -112,6 +113,8 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     task.check(lora=lora, server=server, eval=experiment.eval, engine=experiment.engine)
     if (rows := experiment.eval.generate_rows) is not None and not task.generates:
         raise UserError(f"eval.generate_rows: got {rows}, but only data.task=instruction writes responses")
+    objective = objectives.build(experiment.objective.name, **experiment.objective.options)
+    objective.check(experiment.objective.name, task=task, lora=lora)
     optimizer = method.optimizer if server.optimizer == "auto" else server.optimizer
     if optimizer not in method.optimizers:
         raise UserError(f"server.optimizer: got {optimizer!r}, but {name} allows {', '.join(method.optimizers)}")
@@ -135,7 +138,7 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
             f"server.empty_clients: got true, but the weights are {weights!r}, in which clients without training rows "
             "do not count; allowed with server.weights=uniform"
         )
-    return Components(task, method, weighting.build(weights), optimizer, profiles)
+    return Components(task, method, objective, weighting.build(weights), optimizer, profiles)
 
 
 @suggest_keywords
@@ -172,7 +175,6 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
         **vars(parts),
         federation=federation,
         model=model,
-        objective=Plain(),
         channel=Lossless(),
         pack=None if engine.pack == "auto" else engine.pack,
         seed=experiment.seed,

@@ -26,6 +26,7 @@ from rayfed.errors import RunError
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_layers
 from rayfed.methods import BaseChange, merged
+from rayfed.objectives import Plain
 from rayfed.own_code import own_failures
 from rayfed.tasks.data.federation import Prompts
 from rayfed.tasks.models.base import in_dtype
@@ -58,7 +59,15 @@ class Trainer:
         # Row indices in order of length: batches of evaluation hold little padding.
         self.by_length = {name: np.argsort(plan.federation.split(name).lengths, kind="stable") for name in SPLITS}
         self.context = TrainingContext(
-            self.stack, self.forward, plan.task, plan.federation.train, padded, plan.client, plan.seed, self.device
+            self.stack,
+            self.forward,
+            plan.task,
+            plan.federation.train,
+            padded,
+            plan.client,
+            plan.seed,
+            self.device,
+            plan.objective,
         )
 
     @own_failures()
@@ -136,7 +145,7 @@ class Trainer:
             at, layout = order.merge
             base = merged(base, layout.unflatten(decoded[at].dense()))
         trainable, rows = order.trainable, self.plan.federation.rows_of(order.client)
-        support, objective = trainable.support(order.layout, has), trainable.objective or self.plan.objective
+        support, objective = trainable.support(order.layout, has), trainable.objective or Plain()
         return PackMember(order.client, order.layout, start, support, rows, base, trainable.rates, objective)
 
     @torch.no_grad()

@@ -16,10 +16,10 @@ from rayfed.config.types import Aspect, Decides, Section
 
 NEUTRAL = (
     *(("fingerprint", None), ("adapter_digest", None), ("compute", "auto")),
-    *(("image", "image"), ("crop", 0), ("flip", False), ("pretrain_share", 0.0)),
+    *(("name", "plain"), ("image", "image"), ("crop", 0), ("flip", False), ("pretrain_share", 0.0)),
 )
-"""Names and values: there is no object or adapter to hash; adapters compute in the base's format; there are no images,
-and no rows are kept from the clients.
+"""Names and values: there is no object or adapter to hash; adapters compute in the base's format; the objective
+is plain; there are no images, and no rows are kept from the clients.
 """
 
 
