@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from rayfed.device import to_device
 from rayfed.lora.packed.segments import Segments
@@ -26,5 +25,6 @@ def row_context(runs: Segments, labels: Tensor, counts: Tensor) -> tuple[Tensor,
     ``runs`` are the batch's segments by rows, ``labels`` (rows,) its classes, ``counts`` (K, classes) `class_counts`.
     """
     slots = torch.tensor(runs.slots).repeat_interleave(torch.tensor(runs.sizes))
-    in_batch = runs.pad(one_hot(labels, counts.shape[1]).to(counts.dtype)).sum(1)
+    one_hot = labels[:, None] == torch.arange(counts.shape[1], device=labels.device)
+    in_batch = runs.pad(one_hot.to(counts.dtype)).sum(1)
     return to_device(slots, labels.device), RowContext(counts, runs.scatter(in_batch, len(counts)))

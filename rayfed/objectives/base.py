@@ -29,7 +29,8 @@ class Objective:
     """What a client minimises: by default the task's loss alone. A subclass is a frozen dataclass of its options.
 
     The name of a file here is what `objective.name` is set to. A client's term may depend on this client alone: its own
-    rows, values and start. Then its training is the same in any pack.
+    rows, values and start. Then its training is the same in any pack. Functions compute for all clients of a pack at
+    once, and on a GPU they wait for nothing.
     """
 
     def check(self, name: str, *, task: Task, lora: Lora) -> None:
