@@ -59,16 +59,9 @@ class Trainer:
         # Row indices in order of length: batches of evaluation hold little padding.
         self.by_length = {name: np.argsort(plan.federation.split(name).lengths, kind="stable") for name in SPLITS}
         self.context = TrainingContext(
-            self.stack,
-            self.forward,
-            plan.task,
-            plan.federation.train,
-            padded,
-            plan.client,
-            plan.seed,
-            self.device,
+            self.stack, self.forward, plan.task, plan.federation.train, padded, plan.client, plan.seed, self.device,
             plan.objective,
-        )
+        )  # fmt: skip
 
     @own_failures()
     def execute(self, job: messages.Job, payloads: Sequence[bytes]) -> messages.Result:

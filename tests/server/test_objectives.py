@@ -69,7 +69,7 @@ def test_an_objective_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         weak, strong = (
             rayfed.run(lowrank(*own, f"objective.strength={s}"), out=tmp_path / s).metrics[0] for s in ("0.0", "9.0")
         )
-        with pytest.raises(UserError, match="^objective.strenth: own_pull:Pull has no such option; did you mean"):
+        with pytest.raises(UserError, match=r"^objective\.strenth: own_pull:Pull has no such option; did you mean"):
             rayfed.run(lowrank(*own, "objective.strenth=1.0"), out=tmp_path / "wrong")
     finally:
         sys.modules.pop("own_pull", None)
