@@ -49,6 +49,5 @@ class FedLC(Objective):
             return cross_entropy(calibrated, labels, reduction="none")
         own = calibrated.gather(1, labels[:, None])
         others = calibrated.scatter(1, labels[:, None], -torch.inf)
-        alone = (others == -torch.inf).all(1, keepdim=True)
-        sums = others.masked_fill(alone, 0.0).logsumexp(1, keepdim=True)  # of -inf alone, it would have no gradient
-        return (sums - own).masked_fill(alone, 0.0).squeeze(1)
+        sums = others.logsumexp(1, keepdim=True)
+        return (sums - own).masked_fill(sums == -torch.inf, 0.0).squeeze(1)

@@ -13,7 +13,7 @@ from rayfed.clients.local_training import PackMember, TrainingContext, batches, 
 from rayfed.config.training import Client
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.packed.stack import Stack
-from rayfed.objectives import Plain
+from rayfed.objectives import Objective, Plain
 from rayfed.objectives.fedga import FedGA
 from rayfed.objectives.fedlc import FedLC
 from rayfed.objectives.fedprox import FedProx
@@ -31,6 +31,16 @@ DRAW = np.random.default_rng(0)
 DATA = NumberRows(
     DRAW.normal(size=(40, IN)).astype(np.float32), np.concatenate([DRAW.integers(0, 3, 30), np.arange(10) % CLASSES])
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Decay(Objective):
+    """A pull towards 0: unlike FedProx's, it is not 0 for entries that do not train."""
+
+    strength: float
+
+    def gradient(self, values, start):
+        return self.strength * values
 
 
 def member(client: int, rows: range, rank: int, share: float = 1.0) -> PackMember:
@@ -88,6 +98,8 @@ def dense(own, settings, objective):
         losses.append(loss.item())
         if isinstance(objective, FedProx):
             loss = loss + objective.mu / 2 * (values - own.start)[own.support].square().sum()
+        if isinstance(objective, Decay):
+            loss = loss + objective.strength / 2 * values[own.support].square().sum()
         if isinstance(objective, TailPenalty):
             loss = (
                 loss + objective.weight * adapter.B[:, objective.start :].norm() * adapter.A[objective.start :].norm()
@@ -104,7 +116,7 @@ def dense(own, settings, objective):
 
 
 OBJECTIVES = [
-    Plain(), FedProx(2.0), FedLC(0.7), FedLC(0.3, "others"), FedGA(), FedGA("client"), TailPenalty(0.1, 1),
+    Plain(), Decay(0.5), FedProx(2.0), FedLC(0.7), FedLC(0.3, "others"), FedGA(), FedGA("client"), TailPenalty(0.1, 1),
 ]  # fmt: skip
 
 
