@@ -66,8 +66,7 @@ class TrainedClient:
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """What all packs of a process share: the model with its stack, the task and its training rows, the settings, the
-    run's objective."""
+    """What all packs of a process share: the model with its stack, the task and its rows, settings, objective."""
 
     stack: Stack
     forward: Forward

@@ -151,8 +151,8 @@ def test_nothing_waits_for_the_device_but_the_results_at_the_end(build, case):
 
 @pytest.mark.parametrize("objective", [FedProx(), FedLC(), FedLC(1.0, "others"), FedGA()], ids=str)
 def test_an_objective_waits_for_nothing_and_costs_kernels_by_the_step(objective):
-    (few, tensors), (many, _) = (watched(bert, clients, steps=(1, 2), objective=objective) for clients in (2, 4))
-    assert few.kernels == many.kernels != watched(bert, 2, steps=(1, 2))[0].kernels
+    (few, tensors), (many, _) = (watched(bert, clients, steps=(1, 2), objective=objective) for clients in (4, 8))
+    assert few.kernels == many.kernels != watched(bert, 4, steps=(1, 2))[0].kernels
     assert few.waits == {"_to_copy": tensors + 1}  # values and losses, at the end
     assert not few.mixed
 

@@ -11,7 +11,7 @@ import torch
 from small_runs import LOWRANK, lowrank
 
 from rayfed.api.plans import build_components
-from rayfed.config import validate
+from rayfed.config import Experiment, validate
 from rayfed.config.describe import in_words
 from rayfed.config.marks import settings_digest
 from rayfed.config.options import REQUIRED, options_of
@@ -64,6 +64,11 @@ def test_a_client_at_its_start_is_not_pulled(name: str) -> None:
     found, values = objective(name), torch.randn(2, 5)
     if found.changes_gradient:
         assert not found.gradient(values, values.clone()).any()
+
+
+def test_the_setting_names_every_objective() -> None:
+    described = Experiment.model_fields["objective"].annotation.model_fields["name"].description
+    assert [name for name in OBJECTIVES if f"`{name}`" not in described] == []
 
 
 @every_objective
