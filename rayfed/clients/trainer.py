@@ -60,7 +60,7 @@ class Trainer:
         self.by_length = {name: np.argsort(plan.federation.split(name).lengths, kind="stable") for name in SPLITS}
         self.context = TrainingContext(
             self.stack, self.forward, plan.task, plan.federation.train, padded, plan.client, plan.seed, self.device,
-            plan.objective,
+            objective=plan.objective,
         )  # fmt: skip
 
     @own_failures()

@@ -122,7 +122,7 @@ def watched(
     watch = Watch()
     data = Images(clients * ROWS) if build is vit else texts(clients * ROWS, longest)
     context = TrainingContext(
-        stack, forward, CLASSIFICATION, data, flat is None, settings, 0, DEVICE, objective or Plain()
+        stack, forward, CLASSIFICATION, data, flat is None, settings, 0, DEVICE, objective=objective or Plain()
     )
     with watch:
         train_pack(context, members, lr=0.1, t=0)

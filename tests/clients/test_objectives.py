@@ -61,8 +61,8 @@ def train(members, settings, objective):
     def forward(inputs):
         return model(**inputs)
 
-    device = torch.device("cpu")
-    context = TrainingContext(stack, forward, CLASSIFICATION, DATA, True, settings, SEED, device, objective)
+    own = (settings, SEED, torch.device("cpu"))
+    context = TrainingContext(stack, forward, CLASSIFICATION, DATA, True, *own, objective=objective)
     return train_pack(context, members, lr=LR[settings.optimizer], t=ROUND)
 
 

@@ -90,8 +90,8 @@ def _same_rounds(
         outputs: Tensor = model(inputs["features"])
         return outputs
 
-    cpu, objective = torch.device("cpu"), plan.objective
-    context = TrainingContext(stack, logits, plan.task, train, True, plan.client, plan.seed, cpu, objective)
+    own = (plan.client, plan.seed, torch.device("cpu"))
+    context = TrainingContext(stack, logits, plan.task, train, True, *own, objective=plan.objective)
     for t in range(rounds):
         optimizer.lr = scheduled(optimizer.base_lr, plan.server.schedule, t, plan.server.rounds)
         lr = scheduled(plan.client.lr, plan.client.schedule, t, plan.server.rounds)
