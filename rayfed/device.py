@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-
 KERNELS = "64"  # kernels that oneDNN and torch keep each; see `prepare_process`
 
 
@@ -57,7 +56,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def prepare_process(threads: int, device: str, deterministic: bool) -> None:
     """Fixes what CPU and GPU kernels would otherwise take from the machine: thread count, choice of algorithm.
 
-    On a CPU, oneDNN makes a kernel for every shape of a product in 16 bits. By default 1,024 are kept, but the batches of
+    On a CPU, oneDNN makes a kernel for every shape of a product in 16 bits. By default 1,024 are kept, but batches of
     unpadded texts seldom have equal shapes, and memory would grow by 25 MB a round.
     """
     torch.set_num_threads(threads)

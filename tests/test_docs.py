@@ -17,9 +17,9 @@ import rayfed
 from rayfed.cli.methods import describe
 from rayfed.config import Experiment
 from rayfed.config.describe import iter_fields
+from rayfed.config.options import options_of
 from rayfed.config.sweep import Sweep
 from rayfed.methods import METHODS, method_class
-from rayfed.methods._options import options_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

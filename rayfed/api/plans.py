@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from yaml.representer import RepresenterError
 
-from rayfed import config, methods, privacy, tasks, weighting
+from rayfed import config, methods, objectives, privacy, tasks, weighting
 from rayfed.api.initial_adapter import check_method, initial_adapter
 from rayfed.channels import Lossless
 from rayfed.clients.plan import RunPlan
@@ -31,7 +31,7 @@ from rayfed.errors import UserError, allowed
 from rayfed.keywords import suggest_keywords
 from rayfed.lora.adapter import scale_of
 from rayfed.methods import Method
-from rayfed.objectives import Plain
+from rayfed.objectives import Objective
 from rayfed.own_code import own_failures
 from rayfed.profiles.client_profiles import ClientProfiles
 from rayfed.profiles.profile import Profile
@@ -54,6 +54,7 @@ class Components:
 
     task: Task
     method: Method
+    objective: Objective
     weighting: Weighting
     server_optimizer: str
     profiles: ClientProfiles
@@ -117,6 +118,8 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     task.check(lora=lora, server=server, eval=experiment.eval, engine=experiment.engine)
     if (rows := experiment.eval.generate_rows) is not None and not task.generates:
         raise UserError(f"eval.generate_rows: got {rows}, but only data.task=instruction writes responses")
+    objective = objectives.build(experiment.objective.name, **experiment.objective.options)
+    objective.check(experiment.objective.name, task=task, lora=lora)
     optimizer = method.optimizer if server.optimizer == "auto" else server.optimizer
     if optimizer not in method.optimizers:
         raise UserError(f"server.optimizer: got {optimizer!r}, but {name} allows {', '.join(method.optimizers)}")
@@ -135,6 +138,9 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     if not method.sparse_up:
         _check_whole(experiment, profiles, "up")
     privacy.check(experiment.privacy, name, method, server, experiment.client, experiment.model, experiment.engine)
+    if experiment.privacy.kind == "example" and (objective.replaces_loss or objective.adds_penalty):
+        what = "with privacy.kind=example every row has the task's own loss; plain and fedprox are allowed"
+        raise allowed("objective.name", experiment.objective.name, what)
     by_default = method.weights if experiment.privacy.kind == "none" else "uniform"
     weights = by_default if server.weights == "auto" else server.weights
     if server.empty_clients and weights != "uniform":
@@ -142,7 +148,7 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
             f"server.empty_clients: got true, but the weights are {weights!r}, in which clients without training rows "
             "do not count; allowed with server.weights=uniform"
         )
-    return Components(task, method, weighting.build(weights), optimizer, profiles)
+    return Components(task, method, objective, weighting.build(weights), optimizer, profiles)
 
 
 @suggest_keywords
@@ -181,7 +187,6 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
         privacy=mechanism,
         federation=federation,
         model=model,
-        objective=Plain(),
         channel=Lossless(),
         pack=None if engine.pack == "auto" else engine.pack,
         seed=experiment.seed,

@@ -7,8 +7,9 @@ import inspect
 import textwrap
 from itertools import pairwise
 
+from rayfed.config.describe import in_words
+from rayfed.config.options import REQUIRED, options_of
 from rayfed.methods import METHODS, Method, method_class
-from rayfed.methods._options import REQUIRED, in_words, options_of
 
 
 def methods(name: str | None) -> None:

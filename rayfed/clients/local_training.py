@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rayfed import seeding
 from rayfed.clients.row_clipping import add_noise, clipped_backward
+from rayfed.clients.row_context import class_counts, row_context
 from rayfed.config.training import Client
 from rayfed.device import to_device
 from rayfed.lora.adapter import Layout
@@ -43,7 +44,7 @@ class PackMember:
 
     ``start`` (n,) are its decoded start values, ``support`` (n,) marks the entries that train, ``rows`` are its
     training rows. ``base`` is the frozen change of the base under its adapter. ``rates`` are factors on the learning
-    rate by part, equal in a pack.
+    rate by part, equal in a pack. The penalty of ``objective`` is its own: that of the run's objective comes on top.
     """
 
     client: int
@@ -68,7 +69,7 @@ class TrainedClient:
 
 @dataclass(frozen=True)
 class TrainingContext:
-    """What all packs of a process share: the model with its stack, the task and its training rows, the settings."""
+    """What all packs of a process share: the model with its stack, the task and its rows, settings, objective."""
 
     stack: Stack
     forward: Forward
@@ -79,6 +80,7 @@ class TrainingContext:
     seed: int
     device: torch.device
     privacy: ExampleLevel | None = None
+    objective: Objective = field(default_factory=Plain)
 
 
 def train_pack(context: TrainingContext, members: Sequence[PackMember], *, lr: float, t: int) -> list[TrainedClient]:
@@ -124,6 +126,10 @@ class _PackTraining:
         self.optimizer: torch.optim.Optimizer | None = None
         if self.parameters.trained:
             self.optimizer = _optimizer(self.parameters.groups(lr), context.settings, context.device)
+        # Where the objective pulls towards the start of the round.
+        trained = self.parameters.trained if context.objective.changes_gradient else {}
+        self.starts = {part: values.detach().clone() for part, values in trained.items()}
+        self.class_counts: Tensor | None = None  # of the members, see `_row_losses`
         self.losses = torch.zeros(len(members), dtype=torch.float64, device=context.device)
 
     def run(self) -> list[TrainedClient]:
@@ -176,12 +182,28 @@ class _PackTraining:
         """The sum of the active clients' mean losses and penalties; adds the mean losses to ``losses``."""
         c = self.context
         labels = batch.pop("labels")
-        sums, counts = c.task.loss(c.forward(batch).float(), labels)
+        sums, counts = self._row_losses(c.forward(batch).float(), labels)
         runs = c.stack.batch.segments_of(sums)
         means = runs.pad(sums[:, None]).sum((1, 2)) / runs.pad(counts[:, None]).sum((1, 2))
         self.losses += runs.scatter(means.detach().double(), len(self.members))
-        penalties = (self.members[slot].objective.penalty(c.stack.factors(slot)) for slot in active)
+        penalties = (
+            objective.penalty(c.stack.factors(slot))
+            for slot in active
+            for objective in (c.objective, self.members[slot].objective)
+        )
         return torch.stack([means.sum(), *(penalty for penalty in penalties if penalty is not None)]).sum()
+
+    def _row_losses(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """`Task.loss` of the batch, or the objective's loss in its place."""
+        c = self.context
+        if not c.objective.replaces_loss:
+            return c.task.loss(outputs, labels)
+        if self.class_counts is None:
+            own = [c.data.labels[member.rows] for member in self.members]
+            self.class_counts = class_counts(own, outputs.shape[1], c.device)
+        runs = c.stack.batch.segments_of(outputs)
+        losses = c.objective.rows(outputs, labels, *row_context(runs, labels, self.class_counts))
+        return losses, torch.ones_like(losses)
 
     def _private_gradients(self, privacy: ExampleLevel, active: Sequence[int], step: int) -> None:
         """The gradients of the step, from clipped rows and noise. Batches may be empty."""
@@ -206,7 +228,8 @@ class _PackTraining:
             add_noise(privacy, c.settings, c.stack, clients, self.t, step)
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
-        """The step: mask, clip, optimizer; entries that do not train get their start values back."""
+        """The step: the objective's gradient, mask, clip, optimizer; what does not train gets its start values back."""
+        self.parameters.add_gradients(self.context.objective, self.starts)
         self.parameters.mask_gradients()
         if self.context.settings.clip_norm is not None:
             self.parameters.clip(self.context.settings.clip_norm)
@@ -259,6 +282,14 @@ class _Parameters:
     def groups(self, lr: float) -> list[dict[str, object]]:
         """The optimizer's parameter groups: one for each part."""
         return [{"params": [values], "lr": lr * self.rates.get(part, 1.0)} for part, values in self.trained.items()]
+
+    @torch.no_grad()
+    def add_gradients(self, objective: Objective, starts: Mapping[str, Tensor]) -> None:
+        """Adds `Objective.gradient`, given the values (K, n) of each part at the start of the round."""
+        for part, start in starts.items():
+            values = self.trained[part]
+            if values.grad is not None:
+                values.grad.add_(objective.gradient(values.detach(), start))
 
     @torch.no_grad()
     def mask_gradients(self) -> None:

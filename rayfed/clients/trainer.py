@@ -26,6 +26,7 @@ from rayfed.errors import RunError
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_layers
 from rayfed.methods import BaseChange, merged
+from rayfed.objectives import Plain
 from rayfed.own_code import own_failures
 from rayfed.privacy.example import ExampleLevel
 from rayfed.tasks.data.federation import Prompts
@@ -60,16 +61,9 @@ class Trainer:
         self.by_length = {name: np.argsort(plan.federation.split(name).lengths, kind="stable") for name in SPLITS}
         rows = plan.privacy if isinstance(plan.privacy, ExampleLevel) else None
         self.context = TrainingContext(
-            self.stack,
-            self.forward,
-            plan.task,
-            plan.federation.train,
-            padded,
-            plan.client,
-            plan.seed,
-            self.device,
-            rows,
-        )
+            self.stack, self.forward, plan.task, plan.federation.train, padded, plan.client, plan.seed, self.device,
+            rows, plan.objective,
+        )  # fmt: skip
 
     @own_failures()
     def execute(self, job: messages.Job, payloads: Sequence[bytes]) -> messages.Result:
@@ -149,7 +143,7 @@ class Trainer:
             at, layout = order.merge
             base = merged(base, layout.unflatten(decoded[at].dense()))
         trainable, rows = order.trainable, self.plan.federation.rows_of(order.client)
-        support, objective = trainable.support(order.layout, has), trainable.objective or self.plan.objective
+        support, objective = trainable.support(order.layout, has), trainable.objective or Plain()
         return PackMember(order.client, order.layout, start, support, rows, base, trainable.rates, objective)
 
     @torch.no_grad()

@@ -15,11 +15,11 @@ from rayfed.config.schema import Experiment
 from rayfed.config.types import Aspect, Decides, Section
 
 NEUTRAL = (
-    *(("fingerprint", None), ("adapter_digest", None), ("compute", "auto"), ("sampling", "fixed")),
+    *(("fingerprint", None), ("adapter_digest", None), ("compute", "auto"), ("sampling", "fixed"), ("name", "plain")),
     *(("image", "image"), ("crop", 0), ("flip", False), ("pretrain_share", 0.0)),
 )
 """Names and values: there is no object or adapter to hash; adapters compute in the base's format; cohorts have one
-size; there are no images, and no rows are kept from the clients.
+size; the objective is plain; there are no images, and no rows are kept from the clients.
 """
 
 

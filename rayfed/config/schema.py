@@ -18,7 +18,7 @@ from rayfed.config.method import Lora, Method, Profiles, Wire
 from rayfed.config.pretrain import Pretrain
 from rayfed.config.privacy import Privacy
 from rayfed.config.task import Data, Model, Partition, Problem
-from rayfed.config.training import Client, Eval, Server
+from rayfed.config.training import Client, Eval, Objective, Server
 from rayfed.config.types import DecidesData, DecidesNothing, Name, Section, section
 
 MOST_NUMBERS = 100_000_000  # of the problem with a known answer; making it takes about 25 bytes for each
@@ -53,6 +53,7 @@ class Experiment(Section, metaclass=_Refuses):
     wire: Wire = section(Wire)
     profiles: Profiles = section(Profiles)
     client: Client = section(Client)
+    objective: Objective = section(Objective)
     server: Server = section(Server)
     privacy: Privacy = section(Privacy)
     eval: Eval = section(Eval)

@@ -1,10 +1,10 @@
-"""The sections that say how a run trains and measures: client, server, eval."""
+"""The sections that say how a run trains and measures: client, objective, server, eval."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from rayfed.config.types import (
     Batch,
@@ -17,6 +17,7 @@ from rayfed.config.types import (
     Rounds,
     Section,
     Share,
+    Text,
     section,
 )  # fmt: skip
 
@@ -77,6 +78,20 @@ class Client(Section):
         if self.on_divergence == "clip" and self.max_change is None:
             raise ValueError("client.on_divergence: got 'clip', but client.max_change=null says no limit; set a number")
         return self
+
+
+class Objective(Section):
+    """What clients minimise: the task's loss alone, that loss and another term, or another loss."""
+
+    model_config = ConfigDict(extra="allow")
+    name: Text = "plain"
+    """`plain`: the task's loss alone; `fedprox`, `fedlc`, `fedga`, `tail_penalty`: see docs/objectives.md; or your own,
+    `package.module:Class`. All other keys are options of the objective.
+    """
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
 
 
 class Server(Section):

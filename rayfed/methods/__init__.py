@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from rayfed.errors import UserError
+from rayfed.config.options import make_member
 from rayfed.methods._factor_mean import FactorMean
 from rayfed.methods._layers import LayerMethod
 from rayfed.methods._means import Advance, ChangeMean, HeadMean, ProductMean, fedavg, mean_change, product_change
 from rayfed.methods._messages import BaseChange, PackSum, Sparse, Start, Trainable, Update, Updates, matrix, merged
-from rayfed.methods._options import REQUIRED, check_options, in_words, options_of
 from rayfed.methods._state import Change, FactorState, LayerState, State
 from rayfed.methods.base import ANY_OPTIMIZER, Method, Profile, Source
 from rayfed.plugins import member_class, member_names
-from rayfed.suggestions import did_you_mean
 
 METHODS = member_names("rayfed.methods")
 
@@ -43,16 +41,7 @@ def build(name: str, **options: Any) -> Method:
     UserError for an unknown name or option, for a value that the option does not allow, and for an option that is
     missing.
     """
-    cls = method_class(name)
-    known = options_of(cls)
-    for option in (name for name in options if name not in known):
-        hint = did_you_mean(option, known)
-        raise UserError(f"method.{option}: {name} has no such option; {hint}allowed are {', '.join(known) or 'none'}")
-    for option, found in known.items():
-        if found.default is REQUIRED and option not in options:
-            raise UserError(f"method.{option}: {name} needs this option: {in_words(found.annotation)}")
-    check_options(cls, options)
-    return cls(**options)
+    return make_member(method_class(name), "method", name, options)
 
 
 __all__ = [

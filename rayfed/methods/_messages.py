@@ -81,7 +81,7 @@ class Trainable:
     rates: Mapping[str, float] = field(default_factory=dict)
     """By part, a factor on the client's learning rate. A part that is not named has factor 1."""
     objective: Objective | None = None
-    """The client's own objective. None: the run's."""
+    """The client's own objective, of which the penalty is added to the run's objective. None: there is none."""
 
     def support(self, layout: Layout, received: Tensor | None) -> Tensor:
         """Boolean (n,): the entries that train. ``received`` (n,) marks the entries that have a value; None: all.

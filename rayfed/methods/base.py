@@ -22,10 +22,10 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from rayfed.config.options import check_options
 from rayfed.lora.adapter import Adapter, Layout, LowRank
 from rayfed.methods._means import Advance, fedavg, mean_change
 from rayfed.methods._messages import BaseChange, PackSum, Sparse, Start, Trainable, Update, Updates
-from rayfed.methods._options import check_options
 from rayfed.methods._state import State
 from rayfed.profiles.profile import Profile
 from rayfed.wire import top_k
@@ -96,7 +96,7 @@ class Method:
 
     def __post_init__(self) -> None:
         """Checks the options. UserError for a value that an option does not allow."""
-        check_options(type(self), vars(self))
+        check_options(type(self), vars(self), "method")
 
     def init(self, adapter: Adapter, seed: int) -> Any:
         """The state before the first round. Called once a run.

@@ -9,4 +9,4 @@ from rayfed.objectives.base import Objective
 
 @dataclass(frozen=True)
 class Plain(Objective):
-    """No penalty."""
+    """The task's loss, and nothing else."""

@@ -48,6 +48,11 @@ class Task:
     metric: str | None = "accuracy"
     """The metric that chooses the best round and stops early, from 0 to 1; more is better. None: there is none."""
 
+    cross_entropy: bool = False
+    """Whether `loss` is the cross-entropy of outputs (rows, classes) and labels (rows,): then an objective may replace
+    it.
+    """
+
     has_classes: bool = True
     """Whether an exported adapter comes with the names of classes."""
 

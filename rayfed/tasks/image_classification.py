@@ -34,6 +34,7 @@ class ImageClassification(ImageTask):
 
     name = "image_classification"
     problem_type = "single_label_classification"
+    cross_entropy = True
 
     def loss(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return single_label.loss(outputs, labels)

@@ -36,6 +36,10 @@ class TextClassification(SequenceClassification):
     name = "text_classification"
     problem_type = "single_label_classification"
 
+    @property
+    def cross_entropy(self) -> bool:  # type: ignore[override]
+        return self.loss_fn is None
+
     def row_losses(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return single_label.loss(outputs, labels)
 

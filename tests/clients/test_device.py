@@ -22,6 +22,10 @@ from rayfed.config.training import Client
 from rayfed.lora.adapter import fresh_adapter
 from rayfed.lora.packed.stack import Stack
 from rayfed.lora.peft import layer_shape
+from rayfed.objectives import Plain
+from rayfed.objectives.fedga import FedGA
+from rayfed.objectives.fedlc import FedLC
+from rayfed.objectives.fedprox import FedProx
 from rayfed.tasks.data.tokens import Tokens
 from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel
 
@@ -91,7 +95,7 @@ def texts(count, longest=12):
 
 def watched(
     build, clients, *, ranks=(4,), steps=(2,), dropout=0.0, support=1.0, optimizer="adamw", dtype=None,
-    compute=torch.float32, batch=BATCH, longest=12,
+    compute=torch.float32, batch=BATCH, longest=12, objective=None,
 ):  # fmt: skip
     """Trains so many clients on the stand-in, with the ranks and steps in turn, and returns what the watch saw."""
     torch.manual_seed(0)
@@ -117,7 +121,9 @@ def watched(
     settings = Client(batch_size=batch, clip_norm=1.0, optimizer=optimizer, weight_decay=0.1)
     watch = Watch()
     data = Images(clients * ROWS) if build is vit else texts(clients * ROWS, longest)
-    context = TrainingContext(stack, forward, CLASSIFICATION, data, flat is None, settings, 0, DEVICE)
+    context = TrainingContext(
+        stack, forward, CLASSIFICATION, data, flat is None, settings, 0, DEVICE, objective=objective or Plain()
+    )
     with watch:
         train_pack(context, members, lr=0.1, t=0)
     return watch, len(stack.parameters)
@@ -141,6 +147,14 @@ def test_nothing_waits_for_the_device_but_the_results_at_the_end(build, case):
         watch, tensors = watched(build, clients, ranks=(4, 1), **case)
         assert watch.waits == {"_to_copy": tensors + 1}  # and the losses
         assert not watch.mixed
+
+
+@pytest.mark.parametrize("objective", [FedProx(), FedLC(), FedLC(1.0, "others"), FedGA()], ids=str)
+def test_an_objective_waits_for_nothing_and_costs_kernels_by_the_step(objective):
+    (few, tensors), (many, _) = (watched(bert, clients, steps=(1, 2), objective=objective) for clients in (4, 8))
+    assert few.kernels == many.kernels != watched(bert, 4, steps=(1, 2))[0].kernels
+    assert few.waits == {"_to_copy": tensors + 1}  # values and losses, at the end
+    assert not few.mixed
 
 
 def test_clients_that_end_at_different_steps_cost_kernels_by_the_step_not_by_the_client():

@@ -10,9 +10,9 @@ import pytest
 
 import rayfed.methods
 from rayfed.cli.methods import describe, describe_all
+from rayfed.config.options import options_of
 from rayfed.errors import UserError
 from rayfed.methods import METHODS, build, method_class
-from rayfed.methods._options import options_of
 from rayfed.methods.base import Source
 from rayfed.server.optimizers import RATES
 from rayfed.weighting import build as build_weighting

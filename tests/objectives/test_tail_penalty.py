@@ -33,5 +33,6 @@ def test_only_the_tail_gets_a_gradient():
         torch.testing.assert_close(B.grad[:, 2], 0.1 * a.norm() * b / b.norm())
 
 
-def test_a_plain_objective_adds_nothing():
+def test_where_nothing_is_penalised_nothing_is_added():
     assert Plain().penalty(iter(factors())) is None
+    assert TailPenalty(0.1, 1).penalty(iter(())) is None  # only a head trains

@@ -204,6 +204,13 @@ def test_what_does_not_go_together_is_refused(overrides, message):
         build_components(lowrank(*overrides))
 
 
+@pytest.mark.parametrize("name", ["fedlc", "fedga", "tail_penalty"])
+def test_rows_of_private_batches_have_the_loss_of_the_task(tiny, name):
+    private = tiny(*EXAMPLE, f"objective.name={name}")
+    with pytest.raises(UserError, match=rf"^objective.name: got '{name}', but with privacy.kind=example every row has"):
+        build_components(private)
+
+
 def test_what_would_make_the_norms_of_rows_wrong_is_refused(tiny):
     for override, field in (("engine.gradient_checkpointing=true", "engine"), ("model.dtype=bfloat16", "model")):
         with pytest.raises(UserError, match=rf"{field}\.\w+: got .*, but .* is allowed"):

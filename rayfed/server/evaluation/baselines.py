@@ -90,7 +90,8 @@ def _same_rounds(
         outputs: Tensor = model(inputs["features"])
         return outputs
 
-    context = TrainingContext(stack, logits, plan.task, train, True, plan.client, plan.seed, torch.device("cpu"))
+    own = (plan.client, plan.seed, torch.device("cpu"))
+    context = TrainingContext(stack, logits, plan.task, train, True, *own, objective=plan.objective)
     for t in range(rounds):
         optimizer.lr = scheduled(optimizer.base_lr, plan.server.schedule, t, plan.server.rounds)
         lr = scheduled(plan.client.lr, plan.client.schedule, t, plan.server.rounds)
