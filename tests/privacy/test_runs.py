@@ -204,7 +204,9 @@ def test_what_does_not_go_together_is_refused(overrides, message):
         build_components(lowrank(*overrides))
 
 
-@pytest.mark.parametrize(("name", "options"), [("fedlc", ()), ("fedga", ()), ("tail_penalty", ("objective.weight=1",))])
+@pytest.mark.parametrize(
+    ("name", "options"), [("fedlc", ()), ("fedga", ()), ("tail_penalty", ("objective.weight=1", "objective.start=1"))]
+)
 def test_rows_of_private_batches_have_the_loss_of_the_task(tiny, name, options):
     private = tiny(*EXAMPLE, f"objective.name={name}", *options)
     with pytest.raises(UserError, match=rf"^objective.name: got '{name}', but with privacy.kind=example every row has"):
