@@ -231,9 +231,7 @@ def point_of(params: Mapping[str, Any], sweep: Sweep) -> Point:
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """The points (worth, cost) that no other point dominates: none has both no less worth and no more cost."""
-    return [
-        own for own in points if not any(x >= own[0] and y <= own[1] and (x, y) != own for x, y in points)
-    ]  # fmt: skip
+    return [own for own in points if not any(x >= own[0] and y <= own[1] and (x, y) != own for x, y in points)]
 
 
 def sampler_of(search: OptunaSettings, seed: int) -> optuna.samplers.BaseSampler:

@@ -70,16 +70,8 @@ class ImageTask(SourceTask):
         data = load_data(self.data, self.seed, self._source(self.data))
         parts = partition(self.strata(data.train.labels), data.train.owners, self.partition, self.seed)
         splits = (data.train, data.validation, data.test)
-        train, validation, test = decoded(splits, load_image_input(self.model_settings))
-        return Federation(
-            train,
-            validation,
-            test,
-            classes=data.classes,
-            rows=np.concatenate(parts).astype(np.int64),
-            starts=np.cumsum([0, *map(len, parts)], dtype=np.int64),
-            names=client_names(data.train.owners, self.partition),
-        )
+        images = decoded(splits, load_image_input(self.model_settings))
+        return Federation.of(images, data.classes, parts, client_names(data.train.owners, self.partition))
 
     def load_base(self, federation: Federation) -> FrozenBase:
         settings, classes, seed = self.model_settings, len(federation.classes), self.seed

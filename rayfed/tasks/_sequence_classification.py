@@ -115,19 +115,9 @@ class SequenceClassification(TextTask):
         limit = longest_input(self.model_settings) if named else None
         words = vocabulary(self.model_settings) if named else None
         tokenizer = self._tokenizer()
-        train, validation, test = (
-            tokenize(split, tokenizer, cut, words) for split in (data.train, data.validation, data.test)
-        )
-        self._check_length((train, validation, test), limit)
-        return Federation(
-            train,
-            validation,
-            test,
-            classes=data.classes,
-            rows=np.concatenate(parts).astype(np.int64),
-            starts=np.cumsum([0, *map(len, parts)], dtype=np.int64),
-            names=client_names(data.train.owners, self.partition),
-        )
+        splits = tuple(tokenize(split, tokenizer, cut, words) for split in (data.train, data.validation, data.test))
+        self._check_length(splits, limit)
+        return Federation.of(splits, data.classes, parts, client_names(data.train.owners, self.partition))
 
     def load_base(self, federation: Federation) -> FrozenBase:
         outputs, problem = self.outputs(federation), self.problem_type

@@ -46,9 +46,7 @@ class ImageMultiLabel(ImageTask):
         super().check(lora=lora, server=server, eval=eval, engine=engine)
 
     def strata(self, labels: np.ndarray) -> np.ndarray:
-        """The first of an image's classes, in the order of their numbers; a class of its own for those without any."""
-        found: np.ndarray = np.where(labels.any(1), labels.argmax(1), labels.shape[1])
-        return found
+        return multi_label.first_class(labels)
 
     def loss(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return multi_label.loss(outputs, labels)

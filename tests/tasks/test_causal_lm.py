@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import math
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from card_lines import defined_by_card
 from conftest import SHARED_DATA
 from language_models import save_language_model, sentences
 from transformers import AutoModelForCausalLM, ByT5Tokenizer
@@ -59,20 +58,6 @@ def experiment(rows: Path, model: Path, *overrides: str) -> Experiment:
     return validate(settings)
 
 
-def by_the_card(run: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str]) -> float:
-    """The perplexity of the texts by the card's own lines, where rayfed cannot be imported."""
-    card = (run / "adapter" / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    namespace: dict[str, Any] = {}
-    with monkeypatch.context() as patch:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "rayfed"]:
-            patch.setitem(sys.modules, name, None)  # importing it is an ImportError
-        patch.chdir(run)
-        exec(code, namespace)
-        found: float = namespace["perplexity"](texts)
-    return found
-
-
 @pytest.mark.parametrize(("kind", "packing"), [("gpt2", False), ("llama", True)])
 def test_a_run_reaches_what_the_lines_of_its_card_reach(
     rows: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, packing: bool
@@ -85,7 +70,9 @@ def test_a_run_reaches_what_the_lines_of_its_card_reach(
     assert last["eval/perplexity"] == pytest.approx(math.exp(last["eval/loss"]))
     assert last["test/loss"] < first["test/loss"] - 0.05
     texts = [row["text"] for row in sentences(12, seed=1)]
-    assert by_the_card(run.out, monkeypatch, texts) == pytest.approx(last["test/perplexity"], rel=1e-4)
+    assert defined_by_card(run.out, monkeypatch)["perplexity"](texts) == pytest.approx(
+        last["test/perplexity"], rel=1e-4
+    )
     adapter = json.loads((run.out / "adapter" / "adapter_config.json").read_text())
     assert (adapter["task_type"], adapter["modules_to_save"]) == ("CAUSAL_LM", None)
     assert "lm_head" not in adapter["target_modules"]

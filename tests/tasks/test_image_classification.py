@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from card_lines import defined_by_card
 from conftest import SHARED_DATA
 from image_models import digits, save_vit
 from PIL import Image
@@ -53,20 +52,6 @@ def dividing(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "label": [n for n in (2, 3, 4) if row["label"] % n == 0]}
 
 
-def by_the_card(run: Path, monkeypatch: pytest.MonkeyPatch, images: list[np.ndarray]) -> torch.Tensor:
-    """The logits of the images by the card's own lines, where rayfed cannot be imported."""
-    card = (run / "adapter" / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    namespace: dict[str, Any] = {}
-    with monkeypatch.context() as patch:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "rayfed"]:
-            patch.setitem(sys.modules, name, None)  # importing it is an ImportError
-        patch.chdir(run)
-        exec(code, namespace)
-        found: torch.Tensor = namespace["logits"]([Image.fromarray(image) for image in images])
-    return found
-
-
 @pytest.mark.parametrize("multi_label", [False, True], ids=["one label", "many labels"])
 def test_a_run_reaches_what_the_lines_of_its_card_reach(
     vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, multi_label: bool
@@ -80,7 +65,7 @@ def test_a_run_reaches_what_the_lines_of_its_card_reach(
     first, last = run.metrics
     assert last["test/loss"] < first["test/loss"]
     assert all(isinstance(last[key], float) for key in task.metric_keys(settings.eval))
-    logits = by_the_card(run.out, monkeypatch, [row["image"] for row in test]).numpy()
+    logits = defined_by_card(run.out, monkeypatch)["logits"]([Image.fromarray(row["image"]) for row in test]).numpy()
     if multi_label:
         truth = np.array([[n in row["label"] for n in (2, 3, 4)] for row in test])
         expected = {

@@ -6,13 +6,13 @@ import copy
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from card_lines import defined_by_card
 from conftest import SHARED_DATA
 from language_models import COMMON, save_language_model
 from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
@@ -82,19 +82,6 @@ def experiment(rows: Path, model: Path, *overrides: str) -> Experiment:
     return validate(settings)
 
 
-def card(run: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the card's own lines define, where rayfed cannot be imported."""
-    text = (run / "adapter" / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    namespace: dict[str, Any] = {}
-    with monkeypatch.context() as patch:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "rayfed"]:
-            patch.setitem(sys.modules, name, None)  # importing it is an ImportError
-        patch.chdir(run)
-        exec(code, namespace)
-    return namespace
-
-
 @pytest.mark.parametrize(
     ("kind", "template", "padding"),
     [
@@ -123,7 +110,7 @@ def test_a_run_reaches_what_the_lines_of_its_card_reach(
     assert {"eval/exact_match", "test/rouge_l", "test/perplexity"} < set(keys)
     assert all(isinstance(last[key], float) for key in keys)
     assert last["test/loss"] < first["test/loss"] - 0.1
-    namespace, test = card(run.out, monkeypatch), questions(9, 30)
+    namespace, test = defined_by_card(run.out, monkeypatch), questions(9, 30)
     found = namespace["perplexity"]([(row["prompt"], row["response"]) for row in test])
     assert found == pytest.approx(math.exp(last["test/loss"]), rel=1e-4)
     chosen, generated = written[-1]  # of the test split, after the last round: PEFT's `generate`, row by row

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import random
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from card_lines import defined_by_card
 from conftest import SHARED_DATA, TOPICS, WORDS
 
 import rayfed
@@ -67,20 +66,6 @@ def experiment(rows: Path, model: Path, *overrides: str) -> Experiment:
     return validate(settings)
 
 
-def by_the_card(run: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str]) -> torch.Tensor:
-    """The logits of the texts by the card's own lines, where rayfed cannot be imported."""
-    card = (run / "adapter" / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    namespace: dict[str, Any] = {}
-    with monkeypatch.context() as patch:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "rayfed"]:
-            patch.setitem(sys.modules, name, None)  # importing it is an ImportError
-        patch.chdir(run)
-        exec(code, namespace)
-        found: torch.Tensor = namespace["logits"](texts)
-    return found
-
-
 @pytest.mark.parametrize("pooling", [pytest.param("stock", marks=pytest.mark.slow), "mean"])
 @pytest.mark.parametrize("task", ["multi_label", "regression"])
 def test_a_run_reaches_what_the_lines_of_its_card_reach(
@@ -97,7 +82,7 @@ def test_a_run_reaches_what_the_lines_of_its_card_reach(
     keys = build_components(settings).task.metric_keys(settings.eval)
     assert all(isinstance(last[key], float) for key in keys)
     assert last["test/loss"] < first["test/loss"]
-    logits = by_the_card(run.out, monkeypatch, [row["text"] for row in TEST])
+    logits = defined_by_card(run.out, monkeypatch)["logits"]([row["text"] for row in TEST])
     if task == "multi_label":
         truth = np.array([[topic in row["topics"] for topic in range(4)] for row in TEST])
         found = (logits > 0).numpy()

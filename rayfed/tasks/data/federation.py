@@ -6,6 +6,7 @@ object store without a copy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -78,6 +79,15 @@ class Federation:
     starts: np.ndarray  # (clients + 1,) int64
     extra: Any = None  # more data that the task needs
     names: np.ndarray | None = None  # (clients,) str, where the source names its clients
+
+    @classmethod
+    def of(
+        cls, splits: Sequence[Rows], classes: tuple[str, ...], parts: Sequence[np.ndarray], names: np.ndarray | None
+    ) -> Federation:
+        """From (train, validation, test) and each client's training rows, ``parts``."""
+        train, validation, test = splits
+        rows, starts = np.concatenate(parts).astype(np.int64), np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        return cls(train, validation, test, classes, rows, starts, names=names)
 
     @property
     def clients(self) -> int:

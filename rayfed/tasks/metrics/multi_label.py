@@ -7,11 +7,18 @@ Shape suffixes: N rows, L labels.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 NAMES = ("map", "micro_f1", "macro_f1")
 """The names of the `metrics`."""
+
+
+def first_class(labels_NL: np.ndarray) -> np.ndarray:
+    """(N,): the first of a row's labels, in the order of their numbers; L for a row without any."""
+    found: np.ndarray = np.where(labels_NL.any(1), labels_NL.argmax(1), labels_NL.shape[1])
+    return found
 
 
 def loss(logits_NL: Tensor, labels_NL: Tensor) -> tuple[Tensor, Tensor]:
