@@ -36,7 +36,7 @@ from torch import Tensor
 from rayfed.api.plans import build_components
 from rayfed.config import Experiment, dump_config, load_config
 from rayfed.config.marks import changes, live
-from rayfed.errors import UserError
+from rayfed.errors import UserError, allowed
 from rayfed.files import atomic_path, atomic_write, remove_path, write_json
 from rayfed.lora.adapter import Adapter, Layout, LowRank, fresh_adapter, scale_of
 from rayfed.lora.algebra import pad, rescale
@@ -76,6 +76,8 @@ def check_live_change(experiment: Experiment, varied: Iterable[str]) -> None:
         raise UserError("method.mask: got 'fixed', but sweep.search changes the density; allowed is refresh")
     if experiment.eval.early_stop is not None:
         raise UserError("eval.early_stop: got a section, but sweep.search compares runs of equal length: null")
+    if experiment.server.max_mb is not None:
+        raise allowed("server.max_mb", experiment.server.max_mb, "sweep.search compares runs of equal length: null")
 
 
 def warm_start(source: Path, folder: Path, experiment: Experiment) -> None:

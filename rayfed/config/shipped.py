@@ -21,9 +21,9 @@ def folder() -> Path:
 
 
 def shipped() -> dict[str, Path]:
-    """The configs by name: the file's name without `.yaml`. Those of runs come first, then those of sweeps."""
-    found = folder()
-    return {path.stem: path for path in [*sorted(found.glob("*.yaml")), *sorted(found.glob("sweeps/*.yaml"))]}
+    """The configs by name: the file's name without `.yaml`. Those of runs come first, then recipes, then sweeps."""
+    files = (sorted(folder().glob(pattern)) for pattern in ("*.yaml", "recipes/*.yaml", "sweeps/*.yaml"))
+    return {path.stem: path for own in files for path in own}
 
 
 def find_config(given: str | Path) -> Path:

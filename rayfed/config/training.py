@@ -101,6 +101,10 @@ class Server(Section):
     """Communication rounds."""
     cohort: Clients = 10
     """Clients per round, drawn without replacement; with `sampling: poisson` their mean number."""
+    max_mb: Positive | None = None
+    """The run ends after the round in which all messages so far, both ways, come to this many MB (10^6 bytes) or more.
+    That round is evaluated. null: no limit.
+    """
     sampling: Literal["fixed", "poisson"] = "fixed"
     """How a cohort is drawn. `fixed`: it always has `cohort` clients. `poisson`: each client takes part by a draw of
     its own, with the same probability; a cohort may be larger, smaller or empty.
@@ -126,6 +130,10 @@ class Server(Section):
     """Epsilon of adamw (null: 1e-8), or tau, the degree of adaptivity, of fedadam (null: 1e-3)."""
     weight_decay: Live[NonNegative | None] = None
     """Decoupled weight decay, for adamw only; null: 0.01, torch's default."""
+
+    def spent(self, total: int) -> bool:
+        """Whether ``total`` bytes reach `max_mb`."""
+        return self.max_mb is not None and total >= self.max_mb * 1e6
 
 
 class EarlyStop(Section):

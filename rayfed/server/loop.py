@@ -92,7 +92,7 @@ class Server:
             if self.progress.stopped:
                 return
             record, dense_bytes = self._round(t)
-            self.progress.add(record, self.plan.task.metric, dense_bytes, self.plan.eval.early_stop)
+            self.progress.add(record, self.plan.task.metric, dense_bytes, self.plan.eval.early_stop, self.plan.server)
             self.done = t + 1
             self._unsaved = self._checkpoint(record["state/digest"])
             if record["clients/split"] and not self.split_reported:
@@ -162,7 +162,7 @@ class Server:
         if log.aggregated:  # otherwise the state, and its last base update, are those of an earlier round
             self.base_updates.publish(plan.method.base_update(self.state), plan.model.entries)
         seconds = time.perf_counter() - begun
-        metrics = round_metrics(plan, self.state, t, downlink, self.executor)
+        metrics = round_metrics(plan, self.state, t, downlink, self.executor, self.ledger.total_bytes)
         clients_digest = digest_of(self.state.clients)
         digest = checkpoints.state_digest(t + 1, self.state.tensors(), self.optimizer.state, clients_digest)
         self.chain = link(self.chain, plan.digest, self.ledger.rows(t + 1, t + 1), digest)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rayfed import wire
 from rayfed.clients.plan import RunPlan
-from rayfed.config.training import EarlyStop
+from rayfed.config.training import EarlyStop, Server
 from rayfed.server.evaluation.baselines import Baselines
 from rayfed.tracking import Table
 from rayfed.tracking.sinks import Scalar
@@ -37,11 +37,14 @@ class Progress:
     mark: float | None = None  # the value from which an improvement is measured
     stopped: bool = False
 
-    def add(self, record: Mapping[str, Any], metric: str | None, dense_bytes: int, rule: EarlyStop | None) -> None:
-        """Adds a round's record, and the bytes of its messages had they been dense.
+    def add(
+        self, record: Mapping[str, Any], metric: str | None, dense_bytes: int, rule: EarlyStop | None, server: Server
+    ) -> None:  # fmt: skip
+        """Adds a round's record, and the bytes of its messages had they been dense. Decides whether the run ends.
 
         A round that was not evaluated changes neither the best round nor early stopping.
         """
+        self.stopped = server.spent(record["bytes/total"])
         self.dense_bytes += dense_bytes
         self.ranks = sorted({*self.ranks, *(rank for _, rank in record["clients/trained"])})
         self.last_gap = record.get("eval/gap", self.last_gap)
@@ -62,7 +65,7 @@ class Progress:
             self.mark, self.stale = value, 0
         else:
             self.stale += 1
-        self.stopped = self.stale >= rule.patience
+        self.stopped |= self.stale >= rule.patience
 
 
 def summarize(

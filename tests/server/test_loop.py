@@ -241,6 +241,17 @@ def test_early_stop_stops_and_stays_stopped(tiny, tmp_path):
     assert len(again.metrics) == 3
 
 
+def test_a_limit_on_traffic_ends_the_run_with_an_evaluated_round(tiny, tmp_path):
+    settings = ("server.rounds=30", "eval.every=30")
+    one = rayfed.run(tiny(*settings, "server.rounds=1"), out=tmp_path / "one").metrics[0]["bytes/total"]
+    limit = ("server.max_mb=" + str(2.5 * one / 1e6), *settings)
+    result = rayfed.run(tiny(*limit), out=tmp_path / "run")
+    assert result.rounds == 3  # the first in which all messages together reach the limit
+    assert result.metrics[-1]["eval/accuracy"] is not None
+    assert result.metrics[-2]["eval/accuracy"] is None
+    assert rayfed.run(tiny(*limit), out=tmp_path / "run", resume=True).rounds == 3
+
+
 def test_resume_of_a_finished_run_changes_nothing(tiny, tmp_path):
     first = rayfed.run(tiny(), out=tmp_path / "run")
     before = {p: p.read_bytes() for p in first.out.rglob("*") if p.is_file() and p.name != "events.log"}

@@ -15,12 +15,19 @@ TEXT = (
     "data.source=files", "data.examples=null", "partition.clients=4", "lora.layers_to_transform=null",
     "eval.subset=null", "client.batch_size=4",
 )  # fmt: skip
+DENSITY = (
+    "data={source: files, path: data}", "partition={kind: dirichlet, clients: 4}", "model.dtype=float32",
+    "lora={rank: 8, alpha: 8, target_modules: [query, value]}", "sweep.cases.lora rank 4={lora.rank: 4, lora.alpha: 4}",
+    "sweep.metric=eval/accuracy", "sweep.mode=max", "server.rounds=1", "server.cohort=2", "eval.subset=null",
+    "sweep.parameters.client.lr={grid: [0.01]}", "sweep.parameters.seed={grid: [0]}",
+)  # fmt: skip
 SHORT: dict[str, tuple[str, ...]] = {
     "bfloat16": (
         *TEXT, "server.rounds=1", "server.cohort=2", "client.steps=1", "lora.rank=8",
         "sweep.cases.fedhl.profiles={kind: tiers, ranks: [2, 4, 8]}", "sweep.parameters.seed={grid: [0]}",
         "sweep.cases.fedview.profiles={kind: tiers, ranks: [2, 4, 8]}",
     ),
+    **{f"density_{task}": DENSITY for task in ("banking77", "cifar10", "goemotions", "shakespeare")},
     "density_rank": (*TEXT, "server.rounds=1", "sweep.parameters.lora.rank={grid: [1, 2, 4]}"),
     "flasc_search": (
         *TEXT, "server.rounds=3", "sweep.search.rank=1", "sweep.search.max_rank=16", "sweep.search.rounds=1",
@@ -35,6 +42,10 @@ SHORT: dict[str, tuple[str, ...]] = {
     "methods_banking77": (
         *TEXT, "server.rounds=1", "server.cohort=2", "client.steps=1", "profiles.ranks=[1, 2, 4, 8]", "lora.rank=8",
         "sweep.parameters.client.lr={grid: [0.01]}", "sweep.parameters.seed={grid: [0]}",
+    ),
+    "mixed_ranks": (
+        *TEXT, "server.rounds=1", "server.cohort=2", "client.steps=1", "profiles.ranks=[1, 2, 4, 8]", "lora.rank=8",
+        "lora.alpha=8", "sweep.parameters.client.lr={grid: [0.01]}", "sweep.parameters.seed={grid: [0]}",
     ),
     "optuna_accuracy_bytes": (
         *TEXT, "server.rounds=1", "sweep.search.trials=4", "sweep.search.batch=2", "sweep.search.startup=2",

@@ -27,8 +27,12 @@ from rayfed.server.executor import Executor
 from rayfed.tasks.base import Metric
 
 
-def round_metrics(plan: RunPlan, state: Any, t: int, downlink: Downlink, executor: Executor) -> dict[str, Metric]:
+def round_metrics(
+    plan: RunPlan, state: Any, t: int, downlink: Downlink, executor: Executor, sent: int
+) -> dict[str, Metric]:
     """The metrics of the state after round ``t`` (from 0): None where the round is not evaluated, see `eval.subset`.
+
+    ``sent``: the bytes of all messages so far. The last round of a run is evaluated.
 
     ``downlink`` has the downloads of the round: the masked model is the new state under the mask that its clients got.
     """
@@ -39,7 +43,7 @@ def round_metrics(plan: RunPlan, state: Any, t: int, downlink: Downlink, executo
     splits: tuple[SplitName, ...] = ("validation", "test")
     one_mask = plan.eval.masked and plan.one_mask
     suffixes = ("", "_masked") if one_mask else ("",)
-    full = plan.eval.full(t + 1, plan.rounds)
+    full = plan.eval.full(t + 1, plan.rounds) or plan.server.spent(sent)
     if not full and not plan.eval.subset:
         return metrics(plan.task, plan.federation, {}, suffixes, splits)
     vector, layout = flatten_changes(changes, plan.method.head(state))
