@@ -5,5 +5,8 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["rayfed*"]), "rayfed.configs"],
     package_dir={"rayfed.configs": "configs"},
-    package_data={"rayfed": ["py.typed", "reports/page.html"], "rayfed.configs": ["*.yaml", "recipes/*.yaml", "sweeps/*.yaml"]},
+    package_data={
+        "rayfed": ["py.typed", "reports/page.html"],
+        "rayfed.configs": ["*.yaml", "recipes/*.yaml", "sweeps/*.yaml"],
+    },
 )

@@ -45,7 +45,8 @@ def check_settings(out: Path, known: Experiment, now: Experiment) -> None:
         )
     if common.progress["stopped"]:
         raise UserError(
-            f"{got} the run in {out} was ended after round {common.round}, by eval.early_stop, server.max_mb or a callback; {anew}"
+            f"{got} the run in {out} was ended after round {common.round}, by eval.early_stop, server.max_mb or a "
+            f"callback; {anew}"
         )
 
 
