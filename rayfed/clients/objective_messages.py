@@ -6,7 +6,6 @@ Of a vector only the entries travel that the client may upload; both sides know 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,16 +15,8 @@ from rayfed.clients.local_training import PackMember, TrainedClient
 from rayfed.clients.messages import ClientOrder, EncodedMessage
 from rayfed.clients.transfer import Uploadable
 from rayfed.methods import Sparse
-from rayfed.objectives import ClientRound, Message, Stateful
+from rayfed.objectives import ClientRound, Message, Objective, Stateful
 from rayfed.wire import Payload
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a client's objective sends up after training, and what it stores: (m,) encoded, None for nothing."""
-
-    message: EncodedMessage
-    stored: bytes | None
 
 
 def encode_message(message: Message, places: Uploadable, values: str, budget: int | None = None) -> EncodedMessage:
@@ -65,11 +56,26 @@ def client_round(
     return ClientRound(start, uploaded, rates, received, None if stored is None else stored.values)
 
 
-def reply(objective: Stateful, result: TrainedClient, member: PackMember, order: ClientOrder) -> Reply:
-    """The client's message after training, and what it has in its next round. The client was not dropped."""
+def replies(
+    objective: Objective, trained: Sequence[tuple[TrainedClient, PackMember, ClientOrder] | None]
+) -> tuple[tuple[EncodedMessage | None, ...], tuple[bytes | None, ...]]:
+    """The clients' messages after training, and what each has in its next round, encoded. None: it was dropped.
+
+    Both are empty without a stateful objective.
+    """
+    if not isinstance(objective, Stateful):
+        return (), ()
+    found = [(None, None) if client is None else _reply(objective, *client) for client in trained]
+    return tuple(message for message, _ in found), tuple(stored for _, stored in found)
+
+
+def _reply(
+    objective: Stateful, result: TrainedClient, member: PackMember, order: ClientOrder
+) -> tuple[EncodedMessage, bytes | None]:
     client = member.context
     assert client is not None
     places = Uploadable.of(client.uploaded)
-    message = encode_message(objective.message(client, result.vector, result.steps), places, order.values, order.budget)
-    stored = objective.store(client, decode_encoded(message, places))
-    return Reply(message, None if stored is None else wire.encode(stored))
+    message = objective.message(client, result.vector, result.steps)
+    encoded = encode_message(message, places, order.values, order.budget)
+    stored = objective.store(client, decode_encoded(encoded, places))
+    return encoded, None if stored is None else wire.encode(stored)

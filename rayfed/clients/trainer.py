@@ -19,7 +19,7 @@ from rayfed import wire
 from rayfed.clients import device_memory, messages
 from rayfed.clients.divergence import checked
 from rayfed.clients.local_training import PackMember, TrainingContext, on_device, train_pack
-from rayfed.clients.objective_messages import client_round, reply
+from rayfed.clients.objective_messages import client_round, replies
 from rayfed.clients.pack_timing import measure
 from rayfed.clients.plan import RunPlan
 from rayfed.clients.transfer import assemble, personal_values, sums, upload
@@ -27,7 +27,7 @@ from rayfed.errors import RunError
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_layers
 from rayfed.methods import BaseChange, merged
-from rayfed.objectives import Plain, Stateful
+from rayfed.objectives import Plain
 from rayfed.own_code import own_failures
 from rayfed.privacy.example import ExampleLevel
 from rayfed.tasks.data.federation import Prompts
@@ -118,10 +118,7 @@ class Trainer:
         kept = [None if i in dropped else client for i, client in clients]
         uploads = tuple(client and upload(self.plan.method, *client, privacy, job.t) for client in kept)
         personal = tuple(client and personal_values(*client) for client in kept)
-        objective = self.plan.objective
-        replies = [client and reply(objective, *client) for client in kept] if isinstance(objective, Stateful) else []
-        messages_up = tuple(None if own is None else own.message for own in replies)
-        stored = tuple(None if own is None else own.stored for own in replies)
+        messages_up, stored = replies(self.plan.objective, kept)
         summed = sums(self.plan.channel, uploads, members, job.orders, parts) if job.summed else ()
         losses, examples, steps = zip(*((r.loss, r.examples, r.steps) for r in results))
         ranks = tuple(map(_trained_rank, members))
