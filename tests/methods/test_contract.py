@@ -247,9 +247,8 @@ def test_secure_aggregation_is_for_those_that_need_a_sum_alone(play, random_adap
 def test_an_entry_means_the_same_in_every_round_where_the_gauge_is_fixed(play, random_adapter, name, options):
     """The next start is the start plus the mean change, and the same entries train for all clients."""
     method = build(name, **options)
-    assert method.fixed_gauge == (
-        f"`{name}`" in OBJECTIVES.split("They go with the methods")[1].split("with\none rank")[0]
-    )
+    listed = OBJECTIVES.split("They go with the methods")[1].split("with\none rank")[0]
+    assert method.fixed_gauge == (f"`{name}`" in listed)
     if not method.fixed_gauge:
         return
     assert not method.personal

@@ -85,21 +85,24 @@ def test_the_server_half_changes_no_tensor_in_place() -> None:
     assert u.tolist() == [1.0] * 3
 
 
-GAUGE = "but entry i of the adapter does not mean the same in every round and for every client of"
+OWN = "objective.name: got '{name}', but"
+GAUGE = "entry i of the adapter does not mean the same in every round and for every client of"
 TIERS = ("profiles.kind=tiers", "profiles.ranks=[1,2]")
+PRIVATE = ("privacy.kind=local", "client.on_divergence=drop", "privacy.noise_multiplier=1.0")
+SGD, ADDS = ["fedglomo", "scaffold"], ["fedbc", "fedglomo"]
 REFUSED = [
-    (("method.name={moving}",), "objective.name: got '{name}', " + GAUGE, STATEFUL),
-    (("method.name=padded_changes", *TIERS), "objective.name: got '{name}', but all clients must have one rank", STATEFUL),
-    (("privacy.kind=local", "client.on_divergence=drop", "privacy.noise_multiplier=1.0"), "objective.name: got '{name}', but what it sends beside", STATEFUL),
+    (("method.name={moving}",), f"{OWN} {GAUGE}", STATEFUL),
+    (("method.name=padded_changes", *TIERS), f"{OWN} all clients must have one rank", STATEFUL),
+    (PRIVATE, f"{OWN} what it sends beside", STATEFUL),
     (("server.weights=examples",), "server.weights: got 'examples', but {name} allows auto and uniform", STATEFUL),
-    (("server.optimizer=sgd",), "server.optimizer: got 'sgd', but {name} allows auto and fedavg", ["fedbc", "fedglomo"]),
-    (("client.optimizer=adamw",), "client.optimizer: got 'adamw', but {name}", ["fedglomo", "scaffold"]),
-    (("client.momentum=0.9",), "client.momentum: got 0.9, but {name}", ["fedglomo", "scaffold"]),
-    (("client.clip_norm=1.0",), "client.clip_norm: got 1.0, but {name}", ["fedglomo", "scaffold"]),
-    (("wire.down.density=0.5",), "objective.name: got '{name}', but", ["fedglomo", "scaffold"]),
-    (("profiles.kind=tiers", "profiles.densities_down=[0.5,1.0]"), "objective.name: got '{name}', but", ["scaffold"]),
-    (("wire.up.density=0.5",), "objective.name: got '{name}', but its momentum needs", ["fedglomo"]),
-]  # fmt: skip
+    (("server.optimizer=sgd",), "server.optimizer: got 'sgd', but {name} allows auto and fedavg", ADDS),
+    (("client.optimizer=adamw",), "client.optimizer: got 'adamw', but {name}", SGD),
+    (("client.momentum=0.9",), "client.momentum: got 0.9, but {name}", SGD),
+    (("client.clip_norm=1.0",), "client.clip_norm: got 1.0, but {name}", SGD),
+    (("wire.down.density=0.5",), OWN, SGD),
+    (("profiles.kind=tiers", "profiles.densities_down=[0.5,1.0]"), OWN, SGD),
+    (("wire.up.density=0.5",), f"{OWN} its momentum needs", ["fedglomo"]),
+]
 CASES = [(name, settings, says) for settings, says, names in REFUSED for name in names]
 MOVING = ["fedex_lora", "fedhl", "flexlora", "flora", "hetlora", "rac_lora", "rolora", "fedsa", "slora"]
 
