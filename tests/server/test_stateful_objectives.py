@@ -218,6 +218,9 @@ def test_a_resume_and_other_packs_change_nothing(tmp_path, name):
         assert one["bytes/total"] == three["bytes/total"]
     files = list((tmp_path / "whole" / "clients").rglob("*.safetensors"))
     assert bool(files) == (name != "fedglomo")
+    manifests = [json.loads(path.read_text()) for path in (tmp_path / "whole").rglob("checkpoint.json")]
+    needed = {(str(client), round) for found in manifests for client, round, _ in found["objective_clients"]}
+    assert {(path.parent.name, int(path.stem.removeprefix("objective-"))) for path in files} == needed
     for path in files:
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
