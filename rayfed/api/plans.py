@@ -21,6 +21,7 @@ import torch
 from yaml.representer import RepresenterError
 
 from rayfed import config, methods, objectives, privacy, tasks, weighting
+from rayfed.api.combinations import check_objective
 from rayfed.api.initial_adapter import check_method, initial_adapter
 from rayfed.channels import Lossless
 from rayfed.clients.plan import RunPlan
@@ -31,7 +32,7 @@ from rayfed.errors import UserError, allowed
 from rayfed.keywords import suggest_keywords
 from rayfed.lora.adapter import scale_of
 from rayfed.methods import Method
-from rayfed.objectives import Objective
+from rayfed.objectives import Objective, Stateful
 from rayfed.own_code import own_failures
 from rayfed.profiles.client_profiles import ClientProfiles
 from rayfed.profiles.profile import Profile
@@ -121,6 +122,8 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     objective = objectives.build(experiment.objective.name, **experiment.objective.options)
     objective.check(experiment.objective.name, task=task, lora=lora)
     optimizer = method.optimizer if server.optimizer == "auto" else server.optimizer
+    if isinstance(objective, Stateful) and server.optimizer == "auto":
+        optimizer = objective.server_optimizer(optimizer)
     if optimizer not in method.optimizers:
         raise UserError(f"server.optimizer: got {optimizer!r}, but {name} allows {', '.join(method.optimizers)}")
     ServerOptimizer(optimizer, server)
@@ -142,6 +145,9 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
         what = "with privacy.kind=example every row has the task's own loss; plain and fedprox are allowed"
         raise allowed("objective.name", experiment.objective.name, what)
     by_default = method.weights if experiment.privacy.kind == "none" else "uniform"
+    if isinstance(objective, Stateful):
+        check_objective(experiment, objective, method, profiles)
+        by_default = objective.server_weights or by_default
     weights = by_default if server.weights == "auto" else server.weights
     if server.empty_clients and weights != "uniform":
         raise UserError(

@@ -42,6 +42,7 @@ from rayfed.lora.adapter import Adapter, Layout, LowRank, fresh_adapter, scale_o
 from rayfed.lora.algebra import pad, rescale
 from rayfed.methods.fedit import FedIT
 from rayfed.methods.flasc import Flasc
+from rayfed.objectives import Stateful
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.optimizers import ServerOptimizer
 
@@ -62,6 +63,9 @@ def check_rank_change(experiment: Experiment) -> None:
         raise UserError(
             f"method.name: got {method!r}, but sweep.search continues runs at another rank; allowed are flasc and fedit"
         )
+    if isinstance(build_components(experiment).objective, Stateful):
+        what = "sweep.search continues runs at another rank, and its vectors have one rank: allowed is fedprox or plain"
+        raise allowed("objective.name", experiment.objective.name, what)
     if profiles != "same":
         raise UserError(f"profiles.kind: got {profiles!r}, but sweep.search sets one rank for all clients: same")
     if train == "head":
@@ -94,8 +98,9 @@ def warm_start(source: Path, folder: Path, experiment: Experiment) -> None:
     checkpoint = replace(found.checkpoint, experiment=experiment.digest())
     if any(getattr(settings.lora, key) != getattr(experiment.lora, key) for key in ("rank", "alpha", "rslora")):
         checkpoint, method, optimizer = _grown(checkpoint, method, optimizer, experiment)
-    checkpoints.save(folder / "checkpoints", checkpoint, method, optimizer, experiment.checkpoint.keep)
-    for stored in found.clients.values():
+    keep = experiment.checkpoint.keep
+    checkpoints.save(folder / "checkpoints", checkpoint, method, optimizer, keep, found.objective)
+    for stored in (*found.clients.values(), *found.objective_clients.values()):
         copy = folder / stored.path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(stored.path, copy)

@@ -12,14 +12,14 @@ says which further hooks of objectives belong to which part.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rayfed import seeding
+from rayfed.clients.pack_parameters import Estimates, Parameters, make_optimizer, pack_terms
 from rayfed.clients.row_clipping import add_noise, clipped_backward
 from rayfed.clients.row_context import class_counts, row_context
 from rayfed.config.training import Client
@@ -29,7 +29,7 @@ from rayfed.lora.packed.row_norms import RowNorms
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack
 from rayfed.methods import BaseChange
-from rayfed.objectives import Objective, Plain
+from rayfed.objectives import ClientRound, Objective, Plain, Stateful
 from rayfed.privacy.example import ExampleLevel, expected_batch
 from rayfed.tasks.base import Task
 from rayfed.tasks.data.federation import Rows
@@ -45,6 +45,7 @@ class PackMember:
     ``start`` (n,) are its decoded start values, ``support`` (n,) marks the entries that train, ``rows`` are its
     training rows. ``base`` is the frozen change of the base under its adapter. ``rates`` are factors on the learning
     rate by part, equal in a pack. The penalty of ``objective`` is its own: that of the run's objective comes on top.
+    ``context`` is what a stateful objective of the run knows of the client; None: it leaves the client alone.
     """
 
     client: int
@@ -55,6 +56,7 @@ class PackMember:
     base: BaseChange = field(default_factory=dict)
     rates: Mapping[str, float] = field(default_factory=dict)
     objective: Objective = field(default_factory=Plain)
+    context: ClientRound | None = None
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,23 @@ class TrainingContext:
 def train_pack(context: TrainingContext, members: Sequence[PackMember], *, lr: float, t: int) -> list[TrainedClient]:
     """Trains the members for one round ``t`` (from 0) at the learning rate ``lr``; results in the order given.
 
-    The stack gets as many slots as there are members. The result is a function of the arguments alone. On a GPU nothing
-    waits for the device before the last step, and a step starts as many kernels for many members as for two.
+    The stack gets as many slots as there are members, and one more for each second trajectory of a stateful objective.
+    The result is a function of the arguments alone. On a GPU nothing waits for the device before the last step, and a
+    step starts as many kernels for many members as for two.
     """
-    return _PackTraining(context, members, lr, t).run()
+    objective = _stateful(context.objective, members)
+    if objective is None:
+        return _PackTraining(context, members, lr, t).run()
+    starts = [objective.twin(member.context) for member in members if member.context is not None]
+    twins = [replace(member, start=start) for member, start in zip(members, starts, strict=True) if start is not None]
+    results = _PackTraining(context, [*members, *twins], lr, t, objective).run()
+    ends = iter(results[len(members) :])
+    return [
+        result
+        if start is None or member.context is None
+        else replace(result, vector=objective.combined(member.context, result.vector, next(ends).vector))
+        for result, member, start in zip(results, members, starts)
+    ]
 
 
 def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -114,21 +129,38 @@ def batches(rows: np.ndarray, settings: Client, seed: int, t: int, client: int) 
     return plan[:steps]
 
 
-class _PackTraining:
-    """One round of one pack."""
+def _stateful(objective: Objective, members: Sequence[PackMember]) -> Stateful | None:
+    """The objective, if it is stateful and knows the members."""
+    known = isinstance(objective, Stateful) and all(member.context is not None for member in members)
+    return objective if known and isinstance(objective, Stateful) else None
 
-    def __init__(self, context: TrainingContext, members: Sequence[PackMember], lr: float, t: int) -> None:
+
+class _PackTraining:
+    """One round of one pack. With estimates of the gradient, the second half of the slots follows the first half: it
+    has the values before the last step."""
+
+    def __init__(
+        self, context: TrainingContext, members: Sequence[PackMember], lr: float, t: int,
+        objective: Stateful | None = None,
+    ) -> None:  # fmt: skip
+        self.trajectories = len(members)
+        members = [*members, *members] if objective is not None and objective.estimates else members
         self.context, self.members, self.t = context, members, t
         self.plans = [_plan(context, member, t) for member in members]
         context.stack.load([m.layout.unflatten(m.start) for m in members], [m.base for m in members])
-        self.parameters = _Parameters(context.stack, members)
+        self.parameters = Parameters(context.stack, members)
         # Where nothing arrived and only arrived entries train, the clients just measure their loss.
         self.optimizer: torch.optim.Optimizer | None = None
         if self.parameters.trained:
-            self.optimizer = _optimizer(self.parameters.groups(lr), context.settings, context.device)
+            self.optimizer = make_optimizer(self.parameters.groups(lr), context.settings, context.device)
         # Where the objective pulls towards the start of the round.
-        trained = self.parameters.trained if context.objective.changes_gradient else {}
+        self.terms = pack_terms(context.stack, members, objective) if objective is not None else {}
+        moves = context.objective.changes_gradient or self.terms
+        trained = self.parameters.trained if moves else {}
         self.starts = {part: values.detach().clone() for part, values in trained.items()}
+        self.estimates: Estimates | None = None
+        if objective is not None and objective.estimates:
+            self.estimates = Estimates(objective, self.parameters.trained, self.trajectories)
         self.class_counts: Tensor | None = None  # of the members, see `_row_losses`
         self.losses = torch.zeros(len(members), dtype=torch.float64, device=context.device)
 
@@ -137,7 +169,9 @@ class _PackTraining:
         if without := [slot for slot, plan in enumerate(self.plans) if not plan]:
             stack.snapshot(without)
         for step in range(max(len(plan) for plan in self.plans)):
-            active = [slot for slot, plan in enumerate(self.plans) if step < len(plan)]
+            # Before the first step there is no point before it.
+            slots = len(self.plans) if step else self.trajectories
+            active = [slot for slot, plan in enumerate(self.plans[:slots]) if step < len(plan)]
             if self.context.privacy is not None:
                 self._private_gradients(self.context.privacy, active, step)
             else:
@@ -154,7 +188,7 @@ class _PackTraining:
         return [
             TrainedClient(vector, loss / max(sum(len(rows) > 0 for rows in plan), 1), sum(map(len, plan)), len(plan))
             for vector, loss, plan in zip(vectors, self.losses.tolist(), self.plans, strict=True)
-        ]
+        ][: self.trajectories]
 
     def _segments(self, active: Sequence[int], step: int) -> list[Segment]:
         """Which rows of the batch belong to which slot."""
@@ -228,13 +262,20 @@ class _PackTraining:
             add_noise(privacy, c.settings, c.stack, clients, self.t, step)
 
     def _update(self, optimizer: torch.optim.Optimizer) -> None:
-        """The step: the objective's gradient, mask, clip, optimizer; what does not train gets its start values back."""
-        self.parameters.add_gradients(self.context.objective, self.starts)
+        """The step: the objective's gradient, mask, estimate, clip, optimizer.
+
+        What does not train gets its start values back.
+        """
+        self.parameters.add_gradients(self.context.objective, self.starts, self.terms)
         self.parameters.mask_gradients()
+        if self.estimates is not None:
+            self.estimates.replace_gradients()
         if self.context.settings.clip_norm is not None:
             self.parameters.clip(self.context.settings.clip_norm)
         optimizer.step()
         self.parameters.restore()
+        if self.estimates is not None:
+            self.estimates.follow()
 
 
 def _plan(context: TrainingContext, member: PackMember, t: int) -> list[np.ndarray]:
@@ -242,75 +283,3 @@ def _plan(context: TrainingContext, member: PackMember, t: int) -> list[np.ndarr
     if context.privacy is not None:
         return context.privacy.batches(member.rows, context.settings, t, member.client)
     return batches(member.rows, context.settings, context.seed, t, member.client)
-
-
-def _optimizer(groups: list[dict[str, object]], settings: Client, device: torch.device) -> torch.optim.Optimizer:
-    """Element-wise optimizers, so that one over the stack is one per client. On a GPU a step is one kernel."""
-    options: dict[str, Any] = {"lr": 0.0, "weight_decay": settings.weight_decay}
-    options["fused"] = True if device.type != "cpu" else None
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=settings.momentum, **options)
-    return torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, **options)
-
-
-class _Parameters:
-    """The stack's parameters during one round: which entries train, and each client's norm of their gradients."""
-
-    def __init__(self, stack: Stack, members: Sequence[PackMember]) -> None:
-        self.stack, self.rates = stack, members[0].rates
-        # Padding, and tensors that only some adapters have, count as trained: they have no gradient.
-        masks = {part: torch.ones(values.shape, dtype=torch.bool) for part, values in stack.parameters.items()}
-        views, trains = stack.views(masks), set()
-        for slot, member in enumerate(members):
-            complete = bool(member.support.all())
-            for entry in member.layout.entries:
-                support = member.support[entry.start : entry.start + entry.numel].view(entry.shape)
-                if complete or bool(support.any()):
-                    trains.add((entry.name, entry.part))
-                if not complete:
-                    stack.crop(views[entry.name, entry.part][slot], entry.part, entry.shape).copy_(support)
-        # Otherwise a head-only client would pay for a backward pass through the whole model.
-        stack.train(trains)
-        self.trained = {part: values for part, values in stack.parameters.items() if values.requires_grad}
-        # Parameter, mask, start: the parameters of which some entries do not train.
-        self.partial = [
-            (values, to_device(masks[part], values.device), values.detach().clone())
-            for part, values in self.trained.items()
-            if not masks[part].all()
-        ]
-
-    def groups(self, lr: float) -> list[dict[str, object]]:
-        """The optimizer's parameter groups: one for each part."""
-        return [{"params": [values], "lr": lr * self.rates.get(part, 1.0)} for part, values in self.trained.items()]
-
-    @torch.no_grad()
-    def add_gradients(self, objective: Objective, starts: Mapping[str, Tensor]) -> None:
-        """Adds `Objective.gradient`, given the values (K, n) of each part at the start of the round."""
-        for part, start in starts.items():
-            values = self.trained[part]
-            if values.grad is not None:
-                values.grad.add_(objective.gradient(values.detach(), start))
-
-    @torch.no_grad()
-    def mask_gradients(self) -> None:
-        for values, mask, _ in self.partial:
-            if values.grad is not None:
-                values.grad.mul_(mask)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for values, mask, start in self.partial:  # weight decay moves entries without gradient
-            values.copy_(torch.where(mask, values, start))
-
-    @torch.no_grad()
-    def clip(self, norm: float) -> None:
-        """Scales each slot's gradient to at most the L2 norm, as torch's clip_grad_norm_ does for one model."""
-        gradients = {part: values.grad for part, values in self.trained.items() if values.grad is not None}
-        on_cpu = self.stack.device.type == "cpu"  # there each tensor is summed by itself, elsewhere each part
-        squares = sum(
-            (g.flatten(1).square().sum(1) for g in (self.stack.views(gradients) if on_cpu else gradients).values()),
-            torch.zeros(()),
-        )
-        factors = (norm / (torch.sqrt(squares) + 1e-6)).clamp(max=1.0)
-        for g in gradients.values():
-            g.mul_(factors[:, None])

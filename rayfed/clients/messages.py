@@ -4,8 +4,7 @@ Vectors travel beside a job as payloads, ``bytes`` made by `rayfed.wire`; a job 
 payloads are traffic: what a client downloads. Others stand for what a client has already, and only the simulation moves
 them.
 
-A further payload of an objective (DESIGN: extra messages down and up) is one more field of `ClientOrder` and
-`TrainResult`; see docs/architecture.md.
+The message of an objective beside the adapter is an `EncodedMessage`, see `rayfed.clients.objective_messages`.
 """
 
 from __future__ import annotations
@@ -26,9 +25,32 @@ SplitName = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
+class EncodedMessage:
+    """The payloads of an objective's message of one client, see `rayfed.objectives.Message`."""
+
+    vector: bytes | None = None
+    numbers: bytes | None = None
+
+    @property
+    def payloads(self) -> tuple[bytes, ...]:
+        """Those that travel."""
+        return tuple(payload for payload in (self.vector, self.numbers) if payload is not None)
+
+
+@dataclass(frozen=True)
+class ObjectiveOrder:
+    """What a client's objective receives (``vector``, ``numbers``) and what it stored: positions among the job's
+    payloads. None: there is none."""
+
+    vector: int | None = None
+    numbers: int | None = None
+    stored: int | None = None
+
+
+@dataclass(frozen=True)
 class ClientOrder:
-    """One client's part of a training job. ``payload``, ``known`` and the integers of ``base`` and ``merge`` are
-    positions among the job's payloads."""
+    """One client's part of a training job. ``payload``, ``known`` and the integers of ``base``, ``merge`` and
+    ``objective`` are positions among the job's payloads."""
 
     client: int
     layout: Layout
@@ -41,6 +63,7 @@ class ClientOrder:
     known: int | None = None  # the entries that it has already
     base: tuple[int, Layout] | None = None  # the frozen change of its base
     merge: tuple[int, Layout] | None = None  # a change that it merges into its base before it trains; also a download
+    objective: ObjectiveOrder | None = None  # of a stateful objective
 
 
 @dataclass(frozen=True)
@@ -71,7 +94,8 @@ class TrainResult:
     ``personal`` holds each client's personal entries, encoded; None where nothing is personal. ``sizes`` describes each
     upload. A summed job has no uploads but ``summed``, one sum a part; its uploads are counted by their sizes.
     ``diverged`` names the clients whose training diverged, by their place in the pack. A dropped client has None as
-    upload, personal entries and sizes. A part of which all clients were dropped has no sum.
+    upload, personal entries and sizes. A part of which all clients were dropped has no sum. A stateful objective has
+    ``messages`` of the clients, and what each of them has ``stored``, encoded; both are None of a dropped client.
     """
 
     uploads: tuple[bytes | None, ...]
@@ -85,6 +109,8 @@ class TrainResult:
     sizes: tuple[Sizes | None, ...]
     summed: tuple[PackSum, ...] = ()
     diverged: Mapping[int, Divergence] = field(default_factory=dict)
+    messages: tuple[EncodedMessage | None, ...] = ()
+    stored: tuple[bytes | None, ...] = ()
 
     @property
     def sent(self) -> tuple[int, ...]:

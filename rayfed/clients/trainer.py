@@ -19,6 +19,7 @@ from rayfed import wire
 from rayfed.clients import device_memory, messages
 from rayfed.clients.divergence import checked
 from rayfed.clients.local_training import PackMember, TrainingContext, on_device, train_pack
+from rayfed.clients.objective_messages import client_round, replies
 from rayfed.clients.pack_timing import measure
 from rayfed.clients.plan import RunPlan
 from rayfed.clients.transfer import assemble, personal_values, sums, upload
@@ -100,7 +101,7 @@ class Trainer:
         begun = time.perf_counter()
         decoded = [wire.decode(payload) for payload in payloads]  # clients of a tier share theirs
         bases: dict[int, BaseChange] = {}
-        members = [self._member(order, decoded, bases) for order in job.orders]
+        members = [self._member(order, decoded, bases, job.lr) for order in job.orders]
         train = partial(train_pack, self.context, lr=job.lr, t=job.t)
         trained = device_memory.in_halves(
             members, train, self.device, lambda m: f"client {m.client}: training it alone"
@@ -117,6 +118,7 @@ class Trainer:
         kept = [None if i in dropped else client for i, client in clients]
         uploads = tuple(client and upload(self.plan.method, *client, privacy, job.t) for client in kept)
         personal = tuple(client and personal_values(*client) for client in kept)
+        messages_up, stored = replies(self.plan.objective, kept)
         summed = sums(self.plan.channel, uploads, members, job.orders, parts) if job.summed else ()
         losses, examples, steps = zip(*((r.loss, r.examples, r.steps) for r in results))
         ranks = tuple(map(_trained_rank, members))
@@ -124,11 +126,12 @@ class Trainer:
         uploads = () if job.summed else uploads
         seconds = time.perf_counter() - begun
         return messages.TrainResult(
-            uploads, personal, losses, examples, steps, ranks, seconds, parts, sizes, summed, diverged
-        )
+            uploads, personal, losses, examples, steps, ranks, seconds, parts, sizes, summed, diverged,
+            messages_up, stored,
+        )  # fmt: skip
 
     def _member(
-        self, order: messages.ClientOrder, decoded: Sequence[wire.Payload], bases: dict[int, BaseChange]
+        self, order: messages.ClientOrder, decoded: Sequence[wire.Payload], bases: dict[int, BaseChange], lr: float
     ) -> PackMember:
         known = None if order.known is None else decoded[order.known]
         start, has = assemble(order.layout, decoded[order.payload], known)
@@ -144,7 +147,8 @@ class Trainer:
             base = merged(base, layout.unflatten(decoded[at].dense()))
         trainable, rows = order.trainable, self.plan.federation.rows_of(order.client)
         support, objective = trainable.support(order.layout, has), trainable.objective or Plain()
-        return PackMember(order.client, order.layout, start, support, rows, base, trainable.rates, objective)
+        context = client_round(order, decoded, start, support, lr) if order.objective else None
+        return PackMember(order.client, order.layout, start, support, rows, base, trainable.rates, objective, context)
 
     @torch.no_grad()
     def _evaluate(self, job: messages.EvalJob, payloads: Sequence[bytes]) -> messages.EvalResult:

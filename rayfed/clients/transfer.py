@@ -37,6 +37,12 @@ class Uploadable:
         """The entries where ``mask`` (n,), boolean, is true."""
         return cls(len(mask), None if bool(mask.all()) else mask.nonzero().squeeze(1))
 
+    def same(self, other: Uploadable) -> bool:
+        """True if both are the same entries."""
+        if self.places is None or other.places is None:
+            return self.places is other.places and self.n == other.n
+        return self.n == other.n and torch.equal(self.places, other.places)
+
     def placed(self, payload: Payload) -> Tensor | Sparse:
         """An upload of these entries, as a change of the whole adapter. RunError where it has another length."""
         candidates = self.n if self.places is None else len(self.places)

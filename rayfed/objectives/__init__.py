@@ -5,6 +5,7 @@ A method may add a penalty of its own for each client, see `rayfed.methods.Train
 from typing import Any
 
 from rayfed.config.options import make_member
+from rayfed.objectives._stateful import ClientRound, Message, Received, RunFacts, Stateful
 from rayfed.objectives.base import Objective, RowContext
 from rayfed.objectives.plain import Plain
 from rayfed.plugins import member_class, member_names
@@ -21,4 +22,7 @@ def build(name: str, **options: Any) -> Objective:
     return make_member(member_class("rayfed.objectives", name, Objective, "objective.name"), "objective", name, options)
 
 
-__all__ = ["OBJECTIVES", "Objective", "Plain", "RowContext", "build"]
+__all__ = [
+    "OBJECTIVES", "ClientRound", "Message", "Objective", "Plain", "Received", "RowContext", "RunFacts", "Stateful",
+    "build",
+]  # fmt: skip

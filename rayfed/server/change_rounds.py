@@ -57,7 +57,7 @@ def change_rounds(out: Path, checkpoint: Checkpoint, digest: str, config: str) -
         checksum = checkpoints.metrics_checksum(staged, checkpoint.round)
         chain = str(records[-1]["state/chain"])
         changed = replace(found.checkpoint, experiment=digest, chain=chain, metrics=checksum)
-        checkpoints.save(staged / "checkpoints", changed, found.method, found.optimizer, keep=1)
+        checkpoints.save(staged / "checkpoints", changed, found.method, found.optimizer, 1, found.objective)
     complete(out)
 
 

@@ -1,9 +1,10 @@
 """Checkpoints: everything that the next round depends on, written whole or not at all, and checked before it is used.
 
 `checkpoints/round-000012/` holds `state.safetensors` (method state under `method.`, server-optimizer moments under
-`optimizer.`) and `checkpoint.json`. The latter is the manifest of the run directory: it has the checksums of the
-tensors (the state digest), the client state files, the ledger's parts and the lines of metrics.jsonl, and a checksum
-of itself. There are no pickles. `restore` uses the newest checkpoint whose files are all as they were written.
+`optimizer.`, the server half of an objective under `objective.`) and `checkpoint.json`. The latter is the manifest of
+the run directory: it has the checksums of the tensors (the state digest), the client state files, the ledger's parts
+and the lines of metrics.jsonl, and a checksum of itself. There are no pickles. `restore` uses the newest checkpoint
+whose files are all as they were written.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class Checkpoint:
     """`metrics_checksum` of this round."""
     capability: str = ""
     """`Executor.capability`: a resume on devices of another one is told."""
+    objective_clients: list[list[Any]] = field(default_factory=list)
+    """As ``clients``, for the files of the objective."""
     version: int = VERSION
 
 
@@ -69,15 +72,21 @@ class Restored:
     optimizer: dict[str, Tensor]
     clients: dict[int, StoredTensors]
     ledger: Ledger
+    objective: dict[str, Tensor]
+    objective_clients: dict[int, StoredTensors]
 
 
-def state_digest(round: int, method: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], clients: str = "") -> str:
+def state_digest(
+    round: int, method: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], clients: str = "",
+    objective: Mapping[str, Tensor] | None = None,
+) -> str:  # fmt: skip
     """SHA-256 (64 hex digits) over the round and every tensor's name, type, shape and bytes: equal iff the bits are.
 
-    ``clients`` is the digest of the client state, see `rayfed.server.client_state`.
+    ``clients`` is the digest of the client state, see `rayfed.server.client_state`: that of the method, followed by
+    that of the objective.
     """
     digest = hashlib.sha256((str(round) + clients).encode())
-    for prefix, tensors in (("method", method), ("optimizer", optimizer)):
+    for prefix, tensors in (("method", method), ("optimizer", optimizer), ("objective", objective or {})):
         for name in sorted(tensors):
             tensor = tensors[name].detach().cpu().contiguous()
             digest.update(f"|{prefix}.{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
@@ -98,10 +107,12 @@ def metrics_checksum(out: Path, rounds: int) -> str:
 
 
 def save(
-    folder: Path, checkpoint: Checkpoint, method: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], keep: int
-) -> None:
+    folder: Path, checkpoint: Checkpoint, method: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], keep: int,
+    objective: Mapping[str, Tensor] | None = None,
+) -> None:  # fmt: skip
     """Writes the checkpoint under ``folder`` and removes all but the newest ``keep``."""
     tensors = {f"method.{k}": v for k, v in method.items()} | {f"optimizer.{k}": v for k, v in optimizer.items()}
+    tensors |= {f"objective.{k}": v for k, v in (objective or {}).items()}
     with atomic_path(folder / f"round-{checkpoint.round:06d}") as path:
         path.mkdir()
         save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, path / "state.safetensors")
@@ -145,19 +156,23 @@ def read(out: Path, folder: Path, experiment: str) -> Restored:
     checkpoint = read_manifest(folder, experiment)
     with _damage():
         clients = ClientStore(out / "clients").restore(checkpoint.clients)
-        split: dict[str, dict[str, Tensor]] = {"method": {}, "optimizer": {}}
+        objective_clients = ClientStore(out / "clients", "objective").restore(checkpoint.objective_clients)
+        split: dict[str, dict[str, Tensor]] = {"method": {}, "optimizer": {}, "objective": {}}
         for name, tensor in load_file(regular(folder / "state.safetensors")).items():
             prefix, _, rest = name.partition(".")
             split.setdefault(prefix, {})[rest] = tensor
-        digest = state_digest(checkpoint.round, split["method"], split["optimizer"], digest_of(clients))
-        if len(split) != 2 or digest != checkpoint.digest:
+        own = digest_of(clients) + digest_of(objective_clients)
+        digest = state_digest(checkpoint.round, split["method"], split["optimizer"], own, split["objective"])
+        if len(split) != 3 or digest != checkpoint.digest:
             raise Damaged("its tensors do not have the digest that it records")
         if metrics_checksum(out, checkpoint.round) != checkpoint.metrics:
             raise Damaged("metrics.jsonl does not have the lines that it vouches for")
         ledger = Ledger.read(out / "ledger.parquet", checkpoint.round)
         if ledger.checksum != checkpoint.ledger:
             raise Damaged("ledger.parquet does not have the parts that it vouches for")
-    return Restored(checkpoint, split["method"], split["optimizer"], clients, ledger)
+    return Restored(
+        checkpoint, split["method"], split["optimizer"], clients, ledger, split["objective"], objective_clients
+    )
 
 
 def read_manifest(folder: Path, experiment: str | None = None) -> Checkpoint:
@@ -187,6 +202,13 @@ def manifests(folder: Path) -> list[Checkpoint]:
         with suppress(Damaged):
             whole.append(read_manifest(path))
     return whole
+
+
+def prune_clients(folder: Path, store: ClientStore, objective: ClientStore) -> None:
+    """Removes the client state files that no checkpoint under ``folder`` names."""
+    whole = manifests(folder)
+    store.prune([own.clients for own in whole])
+    objective.prune([own.objective_clients for own in whole])
 
 
 def folders(folder: Path) -> list[Path]:

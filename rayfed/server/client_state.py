@@ -1,8 +1,9 @@
 """Client state on the disk: the tensors of single clients that a method stores between rounds.
 
 A method's state maps client ids to tensors. After every round `ClientStore.save` writes what is new to
-`clients/<client>/round-<t>.safetensors` and puts `StoredTensors` in its place, which read the file on access. A
-checkpoint names the files that it needs; files that no checkpoint names are removed.
+`clients/<client>/round-<t>.safetensors` and puts `StoredTensors` in its place, which read the file on access. What an
+objective stores for clients is in `clients/<client>/objective-<t>.safetensors`, by a store of its own. A checkpoint
+names the files that it needs; files that no checkpoint names are removed.
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 class ClientStore:
-    """The client state files of one run."""
+    """The client state files of one run whose names begin with ``kind``."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, kind: str = "round") -> None:
+        self.folder, self.kind = folder, kind
 
     def save(self, clients: Mapping[int, Mapping[str, Tensor]], round: int) -> dict[int, StoredTensors]:
         """Writes the tensors that are not on the disk yet; returns the same mapping, backed by files."""
@@ -89,12 +90,12 @@ class ClientStore:
     def prune(self, checkpoints: list[list[list[Any]]]) -> None:
         """Removes the files that none of these checkpoints' rows name."""
         needed = {self._path(int(client), int(round)) for rows in checkpoints for client, round, _ in rows}
-        for path in self.folder.glob("*/round-*.safetensors"):
+        for path in self.folder.glob(f"*/{self.kind}-*.safetensors"):
             if path not in needed:
                 path.unlink()
 
     def _path(self, client: int, round: int) -> Path:
-        return self.folder / str(client) / f"round-{round:06d}.safetensors"
+        return self.folder / str(client) / f"{self.kind}-{round:06d}.safetensors"
 
 
 def digest_of(clients: Mapping[int, StoredTensors]) -> str:

@@ -23,7 +23,6 @@ from rayfed import wire
 from rayfed.clients.plan import RunPlan
 from rayfed.config.load import dump_settings
 from rayfed.files import atomic_write, write_json
-from rayfed.profiles.client_profiles import describe
 from rayfed.server import checkpoint as checkpoints
 from rayfed.server.base_updates import BaseUpdates
 from rayfed.server.chain import link
@@ -35,15 +34,18 @@ from rayfed.server.evaluation.diagnostics import Diagnostics
 from rayfed.server.evaluation.targets import global_changes, round_metrics
 from rayfed.server.executor import Executor
 from rayfed.server.export import export
+from rayfed.server.objective import ServerObjective
 from rayfed.server.optimizers import ServerOptimizer
 from rayfed.server.pack_size import Choice
 from rayfed.server.sampling import client_costs, cohort_of, plan_packs
 from rayfed.server.star import RoundLog, train_round
-from rayfed.server.summary import Progress, closing_table, summarize
+from rayfed.server.summary import Progress, closing_table, run_info, summarize
 from rayfed.tasks.data.heterogeneity import write_partition
-from rayfed.tracking import RunInfo, Sink
+from rayfed.tracking import Sink
 
 Record = dict[str, Any]
+Unsaved = tuple[Checkpoint, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
+"""A checkpoint without the checksums of files, and the tensors of method, server optimizer and objective."""
 
 
 class Server:
@@ -63,9 +65,10 @@ class Server:
         self.optimizer = ServerOptimizer(plan.server_optimizer, plan.server)
         self.costs = client_costs(plan.federation, plan.client)
         self.folder, self.store = out / "checkpoints", ClientStore(out / "clients")
+        self.objective = ServerObjective(plan, out, executor)
         self.progress, self.base_updates = Progress(), BaseUpdates()
         self.ledger, self.done, self.chain, self.split_reported = wire.Ledger(), 0, "", False
-        self._unsaved: tuple[Checkpoint, dict[str, Tensor], dict[str, Tensor]] | None = None
+        self._unsaved: Unsaved | None = None
         self.entries = (start := plan.start()).layout.size
         found, self.events = checkpoints.restore(out, plan.digest) if resume else (None, [])
         if found is None:
@@ -74,6 +77,7 @@ class Server:
         else:
             last, self.ledger, self.optimizer.state = found.checkpoint, found.ledger, found.optimizer
             self.state = plan.method.restore(found.method, last.facts, found.clients)
+            self.objective.restore(found.objective, found.objective_clients)
             self.base_updates, self.progress = BaseUpdates.from_json(last.base_updates), Progress(**last.progress)
             self.done, self.chain, executor.capability = last.round, last.chain, last.capability or executor.capability
 
@@ -84,7 +88,7 @@ class Server:
         if self.choice:
             write_json(self.out / "pack.json", asdict(self.choice))
             self.events.insert(0, f"engine.pack=auto: packs of {self.choice.size} (a step: {self.choice.time_model()})")
-        self.sinks.start(self._info())
+        self.sinks.start(run_info(self.plan, self.out, self.entries, self.done))
         for text in self.events:
             self.sinks.event(text)
         self.executor.subscribe(self.sinks.event)
@@ -120,18 +124,18 @@ class Server:
         """Writes the last finished round's checkpoint, and before it the ledger, unless that has been done."""
         if self._unsaved is None:
             return
-        checkpoint, tensors, moments = self._unsaved
+        checkpoint, tensors, moments, objective = self._unsaved
         self.ledger.write(self.out / "ledger.parquet", checkpoint.round)
         metrics, capability = metrics_checksum(self.out, checkpoint.round), self.executor.capability
         checkpoint = replace(checkpoint, ledger=self.ledger.checksum, metrics=metrics, capability=capability)
-        checkpoints.save(self.folder, checkpoint, tensors, moments, self.plan.checkpoint.keep)
+        checkpoints.save(self.folder, checkpoint, tensors, moments, self.plan.checkpoint.keep, objective)
         self._unsaved = None
-        if checkpoint.clients:
-            self.store.prune([kept.clients for kept in checkpoints.manifests(self.folder)])
+        if checkpoint.clients or checkpoint.objective_clients:
+            checkpoints.prune_clients(self.folder, self.store, self.objective.store)
         self.on_checkpoint()
 
-    def _checkpoint(self, digest: str) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Tensor]]:
-        """The finished round's checkpoint without the checksums of files; the tensors of method and optimizer."""
+    def _checkpoint(self, digest: str) -> Unsaved:
+        """The finished round's checkpoint."""
         checkpoint = Checkpoint(
             round=self.done,
             experiment=self.plan.digest,
@@ -141,8 +145,9 @@ class Server:
             progress=asdict(self.progress),
             base_updates=self.base_updates.to_json(),
             clients=self.store.to_json(self.state.clients),
+            objective_clients=self.objective.store.to_json(self.objective.clients),
         )
-        return checkpoint, self.state.tensors(), dict(self.optimizer.state)
+        return checkpoint, self.state.tensors(), dict(self.optimizer.state), self.objective.state
 
     def _round(self, t: int) -> tuple[Record, int]:
         """Trains and evaluates round ``t`` (from 0): its record, and its messages' bytes had they been dense fp32."""
@@ -155,16 +160,18 @@ class Server:
         downlink = Downlink(plan.method, self.state, plan.wire.down.values, plan.channel, self.executor)
         diagnostics = Diagnostics() if plan.eval.diagnostics else None
         log = RoundLog(t + 1, self.ledger, self.base_updates, diagnostics=diagnostics)
-        state = train_round(plan, self.state, t, packs, self.optimizer, downlink, self.executor, log)
+        state = train_round(plan, self.state, t, packs, self.optimizer, downlink, self.executor, log, self.objective)
         for text in log.events():
             self.sinks.event(text)
         self.state = replace(state, clients=self.store.save(state.clients, t + 1)) if state.clients else state
+        self.objective.save(t + 1)
         if log.aggregated:  # otherwise the state, and its last base update, are those of an earlier round
             self.base_updates.publish(plan.method.base_update(self.state), plan.model.entries)
         seconds = time.perf_counter() - begun
         metrics = round_metrics(plan, self.state, t, downlink, self.executor, self.ledger.total_bytes)
-        clients_digest = digest_of(self.state.clients)
-        digest = checkpoints.state_digest(t + 1, self.state.tensors(), self.optimizer.state, clients_digest)
+        stored = digest_of(self.state.clients) + digest_of(self.objective.clients)
+        own = (self.state.tensors(), self.optimizer.state, stored, self.objective.state)
+        digest = checkpoints.state_digest(t + 1, *own)
         self.chain = link(self.chain, plan.digest, self.ledger.rows(t + 1, t + 1), digest)
         record = {
             "round": t + 1,
@@ -182,18 +189,3 @@ class Server:
             "state/chain": self.chain,
         }
         return record, log.dense
-
-    def _info(self) -> RunInfo:
-        plan, sizes, metric = self.plan, self.plan.federation.sizes, self.plan.task.metric or "accuracy"
-        facts: dict[str, float | int | str | None] = {
-            "clients": plan.federation.clients,
-            "clients without data": int((sizes == 0).sum()),
-            "training rows": int(sizes.sum()),
-            "trainable parameters": self.entries,
-            "frozen parameters": plan.model.parameters,
-            "base in": f"{plan.model.dtype} on {plan.capability}",
-            "padding": str(plan.model.batching),
-            "ranks": describe(plan.profiles.rank_mix(sizes)),
-        }
-        config, rounds = dict(plan.settings), plan.rounds
-        return RunInfo(plan.name, self.out, plan.digest, config, rounds, self.done, facts, metric)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, cast
 
 from rayfed import wire
@@ -25,6 +26,7 @@ from rayfed.server.base_updates import BaseUpdates
 from rayfed.server.downlink import Downlink, Download
 from rayfed.server.evaluation.diagnostics import Diagnostics
 from rayfed.server.executor import Executor, Handle, Submission, SubmissionResult, in_order
+from rayfed.server.objective import ServerObjective
 from rayfed.server.optimizers import ServerOptimizer, scheduled
 
 NAMED = 5  # clients that an event names
@@ -52,18 +54,22 @@ class RoundLog:
     privacy: dict[str, float | None] = field(default_factory=dict)  # the metrics `privacy/...`
     notes: list[str] = field(default_factory=list)  # further lines for the log of the run
 
-    def record(self, client: Profile, result: TrainResult, i: int, received: Download) -> None:
+    def record(
+        self, client: Profile, result: TrainResult, i: int, received: Download, objective: ServerObjective
+    ) -> None:
         """Records client i of a pack's result: every message it received or sent, and its statistics.
 
         A client that was dropped sent nothing, and its statistics do not count.
         """
+        down, up = objective.payloads(client.client, result, i)
         ledger, where = self.ledger, {"round": self.round, "client": client.client}
         missed = self.base_updates.collect(client.client)
         for older in missed:
             ledger.add_sizes(**where, direction="down", sizes=older)
-        for payload in received.payloads:
+        for payload in (*received.payloads, *down):
             ledger.add(**where, direction="down", payload=payload)
-        self.dense += sum(wire.HEADER_BYTES + 4 * down.n for down in (*missed, *received.sizes))
+        beside = map(wire.inspect, (*down, *up))
+        self.dense += sum(wire.HEADER_BYTES + 4 * sizes.n for sizes in (*missed, *received.sizes, *beside))
         if i in result.diverged:
             self.diverged[client.client] = result.diverged[i]
         upload, sizes = result.uploads[i] if result.uploads else None, result.sizes[i]
@@ -73,6 +79,8 @@ class RoundLog:
             ledger.add_sizes(**where, direction="up", sizes=sizes)
         else:
             ledger.add(**where, direction="up", payload=upload)
+        for payload in up:
+            ledger.add(**where, direction="up", payload=payload)
         self.dense += wire.HEADER_BYTES + 4 * sizes.n
         self.loss += result.losses[i] * result.examples[i]
         self.examples += result.examples[i]
@@ -112,9 +120,11 @@ class RoundLog:
 
 def train_round(
     plan: RunPlan, state: Any, t: int, packs: Sequence[Sequence[Profile]], optimizer: ServerOptimizer,
-    downlink: Downlink, executor: Executor, log: RoundLog,
+    downlink: Downlink, executor: Executor, log: RoundLog, objective: ServerObjective | None = None,
 ) -> Any:  # fmt: skip
     """Trains round ``t`` (from 0) and returns the method's next state. ``packs`` are the cohort, pack by pack.
+
+    ``objective`` is the server half of the plan's objective, and has its next state afterwards; None: it has none.
 
     If all clients were dropped (`client.on_divergence`), or the cohort is empty, nothing is aggregated: ``state``
     itself is returned, and the optimizer's moments stay. (User-level privacy aggregates noise then.) RunError where
@@ -122,8 +132,10 @@ def train_round(
     every update.
     """
     optimizer.lr = scheduled(optimizer.base_lr, plan.server.schedule, t, plan.server.rounds)
+    objective = objective or ServerObjective(plan, Path(), executor)
+    objective.begin()
     release = plan.privacy.release(plan.method, state, t, optimizer.state) if plan.privacy else None
-    arriving: Iterator[Update | PackSum] = _updates(plan, state, t, packs, downlink, executor, log, release)
+    arriving: Iterator[Update | PackSum] = _updates(plan, state, t, packs, downlink, executor, log, release, objective)
     if release is not None:
         arriving = release.mean(arriving)
     first = next(arriving, None)
@@ -134,15 +146,17 @@ def train_round(
     stream = chain([first], arriving)
     del first  # an update may be large
     log.aggregated, log.reports = True, release is None
-    state = plan.method.aggregate(state, stream, optimizer.advance)
+    state = plan.method.aggregate(state, stream, objective.advance(optimizer))
     if next(stream, None) is not None or log.ok + log.dropped < sum(map(len, packs)):
         raise RunError(f"method.name: {type(plan.method).__name__}.aggregate ended before it took every update")
+    assert downlink.first is not None
+    objective.finish(downlink.first.start.vector)
     return state
 
 
 def _updates(
     plan: RunPlan, state: Any, t: int, packs: Sequence[Sequence[Profile]], downlink: Downlink, executor: Executor,
-    log: RoundLog, release: Release | None,
+    log: RoundLog, release: Release | None, objective: ServerObjective,
 ) -> Iterator[Update | PackSum]:  # fmt: skip
     """Trains the cohort and yields its updates in the order of the packs, whatever the order of arrival.
 
@@ -154,21 +168,25 @@ def _updates(
     """
     method = plan.method
     lr = scheduled(plan.client.lr, plan.client.schedule, t, plan.server.rounds)
-    summed = method.sum_in_worker and log.diagnostics is None and release is None
-    submissions = [_submission(plan, state, t, lr, pack, summed, downlink) for pack in packs]
-    for done in _timed(in_order(executor.run(submissions)), log):
+    summed = method.sum_in_worker and log.diagnostics is None and release is None and not objective.decides_weights
+    submissions = [_submission(plan, state, t, lr, pack, summed, downlink, objective) for pack in packs]
+    results = _timed(in_order(executor.run(submissions)), log)
+    if objective.decides_weights:
+        results = objective.weighed(packs, results)
+    for done in results:
         job, result = cast(TrainJob, submissions[done.index].job), cast(TrainResult, done.result)
         pack = list(zip(packs[done.index], job.orders, strict=True))
         log.retried += done.retries * len(pack)
         log.split += len(pack) if len(result.parts) > 1 else 0
         for i, (client, _) in enumerate(pack):
-            log.record(client, result, i, downlink.of(client))
+            log.record(client, result, i, downlink.of(client), objective)
+            objective.collect(client.client, result, i)
         if log.diverged and plan.client.on_divergence == "fail":
             raise _failure(log)
         if summed:
             yield from result.summed
             continue
-        updates = _decoded(plan, pack, result, downlink, log)
+        updates = _decoded(plan, pack, result, downlink, log, objective)
         updates = updates if release is None else map(release.clipped, updates)
         if method.sum_in_worker:
             changes = ((own.weight, own.sparse_change) for own in updates)
@@ -200,8 +218,9 @@ def _failure(log: RoundLog) -> RunError:
 
 
 def _decoded(
-    plan: RunPlan, pack: Sequence[tuple[Profile, ClientOrder]], result: TrainResult, downlink: Downlink, log: RoundLog
-) -> Iterator[Update]:
+    plan: RunPlan, pack: Sequence[tuple[Profile, ClientOrder]], result: TrainResult, downlink: Downlink, log: RoundLog,
+    objective: ServerObjective,
+) -> Iterator[Update]:  # fmt: skip
     """Decodes the uploads of a pack's clients, one at a time."""
     for i, (client, order) in enumerate(pack):
         received, payload, personal = downlink.of(client), result.uploads[i], result.personal[i]
@@ -212,7 +231,8 @@ def _decoded(
         change = received.uploadable(order.trainable).placed(upload)
         stats = {"loss": result.losses[i], "examples": result.examples[i], "steps": result.steps[i]}
         own = None if personal is None else wire.decode(personal).dense()
-        update = Update(client, order.weight, received.vector, change, order.layout, stats, own)
+        weight = objective.weight(client.client, order.weight)
+        update = Update(client, weight, received.vector, change, order.layout, stats, own)
         if log.diagnostics is not None:
             log.diagnostics.add(update, received.start.merged_base)
         yield update
@@ -230,8 +250,9 @@ def _timed(stream: Iterator[SubmissionResult], log: RoundLog) -> Iterator[Submis
 
 
 def _submission(
-    plan: RunPlan, state: Any, t: int, lr: float, pack: Sequence[Profile], summed: bool, downlink: Downlink
-) -> Submission:
+    plan: RunPlan, state: Any, t: int, lr: float, pack: Sequence[Profile], summed: bool, downlink: Downlink,
+    objective: ServerObjective,
+) -> Submission:  # fmt: skip
     """The job of a pack. Clients that share a payload refer to the same entry of the submission's payloads."""
     handles: dict[int, Handle] = {}  # by identity
 
@@ -258,6 +279,7 @@ def _submission(
                 known=None if received.known is None else index(received.known),
                 base=with_layout(received.base),
                 merge=with_layout(received.merge),
+                objective=objective.order(client.client, received.uploadable(trainable), index),
             )
         )
     return Submission(TrainJob(t, lr, tuple(orders), summed), tuple(handles.values()))

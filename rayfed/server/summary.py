@@ -1,20 +1,38 @@
-"""The end of a run in figures: the best round, early stopping, the summary and the closing table."""
+"""A run in figures: what it says of itself at its start; the best round, early stopping, summary and closing table."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rayfed import wire
 from rayfed.clients.plan import RunPlan
 from rayfed.config.training import EarlyStop, Server
+from rayfed.profiles.client_profiles import describe
 from rayfed.server.evaluation.baselines import Baselines
-from rayfed.tracking import Table
+from rayfed.tracking import RunInfo, Table
 from rayfed.tracking.sinks import Scalar
 from rayfed.wire.ledger import DIRECTIONS
 
 NAMED = 4  # largest number of ranks that the closing table names
+
+
+def run_info(plan: RunPlan, out: Path, entries: int, done: int) -> RunInfo:
+    """The run in the directory ``out`` after ``done`` rounds. ``entries``: of the largest adapter that trains."""
+    sizes, metric = plan.federation.sizes, plan.task.metric or "accuracy"
+    facts: dict[str, float | int | str | None] = {
+        "clients": plan.federation.clients,
+        "clients without data": int((sizes == 0).sum()),
+        "training rows": int(sizes.sum()),
+        "trainable parameters": entries,
+        "frozen parameters": plan.model.parameters,
+        "base in": f"{plan.model.dtype} on {plan.capability}",
+        "padding": str(plan.model.batching),
+        "ranks": describe(plan.profiles.rank_mix(sizes)),
+    }
+    return RunInfo(plan.name, out, plan.digest, dict(plan.settings), plan.rounds, done, facts, metric)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from small_runs import LOWRANK
 
 import rayfed
-from rayfed.api.warm_start import grow, grow_moments, warm_start
+from rayfed.api.warm_start import check_rank_change, grow, grow_moments, warm_start
 from rayfed.config import validate
 from rayfed.config.training import Server
 from rayfed.lora.adapter import Adapter, LowRank, fresh_adapter, scale_of
@@ -107,11 +107,16 @@ def test_continued_unchanged_it_is_the_unbroken_run(tmp_path: Path, server: dict
         }
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_continued_at_another_rate_it_is_the_run_whose_rate_changed(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "objective"),
+    [*((method, "plain") for method in METHODS), *(("fedit", name) for name in ("fedbc", "fedglomo", "scaffold"))],
+)
+def test_continued_at_another_rate_it_is_the_run_whose_rate_changed(
+    tmp_path: Path, method: str, objective: str
+) -> None:
     """With all state of every method and its clients: a warm-up of four rounds is 1/4, 2/4, 3/4 of the rate."""
     options = {"name": method} | ({"rounds_sparse": 1} if method == "slora" else {})
-    settings = LOWRANK | {"method": options}
+    settings = LOWRANK | {"method": options, "objective": {"name": objective}}
 
     def at(rate: float, rounds: int, **schedule) -> rayfed.Experiment:
         client = settings["client"] | {"lr": rate, "schedule": schedule}
@@ -144,6 +149,12 @@ def test_continued_at_another_density_it_is_the_run_whose_density_decayed(tmp_pa
     assert [(r["state/digest"], r["bytes/total"]) for r in ours] == [
         (r["state/digest"], r["bytes/total"]) for r in theirs
     ]
+
+
+def test_vectors_of_an_objective_have_one_rank() -> None:
+    check_rank_change(validate(LOWRANK | {"objective": {"name": "fedprox"}}))
+    with pytest.raises(rayfed.UserError, match=r"^objective\.name: got 'scaffold', but sweep\.search continues runs"):
+        check_rank_change(validate(LOWRANK | {"objective": {"name": "scaffold"}}))
 
 
 def test_continued_at_another_rank_it_starts_from_the_same_gap(tmp_path: Path) -> None:

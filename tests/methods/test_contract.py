@@ -17,6 +17,7 @@ from rayfed.methods import METHODS, Profile, build
 
 RANK = 4
 OUTPUTS = (Path(__file__).parents[2] / "docs" / "outputs.md").read_text(encoding="utf-8")
+OBJECTIVES = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text(encoding="utf-8")
 VARIANTS = [
     ("fedex_lora", {"rank_cap": 3}),
     ("fedhl", {"gamma": 1.0, "data": "examples", "split": "b"}),
@@ -240,6 +241,30 @@ def test_secure_aggregation_is_for_those_that_need_a_sum_alone(play, random_adap
         state = after
     assert same == method.secure_aggregation
     assert method.secure_aggregation or not method.sum_in_worker
+
+
+@every_method
+def test_an_entry_means_the_same_in_every_round_where_the_gauge_is_fixed(play, random_adapter, name, options):
+    """The next start is the start plus the mean change, and the same entries train for all clients."""
+    method = build(name, **options)
+    listed = OBJECTIVES.split("They go with the methods")[1].split("with\none rank")[0]
+    assert method.fixed_gauge == (f"`{name}`" in listed)
+    if not method.fixed_gauge:
+        return
+    assert not method.personal
+    state, cohort = started(method, random_adapter), [Profile(k, RANK, 2.0, examples=k + 1) for k in range(3)]
+    trains = None
+    for t in range(3):
+        starts = [method.broadcast(state, client) for client in cohort]
+        supports = [method.trainable(state, client).support(starts[0].layout, None) for client in cohort]
+        trains = supports[0] if trains is None else trains
+        assert all(torch.equal(support, trains) for support in supports)
+        assert all(torch.equal(start.vector, starts[0].vector) and start.merge is None for start in starts)
+        state, updates = play(method, state, cohort, training(t))
+        mean = sum(update.change * update.weight for update in updates) / sum(update.weight for update in updates)
+        after = method.broadcast(state, cohort[0])
+        assert after.layout == starts[0].layout
+        torch.testing.assert_close(after.vector, starts[0].vector + mean, rtol=1e-5, atol=1e-6)
 
 
 @every_method

@@ -287,6 +287,8 @@ def test_the_digest_sees_every_bit():
     assert digest != checkpoints.state_digest(1, {"y": torch.zeros(3)}, {})
     assert digest != checkpoints.state_digest(1, {}, a)
     assert digest != checkpoints.state_digest(1, {"x": torch.zeros(3, 1)}, {})
+    assert digest != checkpoints.state_digest(1, a, {}, objective=a)
+    assert checkpoints.state_digest(1, {}, a) != checkpoints.state_digest(1, {}, {}, objective=a)
 
 
 @pytest.mark.parametrize("pack", [1, 2])

@@ -1,0 +1,81 @@
+"""An objective's messages beside the adapter: encoded and decoded alike at both ends of the wire.
+
+Of a vector only the entries travel that the client may upload; both sides know these, so they take no index bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rayfed import wire
+from rayfed.clients.local_training import PackMember, TrainedClient
+from rayfed.clients.messages import ClientOrder, EncodedMessage
+from rayfed.clients.transfer import Uploadable
+from rayfed.methods import Sparse
+from rayfed.objectives import ClientRound, Message, Objective, Stateful
+from rayfed.wire import Payload
+
+
+def encode_message(message: Message, places: Uploadable, values: str, budget: int | None = None) -> EncodedMessage:
+    """The message as payloads. ``values``: the number format of the vector, of which the largest ``budget`` travel."""
+    vector = None
+    if message.vector is not None:
+        entries = message.vector if places.places is None else message.vector[places.places]
+        indices = wire.top_k(entries, budget) if budget is not None and budget < len(entries) else None
+        vector = wire.encode(entries, indices=indices, values=values)
+    return EncodedMessage(vector, None if message.numbers is None else wire.encode(message.numbers))
+
+
+def decode_message(vector: Payload | None, numbers: Payload | None, places: Uploadable) -> Message:
+    """The message that these payloads hold; its vector (n,) is 0 where nothing arrived."""
+    placed = None if vector is None else places.placed(vector)
+    entries = placed.dense() if isinstance(placed, Sparse) else placed
+    return Message(entries, None if numbers is None else numbers.values)
+
+
+def decode_encoded(message: EncodedMessage, places: Uploadable) -> Message:
+    """`decode_message` of a message that has not been decoded yet."""
+    vector, numbers = (None if part is None else wire.decode(part) for part in (message.vector, message.numbers))
+    return decode_message(vector, numbers, places)
+
+
+def client_round(
+    order: ClientOrder, decoded: Sequence[Payload], start: Tensor, support: Tensor, lr: float
+) -> ClientRound:
+    """What the objective knows of the client. ``decoded``: the job's payloads; ``start`` and ``support`` are (n,)."""
+    own = order.objective
+    assert own is not None
+    vector, numbers, stored = (None if at is None else decoded[at] for at in (own.vector, own.numbers, own.stored))
+    uploaded, rates = order.trainable.uploaded(order.layout, support), torch.full((order.layout.size,), lr)
+    for part, factor in order.trainable.rates.items():
+        rates[order.layout.mask(part)] *= factor
+    received = decode_message(vector, numbers, Uploadable.of(uploaded))
+    return ClientRound(start, uploaded, rates, received, None if stored is None else stored.values)
+
+
+def replies(
+    objective: Objective, trained: Sequence[tuple[TrainedClient, PackMember, ClientOrder] | None]
+) -> tuple[tuple[EncodedMessage | None, ...], tuple[bytes | None, ...]]:
+    """The clients' messages after training, and what each has in its next round, encoded. None: it was dropped.
+
+    Both are empty without a stateful objective.
+    """
+    if not isinstance(objective, Stateful):
+        return (), ()
+    found = [(None, None) if client is None else _reply(objective, *client) for client in trained]
+    return tuple(message for message, _ in found), tuple(stored for _, stored in found)
+
+
+def _reply(
+    objective: Stateful, result: TrainedClient, member: PackMember, order: ClientOrder
+) -> tuple[EncodedMessage, bytes | None]:
+    client = member.context
+    assert client is not None
+    places = Uploadable.of(client.uploaded)
+    message = objective.message(client, result.vector, result.steps)
+    encoded = encode_message(message, places, order.values, order.budget)
+    stored = objective.store(client, decode_encoded(encoded, places))
+    return encoded, None if stored is None else wire.encode(stored)

@@ -1,0 +1,70 @@
+"""FedBC (Bedi et al. 2022, arXiv 2206.10815): each client may leave the global model as far as its tolerance allows.
+
+  z: the received values; w: the client's; lam, gamma: two numbers that each client stores, both start values below
+
+  client   min_w f(w) + lam (||w - z||^2 - gamma)        g <- grad f(w) + 2 lam (w - z), before the gradient is clipped
+           lam+   = max(0, lam + a (||w - z||^2 - gamma))      after training
+           gamma+ = gamma + a lam                               only with gamma_grows; from the old lam
+  up       the change, and lam+
+  server   z <- sum_S lam+ w / sum_S lam+                all lam+ of a cohort 0: the plain mean
+
+lam is 0 before a client takes part. So its first participation is plain training, and with gamma 0 its weight in that
+round is a times the square of how far it moved. The distance is taken at the client, from the values that it decoded
+and those that it trained, over the entries that it uploads. It is in the coordinates that are averaged: B and A one by
+one, and the head. z is then the minimiser of sum_S lam+ ||w - z||^2.
+
+Source: authors' code read; deviates: the authors step lam by SGD with momentum 0.5 over the vector of all users after
+each client, so lam depends on the order of the cohort; here each client takes one plain step, as in the paper. Their
+code divides by zero where all lam+ are 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rayfed.config.types import NonNegative
+from rayfed.objectives._stateful import ClientRound, Message, Stateful
+
+
+@dataclass(frozen=True)
+class FedBC(Stateful):
+    """A pull towards the received model, whose strength is each client's dual variable."""
+
+    rate: NonNegative = 1e-3
+    """a, the step size of lam and of a growing gamma. The authors use 5e-4 to 1e-3."""
+    gamma: NonNegative = 0.0
+    """The squared distance that is allowed, at first."""
+    gamma_grows: bool = True
+    """Whether a client's gamma grows with its lam, as by default in the authors' code. Then the pull ends some time."""
+
+    server_weights = "uniform"
+    server_optimizers = ("fedavg",)
+
+    def terms(self, client: ClientRound) -> Mapping[str, Tensor]:
+        return {"pull": 2 * self._dual(client)[0]}
+
+    def correction(self, values: Tensor, start: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
+        return terms["pull"] * (values - start)
+
+    def message(self, client: ClientRound, trained: Tensor, steps: int) -> Message:
+        lam, gamma = self._dual(client).double()
+        moved = ((trained - client.start) * client.uploaded).double()
+        stepped = lam + self.rate * (moved.square().sum() - gamma)
+        return Message(numbers=stepped.clamp(min=0).float()[None])
+
+    def store(self, client: ClientRound, sent: Message) -> Tensor:
+        assert sent.numbers is not None
+        lam, gamma = self._dual(client)
+        return torch.stack([sent.numbers[0], gamma + self.rate * lam if self.gamma_grows else gamma])
+
+    def weights(self, numbers: Sequence[Tensor]) -> Sequence[float]:
+        weights = [float(own[0]) for own in numbers]
+        return weights if any(weights) else [1.0] * len(weights)
+
+    def _dual(self, client: ClientRound) -> Tensor:
+        """(2,): lam and gamma."""
+        return torch.tensor([0.0, self.gamma]) if client.stored is None else client.stored

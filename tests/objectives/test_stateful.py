@@ -1,0 +1,138 @@
+"""What every objective with state promises and refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_runs import lowrank
+
+from rayfed.api.plans import build_components
+from rayfed.errors import UserError
+from rayfed.objectives import OBJECTIVES, ClientRound, Message, Received, Stateful, build
+from rayfed.objectives.fedbc import FedBC
+from rayfed.objectives.fedglomo import FedGlomo
+from rayfed.objectives.scaffold import Scaffold
+
+STATEFUL = ["fedbc", "fedglomo", "scaffold"]
+every_one = pytest.mark.parametrize("name", STATEFUL)
+N = 8
+UPLOADED = torch.arange(N) < 6
+
+
+def client(stored: torch.Tensor | None = None, received: Message | None = None) -> ClientRound:
+    start = torch.randn(N, generator=torch.Generator().manual_seed(1))
+    return ClientRound(start, UPLOADED, torch.full((N,), 0.5), received or Message(), stored)
+
+
+def test_these_are_all() -> None:
+    needed = {"tail_penalty": {"weight": 0.1, "start": 1}}
+    assert [name for name in OBJECTIVES if isinstance(build(name, **needed.get(name, {})), Stateful)] == STATEFUL
+
+
+@every_one
+def test_the_first_participation_is_plain_training(name: str) -> None:
+    objective, new = build(name), client()
+    assert isinstance(objective, Stateful)
+    assert objective.send({}) == Message()
+    assert objective.twin(new) is None
+    if terms := objective.terms(new):
+        shaped = {key: value[None] if value.ndim else value.view(1, 1) for key, value in terms.items()}
+        assert not objective.correction(new.start[None] + 1, new.start[None], shaped).any()
+
+
+@every_one
+def test_a_client_without_steps_has_nothing_to_say(name: str) -> None:
+    objective, new = build(name), client(received=Message(torch.ones(N) * UPLOADED))
+    message = objective.message(new, new.start, 0)
+    assert message.vector is None or not message.vector.any()
+    assert message.numbers is None or not message.numbers.any()
+
+
+def test_equal_control_variates_correct_nothing() -> None:
+    c = torch.randn(N) * UPLOADED
+    (variates,) = Scaffold().terms(client(c, Message(c))).values()
+    assert not variates.any()
+
+
+def test_a_pull_that_is_fixed_keeps_gamma() -> None:
+    known = torch.tensor([2.0, 0.5])
+    for grows, gamma in ((True, 0.7), (False, 0.5)):
+        stored = FedBC(rate=0.1, gamma_grows=grows).store(client(known), Message(numbers=torch.tensor([3.0])))
+        torch.testing.assert_close(stored, torch.tensor([3.0, gamma]))
+
+
+def test_the_dual_variable_of_fedbc_counts_what_is_uploaded() -> None:
+    known = client(torch.tensor([0.5, 1.0]))
+    sent = FedBC(rate=0.1).message(known, known.start + 1, 3)
+    assert sent.numbers is not None
+    assert sent.numbers.item() == pytest.approx(0.5 + 0.1 * (6 - 1.0))
+    assert FedBC(rate=0.1).message(client(torch.tensor([0.5, 99.0])), known.start, 3).numbers == 0
+
+
+def test_fedbc_weighs_by_the_dual_variables() -> None:
+    assert FedBC().weights([torch.tensor([2.0]), torch.tensor([0.0])]) == [2.0, 0.0]
+    assert FedBC().weights([torch.zeros(1)] * 3) == [1.0] * 3
+
+
+def test_the_server_half_changes_no_tensor_in_place() -> None:
+    sums = Received(2, torch.ones(N, dtype=torch.float64), [])
+    c = torch.ones(N)
+    assert Scaffold().absorb({"c": c}, sums, torch.zeros(N), 4)["c"].tolist() == [1.25] * N
+    assert c.tolist() == [1.0] * N
+    u = torch.ones(3)
+    state = {"u.W": u}
+    assert FedGlomo(0.2).advance(state, "W", torch.zeros(3), torch.ones(3)).tolist() == pytest.approx([1.8] * 3)
+    assert u.tolist() == [1.0] * 3
+
+
+OWN = "objective.name: got '{name}', but"
+GAUGE = "entry i of the adapter does not mean the same in every round and for every client of"
+TIERS = ("profiles.kind=tiers", "profiles.ranks=[1,2]")
+PRIVATE = ("privacy.kind=local", "client.on_divergence=drop", "privacy.noise_multiplier=1.0")
+SGD, ADDS = ["fedglomo", "scaffold"], ["fedbc", "fedglomo"]
+REFUSED = [
+    (("method.name={moving}",), f"{OWN} {GAUGE}", STATEFUL),
+    (("method.name=padded_changes", *TIERS), f"{OWN} all clients must have one rank", STATEFUL),
+    (PRIVATE, f"{OWN} what it sends beside", STATEFUL),
+    (("server.weights=examples",), "server.weights: got 'examples', but {name} allows auto and uniform", STATEFUL),
+    (("server.optimizer=sgd",), "server.optimizer: got 'sgd', but {name} allows auto and fedavg", ADDS),
+    (("client.optimizer=adamw",), "client.optimizer: got 'adamw', but {name}", SGD),
+    (("client.momentum=0.9",), "client.momentum: got 0.9, but {name}", SGD),
+    (("client.clip_norm=1.0",), "client.clip_norm: got 1.0, but {name}", SGD),
+    (("wire.down.density=0.5",), OWN, SGD),
+    (("profiles.kind=tiers", "profiles.densities_down=[0.5,1.0]"), OWN, SGD),
+    (("wire.up.density=0.5",), f"{OWN} its momentum needs", ["fedglomo"]),
+]
+CASES = [(name, settings, says) for settings, says, names in REFUSED for name in names]
+MOVING = ["fedex_lora", "fedhl", "flexlora", "flora", "hetlora", "rac_lora", "rolora", "fedsa", "slora"]
+
+
+def refusal(name: str, *settings: str) -> str:
+    with pytest.raises(UserError) as refused:
+        build_components(lowrank(f"objective.name={name}", *settings))
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "settings", "says"), CASES, ids=lambda case: str(case)[:40])
+def test_what_does_not_go_together_is_one_line(name: str, settings: tuple[str, ...], says: str) -> None:
+    for moving in MOVING if "{moving}" in settings[0] else [""]:
+        found = refusal(name, *(setting.format(moving=moving) for setting in settings))
+        assert found.startswith(says.format(name=name)), found
+
+
+def test_what_goes_together() -> None:
+    sparse = ("wire.down.density=0.5", "wire.up.density=0.5")
+    for settings in (
+        ("objective.name=fedbc", "client.optimizer=adamw", *sparse),
+        ("objective.name=scaffold", "wire.up.density=0.5", "server.optimizer=fedadam"),
+        ("objective.name=fedglomo", "wire.up.values=bf16"),
+    ):
+        build_components(lowrank(*settings))
+
+
+@every_one
+def test_auto_is_what_the_objective_allows(name: str) -> None:
+    parts = build_components(lowrank("method.name=flasc", f"objective.name={name}"))
+    assert parts.server_optimizer == ("adamw" if name == "scaffold" else "fedavg")
+    assert type(parts.weighting).__name__ == "Uniform"
