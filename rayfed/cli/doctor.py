@@ -135,7 +135,8 @@ def _bytes(plan: RunPlan, way: Direction) -> float:
             count_sent = wire.keep_count(entries, density)
             drawn = seeding.numpy_rng(plan.seed, "doctor").choice(entries, count_sent, replace=False)
             chosen = torch.from_numpy(drawn).sort().values
-        total += count * len(wire.encode(torch.ones(entries), indices=chosen, values=getattr(plan.wire, way).values))
+        values = getattr(plan.wire, way).values
+        total += count * len(wire.encode(torch.ones(entries), indices=chosen, values=values, seed=0))
         clients += count
     return plan.server.cohort * total / clients
 

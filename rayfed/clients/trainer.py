@@ -115,7 +115,7 @@ class Trainer:
         dropped = {i for i, divergence in diverged.items() if divergence.dropped}
         clients = enumerate(zip(results, members, job.orders, strict=True))
         kept = [None if i in dropped else client for i, client in clients]
-        uploads = tuple(client and upload(self.plan.method, *client, privacy, job.t) for client in kept)
+        uploads = tuple(client and upload(self.plan.method, *client, privacy, job.t, self.plan.seed) for client in kept)
         personal = tuple(client and personal_values(*client) for client in kept)
         summed = sums(self.plan.channel, uploads, members, job.orders, parts) if job.summed else ()
         losses, examples, steps = zip(*((r.loss, r.examples, r.steps) for r in results))
