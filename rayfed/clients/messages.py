@@ -85,6 +85,7 @@ class TrainResult:
     sizes: tuple[Sizes | None, ...]
     summed: tuple[PackSum, ...] = ()
     diverged: Mapping[int, Divergence] = field(default_factory=dict)
+    statistics: tuple[bytes | None, ...] = ()  # what the weighting needs of each client, encoded; empty: nothing
 
     @property
     def sent(self) -> tuple[int, ...]:

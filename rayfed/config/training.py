@@ -13,6 +13,7 @@ from rayfed.config.types import (
     DecidesNothing,
     Live,
     NonNegative,
+    OwnClass,
     Positive,
     Rounds,
     Section,
@@ -109,8 +110,11 @@ class Server(Section):
     """Also draw clients without training rows, as FLASC's code does. They receive and send as all others do, change
     nothing, and count in the mean: so the weights must be uniform. false: they are never drawn.
     """
-    weights: Literal["auto", "uniform", "examples"] = "auto"
-    """Aggregation weights of the clients; auto: as in the method's paper."""
+    weights: Literal["auto", "uniform", "examples", "norm", "bound", "chebyshev"] | OwnClass = "auto"
+    """Aggregation weights of the clients; auto: as in the method's paper. `norm`: as much as a client moved; `bound`:
+    by a bound on its loss; `chebyshev`: more for clients with a large loss; or your own, `package.module:Class`. See
+    docs/weights-and-channels.md. The section `weighting` has their options.
+    """
     optimizer: Literal["auto", "fedavg", "sgd", "fedavgm", "fedadam", "adamw"] = "auto"
     """fedavg: add the mean update; sgd: add lr times the mean update; fedavgm: sgd with momentum; fedadam: Reddi et al.
     2021; adamw: torch AdamW, as in FLASC's code; auto: adamw for flasc, else fedavg.
@@ -126,6 +130,17 @@ class Server(Section):
     """Epsilon of adamw (null: 1e-8), or tau, the degree of adaptivity, of fedadam (null: 1e-3)."""
     weight_decay: Live[NonNegative | None] = None
     """Decoupled weight decay, for adamw only; null: 0.01, torch's default."""
+
+
+class Weighting(Section):
+    """The options of the weighting that `server.weights` names, such as `weighting.eps`. docs/weights-and-channels.md
+    lists them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
 
 
 class EarlyStop(Section):

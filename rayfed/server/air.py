@@ -1,0 +1,90 @@
+"""Uploads over the air (`channel.kind: over_the_air`): the server receives one noisy sum, and few digital numbers.
+
+The simulation gets the clients' changes as bytes, which stand for their signals: they are in no ledger. What is digital
+is in the ledger: mean and standard deviation of each client's change go up, its weight and eta down. See
+`rayfed.channels.over_the_air` for the equations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rayfed import wire
+from rayfed.channels import OverTheAir
+from rayfed.methods import Update
+from rayfed.profiles.profile import Profile
+from rayfed.server.cohort_weights import Arrived, senders
+from rayfed.server.downlink import Downlink
+
+
+def without_weak(channel: OverTheAir, t: int, cohort: Sequence[Arrived]) -> tuple[list[Arrived], int]:
+    """(the results without the uploads of clients whose channel is too weak in round ``t``, how many these are)."""
+    left, weak = [], 0
+    for pack, result in cohort:
+        uploads = tuple(
+            None if abs(channel.fading(t, client.client)) ** 2 < channel.truncation else upload
+            for (client, _), upload in zip(pack, result.uploads, strict=True)
+        )
+        weak += sum(old is not None and new is None for old, new in zip(result.uploads, uploads))
+        left.append((pack, replace(result, uploads=uploads)))
+    return left, weak
+
+
+@dataclass
+class Transmission:
+    """One round on the air. ``eta`` is None where no client had a signal; ``uses`` counts channel uses."""
+
+    channel: OverTheAir
+    t: int
+    ledger: wire.Ledger
+    uses: int = 0
+    eta: float | None = None
+
+    def update(self, cohort: Sequence[Arrived], downlink: Downlink) -> Iterator[Update]:
+        """The estimate of the clients' weighted sum, as one update of weight 1; none where nobody sends.
+
+        The weights in the orders sum to 1. All clients send the same entries.
+        """
+        sending = [*senders(cohort)]
+        if not sending:
+            return
+        side = [self._exchanged("up", client, *_moments(upload)) for client, _, upload in sending]
+        means, stds = torch.tensor(side, dtype=torch.float64).unbind(1)
+        fading = [self.channel.fading(self.t, client.client) for client, _, _ in sending]
+        weights = torch.tensor([order.weight for _, order, _ in sending]).float().double()  # as they arrive
+        eta = self.channel.scaling(torch.tensor(fading, dtype=torch.complex128), weights, stds)
+        signals = torch.zeros(wire.inspect(sending[0][2]).count, dtype=torch.complex128)
+        for (client, _, upload), h, weight, mean, std in zip(sending, fading, weights.tolist(), *map(list, zip(*side))):
+            _, arrived = self._exchanged("down", client, weight, eta or 0.0)
+            if eta is not None:
+                self.eta = arrived
+                signals += h * self.channel.signal(_change(upload), h, weight, mean, std, arrived)
+        estimate = torch.full((len(signals),), float(weights @ means), dtype=torch.float64)
+        if self.eta is not None:
+            self.uses = len(signals)
+            estimate += self.channel.received(signals, self.t) / self.eta**0.5
+        client, order, _ = sending[0]
+        received = downlink.of(client)
+        change = received.uploadable(order.trainable).placed(wire.Payload(len(estimate), None, estimate.float()))
+        yield Update(replace(client, client=-1), 1.0, received.vector, change, order.layout)
+
+    def _exchanged(self, direction: wire.Direction, client: Profile, *numbers: float) -> tuple[float, float]:
+        """Two numbers as they arrive, in float32; they are recorded."""
+        payload = wire.encode(torch.tensor(numbers, dtype=torch.float32))
+        self.ledger.add(round=self.t + 1, client=client.client, direction=direction, payload=payload)
+        first, second = wire.decode(payload).values.tolist()
+        return first, second
+
+
+def _change(upload: bytes) -> Tensor:
+    """The entries of a client's change (d,), float64."""
+    return wire.decode(upload).values.double()
+
+
+def _moments(upload: bytes) -> tuple[float, float]:
+    change = _change(upload)
+    return float(change.mean()), float(change.std(correction=0))
