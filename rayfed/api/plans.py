@@ -21,8 +21,8 @@ import torch
 from yaml.representer import RepresenterError
 
 from rayfed import channels, config, methods, objectives, privacy, tasks, weighting
-from rayfed.api.initial_adapter import check_method, initial_adapter
 from rayfed.api.combinations import check_channel, check_weighting
+from rayfed.api.initial_adapter import check_method, initial_adapter
 from rayfed.channels import Channel
 from rayfed.clients.plan import RunPlan
 from rayfed.config import Experiment

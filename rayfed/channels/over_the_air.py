@@ -28,7 +28,6 @@ from torch import Tensor
 from rayfed.channels.base import Channel
 from rayfed.seeding import numpy_rng
 
-
 LARGEST = 1e38  # eta travels in float32; a smaller one than the equation's only saves power
 
 
@@ -65,6 +64,6 @@ class OverTheAir(Channel):
         return b * (change - mean) / std
 
     def received(self, signals: Tensor, t: int) -> Tensor:
-        """Re(y) (d,) float64, from ``signals`` sum_k h_k x_k (d,) complex128: noise of variance sigma^2 / 2 is added."""
+        """Re(y) (d,) float64: the real part of ``signals`` sum_k h_k x_k (d,), and noise of variance sigma^2 / 2."""
         noise = numpy_rng(self.seed, "channel.noise", t).standard_normal(len(signals))
         return signals.real + math.sqrt(self.noise / 2) * torch.from_numpy(noise)

@@ -24,7 +24,7 @@ def encoded_statistics(
     """Each member's `Weighting.statistics` in round ``t`` (from 0), as it sends them: of the model ``vectors`` (n,)."""
     rows = [_measured(member, weighting.rows, context.seed, t) for member in members]
     losses = row_losses(context, members, vectors, rows)
-    return [wire.encode(weighting.statistics(own)) for own in losses]
+    return [wire.encode(torch.as_tensor(weighting.statistics(own), dtype=torch.float32)) for own in losses]
 
 
 @torch.no_grad()

@@ -56,6 +56,6 @@ def build(name: str, **options: Any) -> Method:
 __all__ = [
     "ANY_OPTIMIZER", "METHODS", "Advance", "BaseChange", "Change", "ChangeMean", "FactorMean", "FactorState",
     "HeadMean", "LayerMethod", "LayerState", "Method", "PackSum", "ProductMean", "Profile", "Source", "Sparse", "Start",
-    "State", "Trainable", "Update", "Updates", "build", "change_norm", "fedavg", "matrix", "mean_change", "merged", "method_class",
-    "product_change", "with_adapters", "with_mixed_ranks",
+    "State", "Trainable", "Update", "Updates", "build", "change_norm", "fedavg", "matrix", "mean_change", "merged",
+    "method_class", "product_change", "with_adapters", "with_mixed_ranks",
 ]  # fmt: skip

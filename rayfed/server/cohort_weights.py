@@ -37,7 +37,7 @@ def weighed(plan: RunPlan, cohort: Sequence[Arrived], decode: Decode) -> tuple[l
         weights, report = torch.tensor([order.weight for _, order, _ in senders(cohort)], dtype=torch.float64), {}
     else:
         statistics = _statistics(plan, cohort, decode)
-        weights = own.weights(clients, statistics).double()
+        weights = torch.as_tensor(own.weights(clients, statistics), dtype=torch.float64)
         report = {f"weighting/{name}": value for name, value in own.report(statistics).items()}
     valid = weights.shape == (len(clients),) and bool((weights >= 0).all()) and 0 < float(weights.sum()) < torch.inf
     if not valid:

@@ -100,7 +100,7 @@ class RoundLog:
         return sum(divergence.dropped for divergence in self.diverged.values())
 
     def counts(self) -> dict[str, Any]:
-        """The metrics `clients/...` (numbers of clients, and the rank of each that trained), `privacy/...`, and so on."""
+        """The metrics `clients/...` (how many clients, the rank of each that trained), `privacy/...` and so on."""
         ranks = Counter(sorted(rank for _, rank in self.trained))
         own = {"ok": self.ok, "retried": self.retried, "split": self.split, "diverged": len(self.diverged)}
         own |= {f"rank_{rank}": count for rank, count in ranks.items()}
@@ -251,9 +251,7 @@ def _failure(log: RoundLog) -> RunError:
     )
 
 
-def _decoded(
-    plan: RunPlan, arrived: Arrived, downlink: Downlink, log: RoundLog | None = None
-) -> Iterator[Update]:
+def _decoded(plan: RunPlan, arrived: Arrived, downlink: Downlink, log: RoundLog | None = None) -> Iterator[Update]:
     """Decodes the uploads of a pack's clients, one at a time; with a ``log`` for the last time."""
     pack, result = arrived
     for i, (client, order) in enumerate(pack):
