@@ -14,7 +14,7 @@ from rayfed.config.describe import format_value, iter_fields, section_of
 from rayfed.config.schema import Experiment
 from rayfed.config.types import Aspect, Decides, Section
 
-NEUTRAL = (
+NEUTRAL: tuple[tuple[str, Any], ...] = (
     *(("fingerprint", None), ("adapter_digest", None), ("compute", "auto"), ("sampling", "fixed"), ("name", "plain")),
     *(("image", "image"), ("crop", 0), ("flip", False), ("pretrain_share", 0.0), ("weighting", {})),
 )

@@ -181,7 +181,7 @@ def change_norm(update: Update, averages: Literal["changes", "products"], scale:
     the server's ``scale``, since clients of other ranks may have another one.
     """
     if averages == "products":
-        parts = [*product_change(update).values(), *update.moved.head.values()]
+        parts: list[LowRank | Tensor] = [*product_change(update).values(), *update.moved.head.values()]
         return math.hypot(*map(norm, parts))
     change, in_B = update.change.double(), update.layout.mask("B")
     return math.hypot(float(change[in_B].norm()) * update.client.scale / scale, float(change[~in_B].norm()))

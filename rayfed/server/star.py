@@ -212,7 +212,8 @@ def _weighed(plan: RunPlan, t: int, cohort: list[Arrived], downlink: Downlink, l
     if isinstance(plan.channel, OverTheAir):
         cohort, log.truncated = without_weak(plan.channel, t, cohort)
         log.ok -= log.truncated
-    cohort, log.figures = weighed(plan, cohort, partial(_decoded, plan, downlink=downlink))
+    cohort, figures = weighed(plan, cohort, partial(_decoded, plan, downlink=downlink))
+    log.figures |= figures
     return cohort
 
 
