@@ -30,7 +30,7 @@ def check_channel(
         return
     name, up = experiment.method.name, experiment.wire.up
     if not _one_sum(method):
-        what = method.refuses_privacy or "it needs more than one sum of equal entries of all clients"
+        what = "it averages products" if method.averages == "products" else method.refuses_privacy
         able = ", ".join(name for name in METHODS if _one_sum(method_class(name)))
         raise allowed("channel.kind", "over_the_air", f"{name} cannot use one sum of changes: {what}; taken by {able}")
     if experiment.privacy.kind != "none":

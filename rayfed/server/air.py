@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rayfed import wire
 from rayfed.channels import OverTheAir
+from rayfed.errors import RunError
 from rayfed.methods import Update
 from rayfed.profiles.profile import Profile
 from rayfed.server.cohort_weights import Arrived, senders
@@ -52,12 +53,15 @@ class Transmission:
         sending = [*senders(cohort)]
         if not sending:
             return
+        counts = {wire.inspect(upload).count for _, _, upload in sending}
+        if len(counts) > 1:
+            raise RunError(f"channel.kind: over the air all clients send the same entries, but they sent {counts}")
         side = [self._exchanged("up", client, *_moments(upload)) for client, _, upload in sending]
         means, stds = torch.tensor(side, dtype=torch.float64).unbind(1)
         fading = [self.channel.fading(self.t, client.client) for client, _, _ in sending]
         weights = torch.tensor([order.weight for _, order, _ in sending]).float().double()  # as they arrive
         eta = self.channel.scaling(torch.tensor(fading, dtype=torch.complex128), weights, stds)
-        signals = torch.zeros(wire.inspect(sending[0][2]).count, dtype=torch.complex128)
+        signals = torch.zeros(*counts, dtype=torch.complex128)
         for (client, _, upload), h, weight, mean, std in zip(sending, fading, weights.tolist(), *map(list, zip(*side))):
             _, arrived = self._exchanged("down", client, weight, eta or 0.0)
             if eta is not None:
