@@ -135,15 +135,19 @@ def test_what_clients_send_for_their_weights_is_in_the_ledger(tmp_path, name):
     assert own["bytes/up"] == plain["bytes/up"] + 2 * message
     assert own["params/up"] == plain["params/up"] + 2 * SCALARS[name]
     assert own["bytes/down"] == plain["bytes/down"]
-    rows = pq.read_table(runs["own"].out / "ledger.parquet").to_pandas().query("direction == 'up'")
+    rows, others = (
+        pq.read_table(runs[which].out / "ledger.parquet").to_pandas().query("direction == 'up'")
+        for which in ("own", "examples")
+    )
     assert sorted(rows.bytes) == sorted([plain["bytes/up"] // 2] * 2 + ([message] * 2 if message else []))
+    assert set(rows.checksum[rows.bytes != message]) == set(others.checksum)  # the pass changes no bit of the training
     assert own["eval/loss"] != plain["eval/loss"]
     assert ("weighting/at_caps" in own) == (name == "bound")
 
 
 def test_chebyshev_without_a_box_is_fedavg(tmp_path):
     runs = [
-        rayfed.run(lowrank("method.name=flexlora", *more), out=tmp_path / more[0].split("=")[1]).metrics
+        rayfed.run(lowrank("method.name=flexlora", "server.rounds=2", *more), out=tmp_path / more[0].split("=")[1]).metrics
         for more in (("server.weights=chebyshev", "weighting.eps=0"), ("server.weights=examples",))
     ]
     for one, other in zip(*runs, strict=True):
@@ -217,7 +221,7 @@ def test_what_makes_no_sense_is_refused_by_name(settings, says):
 
 
 def test_a_weighting_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "own_weights.py").write_text(
         "from rayfed.weighting import Weighting\n\n\n"
         "class Losses(Weighting):\n    needs = 'sent_losses'\n    factor = 1.0\n\n"
         "    def statistics(self, losses):\n        return losses.min()[None]\n\n"
@@ -225,10 +229,10 @@ def test_a_weighting_of_ones_own(tmp_path, monkeypatch):
         "class Negative(Losses):\n    factor = -1.0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    result = rayfed.run(lowrank("server.weights=mine:Losses"), out=tmp_path / "run")
+    result = rayfed.run(lowrank("server.weights=own_weights:Losses"), out=tmp_path / "run")
     assert result.rounds == 4
     with pytest.raises(RunError, match=r"server\.weights: Negative\.weights returned \[-.*: they must be finite"):
-        rayfed.run(lowrank("server.weights=mine:Negative"), out=tmp_path / "negative")
+        rayfed.run(lowrank("server.weights=own_weights:Negative"), out=tmp_path / "negative")
 
 
 def test_the_default_says_that_weights_count():
