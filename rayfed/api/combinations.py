@@ -45,6 +45,8 @@ def check_channel(
     if optimizer not in ("fedavg", "sgd"):
         what = "over the air the channel's noise would add up in its moments; fedavg and sgd are allowed"
         raise allowed("server.optimizer", optimizer, what)
+    if experiment.eval.diagnostics:
+        raise allowed("eval.diagnostics", True, "over the air the server sees no client's model; false is allowed")
     if weighting.needs == "change_norms":
         raise allowed("server.weights", weights, "over the air the server sees no client's change")
 

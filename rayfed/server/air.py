@@ -7,7 +7,7 @@ is in the ledger: mean and standard deviation of each client's change go up, its
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,28 +22,32 @@ from rayfed.server.cohort_weights import Arrived, senders
 from rayfed.server.downlink import Downlink
 
 
-def without_weak(channel: OverTheAir, t: int, cohort: Sequence[Arrived]) -> tuple[list[Arrived], int]:
-    """(the results without the uploads of clients whose channel is too weak in round ``t``, how many these are)."""
-    left, weak = [], 0
-    for pack, result in cohort:
-        uploads = tuple(
-            None if abs(channel.fading(t, client.client)) ** 2 < channel.truncation else upload
-            for (client, _), upload in zip(pack, result.uploads, strict=True)
-        )
-        weak += sum(old is not None and new is None for old, new in zip(result.uploads, uploads))
-        left.append((pack, replace(result, uploads=uploads)))
-    return left, weak
-
-
 @dataclass
 class Transmission:
-    """One round on the air. ``eta`` is None where no client had a signal; ``uses`` counts channel uses."""
+    """Round ``t`` (from 0) on the air. ``eta`` is None where no client had a signal."""
 
     channel: OverTheAir
     t: int
     ledger: wire.Ledger
-    uses: int = 0
+    truncated: int = 0  # clients that sent nothing, because their channel was too weak
+    uses: int = 0  # channel uses
     eta: float | None = None
+
+    def figures(self) -> dict[str, float | None]:
+        """The metrics `channel/...` of the round."""
+        return {"channel/uses": self.uses, "channel/eta": self.eta, "channel/truncated": self.truncated}
+
+    def without_weak(self, cohort: Iterable[Arrived]) -> list[Arrived]:
+        """The results without the uploads of clients whose channel is too weak."""
+        left = []
+        for pack, result in cohort:
+            uploads = tuple(
+                None if abs(self.channel.fading(self.t, client.client)) ** 2 < self.channel.truncation else upload
+                for (client, _), upload in zip(pack, result.uploads, strict=True)
+            )
+            self.truncated += uploads.count(None) - result.uploads.count(None)
+            left.append((pack, replace(result, uploads=uploads)))
+        return left
 
     def update(self, cohort: Sequence[Arrived], downlink: Downlink) -> Iterator[Update]:
         """The estimate of the clients' weighted sum, as one update of weight 1; none where nobody sends.

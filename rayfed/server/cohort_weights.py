@@ -25,16 +25,17 @@ Decode = Callable[[Arrived], Iterator[Update]]
 """The decoded updates of a pack's clients that sent something, in order, one at a time."""
 
 
-def weighed(plan: RunPlan, cohort: Sequence[Arrived], decode: Decode) -> tuple[list[Arrived], dict[str, float]]:
+def weighed(plan: RunPlan, cohort: Sequence[Arrived], decode: Decode) -> tuple[list[Arrived], dict[str, float | None]]:
     """(the results with the weights of `RunPlan.weighting` in their orders, its metrics). The weights sum to 1.
 
     RunError where a weighting of the user's own returns no weights.
     """
     own, clients = plan.weighting, [client for client, _, _ in senders(cohort)]
+    report: dict[str, float | None] = {}
     if not clients:
         return [*cohort], {}
     if own.needs is None:
-        weights, report = torch.tensor([order.weight for _, order, _ in senders(cohort)], dtype=torch.float64), {}
+        weights = torch.tensor([order.weight for _, order, _ in senders(cohort)], dtype=torch.float64)
     else:
         statistics = _statistics(plan, cohort, decode)
         weights = torch.as_tensor(own.weights(clients, statistics), dtype=torch.float64)

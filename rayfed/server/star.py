@@ -23,7 +23,7 @@ from rayfed.lora.adapter import Layout
 from rayfed.methods import PackSum, Update
 from rayfed.privacy import Privacy, Release
 from rayfed.profiles.profile import Profile
-from rayfed.server.air import Transmission, without_weak
+from rayfed.server.air import Transmission
 from rayfed.server.base_updates import BaseUpdates
 from rayfed.server.cohort_weights import Arrived, weighed
 from rayfed.server.downlink import Downlink, Download
@@ -165,15 +165,19 @@ def _updates(
     """
     method = plan.method
     lr = scheduled(plan.client.lr, plan.client.schedule, t, plan.server.rounds)
-    log.analog = plan.channel.analog
-    together = log.analog or plan.weighting.needs is not None
+    air = Transmission(plan.channel, t, log.ledger) if isinstance(plan.channel, OverTheAir) else None
+    together = air is not None or plan.weighting.needs is not None
     summed = method.sum_in_worker and log.diagnostics is None and release is None and not together
+    log.analog = air is not None
     submissions = [_submission(plan, state, t, lr, pack, summed, downlink) for pack in packs]
     arriving = _arriving(plan, packs, submissions, downlink, executor, log)
     if together:
-        cohort = _weighed(plan, t, [*arriving], downlink, log)
-        if isinstance(plan.channel, OverTheAir):
-            yield from _over_the_air(plan.channel, plan, t, cohort, downlink, log)
+        cohort = [*arriving] if air is None else air.without_weak(arriving)
+        cohort, log.figures = weighed(plan, cohort, partial(_decoded, plan, downlink=downlink))
+        if air is not None:
+            log.truncated, log.ok = air.truncated, log.ok - air.truncated
+            yield from air.update(cohort, downlink)
+            log.figures |= air.figures()
             return
         arriving = iter(cohort)
     for pack, result in arriving:
@@ -205,30 +209,6 @@ def _arriving(
         if log.diverged and plan.client.on_divergence == "fail":
             raise _failure(log)
         yield pack, result
-
-
-def _weighed(plan: RunPlan, t: int, cohort: list[Arrived], downlink: Downlink, log: RoundLog) -> list[Arrived]:
-    """The results of all packs with the weights of the cohort, without the clients whose channel is too weak."""
-    if isinstance(plan.channel, OverTheAir):
-        cohort, log.truncated = without_weak(plan.channel, t, cohort)
-        log.ok -= log.truncated
-    cohort, figures = weighed(plan, cohort, partial(_decoded, plan, downlink=downlink))
-    log.figures |= figures
-    return cohort
-
-
-def _over_the_air(
-    channel: OverTheAir, plan: RunPlan, t: int, cohort: Sequence[Arrived], downlink: Downlink, log: RoundLog
-) -> Iterator[Update]:
-    """The one update that the server receives, and the metrics of the channel."""
-    if log.diagnostics is not None:  # they see every client, though the server does not
-        for _ in chain.from_iterable(_decoded(plan, arrived, downlink, log) for arrived in cohort):
-            pass
-    sent = Transmission(channel, t, log.ledger)
-    yield from sent.update(cohort, downlink)
-    log.figures |= {"channel/uses": sent.uses, "channel/eta": sent.eta, "channel/truncated": log.truncated}
-    if sent.eta is None:
-        log.notes.append(f"round {log.round}: no client sent a signal over the air")
 
 
 def _log_privacy(plan: RunPlan, privacy: Privacy, t: int, release: Release | None, log: RoundLog) -> None:

@@ -147,7 +147,9 @@ def test_what_clients_send_for_their_weights_is_in_the_ledger(tmp_path, name):
 
 def test_chebyshev_without_a_box_is_fedavg(tmp_path):
     runs = [
-        rayfed.run(lowrank("method.name=flexlora", "server.rounds=2", *more), out=tmp_path / more[0].split("=")[1]).metrics
+        rayfed.run(
+            lowrank("method.name=flexlora", "server.rounds=2", *more), out=tmp_path / more[0].split("=")[1]
+        ).metrics
         for more in (("server.weights=chebyshev", "weighting.eps=0"), ("server.weights=examples",))
     ]
     for one, other in zip(*runs, strict=True):
@@ -202,18 +204,21 @@ def test_every_method_takes_weights_of_which_all_but_one_are_zero(tmp_path, name
     assert summed in (None, cls.averages)
 
 
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        (("method.name=fedhl",), "server.weights: got 'norm', but method.name=fedhl does not use these weights: it "),
-        (("method.name=hetlora",), "server.weights: got 'norm', but method.name=hetlora does not use these"),
-        (("server.empty_clients=true",), "server.empty_clients: got true, but the weights are 'norm'"),
-        (("privacy.kind=user", "privacy.noise_multiplier=0", "client.on_divergence=drop"), "server.weights: got 'norm', "
-         "but with privacy a client's weight may not depend on its data"),
-        (("weighting.eps=0.1",), "weighting.eps: norm has no such option"),
-    ],
-)  # fmt: skip
-def test_what_makes_no_sense_is_refused_by_name(settings, says):
+REFUSED = {
+    "fedhl": (("method.name=fedhl",), "server.weights: got 'norm', but method.name=fedhl does not use these weights"),
+    "hetlora": (("method.name=hetlora",), "server.weights: got 'norm', but method.name=hetlora does not use these"),
+    "empty": (("server.empty_clients=true",), "server.empty_clients: got true, but the weights are 'norm'"),
+    "privacy": (
+        ("privacy.kind=user", "privacy.noise_multiplier=0", "client.on_divergence=drop"),
+        "server.weights: got 'norm', but with privacy a client's weight may not depend on its data",
+    ),
+    "options": (("weighting.eps=0.1",), "weighting.eps: norm has no such option"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_makes_no_sense_is_refused_by_name(name):
+    settings, says = REFUSED[name]
     with pytest.raises(UserError) as refused:
         build_components(lowrank("server.weights=norm", *settings))
     assert str(refused.value).startswith(says)
