@@ -15,6 +15,7 @@ FULL = validate(  # with every section
         "eval": {"early_stop": {"patience": 3}},
         "client": {"on_divergence": "drop"},
         "privacy": {"kind": "user", "noise_multiplier": 1.0, "target_epsilon": 2.0},
+        "channel": {"kind": "over_the_air", "noise": 0.5},
     }
 )
 

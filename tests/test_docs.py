@@ -16,10 +16,12 @@ from small_runs import lowrank
 import rayfed
 from rayfed.cli.methods import describe
 from rayfed.config import Experiment
-from rayfed.config.describe import iter_fields
+from rayfed.config.describe import format_value, iter_fields
 from rayfed.config.options import options_of
 from rayfed.config.sweep import Sweep
 from rayfed.methods import METHODS, method_class
+from rayfed.plugins import member_class
+from rayfed.weighting import WEIGHTINGS, Weighting
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -132,6 +134,15 @@ def test_configuration_has_every_setting_and_every_option(generate: SimpleNamesp
             assert f"method.{option} = " in section, (name, option)
 
 
+def test_the_page_of_weights_has_every_option_with_its_default() -> None:
+    text = (DOCS / "weights-and-channels.md").read_text(encoding="utf-8")
+    for name in WEIGHTINGS:
+        assert f"`{name}`" in text
+        for option, found in options_of(member_class("rayfed.weighting", name, Weighting, "server.weights")).items():
+            default = format_value(found.default, quotes=False)
+            assert f"- `weighting.{option}` (default `{default}`)" in text, (name, option)
+
+
 def test_equations_has_every_method(generate: SimpleNamespace) -> None:
     page = generate.equations()
     assert re.findall(r"^## (\w+)$", page, re.M) == list(METHODS)
@@ -148,7 +159,9 @@ def test_index_is_readme_with_links_from_docs(generate: SimpleNamespace) -> None
 def test_outputs_has_every_key_that_a_run_writes(tmp_path: Path) -> None:
     text = (DOCS / "outputs.md").read_text(encoding="utf-8")
     run = rayfed.run(lowrank("method.name=fedhl", "server.rounds=1", "eval.diagnostics=true"), out=tmp_path / "run")
-    keys = {*run.metrics[0], *run.summary, *pq.read_table(run.out / "ledger.parquet").column_names}
+    air = ("server.rounds=1", "channel.kind=over_the_air", "channel.snr=20", "server.weights=bound")
+    more = rayfed.run(lowrank(*air), out=tmp_path / "air").metrics[0]
+    keys = {*run.metrics[0], *more, *run.summary, *pq.read_table(run.out / "ledger.parquet").column_names}
     keys = {re.sub(r"^clients/rank_\d+$", "clients/rank_4", key) for key in keys}
     assert [key for key in sorted(keys) if f"`{key}`" not in text] == []
     files = {entry.name for entry in run.out.iterdir()}

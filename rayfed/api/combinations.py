@@ -1,11 +1,13 @@
-"""Refusals of choices on two axes that do not go together."""
+"""Refusals of choices on two axes that do not go together, from the settings alone."""
 
 from __future__ import annotations
 
 from rayfed.config import Experiment
-from rayfed.methods import Method
-from rayfed.objectives import RunFacts, Stateful
+from rayfed.errors import UserError, allowed
+from rayfed.methods import METHODS, Method, method_class
+from rayfed.objectives import Objective, RunFacts, Stateful
 from rayfed.profiles.client_profiles import ClientProfiles
+from rayfed.weighting import Weighting
 
 
 def check_objective(experiment: Experiment, objective: Stateful, method: Method, profiles: ClientProfiles) -> None:
@@ -22,3 +24,53 @@ def check_objective(experiment: Experiment, objective: Stateful, method: Method,
         server=experiment.server,
     )
     objective.check_run(experiment.objective.name, facts)
+
+
+def check_weighting(experiment: Experiment, weights: str, weighting: Weighting, method: Method) -> None:
+    """UserError where the weighting of that name does not go with the method or the other settings."""
+    if experiment.server.empty_clients and weights != "uniform":
+        raise UserError(
+            f"server.empty_clients: got true, but the weights are {weights!r}, in which clients without training rows "
+            "do not count; allowed with server.weights=uniform"
+        )
+    if weighting.needs is not None and method.ignores_weights:
+        what = f"method.name={experiment.method.name} does not use these weights: {method.ignores_weights}"
+        raise allowed("server.weights", weights, what)
+
+
+def check_channel(
+    experiment: Experiment, weights: str, weighting: Weighting, method: Method, objective: Objective, optimizer: str,
+    profiles: ClientProfiles,
+) -> None:  # fmt: skip
+    """UserError where the channel does not go with the other parts: over the air all uploads become one noisy sum."""
+    if experiment.channel.kind == "lossless":
+        return
+    name, up = experiment.method.name, experiment.wire.up
+    if not _one_sum(method):
+        what = "it averages products" if method.averages == "products" else method.refuses_privacy
+        able = ", ".join(name for name in METHODS if _one_sum(method_class(name)))
+        raise allowed("channel.kind", "over_the_air", f"{name} cannot use one sum of changes: {what}; taken by {able}")
+    if experiment.privacy.kind != "none":
+        raise allowed("privacy.kind", experiment.privacy.kind, "over the air nothing is clipped by the server; none is")
+    if profiles.may_be_sparse("up", experiment.server.rounds):
+        raise allowed("wire.up.density", up.density, "over the air all clients send the same entries: density 1")
+    if up.values != "fp32":
+        raise allowed("wire.up.values", up.values, "over the air the values are analog; fp32 is allowed")
+    if experiment.profiles.kind != "same":
+        what = "over the air all clients send the same entries: same is allowed"
+        raise allowed("profiles.kind", experiment.profiles.kind, what)
+    if optimizer not in ("fedavg", "sgd"):
+        what = "over the air the channel's noise would add up in its moments; fedavg and sgd are allowed"
+        raise allowed("server.optimizer", optimizer, what)
+    if isinstance(objective, Stateful):
+        what = "its clients send more than their change, and one sum arrives; plain and fedprox are allowed"
+        raise allowed("objective.name", experiment.objective.name, what)
+    if experiment.eval.diagnostics:
+        raise allowed("eval.diagnostics", True, "over the air the server sees no client's model; false is allowed")
+    if weighting.needs == "change_norms":
+        raise allowed("server.weights", weights, "over the air the server sees no client's change")
+
+
+def _one_sum(method: Method | type[Method]) -> bool:
+    """Whether the method needs one sum of changes alone, of the same entries of all clients."""
+    return method.summed == "changes" and method.personal is False

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from yaml.representer import RepresenterError
 
-from rayfed import config, methods, objectives, privacy, tasks, weighting
-from rayfed.api.combinations import check_objective
+from rayfed import channels, config, methods, objectives, privacy, tasks, weighting
+from rayfed.api.combinations import check_channel, check_objective, check_weighting
 from rayfed.api.initial_adapter import check_method, initial_adapter
-from rayfed.channels import Lossless
+from rayfed.channels import Channel
 from rayfed.clients.plan import RunPlan
 from rayfed.config import Experiment
 from rayfed.config.adapter import adapter_folder, with_digest
@@ -57,6 +57,7 @@ class Components:
     method: Method
     objective: Objective
     weighting: Weighting
+    channel: Channel
     server_optimizer: str
     profiles: ClientProfiles
 
@@ -149,12 +150,11 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
         check_objective(experiment, objective, method, profiles)
         by_default = objective.server_weights or by_default
     weights = by_default if server.weights == "auto" else server.weights
-    if server.empty_clients and weights != "uniform":
-        raise UserError(
-            f"server.empty_clients: got true, but the weights are {weights!r}, in which clients without training rows "
-            "do not count; allowed with server.weights=uniform"
-        )
-    return Components(task, method, objective, weighting.build(weights), optimizer, profiles)
+    weigher = weighting.build(weights, **experiment.weighting.options)
+    check_weighting(experiment, weights, weigher, method)
+    check_channel(experiment, weights, weigher, method, objective, optimizer, profiles)
+    channel = channels.build(experiment.channel, experiment.seed)
+    return Components(task, method, objective, weigher, channel, optimizer, profiles)
 
 
 @suggest_keywords
@@ -193,7 +193,6 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
         privacy=mechanism,
         federation=federation,
         model=model,
-        channel=Lossless(),
         pack=None if engine.pack == "auto" else engine.pack,
         seed=experiment.seed,
         settings=experiment.model_dump(mode="json"),

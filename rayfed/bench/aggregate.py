@@ -86,7 +86,7 @@ class _Server:
     def round(self, clients: int | None = None) -> None:
         """A round of these clients. Its result is the new state."""
         plan, chosen = self.plan, self.clients[:clients]
-        downlink = Downlink(plan.method, self.state, plan.wire.down.values, plan.channel, self.executor)
+        downlink = Downlink(plan, self.state, 0, self.executor)
         packs = [chosen[i : i + self.pack] for i in range(0, len(chosen), self.pack)]
         log = RoundLog(1, wire.Ledger(), BaseUpdates())
         self.state = train_round(plan, self.state, 0, packs, self.optimizer, downlink, self.executor, log)

@@ -119,12 +119,17 @@ def packs(plan: RunPlan) -> Iterator[Fact]:
 
 
 def _bytes(plan: RunPlan, way: Direction) -> float:
-    """The mean bytes of round 1 in one direction, if each client's message is its whole adapter at its density."""
+    """The mean bytes of round 1 in one direction, if each client's message is its whole adapter at its density.
+
+    Over the air only digital bytes count. Statistics for weights are left out.
+    """
     import torch
 
     from rayfed import seeding, wire
     from rayfed.lora.adapter import fresh_adapter
 
+    if way == "up" and plan.channel.analog:
+        return plan.server.cohort * len(wire.encode(torch.zeros(2)))  # the digital part: mean, standard deviation
     total = clients = 0
     for tier, count in plan.profiles.tier_mix(plan.federation.sizes).items():
         profile = plan.profiles.of_tier(tier, 0)
@@ -135,7 +140,8 @@ def _bytes(plan: RunPlan, way: Direction) -> float:
             count_sent = wire.keep_count(entries, density)
             drawn = seeding.numpy_rng(plan.seed, "doctor").choice(entries, count_sent, replace=False)
             chosen = torch.from_numpy(drawn).sort().values
-        total += count * len(wire.encode(torch.ones(entries), indices=chosen, values=getattr(plan.wire, way).values))
+        values = getattr(plan.wire, way).values
+        total += count * len(wire.encode(torch.ones(entries), indices=chosen, values=values, seed=0))
         clients += count
     return plan.server.cohort * total / clients
 

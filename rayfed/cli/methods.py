@@ -49,13 +49,18 @@ def describe(name: str) -> str:
         "optimizer": f"{cls.optimizer} (server.optimizer); allowed are {', '.join(cls.optimizers)}",
     }
     lines = [f"{name}: {cls.summary}", *(f"  {key:<10} {value}" for key, value in facts.items())]
-    meanings, options = _meanings(cls), options_of(cls)
-    for option, found in options.items():
+    return "\n".join([*lines, *(describe_options(cls, "method") or ["  no options"])])
+
+
+def describe_options(cls: type, section: str) -> list[str]:
+    """Every option of a member of an axis with its default, range and meaning, as lines; they stand in ``section``."""
+    lines, meanings = [], _meanings(cls)
+    for option, found in options_of(cls).items():
         default = "(no default)" if found.default is REQUIRED else _yaml(found.default)
-        lines.append(f"method.{option} = {default}  [{in_words(found.annotation)}]")
+        lines.append(f"{section}.{option} = {default}  [{in_words(found.annotation)}]")
         if option in meanings:
             lines.append(textwrap.fill(meanings[option], 100, initial_indent="    ", subsequent_indent="    "))
-    return "\n".join(lines if options else [*lines, "  no options"])
+    return lines
 
 
 def _secure(cls: type[Method]) -> str:
@@ -74,7 +79,7 @@ def _private(cls: type[Method]) -> str:
     return "yes" if claim else f"no: {cls.refuses_privacy}"
 
 
-def _meanings(cls: type[Method]) -> dict[str, str]:
+def _meanings(cls: type) -> dict[str, str]:
     """The docstring under each option's field, from the source of the class and of its bases."""
     meanings: dict[str, str] = {}
     for base in reversed(cls.__mro__):

@@ -19,6 +19,8 @@ def settings(section: str | None) -> None:
 
 def describe(section: str | None = None) -> str:
     """Every setting of the section (default: all; may be dotted) with its default, allowed values and meaning."""
+    if section == "weighting":
+        return _weightings()
     lines: list[str] = []
     known = iter_fields(Sweep, "sweep.") if (section or "").split(".")[0] == "sweep" else iter_fields(Experiment)
     for key, field in known:
@@ -32,4 +34,18 @@ def describe(section: str | None = None) -> str:
         names = {name for key in keys for name in accumulate(key.split("."), "{}.{}".format)}
         hint = did_you_mean(section, sorted(names))
         raise allowed("settings", section, f"{hint}sections are {', '.join(Experiment.model_fields)}, sweep")
+    return "\n".join(lines)
+
+
+def _weightings() -> str:
+    """The options of each weighting. The schema's section has no fields of its own."""
+    from rayfed.cli.methods import describe_options  # these import torch
+    from rayfed.plugins import member_class
+    from rayfed.weighting import WEIGHTINGS, Weighting
+
+    lines = []
+    for name in WEIGHTINGS:
+        cls = member_class("rayfed.weighting", name, Weighting, "server.weights")
+        options = describe_options(cls, "weighting")
+        lines += [f"server.weights={name}: {(cls.__doc__ or '').splitlines()[0]}", *(options or ["    no options"])]
     return "\n".join(lines)

@@ -111,6 +111,7 @@ class TrainResult:
     diverged: Mapping[int, Divergence] = field(default_factory=dict)
     messages: tuple[EncodedMessage | None, ...] = ()
     stored: tuple[bytes | None, ...] = ()
+    statistics: tuple[bytes | None, ...] = ()  # what the weighting needs of each client, encoded; empty: nothing
 
     @property
     def sent(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rayfed import wire
+from rayfed import seeding, wire
 from rayfed.clients.local_training import PackMember, TrainedClient
 from rayfed.clients.messages import ClientOrder, EncodedMessage
 from rayfed.clients.transfer import Uploadable
@@ -19,13 +19,18 @@ from rayfed.objectives import ClientRound, Message, Objective, Stateful
 from rayfed.wire import Payload
 
 
-def encode_message(message: Message, places: Uploadable, values: str, budget: int | None = None) -> EncodedMessage:
-    """The message as payloads. ``values``: the number format of the vector, of which the largest ``budget`` travel."""
+def encode_message(
+    message: Message, places: Uploadable, values: str, seed: int, budget: int | None = None
+) -> EncodedMessage:
+    """The message as payloads. ``values``: the number format of the vector, of which the largest ``budget`` travel.
+
+    ``seed`` keys the random rounding of the number formats that have one.
+    """
     vector = None
     if message.vector is not None:
         entries = message.vector if places.places is None else message.vector[places.places]
         indices = wire.top_k(entries, budget) if budget is not None and budget < len(entries) else None
-        vector = wire.encode(entries, indices=indices, values=values)
+        vector = wire.encode(entries, indices=indices, values=values, seed=seed)
     return EncodedMessage(vector, None if message.numbers is None else wire.encode(message.numbers))
 
 
@@ -57,25 +62,26 @@ def client_round(
 
 
 def replies(
-    objective: Objective, trained: Sequence[tuple[TrainedClient, PackMember, ClientOrder] | None]
+    objective: Objective, trained: Sequence[tuple[TrainedClient, PackMember, ClientOrder] | None], t: int, seed: int
 ) -> tuple[tuple[EncodedMessage | None, ...], tuple[bytes | None, ...]]:
-    """The clients' messages after training, and what each has in its next round, encoded. None: it was dropped.
+    """The clients' messages after training in round ``t``, and what each has in its next round, encoded.
 
-    Both are empty without a stateful objective.
+    None: it was dropped. Both are empty without a stateful objective. ``seed`` is the run's.
     """
     if not isinstance(objective, Stateful):
         return (), ()
-    found = [(None, None) if client is None else _reply(objective, *client) for client in trained]
+    found = [(None, None) if client is None else _reply(objective, *client, t, seed) for client in trained]
     return tuple(message for message, _ in found), tuple(stored for _, stored in found)
 
 
 def _reply(
-    objective: Stateful, result: TrainedClient, member: PackMember, order: ClientOrder
+    objective: Stateful, result: TrainedClient, member: PackMember, order: ClientOrder, t: int, seed: int
 ) -> tuple[EncodedMessage, bytes | None]:
     client = member.context
     assert client is not None
     places = Uploadable.of(client.uploaded)
     message = objective.message(client, result.vector, result.steps)
-    encoded = encode_message(message, places, order.values, order.budget)
+    rounding = seeding.derive_seed(seed, "rounding.objective.up", t, member.client)
+    encoded = encode_message(message, places, order.values, rounding, order.budget)
     stored = objective.store(client, decode_encoded(encoded, places))
     return encoded, None if stored is None else wire.encode(stored)

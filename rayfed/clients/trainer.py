@@ -22,6 +22,7 @@ from rayfed.clients.local_training import PackMember, TrainingContext, on_device
 from rayfed.clients.objective_messages import client_round, replies
 from rayfed.clients.pack_timing import measure
 from rayfed.clients.plan import RunPlan
+from rayfed.clients.row_losses import encoded_statistics
 from rayfed.clients.transfer import assemble, personal_values, sums, upload
 from rayfed.errors import RunError
 from rayfed.lora.packed.segments import Segment
@@ -35,6 +36,7 @@ from rayfed.tasks.models.base import in_dtype
 from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
 from rayfed.tasks.models.padded_attention import use_float32_attention
 from rayfed.tasks.models.unpadded import Padded
+from rayfed.weighting import Needs
 
 SPLITS: tuple[messages.SplitName, ...] = ("train", "validation", "test")
 
@@ -102,6 +104,7 @@ class Trainer:
         decoded = [wire.decode(payload) for payload in payloads]  # clients of a tier share theirs
         bases: dict[int, BaseChange] = {}
         members = [self._member(order, decoded, bases, job.lr) for order in job.orders]
+        sent = self._statistics("sent_losses", members, [member.start for member in members], job.t)
         train = partial(train_pack, self.context, lr=job.lr, t=job.t)
         trained = device_memory.in_halves(
             members, train, self.device, lambda m: f"client {m.client}: training it alone"
@@ -116,19 +119,38 @@ class Trainer:
         dropped = {i for i, divergence in diverged.items() if divergence.dropped}
         clients = enumerate(zip(results, members, job.orders, strict=True))
         kept = [None if i in dropped else client for i, client in clients]
-        uploads = tuple(client and upload(self.plan.method, *client, privacy, job.t) for client in kept)
+        uploads = tuple(client and upload(self.plan.method, *client, privacy, job.t, self.plan.seed) for client in kept)
         personal = tuple(client and personal_values(*client) for client in kept)
-        messages_up, stored = replies(self.plan.objective, kept)
+        messages_up, stored = replies(self.plan.objective, kept, job.t, self.plan.seed)
         summed = sums(self.plan.channel, uploads, members, job.orders, parts) if job.summed else ()
         losses, examples, steps = zip(*((r.loss, r.examples, r.steps) for r in results))
         ranks = tuple(map(_trained_rank, members))
         sizes = tuple(None if payload is None else wire.inspect(payload) for payload in uploads)
         uploads = () if job.summed else uploads
+        own = sent or self._statistics("trained_losses", members, [result.vector for result in results], job.t)
+        statistics = tuple(None if i in dropped else payload for i, payload in enumerate(own))
         seconds = time.perf_counter() - begun
         return messages.TrainResult(
             uploads, personal, losses, examples, steps, ranks, seconds, parts, sizes, summed, diverged,
-            messages_up, stored,
+            messages_up, stored, statistics,
         )  # fmt: skip
+
+    def _statistics(
+        self, needs: Needs, members: Sequence[PackMember], vectors: Sequence[Tensor], t: int
+    ) -> list[bytes]:
+        """What the weighting needs of the members' losses under these models (n,); empty where that is not these."""
+        weighting = self.plan.weighting
+        if weighting.needs != needs:
+            return []
+
+        def measured(chosen: Sequence[int]) -> list[bytes]:
+            pack, models = [members[i] for i in chosen], [vectors[i] for i in chosen]
+            return encoded_statistics(self.context, weighting, pack, models, t)
+
+        parts = device_memory.in_halves(
+            range(len(members)), measured, self.device, lambda i: f"client {members[i].client}: measuring its losses"
+        )
+        return [payload for part in parts for payload in part]
 
     def _member(
         self, order: messages.ClientOrder, decoded: Sequence[wire.Payload], bases: dict[int, BaseChange], lr: float

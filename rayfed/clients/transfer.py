@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from rayfed import wire
+from rayfed import seeding, wire
 from rayfed.channels import Channel
 from rayfed.clients.local_training import PackMember, TrainedClient
 from rayfed.clients.messages import ClientOrder, uploads_by_part
@@ -74,9 +74,12 @@ def assemble(layout: Layout, payload: Payload, known: Payload | None) -> tuple[T
 
 
 def upload(
-    method: Method, result: TrainedClient, member: PackMember, order: ClientOrder, privacy: Privacy | None, t: int
-) -> bytes:
+    method: Method, result: TrainedClient, member: PackMember, order: ClientOrder, privacy: Privacy | None, t: int,
+    seed: int,
+) -> bytes:  # fmt: skip
     """The client's upload in round ``t``: of the changes to the entries that trained, those that the method selects.
+
+    ``seed``: the run's, which keys the random rounding of the number formats that have one.
 
     Both sides know that entries outside the support have not changed and that personal entries stay at the client, so
     neither of them takes index bits. The top-k of the upload is taken here (`Method.select`; by default `wire.top_k`).
@@ -91,7 +94,8 @@ def upload(
         chosen = method.select(member.start, change, member.layout, order.budget, order.density_up)
         place = torch.cumsum(uploaded, 0) - 1
         indices = place[chosen[uploaded[chosen]]]
-    return wire.encode(values, indices=indices, values=order.values)
+    rounding = seeding.derive_seed(seed, "rounding.up", t, member.client)
+    return wire.encode(values, indices=indices, values=order.values, seed=rounding)
 
 
 def sums(

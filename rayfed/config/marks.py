@@ -14,13 +14,15 @@ from rayfed.config.describe import format_value, iter_fields, section_of
 from rayfed.config.schema import Experiment
 from rayfed.config.types import Aspect, Decides, Section
 
-NEUTRAL = (
+NEUTRAL: tuple[tuple[str, Any], ...] = (
     *(("fingerprint", None), ("adapter_digest", None), ("compute", "auto"), ("sampling", "fixed"), ("name", "plain")),
-    *(("image", "image"), ("crop", 0), ("flip", False), ("pretrain_share", 0.0)),
+    *(("image", "image"), ("crop", 0), ("flip", False), ("pretrain_share", 0.0), ("weighting", {})),
 )
 """Names and values: there is no object or adapter to hash; adapters compute in the base's format; cohorts have one
-size; the objective is plain; there are no images, and no rows are kept from the clients.
+size; the objective is plain; there are no images, and no rows are kept from the clients; weights have no options.
 """
+OFF = (("privacy", "none"), ("channel", "lossless"))
+"""Sections and their kinds in which none of their settings decides anything."""
 
 
 def decides(name: str) -> tuple[Aspect, ...]:
@@ -111,14 +113,13 @@ def searched() -> tuple[str, ...]:
 def _select(settings: Mapping[str, Any], aspects: set[Aspect], prefix: str = "") -> dict[str, Any]:
     """The settings that decide one of the aspects. A section of which nothing is left is left out.
 
-    So are settings at values that change nothing, see `NEUTRAL`, and a section `privacy` of the kind none: digests of
-    most runs do not depend on these settings.
+    So are settings at values that change nothing, see `NEUTRAL`, and sections that are off, see `OFF`: digests of most
+    runs do not depend on these settings.
     """
     selected = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
-            off = (prefix + name, value.get("kind")) == ("privacy", "none")
-            if not off and (part := _select(value, aspects, f"{prefix}{name}.")):
+            if (prefix + name, value.get("kind")) not in OFF and (part := _select(value, aspects, f"{prefix}{name}.")):
                 selected[name] = part
         elif aspects & set(decides(f"{prefix}{name}")) and (name, value) not in NEUTRAL:
             selected[name] = value

@@ -93,8 +93,12 @@ class Direction(Section):
     """Factor on the density every `every` rounds: round t, from 0, has density * decay^(t // every)."""
     every: Rounds = 1
     """Rounds between two steps of the decay."""
-    values: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
-    """Number format of the values in a message; only fp32 is lossless."""
+    values: Literal["fp32", "bf16", "fp16", "int8", "qsgd2", "qsgd3", "qsgd4", "qsgd5", "qsgd6", "qsgd7", "qsgd8"] = (
+        "fp32"
+    )
+    """Number format of the values in a message; only fp32 is lossless. qsgd2 to qsgd8 round at random and without bias
+    to 2 to 8 bits a value.
+    """
 
     def density_at(self, t: int, first: float | None = None) -> float:
         """The density in round ``t`` (from 0), in (0, 1]. ``first``: a client's own density, in place of `density`.

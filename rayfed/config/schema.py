@@ -13,12 +13,13 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
+from rayfed.config.channel import Channel
 from rayfed.config.execution import Checkpoint, Engine, Export, Tracking
 from rayfed.config.method import Lora, Method, Profiles, Wire
 from rayfed.config.pretrain import Pretrain
 from rayfed.config.privacy import Privacy
 from rayfed.config.task import Data, Model, Partition, Problem
-from rayfed.config.training import Client, Eval, Objective, Server
+from rayfed.config.training import Client, Eval, Objective, Server, Weighting
 from rayfed.config.types import DecidesData, DecidesNothing, Name, Section, section
 
 MOST_NUMBERS = 100_000_000  # of the problem with a known answer; making it takes about 25 bytes for each
@@ -55,6 +56,8 @@ class Experiment(Section, metaclass=_Refuses):
     client: Client = section(Client)
     objective: Objective = section(Objective)
     server: Server = section(Server)
+    weighting: Weighting = section(Weighting)
+    channel: Channel = section(Channel)
     privacy: Privacy = section(Privacy)
     eval: Eval = section(Eval)
     engine: Engine = section(Engine)

@@ -8,11 +8,11 @@ from pydantic import AfterValidator, Field, model_validator
 
 from rayfed.config.types import (
     UNSIGNED,
-    ClassPath,
     Clients,
     DecidesModel,
     DecidesNothing,
     Fraction,
+    OwnClass,
     Printable,
     Section,
     Share,
@@ -21,7 +21,6 @@ from rayfed.config.types import (
 
 OBJECT = "object"  # the name of a model that was given in Python
 Template = Annotated[str, AfterValidator(Printable(10_000, but="\n"))]
-OwnClass = Annotated[str, AfterValidator(ClassPath()), AfterValidator(Printable(1000))]
 Size = Annotated[int, Field(ge=1, le=10_000)]
 
 

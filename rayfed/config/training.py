@@ -13,6 +13,7 @@ from rayfed.config.types import (
     DecidesNothing,
     Live,
     NonNegative,
+    OwnClass,
     Positive,
     Rounds,
     Section,
@@ -113,8 +114,11 @@ class Server(Section):
     """Also draw clients without training rows, as FLASC's code does. They receive and send as all others do, change
     nothing, and count in the mean: so the weights must be uniform. false: they are never drawn.
     """
-    weights: Literal["auto", "uniform", "examples"] = "auto"
-    """Aggregation weights of the clients; auto: as in the method's paper."""
+    weights: Literal["auto", "uniform", "examples", "norm", "bound", "chebyshev"] | OwnClass = "auto"
+    """Aggregation weights of the clients; auto: as in the method's paper. `norm`: as much as a client moved; `bound`:
+    by a bound on its loss; `chebyshev`: more for clients with a large loss; or your own, `package.module:Class`. See
+    docs/weights-and-channels.md. The section `weighting` has their options.
+    """
     optimizer: Literal["auto", "fedavg", "sgd", "fedavgm", "fedadam", "adamw"] = "auto"
     """fedavg: add the mean update; sgd: add lr times the mean update; fedavgm: sgd with momentum; fedadam: Reddi et al.
     2021; adamw: torch AdamW, as in FLASC's code; auto: adamw for flasc, else fedavg.
@@ -134,6 +138,17 @@ class Server(Section):
     def spent(self, total: int) -> bool:
         """Whether ``total`` bytes reach `max_mb`."""
         return self.max_mb is not None and total >= self.max_mb * 1e6
+
+
+class Weighting(Section):
+    """The options of the weighting that `server.weights` names, such as `weighting.eps`. docs/weights-and-channels.md
+    lists them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
 
 
 class EarlyStop(Section):

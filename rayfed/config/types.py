@@ -75,6 +75,8 @@ MOST_NAME = 120
 Name = Annotated[str, AfterValidator(Printable(MOST_NAME))]
 """With the time behind it, a name is a folder's name (255 bytes on most file systems)."""
 Text = Annotated[str, AfterValidator(Printable(1000))]
+OwnClass = Annotated[str, AfterValidator(ClassPath()), AfterValidator(Printable(1000))]
+"""The import path of a class of the user's own."""
 Tag = Annotated[str, AfterValidator(Printable(64))]
 Names = Annotated[tuple[Name, ...], Field(strict=False, max_length=200)]
 Aspect = Literal["data", "model", "result"]

@@ -11,7 +11,16 @@ from typing import Any
 from rayfed.config.options import make_member
 from rayfed.methods._factor_mean import FactorMean
 from rayfed.methods._layers import LayerMethod
-from rayfed.methods._means import Advance, ChangeMean, HeadMean, ProductMean, fedavg, mean_change, product_change
+from rayfed.methods._means import (
+    Advance,
+    ChangeMean,
+    HeadMean,
+    ProductMean,
+    change_norm,
+    fedavg,
+    mean_change,
+    product_change,
+)
 from rayfed.methods._messages import BaseChange, PackSum, Sparse, Start, Trainable, Update, Updates, matrix, merged
 from rayfed.methods._state import Change, FactorState, LayerState, State
 from rayfed.methods.base import ANY_OPTIMIZER, Method, Profile, Source
@@ -47,6 +56,6 @@ def build(name: str, **options: Any) -> Method:
 __all__ = [
     "ANY_OPTIMIZER", "METHODS", "Advance", "BaseChange", "Change", "ChangeMean", "FactorMean", "FactorState",
     "HeadMean", "LayerMethod", "LayerState", "Method", "PackSum", "ProductMean", "Profile", "Source", "Sparse", "Start",
-    "State", "Trainable", "Update", "Updates", "build", "fedavg", "matrix", "mean_change", "merged", "method_class",
-    "product_change", "with_adapters", "with_mixed_ranks",
+    "State", "Trainable", "Update", "Updates", "build", "change_norm", "fedavg", "matrix", "mean_change", "merged",
+    "method_class", "product_change", "with_adapters", "with_mixed_ranks",
 ]  # fmt: skip

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rayfed.lora.adapter import LowRank
-from rayfed.lora.algebra import stack, stays_factored
+from rayfed.lora.algebra import norm, stack, stays_factored
 from rayfed.methods._messages import PackSum, Start, Update, matrix
 
 SMALL = 256  # layers up to this size are computed with in float64, larger ones in float32
@@ -171,6 +172,19 @@ def trained_product(update: Update, start: Start) -> dict[str, LowRank]:
         return dict(update.trained.layers)
     changes, starts = product_change(update), start.layout.unflatten(start.vector).layers
     return {name: stack([starts[name], changes[name]], [1.0, 1.0]) for name in changes}
+
+
+def change_norm(update: Update, averages: Literal["changes", "products"], scale: float) -> float:
+    """The L2 norm of a client's change, in the space in which the method takes its mean (`Method.averages`).
+
+    For `products`: of the changes of the layers' products and of the head. For `changes`: of the entries, with B under
+    the server's ``scale``, since clients of other ranks may have another one.
+    """
+    if averages == "products":
+        parts: list[LowRank | Tensor] = [*product_change(update).values(), *update.moved.head.values()]
+        return math.hypot(*map(norm, parts))
+    change, in_B = update.change.double(), update.layout.mask("B")
+    return math.hypot(float(change[in_B].norm()) * update.client.scale / scale, float(change[~in_B].norm()))
 
 
 def positive(weight: float) -> float:

@@ -32,6 +32,7 @@ NOISE = 1e-6  # a singular value below this share of the first one is a rounding
 class Truncating(LayerMethod):
     """State and download of methods that send truncations. A subclass says how uploads become the next change."""
 
+    averages = "products"
     mixed_ranks = True
     split: Split = "b"
 

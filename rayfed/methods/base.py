@@ -56,6 +56,12 @@ class Method:
 
     weights: ClassVar[str] = "examples"
     """The paper's aggregation weights: the name of a weighting."""
+    averages: ClassVar[Literal["changes", "products"]] = "changes"
+    """What the mean is taken of: the entries of the clients' changes, or the changes of the layers' products. The
+    weighting `norm` measures clients there."""
+    ignores_weights: str = ""
+    """Why the weights of the server do not count in `aggregate`, in a few words. Empty: they do. Then a weighting that
+    needs statistics of the clients is refused."""
     optimizer: ClassVar[str] = "fedavg"
     """The paper's server optimizer."""
     optimizers: ClassVar[tuple[str, ...]] = ("fedavg",)

@@ -45,6 +45,7 @@ class FedExLoRA(LayerMethod):
     traffic_down = "K r (in + out)"
     source: ClassVar[Source] = "authors' code read"
     weights = "uniform"
+    averages = "products"
     refuses_privacy = "its residual is a covariance of the single uploads"
     sparse_down = False
 

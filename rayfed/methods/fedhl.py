@@ -81,6 +81,11 @@ class FedHL(Truncating):
         """Without error weights and data weights, the step is the mean of the changes of products."""
         return "products" if self.gamma == 0 and self.data == "ignore" else None
 
+    @property
+    def ignores_weights(self) -> str:  # type: ignore[override]
+        """With `data: examples` its error weights are multiplied by the server's."""
+        return "" if self.data == "examples" else "it has error weights; method.data=examples multiplies them by these"
+
     def init(self, adapter: Adapter, seed: int) -> LayerState:
         return decomposed(super().init(adapter, seed), {name: pair.dense() for name, pair in adapter.layers.items()})
 

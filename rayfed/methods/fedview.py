@@ -88,6 +88,7 @@ class FedView(LayerMethod):
     traffic_down = traffic_up = "r_k (in + out)"
     source = "ours"
     optimizers = ANY_OPTIMIZER
+    averages = "products"
     summed = "products"
     mixed_ranks = True
     personal = True

@@ -39,6 +39,7 @@ class FLoRA(LayerMethod):
     traffic_up = "r_k (in + out)"
     source: ClassVar[Source] = "secondary"
     refuses_privacy = "it stacks the single uploads"
+    averages = "products"
     mixed_ranks = True
     sparse_down = False
 

@@ -69,6 +69,10 @@ class HetLoRA(Nested):
         """Weights by norm and self-pruned ranks are known only after the uploads were seen."""
         return self.weighting == "given" and not self.prune
 
+    @property
+    def ignores_weights(self) -> str:  # type: ignore[override]
+        return "" if self.weighting == "given" else "its own weights are norms; method.weighting=given takes these"
+
     def rank(self, state: LayerState, client: Profile) -> int:
         stored = state.clients.get(client.client, {}).get("rank")
         return client.rank if stored is None else min(client.rank, int(stored))

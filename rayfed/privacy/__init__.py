@@ -30,7 +30,7 @@ def check(
     """UserError where ``settings`` do not go with the method of that name, or with the other sections."""
     if settings.kind == "none":
         return
-    if server.weights == "examples":
+    if server.weights not in ("auto", "uniform"):
         raise allowed(
             "server.weights", server.weights, "with privacy a client's weight may not depend on its data; uniform is "
             "allowed, and what auto means then",

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayfed import wire
-from rayfed.channels import Channel
+from rayfed import seeding, wire
+from rayfed.clients.plan import RunPlan
 from rayfed.clients.transfer import Uploadable, assemble
 from rayfed.errors import RunError
 from rayfed.lora.adapter import Layout, LowRank, flatten_changes
-from rayfed.methods import BaseChange, Method, Start, Trainable, matrix
+from rayfed.methods import BaseChange, Start, Trainable, matrix
 from rayfed.profiles.profile import Profile
 from rayfed.server.executor import Executor, Handle
 
@@ -74,10 +74,10 @@ class Download:
 
 
 class Downlink:
-    """The downloads of one round, made on demand. ``values``: the number format (`wire.down.values`)."""
+    """The downloads of round ``t`` (from 0), made on demand from the ``state`` with which it begins."""
 
-    def __init__(self, method: Method, state: Any, values: str, channel: Channel, executor: Executor) -> None:
-        self.method, self.state, self.values, self.channel, self.executor = method, state, values, channel, executor
+    def __init__(self, plan: RunPlan, state: Any, t: int, executor: Executor) -> None:
+        self.plan, self.method, self.state, self.t, self.executor = plan, plan.method, state, t, executor
         self.first: Download | None = None
         self._made: dict[Hashable, Download] = {}
         self._bases: dict[int, tuple[BaseChange, Handle, Layout]] = {}  # by identity; the base is kept alive beside it
@@ -86,7 +86,7 @@ class Downlink:
         """The client's download. RunError where the global state is not finite any more."""
         key: Hashable = client.client if self.method.personal else client.tier
         if key not in self._made:
-            self._made[key] = self._make(client)
+            self._made[key] = self._make(client, key)
             self.first = self.first or self._made[key]
         return self._made[key]
 
@@ -95,7 +95,7 @@ class Downlink:
         if self.method.personal:
             self._made.pop(client.client, None)
 
-    def _make(self, client: Profile) -> Download:
+    def _make(self, client: Profile, key: Hashable) -> Download:
         start = self.method.broadcast(self.state, client)
         if not bool(torch.isfinite(start.vector).all()):
             raise RunError("the global adapter has values that are not finite; lower server.lr or client.lr")
@@ -107,8 +107,10 @@ class Downlink:
             mask = wire.top_mask(vector, client.density_down, whole)
         elif mask is not None and whole is not None:
             mask = mask | whole
-        payload = wire.encode(vector, indices=None if mask is None else mask.nonzero().squeeze(1), values=self.values)
-        arrived = self.channel.deliver(payload)
+        rounding = seeding.derive_seed(self.plan.seed, "rounding.down", self.t, str(key))
+        indices, values = None if mask is None else mask.nonzero().squeeze(1), self.plan.wire.down.values
+        payload = wire.encode(vector, indices=indices, values=values, seed=rounding)
+        arrived = self.plan.channel.deliver(payload)
         known, has_already = None, None
         if start.known is not None:
             encoded = wire.encode(start.vector, indices=start.known.nonzero().squeeze(1))

@@ -157,7 +157,7 @@ class Server:
         clients = [plan.profiles.profile(c, int(sizes[c]), t) for c in drawn]
         assert plan.pack is not None
         packs = plan_packs(clients, plan.pack, self.costs)
-        downlink = Downlink(plan.method, self.state, plan.wire.down.values, plan.channel, self.executor)
+        downlink = Downlink(plan, self.state, t, self.executor)
         diagnostics = Diagnostics() if plan.eval.diagnostics else None
         log = RoundLog(t + 1, self.ledger, self.base_updates, diagnostics=diagnostics)
         state = train_round(plan, self.state, t, packs, self.optimizer, downlink, self.executor, log, self.objective)

@@ -6,25 +6,24 @@ state is replaced when a round has ended, never changed in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from rayfed import wire
+from rayfed import seeding, wire
 from rayfed.clients.messages import EncodedMessage, ObjectiveOrder, TrainResult
 from rayfed.clients.objective_messages import decode_encoded, encode_message
 from rayfed.clients.plan import RunPlan
 from rayfed.clients.transfer import Uploadable
 from rayfed.methods import Advance
 from rayfed.objectives import Received, Stateful
-from rayfed.profiles.profile import Profile
 from rayfed.server.client_state import ClientStore, StoredTensors
-from rayfed.server.executor import Executor, Handle, SubmissionResult
+from rayfed.server.cohort_weights import Arrived
+from rayfed.server.executor import Executor, Handle
 from rayfed.server.optimizers import ServerOptimizer
 
 STORED = "stored"
@@ -35,10 +34,10 @@ STORED = "stored"
 class _Round:
     """What adds up during a round."""
 
+    t: int
     state: dict[str, Tensor]
     down: list[_Down] = field(default_factory=list)
     places: dict[int, Uploadable] = field(default_factory=dict)  # by client
-    weights: dict[int, float] = field(default_factory=dict)  # by client
     total: Tensor | None = None
     numbers: list[Tensor] = field(default_factory=list)
     clients: int = 0
@@ -64,7 +63,7 @@ class ServerObjective:
         self.store = ClientStore(out / "clients", "objective")
         self.state: dict[str, Tensor] = {}
         self.clients: dict[int, StoredTensors] = {}
-        self.begin()
+        self.begin(0)
 
     @property
     def decides_weights(self) -> bool:
@@ -75,9 +74,9 @@ class ServerObjective:
         """Goes on from the state of a checkpoint."""
         self.state, self.clients = dict(state), clients
 
-    def begin(self) -> None:
-        """Begins a round."""
-        self._round = _Round(dict(self.state))
+    def begin(self, t: int) -> None:
+        """Begins round ``t`` (from 0)."""
+        self._round = _Round(t, dict(self.state))
 
     def order(self, client: int, places: Uploadable, index: Callable[[Handle], int]) -> ObjectiveOrder | None:
         """What the client's job says of the objective. ``index`` gives the position of a payload in the job."""
@@ -94,7 +93,8 @@ class ServerObjective:
         for made in self._round.down:
             if made.places.same(places):
                 return made
-        message = encode_message(objective.send(self.state), places, self.plan.wire.down.values)
+        rounding = seeding.derive_seed(self.plan.seed, "rounding.objective.down", self._round.t)
+        message = encode_message(objective.send(self.state), places, self.plan.wire.down.values, rounding)
         vector, numbers = (p and self.executor.put(p) for p in (message.vector, message.numbers))
         self._round.down.append(_Down(places, message, vector, numbers))
         return self._round.down[-1]
@@ -106,23 +106,26 @@ class ServerObjective:
         sent = result.messages[i]
         return self._down(self.objective, self._round.places[client]).message.payloads, sent.payloads if sent else ()
 
-    def weighed(
-        self, packs: Sequence[Sequence[Profile]], results: Iterator[SubmissionResult]
-    ) -> Iterator[SubmissionResult]:
-        """The same results, in the order of the packs, after the weights of the round were taken from all of them."""
+    def weighed(self, cohort: Sequence[Arrived]) -> list[Arrived]:
+        """The same results, with the weights that the objective gives their clients in the orders."""
         assert self.objective is not None
-        everything, sent = list(results), dict[int, Tensor]()
-        for done in everything:
-            messages = cast(TrainResult, done.result).messages
-            for client, message in zip(packs[done.index], messages, strict=True):
-                if message is not None and message.numbers is not None:
-                    sent[client.client] = wire.decode(message.numbers).values
-        self._round.weights = dict(zip(sent, self.objective.weights(list(sent.values())), strict=True))
-        yield from everything
-
-    def weight(self, client: int, otherwise: float) -> float:
-        """The client's weight, where the objective decides it."""
-        return self._round.weights.get(client, otherwise)
+        numbers = [
+            wire.decode(message.numbers).values
+            for _, result in cohort
+            for message in result.messages
+            if message is not None and message.numbers is not None
+        ]
+        weights = iter(self.objective.weights(numbers))
+        return [
+            (
+                [
+                    (client, order if message is None else replace(order, weight=next(weights)))
+                    for (client, order), message in zip(pack, result.messages, strict=True)
+                ],
+                result,
+            )
+            for pack, result in cohort
+        ]
 
     def collect(self, client: int, result: TrainResult, i: int) -> None:
         """Adds up the message of the pack's client i, in the order of the cohort, and what the client stored."""

@@ -10,11 +10,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
 from rayfed import wire
+from rayfed.channels import OverTheAir
 from rayfed.clients.messages import ClientOrder, Divergence, TrainJob, TrainResult
 from rayfed.clients.plan import RunPlan
 from rayfed.errors import RunError
@@ -22,7 +24,9 @@ from rayfed.lora.adapter import Layout
 from rayfed.methods import PackSum, Update
 from rayfed.privacy import Privacy, Release
 from rayfed.profiles.profile import Profile
+from rayfed.server.air import Transmission
 from rayfed.server.base_updates import BaseUpdates
+from rayfed.server.cohort_weights import Arrived, weighed
 from rayfed.server.downlink import Downlink, Download
 from rayfed.server.evaluation.diagnostics import Diagnostics
 from rayfed.server.executor import Executor, Handle, Submission, SubmissionResult, in_order
@@ -52,6 +56,9 @@ class RoundLog:
     aggregated: bool = False  # whether the method made a new state
     reports: bool = False  # whether what it reports about that is about the clients' updates
     privacy: dict[str, float | None] = field(default_factory=dict)  # the metrics `privacy/...`
+    analog: bool = False  # whether the uploads are no bytes, see `rayfed.server.air`
+    truncated: int = 0  # clients whose channel was too weak to send
+    figures: dict[str, float | None] = field(default_factory=dict)  # the metrics `weighting/...` and `channel/...`
     notes: list[str] = field(default_factory=list)  # further lines for the log of the run
 
     def record(
@@ -77,10 +84,13 @@ class RoundLog:
             return
         if upload is None:
             ledger.add_sizes(**where, direction="up", sizes=sizes)
-        else:
+        elif not self.analog:
             ledger.add(**where, direction="up", payload=upload)
         for payload in up:
             ledger.add(**where, direction="up", payload=payload)
+        if (statistics := result.statistics[i] if result.statistics else None) is not None:
+            ledger.add(**where, direction="up", payload=statistics)
+            self.dense += len(statistics)
         self.dense += wire.HEADER_BYTES + 4 * sizes.n
         self.loss += result.losses[i] * result.examples[i]
         self.examples += result.examples[i]
@@ -98,12 +108,12 @@ class RoundLog:
         return sum(divergence.dropped for divergence in self.diverged.values())
 
     def counts(self) -> dict[str, Any]:
-        """The metrics `privacy/...`, and `clients/...`: numbers of clients, and the rank of each that trained."""
+        """The metrics `clients/...` (how many clients, the rank of each that trained), `privacy/...` and so on."""
         ranks = Counter(sorted(rank for _, rank in self.trained))
         own = {"ok": self.ok, "retried": self.retried, "split": self.split, "diverged": len(self.diverged)}
         own |= {f"rank_{rank}": count for rank, count in ranks.items()}
         clients = {f"clients/{name}": count for name, count in own.items()} | {"clients/trained": sorted(self.trained)}
-        return clients | self.privacy
+        return clients | self.privacy | self.figures
 
     def events(self) -> list[str]:
         """One line about the clients that diverged, if some did, and the notes."""
@@ -133,7 +143,7 @@ def train_round(
     """
     optimizer.lr = scheduled(optimizer.base_lr, plan.server.schedule, t, plan.server.rounds)
     objective = objective or ServerObjective(plan, Path(), executor)
-    objective.begin()
+    objective.begin(t)
     release = plan.privacy.release(plan.method, state, t, optimizer.state) if plan.privacy else None
     arriving: Iterator[Update | PackSum] = _updates(plan, state, t, packs, downlink, executor, log, release, objective)
     if release is not None:
@@ -145,9 +155,9 @@ def train_round(
         return state
     stream = chain([first], arriving)
     del first  # an update may be large
-    log.aggregated, log.reports = True, release is None
+    log.aggregated, log.reports = True, release is None and not log.analog
     state = plan.method.aggregate(state, stream, objective.advance(optimizer))
-    if next(stream, None) is not None or log.ok + log.dropped < sum(map(len, packs)):
+    if next(stream, None) is not None or log.ok + log.dropped + log.truncated < sum(map(len, packs)):
         raise RunError(f"method.name: {type(plan.method).__name__}.aggregate ended before it took every update")
     assert downlink.first is not None
     objective.finish(downlink.first.start.vector)
@@ -162,18 +172,51 @@ def _updates(
 
     With a ``release`` they are clipped.
 
-    A client that was dropped has no update, and a pack of such clients no sum. A method that needs only sums gets one
+    A client that was dropped has no update, and a pack of such clients no sum. Where the weights depend on the cohort,
+    all uploads are stored as bytes first. Over the air, all updates are one. A method that needs only sums gets one
     sum a pack; its bits do not depend on the process that added it up. Only one decoded upload is in memory at a time,
     and of it only the entries that were sent.
     """
     method = plan.method
     lr = scheduled(plan.client.lr, plan.client.schedule, t, plan.server.rounds)
-    summed = method.sum_in_worker and log.diagnostics is None and release is None and not objective.decides_weights
+    air = Transmission(plan.channel, t, log.ledger) if isinstance(plan.channel, OverTheAir) else None
+    together = air is not None or plan.weighting.needs is not None or objective.decides_weights
+    summed = method.sum_in_worker and log.diagnostics is None and release is None and not together
+    log.analog = air is not None
     submissions = [_submission(plan, state, t, lr, pack, summed, downlink, objective) for pack in packs]
-    results = _timed(in_order(executor.run(submissions)), log)
-    if objective.decides_weights:
-        results = objective.weighed(packs, results)
-    for done in results:
+    arriving = _arriving(plan, packs, submissions, downlink, executor, log, objective)
+    if together:
+        cohort = [*arriving] if air is None else air.without_weak(arriving)
+        if objective.decides_weights:
+            cohort = objective.weighed(cohort)
+        else:
+            cohort, log.figures = weighed(plan, cohort, partial(_decoded, plan, downlink=downlink))
+        if air is not None:
+            log.truncated, log.ok = air.truncated, log.ok - air.truncated
+            yield from air.update(cohort, downlink)
+            log.figures |= air.figures()
+            return
+        arriving = iter(cohort)
+    for pack, result in arriving:
+        if summed:
+            yield from result.summed
+            continue
+        updates = _decoded(plan, (pack, result), downlink, log)
+        updates = updates if release is None else map(release.clipped, updates)
+        if method.sum_in_worker:
+            changes = ((own.weight, own.sparse_change) for own in updates)
+            size = pack[0][1].layout.size
+            yield from (PackSum.of(islice(changes, count), size) for count in result.sent)
+        else:
+            yield from updates
+
+
+def _arriving(
+    plan: RunPlan, packs: Sequence[Sequence[Profile]], submissions: Sequence[Submission], downlink: Downlink,
+    executor: Executor, log: RoundLog, objective: ServerObjective,
+) -> Iterator[Arrived]:  # fmt: skip
+    """Runs the jobs and records their results, in the order of the packs."""
+    for done in _timed(in_order(executor.run(submissions)), log):
         job, result = cast(TrainJob, submissions[done.index].job), cast(TrainResult, done.result)
         pack = list(zip(packs[done.index], job.orders, strict=True))
         log.retried += done.retries * len(pack)
@@ -183,17 +226,7 @@ def _updates(
             objective.collect(client.client, result, i)
         if log.diverged and plan.client.on_divergence == "fail":
             raise _failure(log)
-        if summed:
-            yield from result.summed
-            continue
-        updates = _decoded(plan, pack, result, downlink, log, objective)
-        updates = updates if release is None else map(release.clipped, updates)
-        if method.sum_in_worker:
-            changes = ((own.weight, own.sparse_change) for own in updates)
-            size = job.orders[0].layout.size
-            yield from (PackSum.of(islice(changes, count), size) for count in result.sent)
-        else:
-            yield from updates
+        yield pack, result
 
 
 def _log_privacy(plan: RunPlan, privacy: Privacy, t: int, release: Release | None, log: RoundLog) -> None:
@@ -217,23 +250,21 @@ def _failure(log: RoundLog) -> RunError:
     )
 
 
-def _decoded(
-    plan: RunPlan, pack: Sequence[tuple[Profile, ClientOrder]], result: TrainResult, downlink: Downlink, log: RoundLog,
-    objective: ServerObjective,
-) -> Iterator[Update]:  # fmt: skip
-    """Decodes the uploads of a pack's clients, one at a time."""
+def _decoded(plan: RunPlan, arrived: Arrived, downlink: Downlink, log: RoundLog | None = None) -> Iterator[Update]:
+    """Decodes the uploads of a pack's clients, one at a time; with a ``log`` for the last time."""
+    pack, result = arrived
     for i, (client, order) in enumerate(pack):
         received, payload, personal = downlink.of(client), result.uploads[i], result.personal[i]
-        downlink.forget(client)
+        if log is not None:
+            downlink.forget(client)
         if payload is None:
             continue
         upload = wire.decode(plan.channel.deliver(payload))
         change = received.uploadable(order.trainable).placed(upload)
         stats = {"loss": result.losses[i], "examples": result.examples[i], "steps": result.steps[i]}
         own = None if personal is None else wire.decode(personal).dense()
-        weight = objective.weight(client.client, order.weight)
-        update = Update(client, weight, received.vector, change, order.layout, stats, own)
-        if log.diagnostics is not None:
+        update = Update(client, order.weight, received.vector, change, order.layout, stats, own)
+        if log is not None and log.diagnostics is not None:
             log.diagnostics.add(update, received.start.merged_base)
         yield update
 

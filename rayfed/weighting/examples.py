@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from rayfed.profiles.profile import Profile
 from rayfed.weighting.base import Weighting
 
 
 class Examples(Weighting):
     """The weight is the client's number of training rows."""
-
-    def weight(self, client: Profile) -> float:
-        return float(client.examples)

@@ -5,9 +5,10 @@ writes files.
 """
 
 from rayfed.wire.codec import HEADER_BYTES, Payload, Sizes, decode, encode, inspect
-from rayfed.wire.ledger import Ledger
+from rayfed.wire.ledger import Direction, Ledger
 from rayfed.wire.sparsify import keep_count, top_k, top_mask
 
 __all__ = [
-    "HEADER_BYTES", "Ledger", "Payload", "Sizes", "decode", "encode", "inspect", "keep_count", "top_k", "top_mask"
+    "HEADER_BYTES", "Direction", "Ledger", "Payload", "Sizes", "decode", "encode", "inspect", "keep_count", "top_k",
+    "top_mask",
 ]  # fmt: skip

@@ -75,7 +75,7 @@ class Payload:
         return torch.zeros(self.n).index_copy_(0, self.indices, self.values)
 
 
-def encode(x: Tensor, *, indices: Tensor | None = None, values: str = "fp32") -> bytes:
+def encode(x: Tensor, *, indices: Tensor | None = None, values: str = "fp32", seed: int | None = None) -> bytes:
     """Writes a vector, or some of its entries, as a payload.
 
     Args:
@@ -83,6 +83,8 @@ def encode(x: Tensor, *, indices: Tensor | None = None, values: str = "fp32") ->
         indices: int64, shape (k,), strictly increasing within 0 to n - 1: only ``x[indices]`` travels.
             None: every entry travels, and there are no index bytes.
         values: the value format, one of ``FORMATS``.
+        seed: at least 0, of the random rounding of qsgd2 to qsgd8, which need it. Each message has a seed of its own,
+            so that the errors of two messages are independent. The other formats ignore it.
 
     Returns:
         The payload: a pure function of the arguments.
@@ -100,7 +102,7 @@ def encode(x: Tensor, *, indices: Tensor | None = None, values: str = "fp32") ->
         indices = indices.cpu()
         coding, index_section = encode_indices(indices.numpy(), x.numel())
         travelling = x.index_select(0, indices)
-    written = encode_values(travelling, values)
+    written = encode_values(travelling, values, seed)
     lengths = (x.numel(), travelling.numel(), len(index_section), len(written))
     fields = _FIELDS.pack(_MAGIC, VERSION, FORMATS.index(values), coding, *lengths)
     crc = zlib.crc32(written, zlib.crc32(index_section, zlib.crc32(fields)))

@@ -15,6 +15,7 @@ from rayfed.config import Experiment
 from rayfed.config.describe import iter_fields
 from rayfed.errors import RunError, Terminated, UserError
 from rayfed.methods import METHODS, method_class
+from rayfed.weighting import WEIGHTINGS
 
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
@@ -66,6 +67,15 @@ def test_settings_of_one_section(capsys: Capture, section: str, first: str, coun
     assert keys[0].startswith(first)
     assert len(keys) == count
     assert all(key.startswith(section) for key in keys)
+
+
+def test_settings_of_the_weightings(capsys: Capture) -> None:
+    lines = printed(capsys, "settings", "weighting").splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("server.")] == [
+        f"server.weights={name}" for name in WEIGHTINGS
+    ]
+    assert "weighting.eps = 0.1  [a number in [0, 1]]" in lines
+    assert "    How far a weight may be from the client's share of the examples." in lines
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_defaults_are_valid_and_frozen() -> None:
         ("lora.target_modules", "a string (up to 1000 bytes), a list of up to 200 strings (up to 120 bytes) or null"),
         ("lora.layers_to_transform", "a list of up to 1000 integers in [0, 10000] or null"),
         ("wire.up.density", "a number in (0, 1]"),
-        ("wire.up.values", "fp32, bf16, fp16 or int8"),
+        ("wire.up.values", "fp32, bf16, fp16, int8, qsgd2, qsgd3, qsgd4, qsgd5, qsgd6, qsgd7 or qsgd8"),
         ("client.betas", "a list of 2 numbers in [0, 1)"),
         ("client.clip_norm", "a number in [1e-30, 1e+30] or null"),
         ("model.normalize", "true or false"),

@@ -99,7 +99,7 @@ def test_all_other_methods_are_refused_by_name(name):
         build_components(lowrank("method.name=fedhl", "method.gamma=0.0", *FREE))
 
 
-@pytest.mark.parametrize("values", ["fp32", "bf16", "fp16", "int8"])
+@pytest.mark.parametrize("values", ["fp32", "bf16", "fp16", "int8", "qsgd2"])
 @pytest.mark.parametrize("order", ["sparsify_first", "clip_first"])
 def test_the_norm_is_bounded_after_the_wire(random_adapter, values, order):
     """Rounding may lengthen a vector; the server clips what it has decoded."""
@@ -112,7 +112,7 @@ def test_the_norm_is_bounded_after_the_wire(random_adapter, values, order):
         change = torch.randn(layout.size, generator=draw)
         change = privacy.client_change(change, torch.ones(layout.size, dtype=torch.bool), layout.size, 0, 1)
         assert order == "sparsify_first" or float(change.norm()) == pytest.approx(0.7)
-        arrived = decode(encode(change, values=values)).dense()
+        arrived = decode(encode(change, values=values, seed=3)).dense()
         update = release.clipped(rayfed.methods.Update(Profile(0, 4, 2.0), 1.0, adapter.flatten(), arrived, layout))
         assert float((update.weight * update.change.double()).norm()) <= 0.7 * (1 + 1e-12)
 

@@ -53,7 +53,7 @@ class Rounds:
         self.optimizer = ServerOptimizer(plan.server_optimizer, plan.server)
         self.optimizer.state = {name: moment.clone() for name, moment in moments.items()}
         profiles = [[plan.profiles.profile(client, 8, t) for client in pack] for pack in packs]
-        downlink = Downlink(plan.method, state, "fp32", plan.channel, self.executor)
+        downlink = Downlink(plan, state, t, self.executor)
         return train_round(plan, state, t, profiles, self.optimizer, downlink, self.executor, self.log)
 
 

@@ -224,7 +224,7 @@ def test_masked_training_moves_only_what_travelled_and_sends_no_indices(tiny, tm
     assert (uploads.bytes_indices == 0).all()
 
 
-@pytest.mark.parametrize("values", ["bf16", "fp16", "int8"])
+@pytest.mark.parametrize("values", ["bf16", "fp16", "int8", "qsgd8"])
 def test_coarse_numbers_halve_the_bytes_and_still_train(tiny, tmp_path, values):
     coarse = rayfed.run(tiny(f"wire.down.values={values}", f"wire.up.values={values}"), out=tmp_path / "coarse")
     fine = rayfed.run(tiny(), out=tmp_path / "fine")

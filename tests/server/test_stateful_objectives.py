@@ -179,7 +179,15 @@ def test_only_what_a_client_uploads_travels_beside(tmp_path):
     assert all(int((vector != 0).sum()) == 12 for vector in vectors)
 
 
-@pytest.mark.parametrize("wire", [("wire.up.density=0.4",), ("wire.up.values=int8", "wire.down.values=bf16")], ids=str)
+@pytest.mark.parametrize(
+    "wire",
+    [
+        ("wire.up.density=0.4",),
+        ("wire.up.values=int8", "wire.down.values=bf16"),
+        ("wire.up.values=qsgd4", "wire.down.values=qsgd8"),
+    ],
+    ids=str,
+)
 def test_scaffolds_c_stays_the_mean_of_what_the_clients_store(tmp_path, wire):
     own = ("server.rounds=8", "method.name=flasc", "server.optimizer=fedavg")
     result = rayfed.run(lowrank(*own, *OBJECTIVES["scaffold"], *wire), out=tmp_path / "run")

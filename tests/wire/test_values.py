@@ -17,8 +17,8 @@ def tensor(bits: list[int]) -> torch.Tensor:
 
 
 def through(x: torch.Tensor, format: str) -> torch.Tensor:
-    data = bytes(encode_values(x, format))
-    assert data == encode_values(x.clone(), format)
+    data = bytes(encode_values(x, format, 1))
+    assert data == encode_values(x.clone(), format, 1)
     assert len(data) == value_bytes(x.numel(), format)
     back = decode_values(memoryview(data), x.numel(), format)
     assert back.dtype == torch.float32
@@ -116,7 +116,7 @@ def test_int8_refuses_what_it_cannot_write():
 @pytest.mark.parametrize("format", FORMATS)
 def test_wrong_lengths_are_refused(format):
     assert through(torch.empty(0), format).numel() == 0
-    data = bytes(encode_values(torch.ones(300), format))
+    data = bytes(encode_values(torch.ones(300), format, 1))
     for wrong in (data[:-1], data + b"\0", b""):
         with pytest.raises(ValueError, match="300 values"):
             decode_values(wrong, 300, format)

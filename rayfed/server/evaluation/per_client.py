@@ -64,7 +64,7 @@ def unseen_metrics(plan: RunPlan, model: Model, t: int, executor: Executor) -> d
 def client_accuracies(plan: RunPlan, state: Any, t: int, executor: Executor) -> np.ndarray:
     """a_k (clients,), from 0 to 1; nan for a client without data, or without test rows of any of its classes."""
     federation = plan.federation
-    downlink = Downlink(plan.method, state, plan.wire.down.values, plan.channel, executor)
+    downlink = Downlink(plan, state, t + 1, executor)
     sizes, labels = federation.sizes, federation.train.labels
     groups: dict[Hashable, list[int]] = {}  # clients that have the same model
     for client in np.flatnonzero(sizes).tolist():

@@ -102,7 +102,7 @@ def tier_models(plan: RunPlan, state: Any, t: int, downlink: Downlink, executor:
     """
     if plan.method.personal:
         return {}
-    following = Downlink(plan.method, state, plan.wire.down.values, plan.channel, executor)
+    following = Downlink(plan, state, t + 1, executor)
     models = {}
     for tier in plan.profiles.tier_mix(plan.federation.sizes, plan.server.empty_clients):
         profile = plan.profiles.of_tier(tier, t)

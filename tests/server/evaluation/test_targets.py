@@ -15,7 +15,7 @@ from rayfed.server.evaluation.targets import tier_models
 
 def downloads(plan, state, executor):
     """The downloads of a round that begins with the state."""
-    return Downlink(plan.method, state, plan.wire.down.values, plan.channel, executor)
+    return Downlink(plan, state, 0, executor)
 
 
 @pytest.mark.parametrize("scale", ["own", "server"])
