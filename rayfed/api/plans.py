@@ -21,6 +21,7 @@ import torch
 from yaml.representer import RepresenterError
 
 from rayfed import config, methods, objectives, privacy, tasks, weighting
+from rayfed.api.class_sequences import by_experience, check_sequence, describe_sequence
 from rayfed.api.initial_adapter import check_method, initial_adapter
 from rayfed.channels import Lossless
 from rayfed.clients.plan import RunPlan
@@ -123,7 +124,7 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     optimizer = method.optimizer if server.optimizer == "auto" else server.optimizer
     if optimizer not in method.optimizers:
         raise UserError(f"server.optimizer: got {optimizer!r}, but {name} allows {', '.join(method.optimizers)}")
-    ServerOptimizer(optimizer, server)
+    check_sequence(experiment, task, ServerOptimizer(optimizer, server))
     if lora.train == "head" and getattr(method, "train", "all") == "masked":
         raise UserError("method.train: got 'masked', but lora.train=head already says what trains")
     check_method(experiment, method.refuses_adapter, methods.with_adapters())
@@ -201,7 +202,7 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
         checkpoint=experiment.checkpoint,
         export=experiment.export,
         initial=initial,
-        notes=(*notes, *([mechanism.describe()] if mechanism else [])),
+        notes=(*notes, *describe_sequence(experiment, federation), *([mechanism.describe()] if mechanism else [])),
     )
 
 
@@ -216,13 +217,14 @@ def _checked_data(experiment: Experiment, parts: Components, federation: Federat
         adapter_folder(experiment.model.adapter)  # raises UserError; before the data, which may take minutes
     federation = federation or parts.task.load_data()
     server, clients = experiment.server, federation.clients
-    candidates = clients if server.empty_clients else len(federation.holders)
-    if server.cohort > candidates:
-        which = "exist" if server.empty_clients else "hold data"
-        raise UserError(f"server.cohort: got {server.cohort}, but only {candidates} of {clients} clients {which}")
+    for where, own in by_experience(experiment, federation):
+        candidates = clients if server.empty_clients else len(own.holders)
+        if server.cohort > candidates:
+            which = f"exist{where}" if server.empty_clients else f"hold data{where}"
+            raise UserError(f"server.cohort: got {server.cohort}, but only {candidates} of {clients} clients {which}")
+        parts.profiles.check(own.sizes, server.empty_clients)
     if experiment.eval.early_stop and not len(federation.validation):
         raise UserError("eval.early_stop: needs a validation split; set data.validation above 0")
-    parts.profiles.check(federation.sizes, server.empty_clients)
     return federation
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -29,6 +30,7 @@ from rayfed.methods import BaseChange, merged
 from rayfed.objectives import Plain
 from rayfed.own_code import own_failures
 from rayfed.privacy.example import ExampleLevel
+from rayfed.tasks.data.class_subset import ClassSubset
 from rayfed.tasks.data.federation import Prompts
 from rayfed.tasks.models.base import in_dtype
 from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
@@ -100,8 +102,8 @@ class Trainer:
         begun = time.perf_counter()
         decoded = [wire.decode(payload) for payload in payloads]  # clients of a tier share theirs
         bases: dict[int, BaseChange] = {}
-        members = [self._member(order, decoded, bases) for order in job.orders]
-        train = partial(train_pack, self.context, lr=job.lr, t=job.t)
+        members = [self._member(order, decoded, bases, job.t) for order in job.orders]
+        train = partial(train_pack, self._context_at(job.t), lr=job.lr, t=job.t)
         trained = device_memory.in_halves(
             members, train, self.device, lambda m: f"client {m.client}: training it alone"
         )
@@ -127,8 +129,20 @@ class Trainer:
             uploads, personal, losses, examples, steps, ranks, seconds, parts, sizes, summed, diverged
         )
 
+    def _context_at(self, t: int) -> TrainingContext:
+        """The context of round ``t``, whose loss compares only `RunPlan.compared_classes`."""
+        subset = self._subset(self.plan.compared_classes(t))
+        if subset is None:
+            return self.context
+        forward, data = lambda inputs: subset.outputs(self.forward(inputs)), subset.rows(self.context.data)
+        return replace(self.context, forward=forward, data=data)
+
+    def _subset(self, classes: tuple[int, ...] | None) -> ClassSubset | None:
+        """The classification among these classes; None: among all."""
+        return None if classes is None else ClassSubset(classes, len(self.plan.federation.classes), self.device)
+
     def _member(
-        self, order: messages.ClientOrder, decoded: Sequence[wire.Payload], bases: dict[int, BaseChange]
+        self, order: messages.ClientOrder, decoded: Sequence[wire.Payload], bases: dict[int, BaseChange], t: int
     ) -> PackMember:
         known = None if order.known is None else decoded[order.known]
         start, has = assemble(order.layout, decoded[order.payload], known)
@@ -142,7 +156,7 @@ class Trainer:
         if order.merge is not None:
             at, layout = order.merge
             base = merged(base, layout.unflatten(decoded[at].dense()))
-        trainable, rows = order.trainable, self.plan.federation.rows_of(order.client)
+        trainable, rows = order.trainable, self.plan.federation_at(t).rows_of(order.client)
         support, objective = trainable.support(order.layout, has), trainable.objective or Plain()
         return PackMember(order.client, order.layout, start, support, rows, base, trainable.rates, objective)
 
@@ -150,7 +164,7 @@ class Trainer:
     def _evaluate(self, job: messages.EvalJob, payloads: Sequence[bytes]) -> messages.EvalResult:
         vector = wire.decode(payloads[0]).dense()
         self.stack.load([job.layout.unflatten(vector)], [job.layout.matrices(vector)])
-        task = self.plan.task
+        task, subset = self.plan.task, self._subset(job.seen)
         loss, count = (torch.zeros((), dtype=torch.float64, device=self.device) for _ in range(2))
         found: list[tuple[np.ndarray, Tensor, Tensor]] = []
 
@@ -158,10 +172,16 @@ class Trainer:
             return self.forward(inputs).float()
 
         for chosen, outputs, labels in self._each_batch(job, outputs_of, job.classes, job.rows):
-            sums, counts = task.loss(outputs, labels)
+            if subset is None:
+                sums, counts = task.loss(outputs, labels)
+                predictions = task.predictions(outputs)
+            else:
+                outputs = subset.outputs(outputs)
+                sums, counts = task.loss(outputs, subset.labels(labels))
+                predictions = subset.original(task.predictions(outputs))
             loss += sums.double().sum()
             count += counts.double().sum()
-            found.append((chosen, task.predictions(outputs), labels))
+            found.append((chosen, predictions, labels))
         if not found:
             return messages.EvalResult(0.0, 0.0, np.zeros(0, np.int64), torch.zeros(0), torch.zeros(0))
         rows, predictions, truth = zip(*found)

@@ -16,10 +16,10 @@ from rayfed.config.types import Aspect, Decides, Section
 
 NEUTRAL = (
     *(("fingerprint", None), ("adapter_digest", None), ("compute", "auto"), ("sampling", "fixed"), ("name", "plain")),
-    *(("image", "image"), ("crop", 0), ("flip", False), ("pretrain_share", 0.0)),
+    *(("image", "image"), ("crop", 0), ("flip", False), ("pretrain_share", 0.0), ("sequence", None)),
 )
 """Names and values: there is no object or adapter to hash; adapters compute in the base's format; cohorts have one
-size; the objective is plain; there are no images, and no rows are kept from the clients.
+size; the objective is plain; there are no images, no rows are kept from the clients, and classes come all at once.
 """
 
 

@@ -22,6 +22,7 @@ from rayfed.methods import PackSum, Update
 from rayfed.privacy import Privacy, Release
 from rayfed.profiles.profile import Profile
 from rayfed.server.base_updates import BaseUpdates
+from rayfed.server.class_head import for_classes
 from rayfed.server.downlink import Downlink, Download
 from rayfed.server.evaluation.diagnostics import Diagnostics
 from rayfed.server.executor import Executor, Handle, Submission, SubmissionResult, in_order
@@ -122,6 +123,8 @@ def train_round(
     every update.
     """
     optimizer.lr = scheduled(optimizer.base_lr, plan.server.schedule, t, plan.server.rounds)
+    if plan.begins_experience(t):  # the moments are those of another loss, and would move rows of past classes
+        optimizer.state = {}
     release = plan.privacy.release(plan.method, state, t, optimizer.state) if plan.privacy else None
     arriving: Iterator[Update | PackSum] = _updates(plan, state, t, packs, downlink, executor, log, release)
     if release is not None:
@@ -245,6 +248,8 @@ def _submission(
     orders = []
     for client in pack:
         received, trainable = downlink.of(client), plan.method.trainable(state, client)
+        compared, total = plan.compared_classes(t), len(plan.federation.classes)
+        trainable = for_classes(trainable, received.start.layout, plan.model.head, compared, total)
         orders.append(
             ClientOrder(
                 client=client.client,

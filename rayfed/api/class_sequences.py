@@ -1,0 +1,59 @@
+"""What does not go together with `partition.sequence`, and what a population must have in each experience."""
+
+from __future__ import annotations
+
+from rayfed.config import Experiment
+from rayfed.errors import UserError, allowed
+from rayfed.server.optimizers import ServerOptimizer
+from rayfed.tasks.base import Task
+from rayfed.tasks.data.federation import Federation
+
+
+def check_sequence(experiment: Experiment, task: Task, optimizer: ServerOptimizer) -> None:
+    """UserError where the settings have a sequence of classes with which another setting does not go."""
+    sequence, evaluation = experiment.partition.sequence, experiment.eval
+    if sequence is None:
+        return
+    if not task.cross_entropy:
+        what = (
+            "a sequence is one of classes, one a row: allowed with data.task=text_classification and "
+            "image_classification, without a loss_fn of your own"
+        )
+        raise allowed("partition.sequence.experiences", sequence.experiences, what)
+    if experiment.privacy.kind != "none":
+        what = "with partition.sequence clients come and go with their rows, which no accounting here covers; use none"
+        raise allowed("privacy.kind", experiment.privacy.kind, what)
+    for name, value, why in (
+        ("early_stop", evaluation.early_stop is not None, "a run would end before its last classes"),
+        ("unseen", evaluation.unseen, "clients have other rows in each experience"),
+        ("controls", evaluation.controls, "the baselines know no experiences"),
+    ):
+        if value:
+            raise UserError(f"eval.{name}: with partition.sequence {why}; leave it out")
+    if optimizer.kind == "adamw" and optimizer.weight_decay:
+        what = "adamw's decay would move the head rows of classes that nobody has seen; with partition.sequence use 0"
+        raise allowed("server.weight_decay", optimizer.weight_decay, what)
+
+
+def by_experience(experiment: Experiment, federation: Federation) -> list[tuple[str, Federation]]:
+    """(where, federation) of each population from which cohorts are drawn: the only one, or each experience's.
+
+    UserError where the settings have a sequence and a task of the user's own has made a federation without.
+    """
+    sequence = experiment.partition.sequence
+    if sequence is None:
+        return [("", federation)]
+    if federation.experiences is None:
+        what = "Federation.experiences is None: load_data of this task makes no sequence"
+        raise allowed("partition.sequence.experiences", sequence.experiences, what)
+    return [(f" in experience {i}", own) for i, own in enumerate(federation.by_experience, 1)]
+
+
+def describe_sequence(experiment: Experiment, federation: Federation) -> list[str]:
+    """A line for the log of a run with a sequence; none for another run."""
+    if federation.experiences is None:
+        return []
+    sizes = sorted({len(own) for own in federation.experiences.classes})
+    count, each = len(federation.experiences), " or ".join(map(str, sizes))
+    rounds = experiment.server.rounds // count
+    return [f"partition.sequence: {count} experiences of {each} classes, {rounds} rounds each"]
