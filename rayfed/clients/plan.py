@@ -121,7 +121,7 @@ class RunPlan:
         return t > 0 and self.experience(t) != self.experience(t - 1)
 
     def federation_at(self, t: int) -> Federation:
-        """The federation of round ``t`` (from 0): with `partition.sequence` clients have only that experience's rows."""
+        """The federation of round ``t`` (from 0): with `partition.sequence` clients have that experience's rows."""
         experience = self.experience(t)
         return self.federation if experience is None else self.federation.by_experience[experience]
 

@@ -78,8 +78,8 @@ def plots(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link |
 
 
 def run_plots(run: Run, number: int) -> Iterator[Plot]:
-    """The figures of one run: curves of all that its metrics.jsonl has; who trained when, each client's accuracy, what is
-    left of earlier experiences, and what is confused."""
+    """The figures of one run: curves of all that its metrics.jsonl has; who trained when, each client's accuracy, the
+    accuracies by experience, and what is confused."""
     for suffix, title, caption, keys, style in _run_curves(run):
         if series := {name: points for name, key in keys.items() if (points := run.series(key))}:
             draw = partial(charts.lines, series, **style)

@@ -1,5 +1,5 @@
-"""The charts of a single run that are no curves: who trained when, each client's accuracy, the confusion matrix, what is
-left of the classes of earlier experiences."""
+"""The charts of a single run that are no curves: who trained when, accuracies by client and by experience, the
+confusion matrix."""
 
 from __future__ import annotations
 

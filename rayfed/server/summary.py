@@ -74,8 +74,10 @@ class Progress:
         now = record.get("sequence/experience")
         if now != self.experience:
             self.experience, self.best_round, self.best, self.best_test = now, None, None, None
-        keys = [f"test/{metric}_experience_{j + 1}" for j in range(now or 0)]
-        if keys and keys[0] in record:
+        if now is None:
+            return
+        keys = [f"test/{metric}_experience_{j + 1}" for j in range(now)]
+        if keys[0] in record:
             self.accuracies[now - 1 :] = [[record[key] for key in keys]]
             self.seen_accuracies[now - 1 :] = [record.get(f"test/{metric}")]
 

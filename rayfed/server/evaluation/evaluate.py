@@ -63,7 +63,8 @@ def evaluate(
         handle = executor.put(wire.encode(vector))
         for split in splits:
             for span in spans(len(federation.split(split) if rows is None else rows), batch_size):
-                jobs.append(((suffix, split), Submission(EvalJob(split, *span, layout, classes, rows, seen), (handle,))))
+                job = EvalJob(split, *span, layout, classes, rows, seen)
+                jobs.append(((suffix, split), Submission(job, (handle,))))
     parts: dict[tuple[str, SplitName], list[EvalResult]] = {}
     for (key, _), result in zip(jobs, run_all(executor, [job for _, job in jobs]), strict=True):
         parts.setdefault(key, []).append(cast(EvalResult, result))

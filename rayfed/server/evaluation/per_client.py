@@ -5,10 +5,10 @@ Personal accuracy is comparable between shared and personal models:
     a_k = sum_y n_k(y) c_k(y) / sum_y n_k(y),    c_k(y): accuracy of client k's model on the test rows of class y
 
 n_k(y) counts client k's own training rows of class y. So a_k estimates how well its model serves data like its own, and
-no client's data are split further. With `partition.sequence` these are its rows of the round's experience. Client k's model is the one from which it would start the next round: what it
-receives of the global model (truncated, masked), or a model of its own (FedSA-LoRA's metric is the mean of a_k).
-Classes without test rows are left out of both sums. Derived; with one shared model and equal class shares, a_k is
-balanced accuracy.
+no client's data are split further. With `partition.sequence` these are its rows of the round's experience. Client k's
+model is the one from which it would start the next round: what it receives of the global model (truncated, masked), or
+a model of its own (FedSA-LoRA's metric is the mean of a_k). Classes without test rows are left out of both sums.
+Derived; with one shared model and equal class shares, a_k is balanced accuracy.
 
 A client that never took part has rows on which nobody has trained, drawn from its own distribution: labels and texts.
 The global model's accuracy on all such rows is the accuracy on unparticipating clients; how far it is below the

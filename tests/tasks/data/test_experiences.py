@@ -12,6 +12,7 @@ from rayfed.errors import UserError
 from rayfed.tasks.data.class_subset import ClassSubset
 from rayfed.tasks.data.experiences import Experiences, divide
 from rayfed.tasks.data.federation import Federation, NumberRows
+from rayfed.tasks.data.heterogeneity import describe
 from rayfed.tasks.data.partition import partition
 
 LABELS = np.repeat(np.arange(10), 30)
@@ -60,6 +61,15 @@ def test_every_row_goes_to_one_client_in_the_experience_of_its_class(kind: str) 
         assert sorted(own.rows.tolist()) == np.flatnonzero(np.isin(LABELS, classes)).tolist()
         for client in range(6):
             assert set(own.rows_of(client)) == {r for r in federation.rows_of(client) if LABELS[r] in classes}
+
+
+def test_the_figures_of_the_data_list_the_experiences() -> None:
+    parts, experiences = divide(LABELS, None, 10, settings(4), 0)
+    rows = NumberRows(np.zeros((len(LABELS), 1)), LABELS)
+    found = describe(Federation.of((rows, rows, rows), tuple("abcdefghij"), parts, None, experiences))["experiences"]
+    assert [own["rows"] for own in found] == [90, 90, 60, 60]
+    assert [own["clients_with_rows"] for own in found] == [6] * 4
+    assert sorted(name for own in found for name in own["classes"]) == list("abcdefghij")
 
 
 def test_a_client_has_its_classes_in_each_experience() -> None:
