@@ -21,7 +21,7 @@ import torch
 from yaml.representer import RepresenterError
 
 from rayfed import config, methods, objectives, privacy, tasks, weighting
-from rayfed.api.class_sequences import by_experience, check_sequence, describe_sequence
+from rayfed.api.classification import by_experience, check_classification, describe_sequence
 from rayfed.api.initial_adapter import check_method, initial_adapter
 from rayfed.channels import Lossless
 from rayfed.clients.plan import RunPlan
@@ -124,7 +124,7 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     optimizer = method.optimizer if server.optimizer == "auto" else server.optimizer
     if optimizer not in method.optimizers:
         raise UserError(f"server.optimizer: got {optimizer!r}, but {name} allows {', '.join(method.optimizers)}")
-    check_sequence(experiment, task, ServerOptimizer(optimizer, server))
+    check_classification(experiment, task, objective, ServerOptimizer(optimizer, server))
     if lora.train == "head" and getattr(method, "train", "all") == "masked":
         raise UserError("method.train: got 'masked', but lora.train=head already says what trains")
     check_method(experiment, method.refuses_adapter, methods.with_adapters())

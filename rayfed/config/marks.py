@@ -17,9 +17,11 @@ from rayfed.config.types import Aspect, Decides, Section
 NEUTRAL = (
     *(("fingerprint", None), ("adapter_digest", None), ("compute", "auto"), ("sampling", "fixed"), ("name", "plain")),
     *(("image", "image"), ("crop", 0), ("flip", False), ("pretrain_share", 0.0), ("sequence", None)),
+    *(("label_smoothing", 0.0), ("class_weights", None)),
 )
 """Names and values: there is no object or adapter to hash; adapters compute in the base's format; cohorts have one
-size; the objective is plain; there are no images, no rows are kept from the clients, and classes come all at once.
+size; the objective is plain; there are no images, no rows are kept from the clients, classes come all at once, and
+clients train with the plain loss.
 """
 
 

@@ -229,3 +229,21 @@ def test_more_rounds_are_refused_on_a_resume(finished: rayfed.RunResult, tiny: A
     shutil.copytree(finished.out, tmp_path / "run")
     with pytest.raises(UserError, match=r"^server\.rounds: got 6, .*partition\.sequence\.experiences depends on"):
         rayfed.run(tiny(*TWO, "server.rounds=6"), tmp_path / "run", resume=True)
+
+
+def test_evaluation_has_the_plain_loss(tiny: Any, tmp_path: Path) -> None:
+    """With a base that does not move, smoothing shows in the training loss alone."""
+    still = (*BASE, "server.rounds=1", "client.lr=1e-30")
+    plain, smooth = (
+        rayfed.run(tiny(*still, f"client.label_smoothing={share}"), tmp_path / share).metrics[0]
+        for share in ("0.0", "0.5")
+    )
+    assert plain["eval/loss"] == pytest.approx(smooth["eval/loss"])
+    assert plain["train/loss"] != pytest.approx(smooth["train/loss"])
+
+
+def test_the_clients_loss_counts_the_classes_of_the_experience(tiny: Any, tmp_path: Path) -> None:
+    """Smoothing spreads the target over the compared classes: untrained logits near 0 give log 2, not log 4."""
+    loss = ("client.label_smoothing=0.3", "client.class_weights=balanced")
+    run = rayfed.run(tiny(*TWO, "server.rounds=2", "client.lr=1e-30", *loss), tmp_path / "run")
+    assert run.metrics[0]["train/loss"] < 1.1

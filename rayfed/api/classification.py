@@ -1,16 +1,40 @@
-"""What does not go together with `partition.sequence`, and what a population must have in each experience."""
+"""What does not go together with the settings of classification alone: `partition.sequence` and the clients' loss."""
 
 from __future__ import annotations
 
 from rayfed.config import Experiment
 from rayfed.errors import UserError, allowed
+from rayfed.objectives import Objective
 from rayfed.server.optimizers import ServerOptimizer
 from rayfed.tasks.base import Task
 from rayfed.tasks.data.federation import Federation
 
 
-def check_sequence(experiment: Experiment, task: Task, optimizer: ServerOptimizer) -> None:
-    """UserError where the settings have a sequence of classes with which another setting does not go."""
+def check_classification(experiment: Experiment, task: Task, objective: Objective, optimizer: ServerOptimizer) -> None:
+    """UserError where a setting of classification does not go with the task, or with another setting."""
+    _check_loss(experiment, task, objective)
+    _check_sequence(experiment, task, optimizer)
+
+
+def _check_loss(experiment: Experiment, task: Task, objective: Objective) -> None:
+    client = experiment.client
+    if not client.changes_loss:
+        return
+    field = "label_smoothing" if client.label_smoothing else "class_weights"
+    name, value = f"client.{field}", getattr(client, field)
+    if not task.cross_entropy:
+        what = (
+            "it changes the cross-entropy of one class a row: allowed with data.task=text_classification and "
+            "image_classification, without a loss_fn of your own"
+        )
+        raise allowed(name, value, what)
+    if objective.replaces_loss:
+        raise allowed(name, value, f"objective.name={experiment.objective.name} has a loss of its own; leave one out")
+    if experiment.privacy.kind == "example":
+        raise allowed(name, value, "with privacy.kind=example every row has the task's own loss; leave it out")
+
+
+def _check_sequence(experiment: Experiment, task: Task, optimizer: ServerOptimizer) -> None:
     sequence, evaluation = experiment.partition.sequence, experiment.eval
     if sequence is None:
         return
