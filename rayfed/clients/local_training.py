@@ -195,7 +195,7 @@ class _PackTraining:
         return torch.stack([means.sum(), *(penalty for penalty in penalties if penalty is not None)]).sum()
 
     def _row_losses(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """`Task.loss` of the batch, or in its place the objective's loss, or the cross-entropy as the settings have it."""
+        """`Task.loss` of the batch, or in its place the objective's loss, or the cross-entropy that settings change."""
         c = self.context
         if not c.objective.replaces_loss and not c.settings.changes_loss:
             return c.task.loss(outputs, labels)

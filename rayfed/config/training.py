@@ -190,8 +190,8 @@ class Eval(Section):
     centrally until convergence.
     """
     diagnostics: bool = False
-    """In every round, also measure how far the global model is from the mean of the clients' products B A, and from the
-    product of the clients' mean factors.
+    """In every round, also measure how far the global model is from the mean of the clients' products B A and from the
+    product of the clients' mean factors, and how far what clients are sent next is from what they trained.
     """
     early_stop: EarlyStop | None = None
     """When to end the run early; null: run all rounds."""

@@ -72,6 +72,11 @@ class Method:
     """True if `aggregate` needs only the sum of the weighted changes. Then the server passes `PackSum`s, which are
     added up where the clients trained."""
 
+    fixed_gauge: ClassVar[bool] = False
+    """True if entry i of the adapter means the same for all clients of one rank and in all rounds: the same entries
+    train in every round, no entry is a client's own, and with the plain server step the next start is the start plus
+    the weighted mean of the changes. Then an objective may add up vectors of different rounds."""
+
     secure_aggregation: bool = False
     """True if `aggregate` needs nothing of the uploads but one weighted sum of them, over entries and with weights that
     the server knows before it sees an upload. Then secure aggregation could hide each single upload from the server.

@@ -36,6 +36,7 @@ class FedSB(LayerMethod):
     source = "secondary"
     refuses_adapter = "A and B are drawn from the seed and never travel"
     optimizers = ANY_OPTIMIZER
+    fixed_gauge = True
     sum_in_worker = True
     secure_aggregation = True
     summed = "changes"

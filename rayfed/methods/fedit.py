@@ -19,5 +19,6 @@ class FedIT(FactorMean):
     summary = "average the factors"
     source = "secondary"
     sum_in_worker = True
+    fixed_gauge = True
     secure_aggregation = True
     summed = "changes"

@@ -38,6 +38,7 @@ class FFALoRA(LayerMethod):
     refuses_adapter: ClassVar[str] = "A is drawn from the seed and never travels"
     optimizers: ClassVar[tuple[str, ...]] = ANY_OPTIMIZER
     mixed_ranks = True
+    fixed_gauge = True
     secure_aggregation = True
     summed = "changes"
 

@@ -65,6 +65,7 @@ class Flasc(FactorMean):
     weights = "uniform"
     optimizer = "adamw"
     sum_in_worker = True
+    fixed_gauge = True
     secure_aggregation = True
     summed = "changes"
 

@@ -35,6 +35,7 @@ class FullFinetuning(LayerMethod):
     weights = "uniform"
     optimizer = "adamw"
     optimizers = ANY_OPTIMIZER
+    fixed_gauge = True
     sum_in_worker = True
     secure_aggregation = True
     summed = "changes"

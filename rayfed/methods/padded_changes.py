@@ -35,6 +35,7 @@ class PaddedChanges(Nested):
     weights = "uniform"
     optimizer = "adamw"
     optimizers = ANY_OPTIMIZER
+    fixed_gauge = True
     secure_aggregation = True
     summed = "changes"
 

@@ -43,6 +43,7 @@ class RACLoRA(FFALoRA):
     weights = "uniform"
     optimizers = ("fedavg", "sgd")
     refuses_adapter = ""
+    fixed_gauge = False
 
     def init(self, adapter: Adapter, seed: int) -> LayerState:
         """A given adapter is merged into the base, and the first block's A is drawn."""

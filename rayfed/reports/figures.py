@@ -137,6 +137,11 @@ def _run_curves(run: Run) -> Iterator[tuple[str, str, str, dict[str, str], dict[
     }  # fmt: skip
     caption = "Relative distances of the global model from two averages of the clients' models."
     yield "-diagnostics", "Distance from plain averages", caption, distances, {}
+    caption = "What clients are sent next, against what they trained, and the least that one broadcast could reach."
+    yield "-broadcast", "Distance of what is sent from what was trained", caption, {
+        "largest": "diagnostics/R_max", "R": "diagnostics/R", "least": "diagnostics/R_least",
+        "excess": "diagnostics/R_excess",
+    }, {}  # fmt: skip
     for key in sorted(key for key in keys if key.startswith("method/")):
         name = key.removeprefix("method/")
         yield (

@@ -177,7 +177,7 @@ class Server:
             "time/server_s": seconds - log.waited,
             **log.counts(),
             **{f"method/{name}": value for name, value in self.state.report.items() if log.reports},
-            **(diagnostics.report(plan.method, self.state) if diagnostics else {}),
+            **(diagnostics.report(plan, self.state, t, self.executor) if diagnostics else {}),
             "state/digest": digest,
             "state/chain": self.chain,
         }
