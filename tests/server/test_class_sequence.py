@@ -72,6 +72,13 @@ def test_every_method_leaves_the_head_rows_of_other_classes(tiny: Any, tmp_path:
     expect_only_compared_rows_move(experiment, "current", tmp_path / "run")
 
 
+def test_the_keys_are_documented(finished: rayfed.RunResult) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "outputs.md").read_text(encoding="utf-8")
+    keys = {key for key in (*finished.metrics[-1], *finished.summary) if "sequence" in key or key.endswith("ence_1")}
+    assert len(keys) == 5
+    assert [key for key in sorted(keys) if f"`{key}`" not in text] == []
+
+
 def test_rows_that_do_not_train_do_not_travel_up(finished: rayfed.RunResult, tiny: Any, tmp_path: Path) -> None:
     """Two of four rows of 32 weights and a bias stay at home, of three clients."""
     plain = rayfed.run(tiny(*BASE), tmp_path / "plain").metrics
