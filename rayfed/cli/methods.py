@@ -71,7 +71,9 @@ def _private(cls: type[Method]) -> str:
     """Whether user-level privacy takes the method. A property decides by the options, and here by their defaults."""
     claim: object = cls.summed
     if isinstance(claim, property):
-        return f"by its options; no by default: {cls.refuses_privacy}"
+        complete = all(option.default is not REQUIRED for option in options_of(cls).values())
+        by_default = "yes by default; else not:" if complete and cls().summed else "no by default:"
+        return f"by its options; {by_default} {cls.refuses_privacy}"
     return "yes" if claim else f"no: {cls.refuses_privacy}"
 
 
