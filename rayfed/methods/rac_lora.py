@@ -10,8 +10,8 @@ SGD at the rate lr is, with a sketch of orthonormal rows,
 
     W - lr s^2 G A^T A   (train=B),     W - lr s^2 B B^T G   (train=A)       the paper's projection of the gradient
 
-Up: r_k out entries a layer (``train=A``: r_k in). Down: only the head when a block begins, for the sketch comes from the
-seed and the other factor is 0. Later in a block that factor's first r_k ranks travel too. When a block ends, every
+Up: r_k out entries a layer (``train=A``: r_k in). Down: only the head when a block begins, for the sketch comes from
+the seed and the other factor is 0. Later in a block that factor's first r_k ranks travel too. When a block ends, every
 client must merge the product: r_max out entries a layer (r_max in). A new sketch gives the entries a new meaning, so no
 server optimizer with momentum may act on them.
 
