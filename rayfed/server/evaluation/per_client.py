@@ -78,8 +78,8 @@ def client_accuracies(plan: RunPlan, state: Any, t: int, executor: Executor) -> 
         wanted = tuple(np.flatnonzero(np.sum(counts, axis=0)).tolist())
         model = downlink.of(first).model()
         downlink.forget(first)
-        own: Any = {"classes": wanted, "seen": plan.seen_classes(t)}
-        found = evaluate(executor, federation, {"": model}, ("test",), plan.eval.batch_size, **own)["", "test"]
+        size, seen = plan.eval.batch_size, plan.seen_classes(t)
+        found = evaluate(executor, federation, {"": model}, ("test",), size, wanted, seen=seen)["", "test"]
         truth = found.labels.numpy().astype(np.int64)
         right = found.predictions.numpy() == truth
         count = np.bincount(truth, minlength=classes)
