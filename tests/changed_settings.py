@@ -9,10 +9,12 @@ from pydantic import BaseModel
 from rayfed.config import Experiment, validate
 from rayfed.config.describe import iter_fields
 
-FIELDS = {name: field for name, field in iter_fields(Experiment) if name != "eval.early_stop"}
+SECTIONS = ("eval.early_stop", "partition.sequence")  # that may be null: their fields are in the list
+FIELDS = {name: field for name, field in iter_fields(Experiment) if name not in SECTIONS}
 FULL = validate(  # with every section
     {
         "eval": {"early_stop": {"patience": 3}},
+        "partition": {"sequence": {"experiences": 2}},
         "client": {"on_divergence": "drop"},
         "privacy": {"kind": "user", "noise_multiplier": 1.0, "target_epsilon": 2.0},
         "channel": {"kind": "over_the_air", "noise": 0.5},

@@ -21,6 +21,7 @@ import torch
 from yaml.representer import RepresenterError
 
 from rayfed import channels, config, methods, objectives, privacy, tasks, weighting
+from rayfed.api.classification import by_experience, check_classification, describe_sequence
 from rayfed.api.combinations import check_channel, check_objective, check_weighting
 from rayfed.api.initial_adapter import check_method, initial_adapter
 from rayfed.channels import Channel
@@ -127,7 +128,7 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
         optimizer = objective.server_optimizer(optimizer)
     if optimizer not in method.optimizers:
         raise UserError(f"server.optimizer: got {optimizer!r}, but {name} allows {', '.join(method.optimizers)}")
-    ServerOptimizer(optimizer, server)
+    check_classification(experiment, task, objective, ServerOptimizer(optimizer, server))
     if lora.train == "head" and getattr(method, "train", "all") == "masked":
         raise UserError("method.train: got 'masked', but lora.train=head already says what trains")
     check_method(experiment, method.refuses_adapter, methods.with_adapters())
@@ -206,7 +207,7 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
         checkpoint=experiment.checkpoint,
         export=experiment.export,
         initial=initial,
-        notes=(*notes, *([mechanism.describe()] if mechanism else [])),
+        notes=(*notes, *describe_sequence(experiment, federation), *([mechanism.describe()] if mechanism else [])),
     )
 
 
@@ -221,13 +222,14 @@ def _checked_data(experiment: Experiment, parts: Components, federation: Federat
         adapter_folder(experiment.model.adapter)  # raises UserError; before the data, which may take minutes
     federation = federation or parts.task.load_data()
     server, clients = experiment.server, federation.clients
-    candidates = clients if server.empty_clients else len(federation.holders)
-    if server.cohort > candidates:
-        which = "exist" if server.empty_clients else "hold data"
-        raise UserError(f"server.cohort: got {server.cohort}, but only {candidates} of {clients} clients {which}")
+    for where, own in by_experience(experiment, federation):
+        candidates = clients if server.empty_clients else len(own.holders)
+        if server.cohort > candidates:
+            which = f"exist{where}" if server.empty_clients else f"hold data{where}"
+            raise UserError(f"server.cohort: got {server.cohort}, but only {candidates} of {clients} clients {which}")
+        parts.profiles.check(own.sizes, server.empty_clients)
     if experiment.eval.early_stop and not len(federation.validation):
         raise UserError("eval.early_stop: needs a validation split; set data.validation above 0")
-    parts.profiles.check(federation.sizes, server.empty_clients)
     return federation
 
 

@@ -41,6 +41,8 @@ def data(config: str, overrides: Sequence[str], svg: str | None) -> None:
     _print_table(partition.table(found))
     for note in partition.notes(found):
         print(note)
+    if (experiences := partition.experiences(found)) is not None:
+        _print_table(experiences)
     if found["heat_map"]:
         _print_heat_map(found)
     if svg is not None:

@@ -150,10 +150,11 @@ def _round_seconds(plan: RunPlan, choice: Choice) -> float:
     """The time in which the workers train a round, each as fast as the measurements of ``choice`` were."""
     from rayfed.server.sampling import client_costs
 
-    holders, client = plan.federation.holders, plan.client
-    in_an_epoch = float((-(-plan.federation.sizes[holders] // client.batch_size)).mean())
+    federation, client = plan.federation_at(0), plan.client
+    holders = federation.holders
+    in_an_epoch = float((-(-federation.sizes[holders] // client.batch_size)).mean())
     steps = client.epochs * in_an_epoch if client.steps is None else client.steps
-    tokens = float(client_costs(plan.federation, client)[holders].mean()) / steps  # of a client, in a step
+    tokens = float(client_costs(federation, client)[holders].mean()) / steps  # of a client, in a step
     packs = -(-choice.cohort // (plan.pack or choice.size))
     return -(-packs // choice.workers) * steps * choice.seconds.at(tokens * choice.cohort / packs)
 

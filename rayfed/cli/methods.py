@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from rayfed.config.describe import in_words
 from rayfed.config.options import REQUIRED, options_of
-from rayfed.methods import METHODS, Method, method_class
+from rayfed.methods import ALIASES, METHODS, Method, method_class
 
 
 def methods(name: str | None) -> None:
@@ -26,6 +26,7 @@ def describe_all() -> str:
         ranks = "mixed ranks" if cls.mixed_ranks else "one rank"
         lines.append(f"{'':<10} down {cls.traffic_down}; up {cls.traffic_up}")
         lines.append(f"{'':<10} {ranks}; secure aggregation: {_secure(cls)}; source: {cls.source}")
+    lines += [f"{alias:<10} another name of {name}" for alias, name in ALIASES.items()]
     lines.append("Traffic is in entries per layer and round. `rayfed methods NAME` shows a method's options.")
     lines.append("Secure aggregation: whether the server needs only a sum of the uploads, over entries known to all.")
     return "\n".join(lines)
@@ -75,7 +76,9 @@ def _private(cls: type[Method]) -> str:
     """Whether user-level privacy takes the method. A property decides by the options, and here by their defaults."""
     claim: object = cls.summed
     if isinstance(claim, property):
-        return f"by its options; no by default: {cls.refuses_privacy}"
+        complete = all(option.default is not REQUIRED for option in options_of(cls).values())
+        by_default = "yes by default; else not:" if complete and cls().summed else "no by default:"
+        return f"by its options; {by_default} {cls.refuses_privacy}"
     return "yes" if claim else f"no: {cls.refuses_privacy}"
 
 

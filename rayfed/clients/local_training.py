@@ -33,6 +33,7 @@ from rayfed.objectives import ClientRound, Objective, Plain, Stateful
 from rayfed.privacy.example import ExampleLevel, expected_batch
 from rayfed.tasks.base import Task
 from rayfed.tasks.data.federation import Rows
+from rayfed.tasks.metrics import single_label
 
 Forward = Callable[[dict[str, Tensor]], Tensor]
 """The model: the inputs of a batch in, outputs (rows, ...) out."""
@@ -228,15 +229,19 @@ class _PackTraining:
         return torch.stack([means.sum(), *(penalty for penalty in penalties if penalty is not None)]).sum()
 
     def _row_losses(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """`Task.loss` of the batch, or the objective's loss in its place."""
+        """`Task.loss` of the batch, or in its place the objective's loss, or the cross-entropy that settings change."""
         c = self.context
-        if not c.objective.replaces_loss:
+        if not c.objective.replaces_loss and not c.settings.changes_loss:
             return c.task.loss(outputs, labels)
         if self.class_counts is None:
             own = [c.data.labels[member.rows] for member in self.members]
             self.class_counts = class_counts(own, outputs.shape[1], c.device)
         runs = c.stack.batch.segments_of(outputs)
-        losses = c.objective.rows(outputs, labels, *row_context(runs, labels, self.class_counts))
+        slots, context = row_context(runs, labels, self.class_counts)
+        if not c.objective.replaces_loss:
+            weights = None if c.settings.class_weights is None else single_label.balanced(context.class_counts)[slots]
+            return single_label.weighted_loss(outputs, labels, weights, c.settings.label_smoothing)
+        losses = c.objective.rows(outputs, labels, slots, context)
         return losses, torch.ones_like(losses)
 
     def _private_gradients(self, privacy: ExampleLevel, active: Sequence[int], step: int) -> None:

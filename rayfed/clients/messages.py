@@ -130,7 +130,8 @@ def uploads_by_part(uploads: Sequence[object | None], parts: Sequence[int]) -> t
 class EvalJob:
     """Evaluate payload 0 on rows start to stop of a split, counted in order of length; on some classes' rows alone.
 
-    With ``rows``, start and stop count these rows of the split alone.
+    With ``rows``, start and stop count these rows of the split alone. With ``seen`` the model chooses among these
+    classes, ascending, which are those of all rows.
     """
 
     split: SplitName
@@ -139,6 +140,7 @@ class EvalJob:
     layout: Layout
     classes: tuple[int, ...] | None = None  # None: all
     rows: np.ndarray | None = None  # (n,) int64, indices into the split; None: all
+    seen: tuple[int, ...] | None = None  # None: all
 
 
 @dataclass(frozen=True)

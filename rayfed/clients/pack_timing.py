@@ -35,7 +35,7 @@ def measure(trainer: Trainer, clients: Sequence[int], sizes: Sequence[int], room
     context = replace(trainer.context, settings=settings)
     start = plan.start()
     vector, everything = start.flatten(), torch.ones(start.layout.size, dtype=torch.bool)
-    rows = {client: plan.federation.rows_of(client) for client in clients}
+    rows = {client: plan.federation_at(0).rows_of(client) for client in clients}
 
     def train(size: int) -> float:
         members = [PackMember(c, start.layout, vector, everything, rows[c]) for c in clients[:size]]

@@ -105,11 +105,42 @@ class RunPlan:
         tiers = {(tier.rank, tier.density_down) for tier in mix}
         return len(tiers) == 1 and not self.method.personal and self.profiles.may_be_sparse("down", self.server.rounds)
 
-    @cached_property
-    def candidates(self) -> np.ndarray:
-        """The clients of which cohorts are drawn: those that hold data, or all (`server.empty_clients`)."""
-        federation = self.federation
+    def candidates(self, t: int) -> np.ndarray:
+        """The clients of which the cohort of round ``t`` (from 0) is drawn: those with rows, or all
+        (`server.empty_clients`)."""
+        federation = self.federation_at(t)
         return np.arange(federation.clients) if self.server.empty_clients else federation.holders
+
+    def experience(self, t: int) -> int | None:
+        """The experience (from 0) to which round ``t`` (from 0) belongs; None without `partition.sequence`."""
+        experiences = self.federation.experiences
+        return None if experiences is None else t * len(experiences) // self.server.rounds
+
+    def begins_experience(self, t: int) -> bool:
+        """Whether round ``t`` (from 0) is the first one of another experience than the first."""
+        return t > 0 and self.experience(t) != self.experience(t - 1)
+
+    def federation_at(self, t: int) -> Federation:
+        """The federation of round ``t`` (from 0): with `partition.sequence` clients have that experience's rows."""
+        experience = self.experience(t)
+        return self.federation if experience is None else self.federation.by_experience[experience]
+
+    def seen_classes(self, t: int) -> tuple[int, ...] | None:
+        """The classes among which models choose after round ``t`` (from 0), ascending; None: all."""
+        own, experience = self.federation.experiences, self.experience(t)
+        return None if own is None or experience is None else self._proper(own.seen(experience))
+
+    def compared_classes(self, t: int) -> tuple[int, ...] | None:
+        """The classes that the training loss of round ``t`` (from 0) compares, ascending; None: all."""
+        own, experience = self.federation.experiences, self.experience(t)
+        return None if own is None or experience is None else self._proper(own.compared(experience))
+
+    def _proper(self, classes: tuple[int, ...]) -> tuple[int, ...] | None:
+        return None if len(classes) == len(self.federation.classes) else classes
+
+    def fully_evaluated(self, t: int) -> bool:
+        """Whether round ``t`` (from 0) is evaluated on all rows: by `eval.every`, or as an experience's last."""
+        return self.eval.full(t + 1, self.rounds) or self.begins_experience(t + 1)
 
     def start(self) -> Adapter:
         """The adapter that the run starts from: the given one, or B = 0, A random, and the head's initial values."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -31,6 +32,7 @@ from rayfed.methods import BaseChange, merged
 from rayfed.objectives import Plain
 from rayfed.own_code import own_failures
 from rayfed.privacy.example import ExampleLevel
+from rayfed.tasks.data.class_subset import ClassSubset
 from rayfed.tasks.data.federation import Prompts
 from rayfed.tasks.models.base import in_dtype
 from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
@@ -103,9 +105,10 @@ class Trainer:
         begun = time.perf_counter()
         decoded = [wire.decode(payload) for payload in payloads]  # clients of a tier share theirs
         bases: dict[int, BaseChange] = {}
-        members = [self._member(order, decoded, bases, job.lr) for order in job.orders]
-        sent = self._statistics("sent_losses", members, [member.start for member in members], job.t)
-        train = partial(train_pack, self.context, lr=job.lr, t=job.t)
+        members = [self._member(order, decoded, bases, job.lr, job.t) for order in job.orders]
+        context = self._context_at(job.t)
+        sent = self._statistics("sent_losses", context, members, [member.start for member in members], job.t)
+        train = partial(train_pack, context, lr=job.lr, t=job.t)
         trained = device_memory.in_halves(
             members, train, self.device, lambda m: f"client {m.client}: training it alone"
         )
@@ -127,7 +130,7 @@ class Trainer:
         ranks = tuple(map(_trained_rank, members))
         sizes = tuple(None if payload is None else wire.inspect(payload) for payload in uploads)
         uploads = () if job.summed else uploads
-        own = sent or self._statistics("trained_losses", members, [result.vector for result in results], job.t)
+        own = sent or self._statistics("trained_losses", context, members, [result.vector for result in results], job.t)
         statistics = tuple(None if i in dropped else payload for i, payload in enumerate(own))
         seconds = time.perf_counter() - begun
         return messages.TrainResult(
@@ -136,7 +139,7 @@ class Trainer:
         )  # fmt: skip
 
     def _statistics(
-        self, needs: Needs, members: Sequence[PackMember], vectors: Sequence[Tensor], t: int
+        self, needs: Needs, context: TrainingContext, members: Sequence[PackMember], vectors: Sequence[Tensor], t: int
     ) -> list[bytes]:
         """What the weighting needs of the members' losses under these models (n,); empty where that is not these."""
         weighting = self.plan.weighting
@@ -145,15 +148,32 @@ class Trainer:
 
         def measured(chosen: Sequence[int]) -> list[bytes]:
             pack, models = [members[i] for i in chosen], [vectors[i] for i in chosen]
-            return encoded_statistics(self.context, weighting, pack, models, t)
+            return encoded_statistics(context, weighting, pack, models, t)
 
         parts = device_memory.in_halves(
             range(len(members)), measured, self.device, lambda i: f"client {members[i].client}: measuring its losses"
         )
         return [payload for part in parts for payload in part]
 
+    def _context_at(self, t: int) -> TrainingContext:
+        """The context of round ``t``, whose loss compares only `RunPlan.compared_classes`."""
+        subset = self._subset(self.plan.compared_classes(t))
+        if subset is None:
+            return self.context
+        forward, data = lambda inputs: subset.outputs(self.forward(inputs)), subset.rows(self.context.data)
+        return replace(self.context, forward=forward, data=data)
+
+    def _subset(self, classes: tuple[int, ...] | None) -> ClassSubset | None:
+        """The classification among these classes; None: among all."""
+        return None if classes is None else ClassSubset(classes, len(self.plan.federation.classes), self.device)
+
     def _member(
-        self, order: messages.ClientOrder, decoded: Sequence[wire.Payload], bases: dict[int, BaseChange], lr: float
+        self,
+        order: messages.ClientOrder,
+        decoded: Sequence[wire.Payload],
+        bases: dict[int, BaseChange],
+        lr: float,
+        t: int,
     ) -> PackMember:
         known = None if order.known is None else decoded[order.known]
         start, has = assemble(order.layout, decoded[order.payload], known)
@@ -167,7 +187,7 @@ class Trainer:
         if order.merge is not None:
             at, layout = order.merge
             base = merged(base, layout.unflatten(decoded[at].dense()))
-        trainable, rows = order.trainable, self.plan.federation.rows_of(order.client)
+        trainable, rows = order.trainable, self.plan.federation_at(t).rows_of(order.client)
         support, objective = trainable.support(order.layout, has), trainable.objective or Plain()
         context = client_round(order, decoded, start, support, lr) if order.objective else None
         return PackMember(order.client, order.layout, start, support, rows, base, trainable.rates, objective, context)
@@ -176,7 +196,7 @@ class Trainer:
     def _evaluate(self, job: messages.EvalJob, payloads: Sequence[bytes]) -> messages.EvalResult:
         vector = wire.decode(payloads[0]).dense()
         self.stack.load([job.layout.unflatten(vector)], [job.layout.matrices(vector)])
-        task = self.plan.task
+        task, subset = self.plan.task, self._subset(job.seen)
         loss, count = (torch.zeros((), dtype=torch.float64, device=self.device) for _ in range(2))
         found: list[tuple[np.ndarray, Tensor, Tensor]] = []
 
@@ -184,10 +204,16 @@ class Trainer:
             return self.forward(inputs).float()
 
         for chosen, outputs, labels in self._each_batch(job, outputs_of, job.classes, job.rows):
-            sums, counts = task.loss(outputs, labels)
+            if subset is None:
+                sums, counts = task.loss(outputs, labels)
+                predictions = task.predictions(outputs)
+            else:
+                outputs = subset.outputs(outputs)
+                sums, counts = task.loss(outputs, subset.labels(labels))
+                predictions = subset.original(task.predictions(outputs))
             loss += sums.double().sum()
             count += counts.double().sum()
-            found.append((chosen, task.predictions(outputs), labels))
+            found.append((chosen, predictions, labels))
         if not found:
             return messages.EvalResult(0.0, 0.0, np.zeros(0, np.int64), torch.zeros(0), torch.zeros(0))
         rows, predictions, truth = zip(*found)

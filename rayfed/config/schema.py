@@ -89,6 +89,11 @@ class Experiment(Section, metaclass=_Refuses):
             raise ValueError("engine.gpus_per_worker: got 0, but engine.device=cuda needs more than 0")
         if self.lora.train == "head" and self.model.adapter is not None:
             raise ValueError("lora.train: got 'head', but model.adapter has layers, which would not train; use all")
+        if (sequence := self.partition.sequence) is not None and self.server.rounds % sequence.experiences:
+            raise ValueError(
+                f"server.rounds: got {self.server.rounds}, but all experiences have equally many rounds: a multiple of "
+                f"partition.sequence.experiences={sequence.experiences} is allowed"
+            )
         clients, each = self.partition.clients, self.problem.numbers_per_client
         if self.data.source == "lowrank" and clients * each > MOST_NUMBERS:
             raise ValueError(

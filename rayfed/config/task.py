@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from rayfed.config.class_sequence import ClassSequence
 from rayfed.config.types import (
     UNSIGNED,
     Clients,
@@ -237,6 +238,8 @@ class Partition(Section):
     """For `quantity`: standard deviation of the logarithm of a client's size. 0: equal sizes."""
     mix: Annotated[float, Field(ge=0, le=1), UNSIGNED] = 0.0
     """Share of every client's rows, its last ones, that is pooled and dealt out again at random. Sizes stay."""
+    sequence: ClassSequence | None = None
+    """Clients meet the classes one group after the other (class-incremental learning). null: all at once."""
 
     @property
     def column(self) -> str | None:

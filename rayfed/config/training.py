@@ -61,6 +61,14 @@ class Client(Section):
     """Passes over the client's data per round. `steps` replaces it."""
     steps: Live[Annotated[int, Field(ge=1, le=100_000)] | None] = None
     """Optimizer steps per round; the data repeat as needed. null: `epochs` counts."""
+    label_smoothing: Share = 0.0
+    """For classification with one class a row: in training, the share of the target that is spread evenly over all
+    classes. Evaluation has the plain cross-entropy.
+    """
+    class_weights: Literal["balanced"] | None = None
+    """For classification with one class a row: the weights of the classes in the training loss. `balanced`: in inverse
+    proportion to the client's own rows of the class, which stay at the client. null: all rows weigh alike.
+    """
     max_change: Live[Positive | None] = 1e6
     """A client diverged if its change in a round has a larger L2 norm, over all entries of its adapter and head, or
     values that are not finite. null: only if there are values that are not finite. The default is above all that
@@ -73,6 +81,11 @@ class Client(Section):
     is not in the digest: without a client that diverged, a round is the same under all three. The metric
     `clients/diverged` counts these clients.
     """
+
+    @property
+    def changes_loss(self) -> bool:
+        """Whether clients train with another loss than the plain cross-entropy of classes."""
+        return self.label_smoothing > 0 or self.class_weights is not None
 
     @model_validator(mode="after")
     def _clipped_to_something(self) -> Client:
@@ -200,8 +213,8 @@ class Eval(Section):
     centrally until convergence.
     """
     diagnostics: bool = False
-    """In every round, also measure how far the global model is from the mean of the clients' products B A, and from the
-    product of the clients' mean factors.
+    """In every round, also measure how far the global model is from the mean of the clients' products B A and from the
+    product of the clients' mean factors, and how far what clients are sent next is from what they trained.
     """
     early_stop: EarlyStop | None = None
     """When to end the run early; null: run all rounds."""

@@ -14,7 +14,7 @@ from ray.util.metrics import Counter, Gauge
 
 from rayfed.clients.plan import RunPlan
 from rayfed.engine.ray_executor import RayExecutor
-from rayfed.server.sampling import client_costs
+from rayfed.server.sampling import RoundCosts
 from rayfed.tracking import Record, RunInfo, Sink
 
 COUNTERS: Mapping[str, str] = {
@@ -34,7 +34,7 @@ class RayMetrics(Sink):
     """Sets the metrics from each round's record and the executor's measured times. ``clock`` gives seconds."""
 
     def __init__(self, plan: RunPlan, executor: RayExecutor, clock: Callable[[], float] = time.monotonic) -> None:
-        self.costs, self.workers = client_costs(plan.federation, plan.client), plan.engine.workers
+        self.costs, self.workers = RoundCosts(plan), plan.engine.workers
         self.supervision, self.clock = executor.supervision, clock
         self.counters = {name: Counter(name, text, ("run",)) for name, text in COUNTERS.items()}
         self.gauges = {name: Gauge(name, text, ("run",)) for name, text in GAUGES.items()}
@@ -49,7 +49,7 @@ class RayMetrics(Sink):
     def round(self, record: Record) -> None:
         (then, busy), self.last = self.last, (self.clock(), self.supervision.busy)
         values: Mapping[str, Any] = record
-        seconds = values["time/train_s"]
+        seconds, costs = values["time/train_s"], self.costs.at(values["round"] - 1)
         counts = {
             "rayfed_rounds": 1,
             "rayfed_retries": values["clients/retried"],
@@ -58,7 +58,7 @@ class RayMetrics(Sink):
         }
         levels = {
             "rayfed_clients_per_second": values["clients/ok"] / seconds,
-            "rayfed_tokens_per_second": sum(self.costs[client] for client, _ in values["clients/trained"]) / seconds,
+            "rayfed_tokens_per_second": sum(costs[client] for client, _ in values["clients/trained"]) / seconds,
             "rayfed_worker_idle_share": 1 - (self.last[1] - busy) / ((self.last[0] - then) * self.workers),
         }
         for name, count in counts.items():

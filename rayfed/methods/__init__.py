@@ -27,11 +27,13 @@ from rayfed.methods.base import ANY_OPTIMIZER, Method, Profile, Source
 from rayfed.plugins import member_class, member_names
 
 METHODS = member_names("rayfed.methods")
+ALIASES = {"fed_talora": "fedex_lora"}
+"""Names of papers' methods of which no part of a round is known to differ from another method: that method's name."""
 
 
 def method_class(name: str) -> type[Method]:
-    """The class of the method of that name, or at that import path. UserError where there is none."""
-    return member_class("rayfed.methods", name, Method, "method.name")
+    """The class of the method of that name, which may be an alias, or at that import path. UserError: there is none."""
+    return member_class("rayfed.methods", ALIASES.get(name, name), Method, "method.name")
 
 
 def with_mixed_ranks() -> list[str]:
@@ -54,7 +56,7 @@ def build(name: str, **options: Any) -> Method:
 
 
 __all__ = [
-    "ANY_OPTIMIZER", "METHODS", "Advance", "BaseChange", "Change", "ChangeMean", "FactorMean", "FactorState",
+    "ALIASES", "ANY_OPTIMIZER", "METHODS", "Advance", "BaseChange", "Change", "ChangeMean", "FactorMean", "FactorState",
     "HeadMean", "LayerMethod", "LayerState", "Method", "PackSum", "ProductMean", "Profile", "Source", "Sparse", "Start",
     "State", "Trainable", "Update", "Updates", "build", "change_norm", "fedavg", "matrix", "mean_change", "merged",
     "method_class", "product_change", "with_adapters", "with_mixed_ranks",

@@ -13,6 +13,8 @@ everything arrived, both sums are the same.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -39,9 +41,14 @@ class Nested(LayerMethod):
         return client.rank
 
 
-def nested(state: LayerState, rank: int, scale: float) -> Adapter:
-    """The global factors, cut to their first ``rank`` ranks and under another scale, with the global head."""
+def nested(state: LayerState, rank: int, scale: float, factor: Literal["B", "A"] = "B") -> Adapter:
+    """The global factors, cut to their first ``rank`` ranks and under another scale, with the global head.
+
+    The ratio of the scales goes into ``factor``.
+    """
     pairs = {name: rescale(pair, scale) for name, pair in state.pairs.items()}
+    if factor == "A":
+        pairs = {n: LowRank(p.B.detach(), p.A.detach() * (p.scale / scale), scale) for n, p in state.pairs.items()}
     layers = {name: LowRank(pair.B[:, :rank], pair.A[:rank], scale) for name, pair in pairs.items()}
     return Adapter(layers, state.head)
 

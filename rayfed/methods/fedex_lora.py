@@ -14,6 +14,10 @@ residual to its leading singular directions. The base gets only what is sent, so
 Downloads are neither sparse nor rounded: the identity needs one start for all clients, and most of the traffic is the
 residual.
 
+Fed-TaLoRA (Yu, Hu and Min, arXiv 2505.12318; the name `fed_talora`) has the same rounds, as far as its abstract says:
+one adapter for clients that meet new classes over time, whose factors are averaged, and a residual that corrects the
+mean. The classes come by `partition.sequence`, with any method. How the paper sends the residual is unknown.
+
 Source: authors' code read; deviates: the residual as a covariance, of rank (K - 1) r where the code has K r.
 """
 

@@ -14,7 +14,8 @@ from rayfed.config.privacy import Privacy as Settings
 from rayfed.config.task import Model
 from rayfed.config.training import Client, Server
 from rayfed.errors import UserError, allowed
-from rayfed.methods import METHODS, Method, Profile, method_class
+from rayfed.methods import METHODS, Method, Profile
+from rayfed.methods import build as build_method
 from rayfed.methods.fedsa import FedSA
 from rayfed.methods.hetlora import HetLoRA
 from rayfed.privacy.accounting import Sampling, check_installed, guarantee
@@ -84,7 +85,7 @@ def build(
 
 def private_methods() -> list[str]:
     """The names of the methods that user-level privacy takes, at the defaults of their options."""
-    return [name for name in METHODS if isinstance(method_class(name).summed, str)]
+    return [name for name in METHODS if build_method(name).summed is not None]
 
 
 def _check_sum(settings: Settings, name: str, method: Method) -> None:

@@ -232,7 +232,7 @@ def default_target(measure: Measure, groups: Sequence[RunGroup]) -> float | None
 
 def summarise(run: Run, measure: Measure, target: float | None) -> RunSummary:
     """The numbers of the run; those of the last evaluated round are None if the run diverged."""
-    series = run.series(measure.key)
+    series = run.comparable(measure.key)
     total = {record["round"]: record["bytes/total"] for record in run.rounds}
     last = max(series) if series and not run.diverged(measure.key) else None
     choose = min if measure.lower_is_better else max  # of equal rounds the first one

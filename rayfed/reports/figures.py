@@ -78,8 +78,8 @@ def plots(comparison: Comparison, ledgers: Ledgers, styles: Styles, link: Link |
 
 
 def run_plots(run: Run, number: int) -> Iterator[Plot]:
-    """The figures of one run: curves of all that its metrics.jsonl has; who trained when, each client's accuracy, and
-    what is confused."""
+    """The figures of one run: curves of all that its metrics.jsonl has; who trained when, each client's accuracy, the
+    accuracies by experience, and what is confused."""
     for suffix, title, caption, keys, style in _run_curves(run):
         if series := {name: points for name, key in keys.items() if (points := run.series(key))}:
             draw = partial(charts.lines, series, **style)
@@ -93,6 +93,11 @@ def run_plots(run: Run, number: int) -> Iterator[Plot]:
         caption = f"After round {found[0]}, for each client that has rows. Classes count as in its own data."
         draw = partial(run_charts.client_accuracies, found[1], run.last_ranks())
         yield Plot(f"run-{number}-client-accuracies", f"run-{number}", "Test accuracy of each client", caption, draw)
+    if any(accuracies := run.by_experience()):
+        title = "Test accuracy on the classes of each experience"
+        caption = "In percent, after the experience of the line; the model chooses among all classes seen until then."
+        draw = partial(run_charts.experiences, accuracies)
+        yield Plot(f"run-{number}-experiences", f"run-{number}", title, caption, draw)
     if found := run.last_list("test/confusion_matrix"):
         after = f"Test rows after round {found[0]}"
         caption = f"{after}: labels down, predictions across. Stronger colours are larger shares of a label."
@@ -132,6 +137,11 @@ def _run_curves(run: Run) -> Iterator[tuple[str, str, str, dict[str, str], dict[
     }  # fmt: skip
     caption = "Relative distances of the global model from two averages of the clients' models."
     yield "-diagnostics", "Distance from plain averages", caption, distances, {}
+    caption = "What clients are sent next, against what they trained, and the least that one broadcast could reach."
+    yield "-broadcast", "Distance of what is sent from what was trained", caption, {
+        "largest": "diagnostics/R_max", "R": "diagnostics/R", "least": "diagnostics/R_least",
+        "excess": "diagnostics/R_excess",
+    }, {}  # fmt: skip
     for key in sorted(key for key in keys if key.startswith("method/")):
         name = key.removeprefix("method/")
         yield (

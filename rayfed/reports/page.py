@@ -124,6 +124,7 @@ def _data(folder: Path) -> dict[str, Any] | None:
         "svg": partition.svg(found, inline=True),
         "facts": partition.facts(found).items(),
         "table": partition.table(found),
+        "experiences": partition.experiences(found),
         "notes": partition.notes(found),
     }
 

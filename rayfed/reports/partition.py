@@ -21,6 +21,7 @@ LEVELS = 8  # shades of the heat map, besides that of an empty cell
 TOP, MARGIN, SIDE, TALL, BAR = 44.0, 10.0, 288.0, 240.0, 80.0  # pixels; SIDE and TALL of the heat map, BAR the longest
 CHARACTER = 5.6  # pixels, about the width of a character
 NAME_LENGTH = 18
+SHOWN = 2  # classes of an experience that are named
 LABELS = {
     "rows": "rows",
     "classes": "classes of {classes}",
@@ -47,6 +48,18 @@ def table(partition: Mapping[str, Any]) -> Table:
         cells = ("" if spread[column] is None else _number(spread[column]) for column in columns)
         rows.append((LABELS[name].format(**partition), *cells))
     return Table("Over the clients that have rows", ("", *columns), tuple(rows))
+
+
+def experiences(partition: Mapping[str, Any]) -> Table | None:
+    """A line for each experience of a sequence of classes; None without a sequence."""
+    if not (found := partition.get("experiences")):
+        return None
+    rows = []
+    for i, own in enumerate(found, 1):
+        names = own["classes"]
+        named = ", ".join(map(_short, names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
+        rows.append((str(i), f"{own['rows']:,}", f"{own['clients_with_rows']:,}", str(len(names)), named))
+    return Table("Experiences", ("", "rows", "clients", "classes", "which"), tuple(rows))
 
 
 def facts(partition: Mapping[str, Any]) -> dict[str, str]:

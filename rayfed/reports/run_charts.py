@@ -1,4 +1,5 @@
-"""The charts of a single run that are no curves: who trained when, each client's accuracy, the confusion matrix."""
+"""The charts of a single run that are no curves: who trained when, accuracies by client and by experience, the
+confusion matrix."""
 
 from __future__ import annotations
 
@@ -72,4 +73,27 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Any:
         shown = [drawing.shortened(name, 14) for name in names]
         axes.set_xticks(range(len(matrix)), shown, rotation=90)
         axes.set_yticks(range(len(matrix)), shown)
+    return figure
+
+
+def experiences(accuracies: Sequence[Sequence[float | None]]) -> Any:
+    """Row t, column j: the accuracy after experience t on the classes of experience j, written into the cell."""
+    from matplotlib.patches import Rectangle
+
+    steps, count = ramp(8), len(accuracies)
+    figure, axes = drawing.blank(1.2 + 0.3 * count)
+    axes.grid(False)
+    for t, row in enumerate(accuracies, 1):
+        for j, value in enumerate(row, 1):
+            if value is None:
+                continue
+            step = min(int(len(steps) * value), len(steps) - 1)
+            axes.add_patch(Rectangle((j - 0.48, t - 0.48), 0.96, 0.96, facecolor=steps[step], linewidth=0))
+            if count <= NAMED:
+                ink = INK if step < len(steps) // 2 else PAPER
+                axes.text(j, t, f"{100 * value:.0f}", ha="center", va="center", size=7, color=ink)
+    axes.set(xlim=(0.5, count + 0.5), ylim=(count + 0.5, 0.5))
+    axes.set(xlabel="test rows of the classes of experience", ylabel="after experience")
+    for axis in (axes.xaxis, axes.yaxis):
+        drawing.number_axis(axis, whole=True)
     return figure

@@ -57,9 +57,31 @@ class Run:
         values = ((record["round"], record.get(key)) for record in self.rounds)
         return {t: value for t, value in values if isinstance(value, int | float)}
 
+    def comparable(self, key: str) -> dict[int, float]:
+        """`series`, of the rounds that are measured on the same rows as the last one.
+
+        With `partition.sequence` these are the rounds of the last experience.
+        """
+        now = self.rounds[-1].get("sequence/experience")
+        same = {record["round"] for record in self.rounds if record.get("sequence/experience") == now}
+        return {t: value for t, value in self.series(key).items() if t in same}
+
     def cumulative(self, key: str) -> dict[int, int]:
         """Round -> the sum of the values up to and including that round."""
         return dict(zip((r["round"] for r in self.rounds), accumulate(r[key] for r in self.rounds)))
+
+    def by_experience(self) -> list[list[float | None]]:
+        """The test accuracies after each experience, of the experiences up to it; empty without `partition.sequence`.
+
+        An experience of which no round has been evaluated has no entries.
+        """
+        rows: list[list[float | None]] = []
+        for record in self.rounds:
+            if (now := record.get("sequence/experience")) is not None:
+                rows += [[] for _ in range(now - len(rows))]
+                keys = [f"test/accuracy_experience_{j + 1}" for j in range(now)]
+                rows[now - 1] = [record[key] for key in keys if key in record] or rows[now - 1]
+        return rows
 
     def last_list(self, key: str) -> tuple[int, list[Any]] | None:
         """(round, value) of the last round that has a list under the key; None if no round has."""

@@ -48,6 +48,8 @@ def summary(comparison: Comparison, brief: bool = False) -> Table:
             columns.append(("sparse model", lambda g: _spread(g, measure, lambda r: r.masked)))
         columns.append(("best round", lambda g: _range([r.best_round for r in g.summaries])))
         columns.append((f"{measure.report_label}, best round", lambda g: _spread(g, measure, lambda r: r.best_report)))
+    if any(_forgetting(group) for group in groups):
+        columns.append(("forgetting", lambda g: _mean_spread(_forgetting(g), measure)))
     columns += [
         ("MB down", lambda g: megabytes(g.mean(lambda r: r.down))),
         ("MB up", lambda g: megabytes(g.mean(lambda r: r.up))),
@@ -70,14 +72,23 @@ def baselines(comparison: Comparison) -> Table | None:
     """
     rows = []
     for group in comparison.groups:
-        cells = []
-        for key in BASELINES.values():
-            found = [value for run in group.counted if (value := run.summary.get(key)) is not None]
-            spread = stdev(found) if len(found) > 1 else None
-            cells.append(as_text(mean(found), comparison.measure, spread) if found else "-")
+        cells = [_mean_spread(_summary_values(group, key), comparison.measure) for key in BASELINES.values()]
         if any(cell != "-" for cell in cells[-2:]):
             rows.append((group.label, *cells))
     return Table("Test accuracy of the run and of its baselines", ("", *BASELINES), tuple(rows)) if rows else None
+
+
+def _summary_values(group: RunGroup, key: str) -> list[float]:
+    """The values of the summaries of the group's runs that have one under the key."""
+    return [value for run in group.counted if (value := run.summary.get(key)) is not None]
+
+
+def _forgetting(group: RunGroup) -> list[float]:
+    return _summary_values(group, "sequence/forgetting")
+
+
+def _mean_spread(values: Sequence[float], measure: Measure) -> str:
+    return as_text(mean(values), measure, stdev(values) if len(values) > 1 else None) if values else "-"
 
 
 def differing(comparison: Comparison) -> Table:

@@ -37,7 +37,7 @@ from rayfed.server.export import export
 from rayfed.server.objective import ServerObjective
 from rayfed.server.optimizers import ServerOptimizer
 from rayfed.server.pack_size import Choice
-from rayfed.server.sampling import client_costs, cohort_of, plan_packs
+from rayfed.server.sampling import RoundCosts, cohort_of, plan_packs
 from rayfed.server.star import RoundLog, train_round
 from rayfed.server.summary import Progress, closing_table, run_info, summarize
 from rayfed.tasks.data.heterogeneity import write_partition
@@ -63,7 +63,7 @@ class Server:
         self.plan, self.executor, self.out, self.sinks = plan, executor, out, sinks
         self.choice, self.on_checkpoint, self.goes_on = choice, on_checkpoint, goes_on
         self.optimizer = ServerOptimizer(plan.server_optimizer, plan.server)
-        self.costs = client_costs(plan.federation, plan.client)
+        self.costs = RoundCosts(plan)
         self.folder, self.store = out / "checkpoints", ClientStore(out / "clients")
         self.objective = ServerObjective(plan, out, executor)
         self.progress, self.base_updates = Progress(), BaseUpdates()
@@ -152,11 +152,11 @@ class Server:
     def _round(self, t: int) -> tuple[Record, int]:
         """Trains and evaluates round ``t`` (from 0): its record, and its messages' bytes had they been dense fp32."""
         begun = time.perf_counter()
-        plan, sizes = self.plan, self.plan.federation.sizes
+        plan, sizes = self.plan, self.plan.federation_at(t).sizes
         drawn = cohort_of(plan, t)
         clients = [plan.profiles.profile(c, int(sizes[c]), t) for c in drawn]
         assert plan.pack is not None
-        packs = plan_packs(clients, plan.pack, self.costs)
+        packs = plan_packs(clients, plan.pack, self.costs.at(t))
         downlink = Downlink(plan, self.state, t, self.executor)
         diagnostics = Diagnostics() if plan.eval.diagnostics else None
         log = RoundLog(t + 1, self.ledger, self.base_updates, diagnostics=diagnostics)
@@ -184,7 +184,7 @@ class Server:
             "time/server_s": seconds - log.waited,
             **log.counts(),
             **{f"method/{name}": value for name, value in self.state.report.items() if log.reports},
-            **(diagnostics.report(plan.method, self.state) if diagnostics else {}),
+            **(diagnostics.report(plan, self.state, t, self.executor) if diagnostics else {}),
             "state/digest": digest,
             "state/chain": self.chain,
         }

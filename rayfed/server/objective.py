@@ -153,7 +153,7 @@ class ServerObjective:
         own = self._round
         if self.objective is not None:
             received = Received(own.clients, own.total, own.numbers)
-            self.state = self.objective.absorb(own.state, received, start, len(self.plan.candidates))
+            self.state = self.objective.absorb(own.state, received, start, len(self.plan.candidates(own.t)))
 
     def save(self, round: int) -> None:
         """Writes what the clients of the round stored."""

@@ -70,8 +70,9 @@ def measure_job(plan: RunPlan) -> MeasureJob:
     """
     most = min(-(-plan.server.cohort // plan.engine.processes), LARGEST)
     sizes = tuple(sorted({*(2**i for i in range(most.bit_length()) if 2**i < most), most}))
-    drawn = cohort(plan.federation.holders, plan.server.cohort, plan.seed, 0)
-    tokens = client_costs(plan.federation, plan.client.model_copy(update={"steps": 1}))
+    federation = plan.federation_at(0)
+    drawn = cohort(federation.holders, plan.server.cohort, plan.seed, 0)
+    tokens = client_costs(federation, plan.client.model_copy(update={"steps": 1}))
     return MeasureJob(tuple(sorted(map(int, drawn), key=lambda c: (-tokens[c], c))[:most]), sizes)
 
 

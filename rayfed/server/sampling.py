@@ -40,7 +40,7 @@ def cohort(
 
 def cohort_of(plan: RunPlan, t: int) -> list[int]:
     """The cohort of round ``t`` (from 0) of a run."""
-    return cohort(plan.candidates, plan.server.cohort, plan.seed, t, plan.server.sampling)
+    return cohort(plan.candidates(t), plan.server.cohort, plan.seed, t, plan.server.sampling)
 
 
 def client_costs(federation: Federation, settings: Client) -> np.ndarray:
@@ -52,6 +52,21 @@ def client_costs(federation: Federation, settings: Client) -> np.ndarray:
         return tokens * settings.epochs
     mean = tokens / np.maximum(sizes, 1)
     return settings.steps * np.minimum(settings.batch_size, sizes) * mean
+
+
+class RoundCosts:
+    """The `client_costs` of each round of a plan: computed once, or once for each experience."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        self._plan = plan
+        self._costs: dict[int | None, np.ndarray] = {}  # by experience
+
+    def at(self, t: int) -> np.ndarray:
+        """Those of round ``t`` (from 0)."""
+        experience = self._plan.experience(t)
+        if experience not in self._costs:
+            self._costs[experience] = client_costs(self._plan.federation_at(t), self._plan.client)
+        return self._costs[experience]
 
 
 def plan_packs(clients: Sequence[Profile], size: int, costs: np.ndarray) -> list[list[Profile]]:

@@ -26,6 +26,7 @@ from rayfed.privacy import Privacy, Release
 from rayfed.profiles.profile import Profile
 from rayfed.server.air import Transmission
 from rayfed.server.base_updates import BaseUpdates
+from rayfed.server.class_head import for_classes
 from rayfed.server.cohort_weights import Arrived, weighed
 from rayfed.server.downlink import Downlink, Download
 from rayfed.server.evaluation.diagnostics import Diagnostics
@@ -144,6 +145,8 @@ def train_round(
     optimizer.lr = scheduled(optimizer.base_lr, plan.server.schedule, t, plan.server.rounds)
     objective = objective or ServerObjective(plan, Path(), executor)
     objective.begin(t)
+    if plan.begins_experience(t):  # the moments are those of another loss, and would move rows of past classes
+        optimizer.state = {}
     release = plan.privacy.release(plan.method, state, t, optimizer.state) if plan.privacy else None
     arriving: Iterator[Update | PackSum] = _updates(plan, state, t, packs, downlink, executor, log, release, objective)
     if release is not None:
@@ -297,6 +300,8 @@ def _submission(
     orders = []
     for client in pack:
         received, trainable = downlink.of(client), plan.method.trainable(state, client)
+        compared, total = plan.compared_classes(t), len(plan.federation.classes)
+        trainable = for_classes(trainable, received.start.layout, plan.model.head, compared, total)
         orders.append(
             ClientOrder(
                 client=client.client,

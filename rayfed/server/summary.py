@@ -12,6 +12,7 @@ from rayfed.clients.plan import RunPlan
 from rayfed.config.training import EarlyStop, Server
 from rayfed.profiles.client_profiles import describe
 from rayfed.server.evaluation.baselines import Baselines
+from rayfed.server.evaluation.experiences import forgetting
 from rayfed.tracking import RunInfo, Table
 from rayfed.tracking.sinks import Scalar
 from rayfed.wire.ledger import DIRECTIONS
@@ -54,15 +55,20 @@ class Progress:
     stale: int = 0  # evaluations since the last improvement that counted
     mark: float | None = None  # the value from which an improvement is measured
     stopped: bool = False
+    experience: int | None = None  # of `partition.sequence`, from 1
+    accuracies: list[list[float | None]] = field(default_factory=list)  # see `rayfed.server.evaluation.experiences`
+    seen_accuracies: list[float | None] = field(default_factory=list)  # after each experience, on all seen classes
 
     def add(
         self, record: Mapping[str, Any], metric: str | None, dense_bytes: int, rule: EarlyStop | None, server: Server
     ) -> None:  # fmt: skip
         """Adds a round's record, and the bytes of its messages had they been dense. Decides whether the run ends.
 
-        A round that was not evaluated changes neither the best round nor early stopping.
+        A round that was not evaluated changes neither the best round nor early stopping. Rounds of two experiences are
+        measured on different rows, so the best round is one of the last experience.
         """
         self.stopped = server.spent(record["bytes/total"])
+        self._add_experience(record, metric)
         self.dense_bytes += dense_bytes
         self.ranks = sorted({*self.ranks, *(rank for _, rank in record["clients/trained"])})
         self.last_gap = record.get("eval/gap", self.last_gap)
@@ -84,6 +90,28 @@ class Progress:
         else:
             self.stale += 1
         self.stopped |= self.stale >= rule.patience
+
+    def _add_experience(self, record: Mapping[str, Any], metric: str | None) -> None:
+        now = record.get("sequence/experience")
+        if now != self.experience:
+            self.experience, self.best_round, self.best, self.best_test = now, None, None, None
+        if now is None:
+            return
+        keys = [f"test/{metric}_experience_{j + 1}" for j in range(now)]
+        if keys[0] in record:
+            self.accuracies[now - 1 :] = [[record[key] for key in keys]]
+            self.seen_accuracies[now - 1 :] = [record.get(f"test/{metric}")]
+
+    def sequence(self) -> dict[str, Any]:
+        """The figures of a run with `partition.sequence` for its summary; none for another run."""
+        if self.experience is None:
+            return {}
+        known = [value for value in self.seen_accuracies if value is not None]
+        return {
+            "sequence/accuracies": self.accuracies,
+            "sequence/average_accuracy": sum(known) / len(known) if known else None,
+            "sequence/forgetting": forgetting(self.accuracies),
+        }
 
 
 def summarize(
@@ -111,6 +139,7 @@ def summarize(
         "bytes/dense": progress.dense_bytes,
         f"head_only/test_{metric}": baselines.same_rounds if baselines else None,
         f"head_only/test_{metric}_central": baselines.central if baselines else None,
+        **progress.sequence(),
     }
 
 
@@ -127,6 +156,8 @@ def closing_table(plan: RunPlan, summary: dict[str, Any], ranks: Sequence[int]) 
     rows = [
         (name, summary[final], sent),
         (exported, summary[f"export/test_{metric}"], None),
+        ("  mean over the experiences, on the classes seen so far", summary.get("sequence/average_accuracy"), None),
+        ("  forgetting: the mean loss of the earlier experiences", summary.get("sequence/forgetting"), None),
         ("  as clients receive it, sparse", summary[f"{final}_masked"], None),  # what FLASC's own code evaluates
         ("  mean over the clients, each on data like its own", summary[f"{final}_clients"], None),
         ("  on the rows of clients that never took part", summary[f"{final}_unseen"], None),

@@ -65,13 +65,16 @@ class ImageTask(SourceTask):
 
     def load_data(self) -> Federation:
         from rayfed.tasks.data.dataset import load_data
-        from rayfed.tasks.data.partition import client_names, partition
+        from rayfed.tasks.data.experiences import divide
+        from rayfed.tasks.data.partition import client_names
 
         data = load_data(self.data, self.seed, self._source(self.data))
-        parts = partition(self.strata(data.train.labels), data.train.owners, self.partition, self.seed)
+        strata, owners = self.strata(data.train.labels), data.train.owners
+        parts, experiences = divide(strata, owners, len(data.classes), self.partition, self.seed)
         splits = (data.train, data.validation, data.test)
         images = decoded(splits, load_image_input(self.model_settings))
-        return Federation.of(images, data.classes, parts, client_names(data.train.owners, self.partition))
+        names = client_names(owners, self.partition)
+        return Federation.of(images, data.classes, parts, names, experiences)
 
     def load_base(self, federation: Federation) -> FrozenBase:
         settings, classes, seed = self.model_settings, len(federation.classes), self.seed

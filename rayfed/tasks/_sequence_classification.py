@@ -105,11 +105,13 @@ class SequenceClassification(TextTask):
 
     def load_data(self) -> Federation:
         from rayfed.tasks.data.dataset import load_data
-        from rayfed.tasks.data.partition import client_names, partition
+        from rayfed.tasks.data.experiences import divide
+        from rayfed.tasks.data.partition import client_names
         from rayfed.tasks.data.tokens import tokenize
 
         data = load_data(self.data, self.seed, self._source(self.data))
-        parts = partition(self.strata(data.train.labels), data.train.owners, self.partition, self.seed)
+        strata, owners = self.strata(data.train.labels), data.train.owners
+        parts, experiences = divide(strata, owners, len(data.classes), self.partition, self.seed)
         cut, named = self.data.max_tokens, self.model is None
         # A model that is an object is tried on the longest text and the largest token, see `load_own_base`.
         limit = longest_input(self.model_settings) if named else None
@@ -117,7 +119,8 @@ class SequenceClassification(TextTask):
         tokenizer = self._tokenizer()
         splits = tuple(tokenize(split, tokenizer, cut, words) for split in (data.train, data.validation, data.test))
         self._check_length(splits, limit)
-        return Federation.of(splits, data.classes, parts, client_names(data.train.owners, self.partition))
+        names = client_names(owners, self.partition)
+        return Federation.of(splits, data.classes, parts, names, experiences)
 
     def load_base(self, federation: Federation) -> FrozenBase:
         outputs, problem = self.outputs(federation), self.problem_type

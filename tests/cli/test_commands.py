@@ -60,7 +60,7 @@ def test_settings_lists_every_setting_with_its_default_and_limits(capsys: Captur
 
 @pytest.mark.parametrize(
     ("section", "first", "count"),
-    [("client", "client.optimizer = sgd", 15), ("wire.up", "wire.up.density = 1.0", 4), ("seed", "seed = 0", 1)],
+    [("client", "client.optimizer = sgd", 17), ("wire.up", "wire.up.density = 1.0", 4), ("seed", "seed = 0", 1)],
 )
 def test_settings_of_one_section(capsys: Capture, section: str, first: str, count: int) -> None:
     keys = [line for line in printed(capsys, "settings", section).splitlines() if not line.startswith(" ")]

@@ -421,3 +421,23 @@ def test_parameters_give_results_without_gradient():
     for x in (pair, W):
         assert algebra.norm(x) > 0
     assert algebra.tail_energy(W[0].abs(), 1e9, 1) > 0
+
+
+def test_inner_products_are_those_of_the_matrices() -> None:
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    core = LowRank(draw(7, 2), draw(2, 5), 0.5, draw(2, 2))
+    changes = [
+        LowRank(draw(7, 1), draw(1, 5), 2.0),
+        draw(7, 5),
+        LowRank(draw(7, 6), draw(6, 5), -1.0),
+        core,
+        draw(7, 5),
+    ]
+    flat = torch.stack([(x.dense() if isinstance(x, LowRank) else x).flatten() for x in changes])
+    torch.testing.assert_close(algebra.inner_products(changes), flat @ flat.T)
+    torch.testing.assert_close(algebra.inner_products(changes[1:2]), flat[1:2] @ flat[1:2].T)
+    assert algebra.inner_products([]).shape == (0, 0)

@@ -21,6 +21,7 @@ OBJECTIVES = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text(en
 VARIANTS = [
     ("fedex_lora", {"rank_cap": 3}),
     ("fedhl", {"gamma": 1.0, "data": "examples", "split": "b"}),
+    ("ffa_lora", {"missing": "zero"}),
     ("fedview", {"start": "half", "split": "b"}),
     ("fedview", {"start": "fresh", "split": "balanced"}),
     ("flasc", {"mask": "fixed", "train": "masked"}),
@@ -31,6 +32,8 @@ VARIANTS = [
     ("hetlora", {"weighting": "given", "prune": False}),
     ("lora_a2", {"head_budget": "whole"}),
     ("rac_lora", {"block_rounds": 2}),
+    ("rac_lora", {"block_rounds": 2, "train": "A"}),
+    ("rac_lora", {"train": "A", "sketch": "orthonormal"}),
     ("raflora", {"orphans": "zero"}),
     ("rolora", {"down": "changed"}),
     ("slora", {"rounds_sparse": 2, "rho": 0.4}),
@@ -130,7 +133,7 @@ def test_without_local_training_the_model_stays(play, random_adapter, name, opti
     first = state = started(method, random_adapter)
     for cohort in cohorts(method):
         # Equal full ranks and dense messages for the papers whose equations lose something otherwise.
-        rank = {"rank": RANK, "scale": 2.0} if name in DECAYS or options.get("orphans") == "zero" else {}
+        rank = {"rank": RANK, "scale": 2.0} if name in DECAYS or "zero" in options.values() else {}
         cohort = [replace(client, density_down=1.0, density_up=1.0, **rank) for client in cohort]
         state, updates = play(method, state, cohort)
         assert not any(update.change.any() for update in updates)
@@ -203,14 +206,18 @@ def test_the_server_optimizer_sees_each_name_with_one_shape(play, random_adapter
         assert len(set(seen)) == len(seen) > 0
 
 
-def moved_by(update, amount, like, ranks):
-    """The upload (n,) plus ``amount`` of the first ``ranks`` of ``like``, an adapter, under the client's own scale."""
+def moved_by(update, amount, like, ranks, scaled="B"):
+    """The upload (n,) plus ``amount`` of the first ``ranks`` of ``like``, an adapter, under the client's own scale.
+
+    ``scaled``: the factor that has the ratio of the scales.
+    """
     change = update.change.clone()
     adapter = update.layout.unflatten(change)  # views: what is added there is in the change
     for name, pair in adapter.layers.items():
         other = like.layers[name]
-        pair.B[:, :ranks] += amount * other.scale / pair.scale * other.B[:, :ranks]
-        pair.A[:ranks] += amount * other.A[:ranks]
+        ratio = other.scale / pair.scale
+        pair.B[:, :ranks] += amount * (ratio if scaled == "B" else 1) * other.B[:, :ranks]
+        pair.A[:ranks] += amount * (ratio if scaled == "A" else 1) * other.A[:ranks]
         if pair.R is not None:
             pair.R.add_(amount * other.R)
     for name, tensor in adapter.head.items():
@@ -231,7 +238,8 @@ def test_secure_aggregation_is_for_those_that_need_a_sum_alone(play, random_adap
         for update, sign in zip(updates, (1, -1, 0)):  # the second client's own values shrink: hetlora may prune it
             start, trainable = method.broadcast(state, update.client), method.trainable(state, update.client)
             up = trainable.uploaded(start.layout, trainable.support(start.layout, None))
-            moved = moved_by(update, sign / update.weight / 2, updates[1].sent, ranks=min(a.rank for a in clients))
+            same_ranks, scaled = min(a.rank for a in clients), getattr(method, "factor", "B")
+            moved = moved_by(update, sign / update.weight / 2, updates[1].sent, same_ranks, scaled)
             others.append(replace(update, sparse_change=torch.where(up, moved, update.change)))
         assert not torch.equal(others[0].change, updates[0].change)
         again = method.aggregate(state, iter(others))

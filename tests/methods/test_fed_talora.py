@@ -1,39 +1,35 @@
-"""Fed-TaLoRA is FedEx-LoRA, bit for bit."""
+"""Fed-TaLoRA is a name of FedEx-LoRA: it works wherever a method is named, and a run has the same bits."""
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
-from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.methods import Profile
-from rayfed.methods.fed_talora import FedTaLoRA
-from rayfed.methods.fedex_lora import FedExLoRA
+from small_runs import lowrank
 
-SHAPES = {"wide": (6, 11), "tall": (9, 7)}
-COHORT = [Profile(0, 2, 2.5, examples=3), Profile(1, 2, 2.5, examples=1), Profile(2, 2, 2.5, examples=5)]
+import rayfed
+from rayfed.cli.methods import describe, describe_all
+from rayfed.methods import ALIASES, METHODS, build, method_class
 
 
-def task(seed):
-    """Local training towards whatever this task asks: a random move of every entry."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def train(client, start, adapter):
-        layers = {
-            name: LowRank(
-                p.B + torch.randn(p.B.shape, generator=rng), p.A + torch.randn(p.A.shape, generator=rng), p.scale
-            )
-            for name, p in adapter.layers.items()
-        }
-        return Adapter(layers, {name: t + torch.randn(t.shape, generator=rng) for name, t in adapter.head.items()})
-
-    return train
+def test_every_alias_is_of_a_method_and_no_method_is_one() -> None:
+    assert set(ALIASES.values()) <= set(METHODS)
+    assert not set(ALIASES) & set(METHODS)
 
 
-def test_a_run_is_fedex_bit_for_bit(play, random_adapter):
-    ours, fedex = FedTaLoRA(rank_cap=3), FedExLoRA(rank_cap=3)
-    one, two = (m.init(random_adapter(SHAPES, 2, 2.5, seed=1), seed=7) for m in (ours, fedex))
-    for seed in (2, 3):
-        one, _ = play(ours, one, COHORT, task(seed))
-        two, _ = play(fedex, two, COHORT, task(seed))
-        assert torch.equal(ours.base_update(one), fedex.base_update(two))
-    assert all(torch.equal(tensor, two.tensors()[name]) for name, tensor in one.tensors().items())
+def test_it_is_fedex_with_its_options() -> None:
+    assert method_class("fed_talora") is method_class("fedex_lora")
+    assert build("fed_talora", rank_cap=3) == build("fedex_lora", rank_cap=3)
+
+
+def test_a_run_is_fedex_bit_for_bit_and_has_the_name_of_its_settings(tmp_path: Path) -> None:
+    one, two = (
+        rayfed.run(lowrank(f"method.name={name}", "method.rank_cap=1"), tmp_path / name)
+        for name in ("fed_talora", "fedex_lora")
+    )
+    assert one.history["state/digest"].tolist() == two.history["state/digest"].tolist()
+    assert rayfed.load_config(one.out / "config.yaml").method.name == "fed_talora"
+
+
+def test_the_command_line_knows_both_names() -> None:
+    assert "fed_talora another name of fedex_lora" in describe_all()
+    assert describe("fed_talora").splitlines()[1:] == describe("fedex_lora").splitlines()[1:]

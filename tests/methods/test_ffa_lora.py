@@ -94,3 +94,18 @@ def test_a_server_optimizer_gets_each_B_and_head_by_name(play, random_adapter):
     for name in SHAPES:
         halfway = (whole.layers[name].B + first.layers[name].B) / 2
         torch.testing.assert_close(state.layers[name].B, halfway)
+
+
+def test_zero_padded_values_shrink_what_clients_lack(play, random_adapter):
+    """B <- sum_k p_k (s_k / s) [B_k | 0], by values; with equal ranks it is the mean of changes."""
+    method, start = FFALoRA(missing="zero"), begun(random_adapter, False)
+    state, updates = play(method, method.init(start, seed=7), COHORTS[0], training(3))
+    for name, (out, _) in SHAPES.items():
+        mean = torch.zeros(out, 4, dtype=torch.float64)
+        for u in updates:
+            pair = u.trained.layers[name]
+            mean[:, : pair.rank] += u.weight / 9 * pair.scale / 2.0 * pair.B.double()
+        assert relative(state.layers[name].B, mean) < 1e-6
+    equal = [Profile(k, 4, 2.0, examples=k + 1) for k in range(3)]
+    runs = [play(own, own.init(start, seed=7), equal, training(3))[0] for own in (FFALoRA(), FFALoRA(missing="zero"))]
+    assert all(torch.equal(runs[0].layers[name].B, runs[1].layers[name].B) for name in SHAPES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from method_oracles import begun, dense, relative, training
 
-from rayfed.lora.adapter import LowRank
+from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.methods import Profile
 from rayfed.methods.flora import fresh_A
 from rayfed.methods.rac_lora import RACLoRA
@@ -103,3 +103,59 @@ def test_a_server_rate_scales_the_merged_change(play, random_adapter):
     half, _ = play(method, state, COHORTS[0], training(6), advance=lambda name, value, change: value + 0.5 * change)
     for name in SHAPES:
         torch.testing.assert_close(method.delta(half, name), 0.5 * method.delta(whole, name))
+
+
+@pytest.mark.parametrize("sketch", ["uniform", "orthonormal"])
+@pytest.mark.parametrize("block_rounds", [1, 2])
+def test_with_a_trained_the_model_moves_by_the_mean_of_what_clients_changed(play, random_adapter, block_rounds, sketch):
+    method, start = RACLoRA(block_rounds=block_rounds, train="A", sketch=sketch), begun(random_adapter, False)
+    state, train = method.init(start, seed=7), training(2)
+    W = {name: dense(pair) for name, pair in start.layers.items()}
+    for cohort in COHORTS:
+        state, updates = play(method, state, cohort, train)
+        assert all(u.layout.mask("B")[u.change != 0].sum() == 0 for u in updates)
+        total = sum(u.weight for u in updates)
+        for name in SHAPES:
+            W[name] += sum(
+                u.weight / total * (dense(u.trained.layers[name]) - dense(u.sent.layers[name])) for u in updates
+            )
+            assert relative(method.delta(state, name), W[name]) < 1e-6
+
+
+def test_with_a_trained_a_block_ends_with_a_of_every_layer(play, random_adapter):
+    method = RACLoRA(train="A")
+    state = method.init(begun(random_adapter, True), seed=7)
+    after, _ = play(method, state, COHORTS[0], training(4))
+    news = method.base_update(after)
+    assert news.shape == (4 * sum(inner for _, inner in SHAPES.values()),)
+    name = min(SHAPES)
+    A = news[: 4 * SHAPES[name][1]].view(4, -1)
+    assert torch.equal(state.base[name].addmm(state.layers[name].B, A.clone()), after.base[name])
+    assert not after.layers[name].A.any()
+    assert not torch.equal(after.layers[name].B, state.layers[name].B)
+
+
+@pytest.mark.parametrize("train", ["B", "A"])
+@pytest.mark.parametrize("rank", [1, 3, 4])
+def test_a_step_over_an_orthonormal_sketch_projects_the_gradient(play, random_adapter, train, rank):
+    """Of the loss <G, s B A> one step of SGD at the rate eta / s^2 moves W by -eta G A^T A, or by -eta B B^T G."""
+    eta, scale, g = 0.3, 8.0 / rank, torch.Generator().manual_seed(5)
+    G = {name: torch.randn(shape, generator=g) for name, shape in SHAPES.items()}
+
+    def step(client, start, adapter):
+        layers = {}
+        for name, pair in adapter.layers.items():
+            B, A = pair.B.clone().requires_grad_(), pair.A.clone().requires_grad_()
+            (G[name] * (scale * B @ A)).sum().backward()
+            lr = eta / scale**2
+            layers[name] = LowRank((B - lr * B.grad).detach(), (A - lr * A.grad).detach(), pair.scale)
+        return Adapter(layers, adapter.head)
+
+    method = RACLoRA(train=train, sketch="orthonormal")
+    state = method.init(begun(random_adapter, True), seed=7)
+    after, _ = play(method, state, [Profile(0, rank, scale)], step)
+    for name, pair in state.pairs.items():
+        Q = pair.A[:rank].T if train == "B" else pair.B[:, :rank]
+        torch.testing.assert_close(Q.T @ Q, torch.eye(rank), rtol=0, atol=1e-6)
+        wanted = -eta * (G[name] @ Q @ Q.T if train == "B" else Q @ Q.T @ G[name])
+        torch.testing.assert_close(after.base[name], wanted, rtol=1e-4, atol=1e-5)

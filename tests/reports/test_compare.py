@@ -14,8 +14,9 @@ import rayfed
 from rayfed import wire
 from rayfed.errors import UserError
 from rayfed.reports import read, summary, write_report
-from rayfed.reports.compare import ACCURACY, curve
+from rayfed.reports.compare import ACCURACY, compare, curve
 from rayfed.reports.heat_map import heat_maps
+from rayfed.reports.runs import read_run
 from rayfed.reports.table import baselines, differing, front, rank_shares
 from rayfed.tracking import read_metrics
 
@@ -348,3 +349,13 @@ def test_ranks_are_shares_of_all_client_rounds(write_run: Write) -> None:
     assert rank_shares(group) == {2: 0.75, 8: 0.25}
     (plain,) = read([write_run("b", "lora.rank=5")]).groups
     assert rank_shares(plain) == {5: 1.0}
+
+
+def test_in_a_sequence_of_classes_only_the_last_experience_compares(write_run: Write) -> None:
+    """Early rounds are measured on fewer classes: none of them is the best, or reaches a target."""
+    more = {"sequence/experience": [1, 1, 2, 2], "test/accuracy_experience_1": [0.9, 0.9, 0.3, 0.2]}
+    run = read_run(write_run("a", eval=[0.8, 0.9, 0.4, 0.3], more=more))
+    (group,) = compare([run], target=0.35).groups
+    (found,) = group.summaries
+    assert (found.best_round, found.target_round, found.value) == (3, 3, 0.3)
+    assert run.by_experience() == [[0.9], [0.2]]

@@ -18,7 +18,7 @@ from rayfed.reports import Link, figures, read, write_report
 from rayfed.reports.charts import lines, pareto
 from rayfed.reports.drawing import COLORS, DARK, LIGHT, MARKERS, MUTED, RAMP, css, drawing, group_styles, ramp
 from rayfed.reports.heat_map import draw, heat_maps
-from rayfed.reports.run_charts import client_accuracies, trained
+from rayfed.reports.run_charts import client_accuracies, experiences, trained
 
 Write = Callable[..., Path]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -319,3 +319,10 @@ def test_where_the_answer_is_known_gaps_are_on_a_log_axis(write_run: Write, tmp_
     assert {"10 %", "100 %"} <= set(curves)
     assert "2" in curves  # rounds are whole
     assert "MB both ways (log scale)" in byte_curves
+
+
+def test_the_map_of_experiences_has_a_cell_for_each_accuracy() -> None:
+    axes = experiences([[0.9], [None, 0.8], [0.1, 0.0, 1.0]]).axes[0]
+    cells = {(round(p.get_x() + 0.48), round(p.get_y() + 0.48)) for p in axes.patches}
+    assert cells == {(1, 1), (2, 2), (1, 3), (2, 3), (3, 3)}
+    assert [text.get_text() for text in axes.texts] == ["90", "80", "10", "0", "100"]

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from rayfed.reports.drawing import COLORS, VARIABLES
-from rayfed.reports.partition import LEVELS, facts, notes, shades, svg, table
+from rayfed.reports.partition import LEVELS, experiences, facts, notes, shades, svg, table
 
 SPREAD = {"min": 1, "p10": 1.5, "median": 2, "mean": 1234.4, "p90": 2000, "max": 20000, "iid": None}
 PARTITION: dict[str, Any] = {
@@ -64,3 +64,12 @@ def test_the_table_and_its_notes() -> None:
     assert "iid" not in table(NO_CLASSES).columns
     assert facts(PARTITION)["clients"] == "4, of which 3 have rows"
     assert max(map(len, [*notes(PARTITION), *notes(NO_CLASSES)])) <= 80
+
+
+def test_the_table_of_experiences() -> None:
+    assert experiences(PARTITION) is None
+    found = experiences(
+        PARTITION | {"experiences": [{"classes": ["x", "y", "z"], "rows": 1200, "clients_with_rows": 3}]}
+    )
+    assert found is not None
+    assert found.rows == (("1", "1,200", "3", "3", "x, y, ..."),)

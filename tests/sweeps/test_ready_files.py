@@ -28,6 +28,10 @@ SHORT: dict[str, tuple[str, ...]] = {
         "sweep.cases.fedview.profiles={kind: tiers, ranks: [2, 4, 8]}",
     ),
     **{f"density_{task}": DENSITY for task in ("banking77", "cifar10", "goemotions", "shakespeare")},
+    "class_sequence": (
+        *TEXT, "partition.sequence.experiences=2", "server.rounds=2", "server.cohort=2", "client.epochs=1",
+        "sweep.parameters.client.lr={grid: [0.01]}", "sweep.parameters.seed={grid: [0]}",
+    ),
     "density_rank": (*TEXT, "server.rounds=1", "sweep.parameters.lora.rank={grid: [1, 2, 4]}"),
     "flasc_search": (
         *TEXT, "server.rounds=3", "sweep.search.rank=1", "sweep.search.max_rank=16", "sweep.search.rounds=1",

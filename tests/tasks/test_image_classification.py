@@ -183,3 +183,10 @@ def test_loss_falls_on_real_images_through_ray(tmp_path: Path) -> None:
     )  # fmt: skip
     run = rayfed.run(settings, tmp_path / "run")
     assert run.metrics[-1]["train/loss"] < run.metrics[0]["train/loss"] - 0.1
+
+
+def test_digits_come_in_experiences(vit: Path, tmp_path: Path) -> None:
+    task = rayfed.ImageClassification(train=digits(0, 120), test=digits(120, 180))
+    settings = experiment(vit, "partition={kind: iid, clients: 4, sequence: {experiences: 2, order: given}}")
+    found = rayfed.run(settings, tmp_path / "run", task=task).summary["sequence/accuracies"]
+    assert [len(row) for row in found] == [1, 2]

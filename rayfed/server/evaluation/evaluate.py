@@ -47,20 +47,24 @@ def spans(rows: int, batch_size: int) -> list[tuple[int, int]]:
 def evaluate(
     executor: Executor, federation: Federation, models: Mapping[str, Model], splits: Sequence[SplitName],
     batch_size: int, classes: tuple[int, ...] | None = None, rows: np.ndarray | None = None,
+    seen: tuple[int, ...] | None = None,
 ) -> dict[tuple[str, SplitName], SplitOutputs]:  # fmt: skip
     """Every model's outputs on every split that has rows; with ``classes``, on the rows of these classes alone.
 
-    With ``rows`` (n,), indices into each of the splits, on these rows alone.
+    With ``rows`` (n,), indices into each of the splits, on these rows alone. With ``seen`` models choose among these
+    classes (see `RunPlan.seen_classes`), and only rows of these classes are evaluated.
 
     ``models`` maps a suffix of metric keys to a model. The models reach the workers losslessly and are no client
     traffic.
     """
     jobs: list[tuple[tuple[str, SplitName], Submission]] = []
+    classes = seen if classes is None else classes
     for suffix, (vector, layout) in models.items():
         handle = executor.put(wire.encode(vector))
         for split in splits:
             for span in spans(len(federation.split(split) if rows is None else rows), batch_size):
-                jobs.append(((suffix, split), Submission(EvalJob(split, *span, layout, classes, rows), (handle,))))
+                job = EvalJob(split, *span, layout, classes, rows, seen)
+                jobs.append(((suffix, split), Submission(job, (handle,))))
     parts: dict[tuple[str, SplitName], list[EvalResult]] = {}
     for (key, _), result in zip(jobs, run_all(executor, [job for _, job in jobs]), strict=True):
         parts.setdefault(key, []).append(cast(EvalResult, result))

@@ -5,10 +5,10 @@ Personal accuracy is comparable between shared and personal models:
     a_k = sum_y n_k(y) c_k(y) / sum_y n_k(y),    c_k(y): accuracy of client k's model on the test rows of class y
 
 n_k(y) counts client k's own training rows of class y. So a_k estimates how well its model serves data like its own, and
-no client's data are split further. Client k's model is the one from which it would start the next round: what it
-receives of the global model (truncated, masked), or a model of its own (FedSA-LoRA's metric is the mean of a_k).
-Classes without test rows are left out of both sums. Derived; with one shared model and equal class shares, a_k is
-balanced accuracy.
+no client's data are split further. With `partition.sequence` these are its rows of the round's experience. Client k's
+model is the one from which it would start the next round: what it receives of the global model (truncated, masked), or
+a model of its own (FedSA-LoRA's metric is the mean of a_k). Classes without test rows are left out of both sums.
+Derived; with one shared model and equal class shares, a_k is balanced accuracy.
 
 A client that never took part has rows on which nobody has trained, drawn from its own distribution: labels and texts.
 The global model's accuracy on all such rows is the accuracy on unparticipating clients; how far it is below the
@@ -63,7 +63,7 @@ def unseen_metrics(plan: RunPlan, model: Model, t: int, executor: Executor) -> d
 
 def client_accuracies(plan: RunPlan, state: Any, t: int, executor: Executor) -> np.ndarray:
     """a_k (clients,), from 0 to 1; nan for a client without data, or without test rows of any of its classes."""
-    federation = plan.federation
+    federation = plan.federation_at(t)
     downlink = Downlink(plan, state, t + 1, executor)
     sizes, labels = federation.sizes, federation.train.labels
     groups: dict[Hashable, list[int]] = {}  # clients that have the same model
@@ -78,7 +78,8 @@ def client_accuracies(plan: RunPlan, state: Any, t: int, executor: Executor) -> 
         wanted = tuple(np.flatnonzero(np.sum(counts, axis=0)).tolist())
         model = downlink.of(first).model()
         downlink.forget(first)
-        found = evaluate(executor, federation, {"": model}, ("test",), plan.eval.batch_size, wanted)["", "test"]
+        size, seen = plan.eval.batch_size, plan.seen_classes(t)
+        found = evaluate(executor, federation, {"": model}, ("test",), size, wanted, seen=seen)["", "test"]
         truth = found.labels.numpy().astype(np.int64)
         right = found.predictions.numpy() == truth
         count = np.bincount(truth, minlength=classes)

@@ -21,6 +21,7 @@ from rayfed.methods import Method
 from rayfed.seeding import numpy_rng
 from rayfed.server.downlink import Downlink
 from rayfed.server.evaluation.evaluate import Model, evaluate, metrics
+from rayfed.server.evaluation.experiences import experience_metrics
 from rayfed.server.evaluation.per_client import client_metrics, unseen_metrics
 from rayfed.server.evaluation.responses import response_metrics
 from rayfed.server.executor import Executor
@@ -36,6 +37,14 @@ def round_metrics(
 
     ``downlink`` has the downloads of the round: the masked model is the new state under the mask that its clients got.
     """
+    experience = plan.experience(t)
+    where: dict[str, Metric] = {} if experience is None else {"sequence/experience": experience + 1}
+    return where | _measured(plan, state, t, downlink, executor, sent)
+
+
+def _measured(
+    plan: RunPlan, state: Any, t: int, downlink: Downlink, executor: Executor, sent: int
+) -> dict[str, Metric]:
     changes = global_changes(plan.method, state)
     exact = plan.task.exact_metrics(plan.federation, changes)
     if exact is not None:
@@ -43,21 +52,22 @@ def round_metrics(
     splits: tuple[SplitName, ...] = ("validation", "test")
     one_mask = plan.eval.masked and plan.one_mask
     suffixes = ("", "_masked") if one_mask else ("",)
-    full = plan.eval.full(t + 1, plan.rounds) or plan.server.spent(sent)
+    full, seen = plan.fully_evaluated(t) or plan.server.spent(sent), plan.seen_classes(t)
     if not full and not plan.eval.subset:
         return metrics(plan.task, plan.federation, {}, suffixes, splits)
     vector, layout = flatten_changes(changes, plan.method.head(state))
     models: dict[str, Model] = {"": (vector, layout)}
     if not full:
         nothing = metrics(plan.task, plan.federation, {}, suffixes, splits)
-        return nothing | subset_metrics(plan, models, executor)
+        return nothing | subset_metrics(plan, models, t, executor)
     first = downlink.first
     if one_mask and first and first.has is not None and first.start.layout == layout and first.start.known is None:
         models["_masked"] = vector * first.has, layout
     if plan.eval.tiers:
         models |= tier_models(plan, state, t, downlink, executor)
-    outputs = evaluate(executor, plan.federation, models, splits, plan.eval.batch_size)
+    outputs = evaluate(executor, plan.federation, models, splits, plan.eval.batch_size, seen=seen)
     found = metrics(plan.task, plan.federation, outputs, [*dict.fromkeys((*suffixes, *models))], splits)
+    found |= experience_metrics(plan, t, outputs.get(("", "test")))
     if plan.eval.clients:
         found |= client_metrics(plan, state, t, executor)
     if plan.eval.unseen:
@@ -67,14 +77,17 @@ def round_metrics(
     return found
 
 
-def subset_metrics(plan: RunPlan, models: Mapping[str, Model], executor: Executor) -> dict[str, Metric]:
+def subset_metrics(plan: RunPlan, models: Mapping[str, Model], t: int, executor: Executor) -> dict[str, Metric]:
     """`eval_subset/loss` and `eval_subset/accuracy` (or the task's metric) on `eval.subset` validation rows.
+
+    Of these the rows of classes that are seen after round ``t`` (from 0).
 
     The rows are the same in every round, and the server chooses nothing by them. None without validation rows.
     """
     order = numpy_rng(plan.seed, "eval.subset").permutation(len(plan.federation.validation))
     rows = np.sort(order[: plan.eval.subset])
-    outputs = evaluate(executor, plan.federation, models, ("validation",), plan.eval.batch_size, rows=rows)
+    chosen: dict[str, Any] = {"rows": rows, "seen": plan.seen_classes(t)}
+    outputs = evaluate(executor, plan.federation, models, ("validation",), plan.eval.batch_size, **chosen)
     found = metrics(plan.task, plan.federation, outputs, ("",), ("validation",))
     return {f"eval_subset/{name}": found[f"eval/{name}"] for name in ("loss", plan.task.metric) if name}
 

@@ -7,13 +7,15 @@ object store without a copy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from rayfed.tasks.data.experiences import Experiences
 
 
 class Rows(Protocol):
@@ -79,15 +81,17 @@ class Federation:
     starts: np.ndarray  # (clients + 1,) int64
     extra: Any = None  # more data that the task needs
     names: np.ndarray | None = None  # (clients,) str, where the source names its clients
+    experiences: Experiences | None = None  # the groups of classes that come one after the other; None: all at once
 
     @classmethod
     def of(
-        cls, splits: Sequence[Rows], classes: tuple[str, ...], parts: Sequence[np.ndarray], names: np.ndarray | None
-    ) -> Federation:
+        cls, splits: Sequence[Rows], classes: tuple[str, ...], parts: Sequence[np.ndarray], names: np.ndarray | None,
+        experiences: Experiences | None = None,
+    ) -> Federation:  # fmt: skip
         """From (train, validation, test) and each client's training rows, ``parts``."""
         train, validation, test = splits
         rows, starts = np.concatenate(parts).astype(np.int64), np.cumsum([0, *map(len, parts)], dtype=np.int64)
-        return cls(train, validation, test, classes, rows, starts, names=names)
+        return cls(train, validation, test, classes, rows, starts, names=names, experiences=experiences)
 
     @property
     def clients(self) -> int:
@@ -107,6 +111,17 @@ class Federation:
     def rows_of(self, client: int) -> np.ndarray:
         """The client's training rows, as indices into ``train``."""
         return self.rows[self.starts[client] : self.starts[client + 1]]
+
+    @cached_property
+    def by_experience(self) -> tuple[Federation, ...]:
+        """For each experience a federation in which clients have only the training rows of its classes."""
+        labels, owners = self.train.labels[self.rows], np.repeat(np.arange(self.clients), self.sizes)
+        found = []
+        for classes in self.experiences.classes if self.experiences else ():
+            present = np.isin(labels, classes)
+            starts = np.cumsum([0, *np.bincount(owners[present], minlength=self.clients)], dtype=np.int64)
+            found.append(replace(self, rows=self.rows[present], starts=starts))
+        return tuple(found)
 
     def split(self, name: str) -> Rows:
         """The split named ``train``, ``validation`` or ``test``."""

@@ -62,6 +62,8 @@ def describe(federation: Federation, clients: int = 48, columns: int = 48) -> di
     - `figures`: name -> `Spread`: `rows`; where labels are classes also `LABEL_FIGURES`; for the problem with a known
       answer `optimum_distance`, of a client's optimum from the common one, relative to the norm of that
     - `rows_by_rank`: the rows of at most 101 clients with rows, from most to fewest, evenly spaced by rank
+    - `experiences`: of a sequence of classes, one mapping an experience: `classes` (their names), `rows` and
+      `clients_with_rows`; without a sequence the key is not there
     - `heat_map`: `HeatMap` of at most ``clients`` clients and ``columns`` columns; None without classes
     """
     sizes = federation.sizes[federation.holders].astype(np.float64)
@@ -83,6 +85,7 @@ def describe(federation: Federation, clients: int = 48, columns: int = 48) -> di
         "effective_clients": float(sizes.sum() ** 2 / np.square(sizes).sum()),
         "figures": {name: asdict(spread) for name, spread in figures.items()},
         "rows_by_rank": federation.sizes[_by_rows(federation, 101)].tolist(),
+        **({"experiences": _experiences(federation)} if federation.experiences else {}),
         "heat_map": asdict(_heat_map(federation, classes, clients, columns)) if classes else None,
     }
 
@@ -91,6 +94,18 @@ def write_partition(out: Path, federation: Federation) -> None:
     """Writes `describe` as `partition.json` into the directory of a run, unless it is there: data do not change."""
     if not (out / FILE).is_file():
         write_json(out / FILE, describe(federation))
+
+
+def _experiences(federation: Federation) -> list[dict[str, Any]]:
+    assert federation.experiences is not None
+    return [
+        {
+            "classes": [federation.classes[c] for c in classes],
+            "rows": len(own.rows),
+            "clients_with_rows": len(own.holders),
+        }
+        for classes, own in zip(federation.experiences.classes, federation.by_experience, strict=True)
+    ]
 
 
 def _class_count(federation: Federation) -> int | None:

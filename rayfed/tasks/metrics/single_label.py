@@ -25,6 +25,30 @@ def loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return losses, torch.ones_like(losses)
 
 
+def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, smoothing: float) -> tuple[Tensor, Tensor]:
+    """(sums (rows,), counts (rows,)): the cross-entropies with label smoothing and class weights, as in `Task.loss`.
+
+    ``weights`` (rows, classes) are those of the classes at each row's client; None: all are 1. The sum over the sum of
+    counts is torch's CrossEntropyLoss(weight=, label_smoothing=) of the client's rows.
+    """
+    losses = -logits.log_softmax(-1)
+    losses = losses if weights is None else losses * weights
+    own = losses.gather(1, labels[:, None]).squeeze(1)
+    counts = torch.ones_like(own) if weights is None else weights.gather(1, labels[:, None]).squeeze(1)
+    return (1 - smoothing) * own + smoothing * losses.mean(1), counts
+
+
+def balanced(counts: Tensor) -> Tensor:
+    """(K, classes): the weights of the classes, given how many rows (K, classes) of each the clients have.
+
+    n / (C n_c), with n the client's rows and C the number of its classes, as in scikit-learn. The mean over the
+    client's rows is 1. Classes that the client lacks have weight 0.
+    """
+    present = counts > 0
+    weights = counts.sum(1, keepdim=True) / (present.sum(1, keepdim=True) * counts).clamp(min=1)
+    return weights * present
+
+
 def metrics(predictions: Tensor, labels: Tensor, classes: int) -> dict[str, Metric]:
     """Scores from 0 to 1 of the predicted classes (n,) and the labels (n,), and the confusion matrix in rows."""
     from torchmetrics.functional import classification as functional  # takes a second to import

@@ -92,7 +92,7 @@ def test_every_clients_own_model_on_data_like_its_own(tiny, tmp_path, seen, meth
 
 def test_clients_of_a_tier_share_its_model(tiny, tmp_path, seen, monkeypatch):
     measured = []
-    monkeypatch.setattr(per_client, "evaluate", lambda *given: measured.append(given[2]) or evaluate(*given))
+    monkeypatch.setattr(per_client, "evaluate", lambda *a, **more: measured.append(a[2]) or evaluate(*a, **more))
     overrides = ("method.name=flexlora", "profiles.kind=tiers", "profiles.ranks=[1,4]", "server.rounds=1")
     rayfed.run(tiny(*SETTINGS, *overrides), out=tmp_path / "run")
     assert len(measured) == 2

@@ -1,0 +1,32 @@
+"""The section `partition.sequence`: clients meet the classes one group after the other."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rayfed.config.types import Section
+
+
+class ClassSequence(Section):
+    """Class-incremental learning: the classes are cut into groups, and each group is an experience of some rounds.
+
+    In an experience, clients have only the rows of its classes. See docs/class-sequences.md.
+    """
+
+    decides = ("data",)
+
+    experiences: Annotated[int, Field(ge=1, le=10_000)]
+    """Experiences, each with as many classes as the others, give or take one. `server.rounds` must be a multiple: all
+    experiences have equally many rounds. 1: all classes at once.
+    """
+    order: Literal["shuffled", "given"] = "shuffled"
+    """The order in which classes come. `shuffled`: drawn from `seed`; `given`: that of the classes in the data."""
+    loss: Literal["current", "seen"] = "current"
+    """The classes that the training loss compares: those of the `current` experience, or all that clients have `seen`
+    so far. Head rows of all other classes do not train. Evaluation compares all seen classes.
+    """
+
+    def depends_on_rounds(self, before: int, after: int) -> str | None:
+        return "experiences" if self.experiences > 1 else None
