@@ -14,6 +14,7 @@ FULL = validate(  # with every section
     {
         "eval": {"early_stop": {"patience": 3}},
         "client": {"on_divergence": "drop"},
+        "topology": {"kind": "graph", "graph": "erdos_renyi", "edge_probability": 0.5},
         "privacy": {"kind": "user", "noise_multiplier": 1.0, "target_epsilon": 2.0},
     }
 )

@@ -22,6 +22,7 @@ from yaml.representer import RepresenterError
 
 from rayfed import config, methods, objectives, privacy, tasks, weighting
 from rayfed.api.initial_adapter import check_method, initial_adapter
+from rayfed.api.topologies import build_algorithm, on_graph
 from rayfed.channels import Lossless
 from rayfed.clients.plan import RunPlan
 from rayfed.config import Experiment
@@ -40,6 +41,7 @@ from rayfed.server.sampling import cohort
 from rayfed.tasks.base import Task
 from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.spec import ModelSpec, check_dtype, describe_model
+from rayfed.topologies import Algorithm
 from rayfed.weighting import Weighting
 
 PRETRAINED = "pretrain.json"
@@ -58,6 +60,8 @@ class Components:
     weighting: Weighting
     server_optimizer: str
     profiles: ClientProfiles
+    algorithm: Algorithm | None
+    """Of a topology without a server."""
 
 
 def read_settings(source: Settings) -> Experiment:
@@ -120,7 +124,9 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
         raise UserError(f"eval.generate_rows: got {rows}, but only data.task=instruction writes responses")
     objective = objectives.build(experiment.objective.name, **experiment.objective.options)
     objective.check(experiment.objective.name, task=task, lora=lora)
-    optimizer = method.optimizer if server.optimizer == "auto" else server.optimizer
+    graph = experiment.topology.kind == "graph"
+    by_default = "fedavg" if graph else method.optimizer
+    optimizer = by_default if server.optimizer == "auto" else server.optimizer
     if optimizer not in method.optimizers:
         raise UserError(f"server.optimizer: got {optimizer!r}, but {name} allows {', '.join(method.optimizers)}")
     ServerOptimizer(optimizer, server)
@@ -141,14 +147,18 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     if experiment.privacy.kind == "example" and (objective.replaces_loss or objective.adds_penalty):
         what = "with privacy.kind=example every row has the task's own loss; plain and fedprox are allowed"
         raise allowed("objective.name", experiment.objective.name, what)
-    by_default = method.weights if experiment.privacy.kind == "none" else "uniform"
+    algorithm = build_algorithm(experiment, method, profiles)
+    if experiment.eval.own_models is not None and not (graph or method.personal):
+        what = f"with {name} on a star all clients have one model; null is allowed"
+        raise allowed("eval.own_models", experiment.eval.own_models, what)
+    by_default = method.weights if experiment.privacy.kind == "none" and not graph else "uniform"
     weights = by_default if server.weights == "auto" else server.weights
     if server.empty_clients and weights != "uniform":
         raise UserError(
             f"server.empty_clients: got true, but the weights are {weights!r}, in which clients without training rows "
             "do not count; allowed with server.weights=uniform"
         )
-    return Components(task, method, objective, weighting.build(weights), optimizer, profiles)
+    return Components(task, method, objective, weighting.build(weights), optimizer, profiles, algorithm)
 
 
 @suggest_keywords
@@ -182,8 +192,12 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
     model = _described_model(experiment, parts, federation)
     mechanism = _privacy(experiment, parts, federation)
     initial, *notes = initial_adapter(experiment, model, federation.classes) or (None,)
+    built = dict(vars(parts))
+    if (algorithm := built.pop("algorithm")) is not None:
+        built["topology"], built["method"], about = on_graph(experiment, algorithm, parts.method, federation)
+        notes += about
     return RunPlan(
-        **vars(parts),
+        **built,
         privacy=mechanism,
         federation=federation,
         model=model,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from rayfed import wire
 from rayfed.clients import device_memory, messages
 from rayfed.clients.divergence import checked
+from rayfed.clients.gradients import pack_gradients
 from rayfed.clients.local_training import PackMember, TrainingContext, on_device, train_pack
 from rayfed.clients.pack_timing import measure
 from rayfed.clients.plan import RunPlan
@@ -101,12 +103,17 @@ class Trainer:
         decoded = [wire.decode(payload) for payload in payloads]  # clients of a tier share theirs
         bases: dict[int, BaseChange] = {}
         members = [self._member(order, decoded, bases) for order in job.orders]
-        train = partial(train_pack, self.context, lr=job.lr, t=job.t)
+        if job.step is None:
+            train = partial(train_pack, self.context, lr=job.lr, t=job.t)
+        else:
+            train = partial(pack_gradients, self.context, t=job.t, step=job.step)
         trained = device_memory.in_halves(
             members, train, self.device, lambda m: f"client {m.client}: training it alone"
         )
         parts, settings = tuple(map(len, trained)), self.context.settings
         flat = (result for part in trained for result in part)
+        if job.step is not None:  # what a client sends is its gradient itself
+            members = [replace(member, start=torch.zeros_like(member.start)) for member in members]
         privacy = self.plan.privacy
         must = privacy is not None and privacy.always_sends
         pairs = zip(flat, members, strict=True)

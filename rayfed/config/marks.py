@@ -17,10 +17,14 @@ from rayfed.config.types import Aspect, Decides, Section
 NEUTRAL = (
     *(("fingerprint", None), ("adapter_digest", None), ("compute", "auto"), ("sampling", "fixed"), ("name", "plain")),
     *(("image", "image"), ("crop", 0), ("flip", False), ("pretrain_share", 0.0)),
+    ("own_models", None),
 )
 """Names and values: there is no object or adapter to hash; adapters compute in the base's format; cohorts have one
-size; the objective is plain; there are no images, and no rows are kept from the clients.
+size; the objective is plain; there are no images, and no rows are kept from the clients; no clients' own models are
+measured.
 """
+OFF = (("privacy", "none"), ("topology", "star"))
+"""Sections and kinds: the section says nothing then."""
 
 
 def decides(name: str) -> tuple[Aspect, ...]:
@@ -111,13 +115,13 @@ def searched() -> tuple[str, ...]:
 def _select(settings: Mapping[str, Any], aspects: set[Aspect], prefix: str = "") -> dict[str, Any]:
     """The settings that decide one of the aspects. A section of which nothing is left is left out.
 
-    So are settings at values that change nothing, see `NEUTRAL`, and a section `privacy` of the kind none: digests of
+    So are settings at values that change nothing, see `NEUTRAL`, and the sections at the kinds in `OFF`: digests of
     most runs do not depend on these settings.
     """
     selected = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
-            off = (prefix + name, value.get("kind")) == ("privacy", "none")
+            off = (prefix + name, value.get("kind")) in OFF
             if not off and (part := _select(value, aspects, f"{prefix}{name}.")):
                 selected[name] = part
         elif aspects & set(decides(f"{prefix}{name}")) and (name, value) not in NEUTRAL:

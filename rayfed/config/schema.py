@@ -18,6 +18,7 @@ from rayfed.config.method import Lora, Method, Profiles, Wire
 from rayfed.config.pretrain import Pretrain
 from rayfed.config.privacy import Privacy
 from rayfed.config.task import Data, Model, Partition, Problem
+from rayfed.config.topology import Topology
 from rayfed.config.training import Client, Eval, Objective, Server
 from rayfed.config.types import DecidesData, DecidesNothing, Name, Section, section
 
@@ -55,6 +56,7 @@ class Experiment(Section, metaclass=_Refuses):
     client: Client = section(Client)
     objective: Objective = section(Objective)
     server: Server = section(Server)
+    topology: Topology = section(Topology)
     privacy: Privacy = section(Privacy)
     eval: Eval = section(Eval)
     engine: Engine = section(Engine)

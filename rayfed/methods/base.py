@@ -72,6 +72,11 @@ class Method:
     """True if `aggregate` needs only the sum of the weighted changes. Then the server passes `PackSum`s, which are
     added up where the clients trained."""
 
+    mixing: ClassVar[Literal["exact", "biased"] | None] = None
+    """What clients get that average their entries with neighbours, on a graph without a server. `exact`: the mean of
+    their models, because an entry means the same for all of them and the model is linear in what trains. `biased`: the
+    mean of factors, which is not the mean of products. None: entries of two clients cannot be averaged."""
+
     secure_aggregation: bool = False
     """True if `aggregate` needs nothing of the uploads but one weighted sum of them, over entries and with weights that
     the server knows before it sees an upload. Then secure aggregation could hide each single upload from the server.

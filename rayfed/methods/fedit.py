@@ -21,3 +21,4 @@ class FedIT(FactorMean):
     sum_in_worker = True
     secure_aggregation = True
     summed = "changes"
+    mixing = "biased"

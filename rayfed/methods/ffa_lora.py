@@ -40,6 +40,7 @@ class FFALoRA(LayerMethod):
     mixed_ranks = True
     secure_aggregation = True
     summed = "changes"
+    mixing = "exact"
 
     def broadcast(self, state: LayerState, client: Profile) -> Start:
         return Start.of(nested(state, client.rank, client.scale), "A")

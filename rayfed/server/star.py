@@ -1,7 +1,7 @@
 """One round of the star topology: the server sends to every client of the cohort and receives from each of them.
 
-`train_round` is the round as one function of the state. Another topology (a gossip graph, say) is another such
-function; see docs/architecture.md.
+`train_round` is the round as one function of the state. That of a graph without a server is another such function, see
+`rayfed.server.gossip`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class RoundLog:
     aggregated: bool = False  # whether the method made a new state
     reports: bool = False  # whether what it reports about that is about the clients' updates
     privacy: dict[str, float | None] = field(default_factory=dict)  # the metrics `privacy/...`
+    topology: dict[str, float | None] = field(default_factory=dict)  # the metrics `topology/...`
     notes: list[str] = field(default_factory=list)  # further lines for the log of the run
 
     def record(self, client: Profile, result: TrainResult, i: int, received: Download) -> None:
@@ -90,12 +91,14 @@ class RoundLog:
         return sum(divergence.dropped for divergence in self.diverged.values())
 
     def counts(self) -> dict[str, Any]:
-        """The metrics `privacy/...`, and `clients/...`: numbers of clients, and the rank of each that trained."""
+        """The metrics `clients/...`: numbers of clients, and the rank of each that trained; `privacy/...`,
+        `topology/...`.
+        """
         ranks = Counter(sorted(rank for _, rank in self.trained))
         own = {"ok": self.ok, "retried": self.retried, "split": self.split, "diverged": len(self.diverged)}
         own |= {f"rank_{rank}": count for rank, count in ranks.items()}
         clients = {f"clients/{name}": count for name, count in own.items()} | {"clients/trained": sorted(self.trained)}
-        return clients | self.privacy
+        return clients | self.privacy | self.topology
 
     def events(self) -> list[str]:
         """One line about the clients that diverged, if some did, and the notes."""
@@ -156,7 +159,7 @@ def _updates(
     lr = scheduled(plan.client.lr, plan.client.schedule, t, plan.server.rounds)
     summed = method.sum_in_worker and log.diagnostics is None and release is None
     submissions = [_submission(plan, state, t, lr, pack, summed, downlink) for pack in packs]
-    for done in _timed(in_order(executor.run(submissions)), log):
+    for done in timed(in_order(executor.run(submissions)), log):
         job, result = cast(TrainJob, submissions[done.index].job), cast(TrainResult, done.result)
         pack = list(zip(packs[done.index], job.orders, strict=True))
         log.retried += done.retries * len(pack)
@@ -218,7 +221,7 @@ def _decoded(
         yield update
 
 
-def _timed(stream: Iterator[SubmissionResult], log: RoundLog) -> Iterator[SubmissionResult]:
+def timed(stream: Iterator[SubmissionResult], log: RoundLog) -> Iterator[SubmissionResult]:
     """The same results; the time until each arrives is added to ``log.waited``."""
     while True:
         begun = time.perf_counter()

@@ -21,6 +21,7 @@ from rayfed.methods import Method
 from rayfed.seeding import numpy_rng
 from rayfed.server.downlink import Downlink
 from rayfed.server.evaluation.evaluate import Model, evaluate, metrics
+from rayfed.server.evaluation.own_models import own_metrics
 from rayfed.server.evaluation.per_client import client_metrics, unseen_metrics
 from rayfed.server.evaluation.responses import response_metrics
 from rayfed.server.executor import Executor
@@ -56,6 +57,8 @@ def round_metrics(plan: RunPlan, state: Any, t: int, downlink: Downlink, executo
     found = metrics(plan.task, plan.federation, outputs, [*dict.fromkeys((*suffixes, *models))], splits)
     if plan.eval.clients:
         found |= client_metrics(plan, state, t, executor)
+    if plan.eval.own_models:
+        found |= own_metrics(plan, state, t, executor)
     if plan.eval.unseen:
         found |= unseen_metrics(plan, models[""], t, executor)
     if plan.eval.generate_rows:
