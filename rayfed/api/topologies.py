@@ -81,7 +81,8 @@ def _meaningless(
     yield "server.empty_clients", server.empty_clients, (False,), "a client without rows has no gradient"
     yield "privacy.kind", experiment.privacy.kind, ("none",), "no guarantee is known here for what neighbours see"
     for way in ("down", "up"):
-        sparse = getattr(wire, way).density if not profiles.may_be_sparse(way, rounds) else "below 1"
+        own = getattr(wire, way).density
+        sparse = own if own < 1 or not profiles.may_be_sparse(way, rounds) else "below 1"
         why = "an average of the largest entries of each neighbour does not come to a consensus"
         yield f"wire.{way}.density", sparse, (1.0,), why
     yield "wire.down.values", wire.down.values, ("fp32",), f"{no_server}, and wire.up.values is the format of messages"

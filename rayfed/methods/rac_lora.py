@@ -42,6 +42,7 @@ class RACLoRA(FFALoRA):
     traffic_down = "r out"
     weights = "uniform"
     optimizers = ("fedavg", "sgd")
+    mixing = None  # A is drawn anew, and B merged into the base
     refuses_adapter = ""
 
     def init(self, adapter: Adapter, seed: int) -> LayerState:
