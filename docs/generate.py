@@ -45,6 +45,7 @@ def configuration() -> str:
         default = "none: required" if field.is_required() else f"`{format_value(field.default, quotes=False)}`"
         parts.append(f"**`{key}`** (default {default}): {allowed_values(field)}.\n{_safe(field.description or '')}")
     parts += ["## Options of objectives", "They stand in the section `objective`: see [Objectives](objectives.md)."]
+    parts += ["## Options of topologies", "They stand in the section `topology`: see [Topologies](topologies.md)."]
     parts += ["## Options of methods", "They stand in the section `method`, beside `name`."]
     for name in METHODS:
         parts += [f"### {name}", f"```text\n{describe_method(name)}\n```"]

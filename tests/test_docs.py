@@ -145,9 +145,17 @@ def test_index_is_readme_with_links_from_docs(generate: SimpleNamespace) -> None
     assert all((DOCS / target.partition("#")[0]).exists() for target in targets)
 
 
-def test_outputs_has_every_key_that_a_run_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("method.name=fedhl", "eval.diagnostics=true"),
+        ("method.name=ffa_lora", "topology.kind=graph", "server.cohort=6"),
+    ],
+    ids=["star", "graph"],
+)
+def test_outputs_has_every_key_that_a_run_writes(tmp_path: Path, settings: tuple[str, ...]) -> None:
     text = (DOCS / "outputs.md").read_text(encoding="utf-8")
-    run = rayfed.run(lowrank("method.name=fedhl", "server.rounds=1", "eval.diagnostics=true"), out=tmp_path / "run")
+    run = rayfed.run(lowrank(*settings, "server.rounds=1"), out=tmp_path / "run")
     keys = {*run.metrics[0], *run.summary, *pq.read_table(run.out / "ledger.parquet").column_names}
     keys = {re.sub(r"^clients/rank_\d+$", "clients/rank_4", key) for key in keys}
     assert [key for key in sorted(keys) if f"`{key}`" not in text] == []
