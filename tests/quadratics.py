@@ -46,8 +46,10 @@ class Quadratics:
         self.W, self.lr, self.seen = W, ALPHA, list[np.ndarray]()
         self.settings = Client(steps=steps, momentum=momentum)
         self.columns = torch.arange(SIZE)
+        self.exchanges = 0
 
     def exchange(self, values: Tensor) -> Tensor:
+        self.exchanges += 1
         return torch.from_numpy(self.W @ values.numpy())
 
     def gradients(self, x: Tensor, step: int) -> Tensor:

@@ -19,7 +19,7 @@ Source: secondary; deviates: nothing known for equal ranks; nested ranks are our
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -40,7 +40,7 @@ class FFALoRA(LayerMethod):
     mixed_ranks = True
     secure_aggregation = True
     summed = "changes"
-    mixing = "exact"
+    mixing: ClassVar[Literal["exact"] | None] = "exact"
 
     def broadcast(self, state: LayerState, client: Profile) -> Start:
         return Start.of(nested(state, client.rank, client.scale), "A")

@@ -48,6 +48,8 @@ class Algorithm:
     vectors: ClassVar[tuple[str, ...]] = ("x",)
     """The vectors that every client stores between rounds. `x` is its model, at first the common start; others start
     at 0."""
+    exchanges: ClassVar[int] = 1
+    """How often a round calls `Network.exchange`: messages on each edge."""
     objectives: ClassVar[tuple[str, ...]] = ()
     """The objectives that make sense with the algorithm."""
 

@@ -49,6 +49,7 @@ class Depositum(Algorithm):
     """In a communicating step: the prox, then the average; or the average, then the prox."""
 
     vectors: ClassVar[tuple[str, ...]] = ("x", "y", "nu", "g")
+    exchanges: ClassVar[int] = 2
     objectives: ClassVar[tuple[str, ...]] = ("plain", "fedlc", "fedga", "tail_penalty")
 
     def check(self, name: str, client: Client) -> None:

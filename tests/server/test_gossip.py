@@ -16,6 +16,7 @@ from torch import Tensor
 import rayfed
 from rayfed import wire
 from rayfed.api import prepare
+from rayfed.cli.doctor import describe
 from rayfed.clients.messages import EvalJob
 from rayfed.clients.trainer import Trainer
 from rayfed.config import Experiment
@@ -150,6 +151,12 @@ def test_the_ledger_has_every_message_at_both_ends_of_its_edge(tmp_path: Path) -
         for checksum in set(sent[(sent.client == client) & (sent["round"] == 2)].checksum):
             assert sorted(received[received.checksum == checksum].client) == list(others)
     assert "rounds 1 to 2" in verify(result.out, experiment.digest())
+    facts = dict(describe(prepare(experiment)))  # what `rayfed run --dry-run` says
+    sent_bytes = len(table) * size // 2
+    what = f"2 message(s) of {size / 1e6:.3g} MB on each of 36 directed edges"
+    assert facts["a round sends"] == f"at most {sent_bytes / 2 / 1e6:.3g} MB: {what}"
+    card = (result.out / "adapter" / "README.md").read_text()
+    assert f"| topology | torus, depositum; no server |\n| bytes between clients | {sent_bytes:,} |" in card
 
 
 def test_it_resumes_to_the_same_bits(tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ def test_a_round_changes_nothing_in_place_and_keeps_what_is_stored(name: str) ->
     found, draw = build(name), torch.Generator().manual_seed(0)
     own = {key: torch.randn(CLIENTS, SIZE, generator=draw, dtype=torch.float64) for key in found.vectors}
     before = {key: values.clone() for key, values in own.items()}
-    after = found.round(own, Quadratics(RING, 2, 0.5))
+    network = Quadratics(RING, 2, 0.5)
+    after = found.round(own, network)
+    assert network.exchanges == found.exchanges
     assert set(after) == set(found.vectors) >= {"x"}
     for key, values in before.items():
         assert torch.equal(own[key], values)
