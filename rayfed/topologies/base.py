@@ -50,7 +50,7 @@ class Algorithm:
     at 0."""
     exchanges: ClassVar[int] = 1
     """How often a round calls `Network.exchange`: messages on each edge."""
-    objectives: ClassVar[tuple[str, ...]] = ()
+    objectives: ClassVar[tuple[str, ...]] = ("plain",)
     """The objectives that make sense with the algorithm."""
 
     def check(self, name: str, client: Client) -> None:
