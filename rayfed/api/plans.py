@@ -125,8 +125,7 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     objective = objectives.build(experiment.objective.name, **experiment.objective.options)
     objective.check(experiment.objective.name, task=task, lora=lora)
     graph = experiment.topology.kind == "graph"
-    by_default = "fedavg" if graph else method.optimizer
-    optimizer = by_default if server.optimizer == "auto" else server.optimizer
+    optimizer = ("fedavg" if graph else method.optimizer) if server.optimizer == "auto" else server.optimizer
     if optimizer not in method.optimizers:
         raise UserError(f"server.optimizer: got {optimizer!r}, but {name} allows {', '.join(method.optimizers)}")
     ServerOptimizer(optimizer, server)
@@ -148,9 +147,6 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
         what = "with privacy.kind=example every row has the task's own loss; plain and fedprox are allowed"
         raise allowed("objective.name", experiment.objective.name, what)
     algorithm = build_algorithm(experiment, method, profiles)
-    if experiment.eval.own_models is not None and not (graph or method.personal):
-        what = f"with {name} on a star all clients have one model; null is allowed"
-        raise allowed("eval.own_models", experiment.eval.own_models, what)
     by_default = method.weights if experiment.privacy.kind == "none" and not graph else "uniform"
     weights = by_default if server.weights == "auto" else server.weights
     if server.empty_clients and weights != "uniform":

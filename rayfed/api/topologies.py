@@ -24,6 +24,9 @@ def build_algorithm(experiment: Experiment, method: Method, profiles: ClientProf
     """The algorithm of a topology without a server; None for a star. UserError where settings do not go with it."""
     settings, name = experiment.topology, experiment.method.name
     if settings.kind == "star":
+        if experiment.eval.own_models is not None and not method.personal:
+            what = f"with {name} on a star all clients have one model; null is allowed"
+            raise allowed("eval.own_models", experiment.eval.own_models, what)
         return None
     algorithm = topologies.build(settings.algorithm, **settings.options)
     algorithm.check(settings.algorithm, experiment.client)
@@ -86,7 +89,7 @@ def _meaningless(
         why = "an average of the largest entries of each neighbour does not come to a consensus"
         yield f"wire.{way}.density", sparse, (1.0,), why
     yield "wire.down.values", wire.down.values, ("fp32",), f"{no_server}, and wire.up.values is the format of messages"
-    yield "wire.up.values", wire.up.values, FORMATS, "rounding must not be random"
+    yield "wire.up.values", wire.up.values, FORMATS, "messages between clients have no key for random rounding"
     yield "eval.tiers", experiment.eval.tiers, (False,), "every client has a model of its own"
     yield "eval.diagnostics", experiment.eval.diagnostics, (False,), "the clients' models are no updates of one model"
     prox = experiment.topology.options.get("prox", "none") if experiment.lora.train == "head" else "none"

@@ -49,9 +49,7 @@ def gossip_round(
     vectors = plan.method.vectors
     own = {name: torch.stack([state.clients[c][name] for c in network.clients]) for name in vectors}
     after = plan.topology.algorithm.round(own, network)
-    for client, x in zip(network.clients, after["x"], strict=True):
-        if not bool(torch.isfinite(x).all()):
-            raise RunError(f"round {t + 1}, client {client}: its model has values that are not finite; lower client.lr")
+    network.check(after["x"])
     network.report()
     if not network.sends.any():
         return state
@@ -96,6 +94,7 @@ class _Network:
 
         W is symmetric, so the mean of all rows stays, whatever Q is. Counts every message at both ends of its edge.
         """
+        self.check(values)
         senders = [client for client in self.clients if self.sends[self.row[client]]]
         sizes: dict[int, wire.Sizes] = {}
         arrived: dict[int, Tensor] = {}
@@ -119,6 +118,13 @@ class _Network:
     def train(self, x: Tensor) -> Tensor:
         """See `Network.train`. A client that is dropped keeps its row and sends nothing in this round."""
         return x + self._run(x, None)
+
+    def check(self, values: Tensor) -> None:
+        """RunError for the first client whose row of ``values`` is not finite."""
+        for client, own in zip(self.clients, values, strict=True):
+            if not bool(torch.isfinite(own).all()):
+                what = "it has values that are not finite; lower client.lr"
+                raise RunError(f"round {self.t + 1}, client {client}: {what}")
 
     def report(self) -> None:
         """Adds to the log which clients trained, and at which ranks."""

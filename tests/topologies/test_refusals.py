@@ -43,6 +43,10 @@ TIERS = ("profiles.kind=tiers", "profiles.densities_up=[0.5,1.0]")
         ((*GRAPH, "eval.tiers=true"), "eval.tiers: got True, but every client has a model of its own"),
         ((*GRAPH, "eval.diagnostics=true"), "eval.diagnostics: got True, but the clients' models are no updates"),
         (("eval.own_models=2",), "eval.own_models: got 2, but with data.source=lowrank the metrics are those of"),
+        (
+            ("data.source=stdlib", "partition.kind=iid", "eval.own_models=2"),
+            "eval.own_models: got 2, but with fedit on a star all clients have",
+        ),
         ((*GRAPH, "objective.name=hidden"), "objective.name: got 'hidden', but"),
         (
             (*DEPOSITUM, "client.steps=null"),
