@@ -10,6 +10,7 @@ import numpy as np
 from rayfed import seeding
 from rayfed.errors import UserError, allowed
 
+MOST_CLIENTS = 10_000  # each has a model of its own, in a file of its own
 MOST_EDGES = 1_000_000  # directed: each of them is a message in every exchange
 
 
@@ -63,8 +64,8 @@ def make_graph(kind: str, clients: Sequence[int], probability: float | None, see
     not fit, where the graph is not connected, or where it has too many edges.
     """
     n = len(clients)
-    if n < 2:
-        raise allowed("topology.graph", kind, f"a graph needs at least 2 clients that hold data, and there are {n}")
+    if not 2 <= n <= MOST_CLIENTS:
+        raise allowed("topology.graph", kind, f"{n} clients hold data, and a graph has from 2 to {MOST_CLIENTS}")
     if kind == "ring":
         pairs = [(i, (i + 1) % n) for i in range(n)]
     elif kind == "torus":
@@ -76,17 +77,17 @@ def make_graph(kind: str, clients: Sequence[int], probability: float | None, see
         pairs = [(i, j) for i in range(n) for j in range(i)]
     else:
         assert probability is not None
-        rows, columns = np.tril_indices(n, -1)
-        drawn = seeding.numpy_rng(seed, "topology.edges").random(len(rows)) < probability
-        pairs = list(zip(rows[drawn].tolist(), columns[drawn].tolist(), strict=True))
+        rng = seeding.numpy_rng(seed, "topology.edges")
+        pairs = [(i, j) for i in range(n) for j in np.flatnonzero(rng.random(i) < probability).tolist()]
     others: list[set[int]] = [set() for _ in range(n)]
     for i, j in pairs:
         others[i].add(j)
         others[j].add(i)
     if (reached := _reached(others)) < n:
+        larger = min(max(2 * np.log(n) / n, 2 * (probability or 0)), 1)
         what = (
             f"the graph that seed={seed} draws is not connected: client {clients[0]} reaches {reached} of {n} clients; "
-            f"a larger one is allowed, such as {min(2 * np.log(n) / n, 1):.2g}, or another seed"
+            f"a larger one is allowed, such as {larger:.2g}, or another seed"
         )
         raise allowed("topology.edge_probability", probability, what)
     return Graph({clients[i]: tuple(clients[j] for j in sorted(own)) for i, own in enumerate(others)})

@@ -46,7 +46,8 @@ class Depositum(Algorithm):
     mcp_theta: PositiveFloat = 3.0
     """Where the minimax concave penalty is flat: from prox_weight * mcp_theta on. Above client.lr."""
     order: Literal["prox_mix", "mix_prox"] = "prox_mix"
-    """In a communicating step: the prox, then the average; or the average, then the prox."""
+    """In a communicating step: the prox, then the average; or the average, then the prox. Which of them is the paper's
+    is a guess; both converge to the same point."""
 
     vectors: ClassVar[tuple[str, ...]] = ("x", "y", "nu", "g")
     exchanges: ClassVar[int] = 2

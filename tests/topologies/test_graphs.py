@@ -58,7 +58,8 @@ def test_weights_are_doubly_stochastic(kind: str, active: list[int]) -> None:
 @pytest.mark.parametrize(
     ("kind", "ids", "probability", "says"),
     [
-        ("ring", [3], None, "topology.graph: got 'ring', but a graph needs at least 2 clients that hold data"),
+        ("ring", [3], None, "topology.graph: got 'ring', but 1 clients hold data, and a graph has from 2 to 10000"),
+        ("ring", range(10_001), None, "topology.graph: got 'ring', but 10001 clients hold data, and a graph has"),
         ("torus", IDS[:10], None, "topology.graph: got 'torus', but 10 clients hold data, and a torus needs a product"),
         ("erdos_renyi", IDS, 0.01, "topology.edge_probability: got 0.01, but the graph that seed=0 draws is not conn"),
         ("complete", range(2000), None, "topology.graph: got 'complete', but 2000 clients make about 3998000 messages"),
