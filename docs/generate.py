@@ -47,6 +47,7 @@ def configuration() -> str:
     parts += ["## Options of objectives", "They stand in the section `objective`: see [Objectives](objectives.md)."]
     where = "They stand in the section `weighting`: see [Weights and channels](weights-and-channels.md)."
     parts += ["## Options of weightings", where]
+    parts += ["## Options of topologies", "They stand in the section `topology`: see [Topologies](topologies.md)."]
     parts += ["## Options of methods", "They stand in the section `method`, beside `name`."]
     for name in METHODS:
         parts += [f"### {name}", f"```text\n{describe_method(name)}\n```"]

@@ -16,6 +16,7 @@ FULL = validate(  # with every section
         "eval": {"early_stop": {"patience": 3}},
         "partition": {"sequence": {"experiences": 2}},
         "client": {"on_divergence": "drop"},
+        "topology": {"kind": "graph", "graph": "erdos_renyi", "edge_probability": 0.5},
         "privacy": {"kind": "user", "noise_multiplier": 1.0, "target_epsilon": 2.0},
         "channel": {"kind": "over_the_air", "noise": 0.5},
     }

@@ -156,12 +156,19 @@ def test_index_is_readme_with_links_from_docs(generate: SimpleNamespace) -> None
     assert all((DOCS / target.partition("#")[0]).exists() for target in targets)
 
 
-def test_outputs_has_every_key_that_a_run_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("method.name=fedhl", "eval.diagnostics=true"),
+        ("channel.kind=over_the_air", "channel.snr=20", "server.weights=bound"),
+        ("method.name=ffa_lora", "topology.kind=graph", "server.cohort=6"),
+    ],
+    ids=["star", "air", "graph"],
+)
+def test_outputs_has_every_key_that_a_run_writes(tmp_path: Path, settings: tuple[str, ...]) -> None:
     text = (DOCS / "outputs.md").read_text(encoding="utf-8")
-    run = rayfed.run(lowrank("method.name=fedhl", "server.rounds=1", "eval.diagnostics=true"), out=tmp_path / "run")
-    air = ("server.rounds=1", "channel.kind=over_the_air", "channel.snr=20", "server.weights=bound")
-    more = rayfed.run(lowrank(*air), out=tmp_path / "air").metrics[0]
-    keys = {*run.metrics[0], *more, *run.summary, *pq.read_table(run.out / "ledger.parquet").column_names}
+    run = rayfed.run(lowrank(*settings, "server.rounds=1"), out=tmp_path / "run")
+    keys = {*run.metrics[0], *run.summary, *pq.read_table(run.out / "ledger.parquet").column_names}
     keys = {re.sub(r"^clients/rank_\d+$", "clients/rank_4", key) for key in keys}
     assert [key for key in sorted(keys) if f"`{key}`" not in text] == []
     files = {entry.name for entry in run.out.iterdir()}

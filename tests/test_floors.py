@@ -41,7 +41,7 @@ FLOORS = (
     ("profiles", "channels"),
     ("objectives", "weighting"),
     ("methods",),
-    ("privacy",),
+    ("privacy", "topologies"),
     ("clients",),
     ("server",),
     ("engine",),

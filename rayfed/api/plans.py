@@ -24,6 +24,7 @@ from rayfed import channels, config, methods, objectives, privacy, tasks, weight
 from rayfed.api.classification import by_experience, check_classification, describe_sequence
 from rayfed.api.combinations import check_channel, check_objective, check_weighting
 from rayfed.api.initial_adapter import check_method, initial_adapter
+from rayfed.api.topologies import build_algorithm, on_graph
 from rayfed.channels import Channel
 from rayfed.clients.plan import RunPlan
 from rayfed.config import Experiment
@@ -42,6 +43,7 @@ from rayfed.server.sampling import cohort
 from rayfed.tasks.base import Task
 from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.spec import ModelSpec, check_dtype, describe_model
+from rayfed.topologies import Algorithm
 from rayfed.weighting import Weighting
 
 PRETRAINED = "pretrain.json"
@@ -61,6 +63,8 @@ class Components:
     channel: Channel
     server_optimizer: str
     profiles: ClientProfiles
+    algorithm: Algorithm | None
+    """Of a topology without a server."""
 
 
 def read_settings(source: Settings) -> Experiment:
@@ -123,7 +127,8 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
         raise UserError(f"eval.generate_rows: got {rows}, but only data.task=instruction writes responses")
     objective = objectives.build(experiment.objective.name, **experiment.objective.options)
     objective.check(experiment.objective.name, task=task, lora=lora)
-    optimizer = method.optimizer if server.optimizer == "auto" else server.optimizer
+    graph = experiment.topology.kind == "graph"
+    optimizer = ("fedavg" if graph else method.optimizer) if server.optimizer == "auto" else server.optimizer
     if isinstance(objective, Stateful) and server.optimizer == "auto":
         optimizer = objective.server_optimizer(optimizer)
     if optimizer not in method.optimizers:
@@ -146,7 +151,8 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     if experiment.privacy.kind == "example" and (objective.replaces_loss or objective.adds_penalty):
         what = "with privacy.kind=example every row has the task's own loss; plain and fedprox are allowed"
         raise allowed("objective.name", experiment.objective.name, what)
-    by_default = method.weights if experiment.privacy.kind == "none" else "uniform"
+    algorithm = build_algorithm(experiment, method, profiles)
+    by_default = method.weights if experiment.privacy.kind == "none" and not graph else "uniform"
     if isinstance(objective, Stateful):
         check_objective(experiment, objective, method, profiles)
         by_default = objective.server_weights or by_default
@@ -155,7 +161,7 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     check_weighting(experiment, weights, weigher, method)
     check_channel(experiment, weights, weigher, method, objective, optimizer, profiles)
     channel = channels.build(experiment.channel, experiment.seed)
-    return Components(task, method, objective, weigher, channel, optimizer, profiles)
+    return Components(task, method, objective, weigher, channel, optimizer, profiles, algorithm)
 
 
 @suggest_keywords
@@ -189,8 +195,12 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
     model = _described_model(experiment, parts, federation)
     mechanism = _privacy(experiment, parts, federation)
     initial, *notes = initial_adapter(experiment, model, federation.classes) or (None,)
+    built = dict(vars(parts))
+    if (algorithm := built.pop("algorithm")) is not None:
+        built["topology"], built["method"], about = on_graph(experiment, algorithm, parts.method, federation)
+        notes += about
     return RunPlan(
-        **vars(parts),
+        **built,
         privacy=mechanism,
         federation=federation,
         model=model,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rayfed.clients.plan import RunPlan
     from rayfed.server.pack_size import Choice
+    from rayfed.topologies import Gossip
     from rayfed.wire.ledger import Direction
 
 Fact = tuple[str, str]
@@ -76,12 +77,15 @@ def describe(plan: RunPlan) -> Iterator[Fact]:
     yield "a round", f"{plan.server.cohort} clients, {plan.server.rounds} rounds"
     yield "ranks", client_profiles.describe(plan.profiles.rank_mix(federation.sizes))
     yield "trained", f"{entries} entries on {plan.model.parameters} frozen ones"
-    yield "a dense message", f"{(wire.HEADER_BYTES + 4 * entries) / 1e6:.2f} MB each way at rank {rank}"
-    sent = " and ".join(f"{_bytes(plan, way) / 1e6:.3g} MB {way}" for way in DIRECTIONS)
-    yield (
-        "a round sends",
-        f"about {sent}, if whole adapters travel (`rayfed methods {plan.settings['method']['name']}`)",
-    )
+    if plan.topology is not None:
+        yield "a round sends", _on_edges(plan, plan.topology)
+    else:
+        yield "a dense message", f"{(wire.HEADER_BYTES + 4 * entries) / 1e6:.2f} MB each way at rank {rank}"
+        sent = " and ".join(f"{_bytes(plan, way) / 1e6:.3g} MB {way}" for way in DIRECTIONS)
+        yield (
+            "a round sends",
+            f"about {sent}, if whole adapters travel (`rayfed methods {plan.settings['method']['name']}`)",
+        )
     yield "padding", str(plan.model.batching)
 
 
@@ -144,6 +148,21 @@ def _bytes(plan: RunPlan, way: Direction) -> float:
         total += count * len(wire.encode(torch.ones(entries), indices=chosen, values=values, seed=0))
         clients += count
     return plan.server.cohort * total / clients
+
+
+def _on_edges(plan: RunPlan, topology: Gossip) -> str:
+    """What the clients of a graph send in a round, if all of its edges are between active clients."""
+    import torch
+
+    from rayfed import wire
+    from rayfed.topologies import OwnModels
+
+    assert isinstance(plan.method, OwnModels)
+    _, trains = plan.method.common(plan.method.init(plan.start(), plan.seed))
+    size = len(wire.encode(torch.ones(int(trains.sum())), values=plan.wire.up.values))
+    edges, exchanges = topology.graph.edges, topology.algorithm.exchanges
+    total = f"{edges * exchanges * size / 1e6:.3g} MB"
+    return f"at most {total}: {exchanges} message(s) of {size / 1e6:.3g} MB on each of {edges} directed edges"
 
 
 def _round_seconds(plan: RunPlan, choice: Choice) -> float:

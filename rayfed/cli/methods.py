@@ -46,6 +46,7 @@ def describe(name: str) -> str:
         "ranks": "clients may have different ranks" if cls.mixed_ranks else "all clients have one rank",
         "secure": f"aggregation without seeing single uploads: {_secure(cls)}",
         "private": f"user-level privacy: {_private(cls)}",
+        "graph": f"averages between neighbours, without a server: {cls.mixing or 'no'}",
         "weights": f"{cls.weights} (server.weights)",
         "optimizer": f"{cls.optimizer} (server.optimizer); allowed are {', '.join(cls.optimizers)}",
     }

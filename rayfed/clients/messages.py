@@ -70,13 +70,15 @@ class ClientOrder:
 class TrainJob:
     """Train a pack of clients in round t (from 0) at the learning rate ``lr``.
 
-    With ``summed`` the worker returns the sum of the uploads instead of the uploads.
+    With ``summed`` the worker returns the sum of the uploads instead of the uploads. With ``step`` nothing moves: the
+    uploads are the gradients at the start, on the batches of this local step (from 0).
     """
 
     t: int
     lr: float
     orders: tuple[ClientOrder, ...]
     summed: bool = False
+    step: int | None = None
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from rayfed.profiles.client_profiles import ClientProfiles
 from rayfed.tasks.base import Task
 from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.spec import ModelSpec
+from rayfed.topologies import Gossip
 from rayfed.weighting import Weighting
 
 
@@ -61,6 +62,8 @@ class RunPlan:
     checkpoint: Checkpoint
     export: Export
 
+    topology: Gossip | None = None
+    """The graph of a run without a server, whose method is `OwnModels` then; None: the run is a star."""
     privacy: Privacy | None = None
     """Clipping and noise; None: the run is not private."""
     initial: Adapter | None = None

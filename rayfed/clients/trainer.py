@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rayfed import wire
 from rayfed.clients import device_memory, messages
 from rayfed.clients.divergence import checked
+from rayfed.clients.gradients import pack_gradients
 from rayfed.clients.local_training import PackMember, TrainingContext, on_device, train_pack
 from rayfed.clients.objective_messages import client_round, replies
 from rayfed.clients.pack_timing import measure
@@ -108,12 +109,17 @@ class Trainer:
         members = [self._member(order, decoded, bases, job.lr, job.t) for order in job.orders]
         context = self._context_at(job.t)
         sent = self._statistics("sent_losses", context, members, [member.start for member in members], job.t)
-        train = partial(train_pack, context, lr=job.lr, t=job.t)
+        if job.step is None:
+            train = partial(train_pack, context, lr=job.lr, t=job.t)
+        else:
+            train = partial(pack_gradients, context, t=job.t, step=job.step)
         trained = device_memory.in_halves(
             members, train, self.device, lambda m: f"client {m.client}: training it alone"
         )
         parts, settings = tuple(map(len, trained)), self.context.settings
         flat = (result for part in trained for result in part)
+        if job.step is not None:  # what a client sends is its gradient itself
+            members = [replace(member, start=torch.zeros_like(member.start)) for member in members]
         privacy = self.plan.privacy
         must = privacy is not None and privacy.always_sends
         pairs = zip(flat, members, strict=True)

@@ -19,6 +19,7 @@ from rayfed.config.method import Lora, Method, Profiles, Wire
 from rayfed.config.pretrain import Pretrain
 from rayfed.config.privacy import Privacy
 from rayfed.config.task import Data, Model, Partition, Problem
+from rayfed.config.topology import Topology
 from rayfed.config.training import Client, Eval, Objective, Server, Weighting
 from rayfed.config.types import DecidesData, DecidesNothing, Name, Section, section
 
@@ -58,6 +59,7 @@ class Experiment(Section, metaclass=_Refuses):
     server: Server = section(Server)
     weighting: Weighting = section(Weighting)
     channel: Channel = section(Channel)
+    topology: Topology = section(Topology)
     privacy: Privacy = section(Privacy)
     eval: Eval = section(Eval)
     engine: Engine = section(Engine)

@@ -197,6 +197,11 @@ class Eval(Section):
     classes of the client. The mean and quantiles over the clients are recorded. Where every client has a model of its
     own, this takes one evaluation per client.
     """
+    own_models: Clients | None = None
+    """Where every client has a model of its own (topology.kind=graph, fedsa): the number of clients, drawn once, whose
+    models are evaluated as well, on all rows; `eval/accuracy_own`, `test/loss_own` and such are means over them. null:
+    none.
+    """
     unseen: bool = False
     """Also measure the global model on the training rows of all clients that never took part so far, which are held out
     by that: `test/accuracy_unseen` and `test/loss_unseen`, over these rows together; null once every client with rows

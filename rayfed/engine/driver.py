@@ -244,7 +244,9 @@ def _named(error: Exception) -> str:
 def _pickle_by_value(plan: RunPlan, callbacks: Sequence[Callback]) -> None:
     """Sends the code of a user's own classes and functions along: workers may be unable to import their modules."""
     function = (plan.profiles.settings.function or "").partition(":")[0]
-    parts = (plan.method, plan.objective, plan.task, *plan.task.parts, *callbacks)
+    inner = getattr(plan.method, "method", None)  # on a graph
+    algorithm = plan.topology and plan.topology.algorithm
+    parts = (plan.method, inner, algorithm, plan.objective, plan.task, *plan.task.parts, *callbacks)
     for name in (*(str(getattr(part, "__module__", "")) for part in parts), function):
         package = name.partition(".")[0]
         if package not in ("", "rayfed", "torch", "transformers", "__main__", "builtins") and name in sys.modules:

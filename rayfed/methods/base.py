@@ -83,6 +83,11 @@ class Method:
     train in every round, no entry is a client's own, and with the plain server step the next start is the start plus
     the weighted mean of the changes. Then an objective may add up vectors of different rounds."""
 
+    mixing: ClassVar[Literal["exact", "biased"] | None] = None
+    """What clients get that average their entries with neighbours, on a graph without a server. `exact`: the mean of
+    their models, because an entry means the same for all of them and the model is linear in what trains. `biased`: the
+    mean of factors, which is not the mean of products. None: entries of two clients cannot be averaged."""
+
     secure_aggregation: bool = False
     """True if `aggregate` needs nothing of the uploads but one weighted sum of them, over entries and with weights that
     the server knows before it sees an upload. Then secure aggregation could hide each single upload from the server.

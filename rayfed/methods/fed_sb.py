@@ -40,6 +40,7 @@ class FedSB(LayerMethod):
     sum_in_worker = True
     secure_aggregation = True
     summed = "changes"
+    mixing = "exact"
 
     def init(self, adapter: Adapter, seed: int) -> LayerState:
         layers = {}

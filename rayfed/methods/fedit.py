@@ -22,3 +22,4 @@ class FedIT(FactorMean):
     fixed_gauge = True
     secure_aggregation = True
     summed = "changes"
+    mixing = "biased"

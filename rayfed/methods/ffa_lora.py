@@ -52,6 +52,7 @@ class FFALoRA(LayerMethod):
     mixed_ranks = True
     fixed_gauge = True
     secure_aggregation = True
+    mixing: ClassVar[Literal["exact"] | None] = "exact"
     refuses_privacy = "a rank that a client lacks counts as zero, so the sum of changes is not enough"
 
     @property

@@ -54,6 +54,7 @@ class RACLoRA(FFALoRA):
     traffic_down = "r out"
     weights = "uniform"
     optimizers = ("fedavg", "sgd")
+    mixing = None  # A is drawn anew, and B merged into the base
     refuses_adapter = ""
     fixed_gauge = False
 

@@ -34,6 +34,7 @@ from rayfed.server.evaluation.diagnostics import Diagnostics
 from rayfed.server.evaluation.targets import global_changes, round_metrics
 from rayfed.server.executor import Executor
 from rayfed.server.export import export
+from rayfed.server.gossip import gossip_round
 from rayfed.server.objective import ServerObjective
 from rayfed.server.optimizers import ServerOptimizer
 from rayfed.server.pack_size import Choice
@@ -153,14 +154,14 @@ class Server:
         """Trains and evaluates round ``t`` (from 0): its record, and its messages' bytes had they been dense fp32."""
         begun = time.perf_counter()
         plan, sizes = self.plan, self.plan.federation_at(t).sizes
-        drawn = cohort_of(plan, t)
-        clients = [plan.profiles.profile(c, int(sizes[c]), t) for c in drawn]
+        clients = [plan.profiles.profile(c, int(sizes[c]), t) for c in cohort_of(plan, t)]
         assert plan.pack is not None
         packs = plan_packs(clients, plan.pack, self.costs.at(t))
         downlink = Downlink(plan, self.state, t, self.executor)
         diagnostics = Diagnostics() if plan.eval.diagnostics else None
         log = RoundLog(t + 1, self.ledger, self.base_updates, diagnostics=diagnostics)
-        state = train_round(plan, self.state, t, packs, self.optimizer, downlink, self.executor, log, self.objective)
+        one_round = gossip_round if plan.topology else train_round
+        state = one_round(plan, self.state, t, packs, self.optimizer, downlink, self.executor, log, self.objective)
         for text in log.events():
             self.sinks.event(text)
         self.state = replace(state, clients=self.store.save(state.clients, t + 1)) if state.clients else state

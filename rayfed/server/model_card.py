@@ -10,6 +10,7 @@ from rayfed.clients.plan import RunPlan
 from rayfed.config.load import dump_settings
 from rayfed.privacy import Privacy
 from rayfed.tasks.models.usage import Usage
+from rayfed.wire.ledger import DIRECTIONS
 
 # Sections that decide nothing of the result: how the base was made, on which machine, under which accounts.
 LEFT_OUT = ("pretrain", "engine", "tracking", "checkpoint", "export")
@@ -56,14 +57,21 @@ def _facts(plan: RunPlan, summary: Mapping[str, Any]) -> dict[str, str]:
     facts |= {
         "rounds": str(summary["rounds"]),
         "clients": f"{plan.federation.clients}, {plan.server.cohort} a round",
-        "bytes from the server to clients": f"{summary['bytes/down_total']:,}",
-        "bytes from clients to the server": f"{summary['bytes/up_total']:,}",
+        **_bytes(plan, summary),
         "adapter": f"rank {rank}, alpha {plan.lora.alpha:g}, {len(plan.model.shapes)} layers, float32",
         "trained": "the head alone; the adapter changes nothing" if plan.lora.train == "head" else _trained(plan),
         "base": f"{plan.model.parameters:,} parameters, {plan.model.dtype}",
         "digest of the settings": f"`{plan.digest}`",
     }
     return facts if plan.privacy is None else facts | {"privacy": _privacy(plan.privacy, summary["rounds"])}
+
+
+def _bytes(plan: RunPlan, summary: Mapping[str, Any]) -> dict[str, str]:
+    down, up = (f"{summary[f'bytes/{way}_total']:,}" for way in DIRECTIONS)
+    if plan.topology is None:
+        return {"bytes from the server to clients": down, "bytes from clients to the server": up}
+    own = plan.settings["topology"]
+    return {"topology": f"{own['graph']}, {own['algorithm']}; no server", "bytes between clients": up}
 
 
 def _privacy(privacy: Privacy, rounds: int) -> str:

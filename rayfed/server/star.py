@@ -1,7 +1,7 @@
 """One round of the star topology: the server sends to every client of the cohort and receives from each of them.
 
-`train_round` is the round as one function of the state. Another topology (a gossip graph, say) is another such
-function; see docs/architecture.md.
+`train_round` is the round as one function of the state. That of a graph without a server is another such function, see
+`rayfed.server.gossip`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class RoundLog:
     privacy: dict[str, float | None] = field(default_factory=dict)  # the metrics `privacy/...`
     analog: bool = False  # whether the uploads are no bytes, see `rayfed.server.air`
     truncated: int = 0  # clients whose channel was too weak to send
-    figures: dict[str, float | None] = field(default_factory=dict)  # the metrics `weighting/...` and `channel/...`
+    figures: dict[str, float | None] = field(default_factory=dict)  # metrics of weighting, channel and topology
     notes: list[str] = field(default_factory=list)  # further lines for the log of the run
 
     def record(
@@ -219,7 +219,7 @@ def _arriving(
     executor: Executor, log: RoundLog, objective: ServerObjective,
 ) -> Iterator[Arrived]:  # fmt: skip
     """Runs the jobs and records their results, in the order of the packs."""
-    for done in _timed(in_order(executor.run(submissions)), log):
+    for done in timed(in_order(executor.run(submissions)), log):
         job, result = cast(TrainJob, submissions[done.index].job), cast(TrainResult, done.result)
         pack = list(zip(packs[done.index], job.orders, strict=True))
         log.retried += done.retries * len(pack)
@@ -272,7 +272,7 @@ def _decoded(plan: RunPlan, arrived: Arrived, downlink: Downlink, log: RoundLog 
         yield update
 
 
-def _timed(stream: Iterator[SubmissionResult], log: RoundLog) -> Iterator[SubmissionResult]:
+def timed(stream: Iterator[SubmissionResult], log: RoundLog) -> Iterator[SubmissionResult]:
     """The same results; the time until each arrives is added to ``log.waited``."""
     while True:
         begun = time.perf_counter()

@@ -68,6 +68,7 @@ class LowRankRegression(Task):
             ("eval.controls", eval.controls, False, "there is no head"),
             ("eval.clients", eval.clients, False, "there are no classes"),
             ("eval.unseen", eval.unseen, False, "the metrics are exact, without rows"),
+            ("eval.own_models", eval.own_models, None, "the metrics are those of the global model"),
             ("eval.early_stop", eval.early_stop and dict(eval.early_stop), None, "there are no validation data"),
         ):
             if value != wanted:

@@ -37,6 +37,10 @@ SHORT: dict[str, tuple[str, ...]] = {
         *TEXT, "server.rounds=3", "sweep.search.rank=1", "sweep.search.max_rank=16", "sweep.search.rounds=1",
         "sweep.search.budget=12",
     ),
+    "graph": (
+        *TEXT, "data.test_examples=null", "partition={kind: iid, clients: 16}", "server.rounds=1", "client.steps=1",
+        "lora.rank=8", "sweep.parameters.client.lr={grid: [0.01]}", "sweep.parameters.seed={grid: [0]}",
+    ),
     "known_answer": (
         "server.rounds=1", "sweep.parameters.partition.clients={grid: [6]}",
         "sweep.parameters.client.steps={grid: [1]}", "sweep.parameters.client.lr={grid: [0.02]}",

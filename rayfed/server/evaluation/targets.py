@@ -22,6 +22,7 @@ from rayfed.seeding import numpy_rng
 from rayfed.server.downlink import Downlink
 from rayfed.server.evaluation.evaluate import Model, evaluate, metrics
 from rayfed.server.evaluation.experiences import experience_metrics
+from rayfed.server.evaluation.own_models import own_metrics
 from rayfed.server.evaluation.per_client import client_metrics, unseen_metrics
 from rayfed.server.evaluation.responses import response_metrics
 from rayfed.server.executor import Executor
@@ -70,6 +71,8 @@ def _measured(
     found |= experience_metrics(plan, t, outputs.get(("", "test")))
     if plan.eval.clients:
         found |= client_metrics(plan, state, t, executor)
+    if plan.eval.own_models:
+        found |= own_metrics(plan, state, t, executor)
     if plan.eval.unseen:
         found |= unseen_metrics(plan, models[""], t, executor)
     if plan.eval.generate_rows:
