@@ -26,6 +26,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,12 +40,10 @@ from rayfed.config.search import ROUNDED, FlascSearchSettings
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError, allowed
 from rayfed.files import write_json
-from rayfed.sweeps.plan import check_trials, make_trials
+from rayfed.sweeps.plan import NAME, RUN_DIR, START_FROM, Config, Trial, check_trials, make_trials, trial_folder
 from rayfed.sweeps.search import Search
 from rayfed.sweeps.space import Point
 from rayfed.sweeps.table import make_table
-from rayfed.sweeps.trainable import NAME, RUN_DIR, START_FROM
-from rayfed.sweeps.trial import trial_folder
 from rayfed.tracking import Table
 
 START, FINAL = "start", "final"
@@ -282,20 +281,24 @@ class FlascProbes(Search):
         (trial,) = make_trials(settings, [Point({key: first[key] for key in searched()}, {})])
         options = sweep.search.model_dump(exclude={"kind"})
         self.searcher = FlascSearch(trial.experiment, sweep.metric, sweep.mode, **options)
-        self.cohort = trial.experiment.server.cohort
+        self.cohort, self.ids = trial.experiment.server.cohort, count()
         self.checked = make_trials(settings, [Point(own.overrides, {}) for own in self.searcher.extremes()])
         self.federations = check_trials(self.checked, sweep)
         while waiting := self.searcher.waiting():  # those that have ended are told
             trials = [self.trial(probe.name, probe.overrides) for probe in waiting]
             ended = [own for own in trials if own not in self.missing(trials)]
             for own in ended:
-                found = {NAME: own.name, RUN_DIR: str(trial_folder(out, own))}
-                self.searcher.add_evaluated_point(found, self.rows[own.name].get("metric"))
+                self.tell(own)
             if not ended:
                 break
 
-    def tuner(self) -> dict[str, Any]:
-        return {"search_alg": self.searcher}
+    def tell(self, trial: Trial) -> None:
+        found = {NAME: trial.name, RUN_DIR: str(trial_folder(self.out, trial.name))}
+        self.searcher.add_evaluated_point(found, self.rows[trial.name].get("metric"))
+
+    def suggest(self) -> Config | None:
+        config = self.searcher.suggest(str(next(self.ids)))
+        return config if isinstance(config, dict) else None
 
     def complete(self) -> bool:
         return not self.searcher.waiting()  # the search has ended, and so has the final run

@@ -43,13 +43,10 @@ from rayfed.config.load import assign
 from rayfed.config.search import PbtSettings
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
-from rayfed.sweeps.plan import check_trials, is_evaluated, make_trials
-from rayfed.sweeps.schedulers import config_of
+from rayfed.sweeps.plan import NAME, Trial, check_trials, is_evaluated, make_trials, trial_folder
 from rayfed.sweeps.search import Search
 from rayfed.sweeps.space import Point, corners, draw, rounded
 from rayfed.sweeps.table import TrialGroup, make_table
-from rayfed.sweeps.trainable import NAME
-from rayfed.sweeps.trial import Trial, trial_folder
 from rayfed.tracking import Table
 from rayfed.tracking.format import format_mean
 
@@ -92,13 +89,15 @@ class Population(Search):
     def complete(self) -> bool:
         return not self.missing(self.trials.values())
 
-    def tuner(self) -> dict[str, Any]:
+    def tune_config(self) -> dict[str, Any]:
         members, generation = self.missing(self.trials.values()), self.search.rounds
-        done = min(last_round(trial_folder(self.out, member)) for member in members) // generation * generation
+        done = min(last_round(trial_folder(self.out, member.name)) for member in members) // generation * generation
         rounds, seed = self.experiment.server.rounds, self.experiment.seed
         return {
             "param_space": dict.fromkeys((NAME, *self.sweep.parameters), ""),  # PBT takes no other search algorithm
-            "search_alg": BasicVariantGenerator(points_to_evaluate=[config_of(member) for member in members]),
+            "search_alg": BasicVariantGenerator(
+                points_to_evaluate=[{NAME: own.name, **own.overrides} for own in members]
+            ),
             "num_samples": len(members),
             "scheduler": Generations(self.search, self.sweep, rounds, seed, done),
         }
@@ -130,7 +129,7 @@ class Population(Search):
 
     def _schedule(self, trial: Trial) -> list[dict[str, Any]]:
         """The settings by which the model of the member came about: rounds, the member that trained them, settings."""
-        path = trial_folder(self.out, trial) / NOTE
+        path = trial_folder(self.out, trial.name) / NOTE
         note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         name, settings, last = trial.name, dict(trial.overrides), trial.experiment.server.rounds
         found: list[dict[str, Any]] = []

@@ -1,15 +1,18 @@
 """From a sweep file to trials that are known to be valid: every refusal comes from here, before anything starts.
 
-A trial is an ordinary run: settings, and a directory of its own. Planning does for each trial what `rayfed run` does
-before it starts: it validates fields and combinations, loads the data and the base model (each distinct one once) and
-matches the adapters.
+A trial is an ordinary run: settings, and a directory of its own, `trials/NAME/`. Planning does for each trial what
+`rayfed run` does before it starts: it validates fields and combinations, loads the data and the base model (each
+distinct one once) and matches the adapters.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from rayfed.api import build_components, check
@@ -21,17 +24,47 @@ from rayfed.config.sweep import Sweep
 from rayfed.config.types import MOST_TRIALS
 from rayfed.errors import UserError
 from rayfed.sweeps.space import Point
-from rayfed.sweeps.trial import Trial
 from rayfed.tasks.data.federation import Federation
 
 NAMED = 3  # trials that a refusal names
+UNFINISHED, FAILED = "unfinished", "failed"
+STOPPED = "stopped"  # by the section `stop`
+NOT_SELECTED = "not selected"  # other tuned values were better on the first seeds, so the trial does not run
+
+Config = dict[str, Any]
+"""Tune's config of a trial: dotted settings and their values, and the entries below."""
+NAME = "name"  # the name of the run
+START_FROM = "rayfed.start_from"  # the run directory of the trial that it continues
+ENDED = "rayfed.ended"  # the last round of a trial that has ended: it does not run, and Tune gets its rounds again
+RUN_DIR = "run_dir"  # in the results of a trial: its run directory
 
 
-def make_trials(settings: Mapping[str, Any], points: Sequence[Point], names: Sequence[str] = ()) -> list[Trial]:
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep."""
+
+    name: str
+    overrides: Mapping[str, Any]
+    labels: Mapping[str, Any]
+    """The settings that tell trials apart, or the label of their case."""
+    experiment: Experiment
+    data: str
+    """The key of its data: trials with equal keys share a federation."""
+    metrics: tuple[str, ...]
+    """The keys of metrics.jsonl by which trials can be compared."""
+
+
+def trial_folder(out: Path, name: str) -> Path:
+    """The run directory of the trial of that name, in the sweep's directory ``out``."""
+    return out / "trials" / name
+
+
+def make_trials(settings: Mapping[str, Any], points: Iterable[Point], names: Sequence[str] = ()) -> list[Trial]:
     """One trial for each point. Without ``names``, the trials are made to be checked, and have no names.
 
     UserError where fields or their combinations are wrong: one line a mistake, with the trials that have the mistake.
     """
+    points = list(islice(points, MOST_TRIALS + 1))
     if len(points) > MOST_TRIALS:
         raise UserError(f"sweep: got more than {MOST_TRIALS} points to check, but at most so many are allowed")
     group = str(settings.get("name", "sweep"))

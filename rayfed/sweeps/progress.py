@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rayfed.sweeps.table import STOPPED, TrialRow
-from rayfed.sweeps.trial import Trial
+from rayfed.sweeps.plan import STOPPED, Trial
+from rayfed.sweeps.table import TrialRow
 from rayfed.tracking import Table
 from rayfed.tracking.console import RECENT, PlainView
 from rayfed.tracking.format import clock, format_mb, format_mean

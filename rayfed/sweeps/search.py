@@ -1,33 +1,41 @@
 """What a sweep runs: the base class of lists of trials and of searches.
 
-A search gives Ray Tune a search algorithm or a scheduler. It knows the trials so far, by the files in the sweep's
-directory. So a resumed sweep repeats no finished trial. What a search decides next may depend on the order in which
-trials ended.
+A search chooses the trials that Ray Tune runs. It knows how earlier trials ended by their run directories: a run with a
+summary.json is done, and needs no further record. Only that a trial was stopped early is read from sweep.jsonl. So a
+resumed sweep repeats no finished trial. What a search decides next may depend on the order in which trials ended.
 """
 
 from __future__ import annotations
 
 import io
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rayfed.config.sweep import SEED, Sweep
 from rayfed.files import atomic_write
-from rayfed.sweeps.plan import check_trials, make_trials
+from rayfed.sweeps.plan import (
+    ENDED,
+    FAILED,
+    NAME,
+    NOT_SELECTED,
+    STOPPED,
+    UNFINISHED,
+    Config,
+    Trial,
+    check_trials,
+    make_trials,
+)
 from rayfed.sweeps.progress import Progress
 from rayfed.sweeps.space import Point, expand, trial_names
-from rayfed.sweeps.table import NOT_SELECTED, UNFINISHED, TrialRow, make_table, selected, trial_row
-from rayfed.sweeps.trial import Trial
+from rayfed.sweeps.table import TrialRow, make_table, read_lines, selected, trial_row
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Table
 from rayfed.tracking.console import PlainView
 from rayfed.tracking.jsonl import to_line
 
-SEARCH_FILE = "search.jsonl"
+SWEEP_FILE, SEARCH_FILE = "sweep.jsonl", "search.jsonl"
 
 
 class Search(ABC):
@@ -48,8 +56,15 @@ class Search(ABC):
         """The trials so far, by name, in order."""
         self.rows: dict[str, TrialRow] = {}
         """Their rows of sweep.jsonl, by name."""
+        self.waiting: list[Trial] = []
+        """The trials that Tune gets next, in order."""
+        self.errors: dict[str, str] = {}
+        """Why trials have failed, in one line, by name."""
+        earlier = read_lines(out / SWEEP_FILE)
+        self.stopped = {row["trial"]: row["stopped"]["round"] for row in earlier if row.get("status") == STOPPED}
+        """The last rounds of the trials that were stopped early, by name."""
         self.on_trial_end: Callable[[Trial], object] = lambda trial: None
-        """Called with every trial that has ended, after its outcome and its row are written."""
+        """Called with every trial that has ended, after its row is written."""
         self.progress = Progress(PlainView(io.StringIO()), sweep.metric)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -57,12 +72,26 @@ class Search(ABC):
         return {}
 
     @abstractmethod
-    def tuner(self) -> dict[str, Any]:
-        """The arguments of `tune.TuneConfig`, and `param_space`, with which Tune runs all trials that are missing."""
-
-    @abstractmethod
     def complete(self) -> bool:
         """Whether all trials have ended, and no further one follows."""
+
+    def tune_config(self) -> dict[str, Any]:
+        """Arguments of `tune.TuneConfig`, and `param_space`, in addition to those of every sweep."""
+        return {}
+
+    def suggest(self) -> Config | None:
+        """Tune's config of the next trial; None while others have to end first, and after the last one."""
+        if not self.waiting:
+            return None
+        trial = self.waiting.pop(0)
+        config = {NAME: trial.name, **trial.overrides}
+        if not self.missing([trial]):
+            config[ENDED] = self.stopped.get(trial.name, trial.experiment.server.rounds)
+        self.errors.pop(trial.name, None)
+        return config
+
+    def tell(self, trial: Trial) -> None:  # noqa: B027
+        """Takes note of the results of a trial that has ended. The row of the trial has them."""
 
     def table(self) -> Table:
         """The table of the sweep."""
@@ -77,7 +106,7 @@ class Search(ABC):
         return settings
 
     def run(self) -> None:
-        """Runs the missing trials on Ray Tune. Without any, Ray is not even imported."""
+        """Runs the missing trials on Ray Tune. Without any, Ray Tune is not even imported."""
         self.write()
         if not self.complete():
             from rayfed.sweeps.on_tune import run_on_tune
@@ -98,24 +127,26 @@ class Search(ABC):
         return self.trials[name]
 
     def add(self, trial: Trial) -> None:
-        """Adds the trial and reads its row. UserError if its run directory was made with other settings."""
-        self.rows[trial.name] = trial_row(self.out, trial, self.sweep)
+        """Adds the trial and makes its row. UserError if its run directory was made with other settings."""
+        error, stopped = self.errors.get(trial.name), self.stopped.get(trial.name)
+        self.rows[trial.name] = trial_row(self.out, trial, self.sweep, error, stopped)
         self.trials[trial.name] = trial
 
     def missing(self, trials: Iterable[Trial]) -> list[Trial]:
         """The trials that have not ended, and those that failed."""
-        return [trial for trial in trials if self.rows[trial.name]["status"] in (UNFINISHED, "failed")]
+        return [trial for trial in trials if self.rows[trial.name]["status"] in (UNFINISHED, FAILED)]
 
-    def forget_failures(self) -> None:
-        """Removes the outcomes of failed trials, which then run again: also of those that no search has come to yet."""
-        for path in (self.out / "trials").glob("*.json"):
-            with suppress(ValueError, AttributeError):  # a damaged file is refused where it is read
-                if json.loads(path.read_text(encoding="utf-8")).get("status") == "failed":
-                    path.unlink()
+    def trial_ended(self, trial: Trial, error: str | None = None, round: int | None = None) -> None:
+        """Writes the row of the trial and shows it. It has failed for the reason ``error``, or ended after ``round``.
 
-    def trial_ended(self, trial: Trial) -> None:
-        """Writes the row of the trial, whose outcome is recorded, and shows it."""
+        It is done if its run has written a summary; else the scheduler has stopped it.
+        """
+        if error is not None:
+            self.errors[trial.name] = error
+        elif round is not None:
+            self.stopped.setdefault(trial.name, round)
         self.add(trial)
+        self.tell(trial)
         self.write()
         self.progress.end(self.rows[trial.name], self.ended, len(self.rows))
         self.on_trial_end(trial)
@@ -125,15 +156,14 @@ class Search(ABC):
         """How many trials have ended."""
         return sum(row["status"] != UNFINISHED for row in self.rows.values())
 
-    def write(self) -> Table:
-        """Writes sweep.jsonl, search.jsonl and table.txt. Returns the table."""
-        atomic_write(self.out / "sweep.jsonl", "".join(f"{to_line(row)}\n" for row in self.rows.values()))
-        if lines := self.lines():
-            atomic_write(self.out / SEARCH_FILE, "".join(f"{to_line(line)}\n" for line in lines))
-        table, page = self.table(), io.StringIO()
-        PlainView(page).table(table)
-        atomic_write(self.out / "table.txt", page.getvalue().lstrip("\n"))
-        return table
+    def write(self) -> None:
+        """Writes sweep.jsonl, search.jsonl and table.txt."""
+        page = io.StringIO()
+        PlainView(page).table(self.table())
+        rows, lines = ("".join(f"{to_line(own)}\n" for own in part) for part in (self.rows.values(), self.lines()))
+        for name, text in ((SWEEP_FILE, rows), (SEARCH_FILE, lines), ("table.txt", page.getvalue().lstrip("\n"))):
+            if text or name != SEARCH_FILE:
+                atomic_write(self.out / name, text)
 
 
 class TrialList(Search):
@@ -173,14 +203,21 @@ class TrialList(Search):
     def complete(self) -> bool:
         return not self.missing(self.now)
 
-    def tuner(self) -> dict[str, Any]:
-        from rayfed.sweeps.schedulers import ListedTrials, asha
+    def tune_config(self) -> dict[str, Any]:
+        if self.stop is None:
+            self.waiting = self.missing(self.now)
+            return {}
+        from ray.tune.schedulers import ASHAScheduler
 
-        # A scheduler compares the missing trials with those that have ended: Tune gets these, too.
-        trials = self.now if self.stop else self.missing(self.now)
-        rounds = max(trial.experiment.server.rounds for trial in trials)
-        scheduler = asha(self.stop, self.sweep, rounds) if self.stop else None
-        return {"search_alg": ListedTrials(trials), "scheduler": scheduler}
+        self.waiting = list(self.now)  # ASHA compares the missing trials with those that have ended
+        rounds, stop = max(trial.experiment.server.rounds for trial in self.now), self.stop
+        # Tune compares trials in the order of arrival. So which are stopped may depend on timing, unless
+        # `sweep.concurrency` is 1. The results of a trial never do.
+        scheduler = ASHAScheduler(
+            "round", self.sweep.metric, self.sweep.mode, rounds, stop.grace, stop.factor, stop.brackets,
+            stop_last_trials=False,
+        )  # fmt: skip
+        return {"scheduler": scheduler}
 
 
 def build_search(settings: dict[str, Any], sweep: Sweep, out: Path) -> Search:

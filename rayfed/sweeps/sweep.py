@@ -1,10 +1,9 @@
 """A sweep from its file to its table: first every check, then the trials that have not ended, then the results.
 
-The sweep's directory holds `sweep.yaml` (the file with all overrides), `trials/NAME/` (each an ordinary run directory)
-with `trials/NAME.json` (its outcome), `sweep.jsonl` (one line a trial) and `table.txt`. A search adds `search.jsonl`
-with its decisions. A sweep may be killed at any moment: `resume` repeats no finished trial, continues the others from
-their own checkpoints, and runs failed trials again. The file may have gained or lost trials in between. It may not have
-changed a trial that has a directory.
+The sweep's directory holds `sweep.yaml` (the file with all overrides), `trials/NAME/` (each an ordinary run directory),
+`sweep.jsonl` (one line a trial) and `table.txt`. A search adds `search.jsonl` with its decisions. A sweep may be killed
+at any moment: `resume` repeats no finished trial, continues the others from their own checkpoints, and runs failed
+trials again. The file may have gained or lost trials in between. It may not have changed a trial that has a directory.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from rayfed.config.sweep import load_sweep
 from rayfed.errors import RunError
 from rayfed.files import PARTIAL, atomic_write, remove_path
 from rayfed.run_directory import check_out, disk_errors, locked_out
-from rayfed.sweeps.plan import Trial
+from rayfed.sweeps.plan import NOT_SELECTED, STOPPED, Trial
 from rayfed.sweeps.progress import Progress
 from rayfed.sweeps.search import build_search
-from rayfed.sweeps.table import NOT_SELECTED, STOPPED, TrialRow
+from rayfed.sweeps.table import TrialRow
 from rayfed.tracking import Table
 from rayfed.tracking.console import PlainView
 
@@ -54,7 +53,7 @@ def run_sweep(
     """Runs the sweep in the file at ``path`` to its end. A failed trial is recorded, and the others continue.
 
     ``out`` (default `runs/NAME-TIME`) must be empty or absent unless ``resume``. ``on_trial_end`` is called with every
-    trial that has ended, after its outcome is written. Raises UserError, before anything is started or written, where a
+    trial that has ended, after its row is written. Raises UserError, before anything is started or written, where a
     trial is wrong or another process runs the sweep.
     """
     settings, sweep = load_sweep(path, overrides)

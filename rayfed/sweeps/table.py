@@ -6,6 +6,7 @@ validation data. The reported test metric takes no part in the selection.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,38 +14,54 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from rayfed.config import load_config
 from rayfed.config.describe import format_value, short_names
 from rayfed.config.search import OptunaSettings
 from rayfed.config.sweep import SEED, Sweep
-from rayfed.sweeps.trial import Trial, read_outcome, trial_folder
+from rayfed.errors import UserError
+from rayfed.sweeps.plan import FAILED, STOPPED, UNFINISHED, Trial, trial_folder
 from rayfed.tracking import Table, read_metrics
 from rayfed.tracking.format import format_mb, format_mean
 
 TrialRow = dict[str, Any]
 """A line of sweep.jsonl."""
-UNFINISHED = "unfinished"
-STOPPED = "stopped"  # by the section `stop`
-NOT_SELECTED = "not selected"  # other tuned values were better on the first seeds, so the trial does not run
 
 
-def trial_row(out: Path, trial: Trial, sweep: Sweep) -> TrialRow:
-    """The trial's line in sweep.jsonl: overrides, status, the values that the table shows, and the run's summary."""
-    outcome = read_outcome(out, trial)
-    row: TrialRow = {
-        "trial": trial.name,
-        "overrides": dict(trial.overrides),
-        "status": outcome.status if outcome else UNFINISHED,
-        "error": outcome.error if outcome else None,
-        "digest": trial.experiment.digest(),
-    }
-    if outcome and outcome.status in ("done", STOPPED):
-        rounds = read_metrics(trial_folder(out, trial) / "metrics.jsonl")
-        if outcome.status == "done":
-            return row | summarize(rounds, sweep, report_key(trial, sweep)) | {"summary": outcome.summary}
+def trial_row(out: Path, trial: Trial, sweep: Sweep, error: str | None = None, stopped: int | None = None) -> TrialRow:
+    """The trial's line in sweep.jsonl: overrides, status, the values that the table shows, and the run's summary.
+
+    A trial whose run has written its summary is done. Of the others, it has failed for the reason ``error``, or was
+    ``stopped`` after that round. UserError if its run directory was made with other settings, or is damaged.
+    """
+    folder, digest = trial_folder(out, trial.name), trial.experiment.digest()
+    if (config := folder / "config.yaml").is_file() and (old := load_config(config).digest()) != digest:
+        raise UserError(
+            f"--resume: {folder} was made with other settings (digest {old}, these have {digest}); "
+            "resume with the sweep's own sweep.yaml or choose another --out"
+        )
+    row: TrialRow = {"trial": trial.name, "overrides": dict(trial.overrides), "status": UNFINISHED, "error": None}
+    row["digest"] = digest
+    if summary := read_lines(folder / "summary.json"):
+        rounds = read_metrics(folder / "metrics.jsonl")
+        row |= {"status": "done", **summarize(rounds, sweep, report_key(trial, sweep)), "summary": summary[0]}
+    elif error is not None:
+        row |= {"status": FAILED, "error": error}
+    elif stopped is not None:
+        rounds = [own for own in read_metrics(folder / "metrics.jsonl") if own["round"] <= stopped]
         # Not under "metric": a value after fewer rounds takes part in no mean and no selection.
-        counted = summarize([own for own in rounds if own["round"] <= (outcome.round or 0)], sweep, None)
-        row["stopped"] = {"round": outcome.round, "metric": counted["metric"]}
+        row |= {"status": STOPPED, "stopped": {"round": stopped, "metric": summarize(rounds, sweep, None)["metric"]}}
     return row
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines; none if there is no such file. UserError if it is damaged."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line is no object")
+    except ValueError as error:
+        raise UserError(f"--resume: {path} is damaged ({error}); choose another --out") from None
+    return lines
 
 
 def report_key(trial: Trial, sweep: Sweep) -> str | None:
