@@ -43,8 +43,6 @@ from rayfed.files import write_json
 from rayfed.sweeps.plan import NAME, RUN_DIR, START_FROM, Config, Trial, check_trials, make_trials, trial_folder
 from rayfed.sweeps.search import Search
 from rayfed.sweeps.space import Point
-from rayfed.sweeps.table import make_table
-from rayfed.tracking import Table
 
 START, FINAL = "start", "final"
 
@@ -303,8 +301,8 @@ class FlascProbes(Search):
     def complete(self) -> bool:
         return not self.searcher.waiting()  # the search has ended, and so has the final run
 
-    def labels(self, name: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        *moves, last = name.split("-")
+    def labels(self, trial: Trial) -> Mapping[str, Any]:
+        (*moves, last), settings = trial.name.split("-"), trial.overrides
         down, up = (float(f"{settings[f'wire.{way}.density']:.4g}") for way in ("down", "up"))
         densities = {"density": down} if self.searcher.settings.directions == "both" else {"down": down, "up": up}
         probe = FINAL if moves[:1] == [FINAL] else f"{len(moves)} {last}"
@@ -324,10 +322,8 @@ class FlascProbes(Search):
             lines.append({**end, "client_rounds": progress.rounds * self.cohort})
         return lines
 
-    def table(self) -> Table:
-        """A row for each probe, in the order of the steps, and for the final run."""
-        progress = self.searcher.progress()
-        chosen = {f"{dict(self.labels(own.name, own.overrides))}" for own in progress.path}
-        trials = [self.trials[own.name] for own in progress.probes if own.name in self.trials]
-        title = f"FLASC-Search: {progress.result}"
-        return make_table(trials, self.rows, self.sweep, title, lambda own: "chosen" * (str(own.labels) in chosen))
+    def title(self) -> str:
+        return f"FLASC-Search: {self.searcher.progress().result}"
+
+    def marks(self) -> dict[str, str]:
+        return {probe.name: "chosen" for probe in self.searcher.progress().path}

@@ -30,8 +30,7 @@ from rayfed.errors import UserError
 from rayfed.sweeps.plan import UNFINISHED, Config, Trial, check_trials, make_trials
 from rayfed.sweeps.search import SEARCH_FILE, Search
 from rayfed.sweeps.space import CASE, Point, corners, make_point, point_name, rounded
-from rayfed.sweeps.table import TrialGroup, groups, make_table, read_lines
-from rayfed.tracking import Table
+from rayfed.sweeps.table import read_lines
 
 if TYPE_CHECKING:
     import optuna
@@ -137,23 +136,21 @@ class OptunaPoints(Search):
     def lines(self) -> list[dict[str, Any]]:
         return [point | {"values": self.values(point)} for point in self.points]
 
-    def table(self) -> Table:
-        """A row for each point, with means over the seeds. The best point and the front are marked."""
-        trials, against = [*self.trials.values()], self.search.against
-        ends = [own for own in groups(trials, self.rows) if len(own.rows) == len(own.trials)]
-        sign = 1 if self.sweep.mode == "max" else -1
-        means = [(sign * (own.mean("metric") or 0.0), own.mean("against") or 0.0) for own in ends]
-        best = max(means, default=(0.0, 0.0))[0]
-        front = pareto_front(means) if against else []
+    def title(self) -> str:
+        return f"Optuna ({self.search.sampler})"
 
-        def mark(own: TrialGroup) -> str:
-            if own not in ends:
-                return ""
-            worth, amount = means[ends.index(own)]
-            marks = [f"{amount:.4g} {against}"] if against and against != "bytes/total" else []
-            return ", ".join(marks + ["best"] * (worth == best) + ["front"] * ((worth, amount) in front))
-
-        return make_table(trials, self.rows, self.sweep, f"Optuna ({self.search.sampler})", mark)
+    def marks(self) -> dict[str, str]:
+        """The second value of each point; `best` by the metric, and `front`: no other point is better in both."""
+        ended = [trial for trial in self.study.trials if trial.values]
+        best = (max if self.sweep.mode == "max" else min)((trial.values[0] for trial in ended), default=None)
+        front = {trial.number for trial in self.study.best_trials} if self.search.against else ()
+        found = {}
+        for trial in ended:
+            shown = self.search.against not in (None, "bytes/total")
+            marks = [f"{trial.values[1]:.4g} {self.search.against}"] * shown
+            marks += ["best"] * (trial.values[0] == best) + ["front"] * (trial.number in front)
+            found[self.points[trial.number]["trials"][0]] = ", ".join(marks)
+        return found
 
 
 def choose(asked: optuna.trial.BaseTrial, sweep: Sweep) -> Point:
@@ -172,11 +169,6 @@ def choose(asked: optuna.trial.BaseTrial, sweep: Sweep) -> Point:
         else:
             values[key] = rounded(asked.suggest_float(name, *known, log=kind == "loguniform"))
     return make_point(sweep, label, case, values)
-
-
-def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (worth, cost) that no other point dominates: none has both no less worth and no more cost."""
-    return [own for own in points if not any(x >= own[0] and y <= own[1] and (x, y) != own for x, y in points)]
 
 
 def sampler_of(search: OptunaSettings, seed: int) -> optuna.samplers.BaseSampler:

@@ -25,7 +25,6 @@ import json
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial, reduce
 from itertools import groupby
 from operator import getitem
@@ -46,8 +45,6 @@ from rayfed.errors import UserError
 from rayfed.sweeps.plan import NAME, Trial, check_trials, is_evaluated, make_trials, trial_folder
 from rayfed.sweeps.search import Search
 from rayfed.sweeps.space import Point, corners, draw, rounded
-from rayfed.sweeps.table import TrialGroup, make_table
-from rayfed.tracking import Table
 from rayfed.tracking.format import format_mean
 
 
@@ -65,7 +62,7 @@ class Population(Search):
         for key, value in {**CONSTANT, "checkpoint.every": math.gcd(experiment.checkpoint.every, generation)}.items():
             assign(settings, key, value, f"{key}={value}")
         super().__init__(settings, sweep, out)
-        self.checked = make_trials(settings, list(corners(sweep, {})))
+        self.checked = make_trials(settings, corners(sweep, {}))
         rounds, every = experiment.server.rounds, experiment.eval.every
         if rounds % generation or rounds < 2 * generation:
             raise UserError(
@@ -95,9 +92,7 @@ class Population(Search):
         rounds, seed = self.experiment.server.rounds, self.experiment.seed
         return {
             "param_space": dict.fromkeys((NAME, *self.sweep.parameters), ""),  # PBT takes no other search algorithm
-            "search_alg": BasicVariantGenerator(
-                points_to_evaluate=[{NAME: own.name, **own.overrides} for own in members]
-            ),
+            "search_alg": BasicVariantGenerator([{NAME: own.name, **own.overrides} for own in members]),
             "num_samples": len(members),
             "scheduler": Generations(self.search, self.sweep, rounds, seed, done),
         }
@@ -109,23 +104,28 @@ class Population(Search):
             for name, trial in self.trials.items()
         ]
 
-    def table(self) -> Table:
-        """A row for each member, with the settings of its rounds, in order."""
-        metric, members, sign = self.sweep.metric, [], 1 if self.sweep.mode == "max" else -1
+    def title(self) -> str:
+        metric, found = self.sweep.metric, "Population Based Training"
+        for best in self.marks():
+            found += f": best is {best} with {metric} {format_mean(self.rows[best]['metric'], None, metric)}"
+        return found
+
+    def labels(self, trial: Trial) -> dict[str, str]:
+        """The member, the settings of its rounds, in order, and the rounds that it has copied."""
+        schedule = self._schedule(trial)
+        copied = ", ".join(
+            f"{own['trial']} to {own['rounds'][1]}" for own in schedule[:-1] if own["trial"] != trial.name
+        )
+        history = {}
+        for key in self.sweep.parameters:
+            values = (format_value(own[key], quotes=False) for own in schedule)
+            history[key] = " -> ".join(value for value, _ in groupby(values))
+        return {"member": trial.name, **history, "copied": copied}
+
+    def marks(self) -> dict[str, str]:
+        best = max if self.sweep.mode == "max" else min
         finite = {name: row["metric"] for name, row in self.rows.items() if row.get("metric") is not None}
-        best = max(finite, key=lambda name: sign * finite[name], default=None)
-        for name, trial in self.trials.items():
-            schedule = self._schedule(trial)
-            values = {key: (format_value(own[key], quotes=False) for own in schedule) for key in self.sweep.parameters}
-            history = {key: " -> ".join(value for value, _ in groupby(own)) for key, own in values.items()}
-            copied = [f"{own['trial']} to {own['rounds'][1]}" for own in schedule[:-1] if own["trial"] != name]
-            members.append(replace(trial, labels={"member": name, **history, "copied": ", ".join(copied)}))
-        found = f": best is {best} with {metric} {format_mean(finite[best], None, metric)}" if best else ""
-
-        def mark(own: TrialGroup) -> str:
-            return "best" * (own.labels["member"] == best)
-
-        return make_table(members, self.rows, self.sweep, f"Population Based Training{found}", mark)
+        return {best(finite, key=finite.__getitem__): "best"} if finite else {}
 
     def _schedule(self, trial: Trial) -> list[dict[str, Any]]:
         """The settings by which the model of the member came about: rounds, the member that trained them, settings."""
@@ -151,9 +151,9 @@ class Generations(PopulationBasedTraining):
     def __init__(self, search: PbtSettings, sweep: Sweep, rounds: int, seed: int, done: int = 0) -> None:
         spaces = sweep.parameters
         super().__init__(
-            time_attr="round",
-            metric=sweep.metric,
-            mode=sweep.mode,
+            "round",
+            sweep.metric,
+            sweep.mode,
             perturbation_interval=search.rounds,
             hyperparam_mutations={key: own.get("choice") or partial(_drawn, own, key) for key, own in spaces.items()},
             quantile_fraction=search.quantile,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +94,26 @@ class Search(ABC):
     def tell(self, trial: Trial) -> None:  # noqa: B027
         """Takes note of the results of a trial that has ended. The row of the trial has them."""
 
-    def table(self) -> Table:
-        """The table of the sweep."""
-        return make_table([*self.trials.values()], self.rows, self.sweep)
-
     def lines(self) -> Sequence[Mapping[str, Any]]:
         """The lines of search.jsonl; none: there is no such file."""
         return ()
 
-    def labels(self, name: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What the table shows of the trial of that name with those settings."""
-        return settings
+    def title(self) -> str | None:
+        """The title of the table; None: it says how values are chosen."""
+        return None
+
+    def labels(self, trial: Trial) -> Mapping[str, Any]:
+        """The first cells of the trial's line in the table, by column."""
+        return trial.labels
+
+    def marks(self) -> Mapping[str, str] | None:
+        """The last cells of the lines in the table, by the name of the first trial of the line; None: no such column."""
+        return None
+
+    def table(self) -> Table:
+        """The table of the sweep."""
+        trials = [replace(own, labels=self.labels(own)) for own in self.trials.values()]
+        return make_table(trials, self.rows, self.sweep, self.title(), self.marks())
 
     def run(self) -> None:
         """Runs the missing trials on Ray Tune. Without any, Ray Tune is not even imported."""
@@ -121,7 +131,7 @@ class Search(ABC):
         """
         known = self.trials.get(name)
         if known is None or known.overrides != settings:
-            (self.trials[name],) = make_trials(self.settings, [Point(settings, self.labels(name, settings))], [name])
+            (self.trials[name],) = make_trials(self.settings, [Point(settings, settings)], [name])
         if known is None:
             self.add(self.trials[name])
         return self.trials[name]

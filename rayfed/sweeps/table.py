@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -155,11 +155,11 @@ def selected(trials: Sequence[Trial], rows: Mapping[str, TrialRow], sweep: Sweep
 
 def make_table(
     trials: Sequence[Trial], rows: Mapping[str, TrialRow], sweep: Sweep, title: str | None = None,
-    mark: Callable[[TrialGroup], str] | None = None,
+    marks: Mapping[str, str] | None = None,
 ) -> Table:  # fmt: skip
     """The table of a sweep, by the trials' rows: a line for all seeds. With `tune`, only the best tuned settings.
 
-    A search has a title of its own, and a last column with the ``mark`` of each line.
+    A search has a title of its own, and a last column with ``marks``, by the name of the first trial of a line.
     """
     labels = list(dict.fromkeys(key for trial in trials for key in trial.labels if key != SEED))
     report = report_key(trials[0], sweep) if trials else None
@@ -173,11 +173,11 @@ def make_table(
             "-" if (seconds := own.mean("seconds")) is None else f"{seconds:.1f}",
             f"{len(own.rows)}/{len(own.trials)}",
             *([", ".join(map(str, own.stopped))] if sweep.stop else []),
-            *([mark(own)] if mark else []),
+            *([] if marks is None else [marks.get(own.trials[0].name, "")]),
         )
         for own in groups(selected(trials, rows, sweep), rows)
     )
-    more = (["stopped at round"] if sweep.stop else []) + ([""] if mark else [])
+    more = (["stopped at round"] if sweep.stop else []) + ([] if marks is None else [""])
     columns = (*short_names(labels).values(), *values.values(), "MB both ways", "seconds", "trials", *more)
     return Table(title or _title(sweep), columns, body)
 

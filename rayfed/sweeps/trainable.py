@@ -27,7 +27,7 @@ from rayfed.api import build_components, iter_rounds
 from rayfed.api.warm_start import STATE, continue_run, last_round, snapshot, warm_start
 from rayfed.config import Experiment, dump_config, validate
 from rayfed.config.marks import data_key
-from rayfed.errors import RunError, UserError
+from rayfed.errors import MOST_CHARACTERS, RunError, UserError, first_line
 from rayfed.files import atomic_write, remove_path
 from rayfed.run_directory import locked
 from rayfed.storage import masked
@@ -154,6 +154,5 @@ def report(record: Record, folder: Path, take_checkpoints: bool = True) -> None:
 
 def in_one_line(error: Exception) -> str:
     """The message of the error on one line; with the error's class if the error is not one of rayfed's own."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-    line = masked(line)
+    line = masked(first_line(error, MOST_CHARACTERS))
     return line if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {line}"

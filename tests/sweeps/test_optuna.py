@@ -11,7 +11,7 @@ from optuna.trial import FixedTrial
 
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
-from rayfed.sweeps.optuna_search import OptunaPoints, choose, pareto_front
+from rayfed.sweeps.optuna_search import OptunaPoints, choose
 from rayfed.sweeps.space import Point
 
 SPACES = {
@@ -62,14 +62,6 @@ def test_values_of_a_choice_may_be_anything() -> None:
     choices = [{"kind": "same"}, [1, 2], None, "x"]
     sweep = section({"profiles": {"choice": choices}}, None)
     assert [point_of({"profiles": i}, sweep).overrides["profiles"] for i in range(4)] == choices
-
-
-def test_the_front() -> None:
-    best = [(0.5, 10.0), (0.7, 20.0), (0.7, 20.0), (0.9, 90.0), (0.4, 9.0)]  # equal ones both stay
-    beaten = [(0.6, 20.0), (0.9, 91.0)]  # one is better for as much, one as good for less
-    assert pareto_front(beaten + best) == best
-    assert pareto_front([(-worth, cost) for worth, cost in best + beaten]) == [(-0.4, 9.0)]
-    assert pareto_front([]) == []
 
 
 def test_without_optuna_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
