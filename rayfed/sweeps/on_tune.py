@@ -18,10 +18,10 @@ from ray.tune.search import Searcher
 
 from rayfed.files import remove_path
 from rayfed.sweeps.plan import FAILED, NAME, RUN_DIR, Trial
-from rayfed.sweeps.resources import join_ray
 from rayfed.sweeps.search import Search
 from rayfed.sweeps.trainable import make_trainable, overrides
 from rayfed.sweeps.tune import ENVIRONMENT as OF_TRIALS
+from rayfed.sweeps.tune import join_ray
 
 ENVIRONMENT = OF_TRIALS | {  # Tune reads these variables when the sweep starts
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # one line says that a process died
@@ -41,26 +41,23 @@ def run_on_tune(search: Search) -> None:
     ours = join_ray([trial.experiment for trial in search.checked], ENVIRONMENT, search.progress.note)
     try:
         data = {key: ray.put(federation) for key, federation in search.federations.items()}
-        config: dict[str, Any] = {"search_alg": Suggestions(search), "num_samples": -1} | search.tune_config()
+        config: dict[str, Any] = {
+            "search_alg": Suggestions(search),
+            "num_samples": -1,
+            "max_concurrent_trials": search.sweep.concurrency,
+            "reuse_actors": True,
+            "trial_name_creator": _name,
+            "trial_dirname_creator": _name,
+        }
+        config |= search.tune_config()
+        space = config.pop("param_space", {})
+        retries = tune.FailureConfig(max(trial.experiment.engine.retries for trial in search.checked))
+        run_config = tune.RunConfig(
+            STORAGE, str(search.out), failure_config=retries, verbose=0, callbacks=[Watch(search)]
+        )
+        function = make_trainable(search.settings, data, search.out / "trials", search.pauses)
         remove_path(search.out / STORAGE)
-        tune.Tuner(
-            make_trainable(search.settings, data, search.out / "trials", search.pauses),
-            param_space=config.pop("param_space", {}),
-            tune_config=tune.TuneConfig(
-                reuse_actors=True,
-                max_concurrent_trials=search.sweep.concurrency,
-                trial_name_creator=_name,
-                trial_dirname_creator=_name,
-                **config,
-            ),
-            run_config=tune.RunConfig(
-                name=STORAGE,
-                storage_path=str(search.out),
-                verbose=0,
-                failure_config=tune.FailureConfig(max(trial.experiment.engine.retries for trial in search.checked)),
-                callbacks=[Watch(search)],
-            ),
-        ).fit()
+        tune.Tuner(function, param_space=space, tune_config=tune.TuneConfig(**config), run_config=run_config).fit()
     finally:
         remove_path(search.out / STORAGE)
         for name in new:  # later experiments of this process are not the sweep's

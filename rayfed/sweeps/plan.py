@@ -8,8 +8,8 @@ distinct one once) and matches the adapters.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -64,19 +64,18 @@ def make_trials(settings: Mapping[str, Any], points: Iterable[Point], names: Seq
 
     UserError where fields or their combinations are wrong: one line a mistake, with the trials that have the mistake.
     """
-    points = list(islice(points, MOST_TRIALS + 1))
+    points, trials = list(islice(points, MOST_TRIALS + 1)), []
     if len(points) > MOST_TRIALS:
         raise UserError(f"sweep: got more than {MOST_TRIALS} points to check, but at most so many are allowed")
     group = str(settings.get("name", "sweep"))
-    trials = []
-    refusals = Refusals()
-    for point, name in zip(points, names or ["check"] * len(points), strict=True):
-        with refusals.of(point):
-            experiment = trial_experiment(settings, point.overrides, group, name)
-            metrics = ("train/loss", *build_components(experiment).task.metric_keys(experiment.eval), "bytes/total")
-            data = data_key(experiment.model_dump(mode="json"))
-            trials.append(Trial(name, point.overrides, point.labels, experiment, data, metrics))
-    refusals.raise_all()
+    with collected() as checked:
+        for point, name in zip(points, names or ["check"] * len(points), strict=True):
+            with checked(point):
+                experiment = trial_experiment(settings, point.overrides, group, name)
+                measured = build_components(experiment).task.metric_keys(experiment.eval)
+                data = data_key(experiment.model_dump(mode="json"))
+                metrics = ("train/loss", *measured, "bytes/total")
+                trials.append(Trial(name, point.overrides, point.labels, experiment, data, metrics))
     return trials
 
 
@@ -85,50 +84,50 @@ def check_trials(trials: Sequence[Trial], sweep: Sweep | None = None) -> dict[st
 
     UserError as in `make_trials`, for data, base models and GPUs, and for the metrics and rounds of the ``sweep``.
     """
-    refusals = Refusals()
     federations: dict[str, Federation] = {}
     models: set[str] = set()
-    for trial in trials:
-        with refusals.of(trial):
-            engine = trial.experiment.engine
-            if engine.kind == "local" and engine.device == "cuda" and not engine.gpus:
-                gpus = "in a sweep it says how much of a GPU each trial holds"
-                raise UserError(f"engine.gpus_per_worker: got 0, but {gpus}")
-            if sweep is not None:
-                _check_comparison(trial, sweep)
-            model = model_key(trial.experiment.model_dump(mode="json"))
-            federation = check(trial.experiment, federations.get(trial.data), model=model not in models)
-            models.add(model)
-            federations[trial.data] = federation
-            exact = build_components(trial.experiment).task.exact
-            if sweep is not None and sweep.metric.startswith("eval/") and not exact and not len(federation.validation):
-                split = "the data have no validation split; set data.validation above 0"
-                raise UserError(f"sweep.metric: got {sweep.metric!r}, but {split}")
-    refusals.raise_all()
+    with collected() as checked:
+        for trial in trials:
+            with checked(trial):
+                engine = trial.experiment.engine
+                if engine.kind == "local" and engine.device == "cuda" and not engine.gpus:
+                    gpus = "in a sweep it says how much of a GPU each trial holds"
+                    raise UserError(f"engine.gpus_per_worker: got 0, but {gpus}")
+                if sweep is not None:
+                    _check_comparison(trial, sweep)
+                model = model_key(trial.experiment.model_dump(mode="json"))
+                federation = check(trial.experiment, federations.get(trial.data), model=model not in models)
+                models.add(model)
+                federations[trial.data] = federation
+                if sweep is not None and is_evaluated(trial, sweep.metric, "eval/") and not len(federation.validation):
+                    split = "the data have no validation split; set data.validation above 0"
+                    raise UserError(f"sweep.metric: got {sweep.metric!r}, but {split}")
     return federations
 
 
-class Refusals:
-    """Collects refusals, to raise them together. One of many trials becomes one line that names some of the trials."""
+@contextmanager
+def collected() -> Iterator[Callable[[Point | Trial], AbstractContextManager[None]]]:
+    """Collects the refusals of trials, to raise them together. One of many trials becomes one line that names some.
 
-    def __init__(self) -> None:
-        self.trials: dict[str, list[str]] = {}  # by the line of the refusal
+    Yields the context manager in which each trial is checked.
+    """
+    found: dict[str, list[str]] = {}  # the trials by the line of the refusal
 
     @contextmanager
-    def of(self, trial: Point | Trial) -> Iterator[None]:
+    def of(trial: Point | Trial) -> Iterator[None]:
         try:
             yield
         except UserError as error:
             for line in str(error).splitlines():
-                self.trials.setdefault(line, []).append(format_settings(trial.overrides))
+                found.setdefault(line, []).append(format_settings(trial.overrides))
 
-    def raise_all(self) -> None:
-        lines = []
-        for line, trials in self.trials.items():
-            more = f"; and {len(trials) - NAMED} more" if len(trials) > NAMED else ""
-            lines.append(f"{line} (trial{'s'[: len(trials) - 1]} {'; '.join(trials[:NAMED])}{more})")
-        if lines:
-            raise UserError("\n".join(lines))
+    yield of
+    lines = []
+    for line, trials in found.items():
+        more = f"; and {len(trials) - NAMED} more" if len(trials) > NAMED else ""
+        lines.append(f"{line} (trial{'s'[: len(trials) - 1]} {'; '.join(trials[:NAMED])}{more})")
+    if lines:
+        raise UserError("\n".join(lines))
 
 
 def trial_experiment(settings: Mapping[str, Any], overrides: Mapping[str, Any], group: str, name: str) -> Experiment:
@@ -172,6 +171,6 @@ def _check_comparison(trial: Trial, sweep: Sweep) -> None:
         raise UserError(f"eval.every: got {every}, but sweep.stop compares {sweep.metric} {when}")
 
 
-def is_evaluated(trial: Trial, metric: str) -> bool:
-    """Whether the trial measures the metric in the rounds of `eval.every` alone."""
-    return metric.startswith(("eval/", "test/")) and not build_components(trial.experiment).task.exact
+def is_evaluated(trial: Trial, metric: str, on: str | tuple[str, ...] = ("eval/", "test/")) -> bool:
+    """Whether the trial measures the metric ``on`` its data, in the rounds of `eval.every` alone."""
+    return metric.startswith(on) and not build_components(trial.experiment).task.exact

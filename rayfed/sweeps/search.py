@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayfed.config.sweep import SEED, Sweep
 from rayfed.files import atomic_write
@@ -28,13 +28,15 @@ from rayfed.sweeps.plan import (
     check_trials,
     make_trials,
 )
-from rayfed.sweeps.progress import Progress
 from rayfed.sweeps.space import Point, expand, trial_names
 from rayfed.sweeps.table import TrialRow, make_table, read_lines, selected, trial_row
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Table
 from rayfed.tracking.console import PlainView
 from rayfed.tracking.jsonl import to_line
+
+if TYPE_CHECKING:
+    from rayfed.sweeps.sweep import Progress
 
 SWEEP_FILE, SEARCH_FILE = "sweep.jsonl", "search.jsonl"
 
@@ -64,9 +66,10 @@ class Search(ABC):
         earlier = read_lines(out / SWEEP_FILE)
         self.stopped = {row["trial"]: row["stopped"]["round"] for row in earlier if row.get("status") == STOPPED}
         """The last rounds of the trials that were stopped early, by name."""
+        self.progress: Progress
+        """The console; set before the search runs."""
         self.on_trial_end: Callable[[Trial], object] = lambda trial: None
         """Called with every trial that has ended, after its row is written."""
-        self.progress = Progress(PlainView(io.StringIO()), sweep.metric)
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles searchers and callbacks, and no sweep reads that file. They hold data."""
@@ -107,7 +110,7 @@ class Search(ABC):
         return trial.labels
 
     def marks(self) -> Mapping[str, str] | None:
-        """The last cells of the lines in the table, by the name of the first trial of the line; None: no such column."""
+        """The last cells of lines in the table, by the name of the first trial of the line; None: no such column."""
         return None
 
     def table(self) -> Table:

@@ -26,13 +26,14 @@ from ray import tune
 from rayfed.api import build_components, iter_rounds
 from rayfed.api.warm_start import STATE, continue_run, last_round, snapshot, warm_start
 from rayfed.config import Experiment, dump_config, validate
+from rayfed.config.execution import Engine
 from rayfed.config.marks import data_key
+from rayfed.engine.placement import trial_bundles
 from rayfed.errors import MOST_CHARACTERS, RunError, UserError, first_line
 from rayfed.files import atomic_write, remove_path
 from rayfed.run_directory import locked
 from rayfed.storage import masked
 from rayfed.sweeps.plan import ENDED, FAILED, NAME, RUN_DIR, START_FROM, Config, trial_experiment
-from rayfed.sweeps.resources import placement_group
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Record, read_metrics
 
@@ -83,6 +84,22 @@ def make_trainable(
 
     train.__name__ = "rayfed"  # the first word of the names that Tune gives
     return tune.with_resources(train, resources)
+
+
+def placement_group(engine: Engine, here: bool = False) -> tune.PlacementGroupFactory:
+    """The placement group of a trial: a bundle for its own process, and one for each of its workers.
+
+    All are reserved together, so the workers of a running trial always have room. ``here``: its process stays on this
+    node, where the run directories are.
+    """
+    process, *workers = trial_bundles(engine)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if here and len(nodes) > 1:
+        (own,) = (node for node in nodes if node["NodeID"] == ray.get_runtime_context().get_node_id())
+        process |= {f"node:{own['NodeManagerAddress']}": 1e-3}
+    labels = engine.labels
+    selectors: dict[str, Any] = {"bundle_label_selector": [{}, *(dict(labels) for _ in workers)]} if labels else {}
+    return tune.PlacementGroupFactory([process, *workers], **selectors)
 
 
 def overrides(config: Mapping[str, Any]) -> Config:

@@ -20,7 +20,8 @@ searcher of Tune works. `tune.Tuner.restore(path, rayfed.tune.trainable(experime
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,10 +33,11 @@ from rayfed.api import build_components
 from rayfed.api.plans import Settings, read_settings
 from rayfed.config import Experiment
 from rayfed.config.marks import live
+from rayfed.engine.driver import start_ray
+from rayfed.engine.placement import check_trial, trial_bundles
 from rayfed.errors import UserError
 from rayfed.sweeps.flasc_search import FlascSearch
 from rayfed.sweeps.plan import NAME, START_FROM, Config, Trial, check_trials, is_evaluated, make_trials
-from rayfed.sweeps.resources import join_ray
 from rayfed.sweeps.space import Point, combinations
 from rayfed.sweeps.trainable import make_trainable
 
@@ -95,6 +97,34 @@ def tuner(
     data = {key: ray.put(federation) for key, federation in federations.items()}
     function = make_trainable(_given(settings), data)
     return tune.Tuner(function, param_space=dict(param_space), tune_config=tune_config, run_config=run_config)
+
+
+def join_ray(
+    trials: Sequence[Experiment], environment: Mapping[str, str], event: Callable[[str], None] = lambda text: None
+) -> bool:
+    """Joins the trials' cluster, or starts Ray here with CPUs for any of them, unless this process uses Ray already.
+
+    Whether Ray was started or joined now. ``environment``: variables that are set before, unless they are. ``event``
+    gets a line first, since that takes seconds. UserError where the trials name several clusters, or the cluster can
+    never hold one of them.
+    """
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    engines = list({str(trial.engine): trial.engine for trial in trials}.values())
+    addresses = {engine.address for engine in engines}
+    if len(addresses) > 1:
+        raise UserError("engine.address: trials run on one cluster, but these name several")
+    if ours := not ray.is_initialized():
+        cpus = max(sum(bundle.get("CPU", 0) for bundle in trial_bundles(engine)) for engine in engines)
+        start_ray(addresses.pop(), cpus, any(engine.dashboard for engine in engines), event)
+    try:
+        for engine in engines:
+            check_trial(engine)
+    except UserError:
+        if ours:
+            ray.shutdown()
+        raise
+    return ours
 
 
 def _given(experiment: Experiment) -> dict[str, Any]:
