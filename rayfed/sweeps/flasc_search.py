@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +40,7 @@ from rayfed.config.search import ROUNDED, FlascSearchSettings
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError, allowed
 from rayfed.files import write_json
-from rayfed.sweeps.plan import NAME, RUN_DIR, START_FROM, Config, Trial, check_trials, make_trials, trial_folder
+from rayfed.sweeps.plan import NAME, RUN_DIR, START_FROM, Config, Trial, make_trials, trial_folder
 from rayfed.sweeps.search import Search
 from rayfed.sweeps.space import Point
 
@@ -280,8 +280,7 @@ class FlascProbes(Search):
         options = sweep.search.model_dump(exclude={"kind"})
         self.searcher = FlascSearch(trial.experiment, sweep.metric, sweep.mode, **options)
         self.cohort, self.ids = trial.experiment.server.cohort, count()
-        self.checked = make_trials(settings, [Point(own.overrides, {}) for own in self.searcher.extremes()])
-        self.federations = check_trials(self.checked, sweep)
+        self.check(Point(probe.overrides, {}) for probe in self.searcher.extremes())
         while waiting := self.searcher.waiting():  # those that have ended are told
             trials = [self.trial(probe.name, probe.overrides) for probe in waiting]
             ended = [own for own in trials if own not in self.missing(trials)]
@@ -312,8 +311,7 @@ class FlascProbes(Search):
         """One line for each probe that has ended, and one for the end of the search."""
         progress, metrics = self.searcher.progress(), self.searcher.metrics
         lines: list[dict[str, Any]] = [
-            {"trial": own.name, "rank": own.rank, "down": own.down, "up": own.up, "rounds": own.rounds}
-            | {"metric": metrics[own.name], "chosen": own in progress.path}
+            {"trial": own.name, **asdict(own), "metric": metrics[own.name], "chosen": own in progress.path}
             for own in progress.probes
             if own.name in metrics
         ]

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
+from itertools import chain, repeat
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from rayfed.config.describe import format_settings, short_names
 from rayfed.config.search import OptunaSettings
 from rayfed.config.sweep import SEED, Sweep, is_space
 from rayfed.errors import UserError
-from rayfed.sweeps.plan import UNFINISHED, Config, Trial, check_trials, make_trials
+from rayfed.sweeps.plan import UNFINISHED, Config, Trial, make_trials
 from rayfed.sweeps.search import SEARCH_FILE, Search
 from rayfed.sweeps.space import CASE, Point, corners, make_point, point_name, rounded
 from rayfed.sweeps.table import read_lines
@@ -53,10 +54,8 @@ class OptunaPoints(Search):
         self.short = short_names(dict.fromkeys([CASE, *varied, SEED]))
         # Where all choices and both ends of all ranges are valid, so are the points in between.
         ends = (point for _, case in sweep.labelled() or [("", {})] for point in corners(sweep, case))
-        self.checked = make_trials(settings, (_with_seed(point, self.seeds[0]) for point in ends))
-        first = Point(self.checked[0].overrides, {})
-        self.checked += make_trials(settings, (_with_seed(first, seed) for seed in self.seeds[1:]))
-        self.federations = check_trials(self.checked, sweep)
+        seeds = chain([self.seeds], repeat(self.seeds[:1]))  # of the first point all
+        self.check(_with_seed(point, seed) for point, own in zip(ends, seeds, strict=False) for seed in own)
         self.points: list[dict[str, Any]] = []
         """The lines of search.jsonl."""
         self.open: dict[int, optuna.Trial] = {}
@@ -144,10 +143,10 @@ class OptunaPoints(Search):
         ended = [trial for trial in self.study.trials if trial.values]
         best = (max if self.sweep.mode == "max" else min)((trial.values[0] for trial in ended), default=None)
         front = {trial.number for trial in self.study.best_trials} if self.search.against else ()
+        shown = self.search.against not in (None, "bytes/total")  # the table has a column of these
         found = {}
         for trial in ended:
-            shown = self.search.against not in (None, "bytes/total")
-            marks = [f"{trial.values[1]:.4g} {self.search.against}"] * shown
+            marks = [f"{trial.values[1]:.4g} {self.search.against}"] if shown else []
             marks += ["best"] * (trial.values[0] == best) + ["front"] * (trial.number in front)
             found[self.points[trial.number]["trials"][0]] = ", ".join(marks)
         return found

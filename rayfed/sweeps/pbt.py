@@ -41,8 +41,8 @@ from rayfed.config.describe import format_value
 from rayfed.config.load import assign
 from rayfed.config.search import PbtSettings
 from rayfed.config.sweep import Sweep
-from rayfed.errors import UserError
-from rayfed.sweeps.plan import NAME, Trial, check_trials, is_evaluated, make_trials, trial_folder
+from rayfed.errors import allowed
+from rayfed.sweeps.plan import NAME, Trial, is_evaluated, make_trials, trial_folder
 from rayfed.sweeps.search import Search
 from rayfed.sweeps.space import Point, corners, draw, rounded
 from rayfed.tracking.format import format_mean
@@ -62,20 +62,15 @@ class Population(Search):
         for key, value in {**CONSTANT, "checkpoint.every": math.gcd(experiment.checkpoint.every, generation)}.items():
             assign(settings, key, value, f"{key}={value}")
         super().__init__(settings, sweep, out)
-        self.checked = make_trials(settings, corners(sweep, {}))
         rounds, every = experiment.server.rounds, experiment.eval.every
         if rounds % generation or rounds < 2 * generation:
-            raise UserError(
-                f"server.rounds: got {rounds}, but it should be two or more generations of "
-                f"sweep.search.rounds={generation}"
-            )
+            many = f"it should be two or more generations of sweep.search.rounds={generation}"
+            raise allowed("server.rounds", rounds, many)
         check_live_change(experiment, sweep.parameters)
-        self.federations = check_trials(self.checked, sweep)
+        self.check(corners(sweep, {}))
         if generation % every and is_evaluated(unsearched, sweep.metric):
-            raise UserError(
-                f"eval.every: got {every}, but it should divide sweep.search.rounds={generation}: members are compared "
-                f"by {sweep.metric} after so many rounds"
-            )
+            when = f"members are compared by {sweep.metric} after so many rounds"
+            raise allowed("eval.every", every, f"it should divide sweep.search.rounds={generation}: {when}")
         for i in range(self.search.population):
             own = {key: draw(space, key, experiment.seed, i) for key, space in sweep.parameters.items()}
             if (config := out / "trials" / f"m{i + 1:02d}" / "config.yaml").is_file():  # it may have copied another

@@ -44,8 +44,7 @@ SWEEP_FILE, SEARCH_FILE = "sweep.jsonl", "search.jsonl"
 class Search(ABC):
     """The trials of the sweep in the directory ``out``. ``settings``: what all trials share.
 
-    A derived class checks its settings in `__init__` (UserError before anything starts). There it sets ``checked``:
-    trials that ask Ray for as much as any later trial, and ``federations``: the data of the trials, by `Trial.data`.
+    A derived class calls `check` in `__init__`: UserError before anything starts.
     """
 
     pauses = False
@@ -54,18 +53,15 @@ class Search(ABC):
     def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
         self.settings, self.sweep, self.out = settings, sweep, out
         self.checked: list[Trial] = []
+        """Trials that ask Ray for as much as any later trial."""
         self.federations: dict[str, Federation] = {}
+        """The data of the trials, by `Trial.data`."""
         self.trials: dict[str, Trial] = {}
         """The trials so far, by name, in order."""
         self.rows: dict[str, TrialRow] = {}
         """Their rows of sweep.jsonl, by name."""
         self.waiting: list[Trial] = []
         """The trials that Tune gets next, in order."""
-        self.errors: dict[str, str] = {}
-        """Why trials have failed, in one line, by name."""
-        earlier = read_lines(out / SWEEP_FILE)
-        self.stopped = {row["trial"]: row["stopped"]["round"] for row in earlier if row.get("status") == STOPPED}
-        """The last rounds of the trials that were stopped early, by name."""
         self.progress: Progress
         """The console; set before the search runs."""
         self.on_trial_end: Callable[[Trial], object] = lambda trial: None
@@ -74,6 +70,11 @@ class Search(ABC):
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles searchers and callbacks, and no sweep reads that file. They hold data."""
         return {}
+
+    def check(self, points: Iterable[Point], names: Sequence[str] = ()) -> None:
+        """Sets `checked` and `federations`. UserError where one of the points is wrong."""
+        self.checked = make_trials(self.settings, points, names)
+        self.federations = check_trials(self.checked, self.sweep)
 
     @abstractmethod
     def complete(self) -> bool:
@@ -90,8 +91,8 @@ class Search(ABC):
         trial = self.waiting.pop(0)
         config = {NAME: trial.name, **trial.overrides}
         if not self.missing([trial]):
-            config[ENDED] = self.stopped.get(trial.name, trial.experiment.server.rounds)
-        self.errors.pop(trial.name, None)
+            stopped = self.rows[trial.name].get("stopped", {})
+            config[ENDED] = stopped.get("round", trial.experiment.server.rounds)
         return config
 
     def tell(self, trial: Trial) -> None:  # noqa: B027
@@ -139,9 +140,8 @@ class Search(ABC):
             self.add(self.trials[name])
         return self.trials[name]
 
-    def add(self, trial: Trial) -> None:
-        """Adds the trial and makes its row. UserError if its run directory was made with other settings."""
-        error, stopped = self.errors.get(trial.name), self.stopped.get(trial.name)
+    def add(self, trial: Trial, error: str | None = None, stopped: int | None = None) -> None:
+        """Adds the trial and makes its row, see `trial_row`. UserError if its run directory has other settings."""
         self.rows[trial.name] = trial_row(self.out, trial, self.sweep, error, stopped)
         self.trials[trial.name] = trial
 
@@ -154,11 +154,7 @@ class Search(ABC):
 
         It is done if its run has written a summary; else the scheduler has stopped it.
         """
-        if error is not None:
-            self.errors[trial.name] = error
-        elif round is not None:
-            self.stopped.setdefault(trial.name, round)
-        self.add(trial)
+        self.add(trial, error, round)
         self.tell(trial)
         self.write()
         self.progress.end(self.rows[trial.name], self.ended, len(self.rows))
@@ -189,10 +185,11 @@ class TrialList(Search):
         super().__init__(settings, sweep, out)
         seed = settings.get(SEED, 0)
         points = expand(sweep, seed if isinstance(seed, int) else 0)
-        self.checked = make_trials(settings, points, trial_names(points))
-        self.federations = check_trials(self.checked, sweep)
+        self.check(points, trial_names(points))
+        earlier = (row for row in read_lines(out / SWEEP_FILE) if row.get("status") == STOPPED)
+        stopped = {row["trial"]: row["stopped"]["round"] for row in earlier}
         for trial in self.checked:
-            self.add(trial)
+            self.add(trial, stopped=stopped.get(trial.name))
         first = sweep.parameters.get(SEED, {}).get("grid", [])[: sweep.tune_seeds]
         self.now = [own for own in self.checked if sweep.tune_seeds is None or own.overrides[SEED] in first]
         """The trials that Tune gets."""

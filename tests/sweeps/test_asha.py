@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from sweep_files import planned, run_in_process
 from rayfed.config.sweep import load_sweep
 from rayfed.sweeps.plan import ENDED, Trial, trial_folder
 from rayfed.sweeps.search import TrialList
-from rayfed.sweeps.sweep import run_sweep
+from rayfed.sweeps.sweep import Progress, run_sweep
 from rayfed.sweeps.table import make_table, trial_row
 from rayfed.tracking import read_metrics
+from rayfed.tracking.console import PlainView
 
 
 def write_stopped(out: Path, trial: Trial, round: int) -> None:
@@ -41,6 +43,7 @@ def test_what_tune_gets(sweep_file, tmp_path: Path) -> None:
         {"name": "seed=2", "seed": 2},
         None,
     ]
+    search.progress = Progress(PlainView(io.StringIO()), "eval/gap")
     search.trial_ended(trials[1], round=3)
     assert search.rows["seed=1"]["status"] == "stopped"
     search.stop = None
