@@ -53,7 +53,7 @@ class OptunaPoints(Search):
         varied = [*sweep.parameters, *(key for _, case in sweep.labelled() for key in case)]
         self.short = short_names(dict.fromkeys([CASE, *varied, SEED]))
         # Where all choices and both ends of all ranges are valid, so are the points in between.
-        ends = (point for _, case in sweep.labelled() or [("", {})] for point in corners(sweep, case))
+        ends = (point for _, case in sweep.labelled() for point in corners(sweep, case))
         seeds = chain([self.seeds], repeat(self.seeds[:1]))  # of the first point all
         self.check(_with_seed(point, seed) for point, own in zip(ends, seeds, strict=False) for seed in own)
         self.points: list[dict[str, Any]] = []
@@ -94,9 +94,6 @@ class OptunaPoints(Search):
             self.write()
         return super().suggest()
 
-    def tell(self, trial: Trial) -> None:
-        self._tell()
-
     def _add(self, asked: optuna.Trial, point: Point) -> None:
         """Adds the point that was asked for. Those of its runs that are new wait for Tune."""
         line: dict[str, Any] = {"params": asked.params, "settings": dict(point.overrides), "trials": []}
@@ -112,9 +109,9 @@ class OptunaPoints(Search):
             if trial.name not in self.trials:
                 self.add(trial)
                 self.waiting += self.missing([trial])
-        self._tell()
+        self.tell()
 
-    def _tell(self) -> None:
+    def tell(self, trial: Trial | None = None) -> None:
         """Tells Optuna the values of the points whose runs have ended."""
         from optuna.trial import TrialState
 
@@ -154,7 +151,7 @@ class OptunaPoints(Search):
 
 def choose(asked: optuna.trial.BaseTrial, sweep: Sweep) -> Point:
     """The point that Optuna suggests in this trial of Optuna."""
-    cases = sweep.labelled() or [("", {})]
+    cases = sweep.labelled()
     number = asked.suggest_categorical(CASE, range(len(cases))) if len(cases) > 1 else 0
     label, case = cases[number]
     values: dict[str, Any] = {}

@@ -146,18 +146,11 @@ class Generations(PopulationBasedTraining):
     def __init__(self, search: PbtSettings, sweep: Sweep, rounds: int, seed: int, done: int = 0) -> None:
         spaces = sweep.parameters
         super().__init__(
-            "round",
-            sweep.metric,
-            sweep.mode,
-            perturbation_interval=search.rounds,
+            "round", sweep.metric, sweep.mode, perturbation_interval=search.rounds, quantile_fraction=search.quantile,
+            resample_probability=search.resample, perturbation_factors=search.factors, log_config=False, synch=True,
             hyperparam_mutations={key: own.get("choice") or partial(_drawn, own, key) for key, own in spaces.items()},
-            quantile_fraction=search.quantile,
-            resample_probability=search.resample,
-            perturbation_factors=search.factors,
             custom_explore_fn=partial(_within, spaces),
-            log_config=False,
-            synch=True,
-        )
+        )  # fmt: skip
         self.rounds, self.seed, self.done = rounds, seed, done
         self._next_perturbation_sync = done + search.rounds
 

@@ -29,7 +29,7 @@ from rayfed.sweeps.plan import (
     make_trials,
 )
 from rayfed.sweeps.space import Point, expand, trial_names
-from rayfed.sweeps.table import TrialRow, make_table, read_lines, selected, trial_row
+from rayfed.sweeps.table import TrialRow, make_table, of_first_seeds, read_lines, selected, trial_row
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Table
 from rayfed.tracking.console import PlainView
@@ -44,7 +44,7 @@ SWEEP_FILE, SEARCH_FILE = "sweep.jsonl", "search.jsonl"
 class Search(ABC):
     """The trials of the sweep in the directory ``out``. ``settings``: what all trials share.
 
-    A derived class calls `check` in `__init__`: UserError before anything starts.
+    A derived class calls `check` in `__init__`, and refuses what else is wrong there: a UserError before anything starts.
     """
 
     pauses = False
@@ -167,12 +167,12 @@ class Search(ABC):
 
     def write(self) -> None:
         """Writes sweep.jsonl, search.jsonl and table.txt."""
+        atomic_write(self.out / SWEEP_FILE, "".join(f"{to_line(row)}\n" for row in self.rows.values()))
+        if lines := self.lines():
+            atomic_write(self.out / SEARCH_FILE, "".join(f"{to_line(line)}\n" for line in lines))
         page = io.StringIO()
         PlainView(page).table(self.table())
-        rows, lines = ("".join(f"{to_line(own)}\n" for own in part) for part in (self.rows.values(), self.lines()))
-        for name, text in ((SWEEP_FILE, rows), (SEARCH_FILE, lines), ("table.txt", page.getvalue().lstrip("\n"))):
-            if text or name != SEARCH_FILE:
-                atomic_write(self.out / name, text)
+        atomic_write(self.out / "table.txt", page.getvalue().lstrip("\n"))
 
 
 class TrialList(Search):
@@ -190,8 +190,7 @@ class TrialList(Search):
         stopped = {row["trial"]: row["stopped"]["round"] for row in earlier}
         for trial in self.checked:
             self.add(trial, stopped=stopped.get(trial.name))
-        first = sweep.parameters.get(SEED, {}).get("grid", [])[: sweep.tune_seeds]
-        self.now = [own for own in self.checked if sweep.tune_seeds is None or own.overrides[SEED] in first]
+        self.now = of_first_seeds(self.checked, sweep)
         """The trials that Tune gets."""
         self.stop = sweep.stop
 
@@ -232,17 +231,11 @@ class TrialList(Search):
 
 def build_search(settings: dict[str, Any], sweep: Sweep, out: Path) -> Search:
     """The trials or the search that the section describes. UserError, before anything starts, where it is wrong."""
-    kind = sweep.search.kind if sweep.search else None
-    if kind == "flasc":
-        from rayfed.sweeps.flasc_search import FlascProbes
+    if sweep.search is None:
+        return TrialList(settings, sweep, out)
+    from rayfed.sweeps.flasc_search import FlascProbes
+    from rayfed.sweeps.optuna_search import OptunaPoints
+    from rayfed.sweeps.pbt import Population
 
-        return FlascProbes(settings, sweep, out)
-    if kind == "optuna":
-        from rayfed.sweeps.optuna_search import OptunaPoints
-
-        return OptunaPoints(settings, sweep, out)
-    if kind == "pbt":
-        from rayfed.sweeps.pbt import Population
-
-        return Population(settings, sweep, out)
-    return TrialList(settings, sweep, out)
+    kinds: dict[str, Callable[..., Search]] = {"flasc": FlascProbes, "optuna": OptunaPoints, "pbt": Population}
+    return kinds[sweep.search.kind](settings, sweep, out)

@@ -39,7 +39,7 @@ class Point:
 def expand(sweep: Sweep, seed: int) -> list[Point]:
     """Every point once: in the order of the cases, then of the parameters as they are written, then of the draws."""
     points: dict[str, Point] = {}
-    for label, case in sweep.labelled() or [("", {})]:
+    for label, case in sweep.labelled():
         spaces = {**sweep.parameters, **case}
         grids = {key: space["grid"] for key, space in spaces.items() if is_space(space) and "grid" in space}
         drawn = {key: space for key, space in spaces.items() if is_space(space) and key not in grids}

@@ -120,16 +120,21 @@ def selected(trials: Sequence[Trial], rows: Mapping[str, TrialRow], sweep: Sweep
     """
     if not sweep.tune:
         return list(trials)
-    seeds = sweep.parameters.get(SEED, {}).get("grid", [])[: sweep.tune_seeds]
     sign = 1 if sweep.mode == "max" else -1
     best: dict[str, tuple[tuple[int, float], str]] = {}
-    for key, group in groups(own for own in trials if sweep.tune_seeds is None or own.overrides[SEED] in seeds).items():
+    for key, group in groups(of_first_seeds(trials, sweep)).items():
         metrics, others = values_of(group, rows, "metric"), group_of(group[0], sweep.tune)
         worth = len(metrics), sign * mean(metrics or [0.0])
         if others not in best or worth > best[others][0]:
             best[others] = worth, key
     chosen = {key for _, key in best.values()}
     return [own for own in trials if group_of(own) in chosen]
+
+
+def of_first_seeds(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
+    """The trials of the first `tune_seeds` seeds; without `tune_seeds`, all."""
+    seeds = sweep.parameters.get(SEED, {}).get("grid", [])[: sweep.tune_seeds]
+    return [trial for trial in trials if sweep.tune_seeds is None or trial.overrides[SEED] in seeds]
 
 
 def make_table(
