@@ -40,7 +40,6 @@ def run_on_tune(search: Search) -> None:
     new = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     ours = join_ray([trial.experiment for trial in search.checked], ENVIRONMENT, search.progress.note)
     try:
-        data = {key: ray.put(federation) for key, federation in search.federations.items()}
         config: dict[str, Any] = {
             "search_alg": Suggestions(search),
             "num_samples": -1,
@@ -55,7 +54,7 @@ def run_on_tune(search: Search) -> None:
         run_config = tune.RunConfig(
             STORAGE, str(search.out), failure_config=retries, verbose=0, callbacks=[Watch(search)]
         )
-        function = make_trainable(search.settings, data, search.out / "trials", search.pauses)
+        function = make_trainable(search.settings, search.federations, search.out / "trials", search.pauses)
         remove_path(search.out / STORAGE)
         tune.Tuner(function, param_space=space, tune_config=tune.TuneConfig(**config), run_config=run_config).fit()
     finally:

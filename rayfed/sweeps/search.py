@@ -44,7 +44,7 @@ SWEEP_FILE, SEARCH_FILE = "sweep.jsonl", "search.jsonl"
 class Search(ABC):
     """The trials of the sweep in the directory ``out``. ``settings``: what all trials share.
 
-    A derived class calls `check` in `__init__`, and refuses what else is wrong there: a UserError before anything starts.
+    A derived class calls `check` in `__init__`, and refuses there what else is wrong: before anything starts.
     """
 
     pauses = False

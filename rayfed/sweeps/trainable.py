@@ -41,13 +41,13 @@ _last: dict[str, Federation] = {}  # at most one, by its key
 
 
 def make_trainable(
-    settings: Mapping[str, Any], data: Mapping[str, ray.ObjectRef], trials: Path | None = None, pauses: bool = True
+    settings: Mapping[str, Any], federations: Mapping[str, Federation], trials: Path | None = None, pauses: bool = True
 ) -> Callable[[Config], None]:
     """A function trainable of Ray Tune: one trial is one run, with the resources that it needs.
 
     Args:
         settings: what all trials share; the dotted settings in Tune's config take their place.
-        data: federations in Ray's object store, by `data_key`.
+        federations: the data of trials, by `data_key`. The trials share them through Ray's object store.
         trials: the folder of run directories of a sweep. They have the names of Tune's trials, and the processes stay
             on this node. A run that fails is no error of Tune, which would try it again: its last result has the
             reason, under `FAILED`. None: the run directory is the trial's folder in Tune's storage; where the storage
@@ -55,6 +55,7 @@ def make_trainable(
         pauses: whether Tune gets checkpoints, with which it can pause and copy trials.
     """
     group = str(settings.get("name", "sweep"))
+    data = {key: ray.put(federation) for key, federation in federations.items()}
 
     def train(config: Config) -> None:
         folder = trials / tune.get_context().get_trial_name() if trials else _own_folder()

@@ -93,9 +93,7 @@ def tuner(
     if kept.num_to_keep is None:
         kept = replace(kept, num_to_keep=max(CHECKPOINTS, settings.checkpoint.keep))
         run_config = replace(run_config, checkpoint_config=kept)
-    # Trials share the data through Ray's object store.
-    data = {key: ray.put(federation) for key, federation in federations.items()}
-    function = make_trainable(_given(settings), data)
+    function = make_trainable(_given(settings), federations)
     return tune.Tuner(function, param_space=dict(param_space), tune_config=tune_config, run_config=run_config)
 
 
