@@ -94,8 +94,8 @@ def placement_group(engine: Engine, here: bool = False) -> tune.PlacementGroupFa
     node, where the run directories are.
     """
     process, *workers = trial_bundles(engine)
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if here and len(nodes) > 1:
+    nodes = [node for node in ray.nodes() if node["Alive"]] if here else []
+    if len(nodes) > 1:
         (own,) = (node for node in nodes if node["NodeID"] == ray.get_runtime_context().get_node_id())
         process |= {f"node:{own['NodeManagerAddress']}": 1e-3}
     labels = engine.labels

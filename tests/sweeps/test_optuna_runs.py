@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from rayfed.errors import UserError
 from rayfed.sweeps import trainable
 from rayfed.sweeps.optuna_search import OptunaPoints
 from rayfed.sweeps.space import corners
-from rayfed.sweeps.sweep import run_sweep
+from rayfed.sweeps.sweep import Progress, run_sweep
 from rayfed.tracking import read_metrics
+from rayfed.tracking.console import PlainView
 
 SEARCH = {"kind": "optuna", "trials": 7, "batch": 3, "startup": 3}
 SPACES = {"client.lr": {"loguniform": [1e-3, 1e-1]}, "lora.rank": {"choice": [1, 2]}}
@@ -164,6 +166,25 @@ def test_seeds_cases_and_bytes(optuna_file, tmp_path: Path, here) -> None:
     assert {row[1] for row in result.table.rows if "front" in row[-1]} == {*front}
     assert result.table.columns[:2] == ("case", "lr")
     assert all("bytes/up" in row[-1] for row in result.table.rows)
+
+
+def test_the_runs_of_a_point_are_side_by_side_and_batch_points_are_open(optuna_file, tmp_path: Path) -> None:
+    path = optuna_file(SPACES | {"seed": {"grid": [3, 5]}}, batch=2, trials=3)
+    points = OptunaPoints(*load_sweep(path), tmp_path)
+    points.progress = Progress(PlainView(io.StringIO()), "eval/gap")
+    configs = [points.suggest() for _ in range(5)]
+    assert [config and config["seed"] for config in configs] == [3, 5, 3, 5, None]
+    names = [config["name"] for config in configs if config]
+    points.trial_ended(points.trials[names[0]], "no memory")
+    assert points.suggest() is None  # the point has another run
+    points.trial_ended(points.trials[names[1]], "no memory")
+    last = [points.suggest() for _ in range(3)]
+    assert [config and config["seed"] for config in last] == [3, 5, None]
+    for name in [*names[2:], *(config["name"] for config in last if config)]:
+        assert not points.complete()
+        points.trial_ended(points.trials[name], "no memory")
+    assert points.complete()
+    assert points.suggest() is None
 
 
 def test_no_point_runs_twice(optuna_file, tmp_path: Path, here) -> None:
