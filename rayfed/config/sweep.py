@@ -22,8 +22,7 @@ from rayfed.config.search import AshaSettings, FlascSearchSettings, OptunaSettin
 from rayfed.config.types import MOST_NAME, MOST_TRIALS, Name, Names, Printable, Section, TextMistake, Trials, Workers
 from rayfed.errors import UserError
 
-DRAWN = ("choice", "uniform", "loguniform")
-SPACES = ("grid", *DRAWN)
+SPACES = ("grid", "choice", "uniform", "loguniform")
 FORMS = "{grid: [...]}, {choice: [...]}, {uniform: [low, high]} or {loguniform: [low, high]}"
 SEED = "seed"
 MOST_SETTINGS = 100  # that vary together
@@ -67,9 +66,8 @@ class Sweep(Section):
 
     @model_validator(mode="after")
     def _valid(self) -> Sweep:
-        search, mistakes = self.search, []
-        if not isinstance(search, FlascSearchSettings):
-            mistakes = [*self._value_mistakes()] or [*self._choice_mistakes()]
+        search, flasc = self.search, isinstance(self.search, FlascSearchSettings)
+        mistakes = [] if flasc else [*self._value_mistakes()] or [*self._choice_mistakes()]
         if search is not None:
             mistakes = [*self._search_conflicts(search), *mistakes, *search.mistakes()]
         if mistakes:
@@ -89,11 +87,10 @@ class Sweep(Section):
             except TextMistake as mistake:
                 yield f"sweep.cases: got the label {format_value(label)}, but {mistake}"
                 continue
-            if not isinstance(case, dict) or not all(isinstance(key, str) for key in case):
-                yield f"{where}: got {format_value(case)}, but a case is a mapping from dotted settings to values"
+            if not isinstance(case, dict) or len(case) > MOST_SETTINGS or not all(isinstance(key, str) for key in case):
+                mapping = f"a mapping from dotted settings, at most {MOST_SETTINGS}, to values"
+                yield f"{where}: got {format_value(case)}, but a case is {mapping}"
                 continue
-            if len(case) > MOST_SETTINGS:
-                yield f"{where}: got {len(case)} settings, but at most {MOST_SETTINGS} are allowed"
             for key in case.keys() & self.parameters.keys():
                 yield f"{where}.{key}: got {format_value(case[key])}, but sweep.parameters already varies that setting"
         for where, _, space in self.spaces():
@@ -203,10 +200,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[st
 
 def _space_mistakes(where: str, space: Mapping[str, Any]) -> Iterator[str]:
     ((kind, values),) = space.items()
-    if not isinstance(values, list) or not values:
-        yield f"{where}.{kind}: got {format_value(values)}, but it should be a list of values"
-    elif len(values) > MOST_TRIALS:
-        yield f"{where}.{kind}: got {len(values)} values, but at most {MOST_TRIALS} are allowed"
+    if not isinstance(values, list) or not 1 <= len(values) <= MOST_TRIALS:
+        yield f"{where}.{kind}: got {format_value(values)}, but it should be a list of 1 to {MOST_TRIALS} values"
     elif kind == "grid":
         twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
         if twice is not None:
