@@ -15,7 +15,6 @@ search.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from contextlib import suppress
 from importlib.util import find_spec
 from itertools import chain, repeat
@@ -96,7 +95,7 @@ class OptunaPoints(Search):
 
     def _add(self, asked: optuna.Trial, point: Point) -> None:
         """Adds the point that was asked for. Those of its runs that are new wait for Tune."""
-        line: dict[str, Any] = {"params": asked.params, "settings": dict(point.overrides), "trials": []}
+        line: dict[str, Any] = {"params": asked.params, "settings": dict(point.overrides), "trials": [], "values": None}
         self.open[len(self.points)] = asked
         self.points.append(line)
         points = [_with_seed(point, seed) for seed in self.seeds]
@@ -116,28 +115,26 @@ class OptunaPoints(Search):
         from optuna.trial import TrialState
 
         for index, asked in [*self.open.items()]:
-            point = self.points[index]
-            if all(self.rows[name]["status"] != UNFINISHED for name in point["trials"]):
-                values = self.values(point)
-                self.study.tell(asked, [*values.values()] if values else None, None if values else TrialState.FAIL)
-                del self.open[index]
-
-    def values(self, point: Mapping[str, Any]) -> dict[str, float] | None:
-        """The means over the point's runs, by aim; None where a run has no metric."""
-        rows = [self.rows[name] for name in point["trials"]]
-        if not rows or any(row.get("metric") is None for row in rows):
-            return None
-        return {aim: mean(row[key] for row in rows) for aim, key in zip(self.aims, ("metric", "against"), strict=False)}
+            rows = [self.rows[name] for name in self.points[index]["trials"]]
+            if any(row["status"] == UNFINISHED for row in rows):
+                continue
+            del self.open[index]
+            if rows and all(row.get("metric") is not None for row in rows):
+                values = [mean(row[key] for row in rows) for key in ("metric", "against")[: len(self.aims)]]
+                self.points[index]["values"] = dict(zip(self.aims, values, strict=True))
+                self.study.tell(asked, values)
+            else:
+                self.study.tell(asked, state=TrialState.FAIL)
 
     def lines(self) -> list[dict[str, Any]]:
-        return [point | {"values": self.values(point)} for point in self.points]
+        return self.points
 
     def title(self) -> str:
         return f"Optuna ({self.search.sampler})"
 
     def marks(self) -> dict[str, str]:
         """The second value of each point; `best` by the metric, and `front`: no other point is better in both."""
-        ended = [trial for trial in self.study.trials if trial.values]
+        ended = [trial for trial in self.study.get_trials(deepcopy=False) if trial.values]
         best = (max if self.sweep.mode == "max" else min)((trial.values[0] for trial in ended), default=None)
         front = {trial.number for trial in self.study.best_trials} if self.search.against else ()
         shown = self.search.against not in (None, "bytes/total")  # the table has a column of these

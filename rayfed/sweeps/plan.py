@@ -68,9 +68,9 @@ def make_trials(settings: Mapping[str, Any], points: Iterable[Point], names: Seq
     if len(points) > MOST_TRIALS:
         raise UserError(f"sweep: got more than {MOST_TRIALS} points to check, but at most so many are allowed")
     group = str(settings.get("name", "sweep"))
-    with collected() as checked:
+    with collect_refusals() as refusals_of:
         for point, name in zip(points, names or ["check"] * len(points), strict=True):
-            with checked(point):
+            with refusals_of(point):
                 experiment = trial_experiment(settings, point.overrides, group, name)
                 measured = build_components(experiment).task.metric_keys(experiment.eval)
                 data = data_key(experiment.model_dump(mode="json"))
@@ -86,9 +86,9 @@ def check_trials(trials: Sequence[Trial], sweep: Sweep | None = None) -> dict[st
     """
     federations: dict[str, Federation] = {}
     models: set[str] = set()
-    with collected() as checked:
+    with collect_refusals() as refusals_of:
         for trial in trials:
-            with checked(trial):
+            with refusals_of(trial):
                 engine = trial.experiment.engine
                 if engine.kind == "local" and engine.device == "cuda" and not engine.gpus:
                     gpus = "in a sweep it says how much of a GPU each trial holds"
@@ -106,7 +106,7 @@ def check_trials(trials: Sequence[Trial], sweep: Sweep | None = None) -> dict[st
 
 
 @contextmanager
-def collected() -> Iterator[Callable[[Point | Trial], AbstractContextManager[None]]]:
+def collect_refusals() -> Iterator[Callable[[Point | Trial], AbstractContextManager[None]]]:
     """Collects the refusals of trials, to raise them together. One of many trials becomes one line that names some.
 
     Yields the context manager in which each trial is checked.
