@@ -16,18 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from rayfed.config.sweep import SEED, Sweep
 from rayfed.files import atomic_write
-from rayfed.sweeps.plan import (
-    ENDED,
-    FAILED,
-    NAME,
-    NOT_SELECTED,
-    STOPPED,
-    UNFINISHED,
-    Config,
-    Trial,
-    check_trials,
-    make_trials,
-)
+from rayfed.sweeps import plan
+from rayfed.sweeps.plan import Config, Trial
 from rayfed.sweeps.space import Point, expand, trial_names
 from rayfed.sweeps.table import TrialRow, make_table, of_first_seeds, read_lines, selected, trial_row
 from rayfed.tasks.data.federation import Federation
@@ -73,8 +63,8 @@ class Search(ABC):
 
     def check(self, points: Iterable[Point], names: Sequence[str] = ()) -> None:
         """Sets `checked` and `federations`. UserError where one of the points is wrong."""
-        self.checked = make_trials(self.settings, points, names)
-        self.federations = check_trials(self.checked, self.sweep)
+        self.checked = plan.make_trials(self.settings, points, names)
+        self.federations = plan.check_trials(self.checked, self.sweep)
 
     @abstractmethod
     def complete(self) -> bool:
@@ -89,10 +79,10 @@ class Search(ABC):
         if not self.waiting:
             return None
         trial = self.waiting.pop(0)
-        config = {NAME: trial.name, **trial.overrides}
+        config = {plan.NAME: trial.name, **trial.overrides}
         if not self.missing([trial]):
             stopped = self.rows[trial.name].get("stopped", {})
-            config[ENDED] = stopped.get("round", trial.experiment.server.rounds)
+            config[plan.ENDED] = stopped.get("round", trial.experiment.server.rounds)
         return config
 
     def tell(self, trial: Trial) -> None:  # noqa: B027
@@ -135,7 +125,7 @@ class Search(ABC):
         """
         known = self.trials.get(name)
         if known is None or known.overrides != settings:
-            (self.trials[name],) = make_trials(self.settings, [Point(settings, settings)], [name])
+            (self.trials[name],) = plan.make_trials(self.settings, [Point(settings, settings)], [name])
         if known is None:
             self.add(self.trials[name])
         return self.trials[name]
@@ -147,14 +137,15 @@ class Search(ABC):
 
     def missing(self, trials: Iterable[Trial]) -> list[Trial]:
         """The trials that have not ended, and those that failed."""
-        return [trial for trial in trials if self.rows[trial.name]["status"] in (UNFINISHED, FAILED)]
+        return [trial for trial in trials if self.rows[trial.name]["status"] in (plan.UNFINISHED, plan.FAILED)]
 
     def trial_ended(self, trial: Trial, error: str | None = None, round: int | None = None) -> None:
         """Writes the row of the trial and shows it. It has failed for the reason ``error``, or ended after ``round``.
 
         It is done if its run has written a summary; else the scheduler has stopped it.
         """
-        self.add(trial, error, round)
+        stopped = self.rows[trial.name].get("stopped", {})  # earlier: Tune may stop it before that round now
+        self.add(trial, error, stopped.get("round", round))
         self.tell(trial)
         self.write()
         self.progress.end(self.rows[trial.name], self.ended, len(self.rows))
@@ -163,7 +154,7 @@ class Search(ABC):
     @property
     def ended(self) -> int:
         """How many trials have ended."""
-        return sum(row["status"] != UNFINISHED for row in self.rows.values())
+        return sum(row["status"] != plan.UNFINISHED for row in self.rows.values())
 
     def write(self) -> None:
         """Writes sweep.jsonl, search.jsonl and table.txt."""
@@ -186,7 +177,7 @@ class TrialList(Search):
         seed = settings.get(SEED, 0)
         points = expand(sweep, seed if isinstance(seed, int) else 0)
         self.check(points, trial_names(points))
-        earlier = (row for row in read_lines(out / SWEEP_FILE) if row.get("status") == STOPPED)
+        earlier = (row for row in read_lines(out / SWEEP_FILE) if row.get("status") == plan.STOPPED)
         stopped = {row["trial"]: row["stopped"]["round"] for row in earlier}
         for trial in self.checked:
             self.add(trial, stopped=stopped.get(trial.name))
@@ -202,8 +193,8 @@ class TrialList(Search):
         if later:
             self.now = selected(self.checked, self.rows, self.sweep)
             for name in self.rows.keys() - {trial.name for trial in self.now}:
-                if self.rows[name]["status"] == UNFINISHED:
-                    self.rows[name]["status"] = NOT_SELECTED
+                if self.rows[name]["status"] == plan.UNFINISHED:
+                    self.rows[name]["status"] = plan.NOT_SELECTED
             # Not with `stop`: a mean over only those seeds that were not stopped would be too good.
             self.stop, missing = None, len(self.missing(self.now))
             self.progress.note(f"selected: {len(self.now)} trials of {len(self.checked)}, {missing} to run")

@@ -44,8 +44,9 @@ def test_what_tune_gets(sweep_file, tmp_path: Path) -> None:
         None,
     ]
     search.progress = Progress(PlainView(io.StringIO()), "eval/gap")
-    search.trial_ended(trials[1], round=3)
+    search.trial_ended(trials[1], round=1)
     assert search.rows["seed=1"]["status"] == "stopped"
+    assert search.rows["seed=1"]["stopped"]["round"] == 3  # as before, whenever ASHA stops it now
     search.stop = None
     assert search.tune_config() == {}
     assert [own.name for own in search.waiting] == ["seed=2"]

@@ -216,7 +216,7 @@ def test_a_directory_of_other_points_is_refused(optuna_file, tmp_path: Path, her
 
 
 def test_the_search_in_configs_is_valid(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("rayfed.sweeps.search.check_trials", lambda *_: {})  # without data and model
+    monkeypatch.setattr("rayfed.sweeps.plan.check_trials", lambda *_: {})  # without data and model
     path = Path(__file__).parents[2] / "configs" / "sweeps" / "optuna_accuracy_bytes.yaml"
     search = OptunaPoints(*load_sweep(path), tmp_path)
     assert len(search.checked) == 3 * 2**3  # every rank at both ends of the three ranges
