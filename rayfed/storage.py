@@ -2,8 +2,8 @@
 
 A run appends to files and renames them, which object stores cannot do. The run therefore works in a local folder, and
 the folder is uploaded after every checkpoint and once more when the command ends. At any moment the remote folder can
-be resumed: files go first, checkpoints next, the `checkpoint.json` of each checkpoint after its tensors, the records
-of a sweep's trials (`trials/NAME.json`: the trial has ended) last, and deletions after that.
+be resumed: files go first, checkpoints next, the `checkpoint.json` of each checkpoint after its tensors, `summary.json`
+(the run, or the trial of a sweep, has ended) last, and deletions after that.
 """
 
 from __future__ import annotations
@@ -217,10 +217,10 @@ def _pruned(name: str) -> bool:
 
 
 def _stage(name: str) -> int:
-    """When a file is uploaded: 0 other files, 1 a checkpoint's tensors, 2 `checkpoint.json`, 3 a trial's record."""
+    """When a file is uploaded: 0 other files, 1 a checkpoint's tensors, 2 `checkpoint.json`, 3 `summary.json`."""
     if _checkpoint(name):
         return 1 + name.endswith("/checkpoint.json")
-    return 3 if re.fullmatch(r"(?:.*/)?trials/[^/]+\.json", name) else 0
+    return 3 if PurePosixPath(name).name == "summary.json" else 0
 
 
 def _order(name: str) -> tuple[int, str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from rayfed.config.sweep import load_sweep
-from rayfed.sweeps.plan import check_trials, make_trials
+from rayfed.sweeps import trainable
+from rayfed.sweeps.plan import Trial, check_trials, make_trials, trial_folder
 from rayfed.sweeps.space import expand, trial_names
-from rayfed.sweeps.trial import Trial
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Table
 
@@ -39,6 +40,19 @@ def folded_width(table: Table) -> int:
 def statuses(out: Path) -> dict[str, str]:
     """The status of every trial."""
     return {row["trial"]: row["status"] for row in read_rows(out)}
+
+
+def run_in_process(trial: Trial, out: Path, federation: Federation | None = None, start: str | None = None) -> str:
+    """Runs the trial in this process, as that of a trial does. Returns the reason if it fails, else an empty text."""
+    federation = federation or trainable.load_federation(trial.experiment, {})
+    try:
+        rounds = trainable.run_trial(trial.experiment, trial_folder(out, trial.name), federation, start=start)
+        with closing(rounds):
+            for _ in rounds:
+                pass
+    except Exception as error:
+        return trainable.in_one_line(error)
+    return ""
 
 
 def planned(path: Path, *overrides: str) -> tuple[list[Trial], dict[str, Federation]]:

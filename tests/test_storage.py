@@ -75,7 +75,7 @@ def test_a_round_trip_keeps_every_file(memory: Any, tmp_path: Path, scheme: str)
     assert contents(tmp_path / "again") == contents(tmp_path / "run")
 
 
-def test_checkpoints_go_after_other_files_checkpoint_json_after_its_tensors_and_records_of_trials_last(
+def test_checkpoints_go_after_other_files_checkpoint_json_after_its_tensors_and_summaries_last(
     memory: Any, put: list[str], tmp_path: Path
 ) -> None:
     write(
@@ -84,11 +84,11 @@ def test_checkpoints_go_after_other_files_checkpoint_json_after_its_tensors_and_
         *CHECKPOINT,
         *(f"trials/b/{name}" for name in (*FILES, *CHECKPOINT)),
         "zz.log",
-        "trials/b.json",
+        "trials/b/summary.json",
     )
     RemoteFolder(URI).upload(tmp_path)
     tensors, facts = CHECKPOINT
-    assert put[-5:] == [tensors, f"trials/b/{tensors}", facts, f"trials/b/{facts}", "trials/b.json"]
+    assert put[-5:] == [tensors, f"trials/b/{tensors}", facts, f"trials/b/{facts}", "trials/b/summary.json"]
     assert len(put) == 2 * len(FILES) + 1 + 5
 
 

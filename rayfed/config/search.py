@@ -1,7 +1,7 @@
 """Two parts of the section `sweep`: `search`, which chooses settings by results, and `stop`, which ends trials early.
 
 The classes here hold and check what a user may write. The algorithms are in `rayfed.sweeps`: `flasc_search`,
-`optuna_search`, `pbt` and `schedulers`.
+`optuna_search`, `pbt` and `search`.
 """
 
 from __future__ import annotations

@@ -22,8 +22,7 @@ from rayfed.config.search import AshaSettings, FlascSearchSettings, OptunaSettin
 from rayfed.config.types import MOST_NAME, MOST_TRIALS, Name, Names, Printable, Section, TextMistake, Trials, Workers
 from rayfed.errors import UserError
 
-DRAWN = ("choice", "uniform", "loguniform")
-SPACES = ("grid", *DRAWN)
+SPACES = ("grid", "choice", "uniform", "loguniform")
 FORMS = "{grid: [...]}, {choice: [...]}, {uniform: [low, high]} or {loguniform: [low, high]}"
 SEED = "seed"
 MOST_SETTINGS = 100  # that vary together
@@ -32,7 +31,7 @@ MOST_SETTINGS = 100  # that vary together
 class Sweep(Section):
     """The settings that vary between the trials of a sweep, and how trials are compared."""
 
-    parameters: dict = Field({}, max_length=MOST_SETTINGS)
+    parameters: dict[str, Any] = Field({}, max_length=MOST_SETTINGS)
     """Dotted setting -> its values: {grid: [...]}, {choice: [...]}, {uniform: [low, high]} or
     {loguniform: [low, high]}. Every combination of the grids runs.
     """
@@ -67,9 +66,8 @@ class Sweep(Section):
 
     @model_validator(mode="after")
     def _valid(self) -> Sweep:
-        search, mistakes = self.search, []
-        if not isinstance(search, FlascSearchSettings):
-            mistakes = [*self._value_mistakes()] or [*self._choice_mistakes()]
+        search, flasc = self.search, isinstance(self.search, FlascSearchSettings)
+        mistakes = [] if flasc else [*self._value_mistakes()] or [*self._choice_mistakes()]
         if search is not None:
             mistakes = [*self._search_conflicts(search), *mistakes, *search.mistakes()]
         if mistakes:
@@ -78,9 +76,7 @@ class Sweep(Section):
 
     def _value_mistakes(self) -> Iterator[str]:
         for key, space in self.parameters.items():
-            if not isinstance(key, str):
-                yield f"sweep.parameters: got the key {format_value(key)}, but a key is a dotted setting"
-            elif not is_space(space):
+            if not is_space(space):
                 yield f"sweep.parameters.{key}: got {format_value(space)}, but it should be {FORMS}"
         if self.cases is not None and not self.cases:
             yield f"sweep.cases: got {format_value(self.cases)}, but it needs at least one case"
@@ -91,11 +87,10 @@ class Sweep(Section):
             except TextMistake as mistake:
                 yield f"sweep.cases: got the label {format_value(label)}, but {mistake}"
                 continue
-            if not isinstance(case, dict) or not all(isinstance(key, str) for key in case):
-                yield f"{where}: got {format_value(case)}, but a case is a mapping from dotted settings to values"
+            if not isinstance(case, dict) or len(case) > MOST_SETTINGS or not all(isinstance(key, str) for key in case):
+                mapping = f"a mapping from dotted settings, at most {MOST_SETTINGS}, to values"
+                yield f"{where}: got {format_value(case)}, but a case is {mapping}"
                 continue
-            if len(case) > MOST_SETTINGS:
-                yield f"{where}: got {len(case)} settings, but at most {MOST_SETTINGS} are allowed"
             for key in case.keys() & self.parameters.keys():
                 yield f"{where}.{key}: got {format_value(case[key])}, but sweep.parameters already varies that setting"
         for where, _, space in self.spaces():
@@ -119,7 +114,7 @@ class Sweep(Section):
             return
         if not self.parameters and self.cases is None:
             yield "sweep.parameters: got {}, but a sweep needs parameters or cases"
-        points = sum(self._points(case) for _, case in self.labelled() or [("", {})])
+        points = sum(self._points(case) for _, case in self.labelled())
         if points > MOST_TRIALS:
             yield f"sweep: got {points} points (cases x grids x samples), but at most {MOST_TRIALS} are allowed"
         if self.samples > 1 and all("grid" in space for _, _, space in spaces):
@@ -151,8 +146,8 @@ class Sweep(Section):
         return math.prod(len(space["grid"]) for space in spaces if "grid" in space) * self.samples**drawn
 
     def labelled(self) -> list[tuple[str, Any]]:
-        """(label, overrides) of every case. In a list, the label of a case is its number, from 1."""
-        cases = self.cases or {}
+        """(label, overrides) of every case; without cases, of one that sets nothing. In a list, labels are numbers."""
+        cases = self.cases or [{}]
         pairs = cases.items() if isinstance(cases, dict) else enumerate(cases, 1)
         return [(str(label), case) for label, case in pairs]
 
@@ -196,23 +191,17 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[st
     if settings.get("sweep") is None:
         raise UserError(f"sweep: {path} has no section `sweep`; `rayfed run` takes it; `rayfed init` lists sweeps")
     sweep = validate_as(_File, {"sweep": settings.pop("sweep"), "name": settings.get("name", "sweep")}).sweep
+    by_search = searched() if isinstance(sweep.search, FlascSearchSettings) else ()
     for key, _, override in given:
-        cases = [case for _, case in sweep.labelled()]
-        if (
-            key in sweep.parameters
-            or (isinstance(sweep.search, FlascSearchSettings) and key in searched())
-            or (cases and all(key in case for case in cases))
-        ):
+        if key in sweep.parameters or key in by_search or all(key in case for _, case in sweep.labelled()):
             raise UserError(f"{key}: got {override!r}, but the sweep itself sets it, so the override would do nothing")
     return settings, sweep
 
 
 def _space_mistakes(where: str, space: Mapping[str, Any]) -> Iterator[str]:
     ((kind, values),) = space.items()
-    if not isinstance(values, list) or not values:
-        yield f"{where}.{kind}: got {format_value(values)}, but it should be a list of values"
-    elif len(values) > MOST_TRIALS:
-        yield f"{where}.{kind}: got {len(values)} values, but at most {MOST_TRIALS} are allowed"
+    if not isinstance(values, list) or not 1 <= len(values) <= MOST_TRIALS:
+        yield f"{where}.{kind}: got {format_value(values)}, but it should be a list of 1 to {MOST_TRIALS} values"
     elif kind == "grid":
         twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
         if twice is not None:

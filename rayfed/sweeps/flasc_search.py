@@ -25,7 +25,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,13 +40,9 @@ from rayfed.config.search import ROUNDED, FlascSearchSettings
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError, allowed
 from rayfed.files import write_json
-from rayfed.sweeps.plan import check_trials, make_trials
+from rayfed.sweeps.plan import NAME, RUN_DIR, START_FROM, Config, Trial, make_trials, trial_folder
 from rayfed.sweeps.search import Search
 from rayfed.sweeps.space import Point
-from rayfed.sweeps.table import make_table
-from rayfed.sweeps.trainable import NAME, RUN_DIR, START_FROM
-from rayfed.sweeps.trial import trial_folder
-from rayfed.tracking import Table
 
 START, FINAL = "start", "final"
 
@@ -282,26 +279,29 @@ class FlascProbes(Search):
         (trial,) = make_trials(settings, [Point({key: first[key] for key in searched()}, {})])
         options = sweep.search.model_dump(exclude={"kind"})
         self.searcher = FlascSearch(trial.experiment, sweep.metric, sweep.mode, **options)
-        self.cohort = trial.experiment.server.cohort
-        self.checked = make_trials(settings, [Point(own.overrides, {}) for own in self.searcher.extremes()])
-        self.federations = check_trials(self.checked, sweep)
+        self.cohort, self.ids = trial.experiment.server.cohort, count()
+        self.check(Point(probe.overrides, {}) for probe in self.searcher.extremes())
         while waiting := self.searcher.waiting():  # those that have ended are told
             trials = [self.trial(probe.name, probe.overrides) for probe in waiting]
             ended = [own for own in trials if own not in self.missing(trials)]
             for own in ended:
-                found = {NAME: own.name, RUN_DIR: str(trial_folder(out, own))}
-                self.searcher.add_evaluated_point(found, self.rows[own.name].get("metric"))
+                self.tell(own)
             if not ended:
                 break
 
-    def tuner(self) -> dict[str, Any]:
-        return {"search_alg": self.searcher}
+    def tell(self, trial: Trial) -> None:
+        found = {NAME: trial.name, RUN_DIR: str(trial_folder(self.out, trial.name))}
+        self.searcher.add_evaluated_point(found, self.rows[trial.name].get("metric"))
+
+    def suggest(self) -> Config | None:
+        config = self.searcher.suggest(str(next(self.ids)))
+        return config if isinstance(config, dict) else None
 
     def complete(self) -> bool:
         return not self.searcher.waiting()  # the search has ended, and so has the final run
 
-    def labels(self, name: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        *moves, last = name.split("-")
+    def labels(self, trial: Trial) -> Mapping[str, Any]:
+        (*moves, last), settings = trial.name.split("-"), trial.overrides
         down, up = (float(f"{settings[f'wire.{way}.density']:.4g}") for way in ("down", "up"))
         densities = {"density": down} if self.searcher.settings.directions == "both" else {"down": down, "up": up}
         probe = FINAL if moves[:1] == [FINAL] else f"{len(moves)} {last}"
@@ -311,8 +311,7 @@ class FlascProbes(Search):
         """One line for each probe that has ended, and one for the end of the search."""
         progress, metrics = self.searcher.progress(), self.searcher.metrics
         lines: list[dict[str, Any]] = [
-            {"trial": own.name, "rank": own.rank, "down": own.down, "up": own.up, "rounds": own.rounds}
-            | {"metric": metrics[own.name], "chosen": own in progress.path}
+            {"trial": own.name, **asdict(own), "metric": metrics[own.name], "chosen": own in progress.path}
             for own in progress.probes
             if own.name in metrics
         ]
@@ -321,10 +320,8 @@ class FlascProbes(Search):
             lines.append({**end, "client_rounds": progress.rounds * self.cohort})
         return lines
 
-    def table(self) -> Table:
-        """A row for each probe, in the order of the steps, and for the final run."""
-        progress = self.searcher.progress()
-        chosen = {f"{dict(self.labels(own.name, own.overrides))}" for own in progress.path}
-        trials = [self.trials[own.name] for own in progress.probes if own.name in self.trials]
-        title = f"FLASC-Search: {progress.result}"
-        return make_table(trials, self.rows, self.sweep, title, lambda own: "chosen" * (str(own.labels) in chosen))
+    def title(self) -> str:
+        return f"FLASC-Search: {self.searcher.progress().result}"
+
+    def marks(self) -> dict[str, str]:
+        return {probe.name: "chosen" for probe in self.searcher.progress().path}

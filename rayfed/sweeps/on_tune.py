@@ -2,32 +2,26 @@
 
 Tune places the trials, reuses processes for further trials (each process imports torch once, and loads the base model
 and the data again only if they change), and restarts a trial whose process died; the trial then continues from its
-checkpoint. What Tune itself stores is removed at the end: a sweep is resumed from its trials' directories. For Tune, a
-failed trial has ended like any other; the recorded outcome says why.
-
-Ray's W&B integration is not used: `WandbLoggerCallback` sees only what is reported to Tune, and starts the W&B run of a
-restored trial with ``resume=False``. Each trial has its own W&B sink, as every run, and continues its W&B run.
+checkpoint. What Tune itself stores is removed at the end: a sweep is resumed from its own directory.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.search import Searcher
 
 from rayfed.files import remove_path
-from rayfed.sweeps.plan import make_trials, trial_experiment
-from rayfed.sweeps.resources import join_ray, placement_group
+from rayfed.sweeps.plan import FAILED, NAME, RUN_DIR, Trial
 from rayfed.sweeps.search import Search
-from rayfed.sweeps.space import Point
-from rayfed.sweeps.trainable import NAME, RUN_DIR, START_FROM, Config, load_federation, report, run_trial, runs_of
-from rayfed.sweeps.trial import Status, Trial, read_outcome, record_outcome, trial_folder
+from rayfed.sweeps.trainable import make_trainable, overrides
 from rayfed.sweeps.tune import ENVIRONMENT as OF_TRIALS
+from rayfed.sweeps.tune import join_ray
 
 ENVIRONMENT = OF_TRIALS | {  # Tune reads these variables when the sweep starts
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # one line says that a process died
@@ -46,24 +40,23 @@ def run_on_tune(search: Search) -> None:
     new = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     ours = join_ray([trial.experiment for trial in search.checked], ENVIRONMENT, search.progress.note)
     try:
-        search.forget_failures()
-        data = {key: ray.put(federation) for key, federation in search.federations.items()}
-        config = {"num_samples": -1, "max_concurrent_trials": search.sweep.concurrency} | search.tuner()
+        config: dict[str, Any] = {
+            "search_alg": Suggestions(search),
+            "num_samples": -1,
+            "max_concurrent_trials": search.sweep.concurrency,
+            "reuse_actors": True,
+            "trial_name_creator": _name,
+            "trial_dirname_creator": _name,
+        }
+        config |= search.tune_config()
+        space = config.pop("param_space", {})
+        retries = tune.FailureConfig(max(trial.experiment.engine.retries for trial in search.checked))
+        run_config = tune.RunConfig(
+            STORAGE, str(search.out), failure_config=retries, verbose=0, callbacks=[Watch(search)]
+        )
+        function = make_trainable(search.settings, search.federations, search.out / "trials", search.pauses)
         remove_path(search.out / STORAGE)
-        tune.Tuner(
-            _trainable(search, data),
-            param_space=config.pop("param_space", {}),
-            tune_config=tune.TuneConfig(
-                reuse_actors=True, trial_name_creator=_name, trial_dirname_creator=_name, **config
-            ),
-            run_config=tune.RunConfig(
-                name=STORAGE,
-                storage_path=str(search.out),
-                verbose=0,
-                failure_config=tune.FailureConfig(max(trial.experiment.engine.retries for trial in search.checked)),
-                callbacks=[_Watch(search)],
-            ),
-        ).fit()
+        tune.Tuner(function, param_space=space, tune_config=tune.TuneConfig(**config), run_config=run_config).fit()
     finally:
         remove_path(search.out / STORAGE)
         for name in new:  # later experiments of this process are not the sweep's
@@ -76,26 +69,33 @@ def _name(trial: Any) -> str:
     return str(trial.config[NAME])
 
 
-def _trainable(search: Search, data: Mapping[str, ray.ObjectRef]) -> Callable[[Config], None]:
-    settings, out, pauses = search.settings, search.out, search.pauses
+class Suggestions(Searcher):
+    """The trials of the search, one after the other, as Tune asks for them."""
 
-    def train(config: Config) -> None:
-        for name, own in runs_of(tune.get_context().get_trial_name(), config).items():
-            (trial,) = make_trials(settings, [Point(own, own)], [name])
-            tell = partial(report, folder=trial_folder(out, trial), take_checkpoints=pauses)
-            federation, start = load_federation(trial.experiment, data), config.get(START_FROM)
-            run_trial(trial, out, federation, tune.get_checkpoint(), start, tell)
+    def __init__(self, search: Search) -> None:
+        super().__init__()
+        self.search = search
+        self.running: set[str] = set()
 
-    def resources(config: Config) -> tune.PlacementGroupFactory:
-        own = next(iter(runs_of("", config).values()))
-        return placement_group(trial_experiment(settings, own, "", "trial").engine, here=True)
+    def suggest(self, trial_id: str) -> Any:
+        """The config of the next trial; None while others have to end first, `FINISHED` after the last one."""
+        config = self.search.suggest()
+        if config is None:
+            return None if self.running else self.FINISHED
+        self.running.add(trial_id)
+        return config
 
-    train.__name__ = "trial"
-    return tune.with_resources(train, resources)
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
+        self.running.discard(trial_id)  # the search gets the result from `Watch`
+
+    def save(self, checkpoint_path: str) -> None:
+        """Does nothing: a sweep is resumed from its own directory."""
+
+    restore = save
 
 
-class _Watch(tune.Callback):
-    """Shows what happens. Records the outcome of stopped trials and of those whose process died."""
+class Watch(tune.Callback):
+    """Shows what happens, and tells the search which trials have ended, and how."""
 
     def __init__(self, search: Search) -> None:
         self.search = search
@@ -104,8 +104,7 @@ class _Watch(tune.Callback):
         self.search.progress.show(self.search.ended, len(self.search.rows))
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        for own in self._runs(trial):
-            self.search.progress.start(own)
+        self.search.progress.start(self._trial(trial))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         self.search.progress.round(Path(result[RUN_DIR]).name, result)
@@ -114,17 +113,12 @@ class _Watch(tune.Callback):
         self.search.progress.note(f"{trial}: its process died; it continues in a new one")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        # Without an outcome, the scheduler has stopped it; its process waits in `tune.report`.
-        self._ended(trial, "stopped", round=trial.last_result.get("round"))
+        last = trial.last_result
+        self.search.trial_ended(self._trial(trial), last.get(FAILED), last.get("round"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._ended(trial, "failed", error="its process died, and did so again at every new start (engine.retries)")
+        error = "its process died, and did so again at every new start (engine.retries)"
+        self.search.trial_ended(self._trial(trial), error)
 
-    def _runs(self, trial: Any) -> list[Trial]:
-        return [self.search.trial(name, own) for name, own in runs_of(str(trial), trial.config).items()]
-
-    def _ended(self, trial: Any, status: Status, **known: Any) -> None:
-        for own in self._runs(trial):
-            if read_outcome(self.search.out, own) is None:
-                record_outcome(self.search.out, own, status, **known)
-            self.search.trial_ended(own)
+    def _trial(self, trial: Any) -> Trial:
+        return self.search.trial(str(trial), overrides(trial.config))

@@ -25,7 +25,6 @@ import json
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial, reduce
 from itertools import groupby
 from operator import getitem
@@ -42,15 +41,10 @@ from rayfed.config.describe import format_value
 from rayfed.config.load import assign
 from rayfed.config.search import PbtSettings
 from rayfed.config.sweep import Sweep
-from rayfed.errors import UserError
-from rayfed.sweeps.plan import check_trials, is_evaluated, make_trials
-from rayfed.sweeps.schedulers import config_of
+from rayfed.errors import allowed
+from rayfed.sweeps.plan import NAME, Trial, is_evaluated, make_trials, trial_folder
 from rayfed.sweeps.search import Search
 from rayfed.sweeps.space import Point, corners, draw, rounded
-from rayfed.sweeps.table import TrialGroup, make_table
-from rayfed.sweeps.trainable import NAME
-from rayfed.sweeps.trial import Trial, trial_folder
-from rayfed.tracking import Table
 from rayfed.tracking.format import format_mean
 
 
@@ -68,20 +62,15 @@ class Population(Search):
         for key, value in {**CONSTANT, "checkpoint.every": math.gcd(experiment.checkpoint.every, generation)}.items():
             assign(settings, key, value, f"{key}={value}")
         super().__init__(settings, sweep, out)
-        self.checked = make_trials(settings, list(corners(sweep, {})))
         rounds, every = experiment.server.rounds, experiment.eval.every
         if rounds % generation or rounds < 2 * generation:
-            raise UserError(
-                f"server.rounds: got {rounds}, but it should be two or more generations of "
-                f"sweep.search.rounds={generation}"
-            )
+            many = f"it should be two or more generations of sweep.search.rounds={generation}"
+            raise allowed("server.rounds", rounds, many)
         check_live_change(experiment, sweep.parameters)
-        self.federations = check_trials(self.checked, sweep)
+        self.check(corners(sweep, {}))
         if generation % every and is_evaluated(unsearched, sweep.metric):
-            raise UserError(
-                f"eval.every: got {every}, but it should divide sweep.search.rounds={generation}: members are compared "
-                f"by {sweep.metric} after so many rounds"
-            )
+            when = f"members are compared by {sweep.metric} after so many rounds"
+            raise allowed("eval.every", every, f"it should divide sweep.search.rounds={generation}: {when}")
         for i in range(self.search.population):
             own = {key: draw(space, key, experiment.seed, i) for key, space in sweep.parameters.items()}
             if (config := out / "trials" / f"m{i + 1:02d}" / "config.yaml").is_file():  # it may have copied another
@@ -92,13 +81,13 @@ class Population(Search):
     def complete(self) -> bool:
         return not self.missing(self.trials.values())
 
-    def tuner(self) -> dict[str, Any]:
+    def tune_config(self) -> dict[str, Any]:
         members, generation = self.missing(self.trials.values()), self.search.rounds
-        done = min(last_round(trial_folder(self.out, member)) for member in members) // generation * generation
+        done = min(last_round(trial_folder(self.out, member.name)) for member in members) // generation * generation
         rounds, seed = self.experiment.server.rounds, self.experiment.seed
         return {
             "param_space": dict.fromkeys((NAME, *self.sweep.parameters), ""),  # PBT takes no other search algorithm
-            "search_alg": BasicVariantGenerator(points_to_evaluate=[config_of(member) for member in members]),
+            "search_alg": BasicVariantGenerator([{NAME: own.name, **own.overrides} for own in members]),
             "num_samples": len(members),
             "scheduler": Generations(self.search, self.sweep, rounds, seed, done),
         }
@@ -110,27 +99,32 @@ class Population(Search):
             for name, trial in self.trials.items()
         ]
 
-    def table(self) -> Table:
-        """A row for each member, with the settings of its rounds, in order."""
-        metric, members, sign = self.sweep.metric, [], 1 if self.sweep.mode == "max" else -1
+    def title(self) -> str:
+        metric, found = self.sweep.metric, "Population Based Training"
+        for best in self.marks():
+            found += f": best is {best} with {metric} {format_mean(self.rows[best]['metric'], None, metric)}"
+        return found
+
+    def labels(self, trial: Trial) -> dict[str, str]:
+        """The member, the settings of its rounds, in order, and the rounds that it has copied."""
+        schedule = self._schedule(trial)
+        copied = ", ".join(
+            f"{own['trial']} to {own['rounds'][1]}" for own in schedule[:-1] if own["trial"] != trial.name
+        )
+        history = {}
+        for key in self.sweep.parameters:
+            values = (format_value(own[key], quotes=False) for own in schedule)
+            history[key] = " -> ".join(value for value, _ in groupby(values))
+        return {"member": trial.name, **history, "copied": copied}
+
+    def marks(self) -> dict[str, str]:
+        best = max if self.sweep.mode == "max" else min
         finite = {name: row["metric"] for name, row in self.rows.items() if row.get("metric") is not None}
-        best = max(finite, key=lambda name: sign * finite[name], default=None)
-        for name, trial in self.trials.items():
-            schedule = self._schedule(trial)
-            values = {key: (format_value(own[key], quotes=False) for own in schedule) for key in self.sweep.parameters}
-            history = {key: " -> ".join(value for value, _ in groupby(own)) for key, own in values.items()}
-            copied = [f"{own['trial']} to {own['rounds'][1]}" for own in schedule[:-1] if own["trial"] != name]
-            members.append(replace(trial, labels={"member": name, **history, "copied": ", ".join(copied)}))
-        found = f": best is {best} with {metric} {format_mean(finite[best], None, metric)}" if best else ""
-
-        def mark(own: TrialGroup) -> str:
-            return "best" * (own.labels["member"] == best)
-
-        return make_table(members, self.rows, self.sweep, f"Population Based Training{found}", mark)
+        return {best(finite, key=finite.__getitem__): "best"} if finite else {}
 
     def _schedule(self, trial: Trial) -> list[dict[str, Any]]:
         """The settings by which the model of the member came about: rounds, the member that trained them, settings."""
-        path = trial_folder(self.out, trial) / NOTE
+        path = trial_folder(self.out, trial.name) / NOTE
         note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         name, settings, last = trial.name, dict(trial.overrides), trial.experiment.server.rounds
         found: list[dict[str, Any]] = []
@@ -152,18 +146,11 @@ class Generations(PopulationBasedTraining):
     def __init__(self, search: PbtSettings, sweep: Sweep, rounds: int, seed: int, done: int = 0) -> None:
         spaces = sweep.parameters
         super().__init__(
-            time_attr="round",
-            metric=sweep.metric,
-            mode=sweep.mode,
-            perturbation_interval=search.rounds,
+            "round", sweep.metric, sweep.mode, perturbation_interval=search.rounds, quantile_fraction=search.quantile,
+            resample_probability=search.resample, perturbation_factors=search.factors, log_config=False, synch=True,
             hyperparam_mutations={key: own.get("choice") or partial(_drawn, own, key) for key, own in spaces.items()},
-            quantile_fraction=search.quantile,
-            resample_probability=search.resample,
-            perturbation_factors=search.factors,
             custom_explore_fn=partial(_within, spaces),
-            log_config=False,
-            synch=True,
-        )
+        )  # fmt: skip
         self.rounds, self.seed, self.done = rounds, seed, done
         self._next_perturbation_sync = done + search.rounds
 

@@ -1,15 +1,18 @@
 """From a sweep file to trials that are known to be valid: every refusal comes from here, before anything starts.
 
-A trial is an ordinary run: settings, and a directory of its own. Planning does for each trial what `rayfed run` does
-before it starts: it validates fields and combinations, loads the data and the base model (each distinct one once) and
-matches the adapters.
+A trial is an ordinary run: settings, and a directory of its own, `trials/NAME/`. Planning does for each trial what
+`rayfed run` does before it starts: it validates fields and combinations, loads the data and the base model (each
+distinct one once) and matches the adapters.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from rayfed.api import build_components, check
@@ -21,29 +24,58 @@ from rayfed.config.sweep import Sweep
 from rayfed.config.types import MOST_TRIALS
 from rayfed.errors import UserError
 from rayfed.sweeps.space import Point
-from rayfed.sweeps.trial import Trial
 from rayfed.tasks.data.federation import Federation
 
 NAMED = 3  # trials that a refusal names
+UNFINISHED, FAILED = "unfinished", "failed"
+STOPPED = "stopped"  # by the section `stop`
+NOT_SELECTED = "not selected"  # other tuned values were better on the first seeds, so the trial does not run
+
+Config = dict[str, Any]
+"""Tune's config of a trial: dotted settings and their values, and the entries below."""
+NAME = "name"  # the name of the run
+START_FROM = "rayfed.start_from"  # the run directory of the trial that it continues
+ENDED = "rayfed.ended"  # the last round of a trial that has ended: it does not run, and Tune gets its rounds again
+RUN_DIR = "run_dir"  # in the results of a trial: its run directory
 
 
-def make_trials(settings: Mapping[str, Any], points: Sequence[Point], names: Sequence[str] = ()) -> list[Trial]:
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep."""
+
+    name: str
+    overrides: Mapping[str, Any]
+    labels: Mapping[str, Any]
+    """The settings that tell trials apart, or the label of their case."""
+    experiment: Experiment
+    data: str
+    """The key of its data: trials with equal keys share a federation."""
+    metrics: tuple[str, ...]
+    """The keys of metrics.jsonl by which trials can be compared."""
+
+
+def trial_folder(out: Path, name: str) -> Path:
+    """The run directory of the trial of that name, in the sweep's directory ``out``."""
+    return out / "trials" / name
+
+
+def make_trials(settings: Mapping[str, Any], points: Iterable[Point], names: Sequence[str] = ()) -> list[Trial]:
     """One trial for each point. Without ``names``, the trials are made to be checked, and have no names.
 
     UserError where fields or their combinations are wrong: one line a mistake, with the trials that have the mistake.
     """
+    points, trials = list(islice(points, MOST_TRIALS + 1)), []
     if len(points) > MOST_TRIALS:
         raise UserError(f"sweep: got more than {MOST_TRIALS} points to check, but at most so many are allowed")
     group = str(settings.get("name", "sweep"))
-    trials = []
-    refusals = Refusals()
-    for point, name in zip(points, names or ["check"] * len(points), strict=True):
-        with refusals.of(point):
-            experiment = trial_experiment(settings, point.overrides, group, name)
-            metrics = ("train/loss", *build_components(experiment).task.metric_keys(experiment.eval), "bytes/total")
-            data = data_key(experiment.model_dump(mode="json"))
-            trials.append(Trial(name, point.overrides, point.labels, experiment, data, metrics))
-    refusals.raise_all()
+    with collect_refusals() as refusals_of:
+        for point, name in zip(points, names or ["check"] * len(points), strict=True):
+            with refusals_of(point):
+                experiment = trial_experiment(settings, point.overrides, group, name)
+                measured = build_components(experiment).task.metric_keys(experiment.eval)
+                data = data_key(experiment.model_dump(mode="json"))
+                metrics = ("train/loss", *measured, "bytes/total")
+                trials.append(Trial(name, point.overrides, point.labels, experiment, data, metrics))
     return trials
 
 
@@ -52,50 +84,50 @@ def check_trials(trials: Sequence[Trial], sweep: Sweep | None = None) -> dict[st
 
     UserError as in `make_trials`, for data, base models and GPUs, and for the metrics and rounds of the ``sweep``.
     """
-    refusals = Refusals()
     federations: dict[str, Federation] = {}
     models: set[str] = set()
-    for trial in trials:
-        with refusals.of(trial):
-            engine = trial.experiment.engine
-            if engine.kind == "local" and engine.device == "cuda" and not engine.gpus:
-                gpus = "in a sweep it says how much of a GPU each trial holds"
-                raise UserError(f"engine.gpus_per_worker: got 0, but {gpus}")
-            if sweep is not None:
-                _check_comparison(trial, sweep)
-            model = model_key(trial.experiment.model_dump(mode="json"))
-            federation = check(trial.experiment, federations.get(trial.data), model=model not in models)
-            models.add(model)
-            federations[trial.data] = federation
-            exact = build_components(trial.experiment).task.exact
-            if sweep is not None and sweep.metric.startswith("eval/") and not exact and not len(federation.validation):
-                split = "the data have no validation split; set data.validation above 0"
-                raise UserError(f"sweep.metric: got {sweep.metric!r}, but {split}")
-    refusals.raise_all()
+    with collect_refusals() as refusals_of:
+        for trial in trials:
+            with refusals_of(trial):
+                engine = trial.experiment.engine
+                if engine.kind == "local" and engine.device == "cuda" and not engine.gpus:
+                    gpus = "in a sweep it says how much of a GPU each trial holds"
+                    raise UserError(f"engine.gpus_per_worker: got 0, but {gpus}")
+                if sweep is not None:
+                    _check_comparison(trial, sweep)
+                model = model_key(trial.experiment.model_dump(mode="json"))
+                federation = check(trial.experiment, federations.get(trial.data), model=model not in models)
+                models.add(model)
+                federations[trial.data] = federation
+                if sweep is not None and is_evaluated(trial, sweep.metric, "eval/") and not len(federation.validation):
+                    split = "the data have no validation split; set data.validation above 0"
+                    raise UserError(f"sweep.metric: got {sweep.metric!r}, but {split}")
     return federations
 
 
-class Refusals:
-    """Collects refusals, to raise them together. One of many trials becomes one line that names some of the trials."""
+@contextmanager
+def collect_refusals() -> Iterator[Callable[[Point | Trial], AbstractContextManager[None]]]:
+    """Collects the refusals of trials, to raise them together. One of many trials becomes one line that names some.
 
-    def __init__(self) -> None:
-        self.trials: dict[str, list[str]] = {}  # by the line of the refusal
+    Yields the context manager in which each trial is checked.
+    """
+    found: dict[str, list[str]] = {}  # the trials by the line of the refusal
 
     @contextmanager
-    def of(self, trial: Point | Trial) -> Iterator[None]:
+    def of(trial: Point | Trial) -> Iterator[None]:
         try:
             yield
         except UserError as error:
             for line in str(error).splitlines():
-                self.trials.setdefault(line, []).append(format_settings(trial.overrides))
+                found.setdefault(line, []).append(format_settings(trial.overrides))
 
-    def raise_all(self) -> None:
-        lines = []
-        for line, trials in self.trials.items():
-            more = f"; and {len(trials) - NAMED} more" if len(trials) > NAMED else ""
-            lines.append(f"{line} (trial{'s'[: len(trials) - 1]} {'; '.join(trials[:NAMED])}{more})")
-        if lines:
-            raise UserError("\n".join(lines))
+    yield of
+    lines = []
+    for line, trials in found.items():
+        more = f"; and {len(trials) - NAMED} more" if len(trials) > NAMED else ""
+        lines.append(f"{line} (trial{'s'[: len(trials) - 1]} {'; '.join(trials[:NAMED])}{more})")
+    if lines:
+        raise UserError("\n".join(lines))
 
 
 def trial_experiment(settings: Mapping[str, Any], overrides: Mapping[str, Any], group: str, name: str) -> Experiment:
@@ -139,6 +171,6 @@ def _check_comparison(trial: Trial, sweep: Sweep) -> None:
         raise UserError(f"eval.every: got {every}, but sweep.stop compares {sweep.metric} {when}")
 
 
-def is_evaluated(trial: Trial, metric: str) -> bool:
-    """Whether the trial measures the metric in the rounds of `eval.every` alone."""
-    return metric.startswith(("eval/", "test/")) and not build_components(trial.experiment).task.exact
+def is_evaluated(trial: Trial, metric: str, on: str | tuple[str, ...] = ("eval/", "test/")) -> bool:
+    """Whether the trial measures the metric ``on`` its data, in the rounds of `eval.every` alone."""
+    return metric.startswith(on) and not build_components(trial.experiment).task.exact

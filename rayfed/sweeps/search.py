@@ -1,40 +1,40 @@
 """What a sweep runs: the base class of lists of trials and of searches.
 
-A search gives Ray Tune a search algorithm or a scheduler. It knows the trials so far, by the files in the sweep's
-directory. So a resumed sweep repeats no finished trial. What a search decides next may depend on the order in which
-trials ended.
+A search chooses the trials that Ray Tune runs. It knows how earlier trials ended by their run directories: a run with a
+summary.json is done, and needs no further record. Only that a trial was stopped early is read from sweep.jsonl. So a
+resumed sweep repeats no finished trial. What a search decides next may depend on the order in which trials ended.
 """
 
 from __future__ import annotations
 
 import io
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayfed.config.sweep import SEED, Sweep
 from rayfed.files import atomic_write
-from rayfed.sweeps.plan import check_trials, make_trials
-from rayfed.sweeps.progress import Progress
+from rayfed.sweeps import plan
+from rayfed.sweeps.plan import Config, Trial
 from rayfed.sweeps.space import Point, expand, trial_names
-from rayfed.sweeps.table import NOT_SELECTED, UNFINISHED, TrialRow, make_table, selected, trial_row
-from rayfed.sweeps.trial import Trial
+from rayfed.sweeps.table import TrialRow, make_table, of_first_seeds, read_lines, selected, trial_row
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Table
 from rayfed.tracking.console import PlainView
 from rayfed.tracking.jsonl import to_line
 
-SEARCH_FILE = "search.jsonl"
+if TYPE_CHECKING:
+    from rayfed.sweeps.sweep import Progress
+
+SWEEP_FILE, SEARCH_FILE = "sweep.jsonl", "search.jsonl"
 
 
 class Search(ABC):
     """The trials of the sweep in the directory ``out``. ``settings``: what all trials share.
 
-    A derived class checks its settings in `__init__` (UserError before anything starts). There it sets ``checked``:
-    trials that ask Ray for as much as any later trial, and ``federations``: the data of the trials, by `Trial.data`.
+    A derived class calls `check` in `__init__`, and refuses there what else is wrong: before anything starts.
     """
 
     pauses = False
@@ -43,41 +43,74 @@ class Search(ABC):
     def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
         self.settings, self.sweep, self.out = settings, sweep, out
         self.checked: list[Trial] = []
+        """Trials that ask Ray for as much as any later trial."""
         self.federations: dict[str, Federation] = {}
+        """The data of the trials, by `Trial.data`."""
         self.trials: dict[str, Trial] = {}
         """The trials so far, by name, in order."""
         self.rows: dict[str, TrialRow] = {}
         """Their rows of sweep.jsonl, by name."""
+        self.waiting: list[Trial] = []
+        """The trials that Tune gets next, in order."""
+        self.progress: Progress
+        """The console; set before the search runs."""
         self.on_trial_end: Callable[[Trial], object] = lambda trial: None
-        """Called with every trial that has ended, after its outcome and its row are written."""
-        self.progress = Progress(PlainView(io.StringIO()), sweep.metric)
+        """Called with every trial that has ended, after its row is written."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles searchers and callbacks, and no sweep reads that file. They hold data."""
         return {}
 
-    @abstractmethod
-    def tuner(self) -> dict[str, Any]:
-        """The arguments of `tune.TuneConfig`, and `param_space`, with which Tune runs all trials that are missing."""
+    def check(self, points: Iterable[Point], names: Sequence[str] = ()) -> None:
+        """Sets `checked` and `federations`. UserError where one of the points is wrong."""
+        self.checked = plan.make_trials(self.settings, points, names)
+        self.federations = plan.check_trials(self.checked, self.sweep)
 
     @abstractmethod
     def complete(self) -> bool:
         """Whether all trials have ended, and no further one follows."""
 
-    def table(self) -> Table:
-        """The table of the sweep."""
-        return make_table([*self.trials.values()], self.rows, self.sweep)
+    def tune_config(self) -> dict[str, Any]:
+        """Arguments of `tune.TuneConfig`, and `param_space`, in addition to those of every sweep."""
+        return {}
+
+    def suggest(self) -> Config | None:
+        """Tune's config of the next trial; None while others have to end first, and after the last one."""
+        if not self.waiting:
+            return None
+        trial = self.waiting.pop(0)
+        config = {plan.NAME: trial.name, **trial.overrides}
+        if not self.missing([trial]):
+            stopped = self.rows[trial.name].get("stopped", {})
+            config[plan.ENDED] = stopped.get("round", trial.experiment.server.rounds)
+        return config
+
+    def tell(self, trial: Trial) -> None:  # noqa: B027
+        """Takes note of the results of a trial that has ended. The row of the trial has them."""
 
     def lines(self) -> Sequence[Mapping[str, Any]]:
         """The lines of search.jsonl; none: there is no such file."""
         return ()
 
-    def labels(self, name: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What the table shows of the trial of that name with those settings."""
-        return settings
+    def title(self) -> str | None:
+        """The title of the table; None: it says how values are chosen."""
+        return None
+
+    def labels(self, trial: Trial) -> Mapping[str, Any]:
+        """The first cells of the trial's line in the table, by column."""
+        return trial.labels
+
+    def marks(self) -> Mapping[str, str] | None:
+        """The last cells of lines in the table, by the name of the first trial of the line; None: no such column."""
+        return None
+
+    def table(self) -> Table:
+        """The table of the sweep."""
+        trials = [replace(own, labels=self.labels(own)) for own in self.trials.values()]
+        return make_table(trials, self.rows, self.sweep, self.title(), self.marks())
 
     def run(self) -> None:
-        """Runs the missing trials on Ray Tune. Without any, Ray is not even imported."""
+        """Runs the missing trials on Ray Tune. Without any, Ray Tune is not even imported."""
         self.write()
         if not self.complete():
             from rayfed.sweeps.on_tune import run_on_tune
@@ -92,30 +125,28 @@ class Search(ABC):
         """
         known = self.trials.get(name)
         if known is None or known.overrides != settings:
-            (self.trials[name],) = make_trials(self.settings, [Point(settings, self.labels(name, settings))], [name])
+            (self.trials[name],) = plan.make_trials(self.settings, [Point(settings, settings)], [name])
         if known is None:
             self.add(self.trials[name])
         return self.trials[name]
 
-    def add(self, trial: Trial) -> None:
-        """Adds the trial and reads its row. UserError if its run directory was made with other settings."""
-        self.rows[trial.name] = trial_row(self.out, trial, self.sweep)
+    def add(self, trial: Trial, error: str | None = None, stopped: int | None = None) -> None:
+        """Adds the trial and makes its row, see `trial_row`. UserError if its run directory has other settings."""
+        self.rows[trial.name] = trial_row(self.out, trial, self.sweep, error, stopped)
         self.trials[trial.name] = trial
 
     def missing(self, trials: Iterable[Trial]) -> list[Trial]:
         """The trials that have not ended, and those that failed."""
-        return [trial for trial in trials if self.rows[trial.name]["status"] in (UNFINISHED, "failed")]
+        return [trial for trial in trials if self.rows[trial.name]["status"] in (plan.UNFINISHED, plan.FAILED)]
 
-    def forget_failures(self) -> None:
-        """Removes the outcomes of failed trials, which then run again: also of those that no search has come to yet."""
-        for path in (self.out / "trials").glob("*.json"):
-            with suppress(ValueError, AttributeError):  # a damaged file is refused where it is read
-                if json.loads(path.read_text(encoding="utf-8")).get("status") == "failed":
-                    path.unlink()
+    def trial_ended(self, trial: Trial, error: str | None = None, round: int | None = None) -> None:
+        """Writes the row of the trial and shows it. It has failed for the reason ``error``, or ended after ``round``.
 
-    def trial_ended(self, trial: Trial) -> None:
-        """Writes the row of the trial, whose outcome is recorded, and shows it."""
-        self.add(trial)
+        It is done if its run has written a summary; else the scheduler has stopped it.
+        """
+        stopped = self.rows[trial.name].get("stopped", {})  # earlier: Tune may stop it before that round now
+        self.add(trial, error, stopped.get("round", round))
+        self.tell(trial)
         self.write()
         self.progress.end(self.rows[trial.name], self.ended, len(self.rows))
         self.on_trial_end(trial)
@@ -123,17 +154,16 @@ class Search(ABC):
     @property
     def ended(self) -> int:
         """How many trials have ended."""
-        return sum(row["status"] != UNFINISHED for row in self.rows.values())
+        return sum(row["status"] != plan.UNFINISHED for row in self.rows.values())
 
-    def write(self) -> Table:
-        """Writes sweep.jsonl, search.jsonl and table.txt. Returns the table."""
-        atomic_write(self.out / "sweep.jsonl", "".join(f"{to_line(row)}\n" for row in self.rows.values()))
+    def write(self) -> None:
+        """Writes sweep.jsonl, search.jsonl and table.txt."""
+        atomic_write(self.out / SWEEP_FILE, "".join(f"{to_line(row)}\n" for row in self.rows.values()))
         if lines := self.lines():
             atomic_write(self.out / SEARCH_FILE, "".join(f"{to_line(line)}\n" for line in lines))
-        table, page = self.table(), io.StringIO()
-        PlainView(page).table(table)
+        page = io.StringIO()
+        PlainView(page).table(self.table())
         atomic_write(self.out / "table.txt", page.getvalue().lstrip("\n"))
-        return table
 
 
 class TrialList(Search):
@@ -146,12 +176,12 @@ class TrialList(Search):
         super().__init__(settings, sweep, out)
         seed = settings.get(SEED, 0)
         points = expand(sweep, seed if isinstance(seed, int) else 0)
-        self.checked = make_trials(settings, points, trial_names(points))
-        self.federations = check_trials(self.checked, sweep)
+        self.check(points, trial_names(points))
+        earlier = (row for row in read_lines(out / SWEEP_FILE) if row.get("status") == plan.STOPPED)
+        stopped = {row["trial"]: row["stopped"]["round"] for row in earlier}
         for trial in self.checked:
-            self.add(trial)
-        first = sweep.parameters.get(SEED, {}).get("grid", [])[: sweep.tune_seeds]
-        self.now = [own for own in self.checked if sweep.tune_seeds is None or own.overrides[SEED] in first]
+            self.add(trial, stopped=stopped.get(trial.name))
+        self.now = of_first_seeds(self.checked, sweep)
         """The trials that Tune gets."""
         self.stop = sweep.stop
 
@@ -163,8 +193,8 @@ class TrialList(Search):
         if later:
             self.now = selected(self.checked, self.rows, self.sweep)
             for name in self.rows.keys() - {trial.name for trial in self.now}:
-                if self.rows[name]["status"] == UNFINISHED:
-                    self.rows[name]["status"] = NOT_SELECTED
+                if self.rows[name]["status"] == plan.UNFINISHED:
+                    self.rows[name]["status"] = plan.NOT_SELECTED
             # Not with `stop`: a mean over only those seeds that were not stopped would be too good.
             self.stop, missing = None, len(self.missing(self.now))
             self.progress.note(f"selected: {len(self.now)} trials of {len(self.checked)}, {missing} to run")
@@ -173,29 +203,30 @@ class TrialList(Search):
     def complete(self) -> bool:
         return not self.missing(self.now)
 
-    def tuner(self) -> dict[str, Any]:
-        from rayfed.sweeps.schedulers import ListedTrials, asha
+    def tune_config(self) -> dict[str, Any]:
+        if self.stop is None:
+            self.waiting = self.missing(self.now)
+            return {}
+        from ray.tune.schedulers import ASHAScheduler
 
-        # A scheduler compares the missing trials with those that have ended: Tune gets these, too.
-        trials = self.now if self.stop else self.missing(self.now)
-        rounds = max(trial.experiment.server.rounds for trial in trials)
-        scheduler = asha(self.stop, self.sweep, rounds) if self.stop else None
-        return {"search_alg": ListedTrials(trials), "scheduler": scheduler}
+        self.waiting = list(self.now)  # ASHA compares the missing trials with those that have ended
+        rounds, stop = max(trial.experiment.server.rounds for trial in self.now), self.stop
+        # Tune compares trials in the order of arrival. So which are stopped may depend on timing, unless
+        # `sweep.concurrency` is 1. The results of a trial never do.
+        scheduler = ASHAScheduler(
+            "round", self.sweep.metric, self.sweep.mode, rounds, stop.grace, stop.factor, stop.brackets,
+            stop_last_trials=False,
+        )  # fmt: skip
+        return {"scheduler": scheduler}
 
 
 def build_search(settings: dict[str, Any], sweep: Sweep, out: Path) -> Search:
     """The trials or the search that the section describes. UserError, before anything starts, where it is wrong."""
-    kind = sweep.search.kind if sweep.search else None
-    if kind == "flasc":
-        from rayfed.sweeps.flasc_search import FlascProbes
+    if sweep.search is None:
+        return TrialList(settings, sweep, out)
+    from rayfed.sweeps.flasc_search import FlascProbes
+    from rayfed.sweeps.optuna_search import OptunaPoints
+    from rayfed.sweeps.pbt import Population
 
-        return FlascProbes(settings, sweep, out)
-    if kind == "optuna":
-        from rayfed.sweeps.optuna_search import OptunaPoints
-
-        return OptunaPoints(settings, sweep, out)
-    if kind == "pbt":
-        from rayfed.sweeps.pbt import Population
-
-        return Population(settings, sweep, out)
-    return TrialList(settings, sweep, out)
+    kinds: dict[str, Callable[..., Search]] = {"flasc": FlascProbes, "optuna": OptunaPoints, "pbt": Population}
+    return kinds[sweep.search.kind](settings, sweep, out)

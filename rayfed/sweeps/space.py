@@ -21,8 +21,7 @@ from typing import Any
 from rayfed import seeding
 from rayfed.config.describe import format_value, short_names
 from rayfed.config.sweep import SEED, Sweep, is_space
-from rayfed.config.types import MOST_NAME, MOST_TRIALS
-from rayfed.errors import UserError
+from rayfed.config.types import MOST_NAME
 
 CASE = "case"  # the column that holds the labels of cases
 MAX_CORNERS = 1024  # combinations that are all checked before a search starts
@@ -40,7 +39,7 @@ class Point:
 def expand(sweep: Sweep, seed: int) -> list[Point]:
     """Every point once: in the order of the cases, then of the parameters as they are written, then of the draws."""
     points: dict[str, Point] = {}
-    for label, case in sweep.labelled() or [("", {})]:
+    for label, case in sweep.labelled():
         spaces = {**sweep.parameters, **case}
         grids = {key: space["grid"] for key, space in spaces.items() if is_space(space) and "grid" in space}
         drawn = {key: space for key, space in spaces.items() if is_space(space) and key not in grids}
@@ -61,20 +60,23 @@ def make_point(sweep: Sweep, label: str, case: Settings, values: Settings) -> Po
 
 
 def corners(sweep: Sweep, case: Settings) -> Iterator[Point]:
-    """The case with every choice and both ends of every range, at no particular seed.
-
-    Yields all combinations. If there are more than `MAX_CORNERS`, yields each value once, with the first values of the
-    other settings.
-    """
+    """The case with every choice and both ends of every range, at no particular seed."""
     spaces = {key: space for key, space in {**sweep.parameters, **case}.items() if is_space(space) and key != SEED}
     ends = {key: space.get("choice") or [*map(rounded, *space.values())] for key, space in spaces.items()}
-    if (values := sum(map(len, ends.values()))) > MOST_TRIALS:
-        raise UserError(f"sweep.parameters: got {values} choices and limits, but at most {MOST_TRIALS} are allowed")
-    crossed = itertools.islice(itertools.product(*ends.values()), MAX_CORNERS + 1)
-    points = [dict(zip(ends, values, strict=True)) for values in crossed]
-    if len(points) > MAX_CORNERS:
-        points = points[:1] + [points[0] | {key: value} for key, values in ends.items() for value in values[1:]]
-    yield from (make_point(sweep, "", case, chosen) for chosen in points)
+    yield from (make_point(sweep, "", case, chosen) for chosen in combinations(ends, MAX_CORNERS))
+
+
+def combinations(values: Mapping[str, Sequence[Any]], most: int) -> Iterator[dict[str, Any]]:
+    """All combinations of the values of settings.
+
+    If there are more than ``most``, each value once, with the first values of the other settings.
+    """
+    if math.prod(map(len, values.values())) <= most:
+        yield from (dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values()))
+        return
+    first = {key: own[0] for key, own in values.items()}
+    yield first
+    yield from (first | {key: value} for key, own in values.items() for value in own[1:])
 
 
 def draw(space: Settings, key: str, seed: int, i: int) -> Any:

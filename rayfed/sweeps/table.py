@@ -6,45 +6,60 @@ validation data. The reported test metric takes no part in the selection.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from rayfed.config import load_config
 from rayfed.config.describe import format_value, short_names
 from rayfed.config.search import OptunaSettings
 from rayfed.config.sweep import SEED, Sweep
-from rayfed.sweeps.trial import Trial, read_outcome, trial_folder
+from rayfed.errors import UserError
+from rayfed.sweeps.plan import FAILED, STOPPED, UNFINISHED, Trial, trial_folder
 from rayfed.tracking import Table, read_metrics
 from rayfed.tracking.format import format_mb, format_mean
 
 TrialRow = dict[str, Any]
 """A line of sweep.jsonl."""
-UNFINISHED = "unfinished"
-STOPPED = "stopped"  # by the section `stop`
-NOT_SELECTED = "not selected"  # other tuned values were better on the first seeds, so the trial does not run
 
 
-def trial_row(out: Path, trial: Trial, sweep: Sweep) -> TrialRow:
-    """The trial's line in sweep.jsonl: overrides, status, the values that the table shows, and the run's summary."""
-    outcome = read_outcome(out, trial)
-    row: TrialRow = {
-        "trial": trial.name,
-        "overrides": dict(trial.overrides),
-        "status": outcome.status if outcome else UNFINISHED,
-        "error": outcome.error if outcome else None,
-        "digest": trial.experiment.digest(),
-    }
-    if outcome and outcome.status in ("done", STOPPED):
-        rounds = read_metrics(trial_folder(out, trial) / "metrics.jsonl")
-        if outcome.status == "done":
-            return row | summarize(rounds, sweep, report_key(trial, sweep)) | {"summary": outcome.summary}
+def trial_row(out: Path, trial: Trial, sweep: Sweep, error: str | None = None, stopped: int | None = None) -> TrialRow:
+    """The trial's line in sweep.jsonl: overrides, status, the values that the table shows, and the run's summary.
+
+    A trial whose run has written its summary is done. Of the others, it has failed for the reason ``error``, or was
+    ``stopped`` after that round. UserError if its run directory was made with other settings, or is damaged.
+    """
+    folder, digest = trial_folder(out, trial.name), trial.experiment.digest()
+    if (config := folder / "config.yaml").is_file() and (old := load_config(config).digest()) != digest:
+        raise UserError(
+            f"--resume: {folder} was made with other settings (digest {old}, these have {digest}); "
+            "resume with the sweep's own sweep.yaml or choose another --out"
+        )
+    row: TrialRow = {"trial": trial.name, "overrides": dict(trial.overrides), "status": UNFINISHED, "error": None}
+    row["digest"] = digest
+    if summary := read_lines(folder / "summary.json"):
+        rounds = read_metrics(folder / "metrics.jsonl")
+        row |= {"status": "done", **summarize(rounds, sweep, report_key(trial, sweep)), "summary": summary[0]}
+    elif error is not None:
+        row |= {"status": FAILED, "error": error}
+    elif stopped is not None:
+        rounds = [own for own in read_metrics(folder / "metrics.jsonl") if own["round"] <= stopped]
         # Not under "metric": a value after fewer rounds takes part in no mean and no selection.
-        counted = summarize([own for own in rounds if own["round"] <= (outcome.round or 0)], sweep, None)
-        row["stopped"] = {"round": outcome.round, "metric": counted["metric"]}
+        row |= {"status": STOPPED, "stopped": {"round": stopped, "metric": summarize(rounds, sweep, None)["metric"]}}
     return row
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines; none if there is no such file. UserError if it is damaged."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line is no object")
+    except ValueError as error:
+        raise UserError(f"--resume: {path} is damaged ({error}); choose another --out") from None
+    return lines
 
 
 def report_key(trial: Trial, sweep: Sweep) -> str | None:
@@ -78,41 +93,23 @@ def summarize(rounds: Sequence[Mapping[str, Any]], sweep: Sweep, report: str | N
     return row | ({"against": row["bytes"]} if totals.get("against") == "bytes/total" else {})
 
 
-@dataclass
-class TrialGroup:
-    """The trials that differ in the seed alone."""
-
-    labels: dict[str, Any]
-    """The labels that they share."""
-    trials: list[Trial] = field(default_factory=list)
-    rows: list[TrialRow] = field(default_factory=list)
-    """The rows of the trials that are done and did not diverge."""
-    stopped: list[int] = field(default_factory=list)
-    """The last rounds of the trials that were stopped early."""
-
-    def mean(self, key: str) -> float | None:
-        """The mean over the seeds; None without values."""
-        values = [row[key] for row in self.rows if row.get(key) is not None]
-        return mean(values) if values else None
-
-    def cell(self, key: str, title: str) -> str:
-        """The mean, and the sample deviation (n - 1 below) where there are two values or more."""
-        values = [row[key] for row in self.rows if row.get(key) is not None]
-        return format_mean(self.mean(key), stdev(values) if len(values) > 1 else None, title)
-
-
-def groups(trials: Iterable[Trial], rows: Mapping[str, TrialRow]) -> list[TrialGroup]:
-    """One group for all trials with the same labels but the seed, in the order of the trials."""
-    found: dict[str, TrialGroup] = {}
+def groups(trials: Iterable[Trial]) -> dict[str, list[Trial]]:
+    """The trials that differ in the seed alone, by `group_of`, in the order of the trials."""
+    found: dict[str, list[Trial]] = {}
     for trial in trials:
-        labels, row = {key: value for key, value in trial.labels.items() if key != SEED}, rows[trial.name]
-        group = found.setdefault(repr(labels), TrialGroup(labels))
-        group.trials.append(trial)
-        if row.get("metric") is not None:
-            group.rows.append(row)
-        if row["status"] == STOPPED:
-            group.stopped.append(row["stopped"]["round"])
-    return list(found.values())
+        found.setdefault(group_of(trial), []).append(trial)
+    return found
+
+
+def group_of(trial: Trial, without: Sequence[str] = ()) -> str:
+    """A key that is equal for trials with the same labels, but the seed and the settings in ``without``."""
+    return repr({key: value for key, value in trial.labels.items() if key != SEED and key not in without})
+
+
+def values_of(trials: Iterable[Trial], rows: Mapping[str, TrialRow], key: str) -> list[float]:
+    """The values of the trials that are done and did not diverge."""
+    ended = (row for row in (rows[trial.name] for trial in trials) if row.get("metric") is not None)
+    return [row[key] for row in ended if row.get(key) is not None]
 
 
 def selected(trials: Sequence[Trial], rows: Mapping[str, TrialRow], sweep: Sweep) -> list[Trial]:
@@ -123,46 +120,56 @@ def selected(trials: Sequence[Trial], rows: Mapping[str, TrialRow], sweep: Sweep
     """
     if not sweep.tune:
         return list(trials)
-    first = sweep.parameters.get(SEED, {}).get("grid", [])[: sweep.tune_seeds]
+    sign = 1 if sweep.mode == "max" else -1
     best: dict[str, tuple[tuple[int, float], str]] = {}
-    for group in groups((own for own in trials if sweep.tune_seeds is None or own.overrides[SEED] in first), rows):
-        others = repr({key: value for key, value in group.labels.items() if key not in sweep.tune})
-        metric = group.mean("metric")
-        worth = -math.inf if metric is None else metric if sweep.mode == "max" else -metric
-        rank = (len(group.rows), worth), repr(group.labels)
-        if others not in best or rank[0] > best[others][0]:
-            best[others] = rank
-    chosen = {labels for _, labels in best.values()}
-    return [own for group in groups(trials, rows) if repr(group.labels) in chosen for own in group.trials]
+    for key, group in groups(of_first_seeds(trials, sweep)).items():
+        metrics, others = values_of(group, rows, "metric"), group_of(group[0], sweep.tune)
+        worth = len(metrics), sign * mean(metrics or [0.0])
+        if others not in best or worth > best[others][0]:
+            best[others] = worth, key
+    chosen = {key for _, key in best.values()}
+    return [own for own in trials if group_of(own) in chosen]
+
+
+def of_first_seeds(trials: Sequence[Trial], sweep: Sweep) -> list[Trial]:
+    """The trials of the first `tune_seeds` seeds; without `tune_seeds`, all."""
+    seeds = sweep.parameters.get(SEED, {}).get("grid", [])[: sweep.tune_seeds]
+    return [trial for trial in trials if sweep.tune_seeds is None or trial.overrides[SEED] in seeds]
 
 
 def make_table(
     trials: Sequence[Trial], rows: Mapping[str, TrialRow], sweep: Sweep, title: str | None = None,
-    mark: Callable[[TrialGroup], str] | None = None,
+    marks: Mapping[str, str] | None = None,
 ) -> Table:  # fmt: skip
-    """The table of a sweep, by the trials' rows: a line for all seeds. With `tune`, only the best tuned settings.
+    """The table of a sweep, by the trials' rows: a line for all seeds, with means and sample deviations.
 
-    A search has a title of its own, and a last column with the ``mark`` of each line.
+    With `tune`, only the best tuned settings have a line. A search has a title of its own, and a last column with
+    ``marks``, by the name of the first trial of a line.
     """
     labels = list(dict.fromkeys(key for trial in trials for key in trial.labels if key != SEED))
     report = report_key(trials[0], sweep) if trials else None
-    values = {"metric": sweep.metric} if trials else {}
-    values |= {"report": report} if report else {}
-    body = tuple(
-        (
-            *(format_value(own.labels[key], quotes=False) if key in own.labels else "" for key in labels),
-            *(own.cell(key, name) for key, name in values.items()),
-            format_mb(own.mean("bytes"), 2),
-            "-" if (seconds := own.mean("seconds")) is None else f"{seconds:.1f}",
-            f"{len(own.rows)}/{len(own.trials)}",
-            *([", ".join(map(str, own.stopped))] if sweep.stop else []),
-            *([mark(own)] if mark else []),
-        )
-        for own in groups(selected(trials, rows, sweep), rows)
-    )
-    more = (["stopped at round"] if sweep.stop else []) + ([""] if mark else [])
-    columns = (*short_names(labels).values(), *values.values(), "MB both ways", "seconds", "trials", *more)
-    return Table(title or _title(sweep), columns, body)
+    shown = {"metric": sweep.metric, "report": report} if report else {"metric": sweep.metric} if trials else {}
+    body = []
+    for group in groups(selected(trials, rows, sweep)).values():
+        own = group[0].labels
+        line = [format_value(own[key], quotes=False) if key in own else "" for key in labels]
+        for key, name in shown.items():
+            values = values_of(group, rows, key)
+            line.append(format_mean(_mean(values), stdev(values) if len(values) > 1 else None, name))
+        seconds = _mean(values_of(group, rows, "seconds"))
+        line += [format_mb(_mean(values_of(group, rows, "bytes")), 2), "-" if seconds is None else f"{seconds:.1f}"]
+        line.append(f"{len(values_of(group, rows, 'metric'))}/{len(group)}")
+        if sweep.stop:
+            ends = (rows[trial.name].get("stopped") for trial in group)
+            line.append(", ".join(str(end["round"]) for end in ends if end))
+        body.append((*line, *([] if marks is None else [marks.get(group[0].name, "")])))
+    more = ["stopped at round"] * bool(sweep.stop) + [""] * (marks is not None)
+    columns = (*short_names(labels).values(), *shown.values(), "MB both ways", "seconds", "trials", *more)
+    return Table(title or _title(sweep), columns, tuple(body))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return mean(values) if values else None
 
 
 def _title(sweep: Sweep) -> str:

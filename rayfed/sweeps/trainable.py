@@ -5,74 +5,113 @@ run's own checkpoint. A trial continues from it (`tune.get_checkpoint`): after a
 or, in Population Based Training, from the checkpoint of another trial and with other settings. Where Tune has none, the
 trial continues from its own run directory. Then Tune first gets the earlier rounds, from metrics.jsonl: schedulers see
 every round, whatever was interrupted.
+
+Ray's W&B integration is not used: `WandbLoggerCallback` sees only what is reported to Tune, and starts the W&B run of a
+restored trial with ``resume=False``. Each trial has its own W&B sink, as every run, and continues its W&B run.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import ray
+from pyarrow.fs import LocalFileSystem
 from ray import tune
 
 from rayfed.api import build_components, iter_rounds
 from rayfed.api.warm_start import STATE, continue_run, last_round, snapshot, warm_start
-from rayfed.config import Experiment, dump_config
+from rayfed.config import Experiment, dump_config, validate
+from rayfed.config.execution import Engine
 from rayfed.config.marks import data_key
+from rayfed.engine.placement import trial_bundles
+from rayfed.errors import MOST_CHARACTERS, RunError, UserError, first_line
 from rayfed.files import atomic_write, remove_path
 from rayfed.run_directory import locked
-from rayfed.sweeps.trial import Trial, in_one_line, outcome_file, read_outcome, record_outcome, trial_folder
+from rayfed.storage import masked
+from rayfed.sweeps.plan import ENDED, FAILED, NAME, RUN_DIR, START_FROM, Config, trial_experiment
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Record, read_metrics
 
-Config = dict[str, Any]
-"""Tune's config of a trial: dotted settings and their values, and the entries below."""
-NAME = "name"  # the name of the run
-RUNS = "rayfed.runs"  # name -> settings, of the runs of a trial that has several
-START_FROM = "rayfed.start_from"  # the run directory of the trial that it continues
-RUN_DIR = "run_dir"  # in the results of a trial: its run directory
 _last: dict[str, Federation] = {}  # at most one, by its key
+
+
+def make_trainable(
+    settings: Mapping[str, Any], federations: Mapping[str, Federation], trials: Path | None = None, pauses: bool = True
+) -> Callable[[Config], None]:
+    """A function trainable of Ray Tune: one trial is one run, with the resources that it needs.
+
+    Args:
+        settings: what all trials share; the dotted settings in Tune's config take their place.
+        federations: the data of trials, by `data_key`. The trials share them through Ray's object store.
+        trials: the folder of run directories of a sweep. They have the names of Tune's trials, and the processes stay
+            on this node. A run that fails is no error of Tune, which would try it again: its last result has the
+            reason, under `FAILED`. None: the run directory is the trial's folder in Tune's storage; where the storage
+            is no local path, the trial's working directory.
+        pauses: whether Tune gets checkpoints, with which it can pause and copy trials.
+    """
+    group = str(settings.get("name", "sweep"))
+    data = {key: ray.put(federation) for key, federation in federations.items()}
+
+    def train(config: Config) -> None:
+        folder = trials / tune.get_context().get_trial_name() if trials else _own_folder()
+        try:
+            with closing(_records(config, folder)) as records:
+                for record in records:
+                    report(record, folder, pauses)
+        except Exception as error:
+            if trials is None:
+                raise
+            report({FAILED: in_one_line(error)}, folder, False)
+
+    def _records(config: Config, folder: Path) -> Generator[Record, None, None]:
+        if ENDED in config:
+            return (own for own in read_metrics(folder / "metrics.jsonl") if own["round"] <= config[ENDED])
+        name = folder.name if trials else config.get(NAME) or tune.get_context().get_trial_name()
+        experiment = trial_experiment(settings, overrides(config), group, name)
+        federation = load_federation(experiment, data)
+        return run_trial(experiment, folder, federation, tune.get_checkpoint(), config.get(START_FROM))
+
+    def resources(config: Config) -> tune.PlacementGroupFactory:
+        try:
+            experiment = trial_experiment(settings, overrides(config), group, "trial")
+        except UserError:  # the trial itself will say so
+            experiment = validate(dict(settings))
+        return placement_group(experiment.engine, here=trials is not None)
+
+    train.__name__ = "rayfed"  # the first word of the names that Tune gives
+    return tune.with_resources(train, resources)
+
+
+def placement_group(engine: Engine, here: bool = False) -> tune.PlacementGroupFactory:
+    """The placement group of a trial: a bundle for its own process, and one for each of its workers.
+
+    All are reserved together, so the workers of a running trial always have room. ``here``: its process stays on this
+    node, where the run directories are.
+    """
+    process, *workers = trial_bundles(engine)
+    nodes = [node for node in ray.nodes() if node["Alive"]] if here else []
+    if len(nodes) > 1:
+        (own,) = (node for node in nodes if node["NodeID"] == ray.get_runtime_context().get_node_id())
+        process |= {f"node:{own['NodeManagerAddress']}": 1e-3}
+    labels = engine.labels
+    selectors: dict[str, Any] = {"bundle_label_selector": [{}, *(dict(labels) for _ in workers)]} if labels else {}
+    return tune.PlacementGroupFactory([process, *workers], **selectors)
 
 
 def overrides(config: Mapping[str, Any]) -> Config:
     """The settings of the trial in its config."""
-    return {key: value for key, value in config.items() if key not in (NAME, RUNS, START_FROM)}
+    return {key: value for key, value in config.items() if key not in (NAME, START_FROM, ENDED)}
 
 
-def runs_of(trial: str, config: Mapping[str, Any]) -> Mapping[str, Config]:
-    """The runs of the ``trial``, named as in Tune: their settings by name.
-
-    The config of a trial that copies another one has the other's `NAME`.
-    """
-    return config.get(RUNS) or {trial: overrides(config)}
-
-
-@contextmanager
-def run_folder(
-    folder: Path, experiment: Experiment, given: tune.Checkpoint | None = None, start: str | None = None
-) -> Iterator[int]:
-    """Locks the run directory and prepares it for the trial. Yields the last round that Tune knows of the trial.
-
-    ``given`` is Tune's checkpoint of the trial. ``start`` is a run directory that a new trial continues. UserError
-    where the settings do not allow to continue.
-    """
-    with locked(folder, wait=math.inf):  # a trial of a killed process may live on for a moment
-        if given is not None:
-            with given.as_directory() as path:
-                continue_run(Path(path), folder, experiment)
-        if not (folder / "config.yaml").is_file():
-            for name in STATE:  # the process died before the first round
-                remove_path(folder / name)
-            if start is not None:
-                warm_start(Path(start), folder, experiment)
-            else:  # now the folder is a run directory, whatever Tune has written into it
-                atomic_write(folder / "config.yaml", dump_config(experiment))
-        yield last_round(folder) if given is not None else 0
+def _own_folder() -> Path:
+    storage = tune.get_context().get_storage()
+    local = isinstance(storage.storage_filesystem, LocalFileSystem)
+    return Path(storage.trial_fs_path if local else storage.trial_working_directory)
 
 
 def load_federation(experiment: Experiment, shared: Mapping[str, ray.ObjectRef]) -> Federation:
@@ -87,54 +126,35 @@ def load_federation(experiment: Experiment, shared: Mapping[str, ray.ObjectRef])
     return _last[key]
 
 
-def run_rounds(experiment: Experiment, folder: Path, federation: Federation, known: int) -> Iterator[Record]:
-    """Runs the experiment. Yields the records of all rounds after round ``known``: the last one once the run has ended.
-
-    So a scheduler that stops a trial after its last round stops nothing.
-    """
-    done = last_round(folder)
-    earlier = read_metrics(folder / "metrics.jsonl") if known < done else []
-    with iter_rounds(experiment, folder, resume=True, federation=federation) as rounds:
-        for record in chain((own for own in earlier if known < own["round"] <= done), rounds):
-            if record["round"] == experiment.server.rounds:
-                for _ in rounds:  # there is none: the run ends and exports its adapter
-                    pass
-            yield record
-
-
 def run_trial(
-    trial: Trial, out: Path, federation: Federation, given: tune.Checkpoint | None = None, start: str | None = None,
-    tell: Callable[[Record], object] = lambda record: None,
-) -> None:  # fmt: skip
-    """Runs the trial of a sweep to its end, and records the outcome. Only the death of the process leaves it without.
+    experiment: Experiment, folder: Path, federation: Federation, given: tune.Checkpoint | None = None,
+    start: str | None = None,
+) -> Generator[Record, None, None]:  # fmt: skip
+    """Runs the trial in its run directory, locked. Yields the records of the rounds that Tune does not know.
 
-    ``given`` and ``start``: see `run_folder`. ``tell`` gets every record that Tune does not know; a trial that has
-    ended already is not run, but told again. After a failure it gets the reason alone: a metric of an earlier round
-    must not stand for the trial.
+    ``given`` is Tune's checkpoint of the trial. ``start`` is a run directory that a new trial continues. The last
+    record comes once the run has ended: a scheduler that stops a trial after its last round stops nothing. UserError
+    where the settings do not allow to continue.
     """
-    folder, experiment = trial_folder(out, trial), trial.experiment
-    if given is None and (outcome := read_outcome(out, trial)) is not None:
-        for own in read_metrics(folder / "metrics.jsonl"):
-            if own["round"] <= (outcome.round or experiment.server.rounds):
-                tell(own)
-        return
-    try:
-        with run_folder(folder, experiment, given, start) as known:
-            for record in run_rounds(experiment, folder, federation, known):
+    with locked(folder, wait=math.inf):  # a trial of a killed process may live on for a moment
+        if given is not None:
+            with given.as_directory() as path:
+                continue_run(Path(path), folder, experiment)
+        if not (folder / "config.yaml").is_file():
+            for name in STATE:  # the process died before the first round
+                remove_path(folder / name)
+            if start is not None:
+                warm_start(Path(start), folder, experiment)
+            else:  # now the folder is a run directory, whatever Tune has written into it
+                atomic_write(folder / "config.yaml", dump_config(experiment))
+        done = last_round(folder)
+        earlier = read_metrics(folder / "metrics.jsonl") if done and given is None else []
+        with iter_rounds(experiment, folder, resume=True, federation=federation) as rounds:
+            for record in chain((own for own in earlier if own["round"] <= done), rounds):
                 if record["round"] == experiment.server.rounds:
-                    _record_done(out, trial)
-                tell(record)
-        if not outcome_file(out, trial).is_file():  # the run stopped early
-            _record_done(out, trial)
-    except Exception as error:
-        reason = in_one_line(error)
-        record_outcome(out, trial, "failed", error=reason)
-        tell({"failed": reason})
-
-
-def _record_done(out: Path, trial: Trial) -> None:
-    summary = json.loads((trial_folder(out, trial) / "summary.json").read_text(encoding="utf-8"))
-    record_outcome(out, trial, "done", summary=summary)
+                    for _ in rounds:  # there is none: the run ends and exports its adapter
+                        pass
+                yield record
 
 
 def report(record: Record, folder: Path, take_checkpoints: bool = True) -> None:
@@ -148,3 +168,9 @@ def report(record: Record, folder: Path, take_checkpoints: bool = True) -> None:
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(str(copy)))
     else:
         tune.report(metrics)
+
+
+def in_one_line(error: Exception) -> str:
+    """The message of the error on one line; with the error's class if the error is not one of rayfed's own."""
+    line = masked(first_line(error, MOST_CHARACTERS))
+    return line if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {line}"

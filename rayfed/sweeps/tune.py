@@ -20,14 +20,12 @@ searcher of Tune works. `tune.Tuner.restore(path, rayfed.tune.trainable(experime
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
-from pyarrow.fs import LocalFileSystem
 from ray import tune
 from ray.tune.search.sample import Categorical, Float, Function, Integer
 
@@ -35,23 +33,13 @@ from rayfed.api import build_components
 from rayfed.api.plans import Settings, read_settings
 from rayfed.config import Experiment
 from rayfed.config.marks import live
-from rayfed.config.types import MOST_TRIALS
+from rayfed.engine.driver import start_ray
+from rayfed.engine.placement import check_trial, trial_bundles
 from rayfed.errors import UserError
 from rayfed.sweeps.flasc_search import FlascSearch
-from rayfed.sweeps.plan import check_trials, is_evaluated, make_trials, trial_experiment
-from rayfed.sweeps.resources import join_ray, placement_group
-from rayfed.sweeps.space import Point
-from rayfed.sweeps.trainable import (
-    NAME,
-    START_FROM,
-    Config,
-    load_federation,
-    overrides,
-    report,
-    run_folder,
-    run_rounds,
-)
-from rayfed.sweeps.trial import Trial
+from rayfed.sweeps.plan import NAME, START_FROM, Config, Trial, check_trials, is_evaluated, make_trials
+from rayfed.sweeps.space import Point, combinations
+from rayfed.sweeps.trainable import make_trainable
 
 ENVIRONMENT = {  # of Ray Tune, unless the user has set the variable
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in the settings start from the same folder as in `rayfed run`
@@ -72,7 +60,7 @@ def trainable(experiment: Settings) -> Callable[[Config], None]:
     """
     settings = read_settings(experiment)
     build_components(settings)
-    return _trainable(settings, {})
+    return make_trainable(_given(settings), {})
 
 
 def tuner(
@@ -94,7 +82,7 @@ def tuner(
     """
     settings = read_settings(experiment)
     tune_config, run_config = tune_config or tune.TuneConfig(), run_config or tune.RunConfig()
-    trials = make_trials(settings.model_dump(mode="json", exclude_unset=True), _points(param_space))
+    trials = make_trials(_given(settings), _points(param_space))
     federations = check_trials(trials)
     _check_search(trials[0], tune_config)
     join_ray([trial.experiment for trial in trials], ENVIRONMENT)
@@ -105,42 +93,48 @@ def tuner(
     if kept.num_to_keep is None:
         kept = replace(kept, num_to_keep=max(CHECKPOINTS, settings.checkpoint.keep))
         run_config = replace(run_config, checkpoint_config=kept)
-    # Trials share the data through Ray's object store.
-    data = {key: ray.put(federation) for key, federation in federations.items()}
-    return tune.Tuner(
-        _trainable(settings, data), param_space=dict(param_space), tune_config=tune_config, run_config=run_config
-    )
+    function = make_trainable(_given(settings), federations)
+    return tune.Tuner(function, param_space=dict(param_space), tune_config=tune_config, run_config=run_config)
 
 
-def _trainable(experiment: Experiment, data: Mapping[str, ray.ObjectRef]) -> Callable[[Config], None]:
-    settings, group = experiment.model_dump(mode="json", exclude_unset=True), experiment.name
+def join_ray(
+    trials: Sequence[Experiment], environment: Mapping[str, str], event: Callable[[str], None] = lambda text: None
+) -> bool:
+    """Joins the trials' cluster, or starts Ray here with CPUs for any of them, unless this process uses Ray already.
 
-    def train(config: Config) -> None:
-        context = tune.get_context()
-        trial = trial_experiment(settings, overrides(config), group, config.get(NAME) or context.get_trial_name())
-        storage = context.get_storage()
-        local = isinstance(storage.storage_filesystem, LocalFileSystem)
-        folder = Path(storage.trial_fs_path if local else storage.trial_working_directory)
-        with run_folder(folder, trial, tune.get_checkpoint(), config.get(START_FROM)) as known:
-            for record in run_rounds(trial, folder, load_federation(trial, data), known):
-                report(record, folder)
+    Whether Ray was started or joined now. ``environment``: variables that are set before, unless they are. ``event``
+    gets a line first, since that takes seconds. UserError where the trials name several clusters, or the cluster can
+    never hold one of them.
+    """
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    engines = list({str(trial.engine): trial.engine for trial in trials}.values())
+    addresses = {engine.address for engine in engines}
+    if len(addresses) > 1:
+        raise UserError("engine.address: trials run on one cluster, but these name several")
+    if ours := not ray.is_initialized():
+        cpus = max(sum(bundle.get("CPU", 0) for bundle in trial_bundles(engine)) for engine in engines)
+        start_ray(addresses.pop(), cpus, any(engine.dashboard for engine in engines), event)
+    try:
+        for engine in engines:
+            check_trial(engine)
+    except UserError:
+        if ours:
+            ray.shutdown()
+        raise
+    return ours
 
-    def resources(config: Config) -> tune.PlacementGroupFactory:
-        engine = experiment.engine
-        with suppress(UserError):  # the trial itself will say so
-            engine = trial_experiment(settings, overrides(config), group, "trial").engine
-        return placement_group(engine)
 
-    train.__name__ = "rayfed"  # the first word of the trials' names
-    return tune.with_resources(train, resources)
+def _given(experiment: Experiment) -> dict[str, Any]:
+    """The settings that were given, and the name."""
+    return {**experiment.model_dump(mode="json", exclude_unset=True), "name": experiment.name}
 
 
-def _points(space: Mapping[str, Any]) -> list[Point]:
+def _points(space: Mapping[str, Any]) -> Iterator[Point]:
     """Points with every value of the space once: all choices, both ends of a range."""
     values = {key: _values(domain) for key, domain in space.items() if key not in (NAME, START_FROM)}
-    first = {key: own[0] for key, own in values.items() if own}
-    points = [first, *(first | {key: value} for key, own in values.items() for value in own[1:MOST_TRIALS])]
-    return [Point(own, own) for own in points]
+    for own in combinations({key: known for key, known in values.items() if known}, most=0):
+        yield Point(own, own)
 
 
 def _values(domain: Any) -> list[Any]:

@@ -160,12 +160,18 @@ def test_a_sweep_is_uploaded_and_resumed_elsewhere(
 
     def record(self: RemoteFolder, folder: Path) -> None:
         upload(self, folder)
-        ended.append(sum(name.startswith("trials/") and name.count("/") == 1 for name in remote()))
+        ended.append(sum(name.startswith("trials/") and name.endswith("/summary.json") for name in remote()))
 
     monkeypatch.setattr(RemoteFolder, "upload", record)
     assert main(["sweep", "sweep.yaml", "--out", URI]) == 0
     assert ended == [1, 2, 2]  # after every trial, and at the end
-    assert {"sweep.yaml", "sweep.jsonl", "table.txt", "trials/seed=0.json", "trials/seed=1/metrics.jsonl"} <= remote()
+    assert {
+        "sweep.yaml",
+        "sweep.jsonl",
+        "table.txt",
+        "trials/seed=0/summary.json",
+        "trials/seed=1/metrics.jsonl",
+    } <= remote()
     assert not HERE.exists()
     lines = bucket.cat("/bucket/runs/one/sweep.jsonl")
     (tmp_path / "elsewhere").mkdir()

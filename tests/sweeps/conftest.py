@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from small_runs import LOWRANK
+from sweep_files import run_in_process
 
+from rayfed.sweeps.plan import ENDED, NAME, START_FROM
 from rayfed.sweeps.search import Search
-from rayfed.sweeps.trainable import RUN_DIR, START_FROM, load_federation, run_trial, runs_of
-from rayfed.sweeps.trial import read_outcome, trial_folder
+from rayfed.sweeps.trainable import overrides
 
 
 class HereInOrder:
@@ -29,23 +29,14 @@ class HereInOrder:
 
     def run_on_tune(self, search: Search) -> None:
         self.ran.append([])
-        search.forget_failures()
-        searcher = search.tuner()["search_alg"]
-        for number in count():
-            config = searcher.suggest(str(number))
-            if not isinstance(config, dict):
-                break
-            trials = [search.trial(name, own) for name, own in runs_of(config["name"], config).items()]
-            records: list[Any] = []
-            for trial in trials:
-                if read_outcome(search.out, trial) is None:
-                    self.ran[-1].append(trial.name)
-                start, federation = config.get(START_FROM), load_federation(trial.experiment, {})
-                run_trial(trial, search.out, federation, start=start, tell=records.append)
-            folder = str(trial_folder(search.out, trials[-1]))
-            searcher.on_trial_complete(str(number), {**records[-1], RUN_DIR: folder})
-            for trial in trials:
-                search.trial_ended(trial)
+        search.tune_config()
+        while config := search.suggest():
+            trial = search.trial(config[NAME], overrides(config))
+            error = ""
+            if ENDED not in config:
+                self.ran[-1].append(trial.name)
+                error = run_in_process(trial, search.out, start=config.get(START_FROM))
+            search.trial_ended(trial, error or None)
 
 
 @pytest.fixture(autouse=True)

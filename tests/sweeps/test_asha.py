@@ -2,52 +2,54 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 
-from sweep_files import planned
+from sweep_files import planned, run_in_process
 
-from rayfed.config.search import AshaSettings
-from rayfed.config.sweep import Sweep, load_sweep
-from rayfed.sweeps.schedulers import asha
+from rayfed.config.sweep import load_sweep
+from rayfed.sweeps.plan import ENDED, Trial, trial_folder
 from rayfed.sweeps.search import TrialList
-from rayfed.sweeps.sweep import run_sweep
+from rayfed.sweeps.sweep import Progress, run_sweep
 from rayfed.sweeps.table import make_table, trial_row
-from rayfed.sweeps.trainable import load_federation, run_trial
-from rayfed.sweeps.trial import outcome_file, record_outcome, trial_folder
 from rayfed.tracking import read_metrics
+from rayfed.tracking.console import PlainView
 
-GRID = {"seed": {"grid": [0, 1]}}
+
+def write_stopped(out: Path, trial: Trial, round: int) -> None:
+    """sweep.jsonl says that the trial was stopped; its run has written no summary."""
+    row = {"trial": trial.name, "status": "stopped", "stopped": {"round": round}}
+    (out / "sweep.jsonl").write_text(json.dumps(row) + "\n")
+    (trial_folder(out, trial.name) / "summary.json").unlink()
 
 
-def test_tune_gets_the_section() -> None:
-    rule = AshaSettings(kind="asha", grace=3, factor=2, brackets=2)
-    scheduler = asha(rule, Sweep(parameters=GRID, metric="eval/gap", mode="min", stop=rule), 24)
+def test_what_tune_gets(sweep_file, tmp_path: Path) -> None:
+    """The section; and on a resume all trials: those that have ended do not run, but their rounds are compared."""
+    stop = {"kind": "asha", "grace": 3, "factor": 2, "brackets": 2}
+    path = sweep_file({"parameters": {"seed": {"grid": [0, 1, 2]}}, "stop": stop}, server={"rounds": 24})
+    trials, federations = planned(path)
+    for trial in trials[:2]:
+        run_in_process(trial, tmp_path, federations[trial.data])
+    write_stopped(tmp_path, trials[1], 3)
+    search = TrialList(*load_sweep(path), tmp_path)
+    scheduler = search.tune_config()["scheduler"]
     assert (scheduler.metric, scheduler._time_attr, scheduler._metric_op) == ("eval/gap", "round", -1.0)
     rungs = [sorted(milestone for milestone, _ in bracket._rungs) for bracket in scheduler._brackets]
     assert rungs == [[3, 6, 12, 24], [6, 12, 24]]
-
-
-def test_what_tune_hears_of_earlier_trials(sweep_file, tmp_path: Path) -> None:
-    """On a resume it gets all trials: the rounds of one that ended come from the disk, and nothing runs again."""
-    path = sweep_file({"parameters": GRID, "stop": {"kind": "asha", "grace": 1, "factor": 2}}, server={"rounds": 5})
-    (trial, other), federations = planned(path)
-
-    def told() -> list[int]:
-        records: list[int] = []
-        run_trial(trial, tmp_path, federations[trial.data], tell=lambda record: records.append(record["round"]))
-        return records
-
-    assert told() == [1, 2, 3, 4, 5]
-    before = outcome_file(tmp_path, trial).stat().st_mtime_ns
-    assert told() == [1, 2, 3, 4, 5]
-    assert outcome_file(tmp_path, trial).stat().st_mtime_ns == before
-    record_outcome(tmp_path, trial, "stopped", round=3)
-    assert told() == [1, 2, 3]
-
-    search = TrialList(*load_sweep(path), tmp_path)
-    assert [own.name for own in search.tuner()["search_alg"].waiting] == [trial.name, other.name]
+    assert [search.suggest() for _ in range(4)] == [
+        {"name": "seed=0", "seed": 0, ENDED: 24},
+        {"name": "seed=1", "seed": 1, ENDED: 3},
+        {"name": "seed=2", "seed": 2},
+        None,
+    ]
+    search.progress = Progress(PlainView(io.StringIO()), "eval/gap")
+    search.trial_ended(trials[1], round=1)
+    assert search.rows["seed=1"]["status"] == "stopped"
+    assert search.rows["seed=1"]["stopped"]["round"] == 3  # as before, whenever ASHA stops it now
     search.stop = None
-    assert [own.name for own in search.tuner()["search_alg"].waiting] == [other.name]
+    assert search.tune_config() == {}
+    assert [own.name for own in search.waiting] == ["seed=2"]
 
 
 def test_a_stopped_trial_does_not_count_as_finished(sweep_file, tmp_path: Path, here) -> None:
@@ -57,11 +59,11 @@ def test_a_stopped_trial_does_not_count_as_finished(sweep_file, tmp_path: Path, 
     _, sweep = load_sweep(path)
     trials, _ = planned(path)
     for trial in trials:
-        run_trial(trial, out, load_federation(trial.experiment, {}))
+        run_in_process(trial, out)
     (out / "sweep.yaml").write_text("")
-    record_outcome(out, trials[3], "stopped", round=2)
-    line = trial_row(out, trials[3], sweep)
-    second = read_metrics(trial_folder(out, trials[3]) / "metrics.jsonl")[1]
+    write_stopped(out, trials[3], 2)
+    line = trial_row(out, trials[3], sweep, stopped=2)
+    second = read_metrics(trial_folder(out, trials[3].name) / "metrics.jsonl")[1]
     assert (line["status"], line["stopped"]) == ("stopped", {"round": 2, "metric": second["eval/gap"]})
     assert line.get("metric") is None
 

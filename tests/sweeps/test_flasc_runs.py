@@ -99,14 +99,14 @@ def test_a_probe_killed_during_its_warm_start_starts_again(search_file, tmp_path
 def failing(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The names of the trials that fail."""
     names: set[str] = set()
-    rounds = trainable.run_rounds
+    rounds = trainable.run_trial
 
-    def fails(experiment: rayfed.Experiment, *rest: Any) -> Iterator[Any]:
+    def fails(experiment: rayfed.Experiment, *rest: Any, **more: Any) -> Iterator[Any]:
         if experiment.name in names:
             raise MemoryError("out of memory")
-        yield from rounds(experiment, *rest)
+        yield from rounds(experiment, *rest, **more)
 
-    monkeypatch.setattr(trainable, "run_rounds", fails)
+    monkeypatch.setattr(trainable, "run_trial", fails)
     return names
 
 
@@ -135,7 +135,7 @@ def test_killed_between_two_probes_it_comes_to_the_same_decisions(
     trials = [row["trial"] for row in whole.rows]
     for name in trials[1], trials[3]:
         with monkeypatch.context() as patch:
-            patch.setattr(trainable, "run_rounds", interrupted(trainable.run_rounds, name))
+            patch.setattr(trainable, "run_trial", interrupted(trainable.run_trial, name))
             with pytest.raises(KeyboardInterrupt):
                 run_sweep(path, out=out, resume=out.is_dir())
     before = files(out / "trials" / trials[0])
@@ -148,8 +148,8 @@ def test_killed_between_two_probes_it_comes_to_the_same_decisions(
 def interrupted(rounds: Callable[..., Iterator[Any]], name: str) -> Callable[..., Iterator[Any]]:
     """``rounds``, in which the trial of that name is killed after a round."""
 
-    def run(experiment: rayfed.Experiment, *rest: Any) -> Iterator[Any]:
-        for record in rounds(experiment, *rest):
+    def run(experiment: rayfed.Experiment, *rest: Any, **more: Any) -> Iterator[Any]:
+        for record in rounds(experiment, *rest, **more):
             yield record
             if experiment.name == name:
                 raise KeyboardInterrupt

@@ -18,8 +18,8 @@ from wandb_files import runs
 import rayfed
 from rayfed.config.execution import Engine
 from rayfed.errors import UserError
+from rayfed.sweeps.plan import trial_folder
 from rayfed.sweeps.sweep import run_sweep
-from rayfed.sweeps.trial import read_outcome, trial_folder
 from rayfed.tracking import read_metrics
 
 OFFLINE = {"WANDB_MODE": "offline"}
@@ -34,13 +34,13 @@ def test_two_trials_on_ray_tune(ray_cluster, sweep_file, tmp_path: Path) -> None
     section = {"parameters": {"client.lr": {"grid": [0.02, 1e30]}}, "concurrency": 1}  # one process for both
     path, out = sweep_file(section), tmp_path / "out"
     ended: dict[str, Any] = {}
-    result = run_sweep(path, out=out, on_trial_end=lambda trial: ended.update({trial.name: read_outcome(out, trial)}))
-    assert {name: outcome.status for name, outcome in ended.items()} == {"lr=0.02": "done", "lr=1e+30": "failed"}
+    result = run_sweep(path, out=out, on_trial_end=lambda trial: ended.update({trial.name: statuses(out)[trial.name]}))
+    assert ended == {"lr=0.02": "done", "lr=1e+30": "failed"}
     assert statuses(out) == {"lr=0.02": "done", "lr=1e+30": "failed"}
     assert [row["trial"] for row in result.failed] == ["lr=1e+30"]
     (trial, _), _ = planned(path)
     alone = rayfed.run(trial.experiment, tmp_path / "alone")
-    assert last_digest(trial_folder(out, trial)) == alone.metrics[-1]["state/digest"]
+    assert last_digest(trial_folder(out, trial.name)) == alone.metrics[-1]["state/digest"]
 
 
 def start_and_kill(path: Path, out: Path, when: Callable[[], object]) -> Callable[[], subprocess.CompletedProcess[str]]:
@@ -99,7 +99,7 @@ def test_a_killed_probe_continues_from_its_own_checkpoint(sweep_file, tmp_path: 
     out = tmp_path / "out"
     first, second = out / "trials" / "start", out / "trials" / "start-rank"
     resume = start_and_kill(path, out, (second / "checkpoints" / "round-000605").is_dir)
-    assert not (out / "trials" / "start-rank.json").exists()
+    assert not (second / "summary.json").exists()
     before = files(first)
     again = resume()
     assert again.returncode == 0, again.stderr
@@ -118,7 +118,7 @@ def test_workers_of_trials_always_have_room(ray_cluster, sweep_file, tmp_path: P
     assert statuses(tmp_path / "out") == {"seed=0": "done", "seed=1": "done"}
     for trial in planned(path)[0]:
         alone = rayfed.run(trial.experiment.model_copy(update={"engine": Engine(kind="local")}), tmp_path / trial.name)
-        assert last_digest(trial_folder(tmp_path / "out", trial)) == alone.metrics[-1]["state/digest"]
+        assert last_digest(trial_folder(tmp_path / "out", trial.name)) == alone.metrics[-1]["state/digest"]
 
     with pytest.raises(UserError, match=r"^engine.cpus_per_worker: got 1 for each of 9 workers, but Ray has 3 CPUs, b"):
         run_sweep(path, ["engine.workers=9"], out=tmp_path / "wide")
@@ -138,9 +138,8 @@ def test_a_stopped_trial_stays_stopped(ray_cluster, sweep_file, tmp_path: Path) 
     run_sweep(path, out=out)
     assert list(statuses(out).values()) == ["done", "stopped", "done"]
     trial = planned(path)[0][1]
-    outcome, folder = read_outcome(out, trial), trial_folder(out, trial)
-    assert outcome is not None
-    assert (outcome.round, outcome.error) == (2, None)
+    row, folder = read_rows(out)[1], trial_folder(out, trial.name)
+    assert (row["stopped"]["round"], row["error"]) == (2, None)
     assert [record["round"] for record in read_metrics(folder / "metrics.jsonl")] == [1, 2]
     assert not (folder / "adapter").exists()
     before = files(out / "trials")
@@ -162,11 +161,11 @@ def test_a_killed_search_repeats_no_finished_trial(sweep_file, tmp_path: Path, k
     section = {"search": {"kind": kind} | search, "parameters": spaces, "concurrency": 2}
     path, out = sweep_file(section, server={"rounds": 600}, checkpoint={"every": 50}), tmp_path / "out"
     if kind == "optuna":
-        resume = start_and_kill(path, out, lambda: len([*out.glob("trials/*.json")]) == 2)
+        resume = start_and_kill(path, out, lambda: len([*out.glob("trials/*/summary.json")]) == 2)
     else:
         resume = start_and_kill(path, out, lambda: [*out.glob("trials/*/checkpoints/round-000350")])
     before = files(out / "trials")
-    ended = {file.stem for file in out.glob("trials/*.json")}
+    ended = {file.parent.name for file in out.glob("trials/*/summary.json")}
     again = resume()
     assert again.returncode == 0, again.stderr
     assert set(statuses(out).values()) == {"done"}
@@ -183,10 +182,10 @@ def test_a_killed_search_repeats_no_finished_trial(sweep_file, tmp_path: Path, k
 @pytest.mark.slow
 def test_a_trial_whose_process_dies_continues(ray_cluster, sweep_file, tmp_path: Path, monkeypatch, capsys) -> None:
     """Killed with signal 9 once, in the middle: a new process continues from the run's own checkpoint."""
-    from rayfed.sweeps.on_tune import _Watch
+    from rayfed.sweeps.on_tune import Watch
 
     path = sweep_file({"parameters": {"seed": {"grid": [0]}}}, server={"rounds": 300}, checkpoint={"every": 10})
-    pids, shown = [], _Watch.on_trial_result
+    pids, shown = [], Watch.on_trial_result
 
     def kill_once(self, iteration, trials, trial, result, **info) -> None:
         pids.append(result["pid"])
@@ -194,11 +193,11 @@ def test_a_trial_whose_process_dies_continues(ray_cluster, sweep_file, tmp_path:
             os.kill(result["pid"], signal.SIGKILL)
         shown(self, iteration, trials, trial, result, **info)
 
-    monkeypatch.setattr(_Watch, "on_trial_result", kill_once)
+    monkeypatch.setattr(Watch, "on_trial_result", kill_once)
     run_sweep(path, ["tracking.console=plain"], out=tmp_path / "out")
     assert "* seed=0: its process died; it continues in a new one" in capsys.readouterr().out.splitlines()
     assert len({*pids}) == 2
     (trial,), _ = planned(path)
-    rounds = read_metrics(trial_folder(tmp_path / "out", trial) / "metrics.jsonl")
+    rounds = read_metrics(trial_folder(tmp_path / "out", trial.name) / "metrics.jsonl")
     alone = rayfed.run(trial.experiment, tmp_path / "alone").metrics
     assert [own["state/digest"] for own in rounds] == [own["state/digest"] for own in alone]

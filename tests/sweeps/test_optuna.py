@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import FixedTrial
 
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
-from rayfed.sweeps.optuna_search import OptunaPoints, distributions, pareto_front, point_of
+from rayfed.sweeps.optuna_search import OptunaPoints, choose
+from rayfed.sweeps.space import Point
 
 SPACES = {
     "client.lr": {"loguniform": [1e-4, 1e-1]},
@@ -27,23 +30,30 @@ def section(parameters: Any = SPACES, cases: Any = CASES) -> Sweep:
     return Sweep(parameters=parameters, cases=cases, search={"kind": "optuna", "trials": 40, "startup": 5})
 
 
+def point_of(params: Mapping[str, Any], sweep: Sweep) -> Point:
+    """The point for these parameters of Optuna: all of them are asked for, and no others."""
+    asked = FixedTrial(dict(params))
+    point = choose(asked, sweep)
+    assert asked.params == params
+    return point
+
+
 def test_settings_of_a_case_come_with_it_alone() -> None:
     sweep = section()
-    found = distributions(sweep)
-    assert [*found] == ["case", "client.lr", "lora.rank", "case 0: wire.up.density", "case 1: method.gamma"]
-    params = {"client.lr": 0.0123456789, "lora.rank": 2, "case 0: wire.up.density": 0.5, "case 1: method.gamma": 1}
+    params = {"client.lr": 0.0123456789, "lora.rank": 2}
     common = {"client.lr": 0.0123457, "lora.rank": 4}
-    assert point_of(params | {"case": 0}, sweep).overrides == {"method.name": "flasc", "wire.up.density": 0.5} | common
-    assert point_of(params | {"case": 1}, sweep).overrides == {"method.name": "fedhl", "method.gamma": 2.0} | common
+    sparse = point_of(params | {"case": 0, "case 0: wire.up.density": 0.5}, sweep)
+    assert sparse.overrides == {"method.name": "flasc", "wire.up.density": 0.5} | common
+    assert sparse.labels == {"case": "1/4", "wire.up.density": 0.5} | common
+    hl = point_of(params | {"case": 1, "case 1: method.gamma": 1}, sweep)
+    assert hl.overrides == {"method.name": "fedhl", "method.gamma": 2.0} | common
     assert point_of(params | {"case": 2}, sweep).overrides == {"method.name": "fedit"} | common
-    assert point_of(params | {"case": 0}, sweep).labels == {"case": "1/4", "wire.up.density": 0.5} | common
 
 
 def test_one_case_is_no_choice() -> None:
     sweep = section(
         {"client.lr": {"uniform": [0.1, 0.2]}}, [{"method.name": "fedit", "lora.alpha": {"choice": [1, 2]}}]
     )
-    assert [*distributions(sweep)] == ["client.lr", "case 0: lora.alpha"]
     point = point_of({"client.lr": 0.1, "case 0: lora.alpha": 0}, sweep)
     assert point.labels == {"method.name": "fedit", "lora.alpha": 1, "client.lr": 0.1}
 
@@ -52,14 +62,6 @@ def test_values_of_a_choice_may_be_anything() -> None:
     choices = [{"kind": "same"}, [1, 2], None, "x"]
     sweep = section({"profiles": {"choice": choices}}, None)
     assert [point_of({"profiles": i}, sweep).overrides["profiles"] for i in range(4)] == choices
-
-
-def test_the_front() -> None:
-    best = [(0.5, 10.0), (0.7, 20.0), (0.7, 20.0), (0.9, 90.0), (0.4, 9.0)]  # equal ones both stay
-    beaten = [(0.6, 20.0), (0.9, 91.0)]  # one is better for as much, one as good for less
-    assert pareto_front(beaten + best) == best
-    assert pareto_front([(-worth, cost) for worth, cost in best + beaten]) == [(-0.4, 9.0)]
-    assert pareto_front([]) == []
 
 
 def test_without_optuna_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from rich.live import Live
 
-from rayfed.sweeps.progress import Progress
+from rayfed.sweeps.sweep import Progress
 from rayfed.tracking.console import PlainView
 
 

@@ -11,7 +11,8 @@ import ray
 from rayfed.config import load_config
 from rayfed.engine.placement import trial_bundles, trial_mistake
 from rayfed.errors import UserError
-from rayfed.sweeps.resources import join_ray, placement_group
+from rayfed.sweeps.trainable import placement_group
+from rayfed.sweeps.tune import join_ray
 
 
 def settings(*overrides: str) -> Any:

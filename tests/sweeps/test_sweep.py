@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sweep_files import planned, statuses
+from sweep_files import planned, run_in_process, statuses
 
 import rayfed
+from rayfed.config.sweep import load_sweep
 from rayfed.errors import RunError, UserError
 from rayfed.run_directory import locked
+from rayfed.sweeps.plan import trial_folder
 from rayfed.sweeps.sweep import run_sweep
-from rayfed.sweeps.trainable import run_trial
-from rayfed.sweeps.trial import in_one_line, outcome_file, read_outcome, trial_folder
+from rayfed.sweeps.table import trial_row
+from rayfed.sweeps.trainable import in_one_line
 from rayfed.tracking import read_metrics
 
 
@@ -22,8 +25,7 @@ def test_trials_that_are_done_need_no_ray(sweep_file, tmp_path: Path, monkeypatc
     path, out = sweep_file({"parameters": {"seed": {"grid": [0, 1]}}}), tmp_path / "out"
     trials, federations = planned(path)
     for trial in trials:
-        run_trial(trial, out, federations[trial.data])
-        assert read_outcome(out, trial).status == "done"
+        assert run_in_process(trial, out, federations[trial.data]) == ""
     (out / "sweep.yaml").write_text("")
     monkeypatch.setitem(sys.modules, "rayfed.sweeps.on_tune", None)
     result = run_sweep(path, ["tracking.console=plain"], out=out, resume=True)
@@ -70,11 +72,11 @@ def test_the_other_seeds_run_only_the_selected_values(sweep_file, tmp_path: Path
 def test_a_trial_is_a_run_of_its_own(sweep_file, tmp_path: Path) -> None:
     path = sweep_file({"parameters": {"seed": {"grid": [3]}}})
     (trial,), federations = planned(path)
-    run_trial(trial, tmp_path, federations[trial.data])
+    run_in_process(trial, tmp_path, federations[trial.data])
     alone = rayfed.run(trial.experiment, tmp_path / "alone")
-    mine = read_metrics(trial_folder(tmp_path, trial) / "metrics.jsonl")
+    mine = read_metrics(trial_folder(tmp_path, trial.name) / "metrics.jsonl")
     assert [r["state/digest"] for r in mine] == [r["state/digest"] for r in alone.metrics]
-    assert read_outcome(tmp_path, trial).summary["final/gap"] == alone.summary["final/gap"]
+    assert trial_row(tmp_path, trial, load_sweep(path)[1])["summary"]["final/gap"] == alone.summary["final/gap"]
     assert trial.experiment.name == "seed=3"
     assert trial.experiment.tracking.group == "tiny"
 
@@ -87,44 +89,41 @@ def test_federations_are_shared_by_trials_with_the_same_data(sweep_file, tmp_pat
     assert set(federations) == {trials[0].data, trials[1].data}
     assert len(federations) == 2
     monkeypatch.setattr("rayfed.tasks.known_answer.problem.make_problem", None)  # the data are not loaded again
-    run_trial(trials[0], tmp_path, federations[trials[0].data])
-    assert read_outcome(tmp_path, trials[0]).error is None
+    assert run_in_process(trials[0], tmp_path, federations[trials[0].data]) == ""
 
 
 @pytest.mark.parametrize("left", [".config.yaml.1.partial", "config.yaml"])
 def test_a_trial_that_was_killed_at_its_start_starts_again(sweep_file, tmp_path: Path, left: str) -> None:
     (trial,), federations = planned(sweep_file({"parameters": {"seed": {"grid": [0]}}}))
-    folder = trial_folder(tmp_path, trial)
+    folder = trial_folder(tmp_path, trial.name)
     (folder / "checkpoints").mkdir(parents=True)
     from rayfed.config import dump_config
 
     (folder / left).write_text(dump_config(trial.experiment))
-    run_trial(trial, tmp_path, federations[trial.data])
-    assert read_outcome(tmp_path, trial).status == "done"
+    assert run_in_process(trial, tmp_path, federations[trial.data]) == ""
+    assert (folder / "summary.json").is_file()
 
 
-def test_whatever_a_trial_raises_is_recorded_in_one_line(sweep_file, tmp_path: Path, monkeypatch) -> None:
-    (trial,), federations = planned(sweep_file({"parameters": {"seed": {"grid": [0]}}}))
-
+def test_whatever_a_trial_raises_is_recorded_in_one_line(sweep_file, tmp_path: Path, monkeypatch, here) -> None:
     def fail(*_: object, **__: object) -> None:
         raise MemoryError("\n  out of memory:\n details")
 
-    monkeypatch.setattr("rayfed.sweeps.trainable.run_rounds", fail)
-    run_trial(trial, tmp_path, federations[trial.data])
-    ended = read_outcome(tmp_path, trial)
-    assert (ended.status, ended.error) == ("failed", "MemoryError: out of memory:")
+    monkeypatch.setattr("rayfed.sweeps.trainable.iter_rounds", fail)
+    (row,) = run_sweep(sweep_file({"parameters": {"seed": {"grid": [0]}}}), out=tmp_path / "out").failed
+    assert (row["status"], row["error"]) == ("failed", "MemoryError: out of memory:")
     assert in_one_line(RunError("a\nb")) == "a"
-    assert in_one_line(ValueError()) == "ValueError: no reason given"
+    assert in_one_line(ValueError()) == "ValueError: ValueError"
 
 
 def test_a_damaged_record_is_one_line(sweep_file, tmp_path: Path) -> None:
-    (trial,), _ = planned(sweep_file({"parameters": {"seed": {"grid": [0]}}}))
-    outcome_file(tmp_path, trial).parent.mkdir()
-    outcome_file(tmp_path, trial).write_text('{"status": ')
-    with pytest.raises(
-        UserError, match=r"^--resume: .*seed=0.json is damaged \(.*\); remove it to run the trial again"
-    ):
-        read_outcome(tmp_path, trial)
+    path, out = sweep_file({"parameters": {"seed": {"grid": [0]}}}), tmp_path / "out"
+    for file in "sweep.jsonl", "trials/seed=0/summary.json":
+        (out / file).parent.mkdir(parents=True)
+        (out / "sweep.yaml").write_text("")
+        (out / file).write_text('{"status": ')
+        with pytest.raises(UserError, match=rf"^--resume: .*{file} is damaged \(.*\); choose another --out$"):
+            run_sweep(path, out=out, resume=True)
+        shutil.rmtree(out)
 
 
 def test_a_sweep_has_one_process_at_a_time(sweep_file, tmp_path: Path) -> None:

@@ -9,10 +9,9 @@ import pytest
 from sweep_files import folded_width, planned
 
 from rayfed.config.sweep import Sweep, load_sweep
-from rayfed.sweeps.plan import make_trials
+from rayfed.sweeps.plan import Trial, make_trials
 from rayfed.sweeps.space import expand, trial_names
 from rayfed.sweeps.table import make_table, summarize
-from rayfed.sweeps.trial import Trial
 from rayfed.tracking.format import format_mean
 
 GRID = {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,9 @@ from rayfed.config import Experiment, load_config
 from rayfed.config.marks import data_key
 from rayfed.errors import UserError
 from rayfed.server.chain import continued_after, verify
-from rayfed.sweeps.trainable import load_federation, run_folder, run_rounds
+from rayfed.sweeps import trainable
+from rayfed.sweeps.plan import ENDED, FAILED
+from rayfed.sweeps.trainable import load_federation, make_trainable, run_trial
 from rayfed.tracking import read_metrics
 
 
@@ -29,12 +33,10 @@ def run(folder: Path, experiment: Experiment, given: Path | None = None, stop: i
     """The rounds that Tune is told. ``stop``: Tune stops the trial after that round."""
     checkpoint: Any = tune.Checkpoint.from_directory(str(given)) if given else None
     told = []
-    with run_folder(folder, experiment, checkpoint) as known:
-        rounds = run_rounds(experiment, folder, load_federation(experiment, {}), known)
+    with closing(run_trial(experiment, folder, load_federation(experiment, {}), checkpoint)) as rounds:
         for record in rounds:
             told.append(int(str(record["round"])))
             if record["round"] == stop:
-                rounds.close()
                 break
     return told
 
@@ -63,11 +65,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_the_last_record_comes_after_the_end_of_the_run(tmp_path: Path, whole: list[str]) -> None:
-    rounds = run_rounds(settings(), tmp_path, load_federation(settings(), {}), 0)
-    with run_folder(tmp_path, settings()) as known:
-        assert known == 0
-        for record in rounds:
-            assert (tmp_path / "summary.json").is_file() == (record["round"] == 6)
+    for record in run_trial(settings(), tmp_path, load_federation(settings(), {})):
+        assert (tmp_path / "summary.json").is_file() == (record["round"] == 6)
     assert digests(tmp_path) == whole
     assert run(tmp_path, settings()) == [1, 2, 3, 4, 5, 6]  # told again where Tune knows nothing; nothing runs
 
@@ -144,3 +143,26 @@ def test_trials_of_a_process_share_the_data(monkeypatch: pytest.MonkeyPatch) -> 
     key = data_key(settings().model_dump(mode="json"))
     shared: Any = {key: first}
     assert load_federation(settings(), shared) is first  # from Ray's object store
+
+
+def test_what_the_process_of_a_sweeps_trial_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every round; of a trial that has ended its rounds again, without a run; of one that fails the reason."""
+    records: list[Any] = []
+    monkeypatch.setattr(trainable, "report", lambda record, folder, pauses: records.append(record))
+    monkeypatch.setattr(tune, "get_context", lambda: SimpleNamespace(get_trial_name=lambda: "a"))
+    monkeypatch.setattr(tune, "get_checkpoint", lambda: None)
+    given = settings().model_dump(mode="json", exclude_unset=True)
+    train = make_trainable(given, {}, tmp_path)
+    train({"client.lr": 0.03})
+    assert [record["round"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert load_config(tmp_path / "a" / "config.yaml").name == "a"
+    records.clear()
+    monkeypatch.setattr(trainable, "run_trial", None)
+    train({"client.lr": 0.03, ENDED: 4})
+    assert [record["round"] for record in records] == [1, 2, 3, 4]
+    records.clear()
+    train({"client.lr": -1})
+    assert records == [{FAILED: "client.lr: got -1, but it should be a number in [1e-30, 1e+30]"}]
+    monkeypatch.setattr(trainable, "_own_folder", lambda: tmp_path / "b")
+    with pytest.raises(UserError, match=r"^client.lr: got -1"):
+        make_trainable(given, {})({"client.lr": -1})

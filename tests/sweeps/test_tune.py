@@ -31,7 +31,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("rayfed.sweeps.resources.start_ray", fail)
+    monkeypatch.setattr("rayfed.sweeps.tune.start_ray", fail)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
 
 
