@@ -47,7 +47,7 @@ class Scaffold(Stateful):
         if steps == 0:
             return Message(torch.zeros_like(trained))
         mean = (client.start - trained) / (steps * client.rates)
-        return Message((mean - _received(client)) * client.uploaded)
+        return Message(mean - _received(client))
 
     def store(self, client: ClientRound, sent: Message) -> Tensor:
         assert sent.vector is not None

@@ -179,8 +179,15 @@ def test_only_what_a_client_uploads_travels_beside(tmp_path):
     assert all(int((vector != 0).sum()) == 12 for vector in vectors)
 
 
-@pytest.mark.parametrize("wire", [("wire.up.density=0.4",), ("wire.up.values=int8", "wire.down.values=bf16")], ids=str)
-def test_scaffolds_c_stays_the_mean_of_what_the_clients_store(tmp_path, wire):
+@pytest.mark.parametrize(
+    ("wire", "up", "down"),
+    [
+        (("wire.up.density=0.4",), (9, 36), (24, 96)),  # of 24 entries, and their bytes
+        (("wire.up.values=int8", "wire.down.values=bf16"), (24, 28), (24, 48)),
+    ],
+    ids=["sparse", "rounded"],
+)
+def test_scaffolds_c_stays_the_mean_of_what_the_clients_store(tmp_path, wire, up, down):
     own = ("server.rounds=8", "method.name=flasc", "server.optimizer=fedavg")
     result = rayfed.run(lowrank(*own, *OBJECTIVES["scaffold"], *wire), out=tmp_path / "run")
     found = stored(result.out)
@@ -188,6 +195,8 @@ def test_scaffolds_c_stays_the_mean_of_what_the_clients_store(tmp_path, wire):
     total = sum(vector.double() for vector in found.values())
     torch.testing.assert_close(state(result.out)["objective.c"].double(), total / 6, rtol=1e-5, atol=1e-7)
     assert total.norm() > 0.01
+    for row in pq.read_table(result.out / "ledger.parquet").to_pylist():
+        assert (row["values"], row["bytes_values"]) == (up if row["direction"] == "up" else down)
 
 
 def test_a_dropped_client_sends_nothing_and_stays_as_it_was(tmp_path):
