@@ -75,7 +75,7 @@ def _reply(
     client = member.context
     assert client is not None
     places = Uploadable.of(client.uploaded)
-    message = objective.message(client, result.vector, result.steps)
+    message = objective.message(client, result.vector, result.steps, result.twin)
     encoded = encode_message(message, places, order.values, order.budget)
     stored = objective.store(client, decode_encoded(encoded, places))
     return encoded, None if stored is None else wire.encode(stored)

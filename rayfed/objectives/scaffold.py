@@ -43,7 +43,7 @@ class Scaffold(Stateful):
     def correction(self, values: Tensor, start: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
         return terms["variates"]
 
-    def message(self, client: ClientRound, trained: Tensor, steps: int) -> Message:
+    def message(self, client: ClientRound, trained: Tensor, steps: int, twin: Tensor | None = None) -> Message:
         if steps == 0:
             return Message(torch.zeros_like(trained))
         mean = (client.start - trained) / (steps * client.rates)

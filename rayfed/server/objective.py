@@ -20,7 +20,7 @@ from rayfed.clients.messages import EncodedMessage, ObjectiveOrder, TrainResult
 from rayfed.clients.objective_messages import decode_encoded, encode_message
 from rayfed.clients.plan import RunPlan
 from rayfed.clients.transfer import Uploadable
-from rayfed.methods import Advance
+from rayfed.methods import Advance, Sparse
 from rayfed.objectives import Received, Stateful
 from rayfed.profiles.profile import Profile
 from rayfed.server.client_state import ClientStore, StoredTensors
@@ -123,6 +123,20 @@ class ServerObjective:
     def weight(self, client: int, otherwise: float) -> float:
         """The client's weight, where the objective decides it."""
         return self._round.weights.get(client, otherwise)
+
+    @property
+    def needs_clients(self) -> bool:
+        """Whether it needs each client's update, so that packs may not be summed by the workers."""
+        return self.objective is not None and (self.objective.decides_weights or self.objective.changes_uploads)
+
+    def change(self, client: int, upload: Tensor | Sparse, result: TrainResult, i: int) -> Tensor | Sparse:
+        """What the method aggregates in place of the upload of the pack's client i."""
+        if self.objective is None or not self.objective.changes_uploads:
+            return upload
+        message = result.messages[i]
+        assert message is not None
+        dense = upload.dense() if isinstance(upload, Sparse) else upload
+        return self.objective.changed(dense, decode_encoded(message, self._round.places[client]))
 
     def collect(self, client: int, result: TrainResult, i: int) -> None:
         """Adds up the message of the pack's client i, in the order of the cohort, and what the client stored."""

@@ -168,7 +168,7 @@ def _updates(
     """
     method = plan.method
     lr = scheduled(plan.client.lr, plan.client.schedule, t, plan.server.rounds)
-    summed = method.sum_in_worker and log.diagnostics is None and release is None and not objective.decides_weights
+    summed = method.sum_in_worker and log.diagnostics is None and release is None and not objective.needs_clients
     submissions = [_submission(plan, state, t, lr, pack, summed, downlink, objective) for pack in packs]
     results = _timed(in_order(executor.run(submissions)), log)
     if objective.decides_weights:
@@ -229,6 +229,7 @@ def _decoded(
             continue
         upload = wire.decode(plan.channel.deliver(payload))
         change = received.uploadable(order.trainable).placed(upload)
+        change = objective.change(client.client, change, result, i)
         stats = {"loss": result.losses[i], "examples": result.examples[i], "steps": result.steps[i]}
         own = None if personal is None else wire.decode(personal).dense()
         weight = objective.weight(client.client, order.weight)

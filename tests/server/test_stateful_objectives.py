@@ -134,8 +134,10 @@ def test_fedglomo_with_full_gradients_and_all_clients_is_fedavg(tmp_path, beta):
     close(state(glomo)["method.vector"].numpy(), state(plain)["method.vector"].numpy(), 1e-6)
 
 
-def test_fedglomo_is_its_recursion(tmp_path):
-    settings = lowrank(*QUADRATIC, *OBJECTIVES["fedglomo"], "server.cohort=2", "server.rounds=6")
+@pytest.mark.parametrize("vectors", ["one", "two"])
+def test_fedglomo_is_its_recursion(tmp_path, vectors):
+    own = (*OBJECTIVES["fedglomo"], f"objective.vectors={vectors}", "server.cohort=2", "server.rounds=6")
+    settings = lowrank(*QUADRATIC, *own)
     problem, b, u = Quadratics(settings), 0.2, np.zeros((6, 6))
     before = problem.W
     for t in range(6):
@@ -144,7 +146,11 @@ def test_fedglomo_is_its_recursion(tmp_path):
         news = np.mean([g - gh for g, gh in zip(moves, old)], axis=0)
         u = b * np.mean(moves, axis=0) + (1 - b) * u + (1 - b) * news if t else np.mean(moves, axis=0)
         before, problem.W = problem.W, problem.W - u
-    close(trained(rayfed.run(settings, out=tmp_path / "run").out), problem.W, 1e-5)
+    result = rayfed.run(settings, out=tmp_path / "run")
+    close(trained(result.out), problem.W, 1e-5)
+    vector = HEADER + 4 * 36
+    assert [record["bytes/up"] // vector for record in result.metrics] == [2] + 5 * [2 if vectors == "one" else 4]
+    assert [record["bytes/down"] // vector for record in result.metrics] == [2] + 5 * [4]
 
 
 MESSAGES = {  # payloads of a client beside the adapter, by direction and number of values, in every round but the first
