@@ -24,6 +24,7 @@ from rayfed.methods import Advance, Sparse
 from rayfed.objectives import Received, Stateful
 from rayfed.profiles.profile import Profile
 from rayfed.server.client_state import ClientStore, StoredTensors
+from rayfed.server.downlink import Downlink
 from rayfed.server.executor import Executor, Handle, SubmissionResult
 from rayfed.server.optimizers import ServerOptimizer
 
@@ -159,12 +160,14 @@ class ServerObjective:
             return optimizer.advance
         return partial(self.objective.advance, self._round.state)
 
-    def finish(self, start: Tensor) -> None:
-        """Ends a round in which not all clients were dropped. ``start`` (n,) as in `Stateful.absorb`."""
-        own = self._round
-        if self.objective is not None:
-            received = Received(own.clients, own.total, own.numbers)
-            self.state = self.objective.absorb(own.state, received, start, len(self.plan.candidates))
+    def finish(self, downlink: Downlink) -> None:
+        """Ends a round in which not all clients were dropped. ``downlink``: its downloads."""
+        if self.objective is None:
+            return
+        assert downlink.first is not None
+        own, start = self._round, downlink.first.start.vector
+        received = Received(own.clients, own.total, own.numbers)
+        self.state = self.objective.absorb(own.state, received, start, len(self.plan.candidates))
 
     def save(self, round: int) -> None:
         """Writes what the clients of the round stored."""

@@ -149,8 +149,7 @@ def train_round(
     state = plan.method.aggregate(state, stream, objective.advance(optimizer))
     if next(stream, None) is not None or log.ok + log.dropped < sum(map(len, packs)):
         raise RunError(f"method.name: {type(plan.method).__name__}.aggregate ended before it took every update")
-    assert downlink.first is not None
-    objective.finish(downlink.first.start.vector)
+    objective.finish(downlink)
     return state
 
 

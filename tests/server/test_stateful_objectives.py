@@ -220,6 +220,49 @@ def test_a_dropped_client_sends_nothing_and_stays_as_it_was(tmp_path):
     torch.testing.assert_close(state(result.out)["objective.c"].double(), total / 6, rtol=1e-5, atol=1e-7)
 
 
+OWN = '''"""Counts a client's rounds and those of all clients, and sends them as numbers."""
+from dataclasses import dataclass
+
+import torch
+
+from rayfed.objectives import Message, Stateful
+
+
+@dataclass(frozen=True)
+class Count(Stateful):
+    def send(self, state):
+        return Message(numbers=state.get("all", torch.zeros(3)))
+
+    def message(self, client, trained, steps, twin=None):
+        own = 0.0 if client.stored is None else float(client.stored[0])
+        assert len(client.received.numbers) == 3
+        return Message(numbers=torch.tensor([own + 1, steps]))
+
+    def store(self, client, sent):
+        return sent.numbers
+
+    def absorb(self, state, received, start, population):
+        last = state.get("all", torch.zeros(3))
+        return {"all": last + torch.tensor([received.clients, sum(float(n[1]) for n in received.numbers), population])}
+'''
+
+
+def test_an_objective_of_ones_own_sends_numbers_both_ways(tmp_path, monkeypatch):
+    (tmp_path / "own_count.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = lowrank("objective.name=own_count:Count")
+    result = rayfed.run(settings, out=tmp_path / "run")
+    assert state(result.out)["objective.all"].tolist() == [2 * 4, 2 * 4 * 2, 6 * 4]
+    plan = prepare(settings)
+    drawn = [int(client) for t in range(4) for client in cohort_of(plan, t)]
+    assert {client: int(own[0]) for client, own in stored(result.out).items()} == {k: drawn.count(k) for k in drawn}
+    plain = rayfed.run(lowrank(), out=tmp_path / "plain")
+    assert torch.equal(state(result.out)["method.vector"], state(plain.out)["method.vector"])
+    for with_numbers, without in zip(result.metrics, plain.metrics, strict=True):
+        assert with_numbers["bytes/down"] - without["bytes/down"] == 2 * (HEADER + 12)
+        assert with_numbers["bytes/up"] - without["bytes/up"] == 2 * (HEADER + 8)
+
+
 @every_objective
 def test_a_resume_and_other_packs_change_nothing(tmp_path, name):
     own = (*OBJECTIVES[name], "client.steps=3", "client.batch_size=3", "server.cohort=3")
