@@ -68,6 +68,7 @@ class TrainedClient:
     loss: float  # 0 without steps
     examples: int
     steps: int
+    twin: Tensor | None = None  # (n,), the end of its second trajectory
 
 
 @dataclass(frozen=True)
@@ -93,19 +94,21 @@ def train_pack(context: TrainingContext, members: Sequence[PackMember], *, lr: f
     The result is a function of the arguments alone. On a GPU nothing waits for the device before the last step, and a
     step starts as many kernels for many members as for two.
     """
-    objective = _stateful(context.objective, members)
-    if objective is None:
+    objective, contexts = context.objective, [member.context for member in members if member.context is not None]
+    if not isinstance(objective, Stateful) or len(contexts) < len(members):
         return _PackTraining(context, members, lr, t).run()
-    starts = [objective.twin(member.context) for member in members if member.context is not None]
+    starts = [objective.twin(known) for known in contexts]
     twins = [replace(member, start=start) for member, start in zip(members, starts, strict=True) if start is not None]
     results = _PackTraining(context, [*members, *twins], lr, t, objective).run()
     ends = iter(results[len(members) :])
     return [
-        result
-        if start is None or member.context is None
-        else replace(result, vector=objective.combined(member.context, result.vector, next(ends).vector))
-        for result, member, start in zip(results, members, starts)
+        result if start is None else _with_twin(objective, known, result, next(ends).vector)
+        for result, known, start in zip(results, contexts, starts)
     ]
+
+
+def _with_twin(objective: Stateful, client: ClientRound, result: TrainedClient, twin: Tensor) -> TrainedClient:
+    return replace(result, vector=objective.combined(client, result.vector, twin), twin=twin)
 
 
 def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -128,12 +131,6 @@ def batches(rows: np.ndarray, settings: Client, seed: int, t: int, client: int) 
         plan += [order[i : i + settings.batch_size] for i in range(0, len(order), settings.batch_size)]
         epoch += 1
     return plan[:steps]
-
-
-def _stateful(objective: Objective, members: Sequence[PackMember]) -> Stateful | None:
-    """The objective, if it is stateful and knows the members."""
-    known = isinstance(objective, Stateful) and all(member.context is not None for member in members)
-    return objective if known and isinstance(objective, Stateful) else None
 
 
 class _PackTraining:

@@ -80,7 +80,7 @@ def _reply(
     client = member.context
     assert client is not None
     places = Uploadable.of(client.uploaded)
-    message = objective.message(client, result.vector, result.steps)
+    message = objective.message(client, result.vector, result.steps, result.twin)
     rounding = seeding.derive_seed(seed, "rounding.objective.up", t, member.client)
     encoded = encode_message(message, places, order.values, rounding, order.budget)
     stored = objective.store(client, decode_encoded(encoded, places))

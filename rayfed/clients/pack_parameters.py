@@ -136,7 +136,10 @@ class Estimates:
 
     @torch.no_grad()
     def replace_gradients(self) -> None:
-        """Puts the estimate in the place of each trajectory's gradient. The second slots get none."""
+        """Puts the estimate in the place of each trajectory's gradient.
+
+        The second slots take a step too, which `follow` undoes.
+        """
         for part, values in self.trained.items():
             self.before[part] = values[: self.half].detach().clone()
             if values.grad is None:
@@ -145,7 +148,6 @@ class Estimates:
             last = self.last.get(part)
             self.last[part] = now.clone() if last is None else self.objective.estimate(now, before, last)
             now.copy_(self.last[part])
-            before.zero_()
 
     @torch.no_grad()
     def follow(self) -> None:

@@ -6,7 +6,8 @@ Such an objective has two halves. In every round the server calls
 2. At each client, with what it received and what it stored: `terms` and `correction`, which change its gradient, or
    `twin`, `estimate` and `combined`, which train a second trajectory; after training `message`, which goes up, and
    `store`, which is what the client has in its next round.
-3. `weights` once, if the objective decides how much each client counts.
+3. `weights` once, if the objective decides how much each client counts; `changed` for each client, if the objective
+   decides what the method aggregates.
 4. `advance` for every tensor of the method, if the objective has a server step of its own.
 5. `absorb` once: the next state of the server half, from the messages of the cohort.
 
@@ -171,11 +172,17 @@ class Stateful(Objective):
         raise NotImplementedError
 
     def combined(self, client: ClientRound, trained: Tensor, twin: Tensor) -> Tensor:
-        """The client's trained entries (n,), from those of its two trajectories. The upload is its change."""
+        """The client's trained entries (n,), from those of its two trajectories. The upload is its change.
+
+        If either has values that are not finite, so must the result: then the client diverged.
+        """
         raise NotImplementedError
 
-    def message(self, client: ClientRound, trained: Tensor, steps: int) -> Message:
-        """What the client sends up beside its change. ``trained`` (n,) are its values after ``steps`` steps."""
+    def message(self, client: ClientRound, trained: Tensor, steps: int, twin: Tensor | None = None) -> Message:
+        """What the client sends up beside its change. ``trained`` (n,) are its values after ``steps`` steps.
+
+        ``twin`` (n,) is the end of its second trajectory.
+        """
         return Message()
 
     def store(self, client: ClientRound, sent: Message) -> Tensor | None:
@@ -195,6 +202,15 @@ class Stateful(Objective):
 
     def weights(self, numbers: Sequence[Tensor]) -> Sequence[float]:
         """The aggregation weights of the clients that were not dropped, from the numbers (m,) of their messages."""
+        raise NotImplementedError
+
+    @property
+    def changes_uploads(self) -> bool:
+        """Whether `changed` takes the place of a client's upload. Then the server decodes each of them."""
+        return type(self).changed is not Stateful.changed
+
+    def changed(self, change: Tensor, message: Message) -> Tensor:
+        """The change of a client (n,) that the method aggregates, from the uploaded change (n,) and the message."""
         raise NotImplementedError
 
     @property

@@ -50,7 +50,7 @@ class FedBC(Stateful):
     def correction(self, values: Tensor, start: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
         return terms["pull"] * (values - start)
 
-    def message(self, client: ClientRound, trained: Tensor, steps: int) -> Message:
+    def message(self, client: ClientRound, trained: Tensor, steps: int, twin: Tensor | None = None) -> Message:
         lam, gamma = self._dual(client).double()
         moved = ((trained - client.start) * client.uploaded).double()
         stepped = lam + self.rate * (moved.square().sum() - gamma)

@@ -6,17 +6,17 @@
   client   g  = w_k     - its end of E steps from w_k
            gh = w_{k-1} - its end of E steps from w_{k-1}, on the same batches with the same dropout
            v_t = grad(w_t; B_t) + rho (v_{t-1} - grad(w_{t-1}; B_t)),  v_0 = grad(w_0; B_0);  w_{t+1} = w_t - lr v_t
-  up       g - (1 - b) gh                                 in the first round g
-  server   u_k = (1 - b) u_{k-1} + (1/r) sum (g - (1 - b) gh),   w_{k+1} = w_k - u_k
+  up       g - (1 - b) gh, or g and g - gh                in the first round g
+  server   u_k = b mean(g) + (1 - b) u_{k-1} + (1 - b) mean(g - gh),   u_0 = mean(g),   w_{k+1} = w_k - u_k
 
 Each local step takes four gradients: two trajectories, each at its present and at its last point; with rho 0 two. With
 beta 1 only the local step is left (FedLOMO). With full gradients in all steps and all clients in all rounds it is
 FedAvg, whatever beta and rho are. A decaying rate is `client.schedule`; the authors use 0.99^k.
 
-The rule is the paper's b mean(g) + (1 - b) u_{k-1} + (1 - b) mean(g - gh). The paper sends g and g - gh, each
-quantised; without a quantiser one vector holds all that the server needs (its appendix C). One vector has no more
-error than twice that of the two (derived here: an unbiased quantiser of variance q ||x||^2 is applied to
-b g + (1 - b)(g - gh)). The wire's formats round to the nearest value, which the theory does not cover.
+The paper quantises g and g - gh and sends both; without a quantiser one vector holds all that the server needs (its
+appendix C), for g - (1 - b) gh = b g + (1 - b) (g - gh). With a quantiser that is unbiased and has the variance
+q ||x||^2, one vector has at most twice the variance of two (derived here). Formats that round to the nearest value are
+not unbiased, which the theory does not cover.
 
 Source: paper read; deviates: v_0 is the gradient of the first batch, in place of a larger one. Weight decay acts beside
 v. `client.clip_norm` must be null.
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -44,6 +44,9 @@ class FedGlomo(Stateful):
     """b, the share of the new moves in the server's step. The paper uses 0.2; 1: no momentum at the server."""
     rho: Fraction = 0.8
     """Damping of the local estimate. The paper uses 0.8 for clients that differ, and 1 in its theory; 0: plain SGD."""
+    vectors: Literal["one", "two"] = "one"
+    """What goes up. `one`: g - (1 - b) gh; `two`: g and g - gh, as in the paper with a quantiser. Without rounding on
+    the wire both give the same model."""
 
     server_weights = "uniform"
     server_optimizers = ("fedavg",)
@@ -63,9 +66,28 @@ class FedGlomo(Stateful):
         return gradient + self.rho * (last - before)
 
     def combined(self, client: ClientRound, trained: Tensor, twin: Tensor) -> Tensor:
+        moved = self._moved(client, twin)
+        if self.vectors == "one":
+            return trained - (1 - self.beta) * moved
+        return trained if bool(moved.isfinite().all()) else moved
+
+    def message(self, client: ClientRound, trained: Tensor, steps: int, twin: Tensor | None = None) -> Message:
+        if self.vectors == "one" or twin is None:
+            return Message()
+        return Message(trained - client.start - self._moved(client, twin))
+
+    def _moved(self, client: ClientRound, twin: Tensor) -> Tensor:
+        """-gh: the change of the second trajectory."""
         start = self.twin(client)
         assert start is not None
-        return trained - (1 - self.beta) * (twin - start)
+        return twin - start
+
+    @property
+    def changes_uploads(self) -> bool:
+        return self.vectors == "two"
+
+    def changed(self, change: Tensor, message: Message) -> Tensor:
+        return change if message.vector is None else self.beta * change + (1 - self.beta) * message.vector
 
     def send(self, state: Mapping[str, Tensor]) -> Message:
         return Message(state.get("previous"))

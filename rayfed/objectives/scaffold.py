@@ -43,11 +43,11 @@ class Scaffold(Stateful):
     def correction(self, values: Tensor, start: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
         return terms["variates"]
 
-    def message(self, client: ClientRound, trained: Tensor, steps: int) -> Message:
+    def message(self, client: ClientRound, trained: Tensor, steps: int, twin: Tensor | None = None) -> Message:
         if steps == 0:
             return Message(torch.zeros_like(trained))
         mean = (client.start - trained) / (steps * client.rates)
-        return Message((mean - _received(client)) * client.uploaded)
+        return Message(mean - _received(client))
 
     def store(self, client: ClientRound, sent: Message) -> Tensor:
         assert sent.vector is not None

@@ -19,10 +19,11 @@ from rayfed.clients.messages import EncodedMessage, ObjectiveOrder, TrainResult
 from rayfed.clients.objective_messages import decode_encoded, encode_message
 from rayfed.clients.plan import RunPlan
 from rayfed.clients.transfer import Uploadable
-from rayfed.methods import Advance
+from rayfed.methods import Advance, Sparse
 from rayfed.objectives import Received, Stateful
 from rayfed.server.client_state import ClientStore, StoredTensors
 from rayfed.server.cohort_weights import Arrived
+from rayfed.server.downlink import Downlink
 from rayfed.server.executor import Executor, Handle
 from rayfed.server.optimizers import ServerOptimizer
 
@@ -127,6 +128,20 @@ class ServerObjective:
             for pack, result in cohort
         ]
 
+    @property
+    def needs_clients(self) -> bool:
+        """Whether it needs each client's update, so that packs may not be summed by the workers."""
+        return self.objective is not None and (self.objective.decides_weights or self.objective.changes_uploads)
+
+    def change(self, client: int, upload: Tensor | Sparse, result: TrainResult, i: int) -> Tensor | Sparse:
+        """What the method aggregates in place of the upload of the pack's client i."""
+        if self.objective is None or not self.objective.changes_uploads:
+            return upload
+        message = result.messages[i]
+        assert message is not None
+        dense = upload.dense() if isinstance(upload, Sparse) else upload
+        return self.objective.changed(dense, decode_encoded(message, self._round.places[client]))
+
     def collect(self, client: int, result: TrainResult, i: int) -> None:
         """Adds up the message of the pack's client i, in the order of the cohort, and what the client stored."""
         if self.objective is None or (message := result.messages[i]) is None:
@@ -148,12 +163,14 @@ class ServerObjective:
             return optimizer.advance
         return partial(self.objective.advance, self._round.state)
 
-    def finish(self, start: Tensor) -> None:
-        """Ends a round in which not all clients were dropped. ``start`` (n,) as in `Stateful.absorb`."""
-        own = self._round
-        if self.objective is not None:
-            received = Received(own.clients, own.total, own.numbers)
-            self.state = self.objective.absorb(own.state, received, start, len(self.plan.candidates(own.t)))
+    def finish(self, downlink: Downlink) -> None:
+        """Ends a round in which not all clients were dropped. ``downlink``: its downloads."""
+        if self.objective is None:
+            return
+        assert downlink.first is not None
+        own, start = self._round, downlink.first.start.vector
+        received = Received(own.clients, own.total, own.numbers)
+        self.state = self.objective.absorb(own.state, received, start, len(self.plan.candidates(own.t)))
 
     def save(self, round: int) -> None:
         """Writes what the clients of the round stored."""

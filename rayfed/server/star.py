@@ -162,8 +162,7 @@ def train_round(
     state = plan.method.aggregate(state, stream, objective.advance(optimizer))
     if next(stream, None) is not None or log.ok + log.dropped + log.truncated < sum(map(len, packs)):
         raise RunError(f"method.name: {type(plan.method).__name__}.aggregate ended before it took every update")
-    assert downlink.first is not None
-    objective.finish(downlink.first.start.vector)
+    objective.finish(downlink)
     return state
 
 
@@ -184,7 +183,12 @@ def _updates(
     lr = scheduled(plan.client.lr, plan.client.schedule, t, plan.server.rounds)
     air = Transmission(plan.channel, t, log.ledger) if isinstance(plan.channel, OverTheAir) else None
     together = air is not None or plan.weighting.needs is not None or objective.decides_weights
-    summed = method.sum_in_worker and log.diagnostics is None and release is None and not together
+    summed = (
+        method.sum_in_worker
+        and log.diagnostics is None
+        and release is None
+        and not (together or objective.needs_clients)
+    )
     log.analog = air is not None
     submissions = [_submission(plan, state, t, lr, pack, summed, downlink, objective) for pack in packs]
     arriving = _arriving(plan, packs, submissions, downlink, executor, log, objective)
@@ -193,7 +197,7 @@ def _updates(
         if objective.decides_weights:
             cohort = objective.weighed(cohort)
         else:
-            cohort, log.figures = weighed(plan, cohort, partial(_decoded, plan, downlink=downlink))
+            cohort, log.figures = weighed(plan, cohort, partial(_decoded, plan, downlink=downlink, objective=objective))
         if air is not None:
             log.truncated, log.ok = air.truncated, log.ok - air.truncated
             yield from air.update(cohort, downlink)
@@ -204,7 +208,7 @@ def _updates(
         if summed:
             yield from result.summed
             continue
-        updates = _decoded(plan, (pack, result), downlink, log)
+        updates = _decoded(plan, (pack, result), downlink, objective, log)
         updates = updates if release is None else map(release.clipped, updates)
         if method.sum_in_worker:
             changes = ((own.weight, own.sparse_change) for own in updates)
@@ -253,7 +257,9 @@ def _failure(log: RoundLog) -> RunError:
     )
 
 
-def _decoded(plan: RunPlan, arrived: Arrived, downlink: Downlink, log: RoundLog | None = None) -> Iterator[Update]:
+def _decoded(
+    plan: RunPlan, arrived: Arrived, downlink: Downlink, objective: ServerObjective, log: RoundLog | None = None
+) -> Iterator[Update]:
     """Decodes the uploads of a pack's clients, one at a time; with a ``log`` for the last time."""
     pack, result = arrived
     for i, (client, order) in enumerate(pack):
@@ -264,6 +270,7 @@ def _decoded(plan: RunPlan, arrived: Arrived, downlink: Downlink, log: RoundLog 
             continue
         upload = wire.decode(plan.channel.deliver(payload))
         change = received.uploadable(order.trainable).placed(upload)
+        change = objective.change(client.client, change, result, i)
         stats = {"loss": result.losses[i], "examples": result.examples[i], "steps": result.steps[i]}
         own = None if personal is None else wire.decode(personal).dense()
         update = Update(client, order.weight, received.vector, change, order.layout, stats, own)

@@ -22,14 +22,18 @@ from rayfed.config.training import Client
 from rayfed.lora.adapter import fresh_adapter
 from rayfed.lora.packed.stack import Stack
 from rayfed.lora.peft import layer_shape
-from rayfed.objectives import Plain
+from rayfed.objectives import ClientRound, Message, Plain, Stateful
+from rayfed.objectives.fedbc import FedBC
 from rayfed.objectives.fedga import FedGA
+from rayfed.objectives.fedglomo import FedGlomo
 from rayfed.objectives.fedlc import FedLC
 from rayfed.objectives.fedprox import FedProx
+from rayfed.objectives.scaffold import Scaffold
 from rayfed.tasks.data.tokens import Tokens
 from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel
 
 CLASSES, ROWS, BATCH = 4, 32, 4
+OBJECTIVES = [FedProx(), FedLC(), FedLC(1.0, "others"), FedGA(), FedBC(), Scaffold(), FedGlomo()]
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TEXT = {"num_labels": CLASSES, "vocab_size": 60, "pad_token_id": 0}
 
@@ -117,7 +121,10 @@ def watched(
         adapter = fresh_adapter(layers, values, ranks[client % len(ranks)], 1.0, seed=client)
         trains = torch.rand(adapter.layout.size, generator=torch.Generator().manual_seed(client)) < support
         rows = np.arange(client * ROWS, client * ROWS + batch * steps[client % len(steps)])
-        members.append(PackMember(client, adapter.layout, adapter.flatten(), trains, rows))
+        vector, context = adapter.flatten(), None
+        if isinstance(objective, Stateful):
+            context = ClientRound(vector, trains, torch.full_like(vector, 0.1), Message(vector * trains))
+        members.append(PackMember(client, adapter.layout, vector, trains, rows, context=context))
     settings = Client(batch_size=batch, clip_norm=1.0, optimizer=optimizer, weight_decay=0.1)
     watch = Watch()
     data = Images(clients * ROWS) if build is vit else texts(clients * ROWS, longest)
@@ -149,7 +156,7 @@ def test_nothing_waits_for_the_device_but_the_results_at_the_end(build, case):
         assert not watch.mixed
 
 
-@pytest.mark.parametrize("objective", [FedProx(), FedLC(), FedLC(1.0, "others"), FedGA()], ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_an_objective_waits_for_nothing_and_costs_kernels_by_the_step(objective):
     (few, tensors), (many, _) = (watched(bert, clients, steps=(1, 2), objective=objective) for clients in (4, 8))
     assert few.kernels == many.kernels != watched(bert, 4, steps=(1, 2))[0].kernels

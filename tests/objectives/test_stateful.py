@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from small_runs import lowrank
@@ -72,6 +74,15 @@ def test_the_dual_variable_of_fedbc_counts_what_is_uploaded() -> None:
 def test_fedbc_weighs_by_the_dual_variables() -> None:
     assert FedBC().weights([torch.tensor([2.0]), torch.tensor([0.0])]) == [2.0, 0.0]
     assert FedBC().weights([torch.zeros(1)] * 3) == [1.0] * 3
+
+
+@pytest.mark.parametrize("vectors", ["one", "two"])
+def test_a_twin_that_is_not_finite_makes_the_client_diverge(vectors: Literal["one", "two"]) -> None:
+    known = client(received=Message(torch.ones(N)))
+    twin = known.start.clone()
+    assert FedGlomo(vectors=vectors).combined(known, known.start, twin).isfinite().all()
+    twin[2] = torch.inf
+    assert not FedGlomo(vectors=vectors).combined(known, known.start, twin).isfinite().all()
 
 
 def test_the_server_half_changes_no_tensor_in_place() -> None:

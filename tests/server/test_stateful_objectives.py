@@ -134,8 +134,10 @@ def test_fedglomo_with_full_gradients_and_all_clients_is_fedavg(tmp_path, beta):
     close(state(glomo)["method.vector"].numpy(), state(plain)["method.vector"].numpy(), 1e-6)
 
 
-def test_fedglomo_is_its_recursion(tmp_path):
-    settings = lowrank(*QUADRATIC, *OBJECTIVES["fedglomo"], "server.cohort=2", "server.rounds=6")
+@pytest.mark.parametrize("vectors", ["one", "two"])
+def test_fedglomo_is_its_recursion(tmp_path, vectors):
+    own = (*OBJECTIVES["fedglomo"], f"objective.vectors={vectors}", "server.cohort=2", "server.rounds=6")
+    settings = lowrank(*QUADRATIC, *own)
     problem, b, u = Quadratics(settings), 0.2, np.zeros((6, 6))
     before = problem.W
     for t in range(6):
@@ -144,7 +146,11 @@ def test_fedglomo_is_its_recursion(tmp_path):
         news = np.mean([g - gh for g, gh in zip(moves, old)], axis=0)
         u = b * np.mean(moves, axis=0) + (1 - b) * u + (1 - b) * news if t else np.mean(moves, axis=0)
         before, problem.W = problem.W, problem.W - u
-    close(trained(rayfed.run(settings, out=tmp_path / "run").out), problem.W, 1e-5)
+    result = rayfed.run(settings, out=tmp_path / "run")
+    close(trained(result.out), problem.W, 1e-5)
+    vector = HEADER + 4 * 36
+    assert [record["bytes/up"] // vector for record in result.metrics] == [2] + 5 * [2 if vectors == "one" else 4]
+    assert [record["bytes/down"] // vector for record in result.metrics] == [2] + 5 * [4]
 
 
 MESSAGES = {  # payloads of a client beside the adapter, by direction and number of values, in every round but the first
@@ -180,15 +186,15 @@ def test_only_what_a_client_uploads_travels_beside(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wire",
+    ("wire", "up", "down"),
     [
-        ("wire.up.density=0.4",),
-        ("wire.up.values=int8", "wire.down.values=bf16"),
-        ("wire.up.values=qsgd4", "wire.down.values=qsgd8"),
+        (("wire.up.density=0.4",), (9, 36), (24, 96)),  # of 24 entries, and their bytes
+        (("wire.up.values=int8", "wire.down.values=bf16"), (24, 28), (24, 48)),
+        (("wire.up.values=qsgd4", "wire.down.values=qsgd8"), (24, 16), (24, 28)),
     ],
-    ids=str,
+    ids=["sparse", "rounded", "qsgd"],
 )
-def test_scaffolds_c_stays_the_mean_of_what_the_clients_store(tmp_path, wire):
+def test_scaffolds_c_stays_the_mean_of_what_the_clients_store(tmp_path, wire, up, down):
     own = ("server.rounds=8", "method.name=flasc", "server.optimizer=fedavg")
     result = rayfed.run(lowrank(*own, *OBJECTIVES["scaffold"], *wire), out=tmp_path / "run")
     found = stored(result.out)
@@ -196,6 +202,8 @@ def test_scaffolds_c_stays_the_mean_of_what_the_clients_store(tmp_path, wire):
     total = sum(vector.double() for vector in found.values())
     torch.testing.assert_close(state(result.out)["objective.c"].double(), total / 6, rtol=1e-5, atol=1e-7)
     assert total.norm() > 0.01
+    for row in pq.read_table(result.out / "ledger.parquet").to_pylist():
+        assert (row["values"], row["bytes_values"]) == (up if row["direction"] == "up" else down)
 
 
 def test_a_dropped_client_sends_nothing_and_stays_as_it_was(tmp_path):
@@ -211,6 +219,49 @@ def test_a_dropped_client_sends_nothing_and_stays_as_it_was(tmp_path):
         assert len(up) == 2 * (6 - dropped)
     total = sum(vector.double() for vector in stored(result.out).values())
     torch.testing.assert_close(state(result.out)["objective.c"].double(), total / 6, rtol=1e-5, atol=1e-7)
+
+
+OWN = '''"""Counts a client's rounds and those of all clients, and sends them as numbers."""
+from dataclasses import dataclass
+
+import torch
+
+from rayfed.objectives import Message, Stateful
+
+
+@dataclass(frozen=True)
+class Count(Stateful):
+    def send(self, state):
+        return Message(numbers=state.get("all", torch.zeros(3)))
+
+    def message(self, client, trained, steps, twin=None):
+        own = 0.0 if client.stored is None else float(client.stored[0])
+        assert len(client.received.numbers) == 3
+        return Message(numbers=torch.tensor([own + 1, steps]))
+
+    def store(self, client, sent):
+        return sent.numbers
+
+    def absorb(self, state, received, start, population):
+        last = state.get("all", torch.zeros(3))
+        return {"all": last + torch.tensor([received.clients, sum(float(n[1]) for n in received.numbers), population])}
+'''
+
+
+def test_an_objective_of_ones_own_sends_numbers_both_ways(tmp_path, monkeypatch):
+    (tmp_path / "own_count.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = lowrank("objective.name=own_count:Count")
+    result = rayfed.run(settings, out=tmp_path / "run")
+    assert state(result.out)["objective.all"].tolist() == [2 * 4, 2 * 4 * 2, 6 * 4]
+    plan = prepare(settings)
+    drawn = [int(client) for t in range(4) for client in cohort_of(plan, t)]
+    assert {client: int(own[0]) for client, own in stored(result.out).items()} == {k: drawn.count(k) for k in drawn}
+    plain = rayfed.run(lowrank(), out=tmp_path / "plain")
+    assert torch.equal(state(result.out)["method.vector"], state(plain.out)["method.vector"])
+    for with_numbers, without in zip(result.metrics, plain.metrics, strict=True):
+        assert with_numbers["bytes/down"] - without["bytes/down"] == 2 * (HEADER + 12)
+        assert with_numbers["bytes/up"] - without["bytes/up"] == 2 * (HEADER + 8)
 
 
 @every_objective
