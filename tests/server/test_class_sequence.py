@@ -254,3 +254,20 @@ def test_the_clients_loss_counts_the_classes_of_the_experience(tiny: Any, tmp_pa
     loss = ("client.label_smoothing=0.3", "client.class_weights=balanced")
     run = rayfed.run(tiny(*TWO, "server.rounds=2", "client.lr=1e-30", *loss), tmp_path / "run")
     assert run.metrics[0]["train/loss"] < 1.1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_on_ray_it_has_the_same_messages_bits_and_accuracies(tiny: Any, tmp_path: Path) -> None:
+    settings = (*TWO, "engine.pack=2", "server.cohort=4")
+    here = rayfed.run(tiny(*settings), tmp_path / "here")
+    there = rayfed.run(tiny(*settings, "engine.kind=ray", "engine.workers=2"), tmp_path / "there")
+    assert [record["state/chain"] for record in here.metrics] == [record["state/chain"] for record in there.metrics]
+    assert here.summary["sequence/accuracies"] == there.summary["sequence/accuracies"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_measures_packs_of_the_first_experience(tiny: Any, tmp_path: Path) -> None:
+    run = rayfed.run(tiny(*TWO, "engine.kind=ray", "engine.workers=1", "engine.pack=auto"), tmp_path / "run")
+    assert (run.out / "pack.json").is_file()
