@@ -39,13 +39,13 @@ from rayfed.seeding import torch_rng
 class FedSB(LayerMethod):
     """Train and average the cores. No options."""
 
+    mixed_ranks = True
     paper = "arXiv 2502.15436"
     summary = "frozen factors; average the core between them"
     traffic_down = traffic_up = "r_k^2"
     source = "secondary"
     refuses_adapter = "A and B are drawn from the seed and never travel"
     optimizers = ANY_OPTIMIZER
-    mixed_ranks = True
     fixed_gauge = True
     sum_in_worker = True
     secure_aggregation = True

@@ -57,17 +57,6 @@ class RACLoRA(FFALoRA):
     refuses_adapter = ""
     fixed_gauge = False
 
-    refuses_privacy = "with missing=zero it needs the ranks of clients, with train=A their scales"
-
-    @property
-    def summed(self) -> Literal["changes"] | None:  # type: ignore[override]
-        """A sum of changes of several ranks has the clients' scales in B."""
-        return super().summed if self.train == "B" else None
-
-    @property
-    def factor(self) -> Literal["B", "A"]:
-        return self.train
-
     def init(self, adapter: Adapter, seed: int) -> LayerState:
         """A given adapter is merged into the base, and the first block's sketch is drawn."""
         state, merged = super().init(adapter, seed), initial_factors(adapter)
@@ -77,6 +66,17 @@ class RACLoRA(FFALoRA):
         extras = {"news": flat(merged)} if merged else {}
         layers = {name: self._opened(seed, name, 0, pair) for name, pair in adapter.layers.items()}
         return replace(state, layers=layers, base=base, extras=extras, notes={"seed": seed})
+
+    @property
+    def factor(self) -> Literal["B", "A"]:
+        return self.train
+
+    @property
+    def summed(self) -> Literal["changes"] | None:  # type: ignore[override]
+        """A sum of changes of several ranks has the clients' scales in B."""
+        return super().summed if self.train == "B" else None
+
+    refuses_privacy = "with missing=zero it needs the ranks of clients, with train=A their scales"
 
     def broadcast(self, state: LayerState, client: Profile) -> Start:
         start = super().broadcast(state, client)
