@@ -51,6 +51,7 @@ class RACLoRA(FFALoRA):
 
     paper = "arXiv 2410.08305"
     summary = "a fresh frozen A each block; average B, merge, redraw"
+    refuses_privacy = "with missing=zero it needs the ranks of clients, with train=A their scales"
     traffic_down = "r out"
     weights = "uniform"
     optimizers = ("fedavg", "sgd")
@@ -75,8 +76,6 @@ class RACLoRA(FFALoRA):
     def summed(self) -> Literal["changes"] | None:  # type: ignore[override]
         """A sum of changes of several ranks has the clients' scales in B."""
         return super().summed if self.train == "B" else None
-
-    refuses_privacy = "with missing=zero it needs the ranks of clients, with train=A their scales"
 
     def broadcast(self, state: LayerState, client: Profile) -> Start:
         start = super().broadcast(state, client)
