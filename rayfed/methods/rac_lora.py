@@ -51,23 +51,13 @@ class RACLoRA(FFALoRA):
 
     paper = "arXiv 2410.08305"
     summary = "a fresh frozen A each block; average B, merge, redraw"
+    refuses_privacy = "with missing=zero it needs the ranks of clients, with train=A their scales"
     traffic_down = "r out"
     weights = "uniform"
     optimizers = ("fedavg", "sgd")
     mixing = None  # A is drawn anew, and B merged into the base
     refuses_adapter = ""
     fixed_gauge = False
-
-    refuses_privacy = "with missing=zero it needs the ranks of clients, with train=A their scales"
-
-    @property
-    def summed(self) -> Literal["changes"] | None:  # type: ignore[override]
-        """A sum of changes of several ranks has the clients' scales in B."""
-        return super().summed if self.train == "B" else None
-
-    @property
-    def factor(self) -> Literal["B", "A"]:
-        return self.train
 
     def init(self, adapter: Adapter, seed: int) -> LayerState:
         """A given adapter is merged into the base, and the first block's sketch is drawn."""
@@ -78,6 +68,15 @@ class RACLoRA(FFALoRA):
         extras = {"news": flat(merged)} if merged else {}
         layers = {name: self._opened(seed, name, 0, pair) for name, pair in adapter.layers.items()}
         return replace(state, layers=layers, base=base, extras=extras, notes={"seed": seed})
+
+    @property
+    def factor(self) -> Literal["B", "A"]:
+        return self.train
+
+    @property
+    def summed(self) -> Literal["changes"] | None:  # type: ignore[override]
+        """A sum of changes of several ranks has the clients' scales in B."""
+        return super().summed if self.train == "B" else None
 
     def broadcast(self, state: LayerState, client: Profile) -> Start:
         start = super().broadcast(state, client)

@@ -73,3 +73,27 @@ def test_factors_are_orthonormal_and_follow_the_seed():
         torch.testing.assert_close(pair.A @ pair.A.T, torch.eye(3), rtol=0, atol=1e-6)
         assert torch.equal(pair.A, again.layers[name].A)
         assert not torch.equal(pair.A, other.layers[name].A)
+
+
+def test_ranks_are_nested_in_the_core(play):
+    """A client of rank r trains and sends r x r entries a layer, and the mean of the padded changes is exact."""
+    method = build("fed_sb")
+    state, _ = play(method, method.init(fresh(), seed=1), clients(1.0), trained)
+    mixed = [Profile(0, 3, 2.0, examples=3), Profile(1, 1, 6.0, examples=1), Profile(2, 2, 3.0, examples=2)]
+    after, updates = play(method, state, mixed, trained)
+    for update in updates:
+        r = update.client.rank
+        assert int((update.change != 0).sum()) == 2 * r * r + 15
+        start = method.broadcast(state, update.client)
+        assert int((~start.known).sum()) == 2 * r * r + 15
+        for name, pair in update.sent.layers.items():
+            assert torch.equal(pair.R[:r, :r], state.layers[name].R[:r, :r])
+            assert not pair.R[r:].any()
+            assert not pair.R[:, r:].any()
+    for name in SHAPES:
+        wanted = method.delta(state, name).dense().double()
+        for u in updates:
+            p, q = (side.layers[name].folded() for side in (u.trained, u.sent))
+            wanted += u.weight / 6 * 2.0 * (p.B.double() @ p.A.double() - q.B.double() @ q.A.double())
+        got = method.delta(after, name).dense().double()
+        assert float((got - wanted).norm() / wanted.norm()) < 1e-6

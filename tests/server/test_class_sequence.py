@@ -86,10 +86,18 @@ def test_rows_that_do_not_train_do_not_travel_up(finished: rayfed.RunResult, tin
     assert up == [record["params/up"] - 3 * 2 * 33 for record in plain]
 
 
-def test_one_experience_is_the_run_without_a_sequence(tiny: Any, tmp_path: Path) -> None:
-    more = ("method.name=flasc", "server.weight_decay=0")
-    one = rayfed.run(tiny(*BASE, *more, "partition.sequence={experiences: 1}"), tmp_path / "one")
-    plain = rayfed.run(tiny(*BASE, *more), tmp_path / "plain")
+@pytest.mark.parametrize(
+    ("name", "method", "more"),
+    [
+        ("flasc", "flasc", ("server.weight_decay=0",)),
+        pytest.param("fed_talora", "fedex_lora", (), marks=pytest.mark.slow),
+    ],
+)
+def test_one_experience_is_the_run_without_a_sequence(
+    tiny: Any, tmp_path: Path, name: str, method: str, more: tuple[str, ...]
+) -> None:
+    one = rayfed.run(tiny(*BASE, *more, f"method.name={name}", "partition.sequence={experiences: 1}"), tmp_path / "one")
+    plain = rayfed.run(tiny(*BASE, *more, f"method.name={method}"), tmp_path / "plain")
     left_out = ("time/", "state/chain", "sequence/", "test/accuracy_experience_")
     kept = [{k: v for k, v in record.items() if not k.startswith(left_out)} for record in one.metrics]
     assert kept == [{k: v for k, v in record.items() if not k.startswith(left_out)} for record in plain.metrics]
@@ -119,7 +127,7 @@ def test_only_clients_with_rows_of_the_experience_train_and_only_on_these(tiny: 
 
 def test_accuracies_of_a_base_that_does_not_move(tiny: Any, tmp_path: Path) -> None:
     """Adapters and head stay: the accuracies follow from the logits of the base, computed here."""
-    still = ("model.head=frozen", "client.lr=1e-30", "partition.sequence={experiences: 4}")
+    still = ("model.head=frozen", "client.lr=1e-30", "partition.sequence={experiences: 4, loss: seen}")
     experiment = tiny(*BASE, *still)
     run, plan = rayfed.run(experiment, tmp_path / "run"), prepare(experiment)
     test, model = plan.federation.test, plan.task.load_base(plan.federation).model
@@ -256,3 +264,20 @@ def test_the_clients_loss_counts_the_classes_of_the_experience(tiny: Any, tmp_pa
     loss = ("client.label_smoothing=0.3", "client.class_weights=balanced")
     run = rayfed.run(tiny(*TWO, "server.rounds=2", "client.lr=1e-30", *loss), tmp_path / "run")
     assert run.metrics[0]["train/loss"] < 1.1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_on_ray_it_has_the_same_messages_bits_and_accuracies(tiny: Any, tmp_path: Path) -> None:
+    settings = (*TWO, "engine.pack=2", "server.cohort=4")
+    here = rayfed.run(tiny(*settings), tmp_path / "here")
+    there = rayfed.run(tiny(*settings, "engine.kind=ray", "engine.workers=2"), tmp_path / "there")
+    assert [record["state/chain"] for record in here.metrics] == [record["state/chain"] for record in there.metrics]
+    assert here.summary["sequence/accuracies"] == there.summary["sequence/accuracies"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_measures_packs_of_the_first_experience(tiny: Any, tmp_path: Path) -> None:
+    run = rayfed.run(tiny(*TWO, "engine.kind=ray", "engine.workers=1", "engine.pack=auto"), tmp_path / "run")
+    assert (run.out / "pack.json").is_file()

@@ -39,6 +39,8 @@ class ClassSubset:
 
 
 class _Relabelled:
+    """`Rows` with the labels of a subset."""
+
     def __init__(self, rows: Rows, subset: ClassSubset) -> None:
         self._rows, self._subset = rows, subset
         self.labels = subset.places.numpy()[rows.labels]

@@ -40,11 +40,17 @@ class Experiences:
     def of(cls, classes: int, settings: ClassSequence, seed: int) -> Experiences:
         """So many classes in their order (keyed by ``seed``, purpose "sequence.order"), cut into nearly equal groups.
 
-        UserError where there are fewer classes than experiences.
+        UserError where there are fewer classes than experiences, or where the loss would compare a class with nothing.
         """
         count = settings.experiences
         if count > classes:
             raise allowed("partition.sequence.experiences", count, f"there are only {classes} classes")
+        if count > 1 and 2 * count > classes and settings.loss == "current":
+            what = (
+                f"of {classes} classes some experiences have one alone, and its cross-entropy is 0 whatever the model; "
+                f"at most {classes // 2} are allowed with loss=current"
+            )
+            raise allowed("partition.sequence.experiences", count, what)
         order = np.arange(classes)
         if settings.order == "shuffled":
             order = seeding.numpy_rng(seed, "sequence.order").permutation(classes)

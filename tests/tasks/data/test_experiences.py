@@ -24,7 +24,7 @@ def settings(experiences: int, kind: str = "iid", **more: object) -> Partition:
 
 @pytest.mark.parametrize("count", [1, 3, 4, 10])
 def test_groups_are_nearly_equal_and_hold_every_class_once(count: int) -> None:
-    found = Experiences.of(10, ClassSequence(experiences=count), seed=3)
+    found = Experiences.of(10, ClassSequence(experiences=count, loss="seen"), seed=3)
     assert sorted(c for own in found.classes for c in own) == list(range(10))
     assert {len(own) for own in found.classes} <= {10 // count, -(-10 // count)}
     assert all(list(own) == sorted(own) for own in found.classes)
@@ -48,6 +48,14 @@ def test_what_is_compared() -> None:
 def test_more_experiences_than_classes_are_refused() -> None:
     with pytest.raises(UserError, match=r"^partition\.sequence\.experiences: got 11, but there are only 10 classes$"):
         divide(LABELS, None, 10, settings(11), 0)
+
+
+def test_a_loss_over_one_class_is_refused() -> None:
+    message = (
+        r"^partition\.sequence\.experiences: got 6, but of 10 classes .*; at most 5 are allowed with loss=current$"
+    )
+    with pytest.raises(UserError, match=message):
+        divide(LABELS, None, 10, settings(6), 0)
 
 
 @pytest.mark.parametrize("kind", ["iid", "quantity", "dirichlet", "flasc", "pathological", "shards"])
@@ -95,7 +103,7 @@ def test_named_clients_keep_their_rows() -> None:
 
 def test_too_few_rows_name_the_experience() -> None:
     with pytest.raises(UserError, match=r"^partition\.clients: got 6, .* \(in experience 1 of partition\.sequence\)$"):
-        divide(np.arange(10), None, 10, settings(10), 0)
+        divide(np.arange(10), None, 10, settings(5), 0)
 
 
 def test_a_subset_of_the_classes_is_a_classification_of_its_own() -> None:
