@@ -165,9 +165,10 @@ class ServerObjective:
         if self.objective is None:
             return
         assert downlink.first is not None
-        own, start = self._round, downlink.first.start.vector
+        own, start, federation = self._round, downlink.first.start.vector, self.plan.federation
         received = Received(own.clients, own.total, own.numbers)
-        self.state = self.objective.absorb(own.state, received, start, len(self.plan.candidates))
+        population = federation.clients if self.plan.server.empty_clients else len(federation.holders)
+        self.state = self.objective.absorb(own.state, received, start, population)
 
     def save(self, round: int) -> None:
         """Writes what the clients of the round stored."""
