@@ -67,7 +67,8 @@ def run_sweep(
         out = folder.resolve()
         check_out(out, resume, "sweep", "sweep.yaml")
         search = build_search(settings, sweep, out)
-        with disk_errors(out), _console(settings) as (view, live):
+        mode = str((settings.get("tracking") or {}).get("console", "auto"))
+        with disk_errors(out), _console(mode) as (view, live):
             for leftover in (*out.glob(PARTIAL), *out.glob(f"trials/{PARTIAL}")):  # a trial's own run removes the rest
                 remove_path(leftover)
             atomic_write(out / "sweep.yaml", dump_settings({**settings, "sweep": sweep.model_dump(mode="json")}))
@@ -75,15 +76,14 @@ def run_sweep(
             search.on_trial_end = on_trial_end or search.on_trial_end
             search.run()
             table = search.table()
-        if _mode(settings) != "off":  # now on stdout itself, which folds no lines
+        if mode != "off":  # now on stdout itself, which folds no lines
             PlainView(sys.stdout).table(table)
     return SweepResult(out, list(search.rows.values()), table)
 
 
 @contextmanager
-def _console(settings: Mapping[str, Any]) -> Iterator[tuple[PlainView, Live | None]]:
+def _console(mode: str) -> Iterator[tuple[PlainView, Live | None]]:
     """(where lines go, the table that stays in place below them): a terminal has both, as `tracking.console` says."""
-    mode = _mode(settings)
     if mode == "rich" or (mode == "auto" and sys.stdout.isatty()):
         from rich.live import Live  # loads slowly
 
@@ -91,10 +91,6 @@ def _console(settings: Mapping[str, Any]) -> Iterator[tuple[PlainView, Live | No
             yield PlainView(sys.stdout), live  # `live` has replaced sys.stdout: lines go above the table
     else:
         yield PlainView(io.StringIO() if mode == "off" else sys.stdout), None
-
-
-def _mode(settings: Mapping[str, Any]) -> str:
-    return str((settings.get("tracking") or {}).get("console", "auto"))
 
 
 def check_failed(result: SweepResult) -> None:
