@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from rayfed.tracking.sinks import Scalar
 
-IN_PERCENT = ("accuracy", "accuracy_masked", "accuracy_clients", "accuracy_unseen", "gap")
+IN_PERCENT = (
+    "accuracy", "accuracy_masked", "accuracy_clients", "accuracy_clients_p10", "accuracy_clients_p50",
+    "accuracy_clients_p90", "accuracy_unseen", "gap",
+)  # fmt: skip
 
 
 def loss(value: float | None) -> str:

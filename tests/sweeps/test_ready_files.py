@@ -21,6 +21,11 @@ DENSITY = (
     "sweep.metric=eval/accuracy", "sweep.mode=max", "server.rounds=1", "server.cohort=2", "eval.subset=null",
     "sweep.parameters.client.lr={grid: [0.01]}", "sweep.parameters.seed={grid: [0]}",
 )  # fmt: skip
+SKEW = (
+    "data={source: files, path: data}", "lora={rank: 8, alpha: 8, target_modules: [query, value]}",
+    "model.dtype=float32", "server.rounds=1", "server.cohort=2", "sweep.parameters.client.lr={grid: [0.01]}",
+    "sweep.parameters.partition={grid: [{kind: dirichlet, clients: 4}]}", "sweep.parameters.seed={grid: [0]}",
+)  # fmt: skip
 SHORT: dict[str, tuple[str, ...]] = {
     "bfloat16": (
         *TEXT, "server.rounds=1", "server.cohort=2", "client.steps=1", "lora.rank=8",
@@ -33,6 +38,15 @@ SHORT: dict[str, tuple[str, ...]] = {
         "sweep.parameters.client.lr={grid: [0.01]}", "sweep.parameters.seed={grid: [0]}",
     ),
     "density_rank": (*TEXT, "server.rounds=1", "sweep.parameters.lora.rank={grid: [1, 2, 4]}"),
+    "fair_over_the_air": (
+        *TEXT, "server.rounds=1", "server.cohort=2", "lora.rank=8", "sweep.parameters.channel.snr={grid: [10.0]}",
+        "sweep.parameters.client.lr={grid: [0.01]}", "sweep.parameters.seed={grid: [0]}",
+    ),
+    "fedhl_rate": (
+        "sweep.parameters.server.rounds={grid: [1, 2]}", "sweep.parameters.client.lr={grid: [0.02]}",
+        "sweep.parameters.seed={grid: [0]}",
+    ),
+    **{f"label_skew_{task}": SKEW for task in ("banking77", "cifar10")},
     "flasc_search": (
         *TEXT, "server.rounds=3", "sweep.search.rank=1", "sweep.search.max_rank=16", "sweep.search.rounds=1",
         "sweep.search.budget=12",
@@ -73,7 +87,9 @@ SHORT: dict[str, tuple[str, ...]] = {
 @pytest.fixture
 def run_short(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> Callable[[str], SweepResult]:
     def run(name: str) -> SweepResult:
-        place = (f"data.path={tiny_data}", f"model.name={tiny_bert}") if name != "known_answer" else ()
+        place = (
+            (f"data.path={tiny_data}", f"model.name={tiny_bert}") if name not in ("known_answer", "fedhl_rate") else ()
+        )
         overrides = [*SHORT[name], *place, "tracking.console=off", "tracking.wandb=off"]
         return run_sweep(FOLDER / f"{name}.yaml", overrides, out=tmp_path / "out")
 
