@@ -35,7 +35,12 @@ METHODS = {
     "flasc": (*RUN, "method.name=flasc", "wire.down.density=0.5"),
     "fedhl": (*RUN, "method.name=fedhl", "profiles.kind=tiers", "profiles.ranks=[1,2]"),
     "fedview": (*RUN, "method.name=fedview"),
-}
+    "scaffold": (*RUN, "method.name=fedit", "objective.name=scaffold", "client.momentum=0"),
+    "depositum": (  # every local step is a job of its own
+        *RUN, "wire.up.density=1", "method.name=ffa_lora", "topology.kind=graph", "topology.algorithm=depositum",
+        "client.steps=40",
+    ),
+}  # fmt: skip
 ON_RAY = ("engine.kind=ray", "engine.workers=2")
 
 
@@ -72,7 +77,9 @@ def report(what: str, attack: Attack, records: list[dict]) -> None:
     )
 
 
-@pytest.mark.parametrize(("method", "kills"), [("flasc", 100), ("fedhl", 30), ("fedview", 30)])
+@pytest.mark.parametrize(
+    ("method", "kills"), [("flasc", 100), ("fedhl", 30), ("fedview", 30), ("scaffold", 10), ("depositum", 10)]
+)
 def test_killed_workers(ray_cluster, tmp_path, undisturbed, method, kills):
     expected = undisturbed(method)
     with Attack(kills, seed=kills) as attack:
