@@ -99,8 +99,9 @@ class Objective(Section):
 
     model_config = ConfigDict(extra="allow")
     name: Text = "plain"
-    """`plain`: the task's loss alone; `fedprox`, `fedlc`, `fedga`, `fedbc`, `scaffold`, `fedglomo`, `tail_penalty`: see
-    docs/objectives.md; or your own, `package.module:Class`. All other keys are options of the objective.
+    """`plain`: the task's loss alone; `fedprox`, `fedlc`, `fedga`, `fedbc`, `scaffold`, `fedglomo`, `fedimpro`,
+    `tail_penalty`: see docs/objectives.md; or your own, `package.module:Class`. All other keys are options of the
+    objective.
     """
 
     @property
