@@ -24,7 +24,6 @@ where the authors raise it by the round; no noise is added to the statistics, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -33,8 +32,8 @@ from torch import Tensor
 
 from rayfed.config.types import NonNegative
 from rayfed.errors import allowed
-from rayfed.objectives._class_statistics import ClassStatistics, mean_statistics
-from rayfed.objectives._stateful import ClientRound, Message, Received, Stateful
+from rayfed.objectives._by_class import ByClass
+from rayfed.objectives._stateful import ClientRound
 from rayfed.objectives.base import ONE_CLASS
 from rayfed.tasks.base import Task
 
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FedImpro(Stateful):
+class FedImpro(ByClass):
     """The head trains on samples of the features of all clients, too."""
 
     weight: NonNegative = 1.0
@@ -51,17 +50,17 @@ class FedImpro(Stateful):
     average: Literal["examples", "uniform"] = "examples"
     """How much a client counts in the statistics of a class: by its rows of the class, or as much as all others."""
 
-    entrywise = False
     measures = "features"
+    variances = True
 
     def check(self, name: str, *, task: Task, lora: Lora) -> None:
         if not task.cross_entropy:
             raise allowed("objective.name", name, f"its statistics are of one class a row: {ONE_CLASS}")
 
     def samples(self, client: ClientRound, rows: int, draw: torch.Generator) -> tuple[Tensor, Tensor] | None:
-        if client.received.numbers is None or self.weight == 0:
+        found = self.received(client)
+        if found is None or self.weight == 0:
             return None
-        found = ClassStatistics.from_numbers(client.received.numbers, variances=True)
         classes = found.known.nonzero().squeeze(1)
         labels = classes.repeat(rows // len(classes) + 1)
         noise = torch.randn(len(labels), found.means.shape[1], generator=draw)
@@ -70,18 +69,3 @@ class FedImpro(Stateful):
     @property
     def sample_weight(self) -> float:
         return self.weight
-
-    def message(self, client: ClientRound, trained: Tensor, steps: int, twin: Tensor | None = None) -> Message:
-        assert client.statistics is not None
-        return Message(numbers=client.statistics.numbers(variances=True))
-
-    def send(self, state: Mapping[str, Tensor]) -> Message:
-        return Message(numbers=ClassStatistics(**state).numbers(variances=True)) if state else Message()
-
-    def absorb(
-        self, state: Mapping[str, Tensor], received: Received, start: Tensor, population: int
-    ) -> dict[str, Tensor]:
-        clients = [ClassStatistics.from_numbers(own, variances=True) for own in received.numbers]
-        last = ClassStatistics(**state) if state else None
-        found = mean_statistics(last, clients, self.average == "examples")
-        return {} if found is None else vars(found)
