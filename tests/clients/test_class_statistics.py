@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from rayfed.config.training import Client
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.packed.stack import Stack, head_values
 from rayfed.objectives import ClassStatistics, ClientRound, Message, Stateful
+from rayfed.objectives.fedhpl import FedHPL
 from rayfed.objectives.fedimpro import FedImpro
 from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel
 
@@ -83,6 +86,22 @@ def test_a_pack_is_each_client_alone_and_samples_are_its_own(lab):
     pack = lab.pack(numbers)
     together, plain = lab.train(pack), lab.train(lab.pack(None))
     for own, result, without in zip(pack, together, plain, strict=True):
+        (alone,) = lab.train([own])
+        torch.testing.assert_close(result.vector, alone.vector, rtol=1e-4, atol=1e-5)
+        assert result.loss == pytest.approx(alone.loss, rel=1e-4)
+        assert not torch.allclose(result.vector, without.vector, atol=1e-3)
+
+
+def test_under_fedhpl_a_pack_is_each_client_alone(lab):
+    """The targets are those of the client's own message, which here differ."""
+    lab.objective = FedHPL()
+    pack, plain = lab.pack(None), lab.train(lab.pack(None))
+    for i, member in enumerate(pack):
+        logits = torch.randn(CLASSES, CLASSES, generator=torch.Generator().manual_seed(i))
+        numbers = ClassStatistics(STATISTICS.counts, logits, torch.zeros_like(logits)).numbers(variances=False)
+        known = dataclasses.replace(member.context, received=Message(numbers=numbers))
+        pack[i] = dataclasses.replace(member, context=known)
+    for own, result, without in zip(pack, lab.train(pack), plain, strict=True):
         (alone,) = lab.train([own])
         torch.testing.assert_close(result.vector, alone.vector, rtol=1e-4, atol=1e-5)
         assert result.loss == pytest.approx(alone.loss, rel=1e-4)

@@ -156,6 +156,8 @@ def test_auto_is_what_the_objective_allows(name: str) -> None:
 
 TEXTS = {"data": {"source": "stdlib", "task": "text_classification"}, "method": {"name": "local"}}
 OWN_ONE = "its statistics are of one class a row: allowed with"
+AIR = {"kind": "over_the_air", "noise": 0.0}
+NOISE = {"kind": "local", "noise_multiplier": 1.0}
 BY_CLASS_REFUSED = [
     ("fedimpro", {"data": {"source": "lowrank"}}, f"objective.name: got 'fedimpro', but {OWN_ONE}"),
     ("fedhpl", {"data": {"source": "lowrank"}}, "objective.name: got 'fedhpl', but its loss takes the place of"),
@@ -165,13 +167,9 @@ BY_CLASS_REFUSED = [
         (name, {"partition": {"sequence": {"experiences": 2}}}, f"objective.name: got '{name}', but what it stores")
         for name in BY_CLASS
     ),
-    *((name, {"topology": {"kind": "graph"}}, "objective.name: got ") for name in ["fedimpro"]),
-    ("fedimpro", {"channel": {"kind": "over_the_air"}}, "objective.name: got 'fedimpro', but its clients send more"),
-    (
-        "fedimpro",
-        {"privacy": {"kind": "local", "noise_multiplier": 1.0}},
-        f"{OWN.format(name='fedimpro')} what it sends",
-    ),
+    ("fedimpro", {"topology": {"kind": "graph"}}, "objective.name: got 'fedimpro', but topology.algorithm="),
+    ("fedimpro", {"channel": AIR}, "objective.name: got 'fedimpro', but its clients send more"),
+    ("fedimpro", {"privacy": NOISE}, "objective.name: got 'fedimpro', but what it sends beside"),
 ]
 
 

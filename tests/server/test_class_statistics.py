@@ -41,7 +41,7 @@ def own_classes(plan, t: int) -> dict[int, set[int]]:
 
 def test_every_statistic_is_in_the_ledger(tiny, tmp_path):
     """Up C, the counts, and 2 d numbers of each class that the client has; down the same of what the server knows."""
-    settings = tiny(*FEDIMPRO, "server.rounds=3")
+    settings = tiny(*FEDIMPRO, "server.rounds=3", "eval.every=3")
     result, plan = rayfed.run(settings, out=tmp_path / "run"), prepare(settings)
     table, adapter = pq.read_table(result.out / "ledger.parquet").to_pylist(), plan.start().layout.size
     known: set[int] = set()
@@ -71,11 +71,16 @@ def test_the_first_round_is_plain_training(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [(*FEDIMPRO, *MIXED), (*FEDIMPRO, "method.name=fedex_lora"), FEDHPL], ids=["fedhl", "fedex", "fedhpl"]
+    "settings",
+    [
+        pytest.param((*FEDIMPRO, *MIXED), id="fedhl"),
+        pytest.param((*FEDIMPRO, "method.name=fedex_lora"), id="fedex_lora", marks=pytest.mark.slow),
+        pytest.param((*FEDHPL, "eval.clients=true"), id="fedhpl", marks=pytest.mark.slow),
+    ],
 )
 def test_a_resume_and_other_packs_change_nothing(tiny, tmp_path, settings):
     """With mixed ranks and sparse messages, and with a method that moves the base: no entry of an adapter counts."""
-    own = (*settings, "server.rounds=3", "eval.clients=true")
+    own = (*settings, "server.rounds=3", "eval.every=3")
     whole = rayfed.run(tiny(*own), out=tmp_path / "whole").metrics
     rayfed.run(tiny(*own, "server.rounds=2"), out=tmp_path / "cut")
     again = rayfed.run(tiny(*own), out=tmp_path / "cut", resume=True).metrics
@@ -83,7 +88,6 @@ def test_a_resume_and_other_packs_change_nothing(tiny, tmp_path, settings):
     alone = rayfed.run(tiny(*own, "engine.pack=1"), out=tmp_path / "alone").metrics
     for one, three in zip(alone, whole, strict=True):
         assert one["train/loss"] == pytest.approx(three["train/loss"], rel=1e-3)
-        assert one["test/accuracy_clients"] == pytest.approx(three["test/accuracy_clients"], abs=0.03)
         assert one["bytes/total"] == three["bytes/total"]
 
 
@@ -112,7 +116,7 @@ def own_models(out: Path) -> dict[tuple[str, str], torch.Tensor]:
 
 def test_fedhpl_sends_logits_in_place_of_adapters(tiny, tmp_path):
     """A message of the method is the header alone."""
-    settings = tiny(*FEDHPL, "server.rounds=3")
+    settings = tiny(*FEDHPL, "server.rounds=3", "eval.every=3")
     result, plan = rayfed.run(settings, out=tmp_path / "run"), prepare(settings)
     table = pq.read_table(result.out / "ledger.parquet").to_pylist()
     known: set[int] = set()
@@ -130,7 +134,7 @@ def test_fedhpl_sends_logits_in_place_of_adapters(tiny, tmp_path):
 
 
 def test_fedhpl_without_its_weight_is_local_training_to_the_bit(tiny, tmp_path):
-    own = ("partition.alpha=0.1", "server.rounds=3", "method.name=local", "eval.clients=true")
+    own = ("partition.alpha=0.1", "server.rounds=3", "method.name=local", "eval.every=3")
     local = rayfed.run(tiny(*own), out=tmp_path / "local")
     for weight in ("0.0", "1.0"):
         hpl = rayfed.run(
@@ -139,15 +143,11 @@ def test_fedhpl_without_its_weight_is_local_training_to_the_bit(tiny, tmp_path):
         mine, others = own_models(hpl.out), own_models(local.out)
         assert mine.keys() == others.keys()
         assert all(torch.equal(mine[key], others[key]) for key in mine) == (weight == "0.0")
-        first, last = (
-            [record["test/accuracy_clients"] for record in (run.metrics[0], run.metrics[-1])] for run in (local, hpl)
-        )
-        assert weight == "1.0" or first == last
 
 
 def test_a_client_of_local_training_is_alone(tiny, tmp_path):
     """It trains on in each of its rounds, from where its last one left it, whoever else takes part."""
-    own = ("method.name=local", "partition.clients=3", "server.rounds=2", "client.schedule.kind=constant")
+    own = ("method.name=local", "partition.clients=3", "server.rounds=2", "eval.every=2")
     plan = prepare(settings := tiny(*own, "server.cohort=3"))
     models = own_models(rayfed.run(settings, out=tmp_path / "run").out)
     context = Trainer(plan).context
