@@ -17,6 +17,7 @@ from torch import Tensor
 from rayfed import seeding, wire
 from rayfed.clients import device_memory
 from rayfed.clients.local_training import PackMember, TrainingContext, on_device
+from rayfed.device import to_device
 from rayfed.lora.packed.segments import Segment
 from rayfed.objectives import ClassStatistics, Stateful
 from rayfed.weighting import Needs, Weighting
@@ -129,7 +130,7 @@ def deciding(states: Tensor, segments: Sequence[Segment]) -> Tensor:
     if states.ndim < 3:
         return states
     lengths = [length for segment in segments for length in segment.lengths or ()]
-    last = (torch.tensor(lengths) - 1).clamp(max=states.shape[1] - 1).to(states.device)
+    last = to_device((torch.tensor(lengths) - 1).clamp(max=states.shape[1] - 1), states.device)
     return states[torch.arange(len(states), device=states.device), last]
 
 

@@ -11,7 +11,7 @@ from small_runs import CLASSIFICATION
 from torch.nn.functional import cross_entropy, linear, normalize
 
 from rayfed import seeding
-from rayfed.clients.local_training import PackMember, TrainingContext, batches, train_pack
+from rayfed.clients.local_training import PackMember, TrainingContext, train_pack
 from rayfed.clients.own_rows import measured_statistics
 from rayfed.config.training import Client
 from rayfed.lora.adapter import Adapter, LowRank
@@ -136,17 +136,33 @@ def test_a_weight_of_zero_is_plain_training_to_the_bit(lab):
         assert torch.equal(found.vector, wanted.vector)
 
 
-def test_samples_are_new_in_every_step_and_the_same_in_every_run(lab):
-    own = lab.member(4, range(10, 14), STATISTICS.numbers(True))
-    (one,), (again,) = lab.train([own]), lab.train([own])
-    assert torch.equal(one.vector, again.vector)
-    twice = SETTINGS.model_copy(update={"epochs": 2})
-    assert len(batches(own.rows, twice, SEED, ROUND, 4)) == 2
-    first, second = (
-        lab.objective.samples(own.context, 4, seeding.torch_rng(SEED, "objective.samples", ROUND, 4, step))[0]
-        for step in (0, 1)
-    )
-    assert not torch.equal(first, second)
+DRAWN: dict[int, list[torch.Tensor]] = {}
+
+
+class Recorded(FedImpro):
+    """Records what each client draws, by the number of its entries."""
+
+    def samples(self, client, rows, draw):
+        found = super().samples(client, rows, draw)
+        DRAWN.setdefault(len(client.start), []).append(found[0])
+        return found
+
+
+def test_samples_are_new_in_every_step_and_the_same_in_any_pack(lab):
+    lab.objective = Recorded()
+    pack = lab.pack(STATISTICS.numbers(True))[:2]  # of two and of one step
+    drawn = []
+    for packs in ([pack], [pack[:1], pack[1:]]):
+        DRAWN.clear()
+        for members in packs:
+            lab.train(members)
+        drawn.append({n: torch.cat(found) for n, found in DRAWN.items()})
+        assert [len(found) for found in DRAWN.values()] == [2, 1]
+        first, second = DRAWN[len(pack[0].start)]
+        assert not torch.equal(first[:3], second[:3])
+        assert not torch.equal(first[:3], DRAWN[len(pack[1].start)][0][:3])
+    assert drawn[0].keys() == drawn[1].keys()
+    assert all(torch.equal(drawn[0][n], drawn[1][n]) for n in drawn[0])
 
 
 class Outputs(Stateful):

@@ -14,8 +14,10 @@ import rayfed
 from rayfed.api import combinations, prepare
 from rayfed.api.plans import build_components
 from rayfed.clients.local_training import PackMember, train_pack
+from rayfed.clients.own_rows import measured_statistics
 from rayfed.clients.trainer import Trainer
 from rayfed.errors import UserError
+from rayfed.objectives._class_statistics import mean_statistics
 from rayfed.server.sampling import cohort_of
 
 HEADER, CLASSES, WIDTH = 31, 4, 32
@@ -146,23 +148,29 @@ def test_fedhpl_without_its_weight_is_local_training_to_the_bit(tiny, tmp_path):
 
 
 def test_a_client_of_local_training_is_alone(tiny, tmp_path):
-    """It trains on in each of its rounds, from where its last one left it, whoever else takes part."""
-    own = ("method.name=local", "partition.clients=3", "server.rounds=2", "eval.every=2")
+    """It trains on in each of its rounds, from where its last one left it, whoever else takes part.
+
+    What FedHPL's server has in the end are the mean logits of the models that were trained last.
+    """
+    own = (*FEDHPL, "objective.weight=0", "partition.clients=3", "server.rounds=2", "eval.every=2")
     plan = prepare(settings := tiny(*own, "server.cohort=3"))
-    models = own_models(rayfed.run(settings, out=tmp_path / "run").out)
-    context = Trainer(plan).context
+    models = own_models(out := rayfed.run(settings, out=tmp_path / "run").out)
+    context, measured = Trainer(plan).context, []
     for client in range(3):
         vector = plan.start().flatten()
         for t in range(2):
             support, rows = torch.ones(len(vector), dtype=torch.bool), plan.federation.rows_of(client)
             member = PackMember(client, plan.start().layout, vector, support, rows)
             vector = train_pack(context, [member], lr=plan.client.lr, t=t)[0].vector
+        measured += measured_statistics(context, [member], [vector], CLASSES)
         adapter = plan.start().layout.unflatten(vector)
         for name, pair in adapter.layers.items():
             torch.testing.assert_close(models[str(client), f"A.{name}"], pair.A, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(models[str(client), f"B.{name}"], pair.B, rtol=1e-4, atol=1e-5)
         for name, value in adapter.head.items():
             torch.testing.assert_close(models[str(client), f"head.{name}"], value, rtol=1e-4, atol=1e-5)
+    wanted = mean_statistics(None, measured, by_examples=True)
+    torch.testing.assert_close(state(out)["means"], wanted.means, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
