@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -162,7 +163,7 @@ def test_a_client_of_local_training_is_alone(tiny, tmp_path):
             support, rows = torch.ones(len(vector), dtype=torch.bool), plan.federation.rows_of(client)
             member = PackMember(client, plan.start().layout, vector, support, rows)
             vector = train_pack(context, [member], lr=plan.client.lr, t=t)[0].vector
-        measured += measured_statistics(context, [member], [vector], CLASSES)
+        measured += measured_statistics(context, [replace(member, start=vector)], [vector], CLASSES)
         adapter = plan.start().layout.unflatten(vector)
         for name, pair in adapter.layers.items():
             torch.testing.assert_close(models[str(client), f"A.{name}"], pair.A, rtol=1e-4, atol=1e-5)
