@@ -7,6 +7,7 @@ from rayfed.errors import UserError, allowed
 from rayfed.methods import METHODS, Method, method_class
 from rayfed.objectives import Objective, RunFacts, Stateful
 from rayfed.profiles.client_profiles import ClientProfiles
+from rayfed.tasks.models.spec import ModelSpec
 from rayfed.weighting import Weighting
 
 
@@ -24,6 +25,17 @@ def check_objective(experiment: Experiment, objective: Stateful, method: Method,
         server=experiment.server,
     )
     objective.check_run(experiment.objective.name, facts)
+
+
+def check_head(experiment: Experiment, objective: Objective, model: ModelSpec) -> None:
+    """UserError where a stateful objective needs the inputs of a head of one linear layer, and the model's has more."""
+    layers = sum(name.endswith(".weight") for name in model.head)
+    if isinstance(objective, Stateful) and objective.measures == "features" and layers != 1:
+        what = (
+            f"it needs a head of one linear layer, and that of model.name={experiment.model.name!r} has {layers}; "
+            "allowed with model.pooling=mean"
+        )
+        raise allowed("objective.name", experiment.objective.name, what)
 
 
 def check_weighting(experiment: Experiment, weights: str, weighting: Weighting, method: Method) -> None:

@@ -22,7 +22,7 @@ from yaml.representer import RepresenterError
 
 from rayfed import channels, config, methods, objectives, privacy, tasks, weighting
 from rayfed.api.classification import by_experience, check_classification, describe_sequence
-from rayfed.api.combinations import check_channel, check_objective, check_weighting
+from rayfed.api.combinations import check_channel, check_head, check_objective, check_weighting
 from rayfed.api.initial_adapter import check_method, initial_adapter
 from rayfed.api.topologies import build_algorithm, on_graph
 from rayfed.channels import Channel
@@ -264,6 +264,7 @@ def _described_model(experiment: Experiment, parts: Components, federation: Fede
     base = task.load_base(federation)
     batching = task.batching(base, engine.padding)
     spec = describe_model(base, task.base_name, experiment.lora, model.dtype, batching, engine.gradient_checkpointing)
+    check_head(experiment, parts.objective, spec)
     if model.dtype != "float32":
         check_dtype(base, model.name, model.dtype, task.sample())
     return spec

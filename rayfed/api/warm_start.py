@@ -63,7 +63,8 @@ def check_rank_change(experiment: Experiment) -> None:
         raise UserError(
             f"method.name: got {method!r}, but sweep.search continues runs at another rank; allowed are flasc and fedit"
         )
-    if isinstance(build_components(experiment).objective, Stateful):
+    objective = build_components(experiment).objective
+    if isinstance(objective, Stateful) and objective.entrywise:
         what = "sweep.search continues runs at another rank, and its vectors have one rank: allowed is fedprox or plain"
         raise allowed("objective.name", experiment.objective.name, what)
     if profiles != "same":

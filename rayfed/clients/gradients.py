@@ -23,7 +23,7 @@ def pack_gradients(
     active = [slot for slot in slots if step < len(pack.plans[slot])]
     if active:
         with stack.using(pack._segments(active, step)):
-            loss = pack._loss(active, pack._batch(active, step))
+            loss = pack._loss(active, pack._batch(active, step), step)
             if pack.parameters.trained:
                 loss.backward()
     pack.parameters.mask_gradients()

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from rayfed import seeding
-from rayfed.clients.pack_parameters import Estimates, Parameters, make_optimizer, pack_terms
+from rayfed.clients.head_samples import samples_loss
+from rayfed.clients.pack_parameters import Estimates, Parameters, make_optimizer, pack_targets, pack_terms
 from rayfed.clients.row_clipping import add_noise, clipped_backward
 from rayfed.clients.row_context import class_counts, row_context
 from rayfed.config.training import Client
@@ -85,6 +86,7 @@ class TrainingContext:
     device: torch.device
     privacy: ExampleLevel | None = None
     objective: Objective = field(default_factory=Plain)
+    normalized: bool = False  # whether the model scales what enters the head to a mean square of 1
 
 
 def train_pack(context: TrainingContext, members: Sequence[PackMember], *, lr: float, t: int) -> list[TrainedClient]:
@@ -143,7 +145,7 @@ class _PackTraining:
     ) -> None:  # fmt: skip
         self.trajectories = len(members)
         members = [*members, *members] if objective is not None and objective.estimates else members
-        self.context, self.members, self.t = context, members, t
+        self.context, self.members, self.t, self.objective = context, members, t, objective
         self.plans = [_plan(context, member, t) for member in members]
         context.stack.load([m.layout.unflatten(m.start) for m in members], [m.base for m in members])
         self.parameters = Parameters(context.stack, members)
@@ -160,6 +162,7 @@ class _PackTraining:
         if objective is not None and objective.estimates:
             self.estimates = Estimates(objective, self.parameters.trained, self.trajectories)
         self.class_counts: Tensor | None = None  # of the members, see `_row_losses`
+        self.targets = pack_targets(members, objective, context.device) if objective is not None else None
         self.losses = torch.zeros(len(members), dtype=torch.float64, device=context.device)
 
     def run(self) -> list[TrainedClient]:
@@ -174,7 +177,7 @@ class _PackTraining:
                 self._private_gradients(self.context.privacy, active, step)
             else:
                 with stack.using(self._segments(active, step)):
-                    loss = self._loss(active, self._batch(active, step))
+                    loss = self._loss(active, self._batch(active, step), step)
                     if self.optimizer is not None:
                         self.optimizer.zero_grad(set_to_none=True)
                         loss.backward()
@@ -210,8 +213,8 @@ class _PackTraining:
         ]
         return on_device(c.task.augment(c.data.batch(rows, c.padded), keys), c.device)
 
-    def _loss(self, active: Sequence[int], batch: dict[str, Tensor]) -> Tensor:
-        """The sum of the active clients' mean losses and penalties; adds the mean losses to ``losses``."""
+    def _loss(self, active: Sequence[int], batch: dict[str, Tensor], step: int) -> Tensor:
+        """The sum of the active clients' mean losses, penalties and samples' losses; adds the first to ``losses``."""
         c = self.context
         labels = batch.pop("labels")
         sums, counts = self._row_losses(c.forward(batch).float(), labels)
@@ -223,7 +226,12 @@ class _PackTraining:
             for slot in active
             for objective in (c.objective, self.members[slot].objective)
         )
-        return torch.stack([means.sum(), *(penalty for penalty in penalties if penalty is not None)]).sum()
+        terms = [means.sum(), *(penalty for penalty in penalties if penalty is not None)]
+        if self.objective is not None and self.objective.draws_samples:
+            sizes = {slot: len(self.plans[slot][step]) for slot in active}
+            samples = samples_loss(c, self.objective, self.members, sizes, self.t, step)
+            terms += [] if samples is None else [samples]
+        return torch.stack(terms).sum()
 
     def _row_losses(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """`Task.loss` of the batch, or in its place the objective's loss, or the cross-entropy that settings change."""
@@ -234,7 +242,7 @@ class _PackTraining:
             own = [c.data.labels[member.rows] for member in self.members]
             self.class_counts = class_counts(own, outputs.shape[1], c.device)
         runs = c.stack.batch.segments_of(outputs)
-        slots, context = row_context(runs, labels, self.class_counts)
+        slots, context = row_context(runs, labels, self.class_counts, self.targets)
         if not c.objective.replaces_loss:
             weights = None if c.settings.class_weights is None else single_label.balanced(context.class_counts)[slots]
             return single_label.weighted_loss(outputs, labels, weights, c.settings.label_smoothing)

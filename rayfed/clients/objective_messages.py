@@ -6,6 +6,7 @@ Of a vector only the entries travel that the client may upload; both sides know 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from rayfed.clients.local_training import PackMember, TrainedClient
 from rayfed.clients.messages import ClientOrder, EncodedMessage
 from rayfed.clients.transfer import Uploadable
 from rayfed.methods import Sparse
-from rayfed.objectives import ClientRound, Message, Objective, Stateful
+from rayfed.objectives import ClassStatistics, ClientRound, Message, Objective, Stateful
 from rayfed.wire import Payload
 
 
@@ -62,23 +63,29 @@ def client_round(
 
 
 def replies(
-    objective: Objective, trained: Sequence[tuple[TrainedClient, PackMember, ClientOrder] | None], t: int, seed: int
-) -> tuple[tuple[EncodedMessage | None, ...], tuple[bytes | None, ...]]:
+    objective: Objective, trained: Sequence[tuple[TrainedClient, PackMember, ClientOrder] | None],
+    statistics: Sequence[ClassStatistics | None], t: int, seed: int,
+) -> tuple[tuple[EncodedMessage | None, ...], tuple[bytes | None, ...]]:  # fmt: skip
     """The clients' messages after training in round ``t``, and what each has in its next round, encoded.
 
-    None: it was dropped. Both are empty without a stateful objective. ``seed`` is the run's.
+    None: it was dropped. Both are empty without a stateful objective. ``statistics`` are what the objective measures of
+    each client. ``seed`` is the run's.
     """
     if not isinstance(objective, Stateful):
         return (), ()
-    found = [(None, None) if client is None else _reply(objective, *client, t, seed) for client in trained]
+    found = [
+        (None, None) if client is None else _reply(objective, *client, measured, t, seed)
+        for client, measured in zip(trained, statistics, strict=True)
+    ]
     return tuple(message for message, _ in found), tuple(stored for _, stored in found)
 
 
 def _reply(
-    objective: Stateful, result: TrainedClient, member: PackMember, order: ClientOrder, t: int, seed: int
-) -> tuple[EncodedMessage, bytes | None]:
-    client = member.context
-    assert client is not None
+    objective: Stateful, result: TrainedClient, member: PackMember, order: ClientOrder,
+    measured: ClassStatistics | None, t: int, seed: int,
+) -> tuple[EncodedMessage, bytes | None]:  # fmt: skip
+    assert member.context is not None
+    client = replace(member.context, statistics=measured)
     places = Uploadable.of(client.uploaded)
     message = objective.message(client, result.vector, result.steps, result.twin)
     rounding = seeding.derive_seed(seed, "rounding.objective.up", t, member.client)

@@ -125,6 +125,12 @@ def _by_part(stack: Stack, members: Sequence[PackMember], vectors: Sequence[Tens
     return {part: to_device(values, stack.device) for part, values in flat.items()}
 
 
+def pack_targets(members: Sequence[PackMember], objective: Stateful, device: torch.device) -> Tensor | None:
+    """`Stateful.targets` of the members, (K, C, m); None if there are none."""
+    own = [objective.targets(member.context) for member in members if member.context is not None]
+    return None if own[0] is None else to_device(torch.stack([found for found in own if found is not None]), device)
+
+
 class Estimates:
     """Gradient estimates of a stateful objective: each trajectory has a second slot, with the values before its last
     step. The second slots are the second half."""

@@ -19,12 +19,15 @@ def class_counts(labels: Sequence[np.ndarray], classes: int, device: torch.devic
     return to_device(torch.from_numpy(counts).float(), device)
 
 
-def row_context(runs: Segments, labels: Tensor, counts: Tensor) -> tuple[Tensor, RowContext]:
+def row_context(
+    runs: Segments, labels: Tensor, counts: Tensor, targets: Tensor | None = None
+) -> tuple[Tensor, RowContext]:
     """(the slot (rows,) of each row of the batch, the context of the batch).
 
     ``runs`` are the batch's segments by rows, ``labels`` (rows,) its classes, ``counts`` (K, classes) `class_counts`.
+    ``targets`` (K, classes, m) are those of an objective that has some.
     """
     slots = torch.tensor(runs.slots).repeat_interleave(torch.tensor(runs.sizes))
     one_hot = labels[:, None] == torch.arange(counts.shape[1], device=labels.device)
     in_batch = runs.pad(one_hot.to(counts.dtype)).sum(1)
-    return to_device(slots, labels.device), RowContext(counts, runs.scatter(in_batch, len(counts)))
+    return to_device(slots, labels.device), RowContext(counts, runs.scatter(in_batch, len(counts)), targets)

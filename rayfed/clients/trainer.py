@@ -22,9 +22,9 @@ from rayfed.clients.divergence import checked
 from rayfed.clients.gradients import pack_gradients
 from rayfed.clients.local_training import PackMember, TrainingContext, on_device, train_pack
 from rayfed.clients.objective_messages import client_round, replies
+from rayfed.clients.own_rows import deciding, encoded_statistics, measured_statistics
 from rayfed.clients.pack_timing import measure
 from rayfed.clients.plan import RunPlan
-from rayfed.clients.row_losses import encoded_statistics
 from rayfed.clients.transfer import assemble, personal_values, sums, upload
 from rayfed.errors import RunError
 from rayfed.lora.packed.segments import Segment
@@ -35,11 +35,10 @@ from rayfed.own_code import own_failures
 from rayfed.privacy.example import ExampleLevel
 from rayfed.tasks.data.class_subset import ClassSubset
 from rayfed.tasks.data.federation import Prompts
-from rayfed.tasks.models.base import in_dtype
+from rayfed.tasks.models.base import MeanPooledClassifier, in_dtype
 from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
 from rayfed.tasks.models.padded_attention import use_float32_attention
 from rayfed.tasks.models.unpadded import Padded
-from rayfed.weighting import Needs
 
 SPLITS: tuple[messages.SplitName, ...] = ("train", "validation", "test")
 
@@ -68,7 +67,7 @@ class Trainer:
         rows = plan.privacy if isinstance(plan.privacy, ExampleLevel) else None
         self.context = TrainingContext(
             self.stack, self.forward, plan.task, plan.federation.train, padded, plan.client, plan.seed, self.device,
-            rows, plan.objective,
+            rows, plan.objective, isinstance(self.model, MeanPooledClassifier) and self.model.normalize,
         )  # fmt: skip
 
     @own_failures()
@@ -108,7 +107,8 @@ class Trainer:
         bases: dict[int, BaseChange] = {}
         members = [self._member(order, decoded, bases, job.lr, job.t) for order in job.orders]
         context = self._context_at(job.t)
-        sent = self._statistics("sent_losses", context, members, [member.start for member in members], job.t)
+        statistics_of, starts = partial(encoded_statistics, context, self.plan.weighting), [m.start for m in members]
+        sent = statistics_of("sent_losses", members, starts, job.t)
         if job.step is None:
             train = partial(train_pack, context, lr=job.lr, t=job.t)
         else:
@@ -130,36 +130,21 @@ class Trainer:
         kept = [None if i in dropped else client for i, client in clients]
         uploads = tuple(client and upload(self.plan.method, *client, privacy, job.t, self.plan.seed) for client in kept)
         personal = tuple(client and personal_values(*client) for client in kept)
-        messages_up, stored = replies(self.plan.objective, kept, job.t, self.plan.seed)
+        vectors, classes = [client and client[0].vector for client in kept], len(self.plan.federation.classes)
+        measured = measured_statistics(context, members, vectors, classes)
+        messages_up, stored = replies(self.plan.objective, kept, measured, job.t, self.plan.seed)
         summed = sums(self.plan.channel, uploads, members, job.orders, parts) if job.summed else ()
         losses, examples, steps = zip(*((r.loss, r.examples, r.steps) for r in results))
         ranks = tuple(map(_trained_rank, members))
         sizes = tuple(None if payload is None else wire.inspect(payload) for payload in uploads)
         uploads = () if job.summed else uploads
-        own = sent or self._statistics("trained_losses", context, members, [result.vector for result in results], job.t)
+        own = sent or statistics_of("trained_losses", members, [result.vector for result in results], job.t)
         statistics = tuple(None if i in dropped else payload for i, payload in enumerate(own))
         seconds = time.perf_counter() - begun
         return messages.TrainResult(
             uploads, personal, losses, examples, steps, ranks, seconds, parts, sizes, summed, diverged,
             messages_up, stored, statistics,
         )  # fmt: skip
-
-    def _statistics(
-        self, needs: Needs, context: TrainingContext, members: Sequence[PackMember], vectors: Sequence[Tensor], t: int
-    ) -> list[bytes]:
-        """What the weighting needs of the members' losses under these models (n,); empty where that is not these."""
-        weighting = self.plan.weighting
-        if weighting.needs != needs:
-            return []
-
-        def measured(chosen: Sequence[int]) -> list[bytes]:
-            pack, models = [members[i] for i in chosen], [vectors[i] for i in chosen]
-            return encoded_statistics(context, weighting, pack, models, t)
-
-        parts = device_memory.in_halves(
-            range(len(members)), measured, self.device, lambda i: f"client {members[i].client}: measuring its losses"
-        )
-        return [payload for part in parts for payload in part]
 
     def _context_at(self, t: int) -> TrainingContext:
         """The context of round ``t``, whose loss compares only `RunPlan.compared_classes`."""
@@ -256,12 +241,7 @@ class Trainer:
         def features_of(inputs: dict[str, Tensor], segment: Segment) -> Tensor:
             seen.clear()
             self.forward(inputs)
-            states = seen[0]  # what reaches the head first; deeper layers of the head are untrained
-            if states.ndim == 3:  # GPT-2's head sees every token, and the last real one decides
-                assert segment.lengths is not None
-                last = (torch.tensor(segment.lengths) - 1).clamp(max=states.shape[1] - 1)  # unpadded: only one
-                states = states[torch.arange(len(states)), last]
-            return states
+            return deciding(seen[0], [segment])  # what reaches the head first; deeper layers of the head are untrained
 
         try:
             found = list(self._each_batch(job, features_of))

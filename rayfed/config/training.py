@@ -99,8 +99,9 @@ class Objective(Section):
 
     model_config = ConfigDict(extra="allow")
     name: Text = "plain"
-    """`plain`: the task's loss alone; `fedprox`, `fedlc`, `fedga`, `fedbc`, `scaffold`, `fedglomo`, `tail_penalty`: see
-    docs/objectives.md; or your own, `package.module:Class`. All other keys are options of the objective.
+    """`plain`: the task's loss alone; `fedprox`, `fedlc`, `fedga`, `fedbc`, `scaffold`, `fedglomo`, `fedimpro`,
+    `fedhpl`, `tail_penalty`: see docs/objectives.md; or your own, `package.module:Class`. All other keys are options of
+    the objective.
     """
 
     @property
@@ -198,9 +199,9 @@ class Eval(Section):
     own, this takes one evaluation per client.
     """
     own_models: Clients | None = None
-    """Where every client has a model of its own (topology.kind=graph, fedsa): the number of clients, drawn once, whose
-    models are evaluated as well, on all rows; `eval/accuracy_own`, `test/loss_own` and such are means over them. null:
-    none.
+    """Where every client has a model of its own (topology.kind=graph, fedsa, local): the number of clients, drawn once,
+    whose models are evaluated as well, on all rows; `eval/accuracy_own`, `test/loss_own` and such are means over them.
+    null: none.
     """
     unseen: bool = False
     """Also measure the global model on the training rows of all clients that never took part so far, which are held out

@@ -5,6 +5,7 @@ A method may add a penalty of its own for each client, see `rayfed.methods.Train
 from typing import Any
 
 from rayfed.config.options import make_member
+from rayfed.objectives._class_statistics import ClassStatistics
 from rayfed.objectives._stateful import ClientRound, Message, Received, RunFacts, Stateful
 from rayfed.objectives.base import Objective, RowContext
 from rayfed.objectives.plain import Plain
@@ -23,6 +24,6 @@ def build(name: str, **options: Any) -> Objective:
 
 
 __all__ = [
-    "OBJECTIVES", "ClientRound", "Message", "Objective", "Plain", "Received", "RowContext", "RunFacts", "Stateful",
-    "build",
+    "OBJECTIVES", "ClassStatistics", "ClientRound", "Message", "Objective", "Plain", "Received", "RowContext",
+    "RunFacts", "Stateful", "build",
 ]  # fmt: skip

@@ -4,8 +4,8 @@ Such an objective has two halves. In every round the server calls
 
 1. `send` once: the message that every client of the cohort receives beside its adapter.
 2. At each client, with what it received and what it stored: `terms` and `correction`, which change its gradient, or
-   `twin`, `estimate` and `combined`, which train a second trajectory; after training `message`, which goes up, and
-   `store`, which is what the client has in its next round.
+   `twin`, `estimate` and `combined`, which train a second trajectory; `targets` and `samples`, which change its loss;
+   after training `message`, which goes up, and `store`, which is what the client has in its next round.
 3. `weights` once, if the objective decides how much each client counts; `changed` for each client, if the objective
    decides what the method aggregates.
 4. `advance` for every tensor of the method, if the objective has a server step of its own.
@@ -19,11 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from rayfed.errors import allowed
+from rayfed.objectives._class_statistics import ClassStatistics
 from rayfed.objectives.base import Objective
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class ClientRound:
     """The server's message, as the client decoded it."""
     stored: Tensor | None = None
     """(m,) float32: what `store` returned in the client's last round. None: it never took part."""
+    statistics: ClassStatistics | None = None
+    """Of what `Stateful.measures` names. Only `message` and `store` have it, as it is of the trained model."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,15 @@ class RunFacts:
 
 
 class Stateful(Objective):
-    """An objective with client state, further messages, or a server half. A subclass is a frozen dataclass.
+    """An objective with client state, further messages, or a server half. A subclass is a frozen dataclass."""
 
-    Its vectors add and subtract what clients computed in different rounds. So entry i of the adapter must mean the same
-    for all clients and in all rounds: all clients have one rank, and the method has a fixed gauge.
-    """
-
+    entrywise: ClassVar[bool] = True
+    """Whether it adds and subtracts entries of adapters that clients computed in different rounds. Then entry i must
+    mean the same for all clients and in all rounds: all clients have one rank, and the method has a fixed gauge."""
+    measures: ClassVar[Literal["features", "outputs"] | None] = None
+    """What a pass over the client's rows by its trained model measures by class, for `message`: the inputs of the head,
+    which must be one linear layer then, or the model's outputs. None: there is no such pass. The rows have one class
+    each. There is no dropout in it, and no row is changed at random."""
     server_weights: ClassVar[str | None] = None
     """The only aggregation weights that go with it; None: any."""
     server_optimizers: ClassVar[tuple[str, ...] | None] = None
@@ -105,14 +112,14 @@ class Stateful(Objective):
 
     def check_run(self, name: str, facts: RunFacts) -> None:
         """UserError where the method or another setting does not fit the objective ``name``."""
-        if not facts.fixed_gauge:
+        if self.entrywise and not facts.fixed_gauge:
             what = (
                 f"entry i of the adapter does not mean the same in every round and for every client of {facts.method}"
             )
             raise allowed(
                 "objective.name", name, f"{what}; a method of fixed gauge, such as fedit or flasc, is allowed"
             )
-        if facts.mixed_ranks:
+        if self.entrywise and facts.mixed_ranks:
             raise allowed("objective.name", name, "all clients must have one rank: profiles.kind=same is allowed")
         if facts.private:
             what = "what it sends beside the adapter gets no noise: privacy.kind=none is allowed"
@@ -170,6 +177,32 @@ class Stateful(Objective):
         before the last step, ``last`` the estimate of the last step. In the first step the gradient is the estimate.
         """
         raise NotImplementedError
+
+    def targets(self, client: ClientRound) -> Tensor | None:
+        """What `rows` has of the client as `RowContext.targets`: of each class one row, (C, m). Called before training.
+
+        All clients of a round have some of equal shape, or none has.
+        """
+        return None
+
+    @property
+    def draws_samples(self) -> bool:
+        """Whether the head trains on `samples`."""
+        return type(self).samples is not Stateful.samples
+
+    def samples(self, client: ClientRound, rows: int, draw: torch.Generator) -> tuple[Tensor, Tensor] | None:
+        """Inputs of the head (m, d) and their classes (m,), on which the client's head trains in one step, or None.
+
+        ``rows`` are those of its batch, ``draw`` a generator of this client and step. The mean cross-entropy of the
+        samples, times `sample_weight`, is added to the client's loss. Nothing but the head has a gradient of it. All
+        clients of a round have samples, or none has.
+        """
+        return None
+
+    @property
+    def sample_weight(self) -> float:
+        """The weight of the samples' mean loss, where that of the batch's mean loss is 1."""
+        return 1.0
 
     def combined(self, client: ClientRound, trained: Tensor, twin: Tensor) -> Tensor:
         """The client's trained entries (n,), from those of its two trajectories. The upload is its change.

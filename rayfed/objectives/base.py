@@ -15,14 +15,20 @@ if TYPE_CHECKING:
     from rayfed.config.method import Lora
 
 
+ONE_CLASS = "allowed with data.task=text_classification and image_classification, without a loss_fn of your own"
+"""The end of a refusal of tasks whose loss is not the cross-entropy of one class a row."""
+
+
 @dataclass(frozen=True)
 class RowContext:
-    """What `Objective.rows` knows of the K clients of a pack. Both counts are whole numbers in float32."""
+    """What `Objective.rows` knows of the K clients of a pack. Counts are whole numbers in float32."""
 
     class_counts: Tensor
     """(K, classes): the training rows of each class that a client has."""
     batch_counts: Tensor
     """(K, classes): the rows of each class in a client's batch of this step; zeros for a client that has no batch."""
+    targets: Tensor | None = None
+    """(K, classes, m): see `rayfed.objectives.Stateful.targets`. None: the objective has none, or not in this round."""
 
 
 class Objective:
@@ -36,11 +42,9 @@ class Objective:
     def check(self, name: str, *, task: Task, lora: Lora) -> None:
         """Raises UserError where other settings do not fit the objective ``name``. Called before any data are read."""
         if self.replaces_loss and not task.cross_entropy:
-            what = (
-                "its loss takes the place of the cross-entropy of one class a row: allowed with data.task="
-                "text_classification and image_classification, without a loss_fn of your own"
+            raise allowed(
+                "objective.name", name, f"its loss takes the place of the cross-entropy of one class a row: {ONE_CLASS}"
             )
-            raise allowed("objective.name", name, what)
 
     @property
     def replaces_loss(self) -> bool:

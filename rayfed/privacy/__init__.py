@@ -16,7 +16,7 @@ from rayfed.config.training import Client, Server
 from rayfed.errors import UserError, allowed
 from rayfed.methods import METHODS, Method, Profile
 from rayfed.methods import build as build_method
-from rayfed.methods.fedsa import FedSA
+from rayfed.methods._own_parts import OwnParts
 from rayfed.methods.hetlora import HetLoRA
 from rayfed.privacy.accounting import Sampling, check_installed, guarantee
 from rayfed.privacy.base import Privacy
@@ -46,7 +46,7 @@ def check(
     if settings.kind == "user":
         _check_sum(settings, name, method)
         guarantee(settings.delta, settings.accountant, server.sampling)
-    elif isinstance(method, FedSA):
+    elif isinstance(method, OwnParts):
         raise allowed("method.name", name, "the model that it exports has a mean of parts that clients never send")
     if settings.kind == "example":
         _check_rows(method, server, model, engine)

@@ -22,10 +22,12 @@ from rayfed.config.training import Client
 from rayfed.lora.adapter import fresh_adapter
 from rayfed.lora.packed.stack import Stack
 from rayfed.lora.peft import layer_shape
-from rayfed.objectives import ClientRound, Message, Plain, Stateful
+from rayfed.objectives import ClassStatistics, ClientRound, Message, Plain, Stateful
 from rayfed.objectives.fedbc import FedBC
 from rayfed.objectives.fedga import FedGA
 from rayfed.objectives.fedglomo import FedGlomo
+from rayfed.objectives.fedhpl import FedHPL
+from rayfed.objectives.fedimpro import FedImpro
 from rayfed.objectives.fedlc import FedLC
 from rayfed.objectives.fedprox import FedProx
 from rayfed.objectives.scaffold import Scaffold
@@ -33,7 +35,7 @@ from rayfed.tasks.data.tokens import Tokens
 from rayfed.tasks.models.unpadded import Unpadded, UnpaddedModel
 
 CLASSES, ROWS, BATCH = 4, 32, 4
-OBJECTIVES = [FedProx(), FedLC(), FedLC(1.0, "others"), FedGA(), FedBC(), Scaffold(), FedGlomo()]
+OBJECTIVES = [FedProx(), FedLC(), FedLC(1.0, "others"), FedGA(), FedBC(), Scaffold(), FedGlomo(), FedImpro(), FedHPL()]
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TEXT = {"num_labels": CLASSES, "vocab_size": 60, "pad_token_id": 0}
 
@@ -65,6 +67,14 @@ def minilm():
                 num_labels=CLASSES, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
             )
         )
+
+
+def numbers_of(objective):
+    """The numbers of a message of the objective; None if it has none."""
+    width = {"features": SIZE["hidden_size"], "outputs": CLASSES}.get(objective.measures)
+    if width is None:
+        return None
+    return ClassStatistics(torch.ones(CLASSES), *torch.ones(2, CLASSES, width)).numbers(objective.variances)
 
 
 KINDS = {  # how it runs (None: rows of one length), its head, the layers that get adapters
@@ -123,7 +133,8 @@ def watched(
         rows = np.arange(client * ROWS, client * ROWS + batch * steps[client % len(steps)])
         vector, context = adapter.flatten(), None
         if isinstance(objective, Stateful):
-            context = ClientRound(vector, trains, torch.full_like(vector, 0.1), Message(vector * trains))
+            received = Message(vector * trains, numbers_of(objective))
+            context = ClientRound(vector, trains, torch.full_like(vector, 0.1), received)
         members.append(PackMember(client, adapter.layout, vector, trains, rows, context=context))
     settings = Client(batch_size=batch, clip_norm=1.0, optimizer=optimizer, weight_decay=0.1)
     watch = Watch()

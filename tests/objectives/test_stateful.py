@@ -6,16 +6,18 @@ from typing import Literal
 
 import pytest
 import torch
-from small_runs import lowrank
+from small_runs import LOWRANK, lowrank
 
 from rayfed.api.plans import build_components
+from rayfed.config import validate
 from rayfed.errors import UserError
 from rayfed.objectives import OBJECTIVES, ClientRound, Message, Received, Stateful, build
 from rayfed.objectives.fedbc import FedBC
 from rayfed.objectives.fedglomo import FedGlomo
 from rayfed.objectives.scaffold import Scaffold
 
-STATEFUL = ["fedbc", "fedglomo", "scaffold"]
+STATEFUL = ["fedbc", "fedglomo", "scaffold"]  # they add up entries of adapters
+BY_CLASS = ["fedhpl", "fedimpro"]  # statistics by class travel
 every_one = pytest.mark.parametrize("name", STATEFUL)
 N = 8
 UPLOADED = torch.arange(N) < 6
@@ -28,7 +30,10 @@ def client(stored: torch.Tensor | None = None, received: Message | None = None) 
 
 def test_these_are_all() -> None:
     needed = {"tail_penalty": {"weight": 0.1, "start": 1}}
-    assert [name for name in OBJECTIVES if isinstance(build(name, **needed.get(name, {})), Stateful)] == STATEFUL
+    assert [name for name in OBJECTIVES if isinstance(build(name, **needed.get(name, {})), Stateful)] == sorted(
+        [*STATEFUL, *BY_CLASS]
+    )
+    assert not any(build(name).entrywise for name in BY_CLASS)  # type: ignore[attr-defined]
 
 
 @every_one
@@ -147,3 +152,44 @@ def test_auto_is_what_the_objective_allows(name: str) -> None:
     parts = build_components(lowrank("method.name=flasc", f"objective.name={name}"))
     assert parts.server_optimizer == ("adamw" if name == "scaffold" else "fedavg")
     assert type(parts.weighting).__name__ == "Uniform"
+
+
+TEXTS = {"data": {"source": "stdlib", "task": "text_classification"}, "method": {"name": "local"}}
+OWN_ONE = "its statistics are of one class a row: allowed with"
+AIR = {"kind": "over_the_air", "noise": 0.0}
+NOISE = {"kind": "local", "noise_multiplier": 1.0}
+BY_CLASS_REFUSED = [
+    ("fedimpro", {"data": {"source": "lowrank"}}, f"objective.name: got 'fedimpro', but {OWN_ONE}"),
+    ("fedhpl", {"data": {"source": "lowrank"}}, "objective.name: got 'fedhpl', but its loss takes the place of"),
+    ("fedhpl", {"method": {"name": "fedit"}}, "method.name: got 'fedit', but fedhpl sends logits in place of adapters"),
+    ("fedhpl", {"client": {"label_smoothing": 0.1}}, "client.label_smoothing: got 0.1, but objective.name=fedhpl has"),
+    *(
+        (name, {"partition": {"sequence": {"experiences": 2}}}, f"objective.name: got '{name}', but what it stores")
+        for name in BY_CLASS
+    ),
+    ("fedimpro", {"topology": {"kind": "graph"}}, "objective.name: got 'fedimpro', but topology.algorithm="),
+    ("fedimpro", {"channel": AIR}, "objective.name: got 'fedimpro', but its clients send more"),
+    ("fedimpro", {"privacy": NOISE}, "objective.name: got 'fedimpro', but what it sends beside"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "says"), BY_CLASS_REFUSED, ids=lambda case: str(case)[:50])
+def test_what_does_not_go_with_statistics_by_class_is_one_line(
+    name: str, settings: dict[str, object], says: str
+) -> None:
+    base = TEXTS if name == "fedhpl" else {**TEXTS, "method": {"name": "fedit"}}
+    if settings.get("data") == {"source": "lowrank"}:
+        base = {**LOWRANK, "method": base["method"]}
+    more = {"client": {"on_divergence": "drop"}} if "privacy" in settings else {}
+    with pytest.raises(UserError) as refused:
+        build_components(validate({**base, **more, "objective": {"name": name}, **settings}))
+    assert str(refused.value).startswith(says)
+    assert "\n" not in str(refused.value)
+
+
+def test_statistics_by_class_go_with_any_method_and_mixed_ranks() -> None:
+    tiers = {"kind": "tiers", "ranks": [1, 2]}
+    for name in ("fedhl", "flora", "fedex_lora", "fedsa", "rolora"):
+        profiles = {"profiles": tiers} if name in ("fedhl", "flora") else {}
+        build_components(validate({**TEXTS, "method": {"name": name}, **profiles, "objective": {"name": "fedimpro"}}))
+    build_components(validate({**TEXTS, "objective": {"name": "fedhpl"}}))

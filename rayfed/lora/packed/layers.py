@@ -88,7 +88,11 @@ class StackedLinear(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        segments, x = self.batch.segments_of(x), x.to(self.weight_KOI.dtype)
+        return self.outputs(x, self.batch.segments_of(x))
+
+    def outputs(self, x: Tensor, segments: Segments) -> Tensor:
+        """The outputs for ``x``, whose segments need not be those of the batch."""
+        x = x.to(self.weight_KOI.dtype)
         if segments.batched:
             y_KCO = torch.bmm(segments.pad(x.reshape(-1, x.shape[-1])), segments.select(self.weight_KOI).mT)
             if self.bias_KO is not None:
