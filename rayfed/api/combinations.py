@@ -29,8 +29,9 @@ def check_objective(experiment: Experiment, objective: Stateful, method: Method,
 
 def check_head(experiment: Experiment, objective: Objective, model: ModelSpec) -> None:
     """UserError where a stateful objective needs the inputs of a head of one linear layer, and the model's has more."""
-    layers = sum(name.endswith(".weight") for name in model.head)
-    if isinstance(objective, Stateful) and objective.measures == "features" and layers != 1:
+    if not isinstance(objective, Stateful) or not (objective.measures == "features" or objective.draws_samples):
+        return
+    if (layers := sum(name.endswith(".weight") for name in model.head)) != 1:
         what = (
             f"it needs a head of one linear layer, and that of model.name={experiment.model.name!r} has {layers}; "
             "allowed with model.pooling=mean"

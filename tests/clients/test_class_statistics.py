@@ -11,8 +11,10 @@ from small_runs import CLASSIFICATION
 from torch.nn.functional import cross_entropy, linear, normalize
 
 from rayfed import seeding
+from rayfed.api import prepare
 from rayfed.clients.local_training import PackMember, TrainingContext, train_pack
 from rayfed.clients.own_rows import measured_statistics
+from rayfed.clients.trainer import Trainer
 from rayfed.config.training import Client
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.packed.stack import Stack, head_values
@@ -203,3 +205,21 @@ def test_a_client_without_a_model_is_not_measured(base, tokens):
     assert some[1] is None
     torch.testing.assert_close(some[2].means, every[2].means, rtol=1e-4, atol=1e-5)
     assert measured_statistics(lab.context(), members, [None] * 3, CLASSES) == [None] * 3
+
+
+@pytest.mark.parametrize("padding", ["batch", "never"])
+def test_the_head_of_gpt2_has_the_features_of_the_last_token(tiny, tiny_gpt2, padding):
+    """A head is linear: its mean outputs are those of its mean inputs."""
+    model = (f"model.name={tiny_gpt2}", "model.pooling=stock", 'lora.target_modules=["c_attn"]')
+    plan = prepare(tiny(*model, f"engine.padding={padding}"))
+    context, start, found = Trainer(plan).context, plan.start(), {}
+    vector, rows = start.flatten(), [plan.federation.rows_of(client) for client in plan.federation.holders[:3]]
+    support = torch.ones(len(vector), dtype=torch.bool)
+    pack = [PackMember(i, start.layout, vector, support, own) for i, own in enumerate(rows)]
+    for objective in (FedImpro(), FedHPL()):
+        changed = dataclasses.replace(context, objective=objective)
+        found[objective.measures] = measured_statistics(changed, pack, [vector] * 3, CLASSES)
+    for features, outputs in zip(found["features"], found["outputs"], strict=True):
+        known = features.known
+        expected = linear(features.means, start.head["score.weight"])
+        torch.testing.assert_close(outputs.means[known], expected[known], rtol=1e-4, atol=1e-5)
