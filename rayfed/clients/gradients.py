@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rayfed.clients.local_training import PackMember, TrainedClient, TrainingContext, _PackTraining
+from rayfed.clients.local_training import PackMember, PackTraining, TrainedClient, TrainingContext
 
 
 def pack_gradients(
@@ -18,12 +18,12 @@ def pack_gradients(
     ``t``. The results are in the order given, and the same in any pack. A member without such a step has a gradient of
     0.
     """
-    pack, stack = _PackTraining(context, members, 0.0, t), context.stack
+    pack, stack = PackTraining(context, members, 0.0, t), context.stack
     slots = range(len(members))
     active = [slot for slot in slots if step < len(pack.plans[slot])]
     if active:
-        with stack.using(pack._segments(active, step)):
-            loss = pack._loss(active, pack._batch(active, step), step)
+        with stack.using(pack.segments(active, step)):
+            loss = pack.loss(active, pack.batch(active, step), step)
             if pack.parameters.trained:
                 loss.backward()
     pack.parameters.mask_gradients()

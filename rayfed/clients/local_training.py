@@ -98,10 +98,10 @@ def train_pack(context: TrainingContext, members: Sequence[PackMember], *, lr: f
     """
     objective, contexts = context.objective, [member.context for member in members if member.context is not None]
     if not isinstance(objective, Stateful) or len(contexts) < len(members):
-        return _PackTraining(context, members, lr, t).run()
+        return PackTraining(context, members, lr, t).run()
     starts = [objective.twin(known) for known in contexts]
     twins = [replace(member, start=start) for member, start in zip(members, starts, strict=True) if start is not None]
-    results = _PackTraining(context, [*members, *twins], lr, t, objective).run()
+    results = PackTraining(context, [*members, *twins], lr, t, objective).run()
     ends = iter(results[len(members) :])
     return [
         result if start is None else _with_twin(objective, known, result, next(ends).vector)
@@ -135,7 +135,7 @@ def batches(rows: np.ndarray, settings: Client, seed: int, t: int, client: int) 
     return plan[:steps]
 
 
-class _PackTraining:
+class PackTraining:
     """One round of one pack. With estimates of the gradient, the second half of the slots follows the first half: it
     has the values before the last step."""
 
@@ -176,8 +176,8 @@ class _PackTraining:
             if self.context.privacy is not None:
                 self._private_gradients(self.context.privacy, active, step)
             else:
-                with stack.using(self._segments(active, step)):
-                    loss = self._loss(active, self._batch(active, step), step)
+                with stack.using(self.segments(active, step)):
+                    loss = self.loss(active, self.batch(active, step), step)
                     if self.optimizer is not None:
                         self.optimizer.zero_grad(set_to_none=True)
                         loss.backward()
@@ -191,7 +191,7 @@ class _PackTraining:
             for vector, loss, plan in zip(vectors, self.losses.tolist(), self.plans, strict=True)
         ][: self.trajectories]
 
-    def _segments(self, active: Sequence[int], step: int) -> list[Segment]:
+    def segments(self, active: Sequence[int], step: int) -> list[Segment]:
         """Which rows of the batch belong to which slot."""
         c, lengths = self.context, self.context.data.lengths
         segments = []
@@ -201,7 +201,8 @@ class _PackTraining:
             segments.append(Segment(slot, len(rows), seed, lengths[rows].tolist()))
         return segments
 
-    def _batch(self, active: Sequence[int], step: int) -> dict[str, Tensor]:
+    def batch(self, active: Sequence[int], step: int) -> dict[str, Tensor]:
+        """The rows of the active clients in this step, one client after the other, on the device."""
         c = self.context
         rows = np.concatenate([self.plans[slot][step] for slot in active])
         keys = [
@@ -213,7 +214,7 @@ class _PackTraining:
         ]
         return on_device(c.task.augment(c.data.batch(rows, c.padded), keys), c.device)
 
-    def _loss(self, active: Sequence[int], batch: dict[str, Tensor], step: int) -> Tensor:
+    def loss(self, active: Sequence[int], batch: dict[str, Tensor], step: int) -> Tensor:
         """The sum of the active clients' mean losses, penalties and samples' losses; adds the first to ``losses``."""
         c = self.context
         labels = batch.pop("labels")
@@ -255,8 +256,8 @@ class _PackTraining:
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
         if present:
-            with c.stack.using(self._segments(present, step)), RowNorms(c.stack) as norms:
-                batch = self._batch(present, step)
+            with c.stack.using(self.segments(present, step)), RowNorms(c.stack) as norms:
+                batch = self.batch(present, step)
                 labels = batch.pop("labels")
                 sums, counts = c.task.loss(c.forward(batch).float(), labels)
                 losses, runs = sums / counts.clamp(min=1), c.stack.batch.segments_of(sums)
