@@ -155,6 +155,8 @@ def test_vectors_of_an_objective_have_one_rank() -> None:
     check_rank_change(validate(LOWRANK | {"objective": {"name": "fedprox"}}))
     with pytest.raises(rayfed.UserError, match=r"^objective\.name: got 'scaffold', but sweep\.search continues runs"):
         check_rank_change(validate(LOWRANK | {"objective": {"name": "scaffold"}}))
+    texts = {key: value for key, value in LOWRANK.items() if key not in ("problem", "partition")}
+    check_rank_change(validate(texts | {"data": {"source": "stdlib"}, "objective": {"name": "fedimpro"}}))
 
 
 def test_continued_at_another_rank_it_starts_from_the_same_gap(tmp_path: Path) -> None:
