@@ -78,6 +78,11 @@ SHORT: dict[str, tuple[str, ...]] = {
         "sweep.parameters.privacy.noise_multiplier={grid: [0.0]}", "sweep.parameters.server.lr={grid: [0.01]}",
         "sweep.parameters.seed={grid: [0]}",
     ),
+    "privacy_flasc": (
+        *TEXT, "data.test_examples=null", "server.rounds=2", "server.cohort=2", "client.steps=1", "lora.rank=8",
+        "sweep.parameters.privacy.noise_multiplier={grid: [0.0]}", "sweep.parameters.server.lr={grid: [0.01]}",
+        "sweep.parameters.seed={grid: [0]}",
+    ),
     "pbt": (
         *TEXT, "server.rounds=2", "eval.every=1", "lora.rank=4", "sweep.search.rounds=1", "sweep.search.population=3",
     ),
