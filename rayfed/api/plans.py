@@ -148,8 +148,9 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     if not method.sparse_up:
         _check_whole(experiment, profiles, "up")
     privacy.check(experiment.privacy, name, method, server, experiment.client, experiment.model, experiment.engine)
-    if experiment.privacy.kind == "example" and (objective.replaces_loss or objective.adds_penalty):
-        what = "with privacy.kind=example every row has the task's own loss; plain and fedprox are allowed"
+    changed = objective.replaces_loss or objective.adds_penalty or objective.changes_gradient
+    if experiment.privacy.kind == "example" and changed:
+        what = "with privacy.kind=example a client minimises the task's own loss of each row alone; plain is allowed"
         raise allowed("objective.name", experiment.objective.name, what)
     algorithm = build_algorithm(experiment, method, profiles)
     by_default = method.weights if experiment.privacy.kind == "none" and not graph else "uniform"

@@ -36,6 +36,9 @@ def check(
             "server.weights", server.weights, "with privacy a client's weight may not depend on its data; uniform is "
             "allowed, and what auto means then",
         )  # fmt: skip
+    if server.max_mb is not None:
+        what = "with privacy the sizes of messages are not released and may not decide when a run ends; null is allowed"
+        raise allowed("server.max_mb", server.max_mb, what)
     if settings.kind != "example" and client.on_divergence == "fail":
         raise allowed(
             "client.on_divergence", client.on_divergence, "with privacy one client's training may not decide whether "

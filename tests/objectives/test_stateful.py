@@ -144,7 +144,8 @@ def test_what_goes_together() -> None:
         ("objective.name=scaffold", "wire.up.density=0.5", "server.optimizer=fedadam"),
         ("objective.name=fedglomo", "wire.up.values=bf16"),
     ):
-        build_components(lowrank(*settings))
+        parts = build_components(lowrank(*settings))
+        assert isinstance(parts.objective, Stateful)
 
 
 @every_one
@@ -191,5 +192,6 @@ def test_statistics_by_class_go_with_any_method_and_mixed_ranks() -> None:
     tiers = {"kind": "tiers", "ranks": [1, 2]}
     for name in ("fedhl", "flora", "fedex_lora", "fedsa", "rolora"):
         profiles = {"profiles": tiers} if name in ("fedhl", "flora") else {}
-        build_components(validate({**TEXTS, "method": {"name": name}, **profiles, "objective": {"name": "fedimpro"}}))
-    build_components(validate({**TEXTS, "objective": {"name": "fedhpl"}}))
+        settings = {**TEXTS, "method": {"name": name}, **profiles, "objective": {"name": "fedimpro"}}
+        assert build_components(validate(settings)).profiles.mixed_ranks == bool(profiles)
+    assert not build_components(validate({**TEXTS, "objective": {"name": "fedhpl"}})).objective.entrywise

@@ -188,6 +188,7 @@ REFUSED = [
     ((*USER, *OFF, "privacy.noise_cohort=9"), r"privacy\.noise_cohort: got 9, but noise_population is null"),
     ((*USER, *OFF, "privacy.noise_cohort=9", "privacy.noise_population=8"), r"got 9, but noise_population is 8"),
     ((*USER, *OFF, "privacy.order=clip_first", "privacy.quantile=0.5"), r"privacy\.quantile: .* sparsify_first is"),
+    ((*USER, *OFF, "server.max_mb=1"), r"server\.max_mb: got 1\.0, but with privacy the sizes of messages are not"),
     ((*USER, *OFF, "server.weights=examples"), r"server\.weights: got 'examples', but with privacy .* uniform is"),
     (("privacy.kind=user", *OFF), r"client\.on_divergence: got 'fail', but with privacy .* drop"),
     ((*USER, *OFF, "privacy.accountant=pld"), r"privacy\.accountant: got 'pld', but there is no .* server\.sampling="),
@@ -205,11 +206,12 @@ def test_what_does_not_go_together_is_refused(overrides, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("fedlc", ()), ("fedga", ()), ("tail_penalty", ("objective.weight=1", "objective.start=1"))]
+    ("name", "options"),
+    [("fedprox", ()), ("fedlc", ()), ("fedga", ()), ("tail_penalty", ("objective.weight=1", "objective.start=1"))],
 )
 def test_rows_of_private_batches_have_the_loss_of_the_task(tiny, name, options):
     private = tiny(*EXAMPLE, f"objective.name={name}", *options)
-    with pytest.raises(UserError, match=rf"^objective.name: got '{name}', but with privacy.kind=example every row has"):
+    with pytest.raises(UserError, match=rf"^objective.name: got '{name}', but with privacy.kind=example a client"):
         build_components(private)
 
 
