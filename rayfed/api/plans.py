@@ -42,6 +42,7 @@ from rayfed.server.optimizers import ServerOptimizer
 from rayfed.server.sampling import cohort
 from rayfed.tasks.base import Task
 from rayfed.tasks.data.federation import Federation
+from rayfed.tasks.models.four_bit import linear_layers
 from rayfed.tasks.models.spec import ModelSpec, check_dtype, describe_model
 from rayfed.topologies import Algorithm
 from rayfed.weighting import Weighting
@@ -266,6 +267,9 @@ def _described_model(experiment: Experiment, parts: Components, federation: Fede
     batching = task.batching(base, engine.padding)
     spec = describe_model(base, task.base_name, experiment.lora, model.dtype, batching, engine.gradient_checkpointing)
     check_head(experiment, parts.objective, spec)
+    if model.load_in_4bit:
+        linear_layers(base)  # raises UserError if there are none
+        spec = dataclasses.replace(spec, load_in_4bit=True)
     if model.dtype != "float32":
         check_dtype(base, model.name, model.dtype, task.sample())
     return spec

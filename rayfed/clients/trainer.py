@@ -37,6 +37,7 @@ from rayfed.tasks.data.class_subset import ClassSubset
 from rayfed.tasks.data.federation import Prompts
 from rayfed.tasks.models.base import MeanPooledClassifier, in_dtype
 from rayfed.tasks.models.checkpointing import enable_gradient_checkpointing
+from rayfed.tasks.models.four_bit import to_4_bits
 from rayfed.tasks.models.padded_attention import use_float32_attention
 from rayfed.tasks.models.unpadded import Padded
 
@@ -50,6 +51,8 @@ class Trainer:
     def __init__(self, plan: RunPlan) -> None:
         self.plan, self.device = plan, torch.device(plan.engine.device)
         base = in_dtype(plan.task.load_base(plan.federation), plan.model.dtype)
+        if plan.model.load_in_4bit:
+            to_4_bits(base)
         self.model = base.model.to(self.device)
         self.stack = Stack(
             self.model, plan.trained_shapes, base.head, plan.lora.dropout, getattr(torch, plan.lora_compute)

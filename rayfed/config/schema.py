@@ -85,6 +85,11 @@ class Experiment(Section, metaclass=_Refuses):
                 "lora.compute: got 'bfloat16', but that needs model.dtype=bfloat16, and the dtype is "
                 f"{self.model.dtype}; auto and float32 are allowed"
             )
+        if self.model.load_in_4bit and self.engine.device != "cuda":
+            raise ValueError(
+                f"model.load_in_4bit: got true, but engine.device={self.engine.device} does not compute with 4 bits; "
+                "allowed with engine.device=cuda"
+            )
         if self.lora.train == "head" and self.model.head == "frozen":
             raise ValueError("lora.train: got 'head', but model.head=frozen leaves nothing to train; all is allowed")
         if self.engine.kind == "ray" and self.engine.device == "cuda" and not self.engine.gpus:

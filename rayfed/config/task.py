@@ -280,6 +280,11 @@ class Model(Section):
     multiplies in it (a CPU with AMX or AVX512_BF16; a GPU of compute capability 8.0 or more, or one that this machine
     lacks), else float32. The choice is made where the settings are read, and config.yaml has it.
     """
+    load_in_4bit: bool = False
+    """Hold the weights of the base's linear layers in 4 bits (NF4 of bitsandbytes; extra `bitsandbytes`) and compute with
+    them in `dtype`. It needs engine.device=cuda. Conv1D layers (GPT-2) are not converted. The exported adapter's lines
+    and a merged model take the base as `dtype` has it.
+    """
     adapter: DecidesNothing[Text | None] = None
     """Where training starts: a run directory, or a folder with a LoRA in PEFT's format (safetensors). null: at B = 0, a
     random A and a new head. Its layers are those of the run, and its rank is at most lora.rank: further ranks are new.

@@ -60,7 +60,7 @@ def _facts(plan: RunPlan, summary: Mapping[str, Any]) -> dict[str, str]:
         **_bytes(plan, summary),
         "adapter": f"rank {rank}, alpha {plan.lora.alpha:g}, {len(plan.model.shapes)} layers, float32",
         "trained": "the head alone; the adapter changes nothing" if plan.lora.train == "head" else _trained(plan),
-        "base": f"{plan.model.parameters:,} parameters, {plan.model.dtype}",
+        "base": f"{plan.model.parameters:,} parameters, {plan.model.base_format}",
         "digest of the settings": f"`{plan.digest}`",
     }
     return facts if plan.privacy is None else facts | {"privacy": _privacy(plan.privacy, summary["rounds"])}
@@ -91,6 +91,8 @@ def _use(plan: RunPlan, usage: Usage) -> list[str]:
     what = "These lines need transformers and PEFT alone. They run in the folder that has `adapter/`."
     if plan.model.dtype != "float32":
         what += f" They compute in float32 on the base's weights in {plan.model.dtype}, in which the run computed."
+    if plan.model.load_in_4bit:
+        what += " The run had the weights of the base's linear layers in 4 bits, so its figures differ a little."
     if plan.export.merged:
         head = ", with the head in `merged/head.safetensors`" if plan.model.root else ""
         what += f" `merged/` has the base model with the change of all layers in its weights{head}: no PEFT, no loss."

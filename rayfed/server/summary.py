@@ -29,7 +29,7 @@ def run_info(plan: RunPlan, out: Path, entries: int, done: int) -> RunInfo:
         "training rows": int(sizes.sum()),
         "trainable parameters": entries,
         "frozen parameters": plan.model.parameters,
-        "base in": f"{plan.model.dtype} on {plan.capability}",
+        "base in": f"{plan.model.base_format} on {plan.capability}",
         "padding": str(plan.model.batching),
         "ranks": describe(plan.profiles.rank_mix(sizes)),
     }

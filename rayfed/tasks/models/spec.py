@@ -34,6 +34,12 @@ class ModelSpec:
     parameters: int  # number of parameters of the base model, with its head
     dtype: str  # number format of the frozen weights
     batching: Unpadded | Padded
+    load_in_4bit: bool = False  # whether the linear layers' weights are rounded to 4 bits where they train
+
+    @property
+    def base_format(self) -> str:
+        """The number format of the base, in words."""
+        return f"4 bits, computed in {self.dtype}" if self.load_in_4bit else self.dtype
 
     @property
     def entries(self) -> int:
