@@ -55,6 +55,10 @@ class Data(Section):
     """For `hub`: configuration of the data set, if there are several."""
     text: Text = "text"
     """The column with the text."""
+    text_pair: Text | None = None
+    """For text_classification, multi_label and regression: the column with a second text, as GLUE's pairs have one. The
+    tokenizer joins the two as it joins pairs, without token types, and cuts the longer one first.
+    """
     image: Text = "image"
     """For images: the column with the image: its encoded bytes, a struct of bytes and path (as datasets
     stores an Image), or its path, relative to the file.
@@ -126,7 +130,7 @@ class Data(Section):
         if self.task == "instruction":
             names = (*((self.messages,) if self.messages else (self.prompt, self.response)), self.client, self.label)
         else:
-            names = (self.image if self.images else self.text, self.label, self.client)
+            names = (self.image if self.images else self.text, self.text_pair, self.label, self.client)
         return tuple(name for name in names if name)
 
     @property
@@ -147,6 +151,10 @@ class Data(Section):
         for field in ("crop", "flip"):
             if (value := getattr(self, field)) and not self.own_task and not self.images:
                 raise ValueError(f"data.{field}: got {str(value).lower()}, but only tasks on images change images")
+        paired = "text_classification", "multi_label", "regression"
+        if self.text_pair is not None and not self.own_task and self.task_class not in paired:
+            what = f"data.task={self.task_class} takes no pairs; allowed with {', '.join(paired)}"
+            raise ValueError(f"data.text_pair: got {self.text_pair!r}, but {what}")
         for field in ("messages", "prompt_template"):
             if (value := getattr(self, field)) is not None and not self.own_task and self.task_class != "instruction":
                 raise ValueError(f"data.{field}: got {value!r}, but only data.task=instruction has prompts")
@@ -281,9 +289,9 @@ class Model(Section):
     lacks), else float32. The choice is made where the settings are read, and config.yaml has it.
     """
     load_in_4bit: bool = False
-    """Hold the weights of the base's linear layers in 4 bits (NF4 of bitsandbytes; extra `bitsandbytes`) and compute with
-    them in `dtype`. It needs engine.device=cuda. Conv1D layers (GPT-2) are not converted. The exported adapter's lines
-    and a merged model take the base as `dtype` has it.
+    """Hold the weights of the base's linear layers in 4 bits (NF4 of bitsandbytes, extra `bitsandbytes`), and compute
+    with them in `dtype`. It needs engine.device=cuda. Conv1D layers (GPT-2) are not converted. The exported adapter's
+    lines and a merged model take the base as `dtype` has it.
     """
     adapter: DecidesNothing[Text | None] = None
     """Where training starts: a run directory, or a folder with a LoRA in PEFT's format (safetensors). null: at B = 0, a

@@ -37,8 +37,11 @@ class SequenceClassification(TextTask):
 
     problem_type: ClassVar[str]
     """transformers' name for what the model's outputs are."""
+    columns = ("text", "text_pair", "label", "client")
 
     _: KW_ONLY
+    text_pair: str | None = None
+    """The column with the second text of a pair; None: `data.text_pair`."""
     model: nn.Module | Callable[[], nn.Module] | None = None
     """The base model, in place of `model.name`: a module, or a function that makes one (with torch's generator always
     in the same state). It is called with `input_ids` and `attention_mask`, both (rows, tokens), and returns the logits
@@ -154,7 +157,8 @@ class SequenceClassification(TextTask):
     def usage(self) -> Usage | None:
         if self.model is not None:
             return None
-        return classifier_usage(self.model_settings, self.data.max_tokens, self.problem_type)
+        pairs = self.data.text_pair is not None
+        return classifier_usage(self.model_settings, self.data.max_tokens, self.problem_type, pairs)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return super()._tokenizer() if self.model is None else own_tokenizer(self.tokenizer)

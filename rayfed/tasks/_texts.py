@@ -50,7 +50,7 @@ class SourceTask(Task):
     train: Any = None
     """The training rows, in place of `data.source`: a datasets.Dataset, a pandas DataFrame, a list of mappings, or a
     torch data set of mappings or of tuples: (text, label) or (text, label, client), with the image in place of the text
-    for a task on images.
+    for a task on images, and two texts where `data.text_pair` names a second one.
     """
     validation: Any = None
     """The validation rows; None: `data.validation` says how many training rows are drawn."""

@@ -46,14 +46,17 @@ def is_unicode(text: str) -> bool:
     return not SURROGATE.search(text)
 
 
-def texts(table: Table, name: str) -> list[str]:
-    """The column `data.text`. UserError for a value that is no string of valid Unicode; a warning for empty ones."""
-    column(table, name, "data.text", lambda text: isinstance(text, str), "texts are strings")
-    found = column(table, name, "data.text", is_unicode, "texts are valid Unicode")
+def texts(table: Table, name: str, setting: str) -> list[str]:
+    """The column that ``setting`` names, such as `data.text`; a warning says how many of its texts are empty.
+
+    UserError for a value that is no string of valid Unicode.
+    """
+    column(table, name, setting, lambda text: isinstance(text, str), "texts are strings")
+    found = column(table, name, setting, is_unicode, "texts are valid Unicode")
     empty = [row for row, text in enumerate(found, 1) if not text or text.isspace()]
     if empty:
         count = f"{len(empty)} of {len(found)} texts in {table.origin}"
-        log.warning("data.text: %s are empty; the first is row %d", count, empty[0])
+        log.warning("%s: %s are empty; the first is row %d", setting, count, empty[0])
     return found
 
 

@@ -33,7 +33,7 @@ READ_LABELS = {"multi_label": label_sets, "image_multi_label": label_sets, "regr
 class Split:
     """n texts (or images, see `rayfed.tasks.data.images`), in the order of the source."""
 
-    texts: list[Any]  # (n,) str; with data.task=instruction, conversations, for images what `images` reads
+    texts: list[Any]  # (n,) str, or pairs of them; with data.task=instruction conversations; what `images` reads
     labels: np.ndarray  # (n,) int64, indices into TextData.classes; see `labels` for other tasks; 0 if not read
     owners: np.ndarray | None = None  # (n,) str: the client of each row; None without data.client or without its column
     origin: str = "the split"  # where the rows come from, for error messages
@@ -180,7 +180,11 @@ def _contents(table: Table, settings: Data) -> list[Any]:
     """The texts of the table, or what takes their place."""
     if settings.task == "instruction":
         return conversations(table, settings)
-    return read_images(table, settings.image) if settings.images else texts(table, settings.text)
+    if settings.images:
+        return read_images(table, settings.image)
+    first = texts(table, settings.text, "data.text")
+    second = settings.text_pair
+    return first if second is None else list(zip(first, texts(table, second, "data.text_pair"), strict=True))
 
 
 def _limit(splits: dict[str, Split], examples: int | None, rng: np.random.Generator) -> dict[str, Split]:

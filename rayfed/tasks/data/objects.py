@@ -18,8 +18,9 @@ def read_objects(splits: Mapping[str, Any], settings: Data) -> Source:
     """The splits, ``train`` among them, each one of `KINDS`.
 
     The items of a list or a torch data set are mappings from column to value, or tuples (text, label) or (text, label,
-    client); for instruction tuning (prompt, response) or (prompt, response, client). A ClassLabel of the training rows
-    gives the class names. Labels may be NumPy's or torch's integers. UserError where an object is of another kind.
+    client), with a second text after the first if there is one; for instruction tuning (prompt, response) or (prompt,
+    response, client). A ClassLabel of the training rows gives the class names. Labels may be NumPy's or torch's
+    integers. UserError where an object is of another kind.
     """
     tables = {name: Table(f"the {name} rows", _columns(rows, name, settings)) for name, rows in splits.items()}
     feature = getattr(splits["train"], "features", {}).get(settings.label)

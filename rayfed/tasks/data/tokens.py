@@ -74,32 +74,43 @@ def tokenize(
 ) -> Tokens:
     """The split's texts as tokens, each text cut to at most ``max_tokens`` tokens, special tokens included.
 
+    A pair of texts becomes one row, as the tokenizer joins pairs; it cuts the longer text first.
+
     ``tokenizer`` has a padding token. A text without any token (an empty text, if the tokenizer adds no special tokens)
     becomes one token: the end, start or padding token, the first of them that exists. Raises UserError if
     ``max_tokens`` leaves no room for more than the special tokens, or exceeds the length that the tokenizer allows, or
     if a text has more than a million characters, and too few spaces to cut it by, or if the tokenizer fails, or gives
     tokens outside the model's ``vocabulary`` (None: unknown).
     """
-    special = tokenizer.num_special_tokens_to_add()
+    pairs = bool(split.texts) and isinstance(split.texts[0], tuple)
+    special = tokenizer.num_special_tokens_to_add(pair=pairs)
     if max_tokens <= special:  # with a smaller limit, a tokenizer silently cuts nothing
         raise allowed("data.max_tokens", max_tokens, f"the tokenizer alone adds {special} special tokens to each text")
     check_limit(tokenizer, max_tokens)
-    encode = _encoder(tokenizer, split, truncation=True, max_length=max_tokens)
+    encode = _encoder(tokenizer, split, truncation=True, max_length=max_tokens, verbose=False)
     usual = 16 * max_tokens + 2048  # characters; nearly every longer text has more than max_tokens tokens
     longest = max(LONGEST, 4 * usual)
     step = max(1, AT_ONCE // usual)
     lists: list[list[int]] = []
     for start in range(0, len(split), step):
         texts = split.texts[start : start + step]
-        short = iter(encode([text for text in texts if len(text) <= usual]))
-        for row, text in enumerate(texts, start):
-            if len(text) <= usual:
+        sizes = [max(map(len, text)) if pairs else len(text) for text in texts]
+        short = iter(encode([text for text, size in zip(texts, sizes) if size <= usual]))
+        for row, (text, size) in enumerate(zip(texts, sizes), start):
+            if size <= usual:
                 lists.append(next(short))
-            elif (ids := _encode_long(text, encode, tokenizer.truncation_side, max_tokens, usual, longest)) is not None:
+            elif pairs and size <= LONGEST:
+                lists += encode([text])
+            elif (
+                not pairs
+                and (ids := _encode_long(text, encode, tokenizer.truncation_side, max_tokens, usual, longest))
+                is not None
+            ):
                 lists.append(ids)
             else:
-                what = f"a text of more than {longest} characters has spaces between its words: cut it"
-                raise UserError(f"data.text: got {len(text)} characters in {split.place(row)}, but {what}")
+                most, has = (LONGEST, "no second text") if pairs else (longest, "spaces between its words")
+                what = f"a text of more than {most} characters has {has}: cut it"
+                raise UserError(f"data.text: got {size} characters in {split.place(row)}, but {what}")
     lists = [ids or [_filler(tokenizer)] for ids in lists]
     return join(lists, split, tokenizer, vocabulary)
 

@@ -1,7 +1,7 @@
 """A base in 4 bits: NF4 of the package bitsandbytes, as QLoRA has it (arXiv 2305.14314).
 
-The linear layers of the frozen base hold their weights in 4 bits, with one scale for every 64 of them. For a product the
-weights are widened to `model.dtype`. Embeddings, norms, the output layer and the head stay in `model.dtype`, as
+The linear layers of the frozen base hold their weights in 4 bits, with one scale for every 64 of them. For a product
+the weights are widened to `model.dtype`. Embeddings, norms, the output layer and the head stay in `model.dtype`, as
 transformers leaves them. Adapters train as over any other base.
 """
 
@@ -38,8 +38,8 @@ def to_4_bits(base: FrozenBase) -> None:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError:
         raise UserError(
-            "model.load_in_4bit: got true, but the package bitsandbytes is not installed; install rayfed with the extra "
-            "`bitsandbytes`"
+            "model.load_in_4bit: got true, but the package bitsandbytes is not installed; install rayfed with the "
+            "extra `bitsandbytes`"
         ) from None
     for name, layer in linear_layers(base).items():
         coarse = Linear4bit(

@@ -24,12 +24,12 @@ class Usage:
     code: str
 
 
-def classifier_usage(settings: Model, max_tokens: int, problem_type: str) -> Usage:
+def classifier_usage(settings: Model, max_tokens: int, problem_type: str, pairs: bool) -> Usage:
     """The usage of the adapter of a text classifier: with the model's own head, or with one on the mean of tokens.
 
     ``problem_type`` is transformers' name for what the outputs are. The lines define ``logits``, a function from a list
-    of texts to a tensor (texts, classes), or (texts, 1) for regression. They run in the run directory, where the
-    adapter's folder is `adapter`.
+    of texts (with ``pairs``: of tuples of two texts) to a tensor (texts, classes), or (texts, 1) for regression. They
+    run in the run directory, where the adapter's folder is `adapter`.
     """
     code, numbers = _MEAN if settings.pooling == "mean" else _STOCK, problem_type == "regression"
     more: dict[str, Any] = {
@@ -38,7 +38,7 @@ def classifier_usage(settings: Model, max_tokens: int, problem_type: str) -> Usa
         "json": "" if numbers else "import json\n\n",
         "classes": "" if numbers else _CLASSES,
         "labels": "num_labels=1" if numbers else f'**labels, problem_type="{problem_type}"',
-        "show": _SHOW[problem_type],
+        "show": _SHOW[problem_type].replace(_ROWS, '[("a text", "its second text")]' if pairs else _ROWS),
     }
     if settings.pooling == "stock" and not numbers:
         more["classes"] += _LABELS
@@ -63,7 +63,7 @@ def image_usage(settings: Model, problem_type: str) -> Usage:
     The lines define ``logits``, a function from a list of images of Pillow to a tensor (images, classes). They run in
     the run directory.
     """
-    show = _SHOW[problem_type].replace('"a text", "another text"', "image")
+    show = _SHOW[problem_type].replace(_ROWS, "[image]")
     code = _IMAGES.format(**_loading(settings), classes=_CLASSES + _LABELS, problem_type=problem_type, show=show)
     return Usage(settings.name, "image-classification", code)
 
@@ -106,6 +106,7 @@ _LABELS = """\
 labels = {"id2label": id2label, "label2id": {label: i for i, label in id2label.items()}}
 """
 
+_ROWS = '["a text", "another text"]'
 _SHOW = {
     "single_label_classification": """\
 print([id2label[i] for i in logits(["a text", "another text"]).argmax(-1).tolist()])""",

@@ -1,4 +1,4 @@
-"""A base in 4 bits: which layers are converted, what is refused, and training over them (where bitsandbytes is there)."""
+"""A base in 4 bits: which layers are converted, what is refused, and training over them if bitsandbytes is there."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def test_only_on_a_gpu(tiny):
 def on_a_gpu_elsewhere(experiment: Experiment, **model: object) -> Experiment:
     """The settings for a GPU of the cluster, which this process need not have."""
     more = {"load_in_4bit": True, **model}
-    return experiment.with_({"engine.kind": "ray", "engine.device": "cuda"} | {f"model.{k}": v for k, v in more.items()})
+    return experiment.with_(
+        {"engine.kind": "ray", "engine.device": "cuda"} | {f"model.{k}": v for k, v in more.items()}
+    )
 
 
 def test_a_base_without_linear_layers_is_refused_before_anything_starts(tiny, tiny_gpt2):
@@ -47,9 +49,8 @@ def test_the_layers_are_those_below_head_and_output_layer(tiny, tmp_path):
         assert found.keys() >= plan.model.shapes.keys()
         assert not any("classifier" in name for name in found)
     model = save_language_model(tmp_path / "llama", "llama")
-    plan = prepare(tiny(
-        "data.task=causal_lm", "data.max_tokens=64", f"model.name={model}", "model.pooling=stock", "lora.target_modules=[q_proj]",
-    ))  # fmt: skip
+    own = f"model.name={model}", "model.pooling=stock", "lora.target_modules=[q_proj]"
+    plan = prepare(tiny("data.task=causal_lm", "data.max_tokens=64", *own))
     found = four_bit.linear_layers(plan.task.load_base(plan.federation))
     assert len(found) == 7 * len(plan.model.shapes)  # q, k, v, o, gate, up, down; not lm_head
     assert "lm_head" not in found
@@ -71,7 +72,7 @@ def test_the_plan_knows_it(tiny):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_over_4_bits_is_training_over_the_rounded_weights(tiny, dtype):
-    """A pack over the base in 4 bits against the same pack over the base whose weights are what the 4 bits stand for."""
+    """A pack over the base in 4 bits against the same pack over a base of the weights that the 4 bits stand for."""
     functional = pytest.importorskip("bitsandbytes.functional")
     plan = prepare(tiny(f"model.dtype={dtype}"))
     plan = replace(plan, model=replace(plan.model, load_in_4bit=True))  # bitsandbytes' layers also run on a CPU

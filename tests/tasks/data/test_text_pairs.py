@@ -1,0 +1,104 @@
+"""Pairs of texts (`data.text_pair`): the tokenizer's own ids of a pair, from any source; what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+import rayfed
+from rayfed.api import prepare
+from rayfed.errors import UserError
+from rayfed.tasks.models.base import model_path
+
+ROWS = [
+    {"text": f"card{i % 6} the{i % 20}", "other": "loan1 " * (i % 7 * 3) + f"app{i % 5}", "label": i % 3}
+    for i in range(60)
+]
+
+
+@pytest.fixture
+def pairs(tiny, tmp_path: Path):
+    def make(*overrides: str):
+        for split, rows in (("train", ROWS), ("test", ROWS[:15])):
+            (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tiny(f"data.path={tmp_path}", "data.text_pair=other", "data.validation=0", *overrides)
+
+    return make
+
+
+def expected(plan, rows, max_tokens: int) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(model_path(plan.task.model_settings))
+    return [
+        tokenizer(row["text"], row["other"], truncation=True, max_length=max_tokens)["input_ids"] for row in rows
+    ]  # fmt: skip
+
+
+def ids(tokens) -> list[list[int]]:
+    return [part.tolist() for part in np.split(tokens.ids, tokens.offsets[1:-1])]
+
+
+@pytest.mark.parametrize("max_tokens", [128, 12])
+def test_ids_are_the_tokenizers_own(pairs, max_tokens):
+    plan = prepare(pairs(f"data.max_tokens={max_tokens}"))
+    wanted = expected(plan, ROWS, max_tokens)
+    assert max(map(len, wanted)) <= max_tokens
+    assert ids(plan.federation.train) == wanted
+
+
+def test_python_rows_and_tuples_are_the_same_pairs(pairs):
+    settings = pairs().with_({"data.source": "stdlib", "data.path": None})
+    plan = prepare(settings, task=rayfed.TextClassification(train=ROWS, test=ROWS[:15], text_pair="other"))
+    tuples = [tuple(row[name] for name in ("text", "other", "label")) for row in ROWS]
+    again = prepare(settings, task=rayfed.TextClassification(train=tuples, test=tuples[:15]))
+    assert ids(plan.federation.train) == ids(again.federation.train) == expected(plan, ROWS, 128)
+
+
+def test_a_long_text_of_a_pair_is_cut_like_any(pairs):
+    long = {**ROWS[0], "text": "loan2 the4 " * 5_000}
+    settings = pairs("data.max_tokens=16").with_({"data.source": "stdlib", "data.path": None})
+    rows = [long, *ROWS[1:]]
+    plan = prepare(settings, task=rayfed.TextClassification(train=rows, test=ROWS[:15], text_pair="other"))
+    assert ids(plan.federation.train) == expected(plan, rows, 16)
+
+
+def test_a_run_on_pairs_and_its_card(pairs, tmp_path):
+    result = rayfed.run(pairs("server.rounds=2"), out=tmp_path / "run")
+    assert result.summary["rounds"] == 2
+    code = (tmp_path / "run" / "adapter" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert '[("a text", "its second text")]' in code
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (("data.text_pair=none_such",), r"data.text_pair: got 'none_such', but .*train.jsonl has the columns"),
+        (("data.task=causal_lm",), r"data.text_pair: got 'other', but data.task=causal_lm takes no pairs"),
+        (("data.max_tokens=3",), r"data.max_tokens: got 3, but the tokenizer alone adds 3 special tokens"),
+    ],
+)
+def test_refusals(pairs, overrides, line):
+    with pytest.raises(UserError, match=line):
+        prepare(pairs(*overrides))
+
+
+def test_a_second_text_changes_what_is_learned(pairs, tmp_path):
+    """The label depends on the second text alone: a model that sees it learns it."""
+    rows = [{"text": "the1", "other": ("card0", "loan1", "rate2")[i % 3], "label": i % 3} for i in range(60)]
+    settings = pairs().with_({"data.source": "stdlib", "data.path": None})
+    more = {
+        "server.rounds": 6,
+        "client.lr": 0.01,
+        "client.epochs": 3,
+        "client.optimizer": "adamw",
+        "partition.kind": "iid",
+        "partition.clients": 4,
+        "server.cohort": 4,
+    }
+    task = rayfed.TextClassification(train=rows, test=rows[:15], text_pair="other")
+    losses = rayfed.run(settings.with_(more), task=task, out=tmp_path / "run").history["train/loss"].tolist()
+    assert losses[-1] < 1.0 < math.log(3)  # the least that a model of the first text alone can reach
