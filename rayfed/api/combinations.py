@@ -17,6 +17,8 @@ def check_objective(experiment: Experiment, objective: Stateful, method: Method,
     facts = RunFacts(
         method=experiment.method.name,
         fixed_gauge=method.fixed_gauge,
+        averages=method.averages,
+        ignores_weights=method.ignores_weights,
         mixed_ranks=profiles.mixed_ranks,
         private=experiment.privacy.kind != "none",
         sparse_down=profiles.may_be_sparse("down", rounds),

@@ -49,9 +49,17 @@ def decode_encoded(message: EncodedMessage, places: Uploadable) -> Message:
 
 
 def client_round(
-    order: ClientOrder, decoded: Sequence[Payload], start: Tensor, support: Tensor, lr: float
+    order: ClientOrder,
+    decoded: Sequence[Payload],
+    start: Tensor,
+    support: Tensor,
+    lr: float,
+    products: tuple[str, ...] = (),
 ) -> ClientRound:
-    """What the objective knows of the client. ``decoded``: the job's payloads; ``start`` and ``support`` are (n,)."""
+    """What the objective knows of the client. ``decoded``: the job's payloads; ``start`` and ``support`` are (n,).
+
+    ``products``: the adapted layers in model order, if the method averages products.
+    """
     own = order.objective
     assert own is not None
     vector, numbers, stored = (None if at is None else decoded[at] for at in (own.vector, own.numbers, own.stored))
@@ -59,7 +67,8 @@ def client_round(
     for part, factor in order.trainable.rates.items():
         rates[order.layout.mask(part)] *= factor
     received = decode_message(vector, numbers, Uploadable.of(uploaded))
-    return ClientRound(start, uploaded, rates, received, None if stored is None else stored.values)
+    own_values = None if stored is None else stored.values
+    return ClientRound(start, uploaded, rates, received, own_values, None, order.layout, products)
 
 
 def replies(

@@ -30,7 +30,7 @@ from rayfed.errors import RunError
 from rayfed.lora.packed.segments import Segment
 from rayfed.lora.packed.stack import Stack, head_layers
 from rayfed.methods import BaseChange, merged
-from rayfed.objectives import Plain
+from rayfed.objectives import Plain, Stateful
 from rayfed.own_code import own_failures
 from rayfed.privacy.example import ExampleLevel
 from rayfed.tasks.data.class_subset import ClassSubset
@@ -183,7 +183,11 @@ class Trainer:
             base = merged(base, layout.unflatten(decoded[at].dense()))
         trainable, rows = order.trainable, self.plan.federation_at(t).rows_of(order.client)
         support, objective = trainable.support(order.layout, has), trainable.objective or Plain()
-        context = client_round(order, decoded, start, support, lr) if order.objective else None
+        context = None
+        if order.objective is not None and isinstance(self.plan.objective, Stateful):
+            products = tuple(self.stack.lora) if self.plan.method.averages == "products" else ()
+            context = client_round(order, decoded, start, support, lr, products)
+            objective = self.plan.objective.own_penalty(context) or objective
         return PackMember(order.client, order.layout, start, support, rows, base, trainable.rates, objective, context)
 
     @torch.no_grad()

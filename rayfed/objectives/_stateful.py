@@ -4,8 +4,8 @@ Such an objective has two halves. In every round the server calls
 
 1. `send` once: the message that every client of the cohort receives beside its adapter.
 2. At each client, with what it received and what it stored: `terms` and `correction`, which change its gradient, or
-   `twin`, `estimate` and `combined`, which train a second trajectory; `targets` and `samples`, which change its loss;
-   after training `message`, which goes up, and `store`, which is what the client has in its next round.
+   `twin`, `estimate` and `combined`, which train a second trajectory; `own_penalty`, `targets` and `samples`, which
+   change its loss; after training `message`, which goes up, and `store`: what the client has in its next round.
 3. `weights` once, if the objective decides how much each client counts; `changed` for each client, if the objective
    decides what the method aggregates.
 4. `advance` for every tensor of the method, if the objective has a server step of its own.
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rayfed.errors import allowed
+from rayfed.lora.adapter import Layout
 from rayfed.objectives._class_statistics import ClassStatistics
 from rayfed.objectives.base import Objective
 
@@ -59,6 +60,10 @@ class ClientRound:
     """(m,) float32: what `store` returned in the client's last round. None: it never took part."""
     statistics: ClassStatistics | None = None
     """Of what `Stateful.measures` names. Only `message` and `store` have it, as it is of the trained model."""
+    layout: Layout = field(default_factory=lambda: Layout(()))
+    """The order and shapes of the client's entries."""
+    products: tuple[str, ...] = ()
+    """The adapted layers in model order, if the method averages products (`rayfed.methods.Method.averages`)."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,9 @@ class RunFacts:
 
     method: str
     fixed_gauge: bool
-    """See `rayfed.methods.Method.fixed_gauge`."""
+    averages: Literal["changes", "products"]
+    ignores_weights: str
+    """These three: see `rayfed.methods.Method`."""
     mixed_ranks: bool
     private: bool
     sparse_down: bool
@@ -157,6 +164,10 @@ class Stateful(Objective):
         the clients' vectors as (K, n) and their scalars as (K, 1).
         """
         raise NotImplementedError
+
+    def own_penalty(self, client: ClientRound) -> Objective | None:
+        """An objective whose `penalty` is added to this client's loss alone, or None. Called before training."""
+        return None
 
     def twin(self, client: ClientRound) -> Tensor | None:
         """The start (n,) of a second trajectory, or None for no such trajectory.

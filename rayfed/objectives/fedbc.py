@@ -10,8 +10,12 @@
 
 lam is 0 before a client takes part. So its first participation is plain training, and with gamma 0 its weight in that
 round is a times the square of how far it moved. The distance is taken at the client, from the values that it decoded
-and those that it trained, over the entries that it uploads. It is in the coordinates that are averaged: B and A one by
-one, and the head. z is then the minimiser of sum_S lam+ ||w - z||^2.
+and those that it trained. It is in the space in which the method averages (`Method.averages`), so that z is the
+minimiser of sum_S lam+ ||w - z||^2:
+
+  changes    the entries that the client uploads: B and A one by one, and the head
+  products   sum over layers of ||s (B A - B_z A_z)||_F^2, and the head; ranks may be mixed  [derived]
+             the gradient in B is 2 lam s^2 (B A - B_z A_z) A^T, that in A is 2 lam s^2 B^T (B A - B_z A_z)
 
 Source: authors' code read; deviates: the authors step lam by SGD with momentum 0.5 over the vector of all users after
 each client, so lam depends on the order of the cohort; here each client takes one plain step, as in the paper. Their
@@ -21,13 +25,17 @@ code divides by zero where all lam+ are 0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rayfed.config.types import NonNegative
-from rayfed.objectives._stateful import ClientRound, Message, Stateful
+from rayfed.errors import allowed
+from rayfed.lora.adapter import LowRank
+from rayfed.objectives._product_pull import ProductPull, product_square
+from rayfed.objectives._stateful import ClientRound, Message, RunFacts, Stateful
+from rayfed.objectives.base import Objective
 
 
 @dataclass(frozen=True)
@@ -44,16 +52,33 @@ class FedBC(Stateful):
     server_weights = "uniform"
     server_optimizers = ("fedavg",)
 
+    def check_run(self, name: str, facts: RunFacts) -> None:
+        if facts.ignores_weights:
+            what = f"its dual variables are the clients' weights, and {facts.method} does not use these"
+            raise allowed("objective.name", name, f"{what}: {facts.ignores_weights}")
+        if facts.averages == "products":  # no entry is compared with that of another client or round
+            facts = replace(facts, fixed_gauge=True, mixed_ranks=False)
+        super().check_run(name, facts)
+
     def terms(self, client: ClientRound) -> Mapping[str, Tensor]:
-        return {"pull": 2 * self._dual(client)[0]}
+        pull = 2 * self._dual(client)[0]
+        return {"pull": pull * client.layout.mask("head") if client.products else pull}
+
+    def own_penalty(self, client: ClientRound) -> Objective | None:
+        return ProductPull(float(self._dual(client)[0]), _pairs(client, client.start)) if client.products else None
 
     def correction(self, values: Tensor, start: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
         return terms["pull"] * (values - start)
 
     def message(self, client: ClientRound, trained: Tensor, steps: int, twin: Tensor | None = None) -> Message:
         lam, gamma = self._dual(client).double()
-        moved = ((trained - client.start) * client.uploaded).double()
-        stepped = lam + self.rate * (moved.square().sum() - gamma)
+        moved = (trained - client.start) * client.uploaded
+        square = moved.double().square().sum()
+        if client.products:
+            square = (moved * client.layout.mask("head")).double().square().sum()
+            for now, then in zip(_pairs(client, trained), _pairs(client, client.start), strict=True):
+                square += product_square(now.B.double(), now.A.double(), then)
+        stepped = lam + self.rate * (square - gamma)
         return Message(numbers=stepped.clamp(min=0).float()[None])
 
     def store(self, client: ClientRound, sent: Message) -> Tensor:
@@ -68,3 +93,9 @@ class FedBC(Stateful):
     def _dual(self, client: ClientRound) -> Tensor:
         """(2,): lam and gamma."""
         return torch.tensor([0.0, self.gamma]) if client.stored is None else client.stored
+
+
+def _pairs(client: ClientRound, vector: Tensor) -> list[LowRank]:
+    """The pairs in ``vector`` (n,), in model order."""
+    layers = client.layout.unflatten(vector).layers
+    return [layers[name] for name in client.products]
