@@ -55,6 +55,7 @@ def _check_sequence(experiment: Experiment, task: Task, objective: Objective, op
         ("eval.early_stop", evaluation.early_stop is not None, "a run would end before its last classes"),
         ("eval.unseen", evaluation.unseen, "clients have other rows in each experience"),
         ("eval.controls", evaluation.controls, "the baselines know no experiences"),
+        ("eval.clients", sequence.of == "domains" and evaluation.clients, "of domains there is none by class"),
     ):
         if value:
             raise UserError(f"{name}: with partition.sequence {why}; leave it out")
@@ -81,7 +82,8 @@ def describe_sequence(experiment: Experiment, federation: Federation) -> list[st
     """A line for the log of a run with a sequence; none for another run."""
     if federation.experiences is None:
         return []
-    sizes = sorted({len(own) for own in federation.experiences.classes})
-    count, each = len(federation.experiences), " or ".join(map(str, sizes))
-    rounds = experiment.server.rounds // count
-    return [f"partition.sequence: {count} experiences of {each} classes, {rounds} rounds each"]
+    found = federation.experiences
+    sizes = sorted({len(own) for own in found.domains or found.classes})
+    count, each = len(found), " or ".join(map(str, sizes))
+    rounds, what = experiment.server.rounds // count, "domains" if found.domains else "classes"
+    return [f"partition.sequence: {count} experiences of {each} {what}, {rounds} rounds each"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from rayfed.tasks.data.federation import Federation
 from rayfed.tasks.models.spec import ModelSpec
 from rayfed.topologies import Gossip
 from rayfed.weighting import Weighting
+
+if TYPE_CHECKING:
+    from rayfed.clients.messages import SplitName
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,17 @@ class RunPlan:
         """The classes among which models choose after round ``t`` (from 0), ascending; None: all."""
         own, experience = self.federation.experiences, self.experience(t)
         return None if own is None or experience is None else self._proper(own.seen(experience))
+
+    def seen_rows(self, t: int) -> dict[SplitName, np.ndarray] | None:
+        """The rows, by split, on which models are evaluated after round ``t`` (from 0) in a sequence of domains.
+
+        None: the seen classes say it.
+        """
+        own, experience = self.federation.experiences, self.experience(t)
+        if own is None or experience is None or not own.domains:
+            return None
+        splits: tuple[SplitName, ...] = ("validation", "test")
+        return {s: np.flatnonzero((own.of_rows[s] >= 0) & (own.of_rows[s] <= experience)) for s in splits}
 
     def compared_classes(self, t: int) -> tuple[int, ...] | None:
         """The classes that the training loss of round ``t`` (from 0) compares, ascending; None: all."""

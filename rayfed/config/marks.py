@@ -20,11 +20,12 @@ NEUTRAL: tuple[tuple[str, Any], ...] = (
     *(("label_smoothing", 0.0), ("class_weights", None), ("max_mb", None), ("own_models", None)),
     ("load_in_4bit", False),
     ("text_pair", None),
+    ("of", "classes"),
 )
 """Names and values: there is no object or adapter to hash; adapters compute in the base's format; cohorts have one
 size; the objective is plain; there are no images, no rows are kept from the clients, weights have no options, classes
 come all at once, clients train with the plain loss, traffic has no limit, no clients' own models are measured, the base
-has no 4-bit weights, and texts come alone.
+has no 4-bit weights, texts come alone, and a sequence is one of classes.
 """
 OFF = (("privacy", "none"), ("channel", "lossless"), ("topology", "star"))
 """Sections and their kinds in which none of their settings decides anything."""

@@ -94,7 +94,7 @@ def run_plots(run: Run, number: int) -> Iterator[Plot]:
         draw = partial(run_charts.client_accuracies, found[1], run.last_ranks())
         yield Plot(f"run-{number}-client-accuracies", f"run-{number}", "Test accuracy of each client", caption, draw)
     if any(accuracies := run.by_experience()):
-        title = "Test accuracy on the classes of each experience"
+        title = "Test accuracy on the rows of each experience"
         caption = "In percent, after the experience of the line; the model chooses among all classes seen until then."
         draw = partial(run_charts.experiences, accuracies)
         yield Plot(f"run-{number}-experiences", f"run-{number}", title, caption, draw)

@@ -56,9 +56,9 @@ def experiences(partition: Mapping[str, Any]) -> Table | None:
         return None
     rows = []
     for i, own in enumerate(found, 1):
-        names = own["classes"]
+        names = own.get("domains", own["classes"])
         named = ", ".join(map(_short, names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
-        rows.append((str(i), f"{own['rows']:,}", f"{own['clients_with_rows']:,}", str(len(names)), named))
+        rows.append((str(i), f"{own['rows']:,}", f"{own['clients_with_rows']:,}", str(len(own["classes"])), named))
     return Table("Experiences", ("", "rows", "clients", "classes", "which"), tuple(rows))
 
 

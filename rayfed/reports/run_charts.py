@@ -77,7 +77,7 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Any:
 
 
 def experiences(accuracies: Sequence[Sequence[float | None]]) -> Any:
-    """Row t, column j: the accuracy after experience t on the classes of experience j, written into the cell."""
+    """Row t, column j: the accuracy after experience t on the test rows of experience j, written into the cell."""
     from matplotlib.patches import Rectangle
 
     steps, count = ramp(8), len(accuracies)
@@ -93,7 +93,7 @@ def experiences(accuracies: Sequence[Sequence[float | None]]) -> Any:
                 ink = INK if step < len(steps) // 2 else PAPER
                 axes.text(j, t, f"{100 * value:.0f}", ha="center", va="center", size=7, color=ink)
     axes.set(xlim=(0.5, count + 0.5), ylim=(count + 0.5, 0.5))
-    axes.set(xlabel="test rows of the classes of experience", ylabel="after experience")
+    axes.set(xlabel="test rows of experience", ylabel="after experience")
     for axis in (axes.xaxis, axes.yaxis):
         drawing.number_axis(axis, whole=True)
     return figure

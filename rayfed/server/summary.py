@@ -156,7 +156,7 @@ def closing_table(plan: RunPlan, summary: dict[str, Any], ranks: Sequence[int]) 
     rows = [
         (name, summary[final], sent),
         (exported, summary[f"export/test_{metric}"], None),
-        ("  mean over the experiences, on the classes seen so far", summary.get("sequence/average_accuracy"), None),
+        ("  mean over the experiences, on all rows seen so far", summary.get("sequence/average_accuracy"), None),
         ("  forgetting: the mean loss of the earlier experiences", summary.get("sequence/forgetting"), None),
         ("  as clients receive it, sparse", summary[f"{final}_masked"], None),  # what FLASC's own code evaluates
         ("  mean over the clients, each on data like its own", summary[f"{final}_clients"], None),

@@ -69,11 +69,11 @@ class ImageTask(SourceTask):
         from rayfed.tasks.data.partition import client_names
 
         data = load_data(self.data, self.seed, self._source(self.data))
-        strata, owners = self.strata(data.train.labels), data.train.owners
+        strata, owners = self.strata(data.train.labels), data.owners
         parts, experiences = divide(strata, owners, len(data.classes), self.partition, self.seed)
         splits = (data.train, data.validation, data.test)
         images = decoded(splits, load_image_input(self.model_settings))
-        names = client_names(owners, self.partition)
+        names = client_names(owners["train"], self.partition)
         return Federation.of(images, data.classes, parts, names, experiences)
 
     def load_base(self, federation: Federation) -> FrozenBase:

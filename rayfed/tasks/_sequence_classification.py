@@ -113,7 +113,7 @@ class SequenceClassification(TextTask):
         from rayfed.tasks.data.tokens import tokenize
 
         data = load_data(self.data, self.seed, self._source(self.data))
-        strata, owners = self.strata(data.train.labels), data.train.owners
+        strata, owners = self.strata(data.train.labels), data.owners
         parts, experiences = divide(strata, owners, len(data.classes), self.partition, self.seed)
         cut, named = self.data.max_tokens, self.model is None
         # A model that is an object is tried on the longest text and the largest token, see `load_own_base`.
@@ -122,7 +122,7 @@ class SequenceClassification(TextTask):
         tokenizer = self._tokenizer()
         splits = tuple(tokenize(split, tokenizer, cut, words) for split in (data.train, data.validation, data.test))
         self._check_length(splits, limit)
-        names = client_names(owners, self.partition)
+        names = client_names(owners["train"], self.partition)
         return Federation.of(splits, data.classes, parts, names, experiences)
 
     def load_base(self, federation: Federation) -> FrozenBase:

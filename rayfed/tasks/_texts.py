@@ -97,6 +97,8 @@ class SourceTask(Task):
         if self.partition.column and self.data.client is None:
             needed = f"partition.kind={self.partition.kind} needs the column that names the {self.partition.column}"
             raise UserError(f"data.client: got null, but {needed}")
+        if (sequence := self.partition.sequence) and sequence.of == "domains" and self.data.client is None:
+            raise UserError("data.client: got null, but partition.sequence.of=domains needs the column of domains")
         if eval.early_stop and self.data.source == "stdlib" and self.data.validation == 0:
             raise UserError("data.validation: got 0, but eval.early_stop needs a validation split")
 

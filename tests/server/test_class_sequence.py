@@ -220,7 +220,10 @@ def test_the_output_layer_of_a_head() -> None:
         ("server.rounds=5", r"server\.rounds: got 5, but .* multiple of partition\.sequence\.experiences=2 is allowed"),
         ("partition.sequence.experiences=0", r"partition\.sequence\.experiences: got 0, but it should be an"),
         ("partition.sequence={}", r"partition\.sequence\.experiences: missing, and there is no default"),
-        ("partition.sequence.replay=3", r"partition\.sequence\.replay: unknown key; allowed are experiences, order"),
+        (
+            "partition.sequence.replay=3",
+            r"partition\.sequence\.replay: unknown key; allowed are experiences, of, order",
+        ),
         ("data.task=multi_label", r"partition\.sequence\.experiences: got 2, .* data\.task=text_classification and"),
         ("privacy={kind: user, noise_multiplier: 1}", r"privacy\.kind: got 'user', but with partition\.sequence"),
         ("server.max_mb=1", r"server\.max_mb: with partition\.sequence a run would end before"),

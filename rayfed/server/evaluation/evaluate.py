@@ -36,6 +36,7 @@ class SplitOutputs:
     count: float
     predictions: Tensor  # (n, ...)
     labels: Tensor  # (n, ...)
+    rows: np.ndarray  # (n,): which rows of the split these are, ascending
 
 
 def spans(rows: int, batch_size: int) -> list[tuple[int, int]]:
@@ -46,12 +47,12 @@ def spans(rows: int, batch_size: int) -> list[tuple[int, int]]:
 
 def evaluate(
     executor: Executor, federation: Federation, models: Mapping[str, Model], splits: Sequence[SplitName],
-    batch_size: int, classes: tuple[int, ...] | None = None, rows: np.ndarray | None = None,
+    batch_size: int, classes: tuple[int, ...] | None = None, rows: Mapping[SplitName, np.ndarray] | None = None,
     seen: tuple[int, ...] | None = None,
 ) -> dict[tuple[str, SplitName], SplitOutputs]:  # fmt: skip
     """Every model's outputs on every split that has rows; with ``classes``, on the rows of these classes alone.
 
-    With ``rows`` (n,), indices into each of the splits, on these rows alone. With ``seen`` models choose among these
+    With ``rows`` (n,), indices by split, on these rows alone. With ``seen`` models choose among these
     classes (see `RunPlan.seen_classes`), and only rows of these classes are evaluated.
 
     ``models`` maps a suffix of metric keys to a model. The models reach the workers losslessly and are no client
@@ -62,8 +63,9 @@ def evaluate(
     for suffix, (vector, layout) in models.items():
         handle = executor.put(wire.encode(vector))
         for split in splits:
-            for span in spans(len(federation.split(split) if rows is None else rows), batch_size):
-                job = EvalJob(split, *span, layout, classes, rows, seen)
+            own = None if rows is None else rows[split]
+            for span in spans(len(federation.split(split) if own is None else own), batch_size):
+                job = EvalJob(split, *span, layout, classes, own, seen)
                 jobs.append(((suffix, split), Submission(job, (handle,))))
     parts: dict[tuple[str, SplitName], list[EvalResult]] = {}
     for (key, _), result in zip(jobs, run_all(executor, [job for _, job in jobs]), strict=True):
@@ -108,4 +110,5 @@ def _joined(results: Sequence[EvalResult]) -> SplitOutputs:
         sum(r.count for r in results),
         torch.cat([r.predictions for r in results])[order],
         torch.cat([r.labels for r in results])[order],
+        np.sort(np.concatenate([r.rows for r in results])),
     )

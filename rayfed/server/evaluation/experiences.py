@@ -1,7 +1,7 @@
-"""What a model still knows of the classes of earlier experiences (`partition.sequence`).
+"""What a model still knows of earlier experiences (`partition.sequence`).
 
-With a_{t,j} the accuracy on the test rows of the classes of experience j after experience t, where the model chooses
-among all classes that it has seen, and A_t the accuracy on the test rows of all of these classes:
+With a_{t,j} the accuracy on the test rows of experience j (of its classes, or domains) after experience t, where the
+model chooses among all classes that it has seen, and A_t the accuracy on the test rows of all experiences up to t:
 
     average accuracy    (1/T) sum_t A_t
     forgetting          (1/(T-1)) sum_{j < T} ( max_{j <= t < T} a_{t,j} - a_{T,j} )
@@ -33,10 +33,10 @@ def experience_metrics(plan: RunPlan, t: int, outputs: SplitOutputs | None) -> d
     found: dict[str, Metric] = {}
     if experiences is None or now is None:
         return found
-    for j, classes in enumerate(experiences.classes[: now + 1]):
+    for j in range(now + 1):
         value = None
         if outputs is not None:
-            own = np.isin(outputs.labels.numpy(), classes)
+            own = experiences.experience_of("test", plan.federation.test.labels)[outputs.rows] == j
             right = (outputs.predictions == outputs.labels).numpy()[own]
             value = float(right.mean()) if len(right) else None
         found[f"test/accuracy_experience_{j + 1}"] = value

@@ -56,7 +56,7 @@ def unseen_metrics(plan: RunPlan, model: Model, t: int, executor: Executor) -> d
     seen = {c for s in range(t + 1) for c in cohort_of(plan, s)}
     owners = np.repeat(np.arange(federation.clients), federation.sizes)
     rows = np.sort(federation.rows[~np.isin(owners, list(seen))])
-    outputs = evaluate(executor, federation, {"": model}, ("train",), plan.eval.batch_size, rows=rows)
+    outputs = evaluate(executor, federation, {"": model}, ("train",), plan.eval.batch_size, rows={"train": rows})
     found = metrics(plan.task, federation, outputs, ("",), ("train",))
     return {f"test/{name}_unseen": found[f"train/{name}"] for name in ("loss", plan.task.metric) if name}
 

@@ -66,7 +66,7 @@ def _measured(
         models["_masked"] = vector * first.has, layout
     if plan.eval.tiers:
         models |= tier_models(plan, state, t, downlink, executor)
-    outputs = evaluate(executor, plan.federation, models, splits, plan.eval.batch_size, seen=seen)
+    outputs = evaluate(executor, plan.federation, models, splits, plan.eval.batch_size, None, plan.seen_rows(t), seen)
     found = metrics(plan.task, plan.federation, outputs, [*dict.fromkeys((*suffixes, *models))], splits)
     found |= experience_metrics(plan, t, outputs.get(("", "test")))
     if plan.eval.clients:
@@ -83,14 +83,17 @@ def _measured(
 def subset_metrics(plan: RunPlan, models: Mapping[str, Model], t: int, executor: Executor) -> dict[str, Metric]:
     """`eval_subset/loss` and `eval_subset/accuracy` (or the task's metric) on `eval.subset` validation rows.
 
-    Of these the rows of classes that are seen after round ``t`` (from 0).
+    Of these the rows of classes and domains that are seen after round ``t`` (from 0).
 
     The rows are the same in every round, and the server chooses nothing by them. None without validation rows.
     """
     order = numpy_rng(plan.seed, "eval.subset").permutation(len(plan.federation.validation))
-    rows = np.sort(order[: plan.eval.subset])
-    chosen: dict[str, Any] = {"rows": rows, "seen": plan.seen_classes(t)}
-    outputs = evaluate(executor, plan.federation, models, ("validation",), plan.eval.batch_size, **chosen)
+    rows, seen = np.sort(order[: plan.eval.subset]), plan.seen_rows(t)
+    chosen: dict[SplitName, np.ndarray] = {
+        "validation": rows if seen is None else np.intersect1d(rows, seen["validation"])
+    }
+    classes, size = plan.seen_classes(t), plan.eval.batch_size
+    outputs = evaluate(executor, plan.federation, models, ("validation",), size, None, chosen, classes)
     found = metrics(plan.task, plan.federation, outputs, ("",), ("validation",))
     return {f"eval_subset/{name}": found[f"eval/{name}"] for name in ("loss", plan.task.metric) if name}
 

@@ -62,6 +62,11 @@ class TextData:
     test: Split
     classes: tuple[str, ...]
 
+    @property
+    def owners(self) -> dict[str, np.ndarray | None]:
+        """The clients of the rows, by split, see `Split.owners`."""
+        return {name: getattr(self, name).owners for name in SPLITS}
+
 
 def load_data(
     settings: Data, seed: int, source: Source | None = None, labelled: Collection[str] = tuple(SPLITS)

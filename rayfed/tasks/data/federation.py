@@ -81,7 +81,9 @@ class Federation:
     starts: np.ndarray  # (clients + 1,) int64
     extra: Any = None  # more data that the task needs
     names: np.ndarray | None = None  # (clients,) str, where the source names its clients
-    experiences: Experiences | None = None  # the groups of classes that come one after the other; None: all at once
+    experiences: Experiences | None = (
+        None  # groups of classes or domains that come one after the other; None: all at once
+    )
 
     @classmethod
     def of(
@@ -114,11 +116,13 @@ class Federation:
 
     @cached_property
     def by_experience(self) -> tuple[Federation, ...]:
-        """For each experience a federation in which clients have only the training rows of its classes."""
-        labels, owners = self.train.labels[self.rows], np.repeat(np.arange(self.clients), self.sizes)
-        found = []
-        for classes in self.experiences.classes if self.experiences else ():
-            present = np.isin(labels, classes)
+        """For each experience a federation in which clients have only its training rows."""
+        if self.experiences is None:
+            return ()
+        place = self.experiences.experience_of("train", self.train.labels)[self.rows]
+        owners, found = np.repeat(np.arange(self.clients), self.sizes), []
+        for j in range(len(self.experiences)):
+            present = place == j
             starts = np.cumsum([0, *np.bincount(owners[present], minlength=self.clients)], dtype=np.int64)
             found.append(replace(self, rows=self.rows[present], starts=starts))
         return tuple(found)

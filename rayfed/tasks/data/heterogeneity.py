@@ -62,7 +62,7 @@ def describe(federation: Federation, clients: int = 48, columns: int = 48) -> di
     - `figures`: name -> `Spread`: `rows`; where labels are classes also `LABEL_FIGURES`; for the problem with a known
       answer `optimum_distance`, of a client's optimum from the common one, relative to the norm of that
     - `rows_by_rank`: the rows of at most 101 clients with rows, from most to fewest, evenly spaced by rank
-    - `experiences`: of a sequence of classes, one mapping an experience: `classes` (their names), `rows` and
+    - `experiences`: of a sequence, one mapping an experience: `classes` (their names), its `domains`, `rows` and
       `clients_with_rows`; without a sequence the key is not there
     - `heat_map`: `HeatMap` of at most ``clients`` clients and ``columns`` columns; None without classes
     """
@@ -97,14 +97,16 @@ def write_partition(out: Path, federation: Federation) -> None:
 
 
 def _experiences(federation: Federation) -> list[dict[str, Any]]:
-    assert federation.experiences is not None
+    found = federation.experiences
+    assert found is not None
     return [
         {
-            "classes": [federation.classes[c] for c in classes],
+            "classes": [federation.classes[c] for c in found.classes[j]],
+            **({"domains": list(found.domains[j])} if found.domains else {}),
             "rows": len(own.rows),
             "clients_with_rows": len(own.holders),
         }
-        for classes, own in zip(federation.experiences.classes, federation.by_experience, strict=True)
+        for j, own in enumerate(federation.by_experience)
     ]
 
 

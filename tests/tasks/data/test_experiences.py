@@ -47,7 +47,7 @@ def test_what_is_compared() -> None:
 
 def test_more_experiences_than_classes_are_refused() -> None:
     with pytest.raises(UserError, match=r"^partition\.sequence\.experiences: got 11, but there are only 10 classes$"):
-        divide(LABELS, None, 10, settings(11), 0)
+        divide(LABELS, {"train": None}, 10, settings(11), 0)
 
 
 def test_a_loss_over_one_class_is_refused() -> None:
@@ -55,12 +55,12 @@ def test_a_loss_over_one_class_is_refused() -> None:
         r"^partition\.sequence\.experiences: got 6, but of 10 classes .*; at most 5 are allowed with loss=current$"
     )
     with pytest.raises(UserError, match=message):
-        divide(LABELS, None, 10, settings(6), 0)
+        divide(LABELS, {"train": None}, 10, settings(6), 0)
 
 
 @pytest.mark.parametrize("kind", ["iid", "quantity", "dirichlet", "flasc", "pathological", "shards"])
 def test_every_row_goes_to_one_client_in_the_experience_of_its_class(kind: str) -> None:
-    parts, experiences = divide(LABELS, None, 10, settings(3, kind), 0)
+    parts, experiences = divide(LABELS, {"train": None}, 10, settings(3, kind), 0)
     assert experiences is not None
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(LABELS)))
     rows = NumberRows(np.zeros((len(LABELS), 1)), LABELS)
@@ -72,7 +72,7 @@ def test_every_row_goes_to_one_client_in_the_experience_of_its_class(kind: str) 
 
 
 def test_the_figures_of_the_data_list_the_experiences() -> None:
-    parts, experiences = divide(LABELS, None, 10, settings(4), 0)
+    parts, experiences = divide(LABELS, {"train": None}, 10, settings(4), 0)
     rows = NumberRows(np.zeros((len(LABELS), 1)), LABELS)
     found = describe(Federation.of((rows, rows, rows), tuple("abcdefghij"), parts, None, experiences))["experiences"]
     assert [own["rows"] for own in found] == [90, 90, 60, 60]
@@ -81,7 +81,7 @@ def test_the_figures_of_the_data_list_the_experiences() -> None:
 
 
 def test_a_client_has_its_classes_in_each_experience() -> None:
-    parts, experiences = divide(LABELS, None, 10, settings(2, "pathological", classes=2), 0)
+    parts, experiences = divide(LABELS, {"train": None}, 10, settings(2, "pathological", classes=2), 0)
     assert experiences is not None
     for classes in experiences.classes:
         assert all(len(set(LABELS[part]) & set(classes)) <= 2 for part in parts)
@@ -89,21 +89,21 @@ def test_a_client_has_its_classes_in_each_experience() -> None:
 
 
 def test_one_experience_is_the_plain_partition() -> None:
-    parts, _ = divide(LABELS, None, 10, settings(1, "dirichlet"), 5)
+    parts, _ = divide(LABELS, {"train": None}, 10, settings(1, "dirichlet"), 5)
     plain = partition(LABELS, None, settings(1, "dirichlet"), 5)
     assert all(np.array_equal(one, other) for one, other in zip(parts, plain, strict=True))
 
 
 def test_named_clients_keep_their_rows() -> None:
     owners = np.array([f"user{i % 7}" for i in range(len(LABELS))])
-    parts, _ = divide(LABELS, owners, 10, settings(3, "natural"), 0)
+    parts, _ = divide(LABELS, {"train": owners}, 10, settings(3, "natural"), 0)
     plain = partition(LABELS, owners, settings(3, "natural"), 0)
     assert all(np.array_equal(one, other) for one, other in zip(parts, plain, strict=True))
 
 
 def test_too_few_rows_name_the_experience() -> None:
     with pytest.raises(UserError, match=r"^partition\.clients: got 6, .* \(in experience 1 of partition\.sequence\)$"):
-        divide(np.arange(10), None, 10, settings(5), 0)
+        divide(np.arange(10), {"train": None}, 10, settings(5), 0)
 
 
 def test_a_subset_of_the_classes_is_a_classification_of_its_own() -> None:
