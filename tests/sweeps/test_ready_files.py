@@ -73,6 +73,11 @@ SHORT: dict[str, tuple[str, ...]] = {
         *TEXT, "server.rounds=1", "sweep.search.trials=4", "sweep.search.batch=2", "sweep.search.startup=2",
         "sweep.parameters.lora.rank={choice: [1, 2, 4]}",
     ),
+    "personal_cifar10": (
+        "data={source: files, path: data}", "partition={kind: dirichlet, clients: 4, alpha: 0.5}",
+        "lora={rank: 8, alpha: 8, target_modules: [query, value]}", "server.rounds=2", "server.cohort=2",
+        "sweep.parameters.client.lr={grid: [0.01]}", "sweep.parameters.seed={grid: [0]}",
+    ),
     "privacy": (
         *TEXT, "data.test_examples=null", "server.rounds=2", "server.cohort=2", "client.steps=1", "lora.rank=8",
         "sweep.parameters.privacy.noise_multiplier={grid: [0.0]}", "sweep.parameters.server.lr={grid: [0.01]}",

@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from rayfed.clients.messages import SplitName
 from rayfed.clients.plan import RunPlan
 from rayfed.server.downlink import Downlink
-from rayfed.server.evaluation.evaluate import Model, evaluate, metrics
+from rayfed.server.evaluation.evaluate import KEYS, Model, evaluate, metrics
 from rayfed.server.executor import Executor
 from rayfed.server.sampling import cohort_of
 from rayfed.tasks.base import Metric
@@ -36,11 +37,16 @@ def client_metrics(plan: RunPlan, state: Any, t: int, executor: Executor) -> dic
     """Every client's a_k, and their mean and quantiles over the clients with data, after round ``t`` (from 0).
 
     Keys: `test/accuracy_per_client`, a list by client id with None for a client without an a_k;
-    `test/accuracy_clients` and `test/accuracy_clients_p10`, `..._p50`, `..._p90`.
+    `test/accuracy_clients` and `test/accuracy_clients_p10`, `..._p50`, `..._p90`; `eval/accuracy_clients`, the mean
+    with the validation rows in place of the test rows, by which rates can be chosen.
     """
-    accuracies = client_accuracies(plan, state, t, executor)
+    by_split = client_accuracies(plan, state, t, executor)
+    found: dict[str, Metric] = {}
+    for split, accuracies in by_split.items():
+        known = accuracies[~np.isnan(accuracies)]
+        found[f"{KEYS[split]}/accuracy_clients"] = float(known.mean()) if len(known) else None
+    accuracies = by_split["test"]
     known = accuracies[~np.isnan(accuracies)]
-    found: dict[str, Metric] = {"test/accuracy_clients": float(known.mean()) if len(known) else None}
     for q in QUANTILES:
         found[f"test/accuracy_clients_p{q}"] = float(np.percentile(known, q)) if len(known) else None
     found["test/accuracy_per_client"] = [None if np.isnan(a) else a for a in accuracies.tolist()]
@@ -61,8 +67,11 @@ def unseen_metrics(plan: RunPlan, model: Model, t: int, executor: Executor) -> d
     return {f"test/{name}_unseen": found[f"train/{name}"] for name in ("loss", plan.task.metric) if name}
 
 
-def client_accuracies(plan: RunPlan, state: Any, t: int, executor: Executor) -> np.ndarray:
-    """a_k (clients,), from 0 to 1; nan for a client without data, or without test rows of any of its classes."""
+def client_accuracies(plan: RunPlan, state: Any, t: int, executor: Executor) -> dict[SplitName, np.ndarray]:
+    """a_k (clients,) on the test rows, and the same on the validation rows, from 0 to 1.
+
+    nan for a client without data, or without rows in the split of any of its classes.
+    """
     federation = plan.federation_at(t)
     downlink = Downlink(plan, state, t + 1, executor)
     sizes, labels = federation.sizes, federation.train.labels
@@ -70,7 +79,8 @@ def client_accuracies(plan: RunPlan, state: Any, t: int, executor: Executor) -> 
     for client in np.flatnonzero(sizes).tolist():
         tier = plan.profiles.profile(client, int(sizes[client]), t).tier
         groups.setdefault(client if plan.method.personal else tier, []).append(client)
-    accuracies = np.full(federation.clients, np.nan)
+    splits: tuple[SplitName, ...] = ("validation", "test")
+    accuracies = {split: np.full(federation.clients, np.nan) for split in splits}
     classes = len(federation.classes)
     for clients in groups.values():
         first = plan.profiles.profile(clients[0], int(sizes[clients[0]]), t)
@@ -79,13 +89,14 @@ def client_accuracies(plan: RunPlan, state: Any, t: int, executor: Executor) -> 
         model = downlink.of(first).model()
         downlink.forget(first)
         size, seen = plan.eval.batch_size, plan.seen_classes(t)
-        found = evaluate(executor, federation, {"": model}, ("test",), size, wanted, seen=seen)["", "test"]
-        truth = found.labels.numpy().astype(np.int64)
-        right = found.predictions.numpy() == truth
-        count = np.bincount(truth, minlength=classes)
-        rates = np.bincount(truth[right], minlength=classes) / np.maximum(count, 1)
-        for client, own in zip(clients, counts, strict=True):
-            weights = own * (count > 0)
-            if weights.sum():
-                accuracies[client] = float(weights @ rates / weights.sum())
+        outputs = evaluate(executor, federation, {"": model}, splits, size, wanted, seen=seen)
+        for (_, split), found in outputs.items():
+            truth = found.labels.numpy().astype(np.int64)
+            right = found.predictions.numpy() == truth
+            count = np.bincount(truth, minlength=classes)
+            rates = np.bincount(truth[right], minlength=classes) / np.maximum(count, 1)
+            for client, own in zip(clients, counts, strict=True):
+                weights = own * (count > 0)
+                if weights.sum():
+                    accuracies[split][client] = float(weights @ rates / weights.sum())
     return accuracies

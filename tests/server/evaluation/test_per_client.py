@@ -49,9 +49,9 @@ def predictions(plan, adapters, split="test"):
     return found
 
 
-def expected(federation, predicted_by_client):
+def expected(federation, predicted_by_client, split="test"):
     """sum_y n_k(y) c_k(y) / sum_y n_k(y), written out."""
-    labels = federation.test.labels
+    labels = federation.split(split).labels
     accuracies = []
     for client, predicted in predicted_by_client.items():
         total = weight = 0.0
@@ -68,16 +68,18 @@ def expected(federation, predicted_by_client):
 def test_every_clients_own_model_on_data_like_its_own(tiny, tmp_path, seen, method):
     experiment = tiny(*SETTINGS, f"method.name={method}", "server.rounds=2", "eval.every=2")
     result = rayfed.run(experiment, out=tmp_path / "run")
-    ((arguments, each),) = seen
+    ((arguments, by_split),) = seen
+    each = by_split["test"]
     plan, state = arguments[:2]
     federation = plan.federation
     holders = np.flatnonzero(federation.sizes).tolist()
-    if method == "fedsa":
-        models = [plan.method.own(state, client) for client in holders]
-        predicted = predictions(plan, models)
-    else:
-        predicted = predictions(plan, [state.layout.unflatten(state.vector)]) * len(holders)
-    wanted = expected(federation, dict(zip(holders, predicted, strict=True)))
+    own = method == "fedsa"
+    models = [plan.method.own(state, c) for c in holders] if own else [state.layout.unflatten(state.vector)]
+    wanted, validated = (
+        expected(federation, dict(zip(holders, found if own else found * len(holders), strict=True)), split)
+        for split in ("test", "validation")
+        for found in (predictions(plan, models, split),)
+    )
     assert each[holders].tolist() == pytest.approx(wanted, abs=1e-12)
     assert np.isnan(np.delete(each, holders)).all()
     record = result.metrics[-1]
@@ -85,6 +87,7 @@ def test_every_clients_own_model_on_data_like_its_own(tiny, tmp_path, seen, meth
     assert record["test/accuracy_clients"] == pytest.approx(np.mean(wanted))
     assert record["test/accuracy_clients_p10"] == pytest.approx(np.percentile(wanted, 10))
     assert result.summary["final/test_accuracy_clients"] == record["test/accuracy_clients"]
+    assert record["eval/accuracy_clients"] == pytest.approx(np.mean(validated))
     assert "test/accuracy_clients" not in result.metrics[0]
     if method == "fedsa":  # a client's own head knows its own classes
         assert record["test/accuracy_clients"] > record["test/accuracy"]
@@ -105,7 +108,7 @@ def test_classes_without_test_rows_are_left_out(tiny):
     owner = int(np.argmax(federation.sizes))
     federation.train.labels[federation.rows_of(owner)] = 0
     executor = LocalExecutor(plan)
-    each = client_accuracies(plan, state, 0, executor)
+    each = client_accuracies(plan, state, 0, executor)["test"]
     executor.close()
     assert np.isnan(each[owner])
     others = [client for client in np.flatnonzero(federation.sizes).tolist() if client != owner]
