@@ -43,6 +43,10 @@ class Sweep(Section):
     """Draws from choice, uniform and loguniform. Every point of the grid gets the same draws."""
     metric: Name = "eval/accuracy"
     """Key of metrics.jsonl by which trials are compared; keys with `eval/` are measured on validation data."""
+    fallback: Name | None = None
+    """Key by which trials are compared that never measure `metric`: eval/accuracy for eval/accuracy_masked, where
+    clients get the whole model in some trials and a sparse one in others. null: such trials have no metric.
+    """
     mode: Literal["max", "min"] = "max"
     """max: a larger metric is better; min: a smaller one."""
     at: Literal["last", "best"] = "last"
@@ -68,6 +72,8 @@ class Sweep(Section):
     def _valid(self) -> Sweep:
         search, flasc = self.search, isinstance(self.search, FlascSearchSettings)
         mistakes = [] if flasc else [*self._value_mistakes()] or [*self._choice_mistakes()]
+        if self.fallback is not None and (search or self.stop):
+            mistakes.append(f"sweep.fallback: got {self.fallback!r}, but sweep.search and sweep.stop know one metric")
         if search is not None:
             mistakes = [*self._search_conflicts(search), *mistakes, *search.mistakes()]
         if mistakes:

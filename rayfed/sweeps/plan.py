@@ -155,7 +155,7 @@ def trial_experiment(settings: Mapping[str, Any], overrides: Mapping[str, Any], 
 
 def _check_comparison(trial: Trial, sweep: Sweep) -> None:
     """UserError where the sweep compares trials by what this one does not measure, or not when it compares them."""
-    for field, key in (("metric", sweep.metric), ("report", sweep.report)):
+    for field, key in (("metric", sweep.metric), ("fallback", sweep.fallback), ("report", sweep.report)):
         if key is not None and key not in trial.metrics:
             keys = ", ".join(trial.metrics)
             raise UserError(f"sweep.{field}: got {key!r}, but trials of this task can be compared by {keys}")

@@ -74,23 +74,30 @@ def summarize(rounds: Sequence[Mapping[str, Any]], sweep: Sweep, report: str | N
     With a second objective (`sweep.search.against`), its sum over the rounds. If the last measured value was not
     finite, the metric is None: an earlier round must not hide a divergence.
     """
-    nonfinite = f" {sweep.metric}="
-    measured = [own for own in rounds if own.get(sweep.metric) is not None or nonfinite in f" {own.get('nonfinite')}"]
+    key, measured = sweep.metric, _measured(rounds, sweep.metric)
+    if sweep.fallback is not None and not measured:
+        key, measured = sweep.fallback, _measured(rounds, sweep.fallback)
+        report = sweep.report or key.replace("eval/", "test/", 1)
     counted = measured[-1] if measured else {}
     if sweep.at == "best":
-        finite = [own for own in measured if own.get(sweep.metric) is not None]
-        counted = (max if sweep.mode == "max" else min)(finite, key=lambda own: own[sweep.metric], default={})
+        finite = [own for own in measured if own.get(key) is not None]
+        counted = (max if sweep.mode == "max" else min)(finite, key=lambda own: own[key], default={})
     totals = {"seconds": "time/round_s", "server_seconds": "time/server_s"}
     if isinstance(sweep.search, OptunaSettings) and sweep.search.against:
         totals["against"] = sweep.search.against
     row = {
         "round": counted.get("round"),
-        "metric": counted.get(sweep.metric),
+        "metric": counted.get(key),
         "report": counted.get(report) if report else None,
         "bytes": rounds[-1]["bytes/total"] if rounds else None,
-        **{name: sum(own.get(key, 0.0) for own in rounds) for name, key in totals.items()},
+        **{name: sum(own.get(total, 0.0) for own in rounds) for name, total in totals.items()},
     }
     return row | ({"against": row["bytes"]} if totals.get("against") == "bytes/total" else {})
+
+
+def _measured(rounds: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
+    """The rounds in which the key was measured, finite or not."""
+    return [own for own in rounds if own.get(key) is not None or f" {key}=" in f" {own.get('nonfinite')}"]
 
 
 def groups(trials: Iterable[Trial]) -> dict[str, list[Trial]]:
@@ -174,7 +181,8 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _title(sweep: Sweep) -> str:
     when = "last measured" if sweep.at == "last" else f"in the round with the best {sweep.metric}"
-    title = f"mean ± deviation over the seeds, {when}"
+    where = f" ({sweep.fallback} where there is none)" if sweep.fallback else ""
+    title = f"mean ± deviation over the seeds, {when}{where}"
     if not sweep.tune:
         return title
     seeds = f" of the first {sweep.tune_seeds} seeds" if sweep.tune_seeds else ""

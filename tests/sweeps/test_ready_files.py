@@ -18,8 +18,9 @@ TEXT = (
 DENSITY = (
     "data={source: files, path: data}", "partition={kind: dirichlet, clients: 4}", "model.dtype=float32",
     "lora={rank: 8, alpha: 8, target_modules: [query, value]}", "sweep.cases.lora rank 4={lora.rank: 4, lora.alpha: 4}",
-    "sweep.metric=eval/accuracy", "sweep.mode=max", "server.rounds=1", "server.cohort=2", "eval.subset=null",
-    "sweep.parameters.client.lr={grid: [0.01]}", "sweep.parameters.seed={grid: [0]}",
+    "sweep.metric=eval/accuracy_masked", "sweep.fallback=eval/accuracy", "sweep.mode=max", "server.rounds=1",
+    "server.cohort=2", "eval.subset=null", "sweep.parameters.client.lr={grid: [0.01]}",
+    "sweep.parameters.seed={grid: [0]}",
 )  # fmt: skip
 SKEW = (
     "data={source: files, path: data}", "lora={rank: 8, alpha: 8, target_modules: [query, value]}",

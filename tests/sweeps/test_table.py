@@ -108,6 +108,19 @@ def test_an_earlier_round_does_not_speak_for_a_run_that_diverged() -> None:
     assert summarize(diverged, section(at="best"), "test/accuracy")["metric"] == 0.9
 
 
+def test_trials_that_never_measure_the_metric_have_the_fallback() -> None:
+    masked = {"metric": "eval/accuracy_masked", "fallback": "eval/accuracy"}
+    dense = summarize(ROUNDS, section(**masked), "test/accuracy_masked")
+    assert (dense["metric"], dense["report"]) == (0.7, 0.3)
+    sparse = [{**own, "eval/accuracy_masked": 0.2, "test/accuracy_masked": 0.25} for own in ROUNDS]
+    found = summarize(sparse, section(**masked), "test/accuracy_masked")
+    assert (found["metric"], found["report"]) == (0.2, 0.25)
+    diverged = [*ROUNDS, {**ROUNDS[3], "round": 5, "nonfinite": "train/loss=nan eval/accuracy_masked=nan"}]
+    assert summarize(diverged, section(**masked), None)["metric"] is None
+    with pytest.raises(ValueError, match=r"sweep.fallback: got 'eval/accuracy', but sweep.search and sweep.stop"):
+        section(**masked, stop={"kind": "asha", "grace": 2})
+
+
 def test_a_table_fits_a_terminal(sweep_file) -> None:
     """Two tuned settings of several methods, with validation and test accuracy over seeds, on 80 columns."""
     cases = {"hetlora": {"method.name": "hetlora"}, "fedhl": {"method.name": "fedhl", "method.gamma": {"grid": [1.0]}}}
