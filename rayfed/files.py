@@ -16,6 +16,8 @@ from typing import Any
 
 PARTIAL = ".*.partial"
 """The pattern of temporary names."""
+UMASK = os.umask(0o077)  # it can only be read by setting it
+os.umask(UMASK)
 
 
 @contextmanager
@@ -33,6 +35,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             for entry in (*temporary.rglob("*"), temporary):
+                _share(entry)
                 _flush(entry)
             if path.is_dir():  # a folder cannot be renamed onto a folder that holds files
                 remove_path(path)
@@ -92,6 +95,12 @@ def remove_path(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _share(path: Path) -> None:
+    """Gives a file the rights of any new file: safetensors makes files that only their owner may read."""
+    if path.is_file():
+        path.chmod(0o666 & ~UMASK)
 
 
 def _flush(path: Path) -> None:

@@ -194,3 +194,14 @@ def test_bad_input_is_a_value_error_and_a_broken_run_is_not() -> None:
     assert issubclass(UserError, ValueError)
     assert issubclass(RunError, RuntimeError)
     assert not issubclass(RunError, ValueError)
+
+
+def test_files_have_the_rights_of_any_new_file(tmp_path: Path) -> None:
+    """Others read adapters and checkpoints on a shared disk, whatever the library that wrote them."""
+    (plain := tmp_path / "plain").write_text("")
+    with atomic_path(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        for name in ("a", "b"):
+            (temporary / name).write_text("")
+            (temporary / name).chmod(0o600)
+    assert {entry.stat().st_mode for entry in (tmp_path / "folder").iterdir()} == {plain.stat().st_mode}
