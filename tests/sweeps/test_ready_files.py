@@ -68,7 +68,7 @@ SHORT: dict[str, tuple[str, ...]] = {
     ),
     "mixed_ranks": (
         *TEXT, "server.rounds=1", "server.cohort=2", "client.steps=1", "profiles.ranks=[1, 2, 4, 8]", "lora.rank=8",
-        "lora.alpha=8", "sweep.parameters.client.lr={grid: [0.01]}", "sweep.parameters.seed={grid: [0]}",
+        "lora.alpha=8", "sweep.parameters.seed={grid: [0]}",
     ),
     "optuna_accuracy_bytes": (
         *TEXT, "server.rounds=1", "sweep.search.trials=4", "sweep.search.batch=2", "sweep.search.startup=2",
