@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from card_lines import defined_by_card
 from transformers import AutoTokenizer
 
 import rayfed
@@ -66,11 +67,15 @@ def test_a_long_text_of_a_pair_is_cut_like_any(pairs):
     assert ids(plan.federation.train) == expected(plan, rows, 16)
 
 
-def test_a_run_on_pairs_and_its_card(pairs, tmp_path):
-    result = rayfed.run(pairs("server.rounds=2"), out=tmp_path / "run")
-    assert result.summary["rounds"] == 2
-    code = (tmp_path / "run" / "adapter" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert '[("a text", "its second text")]' in code
+@pytest.mark.parametrize("pooling", ["mean", "stock"])
+def test_the_lines_of_the_card_give_the_accuracy_of_the_run(pairs, tmp_path, monkeypatch, pooling):
+    more = ("server.rounds=2", "client.optimizer=adamw", "client.lr=0.01", "eval.every=2", f"model.pooling={pooling}")
+    result = rayfed.run(pairs(*more), out=tmp_path / "run")
+    found = defined_by_card(tmp_path / "run", monkeypatch)
+    logits = found["logits"]([(row["text"], row["other"]) for row in ROWS[:15]])
+    predicted = [found["id2label"][i] for i in logits.argmax(-1).tolist()]
+    right = [guess == str(row["label"]) for guess, row in zip(predicted, ROWS[:15], strict=True)]
+    assert sum(right) / 15 == pytest.approx(result.metrics[-1]["test/accuracy"])
 
 
 @pytest.mark.parametrize(
