@@ -61,6 +61,7 @@ def machine() -> Iterator[Fact]:
         ("w&b workspace", "wandb_workspaces", "workspace"),
         ("optuna searches", "optuna", "optuna"),
         ("images", "PIL", "images"),
+        ("bases in 4 bits", "bitsandbytes", "bitsandbytes"),
     ):
         yield use, "yes" if find_spec(module) else f"no: pip install -e '.[{extra}]' in a clone"
 
