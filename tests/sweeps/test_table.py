@@ -38,7 +38,7 @@ def trials(sweep_file) -> list[Trial]:
 
 
 def section(**more: Any) -> Sweep:
-    return Sweep(parameters=GRID, metric="eval/accuracy", report="test/accuracy", **more)
+    return Sweep(**{"parameters": GRID, "metric": "eval/accuracy", "report": "test/accuracy", **more})
 
 
 def test_means_and_deviations_over_the_seeds(trials) -> None:
@@ -109,7 +109,7 @@ def test_an_earlier_round_does_not_speak_for_a_run_that_diverged() -> None:
 
 
 def test_trials_that_never_measure_the_metric_have_the_fallback() -> None:
-    masked = {"metric": "eval/accuracy_masked", "fallback": "eval/accuracy"}
+    masked = {"metric": "eval/accuracy_masked", "fallback": "eval/accuracy", "report": None}
     dense = summarize(ROUNDS, section(**masked), "test/accuracy_masked")
     assert (dense["metric"], dense["report"]) == (0.7, 0.3)
     sparse = [{**own, "eval/accuracy_masked": 0.2, "test/accuracy_masked": 0.25} for own in ROUNDS]
