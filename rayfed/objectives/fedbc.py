@@ -72,12 +72,10 @@ class FedBC(Stateful):
 
     def message(self, client: ClientRound, trained: Tensor, steps: int, twin: Tensor | None = None) -> Message:
         lam, gamma = self._dual(client).double()
-        moved = (trained - client.start) * client.uploaded
-        square = moved.double().square().sum()
-        if client.products:
-            square = (moved * client.layout.mask("head")).double().square().sum()
-            for now, then in zip(_pairs(client, trained), _pairs(client, client.start), strict=True):
-                square += product_square(now.B.double(), now.A.double(), then)
+        entries = client.uploaded & client.layout.mask("head") if client.products else client.uploaded
+        square = ((trained - client.start) * entries).double().square().sum()
+        for now, then in zip(_pairs(client, trained), _pairs(client, client.start), strict=True):
+            square += product_square(now.B.double(), now.A.double(), then)
         stepped = lam + self.rate * (square - gamma)
         return Message(numbers=stepped.clamp(min=0).float()[None])
 
@@ -96,6 +94,6 @@ class FedBC(Stateful):
 
 
 def _pairs(client: ClientRound, vector: Tensor) -> list[LowRank]:
-    """The pairs in ``vector`` (n,), in model order."""
-    layers = client.layout.unflatten(vector).layers
+    """The pairs in ``vector`` (n,), in model order; none where the method averages entries."""
+    layers = client.layout.unflatten(vector).layers if client.products else {}
     return [layers[name] for name in client.products]

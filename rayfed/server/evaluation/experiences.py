@@ -33,11 +33,11 @@ def experience_metrics(plan: RunPlan, t: int, outputs: SplitOutputs | None) -> d
     found: dict[str, Metric] = {}
     if experiences is None or now is None:
         return found
+    place = experiences.experience_of("test", plan.federation.test.labels)
     for j in range(now + 1):
         value = None
         if outputs is not None:
-            own = experiences.experience_of("test", plan.federation.test.labels)[outputs.rows] == j
-            right = (outputs.predictions == outputs.labels).numpy()[own]
+            right = (outputs.predictions == outputs.labels).numpy()[place[outputs.rows] == j]
             value = float(right.mean()) if len(right) else None
         found[f"test/accuracy_experience_{j + 1}"] = value
     return found

@@ -40,16 +40,14 @@ def client_metrics(plan: RunPlan, state: Any, t: int, executor: Executor) -> dic
     `test/accuracy_clients` and `test/accuracy_clients_p10`, `..._p50`, `..._p90`; `eval/accuracy_clients`, the mean
     with the validation rows in place of the test rows, by which rates can be chosen.
     """
-    by_split = client_accuracies(plan, state, t, executor)
-    found: dict[str, Metric] = {}
-    for split, accuracies in by_split.items():
-        known = accuracies[~np.isnan(accuracies)]
-        found[f"{KEYS[split]}/accuracy_clients"] = float(known.mean()) if len(known) else None
-    accuracies = by_split["test"]
-    known = accuracies[~np.isnan(accuracies)]
+    accuracies = client_accuracies(plan, state, t, executor)
+    known = {split: own[~np.isnan(own)] for split, own in accuracies.items()}
+    found: dict[str, Metric] = {
+        f"{KEYS[split]}/accuracy_clients": float(own.mean()) if len(own) else None for split, own in known.items()
+    }
     for q in QUANTILES:
-        found[f"test/accuracy_clients_p{q}"] = float(np.percentile(known, q)) if len(known) else None
-    found["test/accuracy_per_client"] = [None if np.isnan(a) else a for a in accuracies.tolist()]
+        found[f"test/accuracy_clients_p{q}"] = float(np.percentile(known["test"], q)) if len(known["test"]) else None
+    found["test/accuracy_per_client"] = [None if np.isnan(a) else a for a in accuracies["test"].tolist()]
     return found
 
 

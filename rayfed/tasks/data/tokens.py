@@ -27,7 +27,7 @@ IGNORED = -100  # the target of a token that does not count, as in torch
 LOOKAHEAD = 16  # words after a token that may still change it; see `_encode_long`
 WORD_END = re.compile(r"\S(?=[ \n])")  # of the kinds of white space, every tokenizer splits at these two
 
-Encode = Callable[[list[str]], list[list[int]]]
+Encode = Callable[[list[Any]], list[list[int]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,17 +99,12 @@ def tokenize(
         for row, (text, size) in enumerate(zip(texts, sizes), start):
             if size <= usual:
                 lists.append(next(short))
-            elif pairs and size <= LONGEST:
-                lists += encode([text])
-            elif (
-                not pairs
-                and (ids := _encode_long(text, encode, tokenizer.truncation_side, max_tokens, usual, longest))
-                is not None
-            ):
+            elif (ids := _encode_long(text, encode, tokenizer.truncation_side, max_tokens, usual, longest)) is not None:
                 lists.append(ids)
             else:
-                most, has = (LONGEST, "no second text") if pairs else (longest, "spaces between its words")
-                what = f"a text of more than {most} characters has {has}: cut it"
+                what = (
+                    f"a text of more than {longest} characters has spaces between its words, and no second text: cut it"
+                )
                 raise UserError(f"data.text: got {size} characters in {split.place(row)}, but {what}")
     lists = [ids or [_filler(tokenizer)] for ids in lists]
     return join(lists, split, tokenizer, vocabulary)
@@ -182,7 +177,7 @@ def join(lists: list[list[int]], split: Split, tokenizer: PreTrainedTokenizerBas
 
 
 def _encode_long(
-    text: str, encode: Encode, truncation_side: str, max_tokens: int, size: int, longest: int
+    text: str | tuple[str, str], encode: Encode, truncation_side: str, max_tokens: int, size: int, longest: int
 ) -> list[int] | None:
     """The ids that ``encode`` gives for the whole text, made from as short a prefix as decides them.
 
@@ -190,7 +185,11 @@ def _encode_long(
     word and, where a pattern looks ahead, on the next words. So a prefix decides the ids if it ends with a word, and
     already has ``max_tokens`` tokens, the same ones, without its last `LOOKAHEAD` words. Prefixes grow from ``size`` to
     ``longest`` characters; a text up to ``longest`` is then encoded whole. None if the text is longer.
+
+    Pairs are always encoded whole.
     """
+    if isinstance(text, tuple):
+        return encode([text])[0] if max(map(len, text)) <= longest else None
     while size < min(len(text), longest) and truncation_side == "right":
         ends = [match.end() for match in WORD_END.finditer(text, 0, size)]
         if len(ends) > LOOKAHEAD:

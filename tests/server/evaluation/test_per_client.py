@@ -73,13 +73,15 @@ def test_every_clients_own_model_on_data_like_its_own(tiny, tmp_path, seen, meth
     plan, state = arguments[:2]
     federation = plan.federation
     holders = np.flatnonzero(federation.sizes).tolist()
-    own = method == "fedsa"
-    models = [plan.method.own(state, c) for c in holders] if own else [state.layout.unflatten(state.vector)]
-    wanted, validated = (
-        expected(federation, dict(zip(holders, found if own else found * len(holders), strict=True)), split)
-        for split in ("test", "validation")
-        for found in (predictions(plan, models, split),)
-    )
+    personal = method == "fedsa"
+    models = [plan.method.own(state, c) for c in holders] if personal else [state.layout.unflatten(state.vector)]
+
+    def by_client(split):
+        predicted = predictions(plan, models, split)
+        each_own = predicted if personal else predicted * len(holders)
+        return expected(federation, dict(zip(holders, each_own, strict=True)), split)
+
+    wanted, validated = by_client("test"), by_client("validation")
     assert each[holders].tolist() == pytest.approx(wanted, abs=1e-12)
     assert np.isnan(np.delete(each, holders)).all()
     record = result.metrics[-1]
