@@ -69,6 +69,7 @@ def machine() -> Iterator[Fact]:
 def describe(plan: RunPlan) -> Iterator[Fact]:
     """What the run would do."""
     from rayfed import wire
+    from rayfed.objectives import Stateful
     from rayfed.profiles import client_profiles
     from rayfed.wire.ledger import DIRECTIONS
 
@@ -83,10 +84,9 @@ def describe(plan: RunPlan) -> Iterator[Fact]:
     else:
         yield "a dense message", f"{(wire.HEADER_BYTES + 4 * entries) / 1e6:.2f} MB each way at rank {rank}"
         sent = " and ".join(f"{_bytes(plan, way) / 1e6:.3g} MB {way}" for way in DIRECTIONS)
-        yield (
-            "a round sends",
-            f"about {sent}, if whole adapters travel (`rayfed methods {plan.settings['method']['name']}`)",
-        )
+        method, objective = plan.settings["method"]["name"], plan.settings["objective"]["name"]
+        more = f", beside the messages of {objective}" if isinstance(plan.objective, Stateful) else ""
+        yield "a round sends", f"about {sent}{more}, if whole adapters travel (`rayfed methods {method}`)"
     yield "padding", str(plan.model.batching)
 
 

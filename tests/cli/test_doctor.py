@@ -90,6 +90,16 @@ def test_a_sparse_message_is_counted_with_its_indices(tiny) -> None:
     assert 2 * values < _bytes(plan, "up") < 2 * (values + entries / 8 + 8)
 
 
+def test_messages_of_an_objective_are_said_to_be_missing(tiny) -> None:
+    from rayfed.api import prepare
+    from rayfed.cli.doctor import describe
+
+    own = ["method.name=fedit", "client.optimizer=sgd", "client.momentum=0", "client.clip_norm=null"]
+    scaffold = dict(describe(prepare(tiny(*own, "objective.name=scaffold"))))["a round sends"]
+    assert ", beside the messages of scaffold, if whole adapters travel" in scaffold
+    assert "beside" not in dict(describe(prepare(tiny(*own))))["a round sends"]
+
+
 def test_a_dry_run_is_the_same_answer_and_starts_nothing(config: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     from rayfed.cli import run as command
 
