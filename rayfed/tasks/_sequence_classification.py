@@ -20,7 +20,7 @@ from rayfed.config.task import OBJECT, Data, Model
 from rayfed.errors import UserError, allowed
 from rayfed.tasks._texts import TextTask
 from rayfed.tasks.data.federation import Federation
-from rayfed.tasks.models.base import FrozenBase, load_base, longest_input, vocabulary
+from rayfed.tasks.models.base import FrozenBase, load_base, longest_input, takes_types, vocabulary
 from rayfed.tasks.models.cache import shared_base
 from rayfed.tasks.models.objects import fingerprint as own_fingerprint
 from rayfed.tasks.models.objects import load_own_base, own_module, own_tokenizer
@@ -120,7 +120,10 @@ class SequenceClassification(TextTask):
         limit = longest_input(self.model_settings) if named else None
         words = vocabulary(self.model_settings) if named else None
         tokenizer = self._tokenizer()
-        splits = tuple(tokenize(split, tokenizer, cut, words) for split in (data.train, data.validation, data.test))
+        types = self._types()
+        splits = tuple(
+            tokenize(split, tokenizer, cut, words, types) for split in (data.train, data.validation, data.test)
+        )
         self._check_length(splits, limit)
         names = client_names(owners["train"], self.partition)
         return Federation.of(splits, data.classes, parts, names, experiences)
@@ -158,7 +161,13 @@ class SequenceClassification(TextTask):
         if self.model is not None:
             return None
         pairs = self.data.text_pair is not None
-        return classifier_usage(self.model_settings, self.data.max_tokens, self.problem_type, pairs)
+        return classifier_usage(self.model_settings, self.data.max_tokens, self.problem_type, pairs, self._types())
+
+    def _types(self) -> bool:
+        """Whether the tokens of pairs have types: their tokenizer gives some, and the model has embeddings for them."""
+        if self.data.text_pair is None or self.model is not None or not takes_types(self.model_settings):
+            return False
+        return "token_type_ids" in self._tokenizer().model_input_names
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return super()._tokenizer() if self.model is None else own_tokenizer(self.tokenizer)

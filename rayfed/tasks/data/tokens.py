@@ -1,4 +1,4 @@
-"""Tokenised texts as three flat arrays without padding, and the batches made of them.
+"""Tokenised texts as flat arrays without padding, and the batches made of them.
 
 Workers share the arrays in memory without a copy. A batch is either padded to the longest of its texts, or has no
 padding at all. The arrays may be read-only (as those from an object store are), so nothing here writes to them.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ IGNORED = -100  # the target of a token that does not count, as in torch
 LOOKAHEAD = 16  # words after a token that may still change it; see `_encode_long`
 WORD_END = re.compile(r"\S(?=[ \n])")  # of the kinds of white space, every tokenizer splits at these two
 
-Encode = Callable[[list[Any]], list[list[int]]]
+Encode = Callable[[list[Any]], list[list[Any]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,7 @@ class Tokens:
     offsets: np.ndarray  # (n + 1,) int64, from 0 to total
     labels: np.ndarray  # (n,) int64, class indices; (n, classes) bool or (n,) float32, see `labels`
     pad_id: int = 0  # the padding token of padded batches
+    types: np.ndarray | None = None  # (total,) int8, the type of each token of pairs; None: models get none
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,29 +53,33 @@ class Tokens:
 
         With ``padded``, ``input_ids`` and ``attention_mask`` are (b, longest): texts are padded on the right with
         ``pad_id``, where the mask is 0. Otherwise ``input_ids`` and ``position_ids`` are (1, tokens): texts follow each
-        other, and positions start from 0 in every text.
+        other, and positions start from 0 in every text. With `types` there are ``token_type_ids``, shaped as the ids.
         """
         starts = self.offsets[rows]
         lengths = self.offsets[np.asarray(rows) + 1] - starts
         positions = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        flat = self.ids[np.repeat(starts, lengths) + positions].astype(np.int64)
-        labels = torch.from_numpy(self.labels[rows])  # a copy: writable
+        places = np.repeat(starts, lengths) + positions
+        flat = {"input_ids": self.ids[places]} | ({} if self.types is None else {"token_type_ids": self.types[places]})
+        labels = {"labels": torch.from_numpy(self.labels[rows])}  # a copy: writable
         if not padded:
-            ids, positions_1T = torch.from_numpy(flat)[None], torch.from_numpy(positions)[None]
-            return {"input_ids": ids, "position_ids": positions_1T, "labels": labels}
+            flat["position_ids"] = positions
+            return {name: torch.from_numpy(own.astype(np.int64))[None] for name, own in flat.items()} | labels
         mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
-        padded_ids = np.full(mask.shape, self.pad_id, dtype=np.int64)
-        padded_ids[mask] = flat
-        attention_mask = torch.from_numpy(mask.astype(np.int64))
-        return {"input_ids": torch.from_numpy(padded_ids), "attention_mask": attention_mask, "labels": labels}
+        inputs = {"attention_mask": mask.astype(np.int64)}
+        for name, own in flat.items():
+            inputs[name] = np.full(mask.shape, self.pad_id if name == "input_ids" else 0, dtype=np.int64)
+            inputs[name][mask] = own
+        return {name: torch.from_numpy(own) for name, own in inputs.items()} | labels
 
 
 def tokenize(
-    split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int, vocabulary: int | None = None
-) -> Tokens:
+    split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int, vocabulary: int | None = None,
+    types: bool = False,
+) -> Tokens:  # fmt: skip
     """The split's texts as tokens, each text cut to at most ``max_tokens`` tokens, special tokens included.
 
-    A pair of texts becomes one row, as the tokenizer joins pairs; it cuts the longer text first.
+    A pair of texts becomes one row, as the tokenizer joins pairs; it cuts the longer text first. With ``types`` the
+    tokens have the types that the tokenizer gives them.
 
     ``tokenizer`` has a padding token. A text without any token (an empty text, if the tokenizer adds no special tokens)
     becomes one token: the end, start or padding token, the first of them that exists. Raises UserError if
@@ -87,11 +92,11 @@ def tokenize(
     if max_tokens <= special:  # with a smaller limit, a tokenizer silently cuts nothing
         raise allowed("data.max_tokens", max_tokens, f"the tokenizer alone adds {special} special tokens to each text")
     check_limit(tokenizer, max_tokens)
-    encode = _encoder(tokenizer, split, truncation=True, max_length=max_tokens, verbose=False)
+    encode = _encoder(tokenizer, split, types, truncation=True, max_length=max_tokens, verbose=False)
     usual = 16 * max_tokens + 2048  # characters; nearly every longer text has more than max_tokens tokens
     longest = max(LONGEST, 4 * usual)
     step = max(1, AT_ONCE // usual)
-    lists: list[list[int]] = []
+    lists: list[list[Any]] = []
     for start in range(0, len(split), step):
         texts = split.texts[start : start + step]
         sizes = [max(map(len, text)) if pairs else len(text) for text in texts]
@@ -106,8 +111,11 @@ def tokenize(
                     f"a text of more than {longest} characters has spaces between its words, and no second text: cut it"
                 )
                 raise UserError(f"data.text: got {size} characters in {split.place(row)}, but {what}")
-    lists = [ids or [_filler(tokenizer)] for ids in lists]
-    return join(lists, split, tokenizer, vocabulary)
+    if not types:
+        lists = [ids or [_filler(tokenizer)] for ids in lists]
+        return join(lists, split, tokenizer, vocabulary)
+    tokens = join([[token for token, _ in row] for row in lists], split, tokenizer, vocabulary)
+    return replace(tokens, types=np.fromiter((kind for row in lists for _, kind in row), np.int8, len(tokens.ids)))
 
 
 def tokenize_whole(split: Split, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> Tokens:
@@ -128,7 +136,7 @@ def encode_whole(
 
     ``options`` are arguments of the tokenizer.
     """
-    encode = _encoder(tokenizer, split, verbose=False, **options)
+    encode = _encoder(tokenizer, split, False, verbose=False, **options)
     lists: list[list[int]] = []
     group: list[str] = []
     characters = 0
@@ -150,18 +158,24 @@ def check_limit(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
         raise allowed("data.max_tokens", max_tokens, f"the model takes at most {tokenizer.model_max_length} tokens")
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase, split: Split, **options: Any) -> Encode:
-    """A function from texts of the split to their ids. It raises UserError where the tokenizer fails."""
+def _encoder(tokenizer: PreTrainedTokenizerBase, split: Split, types: bool, **options: Any) -> Encode:
+    """A function from texts of the split to their ids, with ``types`` to pairs of an id and its type.
+
+    It raises UserError where the tokenizer fails.
+    """
 
     def encode(texts: list[str]) -> list[list[int]]:
         if not texts:  # some tokenizers fail
             return []
         try:
-            found = tokenizer(texts, padding=False, return_attention_mask=False, return_token_type_ids=False, **options)
+            found = tokenizer(texts, padding=False, return_attention_mask=False, return_token_type_ids=types, **options)
         except Exception as error:  # tokenizers raises the class Exception itself
             what = f"its tokenizer fails on texts of {split.origin}"
             raise UserError(f"model.name: {what}: {first_line(error)}") from None
-        return found["input_ids"]
+        ids: list[list[Any]] = found["input_ids"]
+        if not types:
+            return ids
+        return [list(zip(*row, strict=True)) for row in zip(ids, found["token_type_ids"], strict=True)]
 
     return encode
 
@@ -178,7 +192,7 @@ def join(lists: list[list[int]], split: Split, tokenizer: PreTrainedTokenizerBas
 
 def _encode_long(
     text: str | tuple[str, str], encode: Encode, truncation_side: str, max_tokens: int, size: int, longest: int
-) -> list[int] | None:
+) -> list[Any] | None:
     """The ids that ``encode`` gives for the whole text, made from as short a prefix as decides them.
 
     Tokenizers split a text at spaces and line ends, or have no token that reaches over one. A token depends on its own

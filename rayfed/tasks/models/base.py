@@ -69,8 +69,11 @@ class MeanPooledClassifier(nn.Module):
         self.normalize = normalize
         self.classifier = nn.Linear(encoder.config.hidden_size, classes)  # type: ignore[union-attr,arg-type]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> SimpleNamespace:
-        states = to_float32(self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state)
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None, **_: Any
+    ) -> SimpleNamespace:
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        states = to_float32(self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state)
         weights = attention_mask.unsqueeze(-1).to(states.dtype)
         pooled = (states * weights).sum(1) / weights.sum(1)
         if self.normalize:  # to a mean square of 1, so that one learning rate suits the head and the adapters
@@ -236,6 +239,11 @@ def positions(config: Any) -> int | None:
 def vocabulary(settings: Model) -> int | None:
     """The number of tokens that the model has embeddings for; None if its settings do not say it."""
     return getattr(_config(settings, 2), "vocab_size", None)
+
+
+def takes_types(settings: Model) -> bool:
+    """Whether the model tells the two texts of a pair apart by the types of their tokens, as BERT does."""
+    return (getattr(_config(settings, 2), "type_vocab_size", None) or 0) > 1
 
 
 def model_path(settings: Model) -> str:

@@ -116,7 +116,7 @@ class UnpaddedModel(UnpaddedEncoder):
     def _replace_inputs(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         others = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
         unpadded = {"input_ids": self._batch.ids, "position_ids": self._batch.positions, "attention_mask": None}
-        return (), others | unpadded
+        return (), others | unpadded | self._batch.types
 
     def _replace_output(self, _: nn.Module, args: Any, output: Any) -> Any:
         output.last_hidden_state = self._batch.states_by_text(output.last_hidden_state)
@@ -134,6 +134,7 @@ class _UnpaddedBatch:
     def __init__(self, inputs: dict[str, Tensor], segments: Sequence[Segment], batching: Unpadded, pad_id: int) -> None:
         self.ids, self.head_input = inputs["input_ids"], batching.head_input
         self.positions = inputs["position_ids"] + batching.first_position
+        self.types = {name: own for name, own in inputs.items() if name == "token_type_ids"}
         self.sequences = PackedSequences([s.lengths for s in segments if s.lengths is not None], self.ids.device)
         offsets = self.sequences.offsets()
         self.lengths = offsets.diff()

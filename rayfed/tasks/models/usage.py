@@ -1,7 +1,7 @@
 """How an exported adapter is used without rayfed: the Python lines of its model card, for transformers and PEFT.
 
-They do what the run did: right padding, no token types, texts cut at `data.max_tokens`, the same features, and a base
-whose weights are in the run's number format. They compute in float32.
+They do what the run did: right padding, token types for pairs alone, texts cut at `data.max_tokens`, the same features,
+and a base whose weights are in the run's number format. They compute in float32.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ class Usage:
     code: str
 
 
-def classifier_usage(settings: Model, max_tokens: int, problem_type: str, pairs: bool) -> Usage:
+def classifier_usage(settings: Model, max_tokens: int, problem_type: str, pairs: bool, types: bool) -> Usage:
     """The usage of the adapter of a text classifier: with the model's own head, or with one on the mean of tokens.
 
     ``problem_type`` is transformers' name for what the outputs are. The lines define ``logits``, a function from a list
-    of texts (with ``pairs``: of tuples of two texts) to a tensor (texts, classes), or (texts, 1) for regression. They
-    run in the run directory, where the adapter's folder is `adapter`.
+    of texts (with ``pairs``: of tuples of two texts) to a tensor (texts, classes), or (texts, 1) for regression. With
+    ``types`` the model gets the types of tokens. The lines run in the run directory, where the adapter's folder is
+    `adapter`.
     """
     code, numbers = _MEAN if settings.pooling == "mean" else _STOCK, problem_type == "regression"
     more: dict[str, Any] = {
         "max_tokens": max_tokens,
+        "types": types,
         "normalize": _NORMALIZE if settings.normalize else "",
         "json": "" if numbers else "import json\n\n",
         "classes": "" if numbers else _CLASSES,
@@ -133,7 +135,8 @@ model = PeftModel.from_pretrained(model, folder).eval()
 
 def logits(texts):
     inputs = tokenizer(
-        texts, padding=True, truncation=True, max_length={max_tokens}, return_token_type_ids=False, return_tensors="pt"
+        texts, padding=True, truncation=True, max_length={max_tokens}, return_tensors="pt",
+        return_token_type_ids={types},
     )
     with torch.no_grad():
         return model(**inputs).logits
@@ -157,7 +160,8 @@ head = load_file(folder + "/head.safetensors")
 
 def logits(texts):
     inputs = tokenizer(
-        texts, padding=True, truncation=True, max_length={max_tokens}, return_token_type_ids=False, return_tensors="pt"
+        texts, padding=True, truncation=True, max_length={max_tokens}, return_tensors="pt",
+        return_token_type_ids={types},
     )
     with torch.no_grad():
         states = encoder(**inputs).last_hidden_state

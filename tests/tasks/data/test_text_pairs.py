@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from card_lines import defined_by_card
 from transformers import AutoTokenizer
 
 import rayfed
 from rayfed.api import prepare
 from rayfed.errors import UserError
+from rayfed.lora.packed.segments import Segment
 from rayfed.tasks.models.base import model_path
+from rayfed.tasks.models.unpadded import Padded
 
 ROWS = [
     {"text": f"card{i % 6} the{i % 20}", "other": "loan1 " * (i % 7 * 3) + f"app{i % 5}", "label": i % 3}
@@ -51,6 +54,33 @@ def test_ids_are_the_tokenizers_own(pairs, max_tokens):
     assert ids(plan.federation.train) == wanted
 
 
+@pytest.mark.parametrize("padding", ["auto", "batch"])
+@pytest.mark.parametrize("pooling", ["mean", "stock"])
+def test_the_model_gets_the_types_of_the_tokenizer(pairs, pooling, padding):
+    plan = prepare(pairs("model.name=minilm", f"model.pooling={pooling}", f"engine.padding={padding}"))
+    assert isinstance(plan.model.batching, Padded) == (padding == "batch")
+    path, rows = model_path(plan.task.model_settings), ROWS[::7]
+    inputs = AutoTokenizer.from_pretrained(path)(
+        [row["text"] for row in rows], [row["other"] for row in rows], padding=True, return_tensors="pt"
+    )
+    assert inputs["token_type_ids"].any()
+    tokens, base = plan.federation.train, plan.task.load_base(plan.federation).model
+    batch = tokens.batch(np.arange(60)[::7], padded=padding == "batch")
+    forward = plan.task.make_forward(base, plan.model.batching)
+    with torch.no_grad():
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        found = forward({k: v for k, v in batch.items() if k != "labels"}, [Segment(0, len(rows), lengths=lengths)])
+        if padding == "auto":
+            forward.release()
+        torch.testing.assert_close(found, base(**inputs).logits, rtol=1e-4, atol=1e-5)
+        untyped = base(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    assert (untyped - found).abs().max() > 1e-3
+
+
+def test_there_are_no_types_where_the_tokenizer_gives_none(pairs):
+    assert prepare(pairs()).federation.train.types is None
+
+
 def test_python_rows_and_tuples_are_the_same_pairs(pairs):
     settings = pairs().with_({"data.source": "stdlib", "data.path": None})
     plan = prepare(settings, task=rayfed.TextClassification(train=ROWS, test=ROWS[:15], text_pair="other"))
@@ -67,10 +97,10 @@ def test_a_long_text_of_a_pair_is_cut_like_any(pairs):
     assert ids(plan.federation.train) == expected(plan, rows, 16)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "stock"])
-def test_the_lines_of_the_card_give_the_accuracy_of_the_run(pairs, tmp_path, monkeypatch, pooling):
+@pytest.mark.parametrize(("pooling", "model"), [("mean", ()), ("stock", ()), ("mean", ("model.name=minilm",))])
+def test_the_lines_of_the_card_give_the_accuracy_of_the_run(pairs, tmp_path, monkeypatch, pooling, model):
     more = ("server.rounds=2", "client.optimizer=adamw", "client.lr=0.01", "eval.every=2", f"model.pooling={pooling}")
-    result = rayfed.run(pairs(*more), out=tmp_path / "run")
+    result = rayfed.run(pairs(*more, *model), out=tmp_path / "run")
     found = defined_by_card(tmp_path / "run", monkeypatch)
     logits = found["logits"]([(row["text"], row["other"]) for row in ROWS[:15]])
     predicted = [found["id2label"][i] for i in logits.argmax(-1).tolist()]
