@@ -57,7 +57,7 @@ class Data(Section):
     """The column with the text."""
     text_pair: Text | None = None
     """For text_classification, multi_label and regression: the column with a second text, as GLUE's pairs have one. The
-    tokenizer joins the two as it joins pairs, without token types, and cuts the longer one first.
+    tokenizer joins the two as it joins pairs, and cuts the longer one first.
     """
     image: Text = "image"
     """For images: the column with the image: its encoded bytes, a struct of bytes and path (as datasets

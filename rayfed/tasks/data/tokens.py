@@ -164,7 +164,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, split: Split, types: bool, **op
     It raises UserError where the tokenizer fails.
     """
 
-    def encode(texts: list[str]) -> list[list[int]]:
+    def encode(texts: list[Any]) -> list[list[Any]]:
         if not texts:  # some tokenizers fail
             return []
         try:
@@ -172,7 +172,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, split: Split, types: bool, **op
         except Exception as error:  # tokenizers raises the class Exception itself
             what = f"its tokenizer fails on texts of {split.origin}"
             raise UserError(f"model.name: {what}: {first_line(error)}") from None
-        ids: list[list[Any]] = found["input_ids"]
+        ids: list[list[int]] = found["input_ids"]
         if not types:
             return ids
         return [list(zip(*row, strict=True)) for row in zip(ids, found["token_type_ids"], strict=True)]
