@@ -29,8 +29,9 @@ before anything is sent; they never travel. Their part of C_k travels as ``Start
 rounding error travels, since the client cannot know that it does.
 
 A client's view is its own weights, so the client stores nothing more. The simulator stores a view per layer for each
-client that took part: the stack of what the client was sent, or a matrix where that is smaller (`_views.py`). It takes
-one truncated SVD per layer for clients of equal views and ranks, such as those that come for the first time.
+client that took part: the stack of what the client was sent, or a matrix where that is smaller (`_views.py`). Clients
+of equal views and ranks, such as those that come for the first time, share one truncated SVD per layer; unless they have
+random rows, they share one message and one next view, too.
 
 Source: ours; deviates: nothing. Prior art: ECLoRA (doi 10.1109/TNNLS.2025.3586545) adds back one global error.
 """
@@ -42,9 +43,11 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from pydantic import NonNegativeFloat
+from torch import Tensor
 
 from rayfed.lora.adapter import Adapter, LowRank
 from rayfed.lora.algebra import Spectrum, norm, top_svd
@@ -70,6 +73,11 @@ class FedViewState(LayerState):
     def triples(self) -> dict[tuple[Hashable, int], dict[str, tuple[Spectrum, float]]]:
         """What `FedView` computed for views and ranks, the most recent last."""
         return {}
+
+    @cached_property
+    def starts(self) -> WeakValueDictionary[Hashable, Start]:
+        """The starts in use that are the same for all clients of equal views and ranks."""
+        return WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -99,27 +107,39 @@ class FedView(LayerMethod):
         return FedViewState(layers=layers, head=dict(adapter.head), notes={"seed": seed})
 
     def broadcast(self, state: Any, client: Profile) -> Start:
+        key = _key(state, client.client), client.rank, client.scale
+        if (known := state.starts.get(key)) is not None:
+            return known
+        start, shared = self._start(state, client)
+        if shared:
+            state.starts[key] = start
+        return start
+
+    def _start(self, state: FedViewState, client: Profile) -> tuple[Start, bool]:
+        """The client's start, and whether it has no random rows: those are the client's own."""
         view = _view(state, client.client)
         begun = {"correction": client.rank, "half": (client.rank + 1) // 2, "fresh": 0}[self.start]
         begin: dict[str, LowRank] = {}
         merge: dict[str, LowRank] = {}
+        shared = True
         for name, (spectrum, noise) in _triples(state, client, view).items():
             U, S, Vh = spectrum.U[:, begun:], spectrum.S[begun:], spectrum.Vh[begun:]
             # Row by row in memory, as clients decode it. Then their merge has the server's bits.
             merge[name] = LowRank((U * S).contiguous(), Vh.contiguous(), 1.0)
-            begin[name] = self._begin(state, client, name, spectrum, begun, noise)
+            begin[name], drawn = self._begin(state, client, name, spectrum, begun, noise)
+            shared &= not drawn
         adapter = Adapter(begin, state.head)
         if begun == client.rank:
-            return Start.of(adapter, base=view)
+            return Start.of(adapter, base=view), shared
         known = torch.zeros(adapter.layout.size, dtype=torch.bool)
         for pair in adapter.layout.unflatten(known).layers.values():  # views: what is marked there is known
             pair.B[:, begun:] = pair.A[begun:] = True
-        return Start.of(adapter, known=known, merge=Adapter(merge, {}), base=view)
+        return Start.of(adapter, known=known, merge=Adapter(merge, {}), base=view), False
 
     def _begin(
         self, state: FedViewState, client: Profile, name: str, spectrum: Spectrum, begun: int, noise: float
-    ) -> LowRank:
-        """The pair from which a client trains: the first ``begun`` ranks of C_k, and fresh ones."""
+    ) -> tuple[LowRank, bool]:
+        """The pair from which a client trains, and whether it has random rows beside the ``begun`` ranks of C_k."""
         U, S, Vh = spectrum.U[:, :begun], spectrum.S[:begun] / client.scale, spectrum.Vh[:begun]
         rows = S.sqrt() if self.split != "b" else torch.full_like(S, ROW)
         if self.split == "floored":
@@ -127,28 +147,33 @@ class FedView(LayerMethod):
         alive, n = S * client.scale > noise, len(S)
         B, A = U * (S / rows), rows[:, None] * Vh
         # Layers narrower than the rank have fewer singular values than that.
-        if n < client.rank or not alive.all():
+        drawn = n < client.rank or not bool(alive.all())
+        if drawn:
             rng = torch_rng(state.notes["seed"], "lora.A", name, state.rounds, client.client)
             bound = 1 / math.sqrt(A.shape[1])
             fresh = torch.empty(client.rank, A.shape[1]).uniform_(-bound, bound, generator=rng)
             A = torch.cat([torch.where(alive[:, None], A, fresh[:n]), fresh[n:]])
             B = torch.cat([torch.where(alive, B, 0.0), torch.zeros(B.shape[0], client.rank - n)], 1)
-        return LowRank(B, A, client.scale)
+        return LowRank(B, A, client.scale), drawn
 
     def aggregate(self, state: Any, updates: Updates, advance: Advance = fedavg) -> FedViewState:
         mean, clients, behind = ProductMean(), dict(state.clients), []
+        known: dict[Hashable, tuple[Tensor, dict[str, Tensor], float]] = {}  # by the view, and what was sent
         for update in updates:
             mean.add_change(update.weight, update)
             k = update.client.client
             if k < 0:  # the sum that privacy releases is of no client
                 continue
-            view = _view(state, k)
-            if self.start != "correction":
-                merge = self.broadcast(state, update.client).merge
-                view = extended(view, {} if merge is None else merge.layers)
-            view = extended(view, update.sent.layers)
-            clients[k] = as_tensors(view)
-            behind.append(_distance(state, view))
+            key = _key(state, k), id(update.start)
+            if key not in known:
+                view = _view(state, k)
+                if self.start != "correction":
+                    merge = self.broadcast(state, update.client).merge
+                    view = extended(view, {} if merge is None else merge.layers)
+                view = extended(view, update.sent.layers)
+                _remember(known, key, (update.start, as_tensors(view), _distance(state, view)))
+            _, clients[k], distance = known[key]
+            behind.append(distance)
         layers = {name: advance(f"W.{name}", W, mean.matrix(name)) for name, W in state.matrices.items()}
         head = mean.head()
         report = {"view_error": sum(behind) / len(behind)} if behind else {}
@@ -160,22 +185,32 @@ def _view(state: FedViewState, client: int) -> dict[str, Change]:
     return as_view(state.clients.get(client, {}))
 
 
+def _key(state: FedViewState, client: int) -> Hashable:
+    """Equal for clients of equal views."""
+    stored = state.clients.get(client)
+    return stored if isinstance(stored, Hashable) else id(stored)
+
+
+def _remember(found: dict[Any, Any], key: Hashable, value: object) -> None:
+    """Adds the value as the most recent one, of at most `RECENT`."""
+    found[key] = value
+    if len(found) > RECENT:
+        del found[next(iter(found))]
+
+
 def _triples(state: FedViewState, client: Profile, view: Mapping[str, Change]) -> dict[str, tuple[Spectrum, float]]:
     """By layer the leading singular triples of W - V_k, and the size up to which a singular value is a rounding error.
 
     Clients of equal views and ranks share them.
     """
-    stored = state.clients.get(client.client)
-    key = stored if isinstance(stored, Hashable) else id(stored), client.rank
+    key = _key(state, client.client), client.rank
     found = state.triples.pop(key, None) or {}
     for name, W in state.matrices.items() if not found else ():
         V = view.get(name)
         noise = TINY * (state.norms[name] + (0.0 if V is None else norm(V)))
         # Two passes are enough where four are usual: what they miss of a correction is in the next one.
         found[name] = top_svd(lacking(W, V), client.rank, iterations=2), noise
-    state.triples[key] = found
-    if len(state.triples) > RECENT:
-        del state.triples[next(iter(state.triples))]
+    _remember(state.triples, key, found)
     return found
 
 

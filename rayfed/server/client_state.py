@@ -61,17 +61,26 @@ class ClientStore:
         self.folder, self.kind = folder, kind
 
     def save(self, clients: Mapping[int, Mapping[str, Tensor]], round: int) -> dict[int, StoredTensors]:
-        """Writes the tensors that are not on the disk yet; returns the same mapping, backed by files."""
+        """Writes the tensors that are not on the disk yet; returns the same mapping, backed by files.
+
+        Clients that share one mapping have equal files, which are made once.
+        """
         stored: dict[int, StoredTensors] = {}
+        sharing: dict[int, list[int]] = {}  # clients by the identity of their mapping
         for client, tensors in clients.items():
             if isinstance(tensors, StoredTensors):
                 stored[client] = tensors
-                continue
+            else:
+                sharing.setdefault(id(tensors), []).append(client)
+        for together in sharing.values():
+            tensors = clients[together[0]]
             data = save({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())})
-            path = self._path(client, round)
-            atomic_write(path, data)
-            stored[client] = StoredTensors(path, round, hashlib.sha256(data).hexdigest())
-        return stored
+            checksum = hashlib.sha256(data).hexdigest()
+            for client in together:
+                path = self._path(client, round)
+                atomic_write(path, data)
+                stored[client] = StoredTensors(path, round, checksum)
+        return {client: stored[client] for client in clients}
 
     def to_json(self, clients: Mapping[int, StoredTensors]) -> list[list[Any]]:
         """[client, round, checksum] of every client, for a checkpoint."""

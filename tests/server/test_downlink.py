@@ -16,10 +16,10 @@ from rayfed.clients.local_training import train_pack
 from rayfed.clients.transfer import Uploadable
 from rayfed.errors import RunError
 from rayfed.lora.adapter import Adapter, LowRank
-from rayfed.methods import Start, Trainable
+from rayfed.methods import Start, Trainable, fedview
 from rayfed.methods.base import Sparse
 from rayfed.methods.fedview import FedView
-from rayfed.server.downlink import Download
+from rayfed.server.downlink import Downlink, Download
 
 LAYOUT = Adapter({"a": LowRank(torch.zeros(2, 1), torch.zeros(1, 3), 1.0)}, {}).layout  # A in 0 to 2, B in 3 and 4
 
@@ -108,3 +108,37 @@ def test_a_change_to_merge_reaches_the_worker(tmp_path, monkeypatch):
 def _matrix(base):
     change = base["layer"]
     return change.dense() if isinstance(change, LowRank) else change
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shared"),
+    [
+        ((), 3 * 5),
+        (("wire.down.density=0.25", "wire.down.values=bf16"), 3 * 5),
+        (("profiles={kind: tiers, ranks: [1, 2]}",), 2 * 4 + 2),
+        (("wire.down.values=qsgd8",), 0),  # each client's message is rounded by draws of its own
+        (("method.start=half",), 0),  # the other half is random, and the client's own
+    ],
+)
+def test_clients_of_equal_views_share_a_download_and_nothing_changes(overrides, shared, tmp_path, monkeypatch):
+    """All 6 clients in every round. From the second one on those of one rank have equal views.
+
+    (Those of rank 1 from the third one on: their first views are random rows times 0, and -0 is not 0 in a file.)
+    """
+    made: list[Download] = []
+
+    def watched(self, client, key, make=Downlink._make):
+        made.append(make(self, client, key))
+        return made[-1]
+
+    settings = lowrank("method.name=fedview", "server.rounds=4", "partition.clients=6", "server.cohort=6", *overrides)
+    with monkeypatch.context() as patch:
+        patch.setattr(Downlink, "_make", watched)
+        found = rayfed.run(settings, out=tmp_path / "shared")
+    assert len(made) - len({id(download) for download in made}) == shared
+    with monkeypatch.context() as patch:
+        patch.setattr(fedview, "_key", lambda state, client: client)
+        apart = rayfed.run(settings, out=tmp_path / "apart")
+    for record, other in zip(found.metrics, apart.metrics, strict=True):
+        for key in ("state/digest", "state/chain", "bytes/down", "method/view_error"):
+            assert record[key] == other[key], key
