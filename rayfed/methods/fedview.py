@@ -30,8 +30,8 @@ rounding error travels, since the client cannot know that it does.
 
 A client's view is its own weights, so the client stores nothing more. The simulator stores a view per layer for each
 client that took part: the stack of what the client was sent, or a matrix where that is smaller (`_views.py`). Clients
-of equal views and ranks, such as those that come for the first time, share one truncated SVD per layer; unless they have
-random rows, they share one message and one next view, too.
+of equal views and ranks, such as those that come for the first time, share one truncated SVD per layer. Unless they
+have random rows, they share one message and one next view, too.
 
 Source: ours; deviates: nothing. Prior art: ECLoRA (doi 10.1109/TNNLS.2025.3586545) adds back one global error.
 """
