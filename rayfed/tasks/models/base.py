@@ -72,7 +72,7 @@ class MeanPooledClassifier(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None, **_: Any
     ) -> SimpleNamespace:
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        types = {} if token_type_ids is None or not has_types(self.config) else {"token_type_ids": token_type_ids}
         states = to_float32(self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state)
         weights = attention_mask.unsqueeze(-1).to(states.dtype)
         pooled = (states * weights).sum(1) / weights.sum(1)
@@ -243,7 +243,12 @@ def vocabulary(settings: Model) -> int | None:
 
 def takes_types(settings: Model) -> bool:
     """Whether the model tells the two texts of a pair apart by the types of their tokens, as BERT does."""
-    return (getattr(_config(settings, 2), "type_vocab_size", None) or 0) > 1
+    return has_types(_config(settings, 2))
+
+
+def has_types(config: Any) -> bool:
+    """`takes_types`, of a ``config`` of transformers."""
+    return (getattr(config, "type_vocab_size", None) or 0) > 1
 
 
 def model_path(settings: Model) -> str:
