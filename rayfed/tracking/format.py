@@ -6,7 +6,7 @@ from rayfed.tracking.sinks import Scalar
 
 IN_PERCENT = (
     "accuracy", "accuracy_masked", "accuracy_clients", "accuracy_clients_p10", "accuracy_clients_p50",
-    "accuracy_clients_p90", "accuracy_unseen", "gap",
+    "accuracy_clients_p90", "accuracy_clients_std", "accuracy_clients_worst", "accuracy_unseen", "gap",
 )  # fmt: skip
 
 

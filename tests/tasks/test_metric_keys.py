@@ -22,9 +22,10 @@ def check(experiment: Experiment, out: Path) -> tuple[str, ...]:
 def test_text(tiny, tmp_path: Path) -> None:
     sparse = ("method.name=flasc", "wire.down.density=0.5", "server.rounds=1")
     keys = check(tiny(*sparse, "eval.clients=true", "eval.unseen=true"), tmp_path / "out")
-    more = {"eval/accuracy_clients", *(f"test/accuracy_clients{part}" for part in ("", "_p10", "_p50", "_p90"))}
+    spread = ("", "_p10", "_p50", "_p90", "_std", "_worst")
+    more = {"eval/accuracy_clients", *(f"test/accuracy_clients{part}" for part in spread)}
     assert {"eval/loss", "test/accuracy_masked", "test/accuracy_unseen", *more} < set(keys)
-    assert len(keys) == 2 * 2 * 3 + 6
+    assert len(keys) == 2 * 2 * 3 + 8
     fewer = tiny(*sparse, "eval.masked=false")
     assert len(build_components(fewer).task.metric_keys(fewer.eval)) == 2 * 3
 

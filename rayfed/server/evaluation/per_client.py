@@ -17,6 +17,7 @@ accuracy on participating ones is the participation gap (Yuan et al. 2022, arXiv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from typing import Any
 
@@ -31,22 +32,27 @@ from rayfed.server.sampling import cohort_of
 from rayfed.tasks.base import Metric
 
 QUANTILES = (10, 50, 90)  # percent of the clients
+SPREAD = (*(f"p{q}" for q in QUANTILES), "std", "worst")
 
 
 def client_metrics(plan: RunPlan, state: Any, t: int, executor: Executor) -> dict[str, Metric]:
-    """Every client's a_k, and their mean and quantiles over the clients with data, after round ``t`` (from 0).
+    """Every client's a_k, and their mean and spread over the clients with data, after round ``t`` (from 0).
 
     Keys: `test/accuracy_per_client`, a list by client id with None for a client without an a_k;
-    `test/accuracy_clients` and `test/accuracy_clients_p10`, `..._p50`, `..._p90`; `eval/accuracy_clients`, the mean
-    with the validation rows in place of the test rows, by which rates can be chosen.
+    `test/accuracy_clients`, the mean, and `test/accuracy_clients_p10`, `..._p50`, `..._p90`, `..._std`, `..._worst`,
+    the mean of the lowest tenth (rounded up); `eval/accuracy_clients`, the mean with the validation rows in place of
+    the test rows, by which rates can be chosen.
     """
     accuracies = client_accuracies(plan, state, t, executor)
     known = {split: own[~np.isnan(own)] for split, own in accuracies.items()}
     found: dict[str, Metric] = {
         f"{KEYS[split]}/accuracy_clients": float(own.mean()) if len(own) else None for split, own in known.items()
     }
-    for q in QUANTILES:
-        found[f"test/accuracy_clients_p{q}"] = float(np.percentile(known["test"], q)) if len(known["test"]) else None
+    on_test, spread = np.sort(known["test"]), dict[str, Metric].fromkeys(SPREAD)
+    if len(on_test):
+        spread |= {f"p{q}": float(np.percentile(on_test, q)) for q in QUANTILES}
+        spread |= {"std": float(on_test.std()), "worst": float(on_test[: math.ceil(len(on_test) / 10)].mean())}
+    found |= {f"test/accuracy_clients_{name}": value for name, value in spread.items()}
     found["test/accuracy_per_client"] = [None if np.isnan(a) else a for a in accuracies["test"].tolist()]
     return found
 

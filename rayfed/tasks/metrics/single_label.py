@@ -66,7 +66,7 @@ def metrics(predictions: Tensor, labels: Tensor, classes: int) -> dict[str, Metr
 
 def comparable(keys: Iterable[str], eval: Eval) -> tuple[str, ...]:
     """Those of a task's ``keys`` that hold one number, and what else a run measures, see `Task.metric_keys`."""
-    more = {f"test/accuracy_clients{part}": eval.clients for part in ("", "_p10", "_p50", "_p90")}
+    more = {f"test/accuracy_clients{part}": eval.clients for part in ("", "_p10", "_p50", "_p90", "_std", "_worst")}
     more |= {"eval/accuracy_clients": eval.clients, "test/accuracy_unseen": eval.unseen}
     numbers = (key for key in keys if not any(name in key for name in LISTS))
     return (*numbers, *(key for key, measured in more.items() if measured))

@@ -88,6 +88,9 @@ def test_every_clients_own_model_on_data_like_its_own(tiny, tmp_path, seen, meth
     assert record["test/accuracy_per_client"] == [None if np.isnan(value) else value for value in each.tolist()]
     assert record["test/accuracy_clients"] == pytest.approx(np.mean(wanted))
     assert record["test/accuracy_clients_p10"] == pytest.approx(np.percentile(wanted, 10))
+    assert record["test/accuracy_clients_std"] == pytest.approx(np.std(wanted))
+    tenth = -(-len(wanted) // 10)
+    assert record["test/accuracy_clients_worst"] == pytest.approx(sum(sorted(wanted)[:tenth]) / tenth)
     assert result.summary["final/test_accuracy_clients"] == record["test/accuracy_clients"]
     assert record["eval/accuracy_clients"] == pytest.approx(np.mean(validated))
     assert "test/accuracy_clients" not in result.metrics[0]
