@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rayfed import tasks
+from rayfed import seeding, tasks
 from rayfed.api.plans import PRETRAINED, Settings, describe_objects, read_settings
 from rayfed.config import Experiment
 from rayfed.config.task import Model
@@ -27,6 +27,7 @@ from rayfed.tasks.pretraining import train
 
 DATA = ("task", "max_tokens", "packing", "prompt_template", "crop", "flip", "pretrain_share")
 """The settings of `data` that decide the model, given the rows."""
+VERSION = 2  # of how a model is made: equal settings and versions, equal models
 
 
 @suggest_keywords
@@ -65,8 +66,10 @@ def _pretrained(
     settings: Experiment, task: Task | None, new: Path, folder: Path, report: Callable[[str], None]
 ) -> Path:
     """The folder with the pretrained model; ``new`` is an empty folder for one with random weights."""
-    names = {name: getattr(settings, name) for name in ("data", "problem", "partition", "seed")}
+    names = {name: getattr(settings, name) for name in ("data", "problem", "partition")}
     names["model"] = Model(name=str(new))
+    # Not the run's own: a run of this seed would begin with the head for which the features below were trained.
+    names["seed"] = seeding.derive_seed(settings.seed, "pretrain")
     task = task.configure(**names) if task else tasks.build(**names)
     if not isinstance(task, SourceTask):
         raise allowed("data.source", settings.data.source, "rayfed pretrain needs texts or images")
@@ -74,6 +77,7 @@ def _pretrained(
     federation, rows = task.load_pretraining()
     data = settings.data.model_dump(mode="json", include=set(DATA))
     what = {"pretrain": settings.pretrain.model_dump(mode="json"), "data": data, "seed": settings.seed, "rows": rows}
+    what |= {"version": VERSION}
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     if _has(folder, digest):
         report(f"model {folder} is there already, of these settings and rows ({digest})")

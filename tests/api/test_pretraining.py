@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from image_models import WIDE, digits, save_parquet
 from language_models import sentences
 from safetensors.torch import load_file
 
 import rayfed
+from rayfed.api import prepare, pretraining
 from rayfed.cli import main
 from rayfed.config import validate
 from rayfed.config.load import _apply
@@ -68,7 +70,7 @@ def test_the_model_of_the_config_is_made_once_and_a_run_takes_it(
     again = f"model {tmp_path / 'base'} is there already, of these settings and rows ({record['digest']})\n"
     assert capsys.readouterr().out == again
     run = rayfed.run(validate(images), tmp_path / "run")
-    assert run.metrics[-1]["test/accuracy"] > 0
+    assert run.metrics[-1]["test/loss"] > 0
     with pytest.raises(
         UserError, match=r"^data.pretrain_share: got 0.3, but the base in .* has seen 0.4: clients would "
     ):
@@ -76,6 +78,22 @@ def test_the_model_of_the_config_is_made_once_and_a_run_takes_it(
     assert main(["pretrain", str(config), "pretrain.steps=13"]) == 2
     line = capsys.readouterr().err
     assert line.startswith(f"rayfed: --out: got '{tmp_path / 'base'}', but its model is of other settings or rows (")
+
+
+def test_no_run_begins_with_the_head_of_the_pretraining(images: dict[str, Any], monkeypatch) -> None:
+    """The features are trained for the head that they began with. A run of the same seed draws another one."""
+    heads = []
+
+    def train(task, model, *rest) -> dict[str, float]:
+        heads.append(model.classifier.weight.detach().clone())
+        return {}
+
+    monkeypatch.setattr(pretraining, "train", train)
+    folder = rayfed.pretrain(images, report=None)
+    plan = prepare(validate({**images, "model": {"name": str(folder)}}))
+    own = plan.task.load_base(plan.federation).model.classifier.weight
+    assert own.shape == heads[0].shape
+    assert abs(torch.corrcoef(torch.stack([own.flatten(), heads[0].flatten()]))[0, 1]) < 0.5
 
 
 def test_rows_may_be_objects(images: dict[str, Any], tmp_path: Path) -> None:
