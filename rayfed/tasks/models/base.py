@@ -72,7 +72,7 @@ class MeanPooledClassifier(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None, **_: Any
     ) -> SimpleNamespace:
-        types = {} if token_type_ids is None or not has_types(self.config) else {"token_type_ids": token_type_ids}
+        types = {} if token_type_ids is None or not takes_types(self.config) else {"token_type_ids": token_type_ids}
         states = to_float32(self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state)
         weights = attention_mask.unsqueeze(-1).to(states.dtype)
         pooled = (states * weights).sum(1) / weights.sum(1)
@@ -241,13 +241,9 @@ def vocabulary(settings: Model) -> int | None:
     return getattr(_config(settings, 2), "vocab_size", None)
 
 
-def takes_types(settings: Model) -> bool:
-    """Whether the model tells the two texts of a pair apart by the types of their tokens, as BERT does."""
-    return has_types(_config(settings, 2))
-
-
-def has_types(config: Any) -> bool:
-    """`takes_types`, of a ``config`` of transformers."""
+def takes_types(of: Model | Any) -> bool:
+    """Whether the model of these settings, or of this config, has types for the tokens of a pair, as BERT has."""
+    config = _config(of, 2) if isinstance(of, Model) else of
     return (getattr(config, "type_vocab_size", None) or 0) > 1
 
 
