@@ -76,8 +76,8 @@ def _pretrained(
     task.write_new_base(settings.pretrain, new)
     federation, rows = task.load_pretraining()
     data = settings.data.model_dump(mode="json", include=set(DATA))
-    what = {"pretrain": settings.pretrain.model_dump(mode="json"), "data": data, "seed": settings.seed, "rows": rows}
-    what |= {"version": VERSION}
+    pretrained = settings.pretrain.model_dump(mode="json")
+    what = {"pretrain": pretrained, "data": data, "seed": settings.seed, "rows": rows, "version": VERSION}
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     if _has(folder, digest):
         report(f"model {folder} is there already, of these settings and rows ({digest})")

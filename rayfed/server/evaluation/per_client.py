@@ -30,9 +30,9 @@ from rayfed.server.evaluation.evaluate import KEYS, Model, evaluate, metrics
 from rayfed.server.executor import Executor
 from rayfed.server.sampling import cohort_of
 from rayfed.tasks.base import Metric
+from rayfed.tasks.metrics.single_label import SPREAD
 
 QUANTILES = (10, 50, 90)  # percent of the clients
-SPREAD = (*(f"p{q}" for q in QUANTILES), "std", "worst")
 
 
 def client_metrics(plan: RunPlan, state: Any, t: int, executor: Executor) -> dict[str, Metric]:

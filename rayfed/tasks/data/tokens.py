@@ -63,7 +63,9 @@ class Tokens:
         labels = {"labels": torch.from_numpy(self.labels[rows])}  # a copy: writable
         if not padded:
             flat["position_ids"] = positions
-            return {name: torch.from_numpy(own.astype(np.int64))[None] for name, own in flat.items()} | labels
+            return {
+                name: torch.from_numpy(own.astype(np.int64, copy=False))[None] for name, own in flat.items()
+            } | labels
         mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
         inputs = {"attention_mask": mask.astype(np.int64)}
         for name, own in flat.items():

@@ -17,6 +17,8 @@ LISTS = ("recall_per_class", "confusion_matrix")
 """The metrics that are not one number."""
 NAMES = ("accuracy", "macro_f1", *LISTS)
 """The names of the `metrics`."""
+SPREAD = ("p10", "p50", "p90", "std", "worst")
+"""What is known of the accuracies over the clients, beside their mean: see `rayfed.server.evaluation.per_client`."""
 
 
 def loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +68,8 @@ def metrics(predictions: Tensor, labels: Tensor, classes: int) -> dict[str, Metr
 
 def comparable(keys: Iterable[str], eval: Eval) -> tuple[str, ...]:
     """Those of a task's ``keys`` that hold one number, and what else a run measures, see `Task.metric_keys`."""
-    more = {f"test/accuracy_clients{part}": eval.clients for part in ("", "_p10", "_p50", "_p90", "_std", "_worst")}
-    more |= {"eval/accuracy_clients": eval.clients, "test/accuracy_unseen": eval.unseen}
+    more = {f"test/accuracy_clients_{part}": eval.clients for part in SPREAD}
+    more |= {"test/accuracy_clients": eval.clients, "eval/accuracy_clients": eval.clients}
+    more |= {"test/accuracy_unseen": eval.unseen}
     numbers = (key for key in keys if not any(name in key for name in LISTS))
     return (*numbers, *(key for key, measured in more.items() if measured))

@@ -101,6 +101,8 @@ def test_a_long_text_of_a_pair_is_cut_like_any(pairs):
 def test_the_lines_of_the_card_give_the_accuracy_of_the_run(pairs, tmp_path, monkeypatch, pooling, model):
     more = ("server.rounds=2", "client.optimizer=adamw", "client.lr=0.01", "eval.every=2", f"model.pooling={pooling}")
     result = rayfed.run(pairs(*more, *model), out=tmp_path / "run")
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert ("return_token_type_ids=True" in card) == bool(model)
     found = defined_by_card(tmp_path / "run", monkeypatch)
     logits = found["logits"]([(row["text"], row["other"]) for row in ROWS[:15]])
     predicted = [found["id2label"][i] for i in logits.argmax(-1).tolist()]
