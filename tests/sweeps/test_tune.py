@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, HyperBandScheduler, PopulationBasedTraining
 from ray.tune.search.optuna import OptunaSearch
@@ -211,3 +212,21 @@ def test_objects_of_tune(ray_cluster, tmp_path: Path) -> None:
         assert note["before"].keys() == {"client.lr"}
         assert note["round"] % 3 == 0
         assert [own["round"] for own in read_metrics(folder / "metrics.jsonl")] == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_storage_that_is_no_local_path(ray_cluster, tmp_path: Path) -> None:
+    """The run directory is on the trial's node; the storage gets Tune's checkpoints and, if asked, all other files."""
+    storage = SubTreeFileSystem(str(tmp_path), LocalFileSystem())
+    run_config = tune.RunConfig(
+        storage_path="bucket", storage_filesystem=storage, verbose=0, sync_config=tune.SyncConfig(sync_artifacts=True)
+    )
+    (result,) = rayfed.tune.tuner(lowrank(), {"client.lr": 0.02}, run_config=run_config).fit()
+    assert result.metrics is not None
+    own, stored = Path(result.metrics["run_dir"]), tmp_path / result.path
+    assert tmp_path not in own.parents
+    for name in ("metrics.jsonl", "config.yaml", "adapter/adapter_model.safetensors"):
+        assert (stored / name).read_bytes() == (own / name).read_bytes()
+    assert result.checkpoint is not None
+    with result.checkpoint.as_directory() as folder:
+        assert (Path(folder) / "metrics.jsonl").read_bytes() == (own / "metrics.jsonl").read_bytes()
