@@ -38,8 +38,9 @@ def run_on_tune(search: Search) -> None:
     UserError where the cluster can never hold one of the trials. If Ray was started here, it is shut down in the end.
     """
     new = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
-    ours = join_ray([trial.experiment for trial in search.checked], ENVIRONMENT, search.progress.note)
+    ours = False
     try:
+        ours = join_ray([trial.experiment for trial in search.checked], ENVIRONMENT, search.progress.note)
         config: dict[str, Any] = {
             "search_alg": Suggestions(search),
             "num_samples": -1,

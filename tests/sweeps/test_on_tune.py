@@ -120,8 +120,10 @@ def test_workers_of_trials_always_have_room(ray_cluster, sweep_file, tmp_path: P
         alone = rayfed.run(trial.experiment.model_copy(update={"engine": Engine(kind="local")}), tmp_path / trial.name)
         assert last_digest(trial_folder(tmp_path / "out", trial.name)) == alone.metrics[-1]["state/digest"]
 
+    before = dict(os.environ)
     with pytest.raises(UserError, match=r"^engine.cpus_per_worker: got 1 for each of 9 workers, but Ray has 3 CPUs, b"):
         run_sweep(path, ["engine.workers=9"], out=tmp_path / "wide")
+    assert dict(os.environ) == before  # Tune's loggers are off in a sweep, but not in this process
     assert not list((tmp_path / "wide").glob("trials/*"))
 
 
