@@ -32,7 +32,7 @@ RUN = (
     "problem.inputs=24", "problem.rows=64", "client.batch_size=64", "wire.up.density=0.5", "eval.every=10",
 )  # fmt: skip
 METHODS = {
-    "flasc": (*RUN, "method.name=flasc", "wire.down.density=0.5"),
+    "flasc": (*RUN, "method.name=flasc", "wire.down.density=0.5", "server.rounds=40"),  # room for 100 kills
     "fedhl": (*RUN, "method.name=fedhl", "profiles.kind=tiers", "profiles.ranks=[1,2]"),
     "fedview": (*RUN, "method.name=fedview"),
     "scaffold": (*RUN, "method.name=fedit", "objective.name=scaffold", "client.momentum=0"),
