@@ -1,11 +1,15 @@
-"""What tests that start whole runs share: the smallest settings there are, and waiting for an event of a run."""
+"""What tests that start whole runs share: the smallest settings there are, waiting for an event, comparing two runs."""
 
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import pyarrow.parquet as pq
 
 from rayfed.config import Experiment, validate
 from rayfed.config.load import _apply  # the same path an override takes
@@ -45,3 +49,23 @@ def wait_for(condition: Callable[[], object], seconds: float = 180) -> bool:
             return True
         time.sleep(0.005)
     return False
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Equal files, but for times: records and chain, ledger, newest checkpoint, summary, adapter, settings."""
+
+    def lines(out: Path) -> list[dict[str, Any]]:
+        records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        return [{key: value for key, value in record.items() if not key.startswith("time/")} for record in records]
+
+    assert lines(one) == lines(two)
+    assert pq.read_table(one / "ledger.parquet").equals(pq.read_table(two / "ledger.parquet"))
+    newest = max(path.name for path in (two / "checkpoints").iterdir())
+    for name in (
+        f"checkpoints/{newest}/state.safetensors", "summary.json", "config.yaml", "adapter/adapter_model.safetensors",
+        "adapter/README.md",
+    ):  # fmt: skip
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    (own, other) = (json.loads((out / "checkpoints" / newest / "checkpoint.json").read_text()) for out in (one, two))
+    for key in ("experiment", "digest", "chain", "progress", "base_updates", "clients"):
+        assert own[key] == other[key]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
-from small_runs import lowrank
+from small_runs import assert_same_run, lowrank
 
 import rayfed
 from rayfed.cli.verify import verify
@@ -25,26 +23,6 @@ class Ends(rayfed.Callback):
 
     def on_round(self, record: Any) -> bool:
         return bool(record["round"] < 3)
-
-
-def assert_same_run(one: Path, two: Path) -> None:
-    """Equal files, but for times: records and chain, ledger, newest checkpoint, summary, adapter, settings."""
-
-    def lines(out: Path) -> list[dict[str, Any]]:
-        records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-        return [{key: value for key, value in record.items() if not key.startswith("time/")} for record in records]
-
-    assert lines(one) == lines(two)
-    assert pq.read_table(one / "ledger.parquet").equals(pq.read_table(two / "ledger.parquet"))
-    newest = max(path.name for path in (two / "checkpoints").iterdir())
-    for name in (
-        f"checkpoints/{newest}/state.safetensors", "summary.json", "config.yaml", "adapter/adapter_model.safetensors",
-        "adapter/README.md",
-    ):  # fmt: skip
-        assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    (own, other) = (json.loads((out / "checkpoints" / newest / "checkpoint.json").read_text()) for out in (one, two))
-    for key in ("experiment", "digest", "chain", "progress", "base_updates", "clients"):
-        assert own[key] == other[key]
 
 
 @pytest.mark.parametrize(
