@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rayfed.config import Experiment
+from rayfed.config.class_sequence import ClassSequence
 from rayfed.errors import UserError, allowed
 from rayfed.objectives import Objective, Stateful
 from rayfed.server.optimizers import ServerOptimizer
@@ -64,12 +65,11 @@ def _check_sequence(experiment: Experiment, task: Task, objective: Objective, op
         raise allowed("server.weight_decay", optimizer.weight_decay, what)
 
 
-def by_experience(experiment: Experiment, federation: Federation) -> list[tuple[str, Federation]]:
+def by_experience(sequence: ClassSequence | None, federation: Federation) -> list[tuple[str, Federation]]:
     """(where, federation) of each population from which cohorts are drawn: the only one, or each experience's.
 
-    UserError where the settings have a sequence and a task of the user's own has made a federation without.
+    UserError where there is a ``sequence`` and a task of the user's own has made a federation without.
     """
-    sequence = experiment.partition.sequence
     if sequence is None:
         return [("", federation)]
     if federation.experiences is None:
@@ -78,12 +78,12 @@ def by_experience(experiment: Experiment, federation: Federation) -> list[tuple[
     return [(f" in experience {i}", own) for i, own in enumerate(federation.by_experience, 1)]
 
 
-def describe_sequence(experiment: Experiment, federation: Federation) -> list[str]:
-    """A line for the log of a run with a sequence; none for another run."""
+def describe_sequence(rounds: int, federation: Federation) -> list[str]:
+    """A line for the log of a run of so many ``rounds`` with a sequence; none for another run."""
     if federation.experiences is None:
         return []
     found = federation.experiences
     sizes = sorted({len(own) for own in found.domains or found.classes})
     count, each = len(found), " or ".join(map(str, sizes))
-    rounds, what = experiment.server.rounds // count, "domains" if found.domains else "classes"
-    return [f"partition.sequence: {count} experiences of {each} {what}, {rounds} rounds each"]
+    what = "domains" if found.domains else "classes"
+    return [f"partition.sequence: {count} experiences of {each} {what}, {rounds // count} rounds each"]

@@ -60,7 +60,7 @@ def load_model(run: str | Path, *, task: Task | None = None, trust_remote_code: 
     classes = _classes(folder) if task.has_classes else []
     nothing: Any = None
     federation = Federation(nothing, nothing, nothing, tuple(classes), np.zeros(0, np.int64), np.zeros(1, np.int64))
-    if not _built_in(experiment):
+    if not _built_in(experiment.data):
         federation = task.load_data()
     forget_base()  # before and after: no run shares the weights of this model, which may be changed
     base = in_dtype(task.load_base(federation), model.dtype)
@@ -79,11 +79,11 @@ def _classes(folder: Path) -> list[str]:
     return classes
 
 
-def _built_in(experiment: Experiment) -> bool:
+def _built_in(data: Data) -> bool:
     """Whether the run's task was rayfed's own, and no class of the user's."""
-    made_by = (experiment.data.fingerprint or "").partition(" ")[0]
+    made_by = (data.fingerprint or "").partition(" ")[0]
     ours = made_by in ("", *(f"{cls.__module__}:{cls.__qualname__}" for cls in _tasks()))
-    return ours and not experiment.data.own_task
+    return ours and not data.own_task
 
 
 def _tasks() -> list[type[Task]]:
@@ -94,14 +94,14 @@ def _tasks() -> list[type[Task]]:
 
 def _from_python(experiment: Experiment) -> str | None:
     """What names the code that made the run's base model; None where the settings name the model."""
-    if _built_in(experiment):
+    if _built_in(experiment.data):
         return experiment.model.fingerprint
     return experiment.data.fingerprint or experiment.data.source
 
 
 def _check_task(experiment: Experiment, task: Task | None, run: str | Path) -> None:
     """UserError where the base model comes from Python, and ``task`` does not make the same one."""
-    made_by, ours = _from_python(experiment), _built_in(experiment)
+    made_by, ours = _from_python(experiment), _built_in(experiment.data)
     if task is None:
         if made_by is not None:
             own = member_class("rayfed.tasks", experiment.data.task, Task, "data.task").__name__

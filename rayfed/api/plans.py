@@ -219,7 +219,11 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
         checkpoint=experiment.checkpoint,
         export=experiment.export,
         initial=initial,
-        notes=(*notes, *describe_sequence(experiment, federation), *([mechanism.describe()] if mechanism else [])),
+        notes=(
+            *notes,
+            *describe_sequence(experiment.server.rounds, federation),
+            *([mechanism.describe()] if mechanism else []),
+        ),
     )
 
 
@@ -234,7 +238,7 @@ def _checked_data(experiment: Experiment, parts: Components, federation: Federat
         adapter_folder(experiment.model.adapter)  # raises UserError; before the data, which may take minutes
     federation = federation or parts.task.load_data()
     server, clients = experiment.server, federation.clients
-    for where, own in by_experience(experiment, federation):
+    for where, own in by_experience(experiment.partition.sequence, federation):
         candidates = clients if server.empty_clients else len(own.holders)
         if server.cohort > candidates:
             which = f"exist{where}" if server.empty_clients else f"hold data{where}"

@@ -46,7 +46,7 @@ def pretrain(
     Returns the folder. Raises UserError where settings or data are wrong, or where the folder has something else.
     """
     settings, tell = describe_objects(read_settings(experiment), task, None), report or (lambda line: None)
-    folder = _folder(settings, out)
+    folder = _folder(settings.model, out)
     if not settings.data.pretrain_share:
         raise UserError("data.pretrain_share: got 0, but rayfed pretrain trains on the rows that no client has")
     if settings.engine.device == "cuda" and not torch.cuda.is_available():
@@ -104,11 +104,11 @@ def _pretrained(
     return folder
 
 
-def _folder(settings: Experiment, out: str | Path | None) -> Path:
+def _folder(model: Model, out: str | Path | None) -> Path:
     """Where the model is written. UserError where that is no name of a folder."""
-    if out is None and settings.model.name == "minilm":
+    if out is None and model.name == "minilm":
         raise UserError("model.name: got 'minilm', but rayfed pretrain writes a folder: name one there, or as --out")
-    folder = Path(out or settings.model.name)
+    folder = Path(out or model.name)
     if folder.exists() and not folder.is_dir():
         raise allowed("--out", str(folder), "that is a file")
     return folder

@@ -30,6 +30,7 @@ from rayfed.clients.messages import TrainResult
 from rayfed.clients.plan import RunPlan
 from rayfed.config import Experiment, validate
 from rayfed.config.load import assign
+from rayfed.config.task import Model
 from rayfed.engine.driver import stepwise
 from rayfed.server.executor import Executor, Handle, Submission, SubmissionResult
 from rayfed.server.sampling import client_costs, cohort, plan_packs
@@ -64,7 +65,7 @@ def measure(**overrides: Any) -> list[Row]:
     if settings["data"].get("task", "text_classification") != "text_classification":
         return rows
     with tempfile.TemporaryDirectory() as folder:
-        settings["model"]["name"] = _small_bert(Path(folder), validate(settings))
+        settings["model"]["name"] = _small_bert(Path(folder), validate(settings).model)
         return rows + compare("2 layers, 128 wide", validate(settings))
 
 
@@ -130,9 +131,9 @@ def _deal(plan: RunPlan, t: int) -> list[list[int]]:
     return [[client.client for client in pack] for pack in packs] + [[]] * (workers - len(packs))
 
 
-def _small_bert(folder: Path, experiment: Experiment) -> str:
-    """A BERT of 2 layers, 128 wide, with random weights and the tokenizer of the experiment's model."""
-    tokenizer = load_tokenizer(experiment.model)
+def _small_bert(folder: Path, model: Model) -> str:
+    """A BERT of 2 layers, 128 wide, with random weights and the tokenizer of the ``model``."""
+    tokenizer = load_tokenizer(model)
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512
     )

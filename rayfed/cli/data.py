@@ -12,7 +12,6 @@ from rayfed.errors import UserError, allowed
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from rayfed.config import Experiment
     from rayfed.tasks.data.federation import Federation
 
 CLIENTS, COLUMNS = 24, 48  # largest size of the heat map in the terminal
@@ -36,7 +35,7 @@ def data(config: str, overrides: Sequence[str], svg: str | None) -> None:
     federation = api.check(experiment, model=False)
     found = describe(federation, CLIENTS, COLUMNS)
     print(experiment.name)
-    for label, text in {**rows(experiment, federation), **partition.facts(found)}.items():
+    for label, text in {**rows(experiment.data.max_tokens, federation), **partition.facts(found)}.items():
         print(f"  {label:<20}{text}")
     _print_table(partition.table(found))
     for note in partition.notes(found):
@@ -53,14 +52,14 @@ def data(config: str, overrides: Sequence[str], svg: str | None) -> None:
         print(f"figure {svg}")
 
 
-def rows(experiment: Experiment, federation: Federation) -> dict[str, str]:
-    """The rows of each split, and the tokens of a training row, as text by label."""
+def rows(limit: int, federation: Federation) -> dict[str, str]:
+    """The rows of each split, and the tokens of a training row, of which ``limit`` are the most, as text by label."""
     import numpy as np
 
     splits = {name: len(federation.split(name)) for name in ("train", "validation", "test")}
     found = {"rows": ", ".join(f"{count:,} {name}" for name, count in splits.items() if count)}
     lengths = federation.train.lengths
-    median, longest, limit = int(np.median(lengths)), int(lengths.max()), experiment.data.max_tokens
+    median, longest = int(np.median(lengths)), int(lengths.max())
     if longest == 1:  # rows without tokens
         return found
     share = f"{100 * float((lengths == limit).mean()):.3g} %"
