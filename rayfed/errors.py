@@ -68,3 +68,9 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     """The first non-empty line of the error's text, at most ``limit`` characters; the class name if there is none."""
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)[:limit]
+
+
+def class_and_line(error: BaseException, limit: int = 200) -> str:
+    """`Class: first line`, for errors of other code; of rayfed's own errors the first line alone."""
+    line = first_line(error, limit)
+    return line if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {line}"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from rayfed.errors import RunError, UserError, first_line
+from rayfed.errors import RunError, UserError, class_and_line
 
 OURS = (str(Path(__file__).parent), sysconfig.get_path("stdlib"), "<frozen ")
 INSTALLED = {"site-packages", "dist-packages"}
@@ -51,7 +51,7 @@ def described(error: Exception) -> str:
     """The exception's type and message, and the file and line of the user's own code where there is any."""
     own = list(_own_frames(error))
     place = f" ({own[-1].tb_frame.f_code.co_filename}:{own[-1].tb_lineno})" if own else ""
-    return f"{type(error).__name__}: {first_line(error)}{place}"
+    return class_and_line(error) + place
 
 
 def _own_frames(error: Exception) -> Iterator[TracebackType]:

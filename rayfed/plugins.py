@@ -13,7 +13,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-from rayfed.errors import UserError, allowed, first_line
+from rayfed.errors import UserError, allowed, class_and_line
 from rayfed.suggestions import did_you_mean
 
 T = TypeVar("T")
@@ -56,8 +56,8 @@ def load_object(path: str, field: str) -> Any:
     try:
         found = getattr(import_module(module), name, None)
     except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise allowed(field, path, f"{module} cannot be imported ({reason}); is its folder on PYTHONPATH?") from error
+        reason = f"cannot be imported ({class_and_line(error)}); is its folder on PYTHONPATH?"
+        raise allowed(field, path, f"{module} {reason}") from error
     if found is None:
         raise allowed(field, path, f"{module} has no function or class {name}")
     return found

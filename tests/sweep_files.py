@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rayfed.config.sweep import load_sweep
+from rayfed.errors import class_and_line
 from rayfed.sweeps import trainable
 from rayfed.sweeps.plan import Trial, check_trials, make_trials, trial_folder
-from rayfed.sweeps.space import expand, trial_names
+from rayfed.sweeps.space import expand
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Table
 
@@ -51,13 +52,12 @@ def run_in_process(trial: Trial, out: Path, federation: Federation | None = None
             for _ in rounds:
                 pass
     except Exception as error:
-        return trainable.in_one_line(error)
+        return class_and_line(error)
     return ""
 
 
 def planned(path: Path, *overrides: str) -> tuple[list[Trial], dict[str, Federation]]:
     """(trials, federations) of a sweep file without a search."""
     settings, sweep = load_sweep(path, overrides)
-    points = expand(sweep, settings.get("seed", 0))
-    trials = make_trials(settings, points, trial_names(points))
+    trials = make_trials(settings, expand(sweep, settings.get("seed", 0)))
     return trials, check_trials(trials, sweep)

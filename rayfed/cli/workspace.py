@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rayfed.errors import RunError, UserError, first_line
+from rayfed.errors import RunError, UserError, class_and_line
 
 
 def workspace(project: str, entity: str | None, name: str, out: str, save: bool) -> None:
@@ -29,5 +29,5 @@ def workspace(project: str, entity: str | None, name: str, out: str, save: bool)
         try:
             built.save()
         except Exception as error:
-            raise RunError(f"workspace: not saved ({type(error).__name__}: {first_line(error)})") from None
+            raise RunError(f"workspace: not saved ({class_and_line(error)})") from None
         print(f"workspace {built.url}")

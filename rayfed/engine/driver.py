@@ -6,13 +6,10 @@ and the terminal can be slow.
 
 from __future__ import annotations
 
-import math
-import os
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
@@ -26,13 +23,13 @@ from ray.util.placement_group import PlacementGroup
 
 from rayfed.clients.plan import RunPlan
 from rayfed.config.execution import Engine
-from rayfed.engine import connect
 from rayfed.engine.callbacks import Callback
+from rayfed.engine.connect import Event, ignore, start_ray
 from rayfed.engine.placement import check_places, named, on_this_node, release, reserve, with_gpu_share
 from rayfed.engine.ray_executor import RayExecutor
 from rayfed.engine.ray_metrics import RayMetrics
 from rayfed.engine.rounds import run_rounds, with_pack_size
-from rayfed.errors import RunError, Stopped, UserError, allowed, first_line
+from rayfed.errors import RunError, Stopped, UserError, allowed, class_and_line, first_line
 from rayfed.run_directory import disk_errors, lock_alone, locked
 from rayfed.server.loop import Server
 from rayfed.tracking import Record, RunInfo, Sink, SinkList, Table, open_sinks
@@ -151,13 +148,13 @@ def run_on_ray(
                         driver.proceed.remote()
         except RayTaskError as error:
             if isinstance(error.cause, RayError):
-                raise RunError(f"Ray cannot go on ({_named(error.cause)}); {CONTINUES}") from None
+                raise RunError(f"Ray cannot go on ({class_and_line(error.cause)}); {CONTINUES}") from None
             raise (error.cause if isinstance(error.cause, UserError | RunError) else error) from None
         except RayActorError as error:
             release(group)  # the driver did not; its workers died with it
             raise RunError(f"the driver died ({first_line(error)}); {CONTINUES}") from None
         except RayError as error:  # such as a full disk below Ray's own folder
-            raise RunError(f"Ray cannot go on ({_named(error)}); {CONTINUES}") from None
+            raise RunError(f"Ray cannot go on ({class_and_line(error)}); {CONTINUES}") from None
         except (KeyboardInterrupt, GeneratorExit):
             # Ctrl-C or SIGTERM (where all processes got it, Ray may be gone already), or nobody asks for more records.
             _stop(driver, out)
@@ -178,44 +175,8 @@ def stepwise(plan: RunPlan, out: Path) -> Iterator[Server]:
         executor.close()
 
 
-def _ignore(event: str) -> None:
-    """Where nobody is shown what happens."""
-
-
-def start_ray(
-    address: str | None, need: float, dashboard: bool = False, event: Callable[[str], None] = _ignore
-) -> None:
-    """Joins the cluster at ``address`` (or RAY_ADDRESS), or starts Ray here with at least ``need`` CPUs.
-
-    Calls ``event`` with a line first, because both take seconds. With ``dashboard`` a Ray that starts here has one, and
-    ``event`` gets its address. UserError where the cluster cannot be joined, RunError where Ray does not start.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    joined, field = (address, "engine.address") if address else (os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS")
-    with _own_sigterm():
-        if joined and joined != "local":
-            event(f"joining Ray at {joined}")
-            url = connect.join(joined, field)
-        else:
-            event("starting Ray on this machine")
-            # CPUs are bookkeeping here: more workers than cores is slow, not wrong.
-            url = connect.start(max(os.cpu_count() or 1, math.ceil(need)), dashboard)
-    if dashboard and url:
-        event(f"Ray's dashboard: http://{url} (`ray get-auth-token` prints the token it may ask for)")
-
-
 @contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Restores this process's handler of SIGTERM, in whose place `ray.init` sets its own."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(handler) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
-
-
-@contextmanager
-def _ray(engine: Engine, event: Callable[[str], None] = _ignore) -> Iterator[None]:
+def _ray(engine: Engine, event: Event = ignore) -> Iterator[None]:
     """Ray as long as the block runs: the one that this process uses already, or one that is started and shut down."""
     ours = not ray.is_initialized()
     if ours:
@@ -237,10 +198,6 @@ def _stop(driver: Any, out: Path) -> None:
                 return
 
 
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
-
-
 def _pickle_by_value(plan: RunPlan, callbacks: Sequence[Callback]) -> None:
     """Sends the code of a user's own classes and functions along: workers may be unable to import their modules."""
     function = (plan.profiles.settings.function or "").partition(":")[0]
@@ -259,7 +216,7 @@ def _check_pickles(plan: RunPlan) -> None:
         try:
             cloudpickle.dumps(part)
         except Exception as error:
-            what = f"it cannot be pickled, and on Ray it is sent to the workers ({_named(error)})"
+            what = f"it cannot be pickled, and on Ray it is sent to the workers ({class_and_line(error)})"
             raise allowed(field, type(part).__name__, what) from None
 
 
@@ -269,6 +226,6 @@ def _pickled(callbacks: Sequence[Callback]) -> bytes:
         try:
             cloudpickle.dumps(callback)
         except Exception as error:
-            what = f"it cannot be pickled, and on Ray it is sent to the driver ({_named(error)})"
+            what = f"it cannot be pickled, and on Ray it is sent to the driver ({class_and_line(error)})"
             raise allowed("callbacks", type(callback).__name__, what) from None
     return bytes(cloudpickle.dumps(tuple(callbacks)))

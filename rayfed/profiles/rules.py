@@ -19,7 +19,7 @@ import numpy as np
 
 from rayfed import seeding
 from rayfed.config.method import Lora, Profiles, Wire
-from rayfed.errors import UserError, allowed, first_line
+from rayfed.errors import UserError, allowed, class_and_line
 
 
 class Tier(NamedTuple):
@@ -101,7 +101,7 @@ def _user_rule(
         try:
             answer = function(client=client, examples=examples, seed=seed)
         except Exception as error:
-            raise invalid(client, f"raised {type(error).__name__}: {first_line(error)}") from error
+            raise invalid(client, f"raised {class_and_line(error)}") from error
         rank, down, up = answer if isinstance(answer, tuple | list) and len(answer) == 3 else (answer, *densities)
         if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or not 1 <= rank <= largest:
             what = f"it should be a rank from 1 to {largest} (lora.rank), or (rank, density_down, density_up)"

@@ -20,6 +20,7 @@ from rayfed.config.load import read_settings
 from rayfed.config.marks import decides
 from rayfed.errors import UserError
 from rayfed.tracking import read_metrics
+from rayfed.tracking.jsonl import is_measured
 
 SEED = "seed"
 REQUIRED = ("bytes/down", "bytes/up", "bytes/total")  # keys of every round; metrics may be null
@@ -97,12 +98,8 @@ class Run:
 
     def diverged(self, key: str) -> bool:
         """Whether the last measured value was not finite."""
-        for record in reversed(self.rounds):
-            if record.get(key) is not None:
-                return False
-            if any(word.startswith(f"{key}=") for word in str(record.get("nonfinite", "")).split()):
-                return True
-        return False
+        values = [record.get(key) for record in self.rounds if is_measured(record, key)]
+        return bool(values) and values[-1] is None
 
 
 def find_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[str]]:

@@ -44,7 +44,7 @@ from rayfed.sweeps.plan import NAME, RUN_DIR, START_FROM, Config, Trial, make_tr
 from rayfed.sweeps.search import Search
 from rayfed.sweeps.space import Point
 
-START, FINAL = "start", "final"
+START, STAY, FINAL = "start", "stay", "final"
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,17 @@ class Progress:
     path: tuple[Probe, ...]
     pending: tuple[Probe, ...]
     """The probes of the current step, ended or not; after the last step, the final run."""
-    ended: str | None
-    """The reason why no further step follows; None until then."""
-    rounds: int
-    """Rounds of all probes, the pending ones included."""
+    ended: str
+    """The reason why no further step follows; empty until then."""
 
     @property
     def chosen(self) -> Probe:
         return self.path[-1]
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of all probes, the pending ones included. Of a probe that continues others, its own rounds alone."""
+        return sum(own.rounds // (1 if own.path[0] == FINAL else len(own.path)) for own in self.probes)
 
     @property
     def result(self) -> str:
@@ -127,41 +130,35 @@ def replay(search: FlascSearchSettings, mode: str, metrics: Metrics, final_round
     ``mode``: `max` or `min`. ``final_rounds`` of the budget are for the final run; 0: the search has no final run.
     """
     budget = math.inf if search.budget is None else search.budget - final_rounds
-    best = first_probe(search)
-    probes, path, pending, ended = [best], [best], [best], None
+    path: list[Probe] = []
+    probes, pending, ended = [first_probe(search)], [first_probe(search)], ""
 
     def worth(probe: Probe) -> float:
         value = metrics[probe.name]
         return -math.inf if value is None else value if mode == "max" else -value
 
-    while all(probe.name in metrics for probe in pending):
-        if len(probes) > 1:
-            grown = [probe for probe in pending if probe.path[-1] != "stay"]
-            baseline, before = pending[-1] if search.stay else best, best
-            best = max(grown, key=worth)  # of equal ones the first: more rank
-            if not worth(best) - worth(baseline) > search.gain:  # nor where neither is finite
-                best, ended = before, f"no neighbour gains more than {search.gain:g}"
-                break
-            path.append(best)
-        elif worth(best) == -math.inf:
-            ended = "the first probe has no finite metric"
+    while not ended and all(probe.name in metrics for probe in pending):
+        best = max((own for own in pending if own.path[-1] != STAY), key=worth)  # of equal ones the first: more rank
+        baseline = worth(pending[-1] if search.stay else path[-1]) if path else -math.inf
+        if not worth(best) - baseline > search.gain:  # nor where neither is finite
+            ended = f"no neighbour gains more than {search.gain:g}" if path else "the first probe has no finite metric"
             break
+        path.append(best)
         grown = neighbours(best, search)
-        same = replace(best, path=(*best.path, "stay"), rounds=best.rounds + search.rounds)
-        pending = [*grown, *([same] if search.stay else [])]
+        same = replace(best, path=(*best.path, STAY), rounds=best.rounds + search.rounds)
+        step = [*grown, *([same] if search.stay else [])]
         if not grown:
             ended = f"no neighbour up to rank {search.max_rank} and density {search.max_density:g}"
-        elif (len(probes) + len(pending)) * search.rounds > budget:
+        elif (len(probes) + len(step)) * search.rounds > budget:
             ended = f"the budget of {search.budget} rounds has no room for another step"
-        if ended:
-            break
-        probes += pending
-    rounds = len(probes) * search.rounds
+        else:
+            pending = step
+            probes += step
     if ended:
-        final = replace(best, path=(FINAL, *best.path), rounds=final_rounds)
-        pending = [final] if final_rounds and worth(best) > -math.inf else []
-        probes, rounds = probes + pending, rounds + final_rounds * len(pending)
-    return Progress(tuple(probes), tuple(path), tuple(pending), ended, rounds)
+        last = path[-1:] if final_rounds else []
+        pending = [replace(own, path=(FINAL, *own.path), rounds=final_rounds) for own in last]
+        probes += pending
+    return Progress(tuple(probes), tuple(path or probes[:1]), tuple(pending), ended)
 
 
 class FlascSearch(Searcher):
@@ -196,10 +193,9 @@ class FlascSearch(Searcher):
         final = self.final_rounds = experiment.server.rounds if search.final else 0
         least = search.rounds * (1 + len(neighbours(first_probe(search), search)) + search.stay) + final
         if search.budget is not None and search.budget < least:
-            rest = f" and {final} for the final run (server.rounds)" if final else ""
-            probes = f"{(least - final) // search.rounds} probes of {search.rounds}"
-            needs = f"the first step alone needs {least} rounds: {probes}{rest}"
-            raise allowed("sweep.search.budget", search.budget, needs)
+            needs = f"{least} rounds: {(least - final) // search.rounds} probes of {search.rounds}"
+            needs += f" and {final} for the final run (server.rounds)" if final else ""
+            raise allowed("sweep.search.budget", search.budget, f"the first step alone needs {needs}")
         for probe in self.extremes():
             changed(experiment, [{NAME: probe.name, **probe.overrides}])  # UserError where one does not go with a rank
         self._names: dict[str, str] = {}  # Tune's id of a trial -> the name of its probe

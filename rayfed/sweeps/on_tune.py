@@ -16,12 +16,12 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
+from rayfed.engine.connect import join_for_trials
 from rayfed.files import remove_path
 from rayfed.sweeps.plan import FAILED, NAME, RUN_DIR, Trial
 from rayfed.sweeps.search import Search
 from rayfed.sweeps.trainable import make_trainable, overrides
 from rayfed.sweeps.tune import ENVIRONMENT as OF_TRIALS
-from rayfed.sweeps.tune import join_ray
 
 ENVIRONMENT = OF_TRIALS | {  # Tune reads these variables when the sweep starts
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # one line says that a process died
@@ -37,10 +37,11 @@ def run_on_tune(search: Search) -> None:
 
     UserError where the cluster can never hold one of the trials. If Ray was started here, it is shut down in the end.
     """
-    new = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    new = ENVIRONMENT.keys() - os.environ.keys()
     ours = False
     try:
-        ours = join_ray([trial.experiment for trial in search.checked], ENVIRONMENT, search.progress.note)
+        os.environ.update(ENVIRONMENT | os.environ)
+        ours = join_for_trials((trial.experiment.engine for trial in search.checked), search.console.note)
         config: dict[str, Any] = {
             "search_alg": Suggestions(search),
             "num_samples": -1,
@@ -102,16 +103,17 @@ class Watch(tune.Callback):
         self.search = search
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self.search.progress.show(self.search.ended, len(self.search.rows))
+        self.search.console.show(self.search.ended, len(self.search.rows))
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.search.progress.start(self._trial(trial))
+        own = self._trial(trial)
+        self.search.console.start(own.name, own.experiment.server.rounds)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
-        self.search.progress.round(Path(result[RUN_DIR]).name, result)
+        self.search.console.round(Path(result[RUN_DIR]).name, result)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.search.progress.note(f"{trial}: its process died; it continues in a new one")
+        self.search.console.note(f"{trial}: its process died; it continues in a new one")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result

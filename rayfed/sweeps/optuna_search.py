@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import chain, repeat
 from pathlib import Path
@@ -30,7 +31,7 @@ from rayfed.errors import UserError
 from rayfed.sweeps.plan import UNFINISHED, Config, Trial, make_trials
 from rayfed.sweeps.search import SEARCH_FILE, Search
 from rayfed.sweeps.space import CASE, Point, corners, make_point, point_name, rounded
-from rayfed.sweeps.table import read_lines
+from rayfed.tracking.jsonl import read_lines
 
 if TYPE_CHECKING:
     import optuna
@@ -100,7 +101,7 @@ class OptunaPoints(Search):
         self.points.append(line)
         points = [_with_seed(point, seed) for seed in self.seeds]
         try:
-            trials = make_trials(self.settings, points, [point_name(own, self.short) for own in points])
+            trials = make_trials(self.settings, [replace(own, name=point_name(own, self.short)) for own in points])
         except UserError as error:
             line["refused"], trials = str(error).splitlines()[0], []
         for trial in trials:

@@ -8,12 +8,11 @@ distinct one once) and matches the adapters.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rayfed.api import build_components, check
 from rayfed.config import Experiment, validate
@@ -22,7 +21,7 @@ from rayfed.config.load import assign
 from rayfed.config.marks import data_key, model_key
 from rayfed.config.sweep import Sweep
 from rayfed.config.types import MOST_TRIALS
-from rayfed.errors import UserError
+from rayfed.errors import UserError, allowed
 from rayfed.sweeps.space import Point
 from rayfed.tasks.data.federation import Federation
 
@@ -54,29 +53,32 @@ class Trial:
     """The keys of metrics.jsonl by which trials can be compared."""
 
 
+Checked = TypeVar("Checked", Point, Trial)
+Result = TypeVar("Result")
+
+
 def trial_folder(out: Path, name: str) -> Path:
     """The run directory of the trial of that name, in the sweep's directory ``out``."""
     return out / "trials" / name
 
 
-def make_trials(settings: Mapping[str, Any], points: Iterable[Point], names: Sequence[str] = ()) -> list[Trial]:
-    """One trial for each point. Without ``names``, the trials are made to be checked, and have no names.
+def make_trials(settings: Mapping[str, Any], points: Iterable[Point]) -> list[Trial]:
+    """One trial for each point.
 
     UserError where fields or their combinations are wrong: one line a mistake, with the trials that have the mistake.
     """
-    points, trials = list(islice(points, MOST_TRIALS + 1)), []
+    points = list(islice(points, MOST_TRIALS + 1))
     if len(points) > MOST_TRIALS:
         raise UserError(f"sweep: got more than {MOST_TRIALS} points to check, but at most so many are allowed")
     group = str(settings.get("name", "sweep"))
-    with collect_refusals() as refusals_of:
-        for point, name in zip(points, names or ["check"] * len(points), strict=True):
-            with refusals_of(point):
-                experiment = trial_experiment(settings, point.overrides, group, name)
-                measured = build_components(experiment).task.metric_keys(experiment.eval)
-                data = data_key(experiment.model_dump(mode="json"))
-                metrics = ("train/loss", *measured, "bytes/total")
-                trials.append(Trial(name, point.overrides, point.labels, experiment, data, metrics))
-    return trials
+
+    def trial(point: Point) -> Trial:
+        experiment = trial_experiment(settings, point.overrides, group, point.name)
+        metrics = ("train/loss", *build_components(experiment).task.metric_keys(experiment.eval), "bytes/total")
+        data = data_key(experiment.model_dump(mode="json"))
+        return Trial(point.name, point.overrides, point.labels, experiment, data, metrics)
+
+    return check_each(points, trial)
 
 
 def check_trials(trials: Sequence[Trial], sweep: Sweep | None = None) -> dict[str, Federation]:
@@ -86,48 +88,40 @@ def check_trials(trials: Sequence[Trial], sweep: Sweep | None = None) -> dict[st
     """
     federations: dict[str, Federation] = {}
     models: set[str] = set()
-    with collect_refusals() as refusals_of:
-        for trial in trials:
-            with refusals_of(trial):
-                engine = trial.experiment.engine
-                if engine.kind == "local" and engine.device == "cuda" and not engine.gpus:
-                    gpus = "in a sweep it says how much of a GPU each trial holds"
-                    raise UserError(f"engine.gpus_per_worker: got 0, but {gpus}")
-                if sweep is not None:
-                    _check_comparison(trial, sweep)
-                model = model_key(trial.experiment.model_dump(mode="json"))
-                federation = check(trial.experiment, federations.get(trial.data), model=model not in models)
-                models.add(model)
-                federations[trial.data] = federation
-                if sweep is not None and is_evaluated(trial, sweep.metric, "eval/") and not len(federation.validation):
-                    split = "the data have no validation split; set data.validation above 0"
-                    raise UserError(f"sweep.metric: got {sweep.metric!r}, but {split}")
+
+    def check_trial(trial: Trial) -> None:
+        engine = trial.experiment.engine
+        if engine.kind == "local" and engine.device == "cuda" and not engine.gpus:
+            raise allowed("engine.gpus_per_worker", 0, "in a sweep it says how much of a GPU each trial holds")
+        if sweep is not None:
+            _check_comparison(trial, sweep)
+        model = model_key(trial.experiment.model_dump(mode="json"))
+        data = federations[trial.data] = check(trial.experiment, federations.get(trial.data), model=model not in models)
+        models.add(model)
+        if sweep is not None and is_evaluated(trial, sweep.metric, "eval/") and not len(data.validation):
+            split = "the data have no validation split; set data.validation above 0"
+            raise allowed("sweep.metric", sweep.metric, split)
+
+    check_each(trials, check_trial)
     return federations
 
 
-@contextmanager
-def collect_refusals() -> Iterator[Callable[[Point | Trial], AbstractContextManager[None]]]:
-    """Collects the refusals of trials, to raise them together. One of many trials becomes one line that names some.
-
-    Yields the context manager in which each trial is checked.
-    """
+def check_each(checked: Iterable[Checked], result: Callable[[Checked], Result]) -> list[Result]:
+    """The ``result`` of each point or trial. Collects the UserErrors; what is wrong with many becomes one line."""
     found: dict[str, list[str]] = {}  # the trials by the line of the refusal
-
-    @contextmanager
-    def of(trial: Point | Trial) -> Iterator[None]:
+    results, lines = [], []
+    for own in checked:
         try:
-            yield
+            results.append(result(own))
         except UserError as error:
             for line in str(error).splitlines():
-                found.setdefault(line, []).append(format_settings(trial.overrides))
-
-    yield of
-    lines = []
+                found.setdefault(line, []).append(format_settings(own.overrides))
     for line, trials in found.items():
         more = f"; and {len(trials) - NAMED} more" if len(trials) > NAMED else ""
         lines.append(f"{line} (trial{'s'[: len(trials) - 1]} {'; '.join(trials[:NAMED])}{more})")
     if lines:
         raise UserError("\n".join(lines))
+    return results
 
 
 def trial_experiment(settings: Mapping[str, Any], overrides: Mapping[str, Any], group: str, name: str) -> Experiment:
@@ -149,7 +143,7 @@ def trial_experiment(settings: Mapping[str, Any], overrides: Mapping[str, Any], 
     experiment = validate(own)
     if experiment.engine.pack == "auto":  # then trials would differ in more than in their settings
         own_choice = "every trial of a sweep would choose its own; name the number that `rayfed doctor CONFIG` shows"
-        raise UserError(f"engine.pack: got 'auto', but {own_choice}")
+        raise allowed("engine.pack", "auto", own_choice)
     return experiment
 
 
@@ -158,17 +152,17 @@ def _check_comparison(trial: Trial, sweep: Sweep) -> None:
     for field, key in (("metric", sweep.metric), ("fallback", sweep.fallback), ("report", sweep.report)):
         if key is not None and key not in trial.metrics:
             keys = ", ".join(trial.metrics)
-            raise UserError(f"sweep.{field}: got {key!r}, but trials of this task can be compared by {keys}")
+            raise allowed(f"sweep.{field}", key, f"trials of this task can be compared by {keys}")
     if sweep.stop is None:
         return
     rounds, grace = trial.experiment.server.rounds, sweep.stop.grace
     if grace >= rounds:
         what = f"with server.rounds={rounds} no trial could be stopped before its last round"
-        raise UserError(f"sweep.stop.grace: got {grace}, but {what}")
+        raise allowed("sweep.stop.grace", grace, what)
     every = trial.experiment.eval.every if is_evaluated(trial, sweep.metric) else 1
     if (rounds - 1) // every * every < grace:  # the last measured round before the end
         when = f"from round {grace} (grace) to {rounds - 1}, and it is not measured there"
-        raise UserError(f"eval.every: got {every}, but sweep.stop compares {sweep.metric} {when}")
+        raise allowed("eval.every", every, f"sweep.stop compares {sweep.metric} {when}")
 
 
 def is_evaluated(trial: Trial, metric: str, on: str | tuple[str, ...] = ("eval/", "test/")) -> bool:

@@ -7,7 +7,6 @@ resumed sweep repeats no finished trial. What a search decides next may depend o
 
 from __future__ import annotations
 
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -18,15 +17,15 @@ from rayfed.config.sweep import SEED, Sweep
 from rayfed.files import atomic_write
 from rayfed.sweeps import plan
 from rayfed.sweeps.plan import Config, Trial
-from rayfed.sweeps.space import Point, expand, trial_names
-from rayfed.sweeps.table import TrialRow, make_table, of_first_seeds, read_lines, selected, trial_row
+from rayfed.sweeps.space import Point, expand
+from rayfed.sweeps.table import TrialRow, make_table, of_first_seeds, selected, trial_row
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Table
-from rayfed.tracking.console import PlainView
-from rayfed.tracking.jsonl import to_line
+from rayfed.tracking.console import plain_text
+from rayfed.tracking.jsonl import read_lines, write_lines
 
 if TYPE_CHECKING:
-    from rayfed.sweeps.sweep import Progress
+    from rayfed.tracking.trials import TrialsView
 
 SWEEP_FILE, SEARCH_FILE = "sweep.jsonl", "search.jsonl"
 
@@ -52,7 +51,7 @@ class Search(ABC):
         """Their rows of sweep.jsonl, by name."""
         self.waiting: list[Trial] = []
         """The trials that Tune gets next, in order."""
-        self.progress: Progress
+        self.console: TrialsView
         """The console; set before the search runs."""
         self.on_trial_end: Callable[[Trial], object] = lambda trial: None
         """Called with every trial that has ended, after its row is written."""
@@ -61,9 +60,9 @@ class Search(ABC):
         """Nothing: Tune pickles searchers and callbacks, and no sweep reads that file. They hold data."""
         return {}
 
-    def check(self, points: Iterable[Point], names: Sequence[str] = ()) -> None:
+    def check(self, points: Iterable[Point]) -> None:
         """Sets `checked` and `federations`. UserError where one of the points is wrong."""
-        self.checked = plan.make_trials(self.settings, points, names)
+        self.checked = plan.make_trials(self.settings, points)
         self.federations = plan.check_trials(self.checked, self.sweep)
 
     @abstractmethod
@@ -125,7 +124,7 @@ class Search(ABC):
         """
         known = self.trials.get(name)
         if known is None or known.overrides != settings:
-            (self.trials[name],) = plan.make_trials(self.settings, [Point(settings, settings)], [name])
+            (self.trials[name],) = plan.make_trials(self.settings, [Point(settings, settings, name)])
         if known is None:
             self.add(self.trials[name])
         return self.trials[name]
@@ -148,7 +147,7 @@ class Search(ABC):
         self.add(trial, error, stopped.get("round", round))
         self.tell(trial)
         self.write()
-        self.progress.end(self.rows[trial.name], self.ended, len(self.rows))
+        self.console.end(self.rows[trial.name], self.ended, len(self.rows))
         self.on_trial_end(trial)
 
     @property
@@ -158,12 +157,10 @@ class Search(ABC):
 
     def write(self) -> None:
         """Writes sweep.jsonl, search.jsonl and table.txt."""
-        atomic_write(self.out / SWEEP_FILE, "".join(f"{to_line(row)}\n" for row in self.rows.values()))
+        write_lines(self.out / SWEEP_FILE, self.rows.values())
         if lines := self.lines():
-            atomic_write(self.out / SEARCH_FILE, "".join(f"{to_line(line)}\n" for line in lines))
-        page = io.StringIO()
-        PlainView(page).table(self.table())
-        atomic_write(self.out / "table.txt", page.getvalue().lstrip("\n"))
+            write_lines(self.out / SEARCH_FILE, lines)
+        atomic_write(self.out / "table.txt", plain_text(self.table()))
 
 
 class TrialList(Search):
@@ -175,8 +172,7 @@ class TrialList(Search):
     def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
         super().__init__(settings, sweep, out)
         seed = settings.get(SEED, 0)
-        points = expand(sweep, seed if isinstance(seed, int) else 0)
-        self.check(points, trial_names(points))
+        self.check(expand(sweep, seed if isinstance(seed, int) else 0))
         earlier = (row for row in read_lines(out / SWEEP_FILE) if row.get("status") == plan.STOPPED)
         stopped = {row["trial"]: row["stopped"]["round"] for row in earlier}
         for trial in self.checked:
@@ -188,7 +184,7 @@ class TrialList(Search):
     def run(self) -> None:
         later = len(self.checked) - len(self.now)
         wait = f"; {later} wait for the selection" if later else ""
-        self.progress.note(f"sweep {self.out}: {len(self.now)} trials, {len(self.missing(self.now))} to run{wait}")
+        self.console.note(f"sweep {self.out}: {len(self.now)} trials, {len(self.missing(self.now))} to run{wait}")
         super().run()
         if later:
             self.now = selected(self.checked, self.rows, self.sweep)
@@ -197,7 +193,7 @@ class TrialList(Search):
                     self.rows[name]["status"] = plan.NOT_SELECTED
             # Not with `stop`: a mean over only those seeds that were not stopped would be too good.
             self.stop, missing = None, len(self.missing(self.now))
-            self.progress.note(f"selected: {len(self.now)} trials of {len(self.checked)}, {missing} to run")
+            self.console.note(f"selected: {len(self.now)} trials of {len(self.checked)}, {missing} to run")
             super().run()
 
     def complete(self) -> bool:

@@ -15,7 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rayfed import seeding
@@ -34,10 +34,14 @@ class Point:
 
     overrides: Settings
     labels: Settings
+    name: str = "check"  # of a point that is checked and does not run
 
 
 def expand(sweep: Sweep, seed: int) -> list[Point]:
-    """Every point once: in the order of the cases, then of the parameters as they are written, then of the draws."""
+    """Every point once: in the order of the cases, then of the parameters as they are written, then of the draws.
+
+    Each has a readable name, such as `name=fedhl,lr=0.001,seed=0`. All differ and are valid folder names.
+    """
     points: dict[str, Point] = {}
     for label, case in sweep.labelled():
         spaces = {**sweep.parameters, **case}
@@ -50,7 +54,11 @@ def expand(sweep: Sweep, seed: int) -> list[Point]:
                 point = make_point(sweep, label, case, {key: values[key] for key in spaces if key in values})
                 # Two draws from few choices may be equal. Then they are one trial.
                 points.setdefault(json.dumps([point.labels, point.overrides], default=str), point)
-    return list(points.values())
+    short = short_names(key for point in points.values() for key in point.labels)
+    names = [point_name(point, short) for point in points.values()]
+    times = Counter(names)
+    named = zip(points.values(), names, strict=True)
+    return [replace(own, name=point_name(own, short, times[name] > 1)) for own, name in named]
 
 
 def make_point(sweep: Sweep, label: str, case: Settings, values: Settings) -> Point:
@@ -92,14 +100,6 @@ def draw(space: Settings, key: str, seed: int, i: int) -> Any:
 def rounded(x: float) -> float:
     """The number to six significant digits, so that people can read it and type it again."""
     return float(f"{x:.6g}")
-
-
-def trial_names(points: Sequence[Point]) -> list[str]:
-    """A readable name for each point, such as `name=fedhl,lr=0.001,seed=0`. All differ and are valid folder names."""
-    short = short_names(key for point in points for key in point.labels)
-    names = [point_name(point, short) for point in points]
-    times = Counter(names)
-    return [point_name(own, short, times[name] > 1) for own, name in zip(points, names, strict=True)]
 
 
 def point_name(point: Point, short: Mapping[str, str], with_digest: bool = False) -> str:

@@ -6,7 +6,6 @@ validation data. The reported test metric takes no part in the selection.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -20,6 +19,7 @@ from rayfed.errors import UserError
 from rayfed.sweeps.plan import FAILED, STOPPED, UNFINISHED, Trial, trial_folder
 from rayfed.tracking import Table, read_metrics
 from rayfed.tracking.format import format_mb, format_mean
+from rayfed.tracking.jsonl import is_measured, read_lines
 
 TrialRow = dict[str, Any]
 """A line of sweep.jsonl."""
@@ -51,17 +51,6 @@ def trial_row(out: Path, trial: Trial, sweep: Sweep, error: str | None = None, s
     return row
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines; none if there is no such file. UserError if it is damaged."""
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-        if not all(isinstance(line, dict) for line in lines):
-            raise ValueError("a line is no object")
-    except ValueError as error:
-        raise UserError(f"--resume: {path} is damaged ({error}); choose another --out") from None
-    return lines
-
-
 def report_key(trial: Trial, sweep: Sweep) -> str | None:
     """The key shown after the metric: `sweep.report`, else the metric on test data, if trials measure it."""
     on_test = sweep.metric.replace("eval/", "test/", 1)
@@ -74,30 +63,25 @@ def summarize(rounds: Sequence[Mapping[str, Any]], sweep: Sweep, report: str | N
     With a second objective (`sweep.search.against`), its sum over the rounds. If the last measured value was not
     finite, the metric is None: an earlier round must not hide a divergence.
     """
-    key, measured = sweep.metric, _measured(rounds, sweep.metric)
-    if sweep.fallback is not None and not measured:
-        key, measured = sweep.fallback, _measured(rounds, sweep.fallback)
+    key = sweep.metric
+    if sweep.fallback is not None and not any(is_measured(own, key) for own in rounds):
+        key = sweep.fallback
         report = sweep.report or key.replace("eval/", "test/", 1)
+    measured = [own for own in rounds if is_measured(own, key)]
     counted = measured[-1] if measured else {}
     if sweep.at == "best":
         finite = [own for own in measured if own.get(key) is not None]
         counted = (max if sweep.mode == "max" else min)(finite, key=lambda own: own[key], default={})
-    totals = {"seconds": "time/round_s", "server_seconds": "time/server_s"}
+
+    def total(key: str) -> float | None:
+        values = [own.get(key, 0) for own in rounds]
+        return max(values, default=None) if key == "bytes/total" else sum(values)  # the first one is a sum already
+
+    totals = {"bytes": "bytes/total", "seconds": "time/round_s", "server_seconds": "time/server_s"}
     if isinstance(sweep.search, OptunaSettings) and sweep.search.against:
         totals["against"] = sweep.search.against
-    row = {
-        "round": counted.get("round"),
-        "metric": counted.get(key),
-        "report": counted.get(report) if report else None,
-        "bytes": rounds[-1]["bytes/total"] if rounds else None,
-        **{name: sum(own.get(total, 0.0) for own in rounds) for name, total in totals.items()},
-    }
-    return row | ({"against": row["bytes"]} if totals.get("against") == "bytes/total" else {})
-
-
-def _measured(rounds: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, Any]]:
-    """The rounds in which the key was measured, finite or not."""
-    return [own for own in rounds if own.get(key) is not None or f" {key}=" in f" {own.get('nonfinite')}"]
+    row = {"round": counted.get("round"), "metric": counted.get(key), "report": counted.get(report) if report else None}
+    return row | {name: total(own) for name, own in totals.items()}
 
 
 def groups(trials: Iterable[Trial]) -> dict[str, list[Trial]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from rayfed.config import Experiment, dump_config, validate
 from rayfed.config.execution import Engine
 from rayfed.config.marks import data_key
 from rayfed.engine.placement import trial_bundles
-from rayfed.errors import MOST_CHARACTERS, RunError, UserError, first_line
+from rayfed.errors import MOST_CHARACTERS, UserError, class_and_line
 from rayfed.files import atomic_write, remove_path
 from rayfed.run_directory import locked
 from rayfed.storage import masked
@@ -58,20 +58,21 @@ def make_trainable(
     data = {key: ray.put(federation) for key, federation in federations.items()}
 
     def train(config: Config) -> None:
-        folder = trials / tune.get_context().get_trial_name() if trials else _own_folder()
+        own = tune.get_context().get_trial_name()
+        folder = trials / own if trials else _own_folder()
+        name = own if trials else config.get(NAME, own)  # in a sweep, PBT may have copied another trial's config
         try:
-            with closing(_records(config, folder)) as records:
+            with closing(_records(config, name, folder)) as records:
                 for record in records:
                     report(record, folder, pauses)
         except Exception as error:
             if trials is None:
                 raise
-            report({FAILED: in_one_line(error)}, folder, False)
+            report({FAILED: masked(class_and_line(error, MOST_CHARACTERS))}, folder, False)
 
-    def _records(config: Config, folder: Path) -> Generator[Record, None, None]:
+    def _records(config: Config, name: str, folder: Path) -> Generator[Record, None, None]:
         if ENDED in config:
             return (own for own in read_metrics(folder / "metrics.jsonl") if own["round"] <= config[ENDED])
-        name = folder.name if trials else config.get(NAME) or tune.get_context().get_trial_name()
         experiment = trial_experiment(settings, overrides(config), group, name)
         federation = load_federation(experiment, data)
         return run_trial(experiment, folder, federation, tune.get_checkpoint(), config.get(START_FROM))
@@ -163,14 +164,6 @@ def report(record: Record, folder: Path, take_checkpoints: bool = True) -> None:
     The keys are those of metrics.jsonl, without values that were not measured, and `run_dir`.
     """
     metrics = {key: value for key, value in record.items() if value is not None} | {RUN_DIR: str(folder)}
-    if take_checkpoints and last_round(folder) == record.get("round"):
-        with snapshot(folder) as copy:
-            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(str(copy)))
-    else:
-        tune.report(metrics)
-
-
-def in_one_line(error: Exception) -> str:
-    """The message of the error on one line; with the error's class if the error is not one of rayfed's own."""
-    line = masked(first_line(error, MOST_CHARACTERS))
-    return line if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {line}"
+    due = take_checkpoints and last_round(folder) == record.get("round")
+    with snapshot(folder) if due else nullcontext() as copy:
+        tune.report(metrics, checkpoint=copy and tune.Checkpoint.from_directory(str(copy)))

@@ -21,11 +21,10 @@ searcher of Tune works. `tune.Tuner.restore(path, rayfed.tune.trainable(experime
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.search.sample import Categorical, Float, Function, Integer
 
@@ -33,9 +32,8 @@ from rayfed.api import build_components
 from rayfed.api.plans import Settings, read_settings
 from rayfed.config import Experiment
 from rayfed.config.marks import live
-from rayfed.engine.driver import start_ray
-from rayfed.engine.placement import check_trial, trial_bundles
-from rayfed.errors import UserError
+from rayfed.engine.connect import join_for_trials
+from rayfed.errors import UserError, allowed
 from rayfed.sweeps.flasc_search import FlascSearch
 from rayfed.sweeps.plan import NAME, START_FROM, Config, Trial, check_trials, is_evaluated, make_trials
 from rayfed.sweeps.space import Point, combinations
@@ -85,7 +83,8 @@ def tuner(
     trials = make_trials(_given(settings), _points(param_space))
     federations = check_trials(trials)
     _check_search(trials[0], tune_config)
-    join_ray([trial.experiment for trial in trials], ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | os.environ)
+    join_for_trials(trial.experiment.engine for trial in trials)
     tune_config = replace(tune_config, reuse_actors=True)
     if isinstance(tune_config.search_alg, FlascSearch) and tune_config.num_samples == 1:
         tune_config.num_samples = -1  # the search knows when it has ended
@@ -95,34 +94,6 @@ def tuner(
         run_config = replace(run_config, checkpoint_config=kept)
     function = make_trainable(_given(settings), federations)
     return tune.Tuner(function, param_space=dict(param_space), tune_config=tune_config, run_config=run_config)
-
-
-def join_ray(
-    trials: Sequence[Experiment], environment: Mapping[str, str], event: Callable[[str], None] = lambda text: None
-) -> bool:
-    """Joins the trials' cluster, or starts Ray here with CPUs for any of them, unless this process uses Ray already.
-
-    Whether Ray was started or joined now. ``environment``: variables that are set before, unless they are. ``event``
-    gets a line first, since that takes seconds. UserError where the trials name several clusters, or the cluster can
-    never hold one of them.
-    """
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
-    engines = list({str(trial.engine): trial.engine for trial in trials}.values())
-    addresses = {engine.address for engine in engines}
-    if len(addresses) > 1:
-        raise UserError("engine.address: trials run on one cluster, but these name several")
-    if ours := not ray.is_initialized():
-        cpus = max(sum(bundle.get("CPU", 0) for bundle in trial_bundles(engine)) for engine in engines)
-        start_ray(addresses.pop(), cpus, any(engine.dashboard for engine in engines), event)
-    try:
-        for engine in engines:
-            check_trial(engine)
-    except UserError:
-        if ours:
-            ray.shutdown()
-        raise
-    return ours
 
 
 def _given(experiment: Experiment) -> dict[str, Any]:
@@ -156,15 +127,15 @@ def _check_search(trial: Trial, tune_config: tune.TuneConfig) -> None:
     mutations = getattr(scheduler, "_hyperparam_mutations", None) or {}
     for key in mutations:
         if key not in live():
-            what = f"a run can change only {', '.join(live())}"
-            raise UserError(f"tune_config.scheduler: got mutations of {key}, but {what}")
+            what = f"mutations of {key}, but a run can change only {', '.join(live())}"
+            raise UserError(f"tune_config.scheduler: got {what}")
     every, reads = trial.experiment.eval.every, mutations or type(search).__name__ == "OptunaSearch"
     for part in (tune_config, search, scheduler):
         found = getattr(part, "metric", None) or getattr(part, "_metric", None) or []
         for metric in [found] if isinstance(found, str) else found:
             if metric not in trial.metrics and not metric.startswith(COUNTED):
                 what = f"trials of this task can be compared by {', '.join(trial.metrics)} and {', '.join(COUNTED)}..."
-                raise UserError(f"tune_config.metric: got {metric!r}, but {what}")
+                raise allowed("tune_config.metric", metric, what)
             if reads and every > 1 and is_evaluated(trial, metric):
                 reader = type(scheduler if mutations else search).__name__
-                raise UserError(f"eval.every: got {every}, but {reader} reads the metric of every round: 1")
+                raise allowed("eval.every", every, f"{reader} reads the metric of every round: 1")

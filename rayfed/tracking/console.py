@@ -8,6 +8,7 @@ the final table.
 
 from __future__ import annotations
 
+import io
 import os
 import statistics
 import sys
@@ -132,6 +133,13 @@ class PlainView:
         print(line.encode(encoding, "replace").decode(encoding), file=self._stream, flush=True)
 
 
+def plain_text(table: Table) -> str:
+    """The table as a `PlainView` writes it into a file."""
+    page = io.StringIO()
+    PlainView(page).table(table)
+    return page.getvalue().lstrip("\n")
+
+
 def header(info: RunInfo) -> list[str]:
     """The lines that the console shows before the first round."""
     rounds = f"{info.rounds} rounds" + (f", continuing after round {info.start}" if info.start else "")
@@ -141,8 +149,13 @@ def header(info: RunInfo) -> list[str]:
     return [f"{info.name}: {rounds}, digest {info.digest}", f"out {info.out}", *(s.replace("\0", " ") for s in lines)]
 
 
+def on_terminal(mode: str, stream: TextIO) -> bool:
+    """Whether the mode of `tracking.console` means a view that is redrawn in place."""
+    return mode == "rich" or (mode == "auto" and stream.isatty() and os.environ.get("TERM") != "dumb")
+
+
 def _view(mode: str, stream: TextIO) -> PlainView | RichView:
-    if mode == "rich" or (mode == "auto" and stream.isatty() and os.environ.get("TERM") != "dumb"):
+    if on_terminal(mode, stream):
         from rayfed.tracking.progress import RichView  # rich loads slowly, and plain runs do not need it
 
         return RichView(stream)

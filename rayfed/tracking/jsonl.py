@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -65,6 +66,27 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         elif number < len(lines):
             raise UserError(f"{path}: line {number} is not a JSON object with a round, so the file is damaged")
     return records
+
+
+def is_measured(record: Record, key: str) -> bool:
+    """Whether the record has a value of the metric, finite or not."""
+    return record.get(key) is not None or f" {key}=" in f" {record.get('nonfinite')}"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines; none if there is no such file. UserError if it is damaged."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line is no object")
+    except ValueError as error:
+        raise UserError(f"--resume: {path} is damaged ({error}); choose another --out") from None
+    return lines
+
+
+def write_lines(path: Path, lines: Iterable[Record]) -> None:
+    """Writes a file of JSON lines, whole or not at all."""
+    atomic_write(path, "".join(f"{to_line(line)}\n" for line in lines))
 
 
 def to_line(record: Record) -> str:

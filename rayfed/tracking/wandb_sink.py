@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rayfed.errors import first_line
+from rayfed.errors import class_and_line
 from rayfed.files import write_json
 from rayfed.tracking.jsonl import read_metrics
 from rayfed.tracking.sinks import Record, RunInfo, Sink, Table, scalars
@@ -86,8 +86,7 @@ class WandbSink(Sink):
         try:
             call()
         except (Exception, SystemExit) as error:  # wandb calls sys.exit when its helper process ends badly
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            self._notify(f"wandb: {what} failed, the run continues without W&B ({reason})")
+            self._notify(f"wandb: {what} failed, the run continues without W&B ({class_and_line(error)})")
             run, self._run = self._run, None
             if run is not None:
                 self._attempt("finish", lambda: run.finish(exit_code=1))
@@ -101,7 +100,7 @@ class WandbSink(Sink):
         try:
             self._run = self._init(info, mode, _run_id(info))
         except (Exception, SystemExit) as error:
-            self._notify(f"wandb: {mode} start failed, trying offline ({type(error).__name__}: {first_line(error)})")
+            self._notify(f"wandb: {mode} start failed, trying offline ({class_and_line(error)})")
             _release(1)
             # While other runs need the helper process, it stays alive and blocks the id of the failed run.
             self._run = self._init(info, mode := "offline", _run_id(info, fresh=SERVICE in os.environ))

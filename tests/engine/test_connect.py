@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from rayfed.engine import connect
-from rayfed.engine.driver import start_ray
+from rayfed.engine.connect import start_ray
 from rayfed.errors import RunError, UserError
 
 

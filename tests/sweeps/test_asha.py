@@ -11,10 +11,11 @@ from sweep_files import planned, run_in_process
 from rayfed.config.sweep import load_sweep
 from rayfed.sweeps.plan import ENDED, Trial, trial_folder
 from rayfed.sweeps.search import TrialList
-from rayfed.sweeps.sweep import Progress, run_sweep
+from rayfed.sweeps.sweep import run_sweep
 from rayfed.sweeps.table import make_table, trial_row
 from rayfed.tracking import read_metrics
 from rayfed.tracking.console import PlainView
+from rayfed.tracking.trials import TrialsView
 
 
 def write_stopped(out: Path, trial: Trial, round: int) -> None:
@@ -43,7 +44,7 @@ def test_what_tune_gets(sweep_file, tmp_path: Path) -> None:
         {"name": "seed=2", "seed": 2},
         None,
     ]
-    search.progress = Progress(PlainView(io.StringIO()), "eval/gap")
+    search.console = TrialsView(PlainView(io.StringIO()), "eval/gap")
     search.trial_ended(trials[1], round=1)
     assert search.rows["seed=1"]["status"] == "stopped"
     assert search.rows["seed=1"]["stopped"]["round"] == 3  # as before, whenever ASHA stops it now

@@ -16,9 +16,10 @@ from rayfed.errors import UserError
 from rayfed.sweeps import trainable
 from rayfed.sweeps.optuna_search import OptunaPoints
 from rayfed.sweeps.space import corners
-from rayfed.sweeps.sweep import Progress, run_sweep
+from rayfed.sweeps.sweep import run_sweep
 from rayfed.tracking import read_metrics
 from rayfed.tracking.console import PlainView
+from rayfed.tracking.trials import TrialsView
 
 SEARCH = {"kind": "optuna", "trials": 7, "batch": 3, "startup": 3}
 SPACES = {"client.lr": {"loguniform": [1e-3, 1e-1]}, "lora.rank": {"choice": [1, 2]}}
@@ -171,7 +172,7 @@ def test_seeds_cases_and_bytes(optuna_file, tmp_path: Path, here) -> None:
 def test_the_runs_of_a_point_are_side_by_side_and_batch_points_are_open(optuna_file, tmp_path: Path) -> None:
     path = optuna_file(SPACES | {"seed": {"grid": [3, 5]}}, batch=2, trials=3)
     points = OptunaPoints(*load_sweep(path), tmp_path)
-    points.progress = Progress(PlainView(io.StringIO()), "eval/gap")
+    points.console = TrialsView(PlainView(io.StringIO()), "eval/gap")
     configs = [points.suggest() for _ in range(5)]
     assert [config and config["seed"] for config in configs] == [3, 5, 3, 5, None]
     names = [config["name"] for config in configs if config]

@@ -9,10 +9,10 @@ import pytest
 import ray
 
 from rayfed.config import load_config
+from rayfed.engine.connect import join_for_trials
 from rayfed.engine.placement import trial_bundles, trial_mistake
 from rayfed.errors import UserError
 from rayfed.sweeps.trainable import placement_group
-from rayfed.sweeps.tune import join_ray
 
 
 def settings(*overrides: str) -> Any:
@@ -70,9 +70,9 @@ def test_workers_of_a_trial_go_to_nodes_with_the_labels(ray_cluster: None) -> No
         settings("engine.workers=1", f"engine.labels={{ray.io/node-id: '{condition}'}}")
         for condition in (node, f"!{node}")
     )
-    assert not join_ray([there], {})
+    assert not join_for_trials([there.engine])
     group = placement_group(there.engine).to_placement_group()
     assert ray.get(group.ready(), timeout=20)
     ray.util.remove_placement_group(group)
     with pytest.raises(UserError, match=rf"^engine.labels: got '!{node}' for ray.io/node-id, "):
-        join_ray([elsewhere], {})
+        join_for_trials([elsewhere.engine])

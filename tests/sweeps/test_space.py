@@ -7,11 +7,15 @@ import math
 import pytest
 
 from rayfed.config.sweep import Sweep
-from rayfed.sweeps.space import draw, expand, short_names, trial_names
+from rayfed.sweeps.space import draw, expand, short_names
 
 
 def points(seed: int = 0, **section) -> list[dict]:
     return [dict(point.overrides) for point in expand(Sweep(**section), seed)]
+
+
+def names(sweep: Sweep) -> list[str]:
+    return [point.name for point in expand(sweep, 0)]
 
 
 def test_grids_are_crossed_in_the_order_they_are_written():
@@ -41,7 +45,7 @@ def test_cases_are_crossed_with_the_grid_and_their_own_spaces_stay_inside():
 def test_a_label_replaces_the_settings_of_its_case():
     sweep = Sweep(cases={"sparse": {"method.name": "flasc", "wire": {"up": {"density": 0.5}}}, "dense": {}})
     assert [dict(point.labels) for point in expand(sweep, 0)] == [{"case": "sparse"}, {"case": "dense"}]
-    assert trial_names(expand(sweep, 0)) == ["case=sparse", "case=dense"]
+    assert names(sweep) == ["case=sparse", "case=dense"]
 
 
 def test_every_point_of_the_grid_gets_the_same_draws():
@@ -94,10 +98,10 @@ def test_names_are_short_different_and_fit_for_a_folder():
             "client.lr": {"grid": [1e-3, 0.00015]},
         }
     )
-    made = trial_names(expand(sweep, 0))
+    made = names(sweep)
     assert made[0].startswith("model=a-b-c,ranks=2-4,lr=0.001-")  # a digest distinguishes it from the next name
     assert "model=a-b-c,ranks=null,lr=0.00015" in made[3]
     assert len(set(made)) == 8
     assert not any(set(name) & set("/ :*") for name in made)
-    (long,) = trial_names(expand(Sweep(parameters={"model.name": {"grid": ["x" * 500]}}), 0))
+    (long,) = names(Sweep(parameters={"model.name": {"grid": ["x" * 500]}}))
     assert len(long) == 120

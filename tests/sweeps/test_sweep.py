@@ -12,12 +12,11 @@ from sweep_files import planned, run_in_process, statuses
 
 import rayfed
 from rayfed.config.sweep import load_sweep
-from rayfed.errors import RunError, UserError
+from rayfed.errors import RunError, UserError, class_and_line
 from rayfed.run_directory import locked
 from rayfed.sweeps.plan import trial_folder
 from rayfed.sweeps.sweep import run_sweep
 from rayfed.sweeps.table import trial_row
-from rayfed.sweeps.trainable import in_one_line
 from rayfed.tracking import read_metrics
 
 
@@ -111,8 +110,8 @@ def test_whatever_a_trial_raises_is_recorded_in_one_line(sweep_file, tmp_path: P
     monkeypatch.setattr("rayfed.sweeps.trainable.iter_rounds", fail)
     (row,) = run_sweep(sweep_file({"parameters": {"seed": {"grid": [0]}}}), out=tmp_path / "out").failed
     assert (row["status"], row["error"]) == ("failed", "MemoryError: out of memory:")
-    assert in_one_line(RunError("a\nb")) == "a"
-    assert in_one_line(ValueError()) == "ValueError: ValueError"
+    assert class_and_line(RunError("a\nb")) == "a"
+    assert class_and_line(ValueError()) == "ValueError: ValueError"
 
 
 def test_a_damaged_record_is_one_line(sweep_file, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from sweep_files import folded_width, planned
 
 from rayfed.config.sweep import Sweep, load_sweep
 from rayfed.sweeps.plan import Trial, make_trials
-from rayfed.sweeps.space import expand, trial_names
+from rayfed.sweeps.space import expand
 from rayfed.sweeps.table import make_table, summarize
 from rayfed.tracking.format import format_mean
 
@@ -157,5 +157,5 @@ def test_the_sweeps_in_configs_are_valid(path: Path) -> None:
     """All but what the data and the model say: every trial's fields and combinations."""
     settings, sweep = load_sweep(path)
     points = expand(sweep, 0)
-    trials = make_trials(settings, points, trial_names(points))
+    trials = make_trials(settings, points)
     assert len(trials) == len(points)

@@ -32,7 +32,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr("rayfed.sweeps.tune.start_ray", fail)
+    monkeypatch.setattr("rayfed.engine.connect.start_ray", fail)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
 
 
