@@ -9,9 +9,8 @@ from typing import Any
 
 from rayfed.config.sweep import load_sweep
 from rayfed.errors import class_and_line
-from rayfed.sweeps import trainable
-from rayfed.sweeps.plan import Trial, check_trials, make_trials, trial_folder
-from rayfed.sweeps.space import expand
+from rayfed.sweeps import on_tune
+from rayfed.sweeps.plan import Trial, check_trials, expand, make_trials, trial_folder
 from rayfed.tasks.data.federation import Federation
 from rayfed.tracking import Table
 
@@ -45,9 +44,9 @@ def statuses(out: Path) -> dict[str, str]:
 
 def run_in_process(trial: Trial, out: Path, federation: Federation | None = None, start: str | None = None) -> str:
     """Runs the trial in this process, as that of a trial does. Returns the reason if it fails, else an empty text."""
-    federation = federation or trainable.load_federation(trial.experiment, {})
+    federation = federation or on_tune.load_federation(trial.experiment, {})
     try:
-        rounds = trainable.run_trial(trial.experiment, trial_folder(out, trial.name), federation, start=start)
+        rounds = on_tune.run_trial(trial.experiment, trial_folder(out, trial.name), federation, start=start)
         with closing(rounds):
             for _ in rounds:
                 pass

@@ -1,7 +1,4 @@
-"""A run that continues the checkpoint of another run under other settings, with exactly the same model.
-
-`warm_start` continues a finished run. `continue_run` continues a run directory that was cut off after a round, which is
-what Ray Tune stores of a trial.
+"""A run that continues the finished run of other settings, with exactly the same model.
 
 A setting that is `live` in `rayfed.config.marks`, such as a rate or a density, does not change the meaning of a
 checkpoint. The method's tensors, the clients' own tensors and the record of who has merged which base update are then
@@ -19,15 +16,9 @@ Only states that consist of factors can grow: those of `fedit`, and of `flasc` w
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 
 import torch
@@ -35,9 +26,8 @@ from torch import Tensor
 
 from rayfed.api.plans import build_components
 from rayfed.config import Experiment, dump_config, load_config
-from rayfed.config.marks import changes, live
 from rayfed.errors import UserError, allowed
-from rayfed.files import atomic_path, atomic_write, remove_path, write_json
+from rayfed.files import atomic_path, atomic_write, write_json
 from rayfed.lora.adapter import Adapter, Layout, LowRank, fresh_adapter, scale_of
 from rayfed.lora.algebra import pad, rescale
 from rayfed.methods.fedit import FedIT
@@ -51,8 +41,6 @@ SQUARES = ("v", "exp_avg_sq")  # moments of squared gradients
 CONSTANT = {"client.schedule.kind": "constant", "server.schedule.kind": "constant", "eval.controls": False}
 """Overrides of trials that later trials continue: constant rates after the warm-up, and nothing at the end."""
 NOTE = "continues.json"  # in the run's directory: the continued trial, its round, and the digest of that state
-STATE = ("config.yaml", "metrics.jsonl", "ledger.parquet", "checkpoints", "clients", NOTE)
-"""The parts of a run directory from which a run continues."""
 RANK = ("lora.rank", "lora.alpha", "lora.rslora")
 
 
@@ -111,76 +99,6 @@ def warm_start(source: Path, folder: Path, experiment: Experiment) -> None:
     note = {"trial": source.name, "round": checkpoint.round, "state/digest": found.checkpoint.digest}
     write_json(folder / NOTE, note)
     atomic_write(folder / "config.yaml", dump_config(experiment))
-
-
-def last_round(folder: Path) -> int:
-    """The round of the newest checkpoint in a run directory; 0 without one."""
-    whole = checkpoints.manifests(folder / "checkpoints")
-    return whole[0].round if whole else 0
-
-
-@contextmanager
-def snapshot(folder: Path) -> Iterator[Path]:
-    """A run directory cut off after its newest checkpoint, as links to the files of ``folder``; gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix=".snapshot.", suffix=".partial", dir=folder) as made:
-        copy = Path(made)
-        for name in STATE:
-            source = folder / name
-            if source.is_file():
-                _link(source, copy / name)
-            elif name == "checkpoints":
-                newest = checkpoints.folders(source)[0]
-                shutil.copytree(newest, copy / name / newest.name, copy_function=_link)
-            elif source.is_dir():
-                shutil.copytree(source, copy / name, copy_function=_link)
-        yield copy
-
-
-def _link(source: str | Path, copy: str | Path) -> None:
-    try:
-        os.link(source, copy)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, copy)
-
-
-def continue_run(source: Path, folder: Path, experiment: Experiment) -> None:
-    """Makes ``folder`` the run of ``experiment`` that continues ``source``, a run directory cut off after a round.
-
-    A folder that has come to that round by itself loses what is newer. Settings that are `live` may differ, and those
-    of the rank where `check_rank_change` allows that. UserError for any other difference.
-    """
-    theirs = checkpoints.manifests(source / "checkpoints")[0]
-    with suppress(UserError, checkpoints.Damaged):
-        for path in (own := checkpoints.folders(folder / "checkpoints")):
-            if checkpoints.read_manifest(path, experiment.digest()).chain == theirs.chain:
-                for newer in own[: own.index(path)]:
-                    shutil.rmtree(newer)
-                return
-    for name in STATE:
-        remove_path(folder / name)
-    before = load_config(source / "config.yaml")
-    if theirs.experiment == experiment.digest():
-        for name in STATE[1:]:
-            if (path := source / name).is_dir():
-                shutil.copytree(path, folder / name)
-            elif path.is_file():
-                shutil.copyfile(path, folder / name)
-        atomic_write(folder / "config.yaml", dump_config(experiment))
-        return
-    old = before.model_dump(mode="json")
-    changed = changes(old, experiment.model_dump(mode="json"))
-    if any(key in changed for key in RANK):
-        check_rank_change(experiment)
-    for key, (was, now) in changed.items():
-        if key not in (*live(), *RANK, "server.rounds"):
-            allowed = f"a trial that continues from a checkpoint may change only {', '.join(live())}"
-            raise UserError(f"{key}: was {was} and is {now}, but {allowed}")
-    warm_start(source, folder, experiment)
-    note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-    note |= {"trial": before.name, "before": {key: reduce(getitem, key.split("."), old) for key in changed}}
-    if (source / NOTE).is_file():
-        note["earlier"] = json.loads((source / NOTE).read_text(encoding="utf-8"))
-    write_json(folder / NOTE, note)
 
 
 def _grown(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from types import UnionType
@@ -102,6 +105,11 @@ class _OneLine(reprlib.Repr):
 _ONE_LINE = _OneLine()
 
 
+def mistake(field: str, value: Any, what: str) -> str:
+    """The line `field: got VALUE, but what`. ``what`` says what is allowed."""
+    return f"{field}: got {format_value(value)}, but {what}"
+
+
 def in_words(kind: Any) -> str:
     """The values that a type allows, in words: `Annotated[float, Field(ge=0)]` is "a number of at least 0"."""
     return _describe_type(kind, [])
@@ -172,3 +180,20 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 def format_settings(settings: Mapping[str, Any]) -> str:
     """`client.lr=0.1, seed=0`."""
     return ", ".join(f"{key}={format_value(value, quotes=False)}" for key, value in settings.items())
+
+
+def format_name(settings: Mapping[str, Any], short: Mapping[str, str]) -> str:
+    """`lr=0.1,seed=0`, in characters that a folder's name may have. ``short`` maps settings to their short names."""
+    parts = (f"{short[key]}={_word(value)}" for key, value in settings.items())
+    return re.sub(r"[^\w.,=+-]+", "-", ",".join(parts)).strip(".-")
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list):
+        return "-".join(map(_word, value))
+    return digest(value)[:6] if isinstance(value, dict) else format_value(value, quotes=False)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (first 16 hex digits) of a value that JSON can write; of other values inside, of their text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -5,12 +5,10 @@ All functions that take ``settings`` take the plain values of a whole Experiment
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rayfed.config.describe import format_value, iter_fields, section_of
+from rayfed.config.describe import digest, format_value, iter_fields, section_of
 from rayfed.config.schema import Experiment
 from rayfed.config.types import Aspect, Decides, Section
 
@@ -49,7 +47,7 @@ def decides(name: str) -> tuple[Aspect, ...]:
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
     """SHA-256 (first 16 hex digits) of all settings that decide anything: equal digests, equal results."""
-    return _digest(_select(settings, {"data", "model", "result"}))
+    return digest(_select(settings, {"data", "model", "result"}))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 3) -> str:
@@ -61,7 +59,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 3
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """The settings that decide anything and differ: dotted name -> (old value, new value), as text."""
-    old, new = (dict(_flat(_select(settings, {"data", "model", "result"}))) for settings in (before, now))
+    old, new = (dict(flat(_select(settings, {"data", "model", "result"}))) for settings in (before, now))
 
     def text(settings: Mapping[str, Any], key: str) -> str:
         return format_value(settings[key]) if key in settings else "not given"
@@ -78,7 +76,7 @@ def data_key(settings: Mapping[str, Any]) -> str:
     """
     checked = {name: settings["server"][name] for name in ("cohort", "empty_clients")}
     checked["early_stop"] = settings["eval"]["early_stop"] is not None
-    return _digest(_select(settings, {"data"}) | checked)
+    return digest(_select(settings, {"data"}) | checked)
 
 
 def model_key(settings: Mapping[str, Any]) -> str:
@@ -88,7 +86,7 @@ def model_key(settings: Mapping[str, Any]) -> str:
     `engine.gradient_checkpointing` is in the key because the model is checked against it.
     """
     checked = {"gradient_checkpointing": settings["engine"]["gradient_checkpointing"]}
-    return _digest(_select(settings, {"model"}) | checked)
+    return digest(_select(settings, {"model"}) | checked)
 
 
 def depends_on_rounds(settings: Section, before: int, after: int) -> str | None:
@@ -132,14 +130,10 @@ def _select(settings: Mapping[str, Any], aspects: set[Aspect], prefix: str = "")
     return selected
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of every setting."""
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from rayfed.config.describe import mistake
 from rayfed.config.types import UNSIGNED, Density, Fraction, NonNegative, Positive, Rank, Rounds, Section, Trials
 
 Factor = Annotated[int, Field(ge=2, le=1000)]
@@ -72,14 +73,15 @@ class FlascSearchSettings(SearchSettings):
         for limited in ("rank", "density"):
             got, most = getattr(self, limited), getattr(self, f"max_{limited}")
             if got > most:
-                allowed = f"no {limited} may exceed sweep.search.max_{limited}={most}"
-                yield f"sweep.search.{limited}: got {got}, but {allowed}"
+                yield mistake(
+                    f"sweep.search.{limited}", got, f"no {limited} may exceed sweep.search.max_{limited}={most}"
+                )
                 return
         rank, density = self.rank * self.factor, self.density * self.factor
         if rank > self.max_rank and density > self.max_density * ROUNDED:
             above = f"rank {rank} is above max_rank={self.max_rank}"
             above += f" and density {density:g} above max_density={self.max_density:g}"
-            yield f"sweep.search.factor: got {self.factor}, but then the first probe has no neighbour: {above}"
+            yield mistake("sweep.search.factor", self.factor, f"then the first probe has no neighbour: {above}")
 
 
 class OptunaSettings(SearchSettings):
@@ -109,9 +111,9 @@ class OptunaSettings(SearchSettings):
     def mistakes(self) -> Iterator[str]:
         default = type(self).model_fields["startup"].default
         if self.sampler != "tpe" and self.startup != default:
-            yield f"sweep.search.startup: got {self.startup}, but that belongs to sampler=tpe, not {self.sampler}"
+            yield mistake("sweep.search.startup", self.startup, f"that belongs to sampler=tpe, not {self.sampler}")
         if self.sampler == "nsga2" and self.batch < 2:
-            yield f"sweep.search.batch: got {self.batch}, but a batch is a generation of nsga2, and needs 2 or more"
+            yield mistake("sweep.search.batch", self.batch, "a batch is a generation of nsga2, and needs 2 or more")
 
 
 class PbtSettings(SearchSettings):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rayfed.config.describe import format_value
+from rayfed.config.describe import format_value, mistake
 from rayfed.config.load import assign, parse_override, read_settings, validate_as
 from rayfed.config.marks import live, searched
 from rayfed.config.search import AshaSettings, FlascSearchSettings, OptunaSettings, PbtSettings
@@ -23,6 +23,7 @@ from rayfed.config.types import MOST_NAME, MOST_TRIALS, Name, Names, Printable, 
 from rayfed.errors import UserError
 
 SPACES = ("grid", "choice", "uniform", "loguniform")
+DRAWN = "choice, uniform or loguniform"
 FORMS = "{grid: [...]}, {choice: [...]}, {uniform: [low, high]} or {loguniform: [low, high]}"
 SEED = "seed"
 MOST_SETTINGS = 100  # that vary together
@@ -70,80 +71,80 @@ class Sweep(Section):
 
     @model_validator(mode="after")
     def _valid(self) -> Sweep:
-        search, flasc = self.search, isinstance(self.search, FlascSearchSettings)
-        mistakes = [] if flasc else [*self._value_mistakes()] or [*self._choice_mistakes()]
-        if self.fallback is not None and (search or self.stop):
-            mistakes.append(f"sweep.fallback: got {self.fallback!r}, but sweep.search and sweep.stop know one metric")
-        if search is not None:
-            mistakes = [*self._search_conflicts(search), *mistakes, *search.mistakes()]
-        if mistakes:
+        if mistakes := [*self._mistakes()]:
             raise ValueError("\n".join(mistakes))
         return self
+
+    def _mistakes(self) -> Iterator[str]:
+        search = self.search
+        for name in search.replaces if search else ():
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                got = "a section" if name == "stop" else format_value(value)
+                yield f"sweep.{name}: got {got}, but sweep.search chooses the trials"
+        if search and self.at == "best" and not isinstance(search, OptunaSettings):
+            yield mistake("sweep.at", "best", f"in sweep.search={search.kind} trials share rounds; allowed is last")
+        if not isinstance(search, FlascSearchSettings):
+            together = self._search_mistakes(search.kind) if search else self._list_mistakes()
+            yield from [*self._value_mistakes()] or together
+        if search:
+            yield from search.mistakes()
+        if self.fallback is not None and (search or self.stop):
+            yield mistake("sweep.fallback", self.fallback, "sweep.search and sweep.stop know one metric")
 
     def _value_mistakes(self) -> Iterator[str]:
         for key, space in self.parameters.items():
             if not is_space(space):
-                yield f"sweep.parameters.{key}: got {format_value(space)}, but it should be {FORMS}"
+                yield mistake(f"sweep.parameters.{key}", space, f"it should be {FORMS}")
         if self.cases is not None and not self.cases:
-            yield f"sweep.cases: got {format_value(self.cases)}, but it needs at least one case"
+            yield mistake("sweep.cases", self.cases, "it needs at least one case")
         for label, case in self.labelled():
             where = f"sweep.cases.{label}"
             try:
                 Printable(MOST_NAME)(label)
-            except TextMistake as mistake:
-                yield f"sweep.cases: got the label {format_value(label)}, but {mistake}"
+            except TextMistake as text:
+                yield mistake("sweep.cases", label, f"it is a label, and {text}")
                 continue
             if not isinstance(case, dict) or len(case) > MOST_SETTINGS or not all(isinstance(key, str) for key in case):
                 mapping = f"a mapping from dotted settings, at most {MOST_SETTINGS}, to values"
-                yield f"{where}: got {format_value(case)}, but a case is {mapping}"
+                yield mistake(where, case, f"a case is {mapping}")
                 continue
             for key in case.keys() & self.parameters.keys():
-                yield f"{where}.{key}: got {format_value(case[key])}, but sweep.parameters already varies that setting"
+                yield mistake(f"{where}.{key}", case[key], "sweep.parameters already varies that setting")
         for where, _, space in self.spaces():
             yield from _space_mistakes(where, space)
 
-    def _choice_mistakes(self) -> Iterator[str]:
-        """One line for each way in which valid spaces do not go together, or not with the search."""
-        spaces, kind = [*self.spaces()], self.search.kind if self.search else None
-        for where, key, space in spaces if kind else ():
-            got = f"{where}: got {format_value(space)}, but"
+    def _search_mistakes(self, kind: str) -> Iterator[str]:
+        """One line for each valid space that a search of this kind does not take, or where it has nothing to choose."""
+        for where, key, space in self.spaces():
             if "grid" in space and (kind == "pbt" or where != f"sweep.parameters.{SEED}"):
-                yield f"{got} sweep.search={kind} takes choice, uniform or loguniform"
+                yield mistake(where, space, f"sweep.search={kind} takes {DRAWN}")
             elif "grid" not in space and key == SEED:
-                yield f"{got} a search compares at the same seeds{': a grid' * (kind == 'optuna')}"
+                yield mistake(where, space, f"a search compares at the same seeds{': a grid' * (kind == 'optuna')}")
             elif kind == "pbt" and key not in live():
-                yield f"{got} pbt changes settings during a run; allowed are {', '.join(live())}"
-        if kind and all(key == SEED for _, key, _ in spaces) and len(self.labelled()) < 2:
-            something = f"sweep.search={kind} needs something to choose: choice, uniform or loguniform"
-            yield f"sweep.parameters: got {format_value(self.parameters)}, but {something}"
-        if kind:
-            return
+                yield mistake(where, space, f"pbt changes settings during a run; allowed are {', '.join(live())}")
+        if all(key == SEED for _, key, _ in self.spaces()) and len(self.labelled()) < 2:
+            yield mistake(
+                "sweep.parameters", self.parameters, f"sweep.search={kind} needs something to choose: {DRAWN}"
+            )
+
+    def _list_mistakes(self) -> Iterator[str]:
+        """One line for each way in which valid spaces do not go together, without a search."""
         if not self.parameters and self.cases is None:
-            yield "sweep.parameters: got {}, but a sweep needs parameters or cases"
+            yield mistake("sweep.parameters", {}, "a sweep needs parameters or cases")
         points = sum(self._points(case) for _, case in self.labelled())
         if points > MOST_TRIALS:
             yield f"sweep: got {points} points (cases x grids x samples), but at most {MOST_TRIALS} are allowed"
-        if self.samples > 1 and all("grid" in space for _, _, space in spaces):
-            yield f"sweep.samples: got {self.samples}, but nothing is drawn: all spaces are grids"
-        varied = {key for _, key, _ in spaces} - {SEED}
-        for key in self.tune:
-            if key not in varied:
-                allowed = f"the settings that vary are {', '.join(sorted(varied)) or 'none'}"
-                yield f"sweep.tune: got {key!r}, but {allowed}"
-        seeds = len(self.parameters.get(SEED, {}).get("grid", []))
-        if self.tune_seeds is not None and not self.tune:
-            yield f"sweep.tune_seeds: got {self.tune_seeds}, but sweep.tune names nothing to choose"
-        elif self.tune_seeds is not None and self.tune_seeds > seeds:
-            yield f"sweep.tune_seeds: got {self.tune_seeds}, but sweep.parameters.seed.grid has {seeds} values"
-
-    def _search_conflicts(self, search: FlascSearchSettings | OptunaSettings | PbtSettings) -> Iterator[str]:
-        for name in search.replaces:
-            value = getattr(self, name)
-            if value != type(self).model_fields[name].default:
-                got = "a section" if name == "stop" else format_value(value)
-                yield f"sweep.{name}: got {got}, but sweep.search chooses the trials"
-        if self.at == "best" and not isinstance(search, OptunaSettings):
-            yield f"sweep.at: got 'best', but in sweep.search={search.kind} trials share rounds; allowed is last"
+        if self.samples > 1 and all("grid" in space for _, _, space in self.spaces()):
+            yield mistake("sweep.samples", self.samples, "nothing is drawn: all spaces are grids")
+        varied = {key for _, key, _ in self.spaces()} - {SEED}
+        for key in (key for key in self.tune if key not in varied):
+            yield mistake("sweep.tune", key, f"the settings that vary are {', '.join(sorted(varied)) or 'none'}")
+        if self.tune_seeds is not None:
+            seeds = len(self.parameters.get(SEED, {}).get("grid", []))
+            if not self.tune:
+                yield mistake("sweep.tune_seeds", self.tune_seeds, "sweep.tune names nothing to choose")
+            elif self.tune_seeds > seeds:
+                yield mistake("sweep.tune_seeds", self.tune_seeds, f"sweep.parameters.seed.grid has {seeds} values")
 
     def _points(self, case: Mapping[str, Any]) -> int:
         """The number of points of a case."""
@@ -206,15 +207,14 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[st
 
 def _space_mistakes(where: str, space: Mapping[str, Any]) -> Iterator[str]:
     ((kind, values),) = space.items()
+    where = f"{where}.{kind}"
     if not isinstance(values, list) or not 1 <= len(values) <= MOST_TRIALS:
-        yield f"{where}.{kind}: got {format_value(values)}, but it should be a list of 1 to {MOST_TRIALS} values"
+        yield mistake(where, values, f"it should be a list of 1 to {MOST_TRIALS} values")
     elif kind == "grid":
-        twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
-        if twice is not None:
-            yield f"{where}.grid: got {format_value(twice)} twice"
-    elif kind in ("uniform", "loguniform"):
-        numbers = len(values) == 2 and all(type(value) in (int, float) for value in values)
+        for twice in [value for i, value in enumerate(values) if value in values[:i]][:1]:
+            yield f"{where}: got {format_value(twice)} twice"
+    elif kind != "choice":
         least = 1e-30 if kind == "loguniform" else -1e30
+        numbers = len(values) == 2 and all(type(value) in (int, float) for value in values)
         if not numbers or not least <= values[0] < values[1] <= 1e30:
-            limits = f", both in [{least}, 1e+30]"
-            yield f"{where}.{kind}: got {format_value(values)}, but it should be [low, high] with low < high{limits}"
+            yield mistake(where, values, f"it should be [low, high] with low < high, both in [{least}, 1e+30]")

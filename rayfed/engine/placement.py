@@ -42,6 +42,21 @@ def trial_bundles(engine: Engine) -> list[Bundle]:
     return [{"CPU": 1.0}, *([bundle_of(engine)] * engine.workers if bundle_of(engine) else [])]
 
 
+def trial_places(engine: Engine, here: bool) -> dict[str, Any]:
+    """The arguments of Tune's PlacementGroupFactory for a trial: a bundle for its process, and one for each worker.
+
+    All are reserved together, so the workers of a running trial always have room. ``here``: its process stays on this
+    node, where the run directories are.
+    """
+    process, *workers = trial_bundles(engine)
+    nodes = [node for node in ray.nodes() if node["Alive"]] if here else []
+    if len(nodes) > 1:
+        (own,) = (node for node in nodes if node["NodeID"] == ray.get_runtime_context().get_node_id())
+        process |= {f"node:{own['NodeManagerAddress']}": 1e-3}
+    selectors = {"bundle_label_selector": [{}, *[dict(engine.labels)] * len(workers)]} if engine.labels else {}
+    return {"bundles": [process, *workers], **selectors}
+
+
 def reserve(engine: Engine) -> PlacementGroup | None:
     """A placement group with a bundle for each worker, not yet placed. It lives until `release`, or the end of the job.
 

@@ -40,9 +40,8 @@ from rayfed.config.search import ROUNDED, FlascSearchSettings
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError, allowed
 from rayfed.files import write_json
-from rayfed.sweeps.plan import NAME, RUN_DIR, START_FROM, Config, Trial, make_trials, trial_folder
-from rayfed.sweeps.search import Search
-from rayfed.sweeps.space import Point
+from rayfed.sweeps.plan import NAME, RUN_DIR, START_FROM, Config, Point, Trial, make_trials, trial_folder
+from rayfed.sweeps.sweep import Search
 
 START, STAY, FINAL = "start", "stay", "final"
 

@@ -28,9 +28,9 @@ from rayfed.config.describe import format_settings, short_names
 from rayfed.config.search import OptunaSettings
 from rayfed.config.sweep import SEED, Sweep, is_space
 from rayfed.errors import UserError
-from rayfed.sweeps.plan import UNFINISHED, Config, Trial, make_trials
-from rayfed.sweeps.search import SEARCH_FILE, Search
-from rayfed.sweeps.space import CASE, Point, corners, make_point, point_name, rounded
+from rayfed.sweeps import plan
+from rayfed.sweeps.plan import CASE, Config, Point, Trial
+from rayfed.sweeps.sweep import SEARCH_FILE, Search
 from rayfed.tracking.jsonl import read_lines
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ class OptunaPoints(Search):
         varied = [*sweep.parameters, *(key for _, case in sweep.labelled() for key in case)]
         self.short = short_names(dict.fromkeys([CASE, *varied, SEED]))
         # Where all choices and both ends of all ranges are valid, so are the points in between.
-        ends = (point for _, case in sweep.labelled() for point in corners(sweep, case))
+        ends = (point for _, case in sweep.labelled() for point in plan.corners(sweep, case))
         seeds = chain([self.seeds], repeat(self.seeds[:1]))  # of the first point all
-        self.check(_with_seed(point, seed) for point, own in zip(ends, seeds, strict=False) for seed in own)
+        self.check(self._at_seed(point, seed) for point, own in zip(ends, seeds, strict=False) for seed in own)
         self.points: list[dict[str, Any]] = []
         """The lines of search.jsonl."""
         self.open: dict[int, optuna.Trial] = {}
@@ -99,9 +99,11 @@ class OptunaPoints(Search):
         line: dict[str, Any] = {"params": asked.params, "settings": dict(point.overrides), "trials": [], "values": None}
         self.open[len(self.points)] = asked
         self.points.append(line)
-        points = [_with_seed(point, seed) for seed in self.seeds]
+        points = [self._at_seed(point, seed) for seed in self.seeds]
         try:
-            trials = make_trials(self.settings, [replace(own, name=point_name(own, self.short)) for own in points])
+            trials = plan.make_trials(
+                self.settings, [replace(own, name=plan.point_name(own, self.short)) for own in points]
+            )
         except UserError as error:
             line["refused"], trials = str(error).splitlines()[0], []
         for trial in trials:
@@ -111,13 +113,18 @@ class OptunaPoints(Search):
                 self.waiting += self.missing([trial])
         self.tell()
 
+    def _at_seed(self, point: Point, seed: Any) -> Point:
+        own = {} if seed is None else {SEED: seed}
+        point = Point({**point.overrides, **own}, {**point.labels, **own})
+        return replace(point, name=plan.point_name(point, self.short))
+
     def tell(self, trial: Trial | None = None) -> None:
         """Tells Optuna the values of the points whose runs have ended."""
         from optuna.trial import TrialState
 
         for index, asked in [*self.open.items()]:
             rows = [self.rows[name] for name in self.points[index]["trials"]]
-            if any(row["status"] == UNFINISHED for row in rows):
+            if any(row["status"] == plan.UNFINISHED for row in rows):
                 continue
             del self.open[index]
             if rows and all(row.get("metric") is not None for row in rows):
@@ -161,8 +168,8 @@ def choose(asked: optuna.trial.BaseTrial, sweep: Sweep) -> Point:
         if kind == "choice":
             values[key] = known[asked.suggest_categorical(name, range(len(known)))]
         else:
-            values[key] = rounded(asked.suggest_float(name, *known, log=kind == "loguniform"))
-    return make_point(sweep, label, case, values)
+            values[key] = plan.rounded(asked.suggest_float(name, *known, log=kind == "loguniform"))
+    return plan.make_point(sweep, label, case, values)
 
 
 def sampler_of(search: OptunaSettings, seed: int) -> optuna.samplers.BaseSampler:
@@ -178,8 +185,3 @@ def sampler_of(search: OptunaSettings, seed: int) -> optuna.samplers.BaseSampler
         return samplers.TPESampler(
             n_startup_trials=search.startup, multivariate=True, group=True, constant_liar=True, seed=seed
         )
-
-
-def _with_seed(point: Point, seed: Any) -> Point:
-    own = {} if seed is None else {SEED: seed}
-    return Point({**point.overrides, **own}, {**point.labels, **own})

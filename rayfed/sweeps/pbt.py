@@ -25,9 +25,8 @@ import json
 import math
 import random
 from collections.abc import Mapping
-from functools import partial, reduce
+from functools import partial
 from itertools import groupby
-from operator import getitem
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,16 +34,17 @@ from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.search import BasicVariantGenerator
 
 from rayfed import seeding
-from rayfed.api.warm_start import CONSTANT, NOTE, check_live_change, last_round
+from rayfed.api.continuation import last_round
+from rayfed.api.warm_start import CONSTANT, NOTE, check_live_change
 from rayfed.config import load_config
 from rayfed.config.describe import format_value
 from rayfed.config.load import assign
+from rayfed.config.marks import flat
 from rayfed.config.search import PbtSettings
 from rayfed.config.sweep import Sweep
 from rayfed.errors import allowed
-from rayfed.sweeps.plan import NAME, Trial, is_evaluated, make_trials, trial_folder
-from rayfed.sweeps.search import Search
-from rayfed.sweeps.space import Point, corners, draw, rounded
+from rayfed.sweeps.plan import NAME, Point, Trial, corners, draw, is_evaluated, make_trials, rounded, trial_folder
+from rayfed.sweeps.sweep import Search
 from rayfed.tracking.format import format_mean
 
 
@@ -74,8 +74,8 @@ class Population(Search):
         for i in range(self.search.population):
             own = {key: draw(space, key, experiment.seed, i) for key, space in sweep.parameters.items()}
             if (config := out / "trials" / f"m{i + 1:02d}" / "config.yaml").is_file():  # it may have copied another
-                plain = load_config(config).model_dump(mode="json")
-                own = {key: reduce(getitem, key.split("."), plain) for key in sweep.parameters}
+                plain = dict(flat(load_config(config).model_dump(mode="json")))
+                own = {key: plain[key] for key in sweep.parameters}
             self.trial(f"m{i + 1:02d}", own)
 
     def complete(self) -> bool:

@@ -34,16 +34,11 @@ from rayfed.config import Experiment
 from rayfed.config.marks import live
 from rayfed.engine.connect import join_for_trials
 from rayfed.errors import UserError, allowed
+from rayfed.sweeps import plan
 from rayfed.sweeps.flasc_search import FlascSearch
-from rayfed.sweeps.plan import NAME, START_FROM, Config, Trial, check_trials, is_evaluated, make_trials
-from rayfed.sweeps.space import Point, combinations
-from rayfed.sweeps.trainable import make_trainable
+from rayfed.sweeps.on_tune import OF_TRIALS, make_trainable
+from rayfed.sweeps.plan import NAME, START_FROM, Config, Point, Trial
 
-ENVIRONMENT = {  # of Ray Tune, unless the user has set the variable
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in the settings start from the same folder as in `rayfed run`
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # not every round is evaluated
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "15",  # a run that is stopped may still have to write its checkpoint
-}
 COUNTED = ("bytes/", "params/", "time/", "clients/", "method/", "diagnostics/")
 CHECKPOINTS = 4  # checkpoints of a trial that Tune keeps at least: other trials may need an earlier one than the newest
 
@@ -80,10 +75,10 @@ def tuner(
     """
     settings = read_settings(experiment)
     tune_config, run_config = tune_config or tune.TuneConfig(), run_config or tune.RunConfig()
-    trials = make_trials(_given(settings), _points(param_space))
-    federations = check_trials(trials)
+    trials = plan.make_trials(_given(settings), _points(param_space))
+    federations = plan.check_trials(trials)
     _check_search(trials[0], tune_config)
-    os.environ.update(ENVIRONMENT | os.environ)
+    os.environ.update(OF_TRIALS | os.environ)
     join_for_trials(trial.experiment.engine for trial in trials)
     tune_config = replace(tune_config, reuse_actors=True)
     if isinstance(tune_config.search_alg, FlascSearch) and tune_config.num_samples == 1:
@@ -104,7 +99,7 @@ def _given(experiment: Experiment) -> dict[str, Any]:
 def _points(space: Mapping[str, Any]) -> Iterator[Point]:
     """Points with every value of the space once: all choices, both ends of a range."""
     values = {key: _values(domain) for key, domain in space.items() if key not in (NAME, START_FROM)}
-    for own in combinations({key: known for key, known in values.items() if known}, most=0):
+    for own in plan.combinations({key: known for key, known in values.items() if known}, most=0):
         yield Point(own, own)
 
 
@@ -136,6 +131,6 @@ def _check_search(trial: Trial, tune_config: tune.TuneConfig) -> None:
             if metric not in trial.metrics and not metric.startswith(COUNTED):
                 what = f"trials of this task can be compared by {', '.join(trial.metrics)} and {', '.join(COUNTED)}..."
                 raise allowed("tune_config.metric", metric, what)
-            if reads and every > 1 and is_evaluated(trial, metric):
+            if reads and every > 1 and plan.is_evaluated(trial, metric):
                 reader = type(scheduler if mutations else search).__name__
                 raise allowed("eval.every", every, f"{reader} reads the metric of every round: 1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import yaml
 from small_runs import LOWRANK
 from sweep_files import run_in_process
 
-from rayfed.sweeps.plan import ENDED, NAME, START_FROM
-from rayfed.sweeps.search import Search
-from rayfed.sweeps.trainable import overrides
+from rayfed.sweeps.on_tune import overrides
+from rayfed.sweeps.plan import NAME, START_FROM
+from rayfed.sweeps.sweep import Search
 
 
 class HereInOrder:
@@ -32,10 +31,8 @@ class HereInOrder:
         search.tune_config()
         while config := search.suggest():
             trial = search.trial(config[NAME], overrides(config))
-            error = ""
-            if ENDED not in config:
-                self.ran[-1].append(trial.name)
-                error = run_in_process(trial, search.out, start=config.get(START_FROM))
+            self.ran[-1].append(trial.name)
+            error = run_in_process(trial, search.out, start=config.get(START_FROM))
             search.trial_ended(trial, error or None)
 
 
@@ -58,7 +55,7 @@ def ray_cluster() -> None:
 def here(monkeypatch: pytest.MonkeyPatch) -> HereInOrder:
     """Replaces Ray Tune by this process."""
     here = HereInOrder()
-    monkeypatch.setitem(sys.modules, "rayfed.sweeps.on_tune", here)
+    monkeypatch.setattr("rayfed.sweeps.on_tune.run_on_tune", here.run_on_tune)
     return here
 
 

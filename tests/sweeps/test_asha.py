@@ -5,17 +5,21 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 from sweep_files import planned, run_in_process
 
 from rayfed.config.sweep import load_sweep
-from rayfed.sweeps.plan import ENDED, Trial, trial_folder
-from rayfed.sweeps.search import TrialList
-from rayfed.sweeps.sweep import run_sweep
+from rayfed.sweeps.plan import Trial, trial_folder
+from rayfed.sweeps.sweep import TrialList, run_sweep
 from rayfed.sweeps.table import make_table, trial_row
 from rayfed.tracking import read_metrics
 from rayfed.tracking.console import PlainView
 from rayfed.tracking.trials import TrialsView
+
+
+def rounds(out: Path, trial: Trial) -> list[dict[str, Any]]:
+    return read_metrics(trial_folder(out, trial.name) / "metrics.jsonl")
 
 
 def write_stopped(out: Path, trial: Trial, round: int) -> None:
@@ -26,31 +30,38 @@ def write_stopped(out: Path, trial: Trial, round: int) -> None:
 
 
 def test_what_tune_gets(sweep_file, tmp_path: Path) -> None:
-    """The section; and on a resume all trials: those that have ended do not run, but their rounds are compared."""
-    stop = {"kind": "asha", "grace": 3, "factor": 2, "brackets": 2}
+    """The section; and on a resume the missing trials, with a scheduler that knows the rounds of all others."""
+    stop = {"kind": "asha", "grace": 3, "factor": 2}
     path = sweep_file({"parameters": {"seed": {"grid": [0, 1, 2]}}, "stop": stop}, server={"rounds": 24})
-    trials, federations = planned(path)
+    trials, _ = planned(path)
     for trial in trials[:2]:
-        run_in_process(trial, tmp_path, federations[trial.data])
+        run_in_process(trial, tmp_path)
     write_stopped(tmp_path, trials[1], 3)
     search = TrialList(*load_sweep(path), tmp_path)
     scheduler = search.tune_config()["scheduler"]
     assert (scheduler.metric, scheduler._time_attr, scheduler._metric_op) == ("eval/gap", "round", -1.0)
-    rungs = [sorted(milestone for milestone, _ in bracket._rungs) for bracket in scheduler._brackets]
-    assert rungs == [[3, 6, 12, 24], [6, 12, 24]]
-    assert [search.suggest() for _ in range(4)] == [
-        {"name": "seed=0", "seed": 0, ENDED: 24},
-        {"name": "seed=1", "seed": 1, ENDED: 3},
-        {"name": "seed=2", "seed": 2},
-        None,
-    ]
-    search.console = TrialsView(PlainView(io.StringIO()), "eval/gap")
-    search.trial_ended(trials[1], round=1)
-    assert search.rows["seed=1"]["status"] == "stopped"
-    assert search.rows["seed=1"]["stopped"]["round"] == 3  # as before, whenever ASHA stops it now
+    gaps = [{own["round"]: -own["eval/gap"] for own in rounds(tmp_path, trial)} for trial in trials[:2]]
+    (bracket,) = scheduler._brackets
+    rungs = dict(bracket._rungs)
+    assert [*rungs] == [24, 12, 6, 3]
+    assert rungs[3] == {"seed=0": gaps[0][3], "seed=1": gaps[1][3]}
+    assert rungs[24] == {"seed=0": gaps[0][24]}  # the other one was stopped after round 3, whatever its run wrote then
+    assert [search.suggest() for _ in range(2)] == [{"name": "seed=2", "seed": 2}, None]
     search.stop = None
     assert search.tune_config() == {}
     assert [own.name for own in search.waiting] == ["seed=2"]
+
+
+def test_a_trial_that_is_stopped(sweep_file, tmp_path: Path) -> None:
+    path = sweep_file({"parameters": {"seed": {"grid": [0]}}, "stop": {"kind": "asha", "grace": 1, "brackets": 2}})
+    search = TrialList(*load_sweep(path), tmp_path)
+    assert [len(bracket._rungs) for bracket in search.tune_config()["scheduler"]._brackets] == [2, 1]
+    run_in_process(trial := search.checked[0], tmp_path)
+    (trial_folder(tmp_path, trial.name) / "summary.json").unlink()
+    search.console = TrialsView(PlainView(io.StringIO()), "eval/gap")
+    search.trial_ended(trial, round=1)
+    assert search.rows["seed=0"]["status"] == "stopped"
+    assert search.rows["seed=0"]["stopped"] == {"round": 1, "metric": rounds(tmp_path, trial)[0]["eval/gap"]}
 
 
 def test_a_stopped_trial_does_not_count_as_finished(sweep_file, tmp_path: Path, here) -> None:

@@ -13,7 +13,7 @@ from sweep_files import decisions, files, folded_width, read_rows
 
 import rayfed
 from rayfed.config import load_config
-from rayfed.sweeps import trainable
+from rayfed.sweeps import on_tune
 from rayfed.sweeps.sweep import run_sweep
 from rayfed.tracking import read_metrics
 
@@ -99,14 +99,14 @@ def test_a_probe_killed_during_its_warm_start_starts_again(search_file, tmp_path
 def failing(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The names of the trials that fail."""
     names: set[str] = set()
-    rounds = trainable.run_trial
+    rounds = on_tune.run_trial
 
     def fails(experiment: rayfed.Experiment, *rest: Any, **more: Any) -> Iterator[Any]:
         if experiment.name in names:
             raise MemoryError("out of memory")
         yield from rounds(experiment, *rest, **more)
 
-    monkeypatch.setattr(trainable, "run_trial", fails)
+    monkeypatch.setattr(on_tune, "run_trial", fails)
     return names
 
 
@@ -135,7 +135,7 @@ def test_killed_between_two_probes_it_comes_to_the_same_decisions(
     trials = [row["trial"] for row in whole.rows]
     for name in trials[1], trials[3]:
         with monkeypatch.context() as patch:
-            patch.setattr(trainable, "run_trial", interrupted(trainable.run_trial, name))
+            patch.setattr(on_tune, "run_trial", interrupted(on_tune.run_trial, name))
             with pytest.raises(KeyboardInterrupt):
                 run_sweep(path, out=out, resume=out.is_dir())
     before = files(out / "trials" / trials[0])

@@ -14,7 +14,7 @@ from rayfed.config import Experiment, validate
 from rayfed.config.search import FlascSearchSettings
 from rayfed.errors import UserError
 from rayfed.sweeps.flasc_search import FlascSearch, Probe, neighbours
-from rayfed.sweeps.trainable import RUN_DIR, START_FROM
+from rayfed.sweeps.on_tune import RUN_DIR, START_FROM
 
 SETTINGS: dict[str, Any] = {"rank": 1, "density": 0.25, "factor": 2, "max_rank": 4, "rounds": 3, "final": False}
 Place = tuple[int, float]

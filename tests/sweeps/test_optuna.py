@@ -12,7 +12,7 @@ from optuna.trial import FixedTrial
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
 from rayfed.sweeps.optuna_search import OptunaPoints, choose
-from rayfed.sweeps.space import Point
+from rayfed.sweeps.plan import Point
 
 SPACES = {
     "client.lr": {"loguniform": [1e-4, 1e-1]},

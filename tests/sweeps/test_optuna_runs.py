@@ -13,9 +13,9 @@ from sweep_files import decisions, files
 
 from rayfed.config.sweep import Sweep, load_sweep
 from rayfed.errors import UserError
-from rayfed.sweeps import trainable
+from rayfed.sweeps import on_tune
 from rayfed.sweeps.optuna_search import OptunaPoints
-from rayfed.sweeps.space import corners
+from rayfed.sweeps.plan import corners
 from rayfed.sweeps.sweep import run_sweep
 from rayfed.tracking import read_metrics
 from rayfed.tracking.console import PlainView
@@ -79,7 +79,7 @@ def test_an_interrupted_search_repeats_no_finished_trial(
     optuna_file, tmp_path: Path, here, monkeypatch, against
 ) -> None:
     """Interrupted in its first and in its fourth trial: the open points come first, then new ones, `trials` in all."""
-    run = trainable.run_trial
+    run = on_tune.run_trial
     path = optuna_file(SPACES | {"seed": {"grid": [0, 1]}}, trials=4, batch=2, against=against)
     for done in (0, 3):
         out, started = tmp_path / str(done), []
@@ -90,10 +90,10 @@ def test_an_interrupted_search_repeats_no_finished_trial(
                 raise KeyboardInterrupt
             return run(experiment, *rest, **more)
 
-        monkeypatch.setattr(trainable, "run_trial", interrupted)
+        monkeypatch.setattr(on_tune, "run_trial", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_sweep(path, out=out)
-        monkeypatch.setattr(trainable, "run_trial", run)
+        monkeypatch.setattr(on_tune, "run_trial", run)
         known = [name for point in decisions(out) for name in point["trials"]]
         assert started == known[: done + 1]
         before = {name: files(out / "trials" / name) for name in started[:done]}
@@ -121,7 +121,7 @@ def test_optuna_knows_the_values_of_earlier_points(optuna_file, tmp_path: Path, 
 
 
 def test_a_failed_trial_runs_again(optuna_file, tmp_path: Path, here, monkeypatch) -> None:
-    path, out, run = optuna_file(), tmp_path / "out", trainable.run_trial
+    path, out, run = optuna_file(), tmp_path / "out", on_tune.run_trial
     run_sweep(path, ["sweep.search.trials=2"], out=tmp_path / "first")
     wrong = here.ran.pop()[1]
 
@@ -130,11 +130,11 @@ def test_a_failed_trial_runs_again(optuna_file, tmp_path: Path, here, monkeypatc
             raise MemoryError("out of memory")
         return run(experiment, *rest, **more)
 
-    monkeypatch.setattr(trainable, "run_trial", fails)
+    monkeypatch.setattr(on_tune, "run_trial", fails)
     result = run_sweep(path, out=out)
     assert [line["trial"] for line in result.failed] == [wrong]
     assert [point["trials"] for point in decisions(out) if point["values"] is None] == [[wrong]]
-    monkeypatch.setattr(trainable, "run_trial", run)
+    monkeypatch.setattr(on_tune, "run_trial", run)
     result = run_sweep(path, out=out, resume=True)
     assert here.ran[1:] == [[wrong]]
     assert not result.failed

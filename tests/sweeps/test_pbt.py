@@ -18,7 +18,7 @@ from rayfed.config.search import PbtSettings
 from rayfed.config.sweep import Sweep, load_sweep
 from rayfed.errors import UserError
 from rayfed.sweeps.pbt import Generations, Population, _within
-from rayfed.sweeps.space import draw
+from rayfed.sweeps.plan import draw
 from rayfed.sweeps.sweep import run_sweep
 from rayfed.tracking import read_metrics
 

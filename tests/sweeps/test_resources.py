@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import ray
+from ray.tune import PlacementGroupFactory
 
 from rayfed.config import load_config
 from rayfed.engine.connect import join_for_trials
-from rayfed.engine.placement import trial_bundles, trial_mistake
+from rayfed.engine.placement import trial_bundles, trial_mistake, trial_places
 from rayfed.errors import UserError
-from rayfed.sweeps.trainable import placement_group
 
 
 def settings(*overrides: str) -> Any:
@@ -71,7 +71,7 @@ def test_workers_of_a_trial_go_to_nodes_with_the_labels(ray_cluster: None) -> No
         for condition in (node, f"!{node}")
     )
     assert not join_for_trials([there.engine])
-    group = placement_group(there.engine).to_placement_group()
+    group = PlacementGroupFactory(**trial_places(there.engine, here=False)).to_placement_group()
     assert ray.get(group.ready(), timeout=20)
     ray.util.remove_placement_group(group)
     with pytest.raises(UserError, match=rf"^engine.labels: got '!{node}' for ray.io/node-id, "):

@@ -11,6 +11,7 @@ import pytest
 from sweep_files import planned, run_in_process, statuses
 
 import rayfed
+from rayfed.config.marks import data_key
 from rayfed.config.sweep import load_sweep
 from rayfed.errors import RunError, UserError, class_and_line
 from rayfed.run_directory import locked
@@ -22,9 +23,9 @@ from rayfed.tracking import read_metrics
 
 def test_trials_that_are_done_need_no_ray(sweep_file, tmp_path: Path, monkeypatch, capsys) -> None:
     path, out = sweep_file({"parameters": {"seed": {"grid": [0, 1]}}}), tmp_path / "out"
-    trials, federations = planned(path)
+    trials, _ = planned(path)
     for trial in trials:
-        assert run_in_process(trial, out, federations[trial.data]) == ""
+        assert run_in_process(trial, out) == ""
     (out / "sweep.yaml").write_text("")
     monkeypatch.setitem(sys.modules, "rayfed.sweeps.on_tune", None)
     result = run_sweep(path, ["tracking.console=plain"], out=out, resume=True)
@@ -70,8 +71,8 @@ def test_the_other_seeds_run_only_the_selected_values(sweep_file, tmp_path: Path
 
 def test_a_trial_is_a_run_of_its_own(sweep_file, tmp_path: Path) -> None:
     path = sweep_file({"parameters": {"seed": {"grid": [3]}}})
-    (trial,), federations = planned(path)
-    run_in_process(trial, tmp_path, federations[trial.data])
+    (trial,), _ = planned(path)
+    run_in_process(trial, tmp_path)
     alone = rayfed.run(trial.experiment, tmp_path / "alone")
     mine = read_metrics(trial_folder(tmp_path, trial.name) / "metrics.jsonl")
     assert [r["state/digest"] for r in mine] == [r["state/digest"] for r in alone.metrics]
@@ -84,22 +85,23 @@ def test_federations_are_shared_by_trials_with_the_same_data(sweep_file, tmp_pat
     trials, federations = planned(
         sweep_file({"parameters": {"client.lr": {"grid": [0.1, 0.2]}, "seed": {"grid": [0, 1]}}})
     )
-    assert [trial.data for trial in trials] == [trials[0].data, trials[1].data] * 2
-    assert set(federations) == {trials[0].data, trials[1].data}
+    keys = [data_key(trial.experiment.model_dump(mode="json")) for trial in trials]
+    assert keys == keys[:2] * 2
+    assert set(federations) == set(keys)
     assert len(federations) == 2
     monkeypatch.setattr("rayfed.tasks.known_answer.problem.make_problem", None)  # the data are not loaded again
-    assert run_in_process(trials[0], tmp_path, federations[trials[0].data]) == ""
+    assert run_in_process(trials[0], tmp_path, federations[keys[0]]) == ""
 
 
 @pytest.mark.parametrize("left", [".config.yaml.1.partial", "config.yaml"])
 def test_a_trial_that_was_killed_at_its_start_starts_again(sweep_file, tmp_path: Path, left: str) -> None:
-    (trial,), federations = planned(sweep_file({"parameters": {"seed": {"grid": [0]}}}))
+    (trial,), _ = planned(sweep_file({"parameters": {"seed": {"grid": [0]}}}))
     folder = trial_folder(tmp_path, trial.name)
     (folder / "checkpoints").mkdir(parents=True)
     from rayfed.config import dump_config
 
     (folder / left).write_text(dump_config(trial.experiment))
-    assert run_in_process(trial, tmp_path, federations[trial.data]) == ""
+    assert run_in_process(trial, tmp_path) == ""
     assert (folder / "summary.json").is_file()
 
 
@@ -107,7 +109,7 @@ def test_whatever_a_trial_raises_is_recorded_in_one_line(sweep_file, tmp_path: P
     def fail(*_: object, **__: object) -> None:
         raise MemoryError("\n  out of memory:\n details")
 
-    monkeypatch.setattr("rayfed.sweeps.trainable.iter_rounds", fail)
+    monkeypatch.setattr("rayfed.api.continuation.iter_rounds", fail)
     (row,) = run_sweep(sweep_file({"parameters": {"seed": {"grid": [0]}}}), out=tmp_path / "out").failed
     assert (row["status"], row["error"]) == ("failed", "MemoryError: out of memory:")
     assert class_and_line(RunError("a\nb")) == "a"

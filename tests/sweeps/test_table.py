@@ -9,8 +9,7 @@ import pytest
 from sweep_files import folded_width, planned
 
 from rayfed.config.sweep import Sweep, load_sweep
-from rayfed.sweeps.plan import Trial, make_trials
-from rayfed.sweeps.space import expand
+from rayfed.sweeps.plan import Trial, expand, make_trials
 from rayfed.sweeps.table import make_table, summarize
 from rayfed.tracking.format import format_mean
 

@@ -14,14 +14,14 @@ from ray import tune
 from small_runs import lowrank
 
 import rayfed
-from rayfed.api.warm_start import last_round, snapshot
+from rayfed.api.continuation import last_round, run_trial, snapshot
 from rayfed.config import Experiment, load_config
 from rayfed.config.marks import data_key
 from rayfed.errors import UserError
 from rayfed.server.chain import continued_after, verify
-from rayfed.sweeps import trainable
-from rayfed.sweeps.plan import ENDED, FAILED
-from rayfed.sweeps.trainable import load_federation, make_trainable, run_trial
+from rayfed.sweeps import on_tune
+from rayfed.sweeps.on_tune import load_federation, make_trainable
+from rayfed.sweeps.plan import FAILED
 from rayfed.tracking import read_metrics
 
 
@@ -31,7 +31,7 @@ def settings(*overrides: str) -> Experiment:
 
 def run(folder: Path, experiment: Experiment, given: Path | None = None, stop: int | None = None) -> list[int]:
     """The rounds that Tune is told. ``stop``: Tune stops the trial after that round."""
-    checkpoint: Any = tune.Checkpoint.from_directory(str(given)) if given else None
+    checkpoint = tune.Checkpoint.from_directory(str(given)).as_directory() if given else None
     told = []
     with closing(run_trial(experiment, folder, load_federation(experiment, {}), checkpoint)) as rounds:
         for record in rounds:
@@ -146,9 +146,9 @@ def test_trials_of_a_process_share_the_data(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_the_process_of_a_sweeps_trial_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every round; of a trial that has ended its rounds again, without a run; of one that fails the reason."""
+    """Every round; of a trial that fails the reason."""
     records: list[Any] = []
-    monkeypatch.setattr(trainable, "report", lambda record, folder, pauses: records.append(record))
+    monkeypatch.setattr(on_tune, "report", lambda record, folder, pauses: records.append(record))
     monkeypatch.setattr(tune, "get_context", lambda: SimpleNamespace(get_trial_name=lambda: "a"))
     monkeypatch.setattr(tune, "get_checkpoint", lambda: None)
     given = settings().model_dump(mode="json", exclude_unset=True)
@@ -157,12 +157,8 @@ def test_what_the_process_of_a_sweeps_trial_reports(tmp_path: Path, monkeypatch:
     assert [record["round"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert load_config(tmp_path / "a" / "config.yaml").name == "a"
     records.clear()
-    monkeypatch.setattr(trainable, "run_trial", None)
-    train({"client.lr": 0.03, ENDED: 4})
-    assert [record["round"] for record in records] == [1, 2, 3, 4]
-    records.clear()
     train({"client.lr": -1})
     assert records == [{FAILED: "client.lr: got -1, but it should be a number in [1e-30, 1e+30]"}]
-    monkeypatch.setattr(trainable, "_own_folder", lambda: tmp_path / "b")
+    monkeypatch.setattr(on_tune, "_own_folder", lambda: tmp_path / "b")
     with pytest.raises(UserError, match=r"^client.lr: got -1"):
         make_trainable(given, {})({"client.lr": -1})

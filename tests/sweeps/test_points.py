@@ -7,7 +7,7 @@ import math
 import pytest
 
 from rayfed.config.sweep import Sweep
-from rayfed.sweeps.space import draw, expand, short_names
+from rayfed.sweeps.plan import draw, expand, short_names
 
 
 def points(seed: int = 0, **section) -> list[dict]:
