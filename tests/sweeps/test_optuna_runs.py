@@ -225,7 +225,7 @@ def test_the_search_in_configs_is_valid(tmp_path: Path, monkeypatch) -> None:
 
 def test_a_refused_point_counts_as_failed(sweep_file, tmp_path: Path, here, monkeypatch) -> None:
     """If there are very many combinations, not all are checked before the start."""
-    monkeypatch.setattr("rayfed.sweeps.space.MAX_CORNERS", 1)
+    monkeypatch.setattr("rayfed.sweeps.plan.MAX_CORNERS", 1)
     spaces = {"server.cohort": {"choice": [2, 4]}, "partition.clients": {"choice": [6, 3]}}
     path, out = sweep_file({"search": SEARCH, "parameters": spaces}), tmp_path / "out"
     result = run_sweep(path, out=out)
