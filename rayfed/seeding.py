@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +30,17 @@ def derive_seed(seed: int, purpose: str, *parts: Part) -> int:
     named = (f"str:{part}" if isinstance(part, str) else f"int:{operator.index(part)}" for part in parts)
     text = "\x1f".join([str(seed), purpose, *named])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+@contextmanager
+def python_random(seed: int, purpose: str, *parts: Part) -> Iterator[None]:
+    """Seeds the module `random` for the named draw, for code that uses it. Afterwards it goes on as before."""
+    state = random.getstate()
+    random.seed(derive_seed(seed, purpose, *parts))
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def numpy_rng(seed: int, purpose: str, *parts: Part) -> np.random.Generator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from rayfed.config.adapter import with_digest
 from rayfed.config.describe import (
     allowed_values,
     alternatives,
+    format_settings,
     format_value,
     iter_fields,
     section_of,
@@ -91,6 +93,14 @@ def changed(experiment: Experiment, overrides: Sequence[str | Mapping[str, Any]]
         for key, value in pairs:
             assign(settings, key, value, str(override))
     return validate(settings)
+
+
+def overridden(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the settings with the dotted overrides in their place. UserError where one has no place."""
+    own = copy.deepcopy(dict(settings))
+    for key, value in overrides.items():
+        assign(own, key, copy.deepcopy(value), format_settings({key: value}))
+    return own
 
 
 def dump_config(experiment: Experiment) -> str:

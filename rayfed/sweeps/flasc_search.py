@@ -178,9 +178,8 @@ class FlascSearch(Searcher):
     """
 
     def __init__(
-        self, experiment: Settings, metric: str = "eval/accuracy", mode: Literal["max", "min"] = "max",
-        **settings: Any,
-    ) -> None:  # fmt: skip
+        self, experiment: Settings, metric: str = "eval/accuracy", mode: Literal["max", "min"] = "max", **settings: Any
+    ) -> None:
         if mode not in ("max", "min"):
             raise allowed("mode", mode, "it should be max or min")
         super().__init__(metric, mode)
@@ -218,8 +217,7 @@ class FlascSearch(Searcher):
             return None if waiting else self.FINISHED
         self._names[trial_id] = probe.name
         source = self._run_dirs.get("-".join(probe.path[:-1]))
-        more = {START_FROM: source} if source and probe.path[0] != FINAL else {}
-        return {NAME: probe.name, **probe.overrides, **more}
+        return {NAME: probe.name, **probe.overrides, **({START_FROM: source} if source else {})}
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         """Records the metric of the trial's last result. None where it failed or is not finite."""
@@ -227,9 +225,8 @@ class FlascSearch(Searcher):
         self.add_evaluated_point({**last, NAME: self._names[trial_id]}, last.get(self.metric, math.nan))
 
     def add_evaluated_point(
-        self, parameters: Mapping[str, Any], value: float | None, error: bool = False, pruned: bool = False,
-        intermediate_values: list[float] | None = None,
-    ) -> None:  # fmt: skip
+        self, parameters: Any, value: float | None, error: bool = False, *unused: Any, **more: Any
+    ) -> None:
         """Records the metric of a trial that ended earlier: the search does not suggest that trial again.
 
         ``parameters``: its config, at least its `name`, and its run directory as `RUN_DIR`.

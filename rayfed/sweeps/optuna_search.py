@@ -46,9 +46,7 @@ class OptunaPoints(Search):
         if find_spec("optuna") is None:
             raise UserError("sweep.search.kind: got 'optuna', but it is not installed: pip install -e '.[optuna]'")
         self.search = sweep.search
-        self.aims: dict[str, str] = {sweep.metric: sweep.mode}
-        if self.search.against:
-            self.aims[self.search.against] = "min"
+        self.aims = {sweep.metric: sweep.mode} | ({self.search.against: "min"} if self.search.against else {})
         self.seeds: list[Any] = sweep.parameters.get(SEED, {}).get("grid", [None])
         varied = [*sweep.parameters, *(key for _, case in sweep.labelled() for key in case)]
         self.short = short_names(dict.fromkeys([CASE, *varied, SEED]))
@@ -65,21 +63,20 @@ class OptunaPoints(Search):
     def _start_study(self) -> None:
         """Makes the study of Optuna, with the points that search.jsonl has."""
         import optuna
+        from optuna.study import StudyDirection
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        way = {"max": optuna.study.StudyDirection.MAXIMIZE, "min": optuna.study.StudyDirection.MINIMIZE}
-        known_points = optuna.samplers.RandomSampler()  # chooses nothing
-        self.study = optuna.create_study(sampler=known_points, directions=[way[own] for own in self.aims.values()])
-        for line in read_lines(self.out / SEARCH_FILE):
+        self.study = optuna.create_study(
+            directions=[StudyDirection[f"{own.upper()}IMIZE"] for own in self.aims.values()]
+        )
+        for line in read_lines(path := self.out / SEARCH_FILE):
             self.study.enqueue_trial(line.get("params", {}))
             asked, known, point = self.study.ask(), line.get("settings"), None
             with suppress(ValueError):  # a choice that is gone
                 point = choose(asked, self.sweep)
             if point is None or point.overrides != known:
-                raise UserError(
-                    f"--resume: {self.out / SEARCH_FILE} has {format_settings(known or {})}, but the resumed sweep has "
-                    "other spaces; resume with the sweep's own sweep.yaml or choose another --out"
-                )
+                has = f"{path} has {format_settings(known or {})}, but the resumed sweep has other spaces"
+                raise UserError(f"--resume: {has}; resume with the sweep's own sweep.yaml or choose another --out")
             self._add(asked, point)
         seed = seeding.derive_seed(self.checked[0].experiment.seed, "sweep.optuna", len(self.points)) % 2**32
         self.study.sampler = sampler_of(self.search, seed)

@@ -20,7 +20,6 @@ are constant after the file's warm-up, because the search itself changes the rat
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import random
@@ -38,7 +37,7 @@ from rayfed.api.continuation import last_round
 from rayfed.api.warm_start import CONSTANT, NOTE, check_live_change
 from rayfed.config import load_config
 from rayfed.config.describe import format_value
-from rayfed.config.load import assign
+from rayfed.config.load import overridden
 from rayfed.config.marks import flat
 from rayfed.config.search import PbtSettings
 from rayfed.config.sweep import Sweep
@@ -58,10 +57,8 @@ class Population(Search):
         self.search, generation = sweep.search, sweep.search.rounds
         (unsearched,) = make_trials(settings, [Point({}, {})])
         self.experiment = experiment = unsearched.experiment
-        settings = copy.deepcopy(settings)
-        for key, value in {**CONSTANT, "checkpoint.every": math.gcd(experiment.checkpoint.every, generation)}.items():
-            assign(settings, key, value, f"{key}={value}")
-        super().__init__(settings, sweep, out)
+        every = math.gcd(experiment.checkpoint.every, generation)
+        super().__init__(overridden(settings, {**CONSTANT, "checkpoint.every": every}), sweep, out)
         rounds, every = experiment.server.rounds, experiment.eval.every
         if rounds % generation or rounds < 2 * generation:
             many = f"it should be two or more generations of sweep.search.rounds={generation}"
@@ -164,12 +161,8 @@ class Generations(PopulationBasedTraining):
         return str(super().on_trial_result(tune_controller, trial, result))
 
     def _checkpoint_or_exploit(self, trial: Any, *rest: Any) -> None:
-        state = random.getstate()
-        random.seed(seeding.derive_seed(self.seed, "sweep.pbt", int(self._next_perturbation_sync), str(trial)))
-        try:
+        with seeding.python_random(self.seed, "sweep.pbt", int(self._next_perturbation_sync), str(trial)):
             super()._checkpoint_or_exploit(trial, *rest)
-        finally:
-            random.setstate(state)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Where all others wait for this one, which has failed, begins the next generation without it."""

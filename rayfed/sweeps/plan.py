@@ -12,7 +12,6 @@ distinct one once) and matches the adapters.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import math
@@ -26,7 +25,7 @@ from rayfed import seeding
 from rayfed.api import build_components, check
 from rayfed.config import Experiment, validate
 from rayfed.config.describe import digest, format_name, format_settings, short_names
-from rayfed.config.load import assign
+from rayfed.config.load import overridden
 from rayfed.config.marks import data_key, model_key
 from rayfed.config.sweep import SEED, Sweep, is_space
 from rayfed.config.types import MOST_NAME, MOST_TRIALS
@@ -222,12 +221,10 @@ def trial_experiment(settings: Mapping[str, Any], overrides: Mapping[str, Any], 
 
     ``group`` is the W&B group of the trials, unless the settings name one.
     """
-    own = copy.deepcopy(dict(settings))
-    for key, value in overrides.items():
+    for key in overrides:
         if key.split(".")[0] in ("sweep", "name", "tracking"):
             raise UserError(f"{key}: a sweep cannot vary it; it changes nothing in the result")
-        assign(own, key, copy.deepcopy(value), format_settings({key: value}))
-    own["name"] = name
+    own = overridden(settings, {**overrides, "name": name})
     tracking = own["tracking"] = own.get("tracking") or {}
     if isinstance(tracking, dict):  # else `validate` refuses it
         tracking["console"] = "off"  # the sweep's own console shows all trials

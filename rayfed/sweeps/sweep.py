@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from rayfed.config.parse import dump_settings
 from rayfed.config.sweep import SEED, Sweep, load_sweep
@@ -81,10 +81,8 @@ def run_sweep(
 def check_failed(result: SweepResult) -> None:
     """RunError if a trial did not finish: then the command's exit code is 1."""
     if result.failed:
-        raise RunError(
-            f"{len(result.failed)} of {len(result.rows)} trials did not finish; --resume tries them again "
-            f"({result.out / 'sweep.jsonl'} says why)"
-        )
+        why = f"--resume tries them again ({result.out / SWEEP_FILE} says why)"
+        raise RunError(f"{len(result.failed)} of {len(result.rows)} trials did not finish; {why}")
 
 
 class Search(ABC):
@@ -276,9 +274,11 @@ def build_search(settings: dict[str, Any], sweep: Sweep, out: Path) -> Search:
     """The trials or the search that the section describes. UserError, before anything starts, where it is wrong."""
     if sweep.search is None:
         return TrialList(settings, sweep, out)
-    from rayfed.sweeps.flasc_search import FlascProbes
-    from rayfed.sweeps.optuna_search import OptunaPoints
-    from rayfed.sweeps.pbt import Population
+    from rayfed.sweeps import flasc_search, optuna_search, pbt
 
-    kinds: dict[str, Callable[..., Search]] = {"flasc": FlascProbes, "optuna": OptunaPoints, "pbt": Population}
-    return kinds[sweep.search.kind](settings, sweep, out)
+    kind: dict[str, Any] = {
+        "flasc": flasc_search.FlascProbes,
+        "optuna": optuna_search.OptunaPoints,
+        "pbt": pbt.Population,
+    }
+    return cast(Search, kind[sweep.search.kind](settings, sweep, out))

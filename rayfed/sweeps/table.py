@@ -33,10 +33,8 @@ def trial_row(out: Path, trial: Trial, sweep: Sweep, error: str | None = None, s
     """
     folder, digest = trial_folder(out, trial.name), trial.experiment.digest()
     if (config := folder / "config.yaml").is_file() and (old := load_config(config).digest()) != digest:
-        raise UserError(
-            f"--resume: {folder} was made with other settings (digest {old}, these have {digest}); "
-            "resume with the sweep's own sweep.yaml or choose another --out"
-        )
+        made = f"{folder} was made with other settings (digest {old}, these have {digest})"
+        raise UserError(f"--resume: {made}; resume with the sweep's own sweep.yaml or choose another --out")
     row: TrialRow = {"trial": trial.name, "overrides": dict(trial.overrides), "status": UNFINISHED, "error": None}
     row["digest"] = digest
     if summary := read_lines(folder / "summary.json"):
