@@ -17,7 +17,7 @@ restored trial with ``resume=False``. Each trial has its own W&B sink, as every 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -79,19 +79,16 @@ def make_trainable(
         folder = trials / own if trials else _own_folder()
         name = own if trials else config.get(NAME, own)  # in a sweep, PBT may have copied another trial's config
         try:
-            with closing(_records(config, name, folder)) as records:
+            experiment = trial_experiment(settings, overrides(config), group, name)
+            federation, given = load_federation(experiment, data), tune.get_checkpoint()
+            begun = given and given.as_directory()
+            with closing(run_trial(experiment, folder, federation, begun, config.get(START_FROM))) as records:
                 for record in records:
                     report(record, folder, pauses)
         except Exception as error:
             if trials is None:
                 raise
             report({FAILED: masked(class_and_line(error, MOST_CHARACTERS))}, folder, False)
-
-    def _records(config: Config, name: str, folder: Path) -> Generator[Record, None, None]:
-        experiment = trial_experiment(settings, overrides(config), group, name)
-        federation = load_federation(experiment, data)
-        given = tune.get_checkpoint()
-        return run_trial(experiment, folder, federation, given and given.as_directory(), config.get(START_FROM))
 
     def resources(config: Config) -> tune.PlacementGroupFactory:
         engine = validate(dict(settings)).engine
@@ -147,23 +144,17 @@ def run_on_tune(search: Search) -> None:
     try:
         os.environ.update(ENVIRONMENT | os.environ)
         ours = join_for_trials((trial.experiment.engine for trial in search.checked), search.console.note)
-        config: dict[str, Any] = {
-            "search_alg": Suggestions(search),
-            "num_samples": -1,
-            "max_concurrent_trials": search.sweep.concurrency,
-            "reuse_actors": True,
-            "trial_name_creator": _name,
-            "trial_dirname_creator": _name,
-        }
-        config |= search.tune_config()
-        space = config.pop("param_space", {})
+        config: dict[str, Any] = {"search_alg": Suggestions(search), "num_samples": -1} | search.tune_config()
+        space, at_once = config.pop("param_space", {}), search.sweep.concurrency
+        names: dict[str, Any] = {"trial_name_creator": _name, "trial_dirname_creator": _name}
+        tune_config = tune.TuneConfig(max_concurrent_trials=at_once, reuse_actors=True, **names, **config)
         retries = tune.FailureConfig(max(trial.experiment.engine.retries for trial in search.checked))
         run_config = tune.RunConfig(
             STORAGE, str(search.out), failure_config=retries, verbose=0, callbacks=[Watch(search)]
         )
         function = make_trainable(search.settings, search.federations, search.out / "trials", search.pauses)
         remove_path(search.out / STORAGE)
-        tune.Tuner(function, param_space=space, tune_config=tune.TuneConfig(**config), run_config=run_config).fit()
+        tune.Tuner(function, param_space=space, tune_config=tune_config, run_config=run_config).fit()
     finally:
         remove_path(search.out / STORAGE)
         for name in new:  # later experiments of this process are not the sweep's

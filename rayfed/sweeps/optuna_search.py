@@ -17,11 +17,14 @@ from __future__ import annotations
 import warnings
 from contextlib import suppress
 from dataclasses import replace
-from importlib.util import find_spec
 from itertools import chain, repeat
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import optuna
+from optuna import samplers
+from optuna.trial import TrialState
 
 from rayfed import seeding
 from rayfed.config.describe import format_settings, short_names
@@ -33,9 +36,6 @@ from rayfed.sweeps.plan import CASE, Config, Point, Trial
 from rayfed.sweeps.sweep import SEARCH_FILE, Search
 from rayfed.tracking.jsonl import read_lines
 
-if TYPE_CHECKING:
-    import optuna
-
 
 class OptunaPoints(Search):
     """The points of a sweep in the directory ``out``. UserError where its settings are wrong."""
@@ -43,10 +43,10 @@ class OptunaPoints(Search):
     def __init__(self, settings: dict[str, Any], sweep: Sweep, out: Path) -> None:
         super().__init__(settings, sweep, out)
         assert isinstance(sweep.search, OptunaSettings)
-        if find_spec("optuna") is None:
-            raise UserError("sweep.search.kind: got 'optuna', but it is not installed: pip install -e '.[optuna]'")
         self.search = sweep.search
-        self.aims = {sweep.metric: sweep.mode} | ({self.search.against: "min"} if self.search.against else {})
+        self.aims: dict[str, Any] = {sweep.metric: sweep.mode} | (
+            {self.search.against: "min"} if self.search.against else {}
+        )
         self.seeds: list[Any] = sweep.parameters.get(SEED, {}).get("grid", [None])
         varied = [*sweep.parameters, *(key for _, case in sweep.labelled() for key in case)]
         self.short = short_names(dict.fromkeys([CASE, *varied, SEED]))
@@ -62,13 +62,8 @@ class OptunaPoints(Search):
 
     def _start_study(self) -> None:
         """Makes the study of Optuna, with the points that search.jsonl has."""
-        import optuna
-        from optuna.study import StudyDirection
-
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.study = optuna.create_study(
-            directions=[StudyDirection[f"{own.upper()}IMIZE"] for own in self.aims.values()]
-        )
+        self.study = optuna.create_study(directions=[mode + "imize" for mode in self.aims.values()])
         for line in read_lines(path := self.out / SEARCH_FILE):
             self.study.enqueue_trial(line.get("params", {}))
             asked, known, point = self.study.ask(), line.get("settings"), None
@@ -98,9 +93,7 @@ class OptunaPoints(Search):
         self.points.append(line)
         points = [self._at_seed(point, seed) for seed in self.seeds]
         try:
-            trials = plan.make_trials(
-                self.settings, [replace(own, name=plan.point_name(own, self.short)) for own in points]
-            )
+            trials = plan.make_trials(self.settings, points)
         except UserError as error:
             line["refused"], trials = str(error).splitlines()[0], []
         for trial in trials:
@@ -117,8 +110,6 @@ class OptunaPoints(Search):
 
     def tell(self, trial: Trial | None = None) -> None:
         """Tells Optuna the values of the points whose runs have ended."""
-        from optuna.trial import TrialState
-
         for index, asked in [*self.open.items()]:
             rows = [self.rows[name] for name in self.points[index]["trials"]]
             if any(row["status"] == plan.UNFINISHED for row in rows):
@@ -171,14 +162,14 @@ def choose(asked: optuna.trial.BaseTrial, sweep: Sweep) -> Point:
 
 def sampler_of(search: OptunaSettings, seed: int) -> optuna.samplers.BaseSampler:
     """Optuna's sampler for `sweep.search.sampler`."""
-    from optuna import samplers
-
     if search.sampler == "random":
         return samplers.RandomSampler(seed=seed)
     if search.sampler == "nsga2":
         return samplers.NSGAIISampler(population_size=search.batch, seed=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna calls `multivariate` and `group` experimental
-        return samplers.TPESampler(
-            n_startup_trials=search.startup, multivariate=True, group=True, constant_liar=True, seed=seed
-        )
+    options: dict[str, Any] = {
+        "multivariate": True,
+        "group": True,
+        "constant_liar": True,
+    }  # Optuna calls the first two experimental
+    with warnings.catch_warnings(action="ignore"):
+        return samplers.TPESampler(n_startup_trials=search.startup, seed=seed, **options)

@@ -56,20 +56,16 @@ class Point:
     name: str = "check"  # of a point that is checked and does not run
 
 
-@dataclass(frozen=True)
-class Trial:
+@dataclass(frozen=True, kw_only=True)
+class Trial(Point):
     """One run of a sweep."""
 
-    name: str
-    overrides: Mapping[str, Any]
-    labels: Mapping[str, Any]
-    """The settings that tell trials apart, or the label of their case."""
     experiment: Experiment
     metrics: tuple[str, ...]
     """The keys of metrics.jsonl by which trials can be compared."""
 
 
-Checked = TypeVar("Checked", Point, Trial)
+Checked = TypeVar("Checked", bound=Point)
 Result = TypeVar("Result")
 
 
@@ -167,7 +163,7 @@ def make_trials(settings: Mapping[str, Any], points: Iterable[Point]) -> list[Tr
     def trial(point: Point) -> Trial:
         experiment = trial_experiment(settings, point.overrides, group, point.name)
         metrics = ("train/loss", *build_components(experiment).task.metric_keys(experiment.eval), "bytes/total")
-        return Trial(point.name, point.overrides, point.labels, experiment, metrics)
+        return Trial(**vars(point), experiment=experiment, metrics=metrics)
 
     return check_each(points, trial)
 

@@ -16,14 +16,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from rayfed.config.parse import dump_settings
 from rayfed.config.sweep import SEED, Sweep, load_sweep
-from rayfed.errors import RunError
+from rayfed.errors import RunError, allowed
 from rayfed.files import PARTIAL, atomic_write, remove_path
+from rayfed.plugins import load_object
 from rayfed.run_directory import check_out, disk_errors, locked_out
 from rayfed.sweeps import plan
 from rayfed.sweeps.plan import Config, Point, Trial, expand
@@ -35,6 +37,7 @@ from rayfed.tracking.jsonl import read_lines, write_lines
 from rayfed.tracking.trials import TrialsView, open_trials
 
 SWEEP_FILE, SEARCH_FILE = "sweep.jsonl", "search.jsonl"
+SEARCHES = {"flasc": "flasc_search:FlascProbes", "optuna": "optuna_search:OptunaPoints", "pbt": "pbt:Population"}
 
 
 @dataclass(frozen=True)
@@ -274,11 +277,7 @@ def build_search(settings: dict[str, Any], sweep: Sweep, out: Path) -> Search:
     """The trials or the search that the section describes. UserError, before anything starts, where it is wrong."""
     if sweep.search is None:
         return TrialList(settings, sweep, out)
-    from rayfed.sweeps import flasc_search, optuna_search, pbt
-
-    kind: dict[str, Any] = {
-        "flasc": flasc_search.FlascProbes,
-        "optuna": optuna_search.OptunaPoints,
-        "pbt": pbt.Population,
-    }
-    return cast(Search, kind[sweep.search.kind](settings, sweep, out))
+    if sweep.search.kind == "optuna" and find_spec("optuna") is None:
+        raise allowed("sweep.search.kind", "optuna", "it is not installed: pip install -e '.[optuna]'")
+    search: Callable[..., Search] = load_object(f"rayfed.sweeps.{SEARCHES[sweep.search.kind]}", "sweep.search.kind")
+    return search(settings, sweep, out)

@@ -11,8 +11,9 @@ from optuna.trial import FixedTrial
 
 from rayfed.config.sweep import Sweep
 from rayfed.errors import UserError
-from rayfed.sweeps.optuna_search import OptunaPoints, choose
+from rayfed.sweeps.optuna_search import choose
 from rayfed.sweeps.plan import Point
+from rayfed.sweeps.sweep import build_search
 
 SPACES = {
     "client.lr": {"loguniform": [1e-4, 1e-1]},
@@ -65,6 +66,6 @@ def test_values_of_a_choice_may_be_anything() -> None:
 
 
 def test_without_optuna_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("rayfed.sweeps.optuna_search.find_spec", lambda name: None)
+    monkeypatch.setattr("rayfed.sweeps.sweep.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^sweep.search.kind: got 'optuna', but it is not installed: pip install -e '"):
-        OptunaPoints({}, section(), tmp_path)
+        build_search({}, section(), tmp_path)
