@@ -12,17 +12,16 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import reduce
 from itertools import chain
-from operator import getitem
 from pathlib import Path
+from typing import Any
 
 from rayfed.api.runs import iter_rounds
 from rayfed.api.warm_start import NOTE, RANK, check_rank_change, warm_start
 from rayfed.config import Experiment, dump_config, load_config
-from rayfed.config.marks import changes, live
+from rayfed.config.marks import changes, flat, live
 from rayfed.errors import UserError
 from rayfed.files import atomic_write, remove_path, write_json
 from rayfed.run_directory import locked
@@ -129,7 +128,25 @@ def continue_run(source: Path, folder: Path, experiment: Experiment) -> None:
             raise UserError(f"{key}: was {was} and is {now}, but {allowed}")
     warm_start(source, folder, experiment)
     note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-    note |= {"trial": before.name, "before": {key: reduce(getitem, key.split("."), old) for key in changed}}
+    note |= {"trial": before.name, "before": {key: value for key, value in flat(old) if key in changed}}
     if (source / NOTE).is_file():
         note["earlier"] = json.loads((source / NOTE).read_text(encoding="utf-8"))
     write_json(folder / NOTE, note)
+
+
+def schedule(folder: Path, experiment: Experiment, keys: Iterable[str]) -> list[dict[str, Any]]:
+    """The steps by which the model of the trial in ``folder`` came about, the first one first.
+
+    A step has the numbers of its first and its last round (`rounds`), the trial that trained them, and the values of
+    the dotted settings ``keys``. ``experiment``: the settings of the trial now.
+    """
+    note = json.loads((folder / NOTE).read_text(encoding="utf-8")) if (folder / NOTE).is_file() else None
+    plain = dict(flat(experiment.model_dump(mode="json")))
+    trial, last, settings = experiment.name, experiment.server.rounds, {key: plain[key] for key in keys}
+    steps: list[dict[str, Any]] = []
+    while note is not None:
+        steps.append({"rounds": [note["round"] + 1, last], "trial": trial, **settings})
+        trial, last = note["trial"], note["round"]
+        settings = settings | {key: value for key, value in note["before"].items() if key in settings}
+        note = note.get("earlier")
+    return [{"rounds": [1, last], "trial": trial, **settings}, *reversed(steps)]

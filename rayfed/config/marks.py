@@ -5,7 +5,7 @@ All functions that take ``settings`` take the plain values of a whole Experiment
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rayfed.config.describe import digest, format_value, iter_fields, section_of
@@ -130,10 +130,12 @@ def _select(settings: Mapping[str, Any], aspects: set[Aspect], prefix: str = "")
     return selected
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every setting."""
+def flat(
+    settings: Mapping[str, Any], prefix: str = "", leaf: Callable[[Any], bool] = lambda value: not value
+) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every setting. A mapping that is a ``leaf`` is a value."""
     for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{name}.")
+        if isinstance(value, Mapping) and not leaf(value):
+            yield from flat(value, f"{prefix}{name}.", leaf)
         else:
-            yield prefix + name, value
+            yield f"{prefix}{name}", value

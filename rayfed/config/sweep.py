@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from rayfed.config.describe import format_value, mistake
 from rayfed.config.load import assign, parse_override, read_settings, validate_as
-from rayfed.config.marks import live, searched
+from rayfed.config.marks import flat, live, searched
 from rayfed.config.search import AshaSettings, FlascSearchSettings, OptunaSettings, PbtSettings
 from rayfed.config.types import MOST_NAME, MOST_TRIALS, Name, Names, Printable, Section, TextMistake, Trials, Workers
 from rayfed.errors import UserError
@@ -187,14 +187,11 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[st
     settings = read_settings(path)
     given = [(*parse_override(override), override) for override in overrides]
     for key, value, override in given:
-        name, section = key.removeprefix("sweep.parameters."), settings.get("sweep") or {}
-        parameters = section.get("parameters") or {} if isinstance(section, dict) else None
-        if name == key or not isinstance(parameters, dict):
-            assign(settings, key, value, override)
-        else:
-            others = {known: space for known, space in parameters.items() if known != name or value is not None}
-            own = others | ({} if value is None else {name: value})
-            assign(settings, "sweep.parameters", own, override)
+        assign(settings, key, value, override)
+    section = settings.get("sweep")
+    if isinstance(section, dict) and isinstance(section.get("parameters"), dict):  # nested, or with dotted names
+        parameters = dict(flat(section["parameters"], leaf=lambda value: not value or is_space(value)))
+        section["parameters"] = {key: space for key, space in parameters.items() if space is not None}
     if settings.get("sweep") is None:
         raise UserError(f"sweep: {path} has no section `sweep`; `rayfed run` takes it; `rayfed init` lists sweeps")
     sweep = validate_as(_File, {"sweep": settings.pop("sweep"), "name": settings.get("name", "sweep")}).sweep

@@ -26,7 +26,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -196,7 +195,8 @@ class FlascSearch(Searcher):
             raise allowed("sweep.search.budget", search.budget, f"the first step alone needs {needs}")
         for probe in self.extremes():
             changed(experiment, [{NAME: probe.name, **probe.overrides}])  # UserError where one does not go with a rank
-        self._names: dict[str, str] = {}  # Tune's id of a trial -> the name of its probe
+        self.suggested: dict[str, str] = {}
+        """Tune's id of a trial -> the name of its probe."""
         self.metrics: dict[str, float | None] = {}
         """The metrics of the probes that have ended, by name; None where a probe failed or diverged."""
         self._run_dirs: dict[str, str] = {}
@@ -212,17 +212,17 @@ class FlascSearch(Searcher):
     def suggest(self, trial_id: str) -> Any:
         """The config of the next trial; None while others have to end first, `FINISHED` after the last one."""
         waiting = self.waiting()
-        probe = next((probe for probe in waiting if probe.name not in self._names.values()), None)
+        probe = next((probe for probe in waiting if probe.name not in self.suggested.values()), None)
         if probe is None:
             return None if waiting else self.FINISHED
-        self._names[trial_id] = probe.name
+        self.suggested[trial_id] = probe.name
         source = self._run_dirs.get("-".join(probe.path[:-1]))
         return {NAME: probe.name, **probe.overrides, **({START_FROM: source} if source else {})}
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         """Records the metric of the trial's last result. None where it failed or is not finite."""
         last = {} if error else result or {}
-        self.add_evaluated_point({**last, NAME: self._names[trial_id]}, last.get(self.metric, math.nan))
+        self.add_evaluated_point({**last, NAME: self.suggested[trial_id]}, last.get(self.metric, math.nan))
 
     def add_evaluated_point(
         self, parameters: Any, value: float | None, error: bool = False, *unused: Any, **more: Any
@@ -238,11 +238,11 @@ class FlascSearch(Searcher):
 
     def save(self, checkpoint_path: str) -> None:
         """Writes the state of the search as JSON."""
-        write_json(Path(checkpoint_path), [self._names, self.metrics, self._run_dirs])
+        write_json(Path(checkpoint_path), [self.suggested, self.metrics, self._run_dirs])
 
     def restore(self, checkpoint_path: str) -> None:
         """Reads the state that `save` has written."""
-        self._names, self.metrics, self._run_dirs = json.loads(Path(checkpoint_path).read_text(encoding="utf-8"))
+        self.suggested, self.metrics, self._run_dirs = json.loads(Path(checkpoint_path).read_text(encoding="utf-8"))
 
     def progress(self) -> Progress:
         """The progress of the search, from the metrics of the trials that have ended."""
@@ -269,24 +269,22 @@ class FlascProbes(Search):
         assert isinstance(sweep.search, FlascSearchSettings)
         first = first_probe(sweep.search).overrides
         (trial,) = make_trials(settings, [Point({key: first[key] for key in searched()}, {})])
-        options = sweep.search.model_dump(exclude={"kind"})
-        self.searcher = FlascSearch(trial.experiment, sweep.metric, sweep.mode, **options)
-        self.cohort, self.ids = trial.experiment.server.cohort, count()
+        self.searcher = FlascSearch(trial.experiment, sweep.metric, sweep.mode, **sweep.search.model_dump())
+        self.cohort = trial.experiment.server.cohort
         self.check(Point(probe.overrides, {}) for probe in self.searcher.extremes())
-        while waiting := self.searcher.waiting():  # those that have ended are told
-            trials = [self.trial(probe.name, probe.overrides) for probe in waiting]
-            ended = [own for own in trials if own not in self.missing(trials)]
+        ended: list[Trial] | None = None
+        while ended is None or ended:
+            trials = [self.trial(probe.name, probe.overrides) for probe in self.searcher.waiting()]
+            ended = [own for own in trials if not self.missing([own])]
             for own in ended:
                 self.tell(own)
-            if not ended:
-                break
 
     def tell(self, trial: Trial) -> None:
         found = {NAME: trial.name, RUN_DIR: str(trial_folder(self.out, trial.name))}
         self.searcher.add_evaluated_point(found, self.rows[trial.name].get("metric"))
 
     def suggest(self) -> Config | None:
-        config = self.searcher.suggest(str(next(self.ids)))
+        config = self.searcher.suggest(str(len(self.searcher.suggested)))
         return config if isinstance(config, dict) else None
 
     def complete(self) -> bool:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from pyarrow.fs import LocalFileSystem
 from ray import tune
 from ray.tune.search import Searcher
 
@@ -107,7 +106,7 @@ def overrides(config: Mapping[str, Any]) -> Config:
 
 def _own_folder() -> Path:
     storage = tune.get_context().get_storage()
-    local = isinstance(storage.storage_filesystem, LocalFileSystem)
+    local = storage.storage_filesystem.type_name == "local"
     return Path(storage.trial_fs_path if local else storage.trial_working_directory)
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import warnings
 from contextlib import suppress
 from dataclasses import replace
-from itertools import chain, repeat
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -51,9 +50,9 @@ class OptunaPoints(Search):
         varied = [*sweep.parameters, *(key for _, case in sweep.labelled() for key in case)]
         self.short = short_names(dict.fromkeys([CASE, *varied, SEED]))
         # Where all choices and both ends of all ranges are valid, so are the points in between.
-        ends = (point for _, case in sweep.labelled() for point in plan.corners(sweep, case))
-        seeds = chain([self.seeds], repeat(self.seeds[:1]))  # of the first point all
-        self.check(self._at_seed(point, seed) for point, own in zip(ends, seeds, strict=False) for seed in own)
+        ends = enumerate(point for _, case in sweep.labelled() for point in plan.corners(sweep, case))
+        # The seeds are checked with the first of these points.
+        self.check(self._at_seed(point, seed) for i, point in ends for seed in self.seeds[: 1 if i else None])
         self.points: list[dict[str, Any]] = []
         """The lines of search.jsonl."""
         self.open: dict[int, optuna.Trial] = {}

@@ -20,7 +20,6 @@ are constant after the file's warm-up, because the search itself changes the rat
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Mapping
@@ -33,8 +32,8 @@ from ray.tune.schedulers import PopulationBasedTraining
 from ray.tune.search import BasicVariantGenerator
 
 from rayfed import seeding
-from rayfed.api.continuation import last_round
-from rayfed.api.warm_start import CONSTANT, NOTE, check_live_change
+from rayfed.api.continuation import last_round, schedule
+from rayfed.api.warm_start import CONSTANT, check_live_change
 from rayfed.config import load_config
 from rayfed.config.describe import format_value
 from rayfed.config.load import overridden
@@ -91,10 +90,9 @@ class Population(Search):
 
     def lines(self) -> list[dict[str, Any]]:
         """One line a member, with its settings by rounds."""
-        return [
-            {"trial": name, "metric": self.rows[name].get("metric"), "schedule": self._schedule(trial)}
-            for name, trial in self.trials.items()
-        ]
+        metrics = [self.rows[name].get("metric") for name in self.trials]
+        pairs = zip(metrics, self.trials.values(), strict=True)
+        return [{"trial": own.name, "metric": metric, "schedule": self._schedule(own)} for metric, own in pairs]
 
     def title(self) -> str:
         metric, found = self.sweep.metric, "Population Based Training"
@@ -104,15 +102,13 @@ class Population(Search):
 
     def labels(self, trial: Trial) -> dict[str, str]:
         """The member, the settings of its rounds, in order, and the rounds that it has copied."""
-        schedule = self._schedule(trial)
-        copied = ", ".join(
-            f"{own['trial']} to {own['rounds'][1]}" for own in schedule[:-1] if own["trial"] != trial.name
-        )
+        steps = self._schedule(trial)
+        copied = [f"{own['trial']} to {own['rounds'][1]}" for own in steps[:-1] if own["trial"] != trial.name]
         history = {}
         for key in self.sweep.parameters:
-            values = (format_value(own[key], quotes=False) for own in schedule)
+            values = (format_value(own[key], quotes=False) for own in steps)
             history[key] = " -> ".join(value for value, _ in groupby(values))
-        return {"member": trial.name, **history, "copied": copied}
+        return {"member": trial.name, **history, "copied": ", ".join(copied)}
 
     def marks(self) -> dict[str, str]:
         best = max if self.sweep.mode == "max" else min
@@ -120,17 +116,7 @@ class Population(Search):
         return {best(finite, key=finite.__getitem__): "best"} if finite else {}
 
     def _schedule(self, trial: Trial) -> list[dict[str, Any]]:
-        """The settings by which the model of the member came about: rounds, the member that trained them, settings."""
-        path = trial_folder(self.out, trial.name) / NOTE
-        note = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        name, settings, last = trial.name, dict(trial.overrides), trial.experiment.server.rounds
-        found: list[dict[str, Any]] = []
-        while note is not None:
-            found.append({"rounds": [note["round"] + 1, last], "trial": name, **settings})
-            name, last = note["trial"], note["round"]
-            settings = settings | {key: value for key, value in note["before"].items() if key in settings}
-            note = note.get("earlier")
-        return [{"rounds": [1, last], "trial": name, **settings}, *reversed(found)]
+        return schedule(trial_folder(self.out, trial.name), trial.experiment, self.sweep.parameters)
 
 
 class Generations(PopulationBasedTraining):

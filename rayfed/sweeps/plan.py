@@ -13,7 +13,6 @@ distinct one once) and matches the adapters.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -85,7 +84,7 @@ def expand(sweep: Sweep, seed: int) -> list[Point]:
                 values |= {key: draw(space, key, seed, i) for key, space in drawn.items()}
                 point = make_point(sweep, label, case, {key: values[key] for key in spaces if key in values})
                 # Two draws from few choices may be equal. Then they are one trial.
-                points.setdefault(json.dumps([point.labels, point.overrides], default=str), point)
+                points.setdefault(repr(point), point)
     short = short_names(key for point in points.values() for key in point.labels)
     names = [point_name(point, short) for point in points.values()]
     times = Counter(names)

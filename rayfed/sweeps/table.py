@@ -164,8 +164,6 @@ def _mean(values: Sequence[float]) -> float | None:
 def _title(sweep: Sweep) -> str:
     when = "last measured" if sweep.at == "last" else f"in the round with the best {sweep.metric}"
     where = f" ({sweep.fallback} where there is none)" if sweep.fallback else ""
-    title = f"mean ± deviation over the seeds, {when}{where}"
-    if not sweep.tune:
-        return title
     seeds = f" of the first {sweep.tune_seeds} seeds" if sweep.tune_seeds else ""
-    return f"{title}; {', '.join(sweep.tune)} selected by mean {sweep.metric} ({sweep.mode}){seeds}"
+    chosen = f"; {', '.join(sweep.tune)} selected by mean {sweep.metric} ({sweep.mode}){seeds}" if sweep.tune else ""
+    return f"mean ± deviation over the seeds, {when}{where}{chosen}"
