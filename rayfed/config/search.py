@@ -24,10 +24,6 @@ class SearchSettings(Section):
     replaces: ClassVar[tuple[str, ...]] = ("samples", "tune", "tune_seeds", "stop")
     """The other settings of the section `sweep` that are refused beside the search."""
 
-    def mistakes(self) -> Iterator[str]:
-        """One line for each combination of the search's own settings that is refused."""
-        yield from ()
-
 
 class FlascSearchSettings(SearchSettings):
     """FLASC-Search: starts at a small rank and density, and raises the one that improves the metric more.

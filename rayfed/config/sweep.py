@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rayfed.config.describe import format_value, mistake
 from rayfed.config.load import assign, parse_override, read_settings, validate_as
@@ -69,13 +69,7 @@ class Sweep(Section):
     concurrency: Workers | None = None
     """Most trials at a time; null: as many as fit on the cluster."""
 
-    @model_validator(mode="after")
-    def _valid(self) -> Sweep:
-        if mistakes := [*self._mistakes()]:
-            raise ValueError("\n".join(mistakes))
-        return self
-
-    def _mistakes(self) -> Iterator[str]:
+    def mistakes(self) -> Iterator[str]:
         search = self.search
         for name in search.replaces if search else ():
             if (value := getattr(self, name)) != type(self).model_fields[name].default:
@@ -86,8 +80,6 @@ class Sweep(Section):
         if not isinstance(search, FlascSearchSettings):
             together = self._search_mistakes(search.kind) if search else self._list_mistakes()
             yield from [*self._value_mistakes()] or together
-        if search:
-            yield from search.mistakes()
         if self.fallback is not None and (search or self.stop):
             yield mistake("sweep.fallback", self.fallback, "sweep.search and sweep.stop know one metric")
 

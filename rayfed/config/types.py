@@ -9,8 +9,9 @@ in it), `result` (the trained state and its metrics). What decides the data or t
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -111,6 +112,16 @@ class Section(BaseModel):
         None where there is none. A dotted name where the field is in a section of this one.
         """
         return None
+
+    def mistakes(self) -> Iterator[str]:
+        """The values that do not go together: a line `field: got VALUE, but ...` for each mistake."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if mistakes := [*self.mistakes()]:
+            raise ValueError("\n".join(mistakes))
+        return self
 
     @model_validator(mode="before")
     @classmethod

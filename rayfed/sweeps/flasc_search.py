@@ -37,7 +37,7 @@ from rayfed.config.load import changed, validate_as
 from rayfed.config.marks import searched
 from rayfed.config.search import ROUNDED, FlascSearchSettings
 from rayfed.config.sweep import Sweep
-from rayfed.errors import UserError, allowed
+from rayfed.errors import allowed
 from rayfed.files import write_json
 from rayfed.sweeps.plan import NAME, RUN_DIR, START_FROM, Config, Point, Trial, make_trials, trial_folder
 from rayfed.sweeps.sweep import Search
@@ -183,8 +183,6 @@ class FlascSearch(Searcher):
             raise allowed("mode", mode, "it should be max or min")
         super().__init__(metric, mode)
         self.settings = search = validate_as(FlascSearchSettings, {**settings, "kind": "flasc"})
-        if mistakes := [*search.mistakes()]:
-            raise UserError("\n".join(mistakes))
         experiment = read_settings(experiment)
         check_rank_change(experiment)
         final = self.final_rounds = experiment.server.rounds if search.final else 0

@@ -211,8 +211,7 @@ class Watch(tune.Callback):
         self.search.console.note(f"{trial}: its process died; it continues in a new one")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        last = trial.last_result
-        self.search.trial_ended(self._trial(trial), last.get(FAILED), last.get("round"))
+        self.search.trial_ended(self._trial(trial), trial.last_result.get(FAILED), trial.last_result.get("round"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         error = "its process died, and did so again at every new start (engine.retries)"

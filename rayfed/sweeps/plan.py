@@ -186,8 +186,8 @@ def check_trials(trials: Sequence[Trial], sweep: Sweep | None = None) -> dict[st
         data = federations[key] = check(trial.experiment, federations.get(key), model=model not in models)
         models.add(model)
         if sweep is not None and is_evaluated(trial, sweep.metric, "eval/") and not len(data.validation):
-            split = "the data have no validation split; set data.validation above 0"
-            raise allowed("sweep.metric", sweep.metric, split)
+            what = "the data have no validation split; set data.validation above 0"
+            raise allowed("sweep.metric", sweep.metric, what)
 
     check_each(trials, check_trial)
     return federations
@@ -236,8 +236,7 @@ def _check_comparison(trial: Trial, sweep: Sweep) -> None:
     """UserError where the sweep compares trials by what this one does not measure, or not when it compares them."""
     for field, key in (("metric", sweep.metric), ("fallback", sweep.fallback), ("report", sweep.report)):
         if key is not None and key not in trial.metrics:
-            keys = ", ".join(trial.metrics)
-            raise allowed(f"sweep.{field}", key, f"trials of this task can be compared by {keys}")
+            raise allowed(f"sweep.{field}", key, f"trials of this task can be compared by {', '.join(trial.metrics)}")
     if sweep.stop is None:
         return
     rounds, grace = trial.experiment.server.rounds, sweep.stop.grace

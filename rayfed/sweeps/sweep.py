@@ -226,8 +226,7 @@ class TrialList(Search):
         super().__init__(settings, sweep, out)
         seed = settings.get(SEED, 0)
         self.check(expand(sweep, seed if isinstance(seed, int) else 0))
-        earlier = (row for row in read_lines(out / SWEEP_FILE) if row.get("status") == plan.STOPPED)
-        stopped = {row["trial"]: row["stopped"]["round"] for row in earlier}
+        stopped = {row["trial"]: row["stopped"]["round"] for row in read_lines(out / SWEEP_FILE) if row.get("stopped")}
         for trial in self.checked:
             self.add(trial, stopped=stopped.get(trial.name))
         self.now = of_first_seeds(self.checked, sweep)
