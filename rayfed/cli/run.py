@@ -11,12 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import rayfed
 from rayfed.cli.doctor import doctor
+from rayfed.errors import RunError
 from rayfed.files import remove_path
 from rayfed.run_directory import locked_out
 from rayfed.storage import RemoteFolder, fetch, is_uri, local_folder, masked, refuse_credentials, uploaded
+
+if TYPE_CHECKING:
+    from rayfed.sweeps.sweep import SweepResult
 
 
 def run(config: str, overrides: Sequence[str], out: str | None, resume: bool, dry_run: bool = False) -> None:
@@ -40,13 +45,13 @@ def run(config: str, overrides: Sequence[str], out: str | None, resume: bool, dr
 def sweep(config: str, overrides: Sequence[str], out: str | None, resume: bool) -> None:
     """Runs the sweep, writes its page and prints its directory. RunError where a trial did not finish."""
     from rayfed.reports.sweep_page import write_sweep_page
-    from rayfed.sweeps.sweep import check_failed, run_sweep
+    from rayfed.sweeps.sweep import run_sweep
 
     if not is_uri(out):
         result = run_sweep(config, overrides, out, resume)
         write_sweep_page(result.out)
         print(f"sweep directory {result.out}", flush=True)
-        check_failed(result)
+        _check_failed(result)
         return
     with _local_folder(out, resume) as folder:
         remote = RemoteFolder(out)
@@ -55,8 +60,15 @@ def sweep(config: str, overrides: Sequence[str], out: str | None, resume: bool) 
             result = run_sweep(config, overrides, folder, resume, on_trial_end=lambda _: remote.upload(folder))
             write_sweep_page(folder)
         print(f"sweep directory {masked(out)}", flush=True)
-        check_failed(result)  # its message names a file of the local folder
+        _check_failed(result)  # its message names a file of the local folder
         remove_path(folder)
+
+
+def _check_failed(result: SweepResult) -> None:
+    """RunError if a trial did not finish: then the exit code is 1."""
+    if result.failed:
+        why = f"--resume tries them again ({result.out / 'sweep.jsonl'} says why)"
+        raise RunError(f"{len(result.failed)} of {len(result.rows)} trials did not finish; {why}")
 
 
 @contextmanager

@@ -138,8 +138,7 @@ def run_on_tune(search: Search) -> None:
 
     UserError where the cluster can never hold one of the trials. If Ray was started here, it is shut down in the end.
     """
-    new = ENVIRONMENT.keys() - os.environ.keys()
-    ours = False
+    new, out, ours = ENVIRONMENT.keys() - os.environ.keys(), search.out, False
     try:
         os.environ.update(ENVIRONMENT | os.environ)
         ours = join_for_trials((trial.experiment.engine for trial in search.checked), search.console.note)
@@ -148,14 +147,12 @@ def run_on_tune(search: Search) -> None:
         names: dict[str, Any] = {"trial_name_creator": _name, "trial_dirname_creator": _name}
         tune_config = tune.TuneConfig(max_concurrent_trials=at_once, reuse_actors=True, **names, **config)
         retries = tune.FailureConfig(max(trial.experiment.engine.retries for trial in search.checked))
-        run_config = tune.RunConfig(
-            STORAGE, str(search.out), failure_config=retries, verbose=0, callbacks=[Watch(search)]
-        )
-        function = make_trainable(search.settings, search.federations, search.out / "trials", search.pauses)
-        remove_path(search.out / STORAGE)
+        run_config = tune.RunConfig(STORAGE, str(out), failure_config=retries, verbose=0, callbacks=[Watch(search)])
+        function = make_trainable(search.settings, search.federations, out / "trials", search.pauses)
+        remove_path(out / STORAGE)
         tune.Tuner(function, param_space=space, tune_config=tune_config, run_config=run_config).fit()
     finally:
-        remove_path(search.out / STORAGE)
+        remove_path(out / STORAGE)
         for name in new:  # later experiments of this process are not the sweep's
             os.environ.pop(name, None)
         if ours:

@@ -74,9 +74,6 @@ class Population(Search):
                 own = {key: plain[key] for key in sweep.parameters}
             self.trial(f"m{i + 1:02d}", own)
 
-    def complete(self) -> bool:
-        return not self.missing(self.trials.values())
-
     def tune_config(self) -> dict[str, Any]:
         members, generation = self.missing(self.trials.values()), self.search.rounds
         done = min(last_round(trial_folder(self.out, member.name)) for member in members) // generation * generation

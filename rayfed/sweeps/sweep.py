@@ -13,7 +13,6 @@ ended.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -23,7 +22,7 @@ from typing import Any
 
 from rayfed.config.parse import dump_settings
 from rayfed.config.sweep import SEED, Sweep, load_sweep
-from rayfed.errors import RunError, allowed
+from rayfed.errors import allowed
 from rayfed.files import PARTIAL, atomic_write, remove_path
 from rayfed.plugins import load_object
 from rayfed.run_directory import check_out, disk_errors, locked_out
@@ -81,14 +80,7 @@ def run_sweep(
     return SweepResult(out, list(search.rows.values()), table)
 
 
-def check_failed(result: SweepResult) -> None:
-    """RunError if a trial did not finish: then the command's exit code is 1."""
-    if result.failed:
-        why = f"--resume tries them again ({result.out / SWEEP_FILE} says why)"
-        raise RunError(f"{len(result.failed)} of {len(result.rows)} trials did not finish; {why}")
-
-
-class Search(ABC):
+class Search:
     """The trials of the sweep in the directory ``out``. ``settings``: what all trials share.
 
     A derived class calls `check` in `__init__`, and refuses there what else is wrong: before anything starts.
@@ -123,9 +115,9 @@ class Search(ABC):
         self.checked = plan.make_trials(self.settings, points)
         self.federations = plan.check_trials(self.checked, self.sweep)
 
-    @abstractmethod
     def complete(self) -> bool:
         """Whether all trials have ended, and no further one follows."""
+        return not self.missing(self.trials.values())
 
     def tune_config(self) -> dict[str, Any]:
         """Arguments of `tune.TuneConfig`, and `param_space`, in addition to those of every sweep."""
@@ -138,7 +130,7 @@ class Search(ABC):
         trial = self.waiting.pop(0)
         return {plan.NAME: trial.name, **trial.overrides}
 
-    def tell(self, trial: Trial) -> None:  # noqa: B027
+    def tell(self, trial: Trial) -> None:
         """Takes note of the results of a trial that has ended. The row of the trial has them."""
 
     def lines(self) -> Sequence[Mapping[str, Any]]:
