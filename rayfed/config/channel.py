@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from rayfed.config.describe import format_value
+from rayfed.config.describe import mistake
 from rayfed.config.types import UNSIGNED, NonNegative, Section
 
 Decibels = Annotated[float, Field(ge=-200, le=200), UNSIGNED]
@@ -30,19 +31,12 @@ class Channel(Section):
     clients send, and a single weak channel makes the noise of all of them large.
     """
 
-    @model_validator(mode="after")
-    def _fits_the_kind(self) -> Channel:
+    def mistakes(self) -> Iterator[str]:
         if self.kind == "lossless":
             for field in ("power", "snr", "noise", "truncation"):
-                value = getattr(self, field)
-                if value != Channel.model_fields[field].default:
-                    raise ValueError(
-                        f"channel.{field}: got {format_value(value)}, but that belongs to channel.kind=over_the_air, "
-                        "and the kind is lossless"
-                    )
+                if (value := getattr(self, field)) != Channel.model_fields[field].default:
+                    what = "that belongs to channel.kind=over_the_air, and the kind is lossless"
+                    yield mistake(f"channel.{field}", value, what)
         elif (self.snr is None) == (self.noise is None):
-            raise ValueError(
-                f"channel.snr: got {format_value(self.snr)}, but with channel.kind=over_the_air either channel.snr or "
-                "channel.noise is given (channel.noise=0: no noise)"
-            )
-        return self
+            either = "either channel.snr or channel.noise is given (channel.noise=0: no noise)"
+            yield mistake("channel.snr", self.snr, f"with channel.kind=over_the_air {either}")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
+from rayfed.config.describe import mistake
 from rayfed.config.types import (
     UNSIGNED,
     DecidesModel,
@@ -108,12 +110,10 @@ class Engine(Section):
     without a place for any worker. The deadlines of what runs are waited for, and with wait_for_nodes also a place.
     """
 
-    @model_validator(mode="after")
-    def _ray_allows_the_amounts(self) -> Engine:
+    def mistakes(self) -> Iterator[str]:
         for field, amount in (("cpus_per_worker", self.cpus_per_worker), ("gpus_per_worker", self.gpus)):
             if 0 < amount < 1e-4:
-                raise ValueError(f"engine.{field}: got {amount}, but Ray takes 0 or at least 0.0001")
-        return self
+                yield mistake(f"engine.{field}", amount, "Ray takes 0 or at least 0.0001")
 
     @property
     def gpus(self) -> float:

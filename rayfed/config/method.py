@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from rayfed.config.describe import format_value
+from rayfed.config.describe import format_value, mistake
 from rayfed.config.types import UNSIGNED, Density, Live, Names, Positive, Rank, Rounds, Searched, Section, Text, section
 
 Indices = Annotated[tuple[Annotated[int, Field(ge=0, le=10_000)], ...], Field(strict=False, max_length=1000)]
@@ -62,14 +63,10 @@ class Lora(Section):
             raise ValueError(f"lora.use_dora: got {format_value(settings['use_dora'])}, but {what}")
         return settings
 
-    @model_validator(mode="after")
-    def _layers_of_named_modules(self) -> Lora:
+    def mistakes(self) -> Iterator[str]:
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError(
-                f"lora.layers_to_transform: got {list(self.layers_to_transform)}, but PEFT takes it only with "
-                f"target_modules as a list of names, not the string {self.target_modules!r}"
-            )
-        return self
+            names = f"PEFT takes it only with target_modules as a list of names, not the string {self.target_modules!r}"
+            yield mistake("lora.layers_to_transform", self.layers_to_transform, names)
 
 
 class Method(Section):
@@ -173,39 +170,32 @@ class Profiles(Section):
     settings contains the name of the function, but not its code.
     """
 
-    @model_validator(mode="after")
-    def _kind_has_what_it_needs(self) -> Profiles:
+    def mistakes(self) -> Iterator[str]:
         for field, kinds in PROFILE_FIELDS.items():
             value = getattr(self, field)
             if self.kind not in kinds and value != Profiles.model_fields[field].default:
-                raise ValueError(
-                    f"profiles.{field}: got {format_value(value)}, but that belongs to profiles.kind="
-                    f"{' or '.join(kinds)}, and the kind is {self.kind}"
-                )
+                belongs = f"that belongs to profiles.kind={' or '.join(kinds)}, and the kind is {self.kind}"
+                yield mistake(f"profiles.{field}", value, belongs)
         if self.kind in PROFILE_FIELDS["ranks"]:
-            self._lists_are_aligned()
+            yield from self._list_mistakes()
         if self.kind == "function":
             module, _, name = (self.function or "").partition(":")
             if not all(part.isidentifier() for part in (*module.split("."), name)):
-                raise ValueError(
-                    f"profiles.function: got {format_value(self.function)}, but it is written package.module:function"
-                )
-        return self
+                yield mistake("profiles.function", self.function, "it is written package.module:function")
 
-    def _lists_are_aligned(self) -> None:
+    def _list_mistakes(self) -> Iterator[str]:
         given = self.lists
         if "ranks" not in given and (self.kind == "heavy_tailed" or given.keys() <= {"weights"}):
             needs = "ranks" if self.kind == "heavy_tailed" else "ranks or densities"
-            raise ValueError(f"profiles.ranks: got null, but profiles.kind={self.kind} needs {needs}")
+            yield mistake("profiles.ranks", None, f"profiles.kind={self.kind} needs {needs}")
+            return
         first, *others = given
         if not given[first]:
-            raise ValueError(f"profiles.{first}: got [], but it needs at least one value")
+            yield mistake(f"profiles.{first}", [], "it needs at least one value")
         for name in others:
             if len(given[name]) != len(given[first]):
-                raise ValueError(
-                    f"profiles.{name}: got {len(given[name])} values, but profiles.{first} has {len(given[first])}, "
-                    "and the lists must be of one length"
-                )
+                has = f"profiles.{first} has {len(given[first])}, and the lists must be of one length"
+                yield f"profiles.{name}: got {len(given[name])} values, but {has}"
 
     @property
     def lists(self) -> dict[str, tuple[float, ...]]:

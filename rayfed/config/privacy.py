@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from rayfed.config.describe import format_value
+from rayfed.config.describe import format_value, mistake
 from rayfed.config.types import Clients, NonNegative, Positive, Section
 
 Probability = Annotated[float, Field(gt=0, lt=1)]
@@ -78,43 +79,28 @@ class Privacy(Section):
     drawn at random before.
     """
 
-    @model_validator(mode="after")
-    def _kind_has_what_it_needs(self) -> Privacy:
+    def mistakes(self) -> Iterator[str]:
         for field in list(type(self).model_fields)[1:]:
             value, kinds = getattr(self, field), KINDS.get(field, ("user", "local", "example"))
             if self.kind not in kinds and value != Privacy.model_fields[field].default:
-                raise ValueError(
-                    f"privacy.{field}: got {format_value(value)}, but that belongs to privacy.kind={' or '.join(kinds)}"
-                    f", and the kind is {self.kind}"
-                )
+                belongs = f"that belongs to privacy.kind={' or '.join(kinds)}, and the kind is {self.kind}"
+                yield mistake(f"privacy.{field}", value, belongs)
         if self.kind == "none":
-            return self
+            return
         if self.noise_multiplier is None and self.target_epsilon is None:
-            raise ValueError(
-                "privacy.noise_multiplier: got null, but then privacy.target_epsilon says how much noise there is; set "
-                "one of them"
-            )
+            one = "then privacy.target_epsilon says how much noise there is; set one of them"
+            yield mistake("privacy.noise_multiplier", None, one)
         if self.noise_multiplier == 0 and self.target_epsilon is not None:
-            raise ValueError(
-                "privacy.noise_multiplier: got 0, but privacy.target_epsilon needs noise: above 0, or null"
-            )
-        self._deployment_is_whole()
-        return self
-
-    def _deployment_is_whole(self) -> None:
+            yield mistake("privacy.noise_multiplier", 0, "privacy.target_epsilon needs noise: above 0, or null")
         cohort, population = self.noise_cohort, self.noise_population
         if (cohort is None) != (population is None):
-            raise ValueError(
-                f"privacy.noise_cohort: got {format_value(cohort)}, but noise_population is {format_value(population)}"
-                "; a deployment has both"
-            )
+            both = f"noise_population is {format_value(population)}; a deployment has both"
+            yield mistake("privacy.noise_cohort", cohort, both)
         if cohort is not None and population is not None and cohort > population:
-            raise ValueError(f"privacy.noise_cohort: got {cohort}, but noise_population is {population}")
+            yield mistake("privacy.noise_cohort", cohort, f"noise_population is {population}")
         if self.quantile is not None and self.order == "clip_first":
-            raise ValueError(
-                "privacy.quantile: got a quantile, but with order=clip_first clients clip at a norm that is fixed; "
-                "sparsify_first is allowed"
-            )
+            fixed = "with order=clip_first clients clip at a norm that is fixed; sparsify_first is allowed"
+            yield f"privacy.quantile: got a quantile, but {fixed}"
 
     def depends_on_rounds(self, before: int, after: int) -> str | None:
         calibrated = self.kind != "none" and self.noise_multiplier is None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from rayfed.config.class_sequence import ClassSequence
+from rayfed.config.describe import mistake
 from rayfed.config.types import (
     UNSIGNED,
     Clients,
@@ -144,42 +146,39 @@ class Data(Section):
         lists = {"instruction": self.messages, "multi_label": self.label, "image_multi_label": self.label}
         return tuple(name for name in (lists.get(self.task), self.image if self.images else None) if name)
 
-    @model_validator(mode="after")
-    def _task_has_its_settings(self) -> Data:
-        if self.packing and not self.own_task and self.task_class != "causal_lm":
-            raise ValueError("data.packing: got true, but only data.task=causal_lm joins texts")
-        for field in ("crop", "flip"):
-            if (value := getattr(self, field)) and not self.own_task and not self.images:
-                raise ValueError(f"data.{field}: got {str(value).lower()}, but only tasks on images change images")
-        paired = "text_classification", "multi_label", "regression"
-        if self.text_pair is not None and not self.own_task and self.task_class not in paired:
-            what = f"data.task={self.task_class} takes no pairs; allowed with {', '.join(paired)}"
-            raise ValueError(f"data.text_pair: got {self.text_pair!r}, but {what}")
-        for field in ("messages", "prompt_template"):
-            if (value := getattr(self, field)) is not None and not self.own_task and self.task_class != "instruction":
-                raise ValueError(f"data.{field}: got {value!r}, but only data.task=instruction has prompts")
+    def mistakes(self) -> Iterator[str]:
+        if not self.own_task:
+            yield from self._task_mistakes()
         if self.prompt_template is not None:
             if self.messages is not None:
-                raise ValueError(f"data.prompt_template: got {self.prompt_template!r}, but data.messages are chats")
+                yield mistake("data.prompt_template", self.prompt_template, "data.messages are chats")
             if self.prompt_template.count("{prompt}") != 1:
-                raise ValueError(f"data.prompt_template: got {self.prompt_template!r}, but it has {{prompt}} once")
-        return self
-
-    @model_validator(mode="after")
-    def _source_is_named(self) -> Data:
+                yield mistake("data.prompt_template", self.prompt_template, "it has {prompt} once")
         if self.source == "files" and not self.path:
-            raise ValueError("data.path: got null, but data.source=files needs a folder or a file")
+            yield mistake("data.path", None, "data.source=files needs a folder or a file")
         if self.source == "object" and not self.fingerprint:
-            raise ValueError("data.source: got 'object', but Python objects come with rayfed.run(..., task=...)")
+            yield mistake("data.source", "object", "Python objects come with rayfed.run(..., task=...)")
         if self.source == "hub" and not self.name:
-            raise ValueError("data.name: got null, but data.source=hub needs the name of a data set")
+            yield mistake("data.name", None, "data.source=hub needs the name of a data set")
+
+    def _task_mistakes(self) -> Iterator[str]:
+        """Settings of a task or a source beside another one. A user's own task may have any."""
+        if self.packing and self.task_class != "causal_lm":
+            yield mistake("data.packing", True, "only data.task=causal_lm joins texts")
+        for field in ("crop", "flip"):
+            if (value := getattr(self, field)) and not self.images:
+                yield mistake(f"data.{field}", value, "only tasks on images change images")
+        paired = "text_classification", "multi_label", "regression"
+        if self.text_pair is not None and self.task_class not in paired:
+            what = f"data.task={self.task_class} takes no pairs; allowed with {', '.join(paired)}"
+            yield mistake("data.text_pair", self.text_pair, what)
+        for field in ("messages", "prompt_template"):
+            if (value := getattr(self, field)) is not None and self.task_class != "instruction":
+                yield mistake(f"data.{field}", value, "only data.task=instruction has prompts")
         for field, source in (("path", "files"), ("name", "hub"), ("subset", "hub")):
-            if getattr(self, field) is not None and self.source != source and not self.own_task:
-                raise ValueError(
-                    f"data.{field}: got {getattr(self, field)!r}, but that belongs to data.source={source}, "
-                    f"and the source is {self.source}"
-                )
-        return self
+            if (value := getattr(self, field)) is not None and self.source != source:
+                what = f"that belongs to data.source={source}, and the source is {self.source}"
+                yield mistake(f"data.{field}", value, what)
 
 
 class Problem(Section):
@@ -211,16 +210,12 @@ class Problem(Section):
         """The numbers that describe one client: its features, and its distance from the common optimum."""
         return self.inputs * (self.rows + self.outputs)
 
-    @model_validator(mode="after")
-    def _problem_exists(self) -> Problem:
-        if self.true_rank > min(self.outputs, self.inputs):
-            raise ValueError(
-                f"problem.true_rank: got {self.true_rank}, but a matrix of {self.outputs} x {self.inputs} has at most "
-                f"rank {min(self.outputs, self.inputs)}"
-            )
+    def mistakes(self) -> Iterator[str]:
+        if self.true_rank > (most := min(self.outputs, self.inputs)):
+            has = f"a matrix of {self.outputs} x {self.inputs} has at most rank {most}"
+            yield mistake("problem.true_rank", self.true_rank, has)
         if self.rows < self.inputs:
-            raise ValueError(f"problem.rows: got {self.rows}, but at least problem.inputs={self.inputs} are needed")
-        return self
+            yield mistake("problem.rows", self.rows, f"at least problem.inputs={self.inputs} are needed")
 
 
 class Partition(Section):
@@ -309,10 +304,8 @@ class Model(Section):
     in `data.fingerprint`.
     """
 
-    @model_validator(mode="after")
-    def _objects_are_given(self) -> Model:
+    def mistakes(self) -> Iterator[str]:
         if self.name == OBJECT and not self.fingerprint:
-            raise ValueError("model.name: got 'object', but Python objects come with rayfed.run(..., task=...)")
+            yield mistake("model.name", OBJECT, "Python objects come with rayfed.run(..., task=...)")
         if self.adapter is None and self.adapter_digest is not None:
-            raise ValueError(f"model.adapter_digest: got {self.adapter_digest!r}, but model.adapter is null")
-        return self
+            yield mistake("model.adapter_digest", self.adapter_digest, "model.adapter is null")

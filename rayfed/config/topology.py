@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 
-from rayfed.config.describe import format_value
+from rayfed.config.describe import mistake
 from rayfed.config.types import Section, Text
 
 
@@ -33,18 +34,13 @@ class Topology(Section):
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
 
-    @model_validator(mode="after")
-    def _kind_has_what_it_needs(self) -> Topology:
+    def mistakes(self) -> Iterator[str]:
         if self.kind == "star":
             given = {name: getattr(self, name) for name in ("graph", "edge_probability", "algorithm")}
             changed = {name: own for name, own in given.items() if own != Topology.model_fields[name].default}
             for name, value in (changed | self.options).items():
-                what = "that belongs to topology.kind=graph, and the kind is star"
-                raise ValueError(f"topology.{name}: got {format_value(value)}, but {what}")
+                yield mistake(f"topology.{name}", value, "that belongs to topology.kind=graph, and the kind is star")
         if (self.graph == "erdos_renyi") != (self.edge_probability is not None):
             what = "needs a number above 0" if self.edge_probability is None else "belongs to erdos_renyi alone"
-            raise ValueError(
-                f"topology.edge_probability: got {format_value(self.edge_probability)}, but topology.graph="
-                f"{self.graph}, and the probability {what}"
-            )
-        return self
+            graph = f"topology.graph={self.graph}, and the probability {what}"
+            yield mistake("topology.edge_probability", self.edge_probability, graph)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 
+from rayfed.config.describe import mistake
 from rayfed.config.types import (
     Batch,
     Betas,
@@ -87,11 +89,9 @@ class Client(Section):
         """Whether clients train with another loss than the plain cross-entropy of classes."""
         return self.label_smoothing > 0 or self.class_weights is not None
 
-    @model_validator(mode="after")
-    def _clipped_to_something(self) -> Client:
+    def mistakes(self) -> Iterator[str]:
         if self.on_divergence == "clip" and self.max_change is None:
-            raise ValueError("client.on_divergence: got 'clip', but client.max_change=null says no limit; set a number")
-        return self
+            yield mistake("client.on_divergence", "clip", "client.max_change=null says no limit; set a number")
 
 
 class Objective(Section):
