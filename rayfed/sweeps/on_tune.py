@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,10 @@ def make_trainable(
             report({FAILED: masked(class_and_line(error, MOST_CHARACTERS))}, folder, False)
 
     def resources(config: Config) -> tune.PlacementGroupFactory:
-        engine = validate(dict(settings)).engine
-        with suppress(UserError):  # the trial itself will say so
+        try:
             engine = trial_experiment(settings, overrides(config), group, "trial").engine
+        except UserError:  # the trial itself will say so
+            engine = validate(dict(settings)).engine
         return tune.PlacementGroupFactory(**trial_places(engine, here=trials is not None))
 
     train.__name__ = "rayfed"  # the first word of the names that Tune gives

@@ -383,3 +383,14 @@ def test_the_digest_does_not_depend_on_adapters_in_the_bases_format() -> None:
     before = validate({}).model_dump(mode="json")
     del before["lora"]["compute"]
     assert settings_digest(before) == validate({}).digest() != validate({"lora": {"compute": "float32"}}).digest()
+
+
+def test_a_section_says_all_of_its_mistakes() -> None:
+    with pytest.raises(UserError) as error:
+        validate({"channel": {"snr": 10.0, "power": 2.0}, "data": {"source": "files", "packing": True}})
+    assert [line.partition(":")[0] for line in str(error.value).splitlines()] == [
+        "data.packing",
+        "data.path",
+        "channel.power",
+        "channel.snr",
+    ]

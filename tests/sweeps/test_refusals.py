@@ -11,6 +11,7 @@ from sweep_files import planned
 
 from rayfed.cli import main
 from rayfed.config import dump_config
+from rayfed.config.sweep import load_sweep
 from rayfed.errors import UserError
 
 RATES = {"client.lr": {"grid": [0.1, 0.2]}}
@@ -255,6 +256,17 @@ SECTIONS = {
 def test_wrong_sweeps_are_one_line(refused, sweep_file, tmp_path: Path, case: str) -> None:
     section, line = SECTIONS[case]
     assert refused(sweep_file(section), "--out", tmp_path / "out").startswith(line)
+
+
+def test_parameters_may_be_nested(sweep_file) -> None:
+    """As the file has them and as overrides make them; null takes one away, an empty mapping is refused by its name."""
+    path = sweep_file({"parameters": {"client": {"lr": {"grid": [0.1, 0.2]}}, "lora.rank": {"grid": [1]}}})
+    override = "sweep.parameters={lora: {rank: null}, seed: {grid: [3]}}"
+    _, sweep = load_sweep(path, ["sweep.parameters.client.lr={grid: [0.5]}", "sweep.parameters.seed={grid: [2, 3]}"])
+    assert sweep.parameters == {"client.lr": {"grid": [0.5]}, "lora.rank": {"grid": [1]}, "seed": {"grid": [2, 3]}}
+    assert load_sweep(path, [override])[1].parameters == {"seed": {"grid": [3]}}
+    with pytest.raises(UserError, match=r"^sweep.parameters.client.steps: got \{\}, but it should be \{grid: "):
+        load_sweep(path, ["sweep.parameters.client.steps={}"])
 
 
 def test_many_trials_with_one_mistake_are_one_line(refused, sweep_file, tmp_path: Path) -> None:

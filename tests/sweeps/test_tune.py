@@ -20,6 +20,7 @@ from small_runs import LOWRANK, lowrank, wait_for
 
 import rayfed
 from rayfed.errors import UserError
+from rayfed.sweeps.on_tune import make_trainable
 from rayfed.tracking import read_metrics
 
 GAP: dict[str, Any] = {"metric": "eval/gap", "mode": "min"}
@@ -101,6 +102,8 @@ def test_a_trainable_is_checked_and_knows_its_resources() -> None:
     assert function._resources({}).bundles == [{"CPU": 1}, {"CPU": 0.5}, {"CPU": 0.5}]
     assert function._resources({"engine.workers": 1}).bundles == [{"CPU": 1}, {"CPU": 0.5}]
     assert len(function._resources({"client.lr": -1}).bundles) == 3  # the trial itself will say what is wrong
+    unfinished: Any = make_trainable(LOWRANK | {"engine": engine, "client": {"lr": -1}}, {})  # as the file of a sweep
+    assert len(unfinished._resources({"client.lr": 0.1}).bundles) == 3
 
 
 def test_trials_that_can_never_fit_are_refused(ray_cluster, tmp_path: Path) -> None:
