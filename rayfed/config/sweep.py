@@ -94,7 +94,7 @@ class Sweep(Section):
             try:
                 Printable(MOST_NAME)(label)
             except TextMistake as text:
-                yield mistake("sweep.cases", label, f"it is a label, and {text}")
+                yield f"sweep.cases: got the label {format_value(label)}, but {text}"
                 continue
             if not isinstance(case, dict) or len(case) > MOST_SETTINGS or not all(isinstance(key, str) for key in case):
                 mapping = f"a mapping from dotted settings, at most {MOST_SETTINGS}, to values"
@@ -184,7 +184,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[st
     if isinstance(section, dict) and isinstance(section.get("parameters"), dict):  # nested, or with dotted names
         parameters = dict(flat(section["parameters"], leaf=lambda value: not value or is_space(value)))
         section["parameters"] = {key: space for key, space in parameters.items() if space is not None}
-    if settings.get("sweep") is None:
+    if section is None:
         raise UserError(f"sweep: {path} has no section `sweep`; `rayfed run` takes it; `rayfed init` lists sweeps")
     sweep = validate_as(_File, {"sweep": settings.pop("sweep"), "name": settings.get("name", "sweep")}).sweep
     by_search = searched() if isinstance(sweep.search, FlascSearchSettings) else ()
