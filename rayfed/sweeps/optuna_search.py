@@ -43,9 +43,9 @@ class OptunaPoints(Search):
         super().__init__(settings, sweep, out)
         assert isinstance(sweep.search, OptunaSettings)
         self.search = sweep.search
-        self.aims: dict[str, Any] = {sweep.metric: sweep.mode} | (
-            {self.search.against: "min"} if self.search.against else {}
-        )
+        self.aims: dict[str, Any] = {sweep.metric: sweep.mode}
+        if self.search.against:
+            self.aims[self.search.against] = "min"
         self.seeds: list[Any] = sweep.parameters.get(SEED, {}).get("grid", [None])
         varied = [*sweep.parameters, *(key for _, case in sweep.labelled() for key in case)]
         self.short = short_names(dict.fromkeys([CASE, *varied, SEED]))

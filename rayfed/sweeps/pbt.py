@@ -56,8 +56,8 @@ class Population(Search):
         self.search, generation = sweep.search, sweep.search.rounds
         (unsearched,) = make_trials(settings, [Point({}, {})])
         self.experiment = experiment = unsearched.experiment
-        every = math.gcd(experiment.checkpoint.every, generation)
-        super().__init__(overridden(settings, {**CONSTANT, "checkpoint.every": every}), sweep, out)
+        own = {**CONSTANT, "checkpoint.every": math.gcd(experiment.checkpoint.every, generation)}
+        super().__init__(overridden(settings, own), sweep, out)
         rounds, every = experiment.server.rounds, experiment.eval.every
         if rounds % generation or rounds < 2 * generation:
             many = f"it should be two or more generations of sweep.search.rounds={generation}"
@@ -87,9 +87,10 @@ class Population(Search):
 
     def lines(self) -> list[dict[str, Any]]:
         """One line a member, with its settings by rounds."""
-        metrics = [self.rows[name].get("metric") for name in self.trials]
-        pairs = zip(metrics, self.trials.values(), strict=True)
-        return [{"trial": own.name, "metric": metric, "schedule": self._schedule(own)} for metric, own in pairs]
+        return [
+            {"trial": name, "metric": self.rows[name].get("metric"), "schedule": self._schedule(trial)}
+            for name, trial in self.trials.items()
+        ]
 
     def title(self) -> str:
         metric, found = self.sweep.metric, "Population Based Training"
