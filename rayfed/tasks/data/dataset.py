@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -165,9 +166,7 @@ def read_source(settings: Data) -> Source:
     """The unchecked rows that ``settings`` describe. UserError where they cannot be read."""
     # Imported here, so that pyarrow and datasets are imported only for the source that needs them.
     if settings.source == "stdlib":
-        from rayfed.tasks.data.stdlib import read_stdlib
-
-        return read_stdlib()
+        return _standard_library()
     if settings.source == "files" and settings.images:
         from rayfed.tasks.data.image_files import read_image_files
 
@@ -179,6 +178,14 @@ def read_source(settings: Data) -> Source:
     from rayfed.tasks.data.hub import read_hub
 
     return read_hub(settings)
+
+
+@cache
+def _standard_library() -> Source:
+    """Read once in a process: a sweep over seeds asks for it at every seed, and to parse it takes seconds."""
+    from rayfed.tasks.data.stdlib import read_stdlib
+
+    return read_stdlib()
 
 
 def _contents(table: Table, settings: Data) -> list[Any]:
