@@ -168,6 +168,7 @@ def test_a_population_on_ray_tune(ray_cluster, pbt_file, tmp_path: Path) -> None
     for line in members:
         rounds = read_metrics(out / "trials" / line["trial"] / "metrics.jsonl")
         assert [own["round"] for own in rounds] == [1, 2, 3, 4]
+        assert rayfed.load_config(out / "trials" / line["trial"] / "config.yaml").name == line["trial"]
         first, *later = line["schedule"]
         if later:
             source = read_metrics(out / "trials" / first["trial"] / "metrics.jsonl")

@@ -14,7 +14,7 @@ from ray import tune
 from small_runs import lowrank
 
 import rayfed
-from rayfed.api.continuation import last_round, run_trial, snapshot
+from rayfed.api.continuation import last_round, run_trial, schedule, snapshot
 from rayfed.config import Experiment, load_config
 from rayfed.config.marks import data_key
 from rayfed.errors import UserError
@@ -113,6 +113,11 @@ def test_a_trial_continues_another_one_with_other_settings(tmp_path: Path, whole
     note = json.loads((tmp_path / "m1" / "continues.json").read_text())
     assert (note["trial"], note["round"], note["before"]) == ("m2", 4, {"client.lr": 0.06})
     assert note["earlier"]["trial"] == "m1"
+    assert schedule(tmp_path / "m1", settings("client.lr=0.07", "name=m1"), ["client.lr"]) == [
+        {"rounds": [1, 2], "trial": "m1", "client.lr": 0.05},
+        {"rounds": [3, 4], "trial": "m2", "client.lr": 0.06},
+        {"rounds": [5, 6], "trial": "m1", "client.lr": 0.07},
+    ]
     assert [record["round"] for record in read_metrics(tmp_path / "m1" / "metrics.jsonl")] == list(range(1, 7))
 
 
