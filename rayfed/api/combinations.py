@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rayfed.config import Experiment
+from rayfed.config.training import Server
 from rayfed.errors import UserError, allowed
 from rayfed.methods import METHODS, Method, method_class
 from rayfed.objectives import Objective, RunFacts, Stateful
@@ -41,15 +42,15 @@ def check_head(experiment: Experiment, objective: Objective, model: ModelSpec) -
         raise allowed("objective.name", experiment.objective.name, what)
 
 
-def check_weighting(experiment: Experiment, weights: str, weighting: Weighting, method: Method) -> None:
-    """UserError where the weighting of that name does not go with the method or the other settings."""
-    if experiment.server.empty_clients and weights != "uniform":
+def check_weighting(server: Server, weights: str, weighting: Weighting, name: str, method: Method) -> None:
+    """UserError where the weighting named ``weights`` does not go with the method of that name, or the server."""
+    if server.empty_clients and weights != "uniform":
         raise UserError(
             f"server.empty_clients: got true, but the weights are {weights!r}, in which clients without training rows "
             "do not count; allowed with server.weights=uniform"
         )
     if weighting.needs is not None and method.ignores_weights:
-        what = f"method.name={experiment.method.name} does not use these weights: {method.ignores_weights}"
+        what = f"method.name={name} does not use these weights: {method.ignores_weights}"
         raise allowed("server.weights", weights, what)
 
 

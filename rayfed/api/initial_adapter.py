@@ -6,23 +6,25 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from rayfed.config import Experiment
 from rayfed.config.adapter import adapter_digest, adapter_folder
-from rayfed.errors import UserError, allowed
+from rayfed.config.method import Lora
+from rayfed.config.task import Model
+from rayfed.errors import allowed
 from rayfed.lora.adapter import Adapter, fresh_adapter, scale_of
 from rayfed.lora.algebra import pad, rescale
 from rayfed.lora.peft_files import read_peft
 from rayfed.tasks.models.spec import ModelSpec
 
 
-def initial_adapter(experiment: Experiment, spec: ModelSpec, classes: Sequence[str]) -> tuple[Adapter, str] | None:
+def initial_adapter(
+    settings: Model, lora: Lora, seed: int, spec: ModelSpec, classes: Sequence[str]
+) -> tuple[Adapter, str] | None:
     """The adapter at the run's rank and scale, and a line about it for the log; None where the settings name none.
 
     A smaller rank is padded: further columns of B are 0, and further rows of A are those of a new adapter. The head is
     a new one where the folder's does not fit. UserError where the folder is not the one whose digest the settings have,
     cannot be read, or does not fit the model.
     """
-    settings, lora = experiment.model, experiment.lora
     if settings.adapter is None:
         return None
     if (digest := adapter_digest(settings.adapter)) != settings.adapter_digest:
@@ -41,7 +43,7 @@ def initial_adapter(experiment: Experiment, spec: ModelSpec, classes: Sequence[s
     if rank > lora.rank:
         raise allowed("lora.rank", lora.rank, f"model.adapter has rank {rank}, and no rank of it may be left out")
     scale = scale_of(lora.rank, lora.alpha, lora.rslora)
-    fresh = fresh_adapter(spec.shapes, spec.head, lora.rank, scale, experiment.seed)
+    fresh = fresh_adapter(spec.shapes, spec.head, lora.rank, scale, seed)
     layers = {
         name: pad(pair if pair.scale == scale else rescale(pair, scale), lora.rank, fresh.layers[name].A)
         for name, pair in pairs.items()
@@ -66,15 +68,3 @@ def _head(
     if list(named) != list(classes):
         return None, "with a new head: its own is for other classes"
     return given, "with its head"
-
-
-def check_method(experiment: Experiment, refusal: str, others: Sequence[str]) -> None:
-    """UserError where an adapter is given and the method, for the reason ``refusal``, cannot start from one.
-
-    ``others`` are the names of the methods that can.
-    """
-    if experiment.model.adapter is not None and refusal:
-        raise UserError(
-            f"model.adapter: got {experiment.model.adapter!r}, but {experiment.method.name} cannot start from one: "
-            f"{refusal}; these can: {', '.join(others)}"
-        )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,13 +23,15 @@ from yaml.representer import RepresenterError
 from rayfed import channels, config, methods, objectives, privacy, tasks, weighting
 from rayfed.api.classification import by_experience, check_classification, describe_sequence
 from rayfed.api.combinations import check_channel, check_head, check_objective, check_weighting
-from rayfed.api.initial_adapter import check_method, initial_adapter
+from rayfed.api.initial_adapter import initial_adapter
 from rayfed.api.topologies import build_algorithm, on_graph
 from rayfed.channels import Channel
 from rayfed.clients.plan import RunPlan
 from rayfed.config import Experiment
 from rayfed.config.adapter import adapter_folder, with_digest
+from rayfed.config.method import Direction
 from rayfed.config.parse import dump_settings
+from rayfed.config.task import Data, Model
 from rayfed.errors import UserError, allowed
 from rayfed.keywords import suggest_keywords
 from rayfed.lora.adapter import scale_of
@@ -137,7 +139,10 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
     check_classification(experiment, task, objective, ServerOptimizer(optimizer, server))
     if lora.train == "head" and getattr(method, "train", "all") == "masked":
         raise UserError("method.train: got 'masked', but lora.train=head already says what trains")
-    check_method(experiment, method.refuses_adapter, methods.with_adapters())
+    if experiment.model.adapter is not None and method.refuses_adapter:
+        reason = f"{name} cannot start from one: {method.refuses_adapter}"
+        what = f"{reason}; these can: {', '.join(methods.with_adapters())}"
+        raise allowed("model.adapter", experiment.model.adapter, what)
     profiles = ClientProfiles(experiment.profiles, lora, experiment.wire, experiment.seed)
     if profiles.mixed_ranks and not method.mixed_ranks:
         raise UserError(
@@ -145,9 +150,9 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
             f"all of them at lora.rank={lora.rank}; mixed ranks are taken by {', '.join(methods.with_mixed_ranks())}"
         )
     if not method.sparse_down:
-        _check_whole(experiment, profiles, "down")
+        _check_whole(name, "down", experiment.wire.down, profiles.may_be_sparse("down", server.rounds))
     if not method.sparse_up:
-        _check_whole(experiment, profiles, "up")
+        _check_whole(name, "up", experiment.wire.up, profiles.may_be_sparse("up", server.rounds))
     privacy.check(experiment.privacy, name, method, server, experiment.client, experiment.model, experiment.engine)
     changed = objective.replaces_loss or objective.adds_penalty or objective.changes_gradient
     if experiment.privacy.kind == "example" and changed:
@@ -160,7 +165,7 @@ def build_components(experiment: Experiment, task: Task | None = None, method: M
         by_default = objective.server_weights or by_default
     weights = by_default if server.weights == "auto" else server.weights
     weigher = weighting.build(weights, **experiment.weighting.options)
-    check_weighting(experiment, weights, weigher, method)
+    check_weighting(server, weights, weigher, name, method)
     check_channel(experiment, weights, weigher, method, objective, optimizer, profiles)
     channel = channels.build(experiment.channel, experiment.seed)
     return Components(task, method, objective, weigher, channel, optimizer, profiles, algorithm)
@@ -186,7 +191,8 @@ def check(experiment: Experiment, federation: Federation | None = None, model: b
     parts = build_components(experiment)
     federation = _checked_data(experiment, parts, federation)
     if model:
-        initial_adapter(experiment, _described_model(experiment, parts, federation), federation.classes)
+        spec = _described_model(experiment, parts, federation)
+        initial_adapter(experiment.model, experiment.lora, experiment.seed, spec, federation.classes)
     return federation
 
 
@@ -196,7 +202,8 @@ def make_plan(experiment: Experiment, parts: Components, federation: Federation 
     federation = _checked_data(experiment, parts, federation)
     model = _described_model(experiment, parts, federation)
     mechanism = _privacy(experiment, parts, federation)
-    initial, *notes = initial_adapter(experiment, model, federation.classes) or (None,)
+    start = initial_adapter(experiment.model, experiment.lora, experiment.seed, model, federation.classes)
+    initial, *notes = start or (None,)
     built = dict(vars(parts))
     if (algorithm := built.pop("algorithm")) is not None:
         built["topology"], built["method"], about = on_graph(experiment, algorithm, parts.method, federation)
@@ -233,7 +240,7 @@ def _checked_data(experiment: Experiment, parts: Components, federation: Federat
     if experiment.engine.kind == "local" and experiment.engine.device == "cuda" and not torch.cuda.is_available():
         raise UserError("engine.device: got 'cuda', but torch finds no GPU here; allowed is cpu")
     if experiment.pretrain.model is not None:
-        _check_pretrained(experiment)
+        _check_pretrained(experiment.model, experiment.data)
     if experiment.model.adapter is not None:
         adapter_folder(experiment.model.adapter)  # raises UserError; before the data, which may take minutes
     federation = federation or parts.task.load_data()
@@ -249,12 +256,12 @@ def _checked_data(experiment: Experiment, parts: Components, federation: Federat
     return federation
 
 
-def _check_pretrained(experiment: Experiment) -> None:
+def _check_pretrained(model: Model, data: Data) -> None:
     """UserError where the base of the section `pretrain` is not there, or has seen rows of clients."""
-    folder, share = Path(experiment.model.name), experiment.data.pretrain_share
+    folder, share = Path(model.name), data.pretrain_share
     if not folder.is_dir():
         what = "there is no such folder yet: `rayfed pretrain` makes it from this config"
-        raise allowed("model.name", experiment.model.name, what)
+        raise allowed("model.name", model.name, what)
     try:
         seen = float(json.loads((folder / PRETRAINED).read_text(encoding="utf-8"))["data"]["pretrain_share"])
     except (OSError, ValueError, KeyError, TypeError):  # another model than one of `rayfed pretrain`
@@ -313,12 +320,9 @@ def describe_objects(experiment: Experiment, task: Task | None, method: Method |
     return experiment.model_copy(update={"method": section})
 
 
-def _check_whole(experiment: Experiment, profiles: ClientProfiles, direction: Literal["down", "up"]) -> None:
-    """Refuses sparse or rounded messages where the method needs them to arrive as they were sent."""
-    wire, name = getattr(experiment.wire, direction), experiment.method.name
-    if profiles.may_be_sparse(direction, experiment.server.rounds):
-        raise UserError(f"wire.{direction}.density: got below 1, but what {name} sends {direction} must arrive whole")
+def _check_whole(name: str, way: str, wire: Direction, sparse: bool) -> None:
+    """Refuses sparse or rounded messages ``way`` (down or up): the method of that name needs them as they were sent."""
+    if sparse:
+        raise UserError(f"wire.{way}.density: got below 1, but what {name} sends {way} must arrive whole")
     if wire.values != "fp32":
-        raise UserError(
-            f"wire.{direction}.values: got {wire.values!r}, but what {name} sends {direction} must arrive exactly: fp32"
-        )
+        raise allowed(f"wire.{way}.values", wire.values, f"what {name} sends {way} must arrive exactly: fp32")

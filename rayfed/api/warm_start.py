@@ -26,6 +26,7 @@ from torch import Tensor
 
 from rayfed.api.plans import build_components
 from rayfed.config import Experiment, dump_config, load_config
+from rayfed.config.method import Lora
 from rayfed.errors import UserError, allowed
 from rayfed.files import atomic_path, atomic_write, write_json
 from rayfed.lora.adapter import Adapter, Layout, LowRank, fresh_adapter, scale_of
@@ -106,7 +107,7 @@ def _grown(
 ) -> tuple[checkpoints.Checkpoint, Tensors, Tensors]:
     """The checkpoint, the method's tensors and the optimizer's tensors, at the rank of ``experiment``."""
     old = Layout.from_json(checkpoint.facts["layout"])
-    start = _fresh(old, method["vector"], experiment)
+    start = _fresh(old, method["vector"], experiment.lora, experiment.seed)
     grown = {"vector": grow(method["vector"], old, start)}
     eps = ServerOptimizer(build_components(experiment).server_optimizer, experiment.server).eps
     moments = grow_moments(optimizer, old, start, eps)
@@ -153,8 +154,8 @@ def grow_moments(moments: Mapping[str, Tensor], old: Layout, start: Adapter, eps
     return grown
 
 
-def _fresh(old: Layout, vector: Tensor, experiment: Experiment) -> Adapter:
-    """The adapter with which a new run of ``experiment`` starts, on the layers of ``old``, without the base model."""
-    before, lora = old.unflatten(vector), experiment.lora
+def _fresh(old: Layout, vector: Tensor, lora: Lora, seed: int) -> Adapter:
+    """The adapter with which a new run starts, on the layers of ``old``, without the base model."""
+    before = old.unflatten(vector)
     shapes = {name: (pair.B.shape[0], pair.A.shape[1]) for name, pair in before.layers.items()}
-    return fresh_adapter(shapes, before.head, lora.rank, scale_of(lora.rank, lora.alpha, lora.rslora), experiment.seed)
+    return fresh_adapter(shapes, before.head, lora.rank, scale_of(lora.rank, lora.alpha, lora.rslora), seed)
