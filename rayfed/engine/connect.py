@@ -58,7 +58,7 @@ def start_ray(address: str | None, need: float, dashboard: bool = False, event: 
 def join_for_trials(engines: Iterable[Engine], event: Event = ignore) -> bool:
     """Joins the cluster of trials with these settings, or starts Ray here with CPUs for any one of them.
 
-    Whether Ray was started or joined now: nothing happens where this process uses Ray already. UserError where the
+    Returns whether Ray was started or joined now. A process that uses Ray already stays with it. UserError where the
     trials name several clusters, or where the cluster can never hold one of them.
     """
     engines = list({str(engine): engine for engine in engines}.values())
