@@ -8,12 +8,13 @@ each is marked so at its field, see `rayfed.config.types`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
 from rayfed.config.channel import Channel
+from rayfed.config.describe import mistake
 from rayfed.config.execution import Checkpoint, Engine, Export, Tracking
 from rayfed.config.method import Lora, Method, Profiles, Wire
 from rayfed.config.pretrain import Pretrain
@@ -70,64 +71,56 @@ class Experiment(Section, metaclass=_Refuses):
     @model_validator(mode="after")
     def _chosen_dtype(self) -> Experiment:
         if self.model.dtype == "auto":
-            from rayfed.device import multiplies_bfloat16  # takes a second to import
-
-            exact = self.data.source == "lowrank"  # computes in float32 alone
-            dtype = "bfloat16" if not exact and multiplies_bfloat16(self.engine.device) else "float32"
             # The settings of a run never say auto, so their digest names the choice. (Frozen: no plain assignment.)
-            object.__setattr__(self, "model", self.model.model_copy(update={"dtype": dtype}))
+            object.__setattr__(self, "model", self.model.model_copy(update={"dtype": self._dtype()}))
         return self
 
-    @model_validator(mode="after")
-    def _combinations(self) -> Experiment:
-        if self.lora.compute == "bfloat16" and self.model.dtype != "bfloat16":
-            raise ValueError(
-                "lora.compute: got 'bfloat16', but that needs model.dtype=bfloat16, and the dtype is "
-                f"{self.model.dtype}; auto and float32 are allowed"
-            )
+    def _dtype(self) -> str:
+        """`model.dtype`; for auto, the choice."""
+        if self.model.dtype != "auto":
+            return self.model.dtype
+        from rayfed.device import multiplies_bfloat16  # takes a second to import
+
+        exact = self.data.source == "lowrank"  # computes in float32 alone
+        return "bfloat16" if not exact and multiplies_bfloat16(self.engine.device) else "float32"
+
+    def mistakes(self) -> Iterator[str]:
+        if self.lora.compute == "bfloat16" and (dtype := self._dtype()) != "bfloat16":
+            needs = f"that needs model.dtype=bfloat16, and the dtype is {dtype}; auto and float32 are allowed"
+            yield mistake("lora.compute", "bfloat16", needs)
         if self.model.load_in_4bit and self.engine.device != "cuda":
-            raise ValueError(
-                f"model.load_in_4bit: got true, but engine.device={self.engine.device} does not compute with 4 bits; "
-                "allowed with engine.device=cuda"
-            )
+            what = f"engine.device={self.engine.device} does not compute with 4 bits; allowed with engine.device=cuda"
+            yield mistake("model.load_in_4bit", True, what)
         if self.lora.train == "head" and self.model.head == "frozen":
-            raise ValueError("lora.train: got 'head', but model.head=frozen leaves nothing to train; all is allowed")
+            yield mistake("lora.train", "head", "model.head=frozen leaves nothing to train; all is allowed")
         if self.engine.kind == "ray" and self.engine.device == "cuda" and not self.engine.gpus:
-            raise ValueError("engine.gpus_per_worker: got 0, but engine.device=cuda needs more than 0")
+            yield mistake("engine.gpus_per_worker", 0, "engine.device=cuda needs more than 0")
         if self.lora.train == "head" and self.model.adapter is not None:
-            raise ValueError("lora.train: got 'head', but model.adapter has layers, which would not train; use all")
+            yield mistake("lora.train", "head", "model.adapter has layers, which would not train; use all")
         if (sequence := self.partition.sequence) is not None and self.server.rounds % sequence.experiences:
-            raise ValueError(
-                f"server.rounds: got {self.server.rounds}, but all experiences have equally many rounds: a multiple of "
-                f"partition.sequence.experiences={sequence.experiences} is allowed"
-            )
+            multiple = f"a multiple of partition.sequence.experiences={sequence.experiences} is allowed"
+            yield mistake("server.rounds", self.server.rounds, f"all experiences have equally many rounds: {multiple}")
         clients, each = self.partition.clients, self.problem.numbers_per_client
         if self.data.source == "lowrank" and clients * each > MOST_NUMBERS:
-            raise ValueError(
-                f"partition.clients: got {clients}, but with {each} numbers each (problem.inputs * (problem.rows + "
-                f"problem.outputs)) these are {clients * each} numbers, and at most {MOST_NUMBERS} are allowed"
-            )
-        return self
+            size = f"{each} numbers each (problem.inputs * (problem.rows + problem.outputs))"
+            most = f"these are {clients * each} numbers, and at most {MOST_NUMBERS} are allowed"
+            yield mistake("partition.clients", clients, f"with {size} {most}")
+        yield from self._profile_mistakes()
 
-    @model_validator(mode="after")
-    def _profiles_fit(self) -> Experiment:
+    def _profile_mistakes(self) -> Iterator[str]:
         own, largest = self.profiles, self.lora.rank
-        for field, rank in (*(("ranks", rank) for rank in own.ranks or ()), ("low", own.low), ("high", own.high or 1)):
+        first = next((rank for rank in own.ranks or () if rank > largest), 0)
+        for field, rank in (("ranks", first), ("low", own.low), ("high", own.high or 1)):
             if rank > largest:
-                raise ValueError(
-                    f"profiles.{field}: got {rank}, but no rank may exceed lora.rank={largest}, the server's"
-                )
+                yield mistake(f"profiles.{field}", rank, f"no rank may exceed lora.rank={largest}, the server's")
         high = own.high or largest
-        if own.low > high:
-            raise ValueError(f"profiles.low: got {own.low}, but it may not exceed profiles.high={high}")
-        if own.mean is not None and not own.low <= own.mean <= high:
-            raise ValueError(f"profiles.mean: got {own.mean}, but it should be from low={own.low} to high={high}")
+        if largest >= own.low > high:
+            yield mistake("profiles.low", own.low, f"it may not exceed profiles.high={high}")
+        elif own.mean is not None and not own.low <= own.mean <= high:
+            yield mistake("profiles.mean", own.mean, f"it should be from low={own.low} to high={high}")
         if own.kind == "list" and self.partition.kind != "natural" and own.entries != self.partition.clients:
-            raise ValueError(
-                f"profiles.{next(iter(own.lists))}: got {own.entries} values, but the population has "
-                f"{self.partition.clients} clients (partition.clients)"
-            )
-        return self
+            has = f"the population has {self.partition.clients} clients (partition.clients)"
+            yield f"profiles.{next(iter(own.lists))}: got {own.entries} values, but {has}"
 
     def with_(self, *overrides: str | Mapping[str, Any]) -> Experiment:
         """These settings with changes: `with_("server.rounds=5")` as on the command line, or `with_({"seed": 1})`.

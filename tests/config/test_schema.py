@@ -394,3 +394,6 @@ def test_a_section_says_all_of_its_mistakes() -> None:
         "channel.power",
         "channel.snr",
     ]
+    engine = {"kind": "ray", "device": "cuda", "gpus_per_worker": 0}
+    said = refusal(lora={"train": "head"}, model={"head": "frozen"}, engine=engine).splitlines()
+    assert [line.partition(":")[0] for line in said] == ["lora.train", "engine.gpus_per_worker"]
