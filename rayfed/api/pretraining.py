@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from rayfed import seeding, tasks
 from rayfed.api.plans import PRETRAINED, Settings, describe_objects, read_settings
 from rayfed.config import Experiment
+from rayfed.config.describe import digest
 from rayfed.config.task import Model
 from rayfed.device import prepare_process
 from rayfed.errors import UserError, allowed
@@ -78,9 +78,9 @@ def _pretrained(
     data = settings.data.model_dump(mode="json", include=set(DATA))
     pretrained = settings.pretrain.model_dump(mode="json")
     what = {"pretrain": pretrained, "data": data, "seed": settings.seed, "rows": rows, "version": VERSION}
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-    if _has(folder, digest):
-        report(f"model {folder} is there already, of these settings and rows ({digest})")
+    made_of = digest(what)
+    if _has(folder, made_of):
+        report(f"model {folder} is there already, of these settings and rows ({made_of})")
         return folder
     model = task.load_base(federation).model
     forget_base()  # so that nobody else has the weights, which change
@@ -99,7 +99,7 @@ def _pretrained(
         with quiet():
             kept.save_pretrained(temporary)
         task.save_tokenizer(temporary)
-        write_json(temporary / PRETRAINED, {"digest": digest, "parameters": count, "held_out": reached, **what})
+        write_json(temporary / PRETRAINED, {"digest": made_of, "parameters": count, "held_out": reached, **what})
     report(f"model {folder}")
     return folder
 

@@ -129,8 +129,9 @@ class Sweep(Section):
         if self.samples > 1 and all("grid" in space for _, _, space in self.spaces()):
             yield mistake("sweep.samples", self.samples, "nothing is drawn: all spaces are grids")
         varied = {key for _, key, _ in self.spaces()} - {SEED}
-        for key in (key for key in self.tune if key not in varied):
-            yield mistake("sweep.tune", key, f"the settings that vary are {', '.join(sorted(varied)) or 'none'}")
+        for key in self.tune:
+            if key not in varied:
+                yield mistake("sweep.tune", key, f"the settings that vary are {', '.join(sorted(varied)) or 'none'}")
         if self.tune_seeds is not None:
             seeds = len(self.parameters.get(SEED, {}).get("grid", []))
             if not self.tune:

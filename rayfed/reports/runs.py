@@ -17,7 +17,7 @@ from typing import Any
 from rayfed.config import Experiment
 from rayfed.config.describe import iter_fields
 from rayfed.config.load import read_settings
-from rayfed.config.marks import decides
+from rayfed.config.marks import decides, flat
 from rayfed.errors import UserError
 from rayfed.tracking import read_metrics
 from rayfed.tracking.jsonl import is_measured
@@ -143,15 +143,10 @@ def read_run(folder: Path, trial: bool = False) -> Run:
     return Run(folder, str(settings["name"]), settings, rounds, summary, classes, finished, trial)
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted key -> value of the nested settings. Tuples become lists, as in YAML."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
-    return flat
+    plain = flat(settings, leaf=lambda value: False)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in plain}
 
 
 def natural_key(text: str) -> list[tuple[int, float, str]]:

@@ -255,7 +255,7 @@ class TrialList(Search):
         scheduler: Any = ASHAScheduler(
             "round", metric, self.sweep.mode, rounds, stop.grace, stop.factor, stop.brackets, stop_last_trials=False
         )
-        for trial in (own for own in self.now if own not in self.waiting):  # ASHA also compares with those that ended
+        for trial in (own for own in self.now if not self.missing([own])):  # ASHA also compares with those that ended
             known, last = SimpleNamespace(trial_id=trial.name), self.rows[trial.name].get("stopped", {}).get("round")
             scheduler.on_trial_add(None, known)
             for record in read_metrics(plan.trial_folder(self.out, trial.name) / "metrics.jsonl"):

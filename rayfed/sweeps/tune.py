@@ -120,9 +120,10 @@ def _check_search(trial: Trial, tune_config: tune.TuneConfig) -> None:
     while hasattr(search, "searcher"):  # a limiter or a repeater
         search = search.searcher
     mutations = getattr(scheduler, "_hyperparam_mutations", None) or {}
-    for key in (own for own in mutations if own not in live()):
-        what = f"mutations of {key}, but a run can change only {', '.join(live())}"
-        raise UserError(f"tune_config.scheduler: got {what}")
+    for key in mutations:
+        if key not in live():
+            what = f"mutations of {key}, but a run can change only {', '.join(live())}"
+            raise UserError(f"tune_config.scheduler: got {what}")
     every, reads = trial.experiment.eval.every, mutations or type(search).__name__ == "OptunaSearch"
     for part in (tune_config, search, scheduler):
         found = getattr(part, "metric", None) or getattr(part, "_metric", None) or []
